@@ -1,0 +1,377 @@
+"""Preset and overrides become one checked, frozen configuration. No torch here: errors and `--help` must be quick."""
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from diffussm_cli.errors import ConfigError
+
+MAX_YAML_BYTES = 1 << 20
+DEFAULT_PRESET = "mnist"
+
+
+def _option(default: Any, help: str, **bounds: float) -> Any:
+    """A field with its help and its bounds: `least`, `above`, `most`."""
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the backbone, by the paper's letters (arXiv 2311.18257)."""
+
+    hidden_size: int = _option(1152, "D", least=4)
+    depth: int = _option(29, "number of blocks", least=1)
+    patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1)
+    compression: int = _option(2, "M, tokens that share a position between hourglasses", least=1)
+    d_state: int = _option(64, "N, state size of S4D", least=2)
+    num_classes: int = _option(1000, "0: unconditional", least=0)
+    learn_sigma: bool = _option(True, "learn the covariance too")
+    label_std: float = _option(0.02, "standard deviation of the label table at the start", above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is trained on. Resolution is in pixels; the grid is resolution / downsample."""
+
+    path: str = _option("", "builtin:mnist, builtin:digits, a folder of images, or a folder of encoded latents")
+    resolution: int | str = _option(256, "N or HxW, in pixels")
+    channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1)
+    downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1)
+    vae: str | None = _option(None, "hub name or folder of the VAE behind the latents; none for pixels")
+    flip: bool = _option(False, "mirror at random")
+    class_names: tuple[str, ...] = _option((), "found in the data, recorded with the run")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.resolution, int):
+            return self.resolution, self.resolution
+        height, width = self.resolution.split("x")
+        return int(height), int(width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of what the model sees."""
+        height, width = self.size
+        return height // self.downsample, width // self.downsample
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """ADM's process: linear variances from beta_start to beta_end over T steps."""
+
+    timesteps: int = _option(1000, "T", least=2)
+    beta_start: float = _option(1e-4, "first variance", above=0)
+    beta_end: float = _option(0.02, "last variance", above=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe. Defaults are the paper's."""
+
+    steps: int = _option(400_000, "optimiser steps", least=1)
+    batch_size: int = _option(256, "images an optimiser step, over all accumulated parts", least=1)
+    accumulate: int = _option(1, "parts that the batch is computed in", least=1)
+    lr: float = _option(1e-4, "learning rate", above=0)
+    ssm_lr: float = _option(1e-3, "cap on the learning rate of the SSM's parameters", above=0)
+    warmup_steps: int = _option(0, "steps of linear warm-up", least=0)
+    lr_decay: Literal["constant", "linear", "cosine"] = _option("constant", "course of the learning rate after warm-up")
+    weight_decay: float = _option(0.0, "AdamW's, on matrices only", least=0)
+    beta2: float = _option(0.999, "AdamW's second-moment decay", above=0, most=1)
+    grad_clip: float = _option(0.0, "largest gradient norm; 0: no clipping", least=0)
+    ema: float = _option(0.9999, "decay of the averaged weights", least=0, most=1)
+    label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
+    seed: int = _option(0, "of everything random", least=0)
+    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "bf16 where the hardware has it, or as told")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    compile: bool = _option(False, "torch.compile the model")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
+    checkpoint_every: int = _option(5000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = _option(2, "newest checkpoints kept", least=1)
+    sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0)
+    sample_images: int = _option(40, "images in a preview grid", least=1)
+    sample_steps: int = _option(25, "DDIM steps of a preview", least=1)
+    log_every: int = _option(100, "steps between records", least=1)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn; the defaults of `diffussm sample` and the last grid of a training run."""
+
+    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = _option("ddpm", "see diffusion/sampling.py")
+    steps: int = _option(250, "denoising steps", least=1)
+    guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0)
+    guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or DiT's first three")
+    guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
+    clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    preset: str = ""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "preset"}
+
+
+# ------------------------------------------------------------------------------------------------- reading
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    files = resources.files("diffussm_cli.presets").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def preset_text(name: str) -> str:
+    """The text of a preset: one of ours by name, or a YAML file by path.
+
+    Raises:
+        ConfigError: if there is no such preset or file.
+    """
+    if name in preset_names():
+        return (resources.files("diffussm_cli.presets") / f"{name}.yaml").read_text()
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return read_text(path, "--preset")
+    raise ConfigError(f"--preset: there is no preset {name!r}{nearest(name, preset_names())}")
+
+
+def read_text(path: Path, option: str) -> str:
+    """A small text file, or a ConfigError that names the option it was given by."""
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration")
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not text"
+        raise ConfigError(f"{option}: cannot read {str(path)!r}: {reason}") from e
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases: nine lines of them can ask for a terabyte."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """YAML by a safe loader; `where` names the file or option in the error."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(e, "problem", None) or str(e).split("\n")[0] or type(e).__name__
+        raise ConfigError(f"{where}: not valid YAML{line}: {problem}") from e
+
+
+def load_config(preset: str, overrides: Iterable[str] = (), fields: Mapping[str, Any] | None = None) -> Config:
+    """A preset with `section.field=value` overrides on top, checked.
+
+    Args:
+        preset: a name from `preset_names()` or the path of a YAML file.
+        overrides: texts `section.field=value`; the value is YAML.
+        fields: more overrides, as {"data.path": "folder"}.
+
+    Raises:
+        ConfigError: one line that names field, value and remedy.
+    """
+    values = parse_yaml(preset_text(preset), f"preset {preset}")
+    return config_from_dict(values, f"preset {preset}", overrides, fields, name=Path(preset).stem)
+
+
+def config_from_dict(
+    values: Any,
+    where: str,
+    overrides: Iterable[str] = (),
+    fields: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Config:
+    """Nested plain values (as YAML gives them) to a checked Config. Raises ConfigError."""
+    values = {s: dict(v) if isinstance(v, Mapping) else v for s, v in _mapping(values, where).items()}
+    saved_name = values.pop("preset", "")
+    for key, value in [*map(_split_override, overrides), *(fields or {}).items()]:
+        section, _, option = key.partition(".")
+        if section not in SECTIONS or not option:
+            raise ConfigError(f"--set: unknown field {key!r}{nearest(key, field_names())}")
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ConfigError(f"{where}: {section} must hold fields, not {values[section]!r}")
+        values[section][option] = value
+    unknown = [s for s in values if s not in SECTIONS]
+    if unknown:
+        raise ConfigError(f"{where}: unknown section {unknown[0]!r}{nearest(str(unknown[0]), SECTIONS)}")
+    sections = {s: _section(SECTIONS[s], s, _mapping(v, f"{where}: {s}")) for s, v in values.items()}
+    config = Config(preset=name if name is not None else str(saved_name), **sections)
+    check(config)
+    return config
+
+
+def field_names() -> list[str]:
+    """Every field that `--set` takes, as section.field."""
+    return [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+
+
+def _mapping(values: Any, where: str) -> Mapping:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of names to values, not {values!r:.60}")
+    return values
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set: {text!r} must read section.field=value, as train.lr=2e-4")
+    return key.strip(), parse_yaml(value, f"--set {key.strip()}")
+
+
+def _section(cls: type, section: str, values: Mapping) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown field {section}.{name}{nearest(f'{section}.{name}', field_names())}")
+    read = {name: _coerce(hints[name], value, f"{section}.{name}") for name, value in values.items()}
+    for name, value in read.items():
+        _check_bounds(fields[name].metadata, value, f"{section}.{name}")
+    return cls(**read)
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """A YAML value as the field's type. YAML reads 1e-4 as text, so text that is a number counts as one."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        text = str(value)
+        if text not in options:
+            raise ConfigError(f"{name}: {value!r} must be one of {', '.join(options)}{nearest(text, options)}")
+        return text
+    if origin is tuple:
+        items = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v]
+        return tuple(_coerce(options[0], v, name) for v in items)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in options:
+            return None
+        if int in options and _as_number(value, int) is not None:
+            return _as_number(value, int)
+        return _coerce(str, value, name)
+    if hint in (int, float):
+        number = _as_number(value, hint)
+        if number is None:
+            raise ConfigError(f"{name}: {value!r} must be {'a whole' if hint is int else 'a finite'} number")
+        return number
+    if not isinstance(value, hint):
+        kind = {bool: "true or false", str: "text"}[hint]
+        if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise ConfigError(f"{name}: {value!r} must be {kind}")
+    return value
+
+
+def _as_number(value: Any, kind: type) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return kind(value) if isinstance(value, kind) else kind(number)
+
+
+def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
+    if "least" in bounds and value < bounds["least"]:
+        raise ConfigError(f"{name}: {value} must be at least {bounds['least']}")
+    if "above" in bounds and value <= bounds["above"]:
+        raise ConfigError(f"{name}: {value} must be greater than {bounds['above']}")
+    if "most" in bounds and value > bounds["most"]:
+        raise ConfigError(f"{name}: {value} must be at most {bounds['most']}")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error line: the closest valid name, or all of them where they are few."""
+    valid = [str(v) for v in valid]
+    leaf = name.rpartition(".")[-1]  # `lr` or `model.lr` for train.lr
+    close = [v for v in valid if v.rpartition(".")[-1] == leaf]
+    close = close or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(valid)}" if len(valid) <= 16 else ""
+
+
+# ------------------------------------------------------------------------------------------------ checking
+def check(config: Config) -> None:
+    """Combinations that cannot be run. Raises ConfigError; single fields were checked when they were read."""
+    m, d, t, s = config.model, config.data, config.train, config.sample
+    if not isinstance(d.resolution, int) and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", d.resolution):
+        raise ConfigError(f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, as 256 or 256x384")
+    if min(d.size) < 1:
+        raise ConfigError(f"data.resolution: {d.resolution} must be at least 1")
+    if any(side % d.downsample for side in d.size):
+        raise ConfigError(f"data.resolution: {d.resolution} must be a multiple of data.downsample {d.downsample}")
+    if d.vae is None and d.downsample != 1:
+        raise ConfigError(f"data.downsample: {d.downsample} needs data.vae; pixels have downsample 1")
+    H, W = d.grid
+    if H % m.patch_size or W % m.patch_size:
+        raise ConfigError(f"model.patch_size: {m.patch_size} must divide the {H}x{W} grid of data.resolution")
+    if (W // m.patch_size) % m.compression:
+        raise ConfigError(f"model.compression: {m.compression} must divide the {W // m.patch_size} tokens of a row")
+    if m.hidden_size % 4:
+        raise ConfigError(f"model.hidden_size: {m.hidden_size} must be a multiple of 4")
+    if 2 * m.hidden_size % m.compression:
+        raise ConfigError(f"model.compression: {m.compression} must divide 2 x hidden_size = {2 * m.hidden_size}")
+    if m.d_state % 2:
+        raise ConfigError(f"model.d_state: {m.d_state} must be even")
+    if t.batch_size % t.accumulate:
+        raise ConfigError(f"train.accumulate: {t.accumulate} must divide train.batch_size {t.batch_size}")
+    if config.diffusion.beta_end >= 1 or config.diffusion.beta_end < config.diffusion.beta_start:
+        raise ConfigError(f"diffusion.beta_end: {config.diffusion.beta_end} must lie between beta_start and 1")
+    check_sampling(s, config)
+
+
+def check_sampling(s: SampleConfig, config: Config) -> None:
+    """What a sampling request needs of the model. Raises ConfigError."""
+    if s.steps > config.diffusion.timesteps:
+        raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
+    if s.guidance != 1 and not config.model.num_classes:
+        raise ConfigError(f"sample.guidance: {s.guidance:g} needs a class-conditional model; leave it at 1")
+    interval = s.guidance_interval
+    if interval and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
+        given = ",".join(map(str, interval))
+        raise ConfigError(f"sample.guidance_interval: {given!r} must be LO,HI with 0 <= LO <= HI")
+
+
+# ------------------------------------------------------------------------------------------------- writing
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, as `config_from_dict` reads them."""
+    return {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, to be read back by `config_from_dict`."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

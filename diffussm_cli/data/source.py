@@ -1,0 +1,63 @@
+"""What the training loop reads: a source of images by index, opened from `data.path`.
+
+B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   labels (B,) int64
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffussm_cli.config import Config
+from diffussm_cli.errors import ConfigError, DataError
+
+BUILTIN = "builtin:"
+
+
+class Source(Protocol):
+    """Images by index. What chance there is (flips) comes from the generator, so that a step can be repeated."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) and labels (B,)."""
+
+
+def open_source(config: Config) -> Source:
+    """The data set of `data.path`, checked against the configuration.
+
+    Raises:
+        DataError, ConfigError: if it is missing, empty or does not fit the model.
+    """
+    from diffussm_cli.data import builtin, images
+
+    d = config.data
+    if d.path.startswith(BUILTIN):
+        source: Source = builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip)
+    elif not d.path:
+        raise ConfigError("data.path: no data set given; pass --data FOLDER")
+    elif d.vae is not None:
+        raise DataError(_latents_missing(config))
+    else:
+        source = images.ImageFolder(Path(d.path), d.size, d.channels, d.flip)
+    _check_classes(config, source)
+    return source
+
+
+def _check_classes(config: Config, source: Source) -> None:
+    wanted, found = config.model.num_classes, len(source.class_names)
+    if wanted and wanted != found:
+        has = f"has {found} class folders" if found else "has no class folders"
+        raise ConfigError(f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}")
+
+
+def _latents_missing(config: Config) -> str:
+    d = config.data
+    return (
+        f"data.path: no folder of latents at {d.path!r}; make one first: "
+        f"diffussm encode IMAGES {d.path} --resolution {d.resolution}"
+    )

@@ -1,0 +1,46 @@
+"""Where and in what precision to compute, chosen from names."""
+
+import ctypes
+import sys
+
+import torch
+
+from diffussm_cli.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware for it."""
+    fast = _has_bf16(device)
+    if precision == "bf16" and not fast:
+        raise ConfigError(f"precision: bf16 has no hardware support on this {device.type} and would crawl; use fp32")
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks: fresh ones page-fault at every forward on Linux CPUs."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

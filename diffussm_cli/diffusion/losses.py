@@ -1,0 +1,70 @@
+"""Training losses of ADM with a learned covariance: noise MSE plus the variational bound.
+
+IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672), equation (16).
+
+    B batch   C channels   t (B,) timesteps   all losses are (B,): a mean over an image's C H W values
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffussm_cli.diffusion.process import GaussianDiffusion
+
+
+def training_losses(
+    process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+) -> dict[str, Tensor]:
+    """Losses a sample, from one forward pass of a model.
+
+    Args:
+        model_output: (B, 2C, ...) noise and v, or (B, C, ...) noise alone when the covariance is not learned.
+        x_0, x_t, noise: (B, C, ...), t: (B,).
+
+    Returns:
+        `mse` of the noise; with a learned covariance `vb`, the bound's term at t in bits a dimension, whose gradient
+        reaches v and not the mean; and `loss`, their sum. Each (B,).
+    """
+    C = x_0.shape[1]
+    mse = _mean((model_output[:, :C] - noise) ** 2)
+    if model_output.shape[1] == C:
+        return {"mse": mse, "loss": mse}
+    frozen_mean = torch.cat([model_output[:, :C].detach(), model_output[:, C:]], dim=1)
+    vb = variational_bound(process, frozen_mean, x_0, x_t, t)
+    return {"mse": mse, "vb": vb, "loss": mse + vb}
+
+
+def variational_bound(process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """L_t of the bound in bits a dimension, (B,): KL(q || p) for t > 0, at t = 0 the discretised likelihood of x_0."""
+    true_mean, true_log_variance = process.q_posterior(x_0, x_t, t)
+    p = process.p_mean_variance(model_output, x_t, t)
+    kl = _mean(gaussian_kl(true_mean, true_log_variance, p.mean, p.log_variance))
+    nll = -_mean(discretised_log_likelihood(x_0, p.mean, p.log_variance / 2))
+    return torch.where(t == 0, nll, kl) / math.log(2)
+
+
+def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N1 || N2) elementwise, in nats."""
+    shift = (mean1 - mean2) ** 2 * torch.exp(-log_variance2)
+    return 0.5 * (log_variance2 - log_variance1 + torch.exp(log_variance1 - log_variance2) + shift - 1)
+
+
+def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """Log probability, in nats, of 8-bit values rescaled to [-1, 1] under a Gaussian; the outer bins are open.
+
+    The normal distribution function is ADM's tanh approximation, kept for agreement with its losses.
+    """
+    centred, inverse = x - mean, torch.exp(-log_scale)
+    above = _normal_cdf(inverse * (centred + 1 / 255))
+    below = _normal_cdf(inverse * (centred - 1 / 255))
+    p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return p.clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(1)

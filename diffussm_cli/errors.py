@@ -1,0 +1,17 @@
+"""What a user can fix. Each message is one line that names the option or field, its value and the remedy."""
+
+
+class DiffussmError(Exception):
+    """Base of all errors that the command line shows as one line, without a traceback."""
+
+
+class ConfigError(DiffussmError):
+    """A preset, an option or a combination of them that cannot be run."""
+
+
+class DataError(DiffussmError):
+    """A missing, empty, damaged or unsuitable data set."""
+
+
+class RunError(DiffussmError):
+    """A run folder, checkpoint or weights file that cannot be read, written or continued."""

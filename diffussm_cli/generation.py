@@ -1,0 +1,73 @@
+"""Seeds to images. Image i is a function of seed i (and its class) alone: one CPU generator an image.
+
+B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+
+
+class Drawn(NamedTuple):
+    """A batch of finished images."""
+
+    seeds: list[int]
+    labels: list[int] | None  # None for an unconditional model
+    images: Tensor  # (B, C, H, W), on the CPU
+
+
+def generate(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    how: SampleConfig,
+    seeds: Sequence[int],
+    classes: Sequence[int] = (),
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Drawn]:
+    """Draw one image a seed, batch by batch.
+
+    Args:
+        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
+        classes: the label of image i is classes[i mod len]; if empty, drawn uniformly from the image's own generator.
+        dtype: of autocast; float32 for none.
+    """
+    for start in range(0, len(seeds), batch_size):
+        chosen = seeds[start : start + batch_size]
+        wanted = [classes[i % len(classes)] for i in range(start, start + len(chosen))] if classes else None
+        yield _draw(model, process, how, chosen, wanted, dtype)
+
+
+def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
+    device = process.signal.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = [int(torch.randint(max(1, model.num_classes), (), generator=g)) for g in generators]
+    labels = None if not model.num_classes else drawn if wanted is None else wanted
+    shape = (model.in_channels, *model.input_size)
+    x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    y = None if labels is None else torch.tensor(labels, device=device)
+    scheduler = make_scheduler(how.sampler, process, how.steps, model.learn_sigma)
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        images = sample(make_denoiser(model, process, how, y), scheduler, x, generators)
+    return Drawn(list(seeds), labels, images.float().cpu())
+
+
+def make_denoiser(model, process: GaussianDiffusion, how: SampleConfig, y: Tensor | None) -> Denoiser:
+    """The model with its labels, guidance and clipping, as a sampling request wants them."""
+
+    def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return model(x, t, y).float()
+
+    if y is None:
+        denoise = labelled(predict, None)
+    else:
+        channels = None if how.guidance_channels == "all" else int(how.guidance_channels)
+        interval = how.guidance_interval or None
+        denoise = guided(predict, y, model.null_class, how.guidance, channels, interval)
+    return clipped(denoise, process) if how.clip else denoise

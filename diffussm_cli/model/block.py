@@ -1,0 +1,72 @@
+"""The gated hourglass block of DiffuSSM and its conditioning (paper, section 4).
+
+B batch   J positions   M tokens a position   L = J M tokens   D width   token l = j M + k
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffussm_cli.model.s4d import S4D
+
+
+class ShiftScaleNorm(nn.Module):
+    """LayerNorm without affine, shifted and scaled by the conditioning (adaLN): x (B, J, D), c (B, D) -> (B, J, D)."""
+
+    def __init__(self, D: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+        self.adaLN = nn.Linear(D, 2 * D)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN(F.silu(c))[:, None].chunk(2, dim=-1)  # (B, 1, D) each
+        return torch.addcmul(shift, self.norm(x), 1 + scale)
+
+
+class HourglassLinear(nn.Module):
+    """M independent Linears, one for each place k of a token in its position: weight (M, out, in), bias (M, out)."""
+
+    def __init__(self, M: int, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(M, d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(M, d_out))
+
+    def reset_parameters(self) -> None:
+        for matrix in self.weight:
+            nn.init.xavier_uniform_(matrix)
+        nn.init.zeros_(self.bias)
+
+    def open(self, x: Tensor) -> Tensor:
+        """Every position becomes its M tokens: x (B, J, in) -> (B, out, L), channel-major for the convolution."""
+        tokens = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())  # (B, J, M out)
+        return rearrange(tokens, "b j (m d) -> b d (j m)", m=len(self.weight))
+
+    def close(self, y: Tensor) -> Tensor:
+        """Tokens go back side by side into their position: y (B, in, L), channel-major -> (B, J, M out)."""
+        M, B = len(self.weight), len(y)
+        y = rearrange(y, "b d (j m) -> m (b j) d", m=M)
+        z = torch.baddbmm(self.bias[:, None], y, self.weight.mT)  # (M, B J, out)
+        return rearrange(z, "m (b j) d -> b j (m d)", b=B)
+
+
+class DiffuSSMBlock(nn.Module):
+    """x (B, J, D), c (B, D) -> (B, J, D). Linear names are the paper's."""
+
+    def __init__(self, D: int, M: int, N: int):
+        super().__init__()
+        self.norm = ShiftScaleNorm(D)
+        self.W0 = nn.Linear(D, D)
+        self.W_up = HourglassLinear(M, D, D)
+        self.s4d = S4D(D, N)
+        self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
+        self.W1 = nn.Linear(D, 2 * D)
+        self.W2 = nn.Linear(2 * D, 2 * D)
+        self.W3 = nn.Linear(2 * D, D)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.norm(x, c)  # I (B, J, D)
+        u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, L)
+        y = self.s4d(u)  # Y (B, 2D, L)
+        z = F.gelu(self.W_down.close(y))  # I' (B, J, 2D)
+        return x + self.W3(F.gelu(self.W2(z)) * F.gelu(self.W1(h)))  # X + O

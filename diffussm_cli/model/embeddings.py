@@ -1,0 +1,52 @@
+"""What goes in and out of a backbone: timestep, label, position, patches.
+
+B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class TimestepEmbedding(nn.Module):
+    """t (B,), whole or fractional -> (B, D): 256 sinusoids, then an MLP (as ADM and DiT)."""
+
+    frequencies = 256
+
+    def __init__(self, D: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequencies, D), nn.SiLU(), nn.Linear(D, D))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
+
+
+def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """cos and sin of t at width/2 geometric frequencies: t (...,) -> (..., width), float32."""
+    i = torch.arange(width // 2, device=t.device, dtype=torch.float32)
+    angle = t[..., None].float() * torch.exp(-math.log(max_period) * i / (width // 2))
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def position_table(H: int, W: int, M: int, D: int) -> Tensor:
+    """Fixed 2-D sin-cos positions: a grid of H x W tokens, M side by side in one position -> (J, D), float32.
+
+    Half of D encodes the row and half the column. Both are in tokens (the column is that of the middle of the M), so
+    that the two axes keep one scale whatever M is.
+    """
+    row = torch.arange(H, dtype=torch.float32)
+    column = torch.arange(0, W, M, dtype=torch.float32) + (M - 1) / 2
+    row, column = torch.meshgrid(row, column, indexing="ij")
+    return torch.cat([sinusoids(row.flatten(), D // 2), sinusoids(column.flatten(), D // 2)], dim=-1)
+
+
+def patchify(x: Tensor, P: int, M: int) -> Tensor:
+    """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours of one row side by side."""
+    return rearrange(x, "b c (h p) (w m q) -> b (h w) (m c p q)", p=P, q=P, m=M)
+
+
+def unpatchify(x: Tensor, P: int, M: int, H: int, W: int) -> Tensor:
+    """(B, J, M P^2 C) -> (B, C, H, W)."""
+    return rearrange(x, "b (h w) (m p q c) -> b c (h p) (w m q)", p=P, q=P, m=M, h=H // P, w=W // (P * M))

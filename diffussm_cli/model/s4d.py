@@ -1,0 +1,217 @@
+"""S4D: a bidirectional diagonal state space layer (Gu et al. 2022, arXiv 2206.11893).
+
+    B batch   D channels   L tokens   N state size: N/2 complex modes and their conjugates   n FFT length   F = n/2 + 1
+
+Everything in this file is float32 whatever the rest of the model is (float64 for tests): log_dt rounded to bfloat16
+alone moves the kernel by 35%. Directions are stacked in front: index 0 is forward (causal), 1 backward (anti-causal).
+"""
+
+import contextlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------ the kernel
+def s4d_kernel(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int) -> Tensor:
+    """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as one batched real matrix product.
+
+    With l = a T + b the Vandermonde sum over L columns factors into exp(dt A a T) and exp(dt A b), each about sqrt(L)
+    wide. `s4d_kernel_naive` is the same sum written out.
+
+    Args:
+        dt: step sizes, (..., D).
+        A_real, A_imag: the N/2 poles, (..., D, N/2), A_real < 0.
+        B, C: input and output vectors as (real, imaginary) pairs, (..., D, N/2, 2).
+        L: number of taps.
+
+    Returns:
+        K, (..., D, L), in the dtype of `dt`.
+    """
+    T = math.ceil(math.sqrt(L))
+    a = torch.arange(math.ceil(L / T), device=dt.device, dtype=dt.dtype) * T
+    b = torch.arange(T, device=dt.device, dtype=dt.dtype)
+    x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
+    re, im = _discretise(x, y, A_real, A_imag, B, C)
+
+    decay, angle = torch.exp(x[..., None, :] * a[:, None]), y[..., None, :] * a[:, None]  # (..., D, L/T, N/2)
+    cos, sin = 2 * decay * torch.cos(angle), 2 * decay * torch.sin(angle)
+    re, im = re[..., None, :], im[..., None, :]
+    outer = torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)  # 2 C_bar exp(dt A aT), (..., D, L/T, N)
+
+    decay, angle = torch.exp(x[..., None] * b), y[..., None] * b  # (..., D, N/2, T)
+    inner = torch.cat([decay * torch.cos(angle), -decay * torch.sin(angle)], dim=-2)  # (..., D, N, T)
+    with _full_float32_products():
+        return (outer @ inner).flatten(-2)[..., :L]
+
+
+def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D, N/2).
+
+    exp - 1 by expm1: plain subtraction costs 4e-5 at small dt.
+    """
+    half_sin = torch.sin(y / 2)
+    zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)  # exp(x + iy) - 1
+    square = A_real**2 + A_imag**2
+    zre, zim = (zre * A_real + zim * A_imag) / square, (zim * A_real - zre * A_imag) / square
+    bre, bim = B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1], B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0]
+    return bre * zre - bim * zim, bre * zim + bim * zre
+
+
+@contextlib.contextmanager
+def _full_float32_products():
+    """TensorFloat-32 (or bfloat16 passes on CPUs) off for the kernel product, whatever the user chose for the rest."""
+    precision = torch.get_float32_matmul_precision()
+    if precision == "highest" or torch.compiler.is_compiling():
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def s4d_kernel_naive(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int) -> Tensor:
+    """Reference for `s4d_kernel`, same arguments: the definition, in complex arithmetic."""
+    A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
+    dtA = dt[..., None] * A
+    C_bar = C * B * (torch.exp(dtA) - 1) / A
+    powers = torch.exp(dtA[..., None] * torch.arange(L, device=dt.device, dtype=dt.dtype))  # (..., D, N/2, L)
+    return 2 * (C_bar[..., None] * powers).sum(-2).real
+
+
+# ------------------------------------------------------------------------------------------- the convolution
+def fft_length(L: int) -> int:
+    """The smallest even n >= 2L - 1 without prime factors above 7: room for a linear convolution of L taps."""
+    n = max(2, 2 * L - 1 + (2 * L - 1) % 2)
+    while not _is_smooth(n):
+        n += 2
+    return n
+
+
+def _is_smooth(n: int) -> bool:
+    for p in (2, 3, 5, 7):
+        while n % p == 0:
+            n //= p
+    return n == 1
+
+
+def kernel_spectra(K: Tensor, D_skip: Tensor) -> Tensor:
+    """Spectra by which the convolution multiplies: K (2, D, L), D_skip (2, D) -> (2, D, F), complex.
+
+    The skip is a tap at lag 0. The backward direction is a correlation, hence the conjugate.
+    """
+    n = fft_length(K.shape[-1])
+    forward, backward = torch.fft.rfft(K, n=n) + D_skip[..., None]
+    return torch.stack([forward, backward.conj()])
+
+
+def convolve(u: Tensor, spectra: Tensor) -> Tensor:
+    """Both directions at once: u (B, D, L), spectra (2, D, F) -> y (B, 2D, L), forward channels first.
+
+    y_fwd[l] = sum_{j<=l} K_fwd[l-j] u[j] + D_fwd u[l],  y_bwd[l] = sum_{j>=l} K_bwd[j-l] u[j] + D_bwd u[l].
+    """
+    L, n = u.shape[-1], 2 * (spectra.shape[-1] - 1)
+    U = torch.fft.rfft(u, n=n)  # (B, D, F)
+    y = torch.fft.irfft(U[:, None] * spectra, n=n)[..., :L]  # (B, 2, D, L)
+    return y.flatten(1, 2)
+
+
+def s4d_recurrence(
+    u: Tensor, dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D_skip: Tensor
+) -> Tensor:
+    """Reference for kernel and convolution together, one direction, as the state space model itself.
+
+    x_l = exp(dt A) x_{l-1} + B (exp(dt A) - 1)/A u_l,  y_l = 2 Re C x_l + D u_l;  u (B, D, L) -> y (B, D, L).
+    """
+    A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
+    A_bar = torch.exp(dt[..., None] * A)
+    B_bar = B * (A_bar - 1) / A
+    x = torch.zeros(u.shape[0], *A_bar.shape, dtype=A_bar.dtype, device=u.device)  # (B, D, N/2)
+    y = []
+    for u_l in u.unbind(-1):
+        x = A_bar * x + B_bar * u_l[..., None]
+        y.append(2 * (C * x).sum(-1).real + D_skip * u_l)
+    return torch.stack(y, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------- the layer
+class S4D(nn.Module):
+    """Bidirectional S4D layer: u (B, D, L) -> concat(forward, backward) (B, 2D, L), in the dtype of `u`.
+
+    Parameters are 194 numbers a channel and direction at N = 64, and stay float32 under `.half()`, `.to(bfloat16)`
+    and autocast; `.double()` is honoured. Start: S4D-Lin, Re A = -1/2, Im A = pi n, log dt uniform in
+    [dt_min, dt_max], B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
+
+    Without gradients the spectra are kept until a parameter changes, so that sampling builds them once and not at each
+    denoising step. They take 16 D (L + 1) bytes a layer and length or a little more; `builds` counts constructions.
+    """
+
+    def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
+        super().__init__()
+        if N < 2 or N % 2:
+            raise ValueError(f"d_state must be even and at least 2, got {N}")
+        self.dt_min, self.dt_max = dt_min, dt_max
+        self.log_dt = nn.Parameter(torch.empty(2, D))
+        self.log_A_real = nn.Parameter(torch.empty(2, D, N // 2))
+        self.A_imag = nn.Parameter(torch.empty(2, D, N // 2))
+        self.B = nn.Parameter(torch.empty(2, D, N // 2, 2))
+        self.C = nn.Parameter(torch.empty(2, D, N // 2, 2))
+        self.D_skip = nn.Parameter(torch.empty(2, D))
+        self.builds = 0
+        self._kept: dict[int, tuple[tuple, Tensor]] = {}
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max))
+        self.log_A_real.fill_(math.log(0.5))
+        self.A_imag.copy_(math.pi * torch.arange(self.A_imag.shape[-1], device=self.A_imag.device))
+        self.B.copy_(torch.tensor([1.0, 0.0], device=self.B.device))
+        self.C.normal_(std=math.sqrt(0.5))
+        self.D_skip.normal_()
+
+    def forward(self, u: Tensor) -> Tensor:
+        with torch.autocast(u.device.type, enabled=False):
+            y = convolve(u.to(self.log_dt.dtype), self.spectra(u.shape[-1]))
+        return y.to(u.dtype)
+
+    def kernel(self, L: int) -> Tensor:
+        """The convolution kernels of both directions, (2, D, L)."""
+        return s4d_kernel(self.log_dt.exp(), -self.log_A_real.exp(), self.A_imag, self.B, self.C, L)
+
+    def spectra(self, L: int) -> Tensor:
+        """Spectra for length L, (2, D, F); kept while no gradient is wanted and no parameter has changed."""
+        if torch.is_grad_enabled():
+            self._kept.clear()
+            return self._build(L)
+        state = tuple((p.data_ptr(), p._version) for p in self.parameters())
+        if L not in self._kept or self._kept[L][0] != state:
+            self._kept[L] = (state, self._build(L))
+        return self._kept[L][1]
+
+    def _build(self, L: int) -> Tensor:
+        self.builds += 1
+        return kernel_spectra(self.kernel(L), self.D_skip)
+
+    def train(self, mode: bool = True) -> "S4D":
+        self._kept.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._kept.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn, recurse: bool = True) -> "S4D":
+        """What `.to`, `.cuda`, `.half` and their kin call: the device changes, precision stays at least float32."""
+        self._kept.clear()
+
+        def keep_precision(t: Tensor) -> Tensor:
+            wanted = fn(t.new_empty(0))
+            if wanted.dtype in (torch.float32, torch.float64):
+                return fn(t)
+            return t.to(wanted.device, torch.float32)
+
+        return super()._apply(keep_precision, recurse)

@@ -1,0 +1,1 @@
+"""What a model costs, before and after it is run."""

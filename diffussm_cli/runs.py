@@ -1,0 +1,195 @@
+"""What a run folder holds, how it is written so that a kill leaves it whole, and how a trained model is read from it.
+
+RUN/config.yaml                      the resolved configuration
+RUN/metrics.jsonl, RUN/tensorboard/  records of the training loop
+RUN/samples/step-*.png               previews
+RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
+RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text, to_yaml
+from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.model import build_model
+
+CONFIG, STATE, MODEL = "config.yaml", "state.json", "model.safetensors"
+EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
+TEMPORARY = ".partial-"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that can be sampled: its configuration and the file of its averaged weights."""
+
+    root: Path
+    config: Config
+    weights: Path
+    step: int | None  # None when training has finished
+
+    @property
+    def label(self) -> str:
+        return f"{self.root} (finished)" if self.step is None else f"{self.root} (step {self.step})"
+
+
+# ------------------------------------------------------------------------------------------------- reading
+def find_run(path: Path) -> TrainedRun:
+    """The averaged weights under a run folder, its `final/`, or one of its checkpoints.
+
+    Raises:
+        RunError: if there is none.
+    """
+    if not path.is_dir():
+        raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
+    if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ itself
+        return TrainedRun(path, read_config(path), path / MODEL, None)
+    if (path / EMA).is_file() and (path.parent.parent / CONFIG).is_file():  # a checkpoint
+        root = path.parent.parent
+        return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
+    if (path / "final" / MODEL).is_file():
+        return TrainedRun(path, read_config(path / "final"), path / "final" / MODEL, None)
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise RunError(f"RUN: {str(path)!r} holds no finished training and no checkpoint")
+    return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
+
+
+def newest_run(folder: Path, name: str = "*") -> Path | None:
+    """The run below `folder` whose configuration was written last."""
+    runs = [p.parent for p in folder.glob(f"{name}/{CONFIG}")]
+    return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime, default=None)
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint of a run; a folder counts only under its final name."""
+    return max(checkpoints(root), default=None)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first (names are padded with zeros)."""
+    return sorted(p for p in (root / "checkpoints").glob("step-*") if (p / STATE).is_file())
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration that a run was made with. Raises RunError."""
+    path = folder / CONFIG
+    try:
+        return config_from_dict(parse_yaml(read_text(path, "RUN"), str(path)), str(path))
+    except ConfigError as e:
+        raise RunError(str(e)) from e
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The small numbers of a checkpoint. Raises RunError."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text())
+        if not isinstance(state["step"], int):
+            raise ValueError
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise RunError(f"{path}: damaged; delete the folder {folder.name} to use an older checkpoint") from e
+
+
+def load_model(trained: TrainedRun) -> nn.Module:
+    """The network of a run with its averaged weights, in eval mode, on the CPU. Raises RunError."""
+    with torch.device("meta"):
+        model = build_model(trained.config)
+    model = model.to_empty(device="cpu")
+    model.fill_position()
+    load_weights(model, trained.weights)
+    return model.eval().requires_grad_(False)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Weights from a safetensors file into a model of the same shape.
+
+    Raises:
+        RunError: if the file is damaged, or belongs to another model.
+    """
+    weights, own = read_tensors(path), model.state_dict()
+    wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
+    if wrong:
+        raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            raise RunError(f"{path}: weights of another model: {name} is {shapes}")
+    model.load_state_dict(weights)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises RunError."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
+        raise RunError(f"{path}: cannot be read: {reason}") from e
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------- writing
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name complete and on disk, or not at all.
+
+    Raises:
+        RunError: if it cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        _sync(path.parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise RunError(f"{path}: cannot be written: {reason}; what was saved before is intact") from e
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Tensors of any device to a safetensors file."""
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
+
+
+def write_final(root: Path, config: Config, weights: Mapping[str, Tensor]) -> None:
+    """`final/`: averaged weights and what they are."""
+    with whole_folder(root / "final") as folder:
+        write_tensors(weights, folder / MODEL)
+        (folder / CONFIG).write_text(to_yaml(config))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

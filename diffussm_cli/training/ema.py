@@ -1,0 +1,25 @@
+"""Averaged weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, as a model of its own (`ema.model`, in eval mode).
+
+    The decay at step s is min(decay, (1 + s) / (10 + s)), so that a short run is not averaged with its first weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    def decay_at(self, step: int) -> float:
+        """The decay used by the update after optimiser step `step` (1, 2, ...)."""
+        return min(self.decay, (1 + step) / (10 + step))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay_at(step))

@@ -1,0 +1,145 @@
+"""The training loop: steps in, records out. Prints nothing; what a record is shown as is the command's business.
+
+B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffussm_cli import runs
+from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.data.images import save_grid, to_uint8
+from diffussm_cli.data.source import Source
+from diffussm_cli.device import pick_device, pick_dtype
+from diffussm_cli.diffusion.losses import training_losses
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.errors import RunError
+from diffussm_cli.generation import generate
+from diffussm_cli.model import build_model
+from diffussm_cli.training.batches import Batch, batches
+from diffussm_cli.training.checkpoint import load_checkpoint, save_checkpoint
+from diffussm_cli.training.ema import EMA
+from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
+from diffussm_cli.training.record import Meter
+
+Record = dict[str, Any]
+
+
+class Trainer:
+    """A model in training, with all that a checkpoint holds. `run` is the loop."""
+
+    def __init__(self, config: Config, source: Source, root: Path):
+        t = config.train
+        self.config, self.source, self.root = config, source, root
+        self.device = pick_device(t.device)
+        self.dtype = pick_dtype(t.precision, self.device)
+        torch.manual_seed(t.seed)
+        self.model = build_model(config, t.gradient_checkpointing).to(self.device)
+        self.ema = EMA(self.model, t.ema)
+        self.optimizer = make_optimizer(self.model, t, fused=self.device.type == "cuda")
+        d = config.diffusion
+        self.process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end, self.device)
+        self.step = 0
+        if t.compile:
+            self.model.compile()
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up all state from a checkpoint folder. Raises RunError."""
+        self.step = load_checkpoint(checkpoint, self.model, self.ema.model, self.optimizer)["step"]
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+        """Train to the last step, yielding a record every `log_every` steps.
+
+        Previews, checkpoints and `final/` are written on the way. When `stop()` is true the step in hand is finished,
+        a checkpoint written, and the loop ends early.
+
+        Raises:
+            RunError: if the loss is no longer a number, or a checkpoint cannot be written.
+        """
+        t, meter = self.config.train, Meter(self.config.diffusion.timesteps, self.device)
+        for batch in batches(self.source, self.config, self.step):
+            self.update(batch, meter)
+            self.step += 1
+            last, stopped = self.step == t.steps, stop()
+            if last or stopped or self.step % t.log_every == 0:
+                yield self._record(meter)
+            with meter.paused():
+                if t.sample_every and (last or self.step % t.sample_every == 0):
+                    self.preview(last)
+                if last or stopped or self.step % t.checkpoint_every == 0:
+                    self.save()
+            if stopped and not last:
+                return
+        runs.write_final(self.root, self.config, self.ema.model.state_dict())
+
+    def update(self, batch: Batch, meter: Meter) -> None:
+        """One optimiser step on a batch, in `accumulate` parts."""
+        t = self.config.train
+        size = t.batch_size // t.accumulate
+        self.model.train()
+        for start in range(0, t.batch_size, size):
+            part = batch.part(start, start + size, self.device)
+            losses = self.losses(part)
+            (losses["loss"].mean() / t.accumulate).backward()
+            meter.add(losses, part.t)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        meter.add_norm(norm)
+        set_lr(self.optimizer, lr_factor(t, self.step))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model, self.step + 1)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of each image, (B,)."""
+        x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.model(x_t, batch.t, batch.y)
+        return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise)
+
+    def preview(self, last: bool) -> Path:
+        """A grid from the averaged weights at fixed seeds; the last one as `sample` would draw it."""
+        t, how = self.config.train, self.config.sample
+        if not last:
+            how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
+        return draw_grid(self, how, self.root / "samples" / f"step-{self.step:08d}.png")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step. Raises RunError."""
+        state = {"step": self.step, "images": self.step * self.config.train.batch_size}
+        save_checkpoint(
+            self.root, self.config.train.keep_checkpoints, self.model, self.ema.model, self.optimizer, state
+        )
+
+    def _record(self, meter: Meter) -> Record:
+        t = self.config.train
+        record = {
+            "step": self.step,
+            "images": self.step * t.batch_size,
+            **meter.flush(),
+            "lr": t.lr * lr_factor(t, self.step - 1),
+            "ema_decay": self.ema.decay_at(self.step),
+        }
+        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+            raise RunError(
+                f"train: loss {record['loss']} at step {self.step} is not a number; the newest checkpoint is intact; "
+                f"try a smaller train.lr (now {t.lr:g}), train.warmup_steps or train.grad_clip=1"
+            )
+        return record
+
+
+def draw_grid(trainer: Trainer, how: SampleConfig, path: Path) -> Path:
+    """Images of seeds 0, 1, ... with one class a column (at most ten), written to `path`."""
+    n, classes = trainer.config.train.sample_images, trainer.config.model.num_classes
+    columns = min(10, classes or n)
+    drawn = generate(
+        trainer.ema.model, trainer.process, how, range(n), range(columns) if classes else (), dtype=trainer.dtype
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(to_uint8(torch.cat([d.images for d in drawn])), path, columns)
+    return path

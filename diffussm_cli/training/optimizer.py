@@ -1,0 +1,50 @@
+"""AdamW with the groups that an SSM wants, and the course of the learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from diffussm_cli.config import TrainConfig
+from diffussm_cli.model.s4d import S4D
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, fused: bool) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `fused` where the device has it."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config), betas=(0.9, config.beta2), fused=fused, foreach=None if fused else True
+    )
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Every parameter once: matrices with weight decay, vectors without, the SSM without and with a capped rate."""
+    ssm = {id(p) for module in model.modules() if isinstance(module, S4D) for p in module.parameters()}
+    groups: dict[str, list] = {"matrices": [], "vectors": [], "ssm": []}
+    for name, p in model.named_parameters():
+        is_vector = p.ndim < 2 or name.endswith("bias")  # the hourglass keeps M biases in one tensor
+        groups["ssm" if id(p) in ssm else "vectors" if is_vector else "matrices"].append(p)
+    rates = {"matrices": config.lr, "vectors": config.lr, "ssm": min(config.lr, config.ssm_lr)}
+    decays = {"matrices": config.weight_decay, "vectors": 0.0, "ssm": 0.0}
+    return [
+        {"name": n, "params": ps, "lr": rates[n], "peak_lr": rates[n], "weight_decay": decays[n]}
+        for n, ps in groups.items()
+        if ps
+    ]
+
+
+def lr_factor(config: TrainConfig, step: int) -> float:
+    """What the peak rate is multiplied by at optimiser step `step` (0, 1, ...): warm-up, then the chosen decay."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.lr_decay == "linear":
+        return 1 - progress
+    if config.lr_decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Scale every group's rate from its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
