@@ -90,6 +90,7 @@ class TrainConfig:
     beta2: float = _option(0.999, "AdamW's second-moment decay", above=0, most=1)
     grad_clip: float = _option(0.0, "largest gradient norm; 0: no clipping", least=0)
     ema: float = _option(0.9999, "decay of the averaged weights", least=0, most=1)
+    mse_weight_cap: float = _option(1.0, "noise MSE counts min(1 + 1/SNR, this) times; 1: the paper's", least=1)
     label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
     seed: int = _option(0, "of everything random", least=0)
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "bf16 where the hardware has it, or as told")

@@ -14,25 +14,35 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 
 
 def training_losses(
-    process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    process: GaussianDiffusion,
+    model_output: Tensor,
+    x_0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    noise: Tensor,
+    weight_cap: float = 1.0,
 ) -> dict[str, Tensor]:
     """Losses a sample, from one forward pass of a model.
 
     Args:
         model_output: (B, 2C, ...) noise and v, or (B, C, ...) noise alone when the covariance is not learned.
         x_0, x_t, noise: (B, C, ...), t: (B,).
+        weight_cap: the noise MSE counts min(1 + 1/SNR(t), weight_cap) times in `loss`. 1 is ADM's and the paper's;
+            more gives noisy timesteps, where classes and shapes are decided, the weight they have when the velocity is
+            predicted (arXiv 2202.00512).
 
     Returns:
         `mse` of the noise; with a learned covariance `vb`, the bound's term at t in bits a dimension, whose gradient
-        reaches v and not the mean; and `loss`, their sum. Each (B,).
+        reaches v and not the mean; and `loss`, their (weighted) sum. Each (B,).
     """
     C = x_0.shape[1]
     mse = _mean((model_output[:, :C] - noise) ** 2)
+    weight = process.inverse_signal_share(t).clamp(max=weight_cap).to(mse.dtype)
     if model_output.shape[1] == C:
-        return {"mse": mse, "loss": mse}
+        return {"mse": mse, "loss": weight * mse}
     frozen_mean = torch.cat([model_output[:, :C].detach(), model_output[:, C:]], dim=1)
     vb = variational_bound(process, frozen_mean, x_0, x_t, t)
-    return {"mse": mse, "vb": vb, "loss": mse + vb}
+    return {"mse": mse, "vb": vb, "loss": weight * mse + vb}
 
 
 def variational_bound(process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -64,6 +64,10 @@ class GaussianDiffusion:
         """The inverse of `predict_x_0`."""
         return (_at(self.inv_signal, t, x_t) * x_t - x_0) / _at(self.noise_to_signal, t, x_t)
 
+    def inverse_signal_share(self, t: Tensor) -> Tensor:
+        """1 / alpha_bar = 1 + 1/SNR at t (B,) -> (B,)."""
+        return self.inv_signal[t] ** 2
+
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """What a model's output (B, 2C, ...) says of x_{t-1}: log variance by range interpolation, IDDPM (15)."""
         eps, v = model_output.chunk(2, dim=1)

@@ -73,6 +73,12 @@ def _full_float32_products():
         torch.set_float32_matmul_precision(precision)
 
 
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    if device.type == "meta":  # knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def s4d_kernel_naive(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int) -> Tensor:
     """Reference for `s4d_kernel`, same arguments: the definition, in complex arithmetic."""
     A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
@@ -98,25 +104,48 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
-def kernel_spectra(K: Tensor, D_skip: Tensor) -> Tensor:
-    """Spectra by which the convolution multiplies: K (2, D, L), D_skip (2, D) -> (2, D, F), complex.
+def kernel_spectra(K: Tensor) -> Tensor:
+    """Spectra by which the convolution multiplies: K (2, D, L) -> (2, D, F), complex.
 
-    The skip is a tap at lag 0. The backward direction is a correlation, hence the conjugate.
+    The backward direction is a correlation, hence the conjugate.
     """
-    n = fft_length(K.shape[-1])
-    forward, backward = torch.fft.rfft(K, n=n) + D_skip[..., None]
+    forward, backward = torch.fft.rfft(K, n=fft_length(K.shape[-1]))
     return torch.stack([forward, backward.conj()])
 
 
 def convolve(u: Tensor, spectra: Tensor) -> Tensor:
     """Both directions at once: u (B, D, L), spectra (2, D, F) -> y (B, 2D, L), forward channels first.
 
-    y_fwd[l] = sum_{j<=l} K_fwd[l-j] u[j] + D_fwd u[l],  y_bwd[l] = sum_{j>=l} K_bwd[j-l] u[j] + D_bwd u[l].
+    y_fwd[l] = sum_{j<=l} K_fwd[l-j] u[j],  y_bwd[l] = sum_{j>=l} K_bwd[j-l] u[j].
     """
     L, n = u.shape[-1], 2 * (spectra.shape[-1] - 1)
     U = torch.fft.rfft(u, n=n)  # (B, D, F)
     y = torch.fft.irfft(U[:, None] * spectra, n=n)[..., :L]  # (B, 2, D, L)
     return y.flatten(1, 2)
+
+
+class Convolution(torch.autograd.Function):
+    """`convolve(u, kernel_spectra(K))` with its adjoint by hand: u (B, D, L), K (2, D, L) -> (B, 2D, L).
+
+    Autograd's backward of a real transform runs a complex one of full length, and keeps spectra; this one needs real
+    transforms only and keeps u and K.
+    """
+
+    @staticmethod
+    def forward(ctx, u: Tensor, K: Tensor) -> Tensor:
+        ctx.save_for_backward(u, K)
+        return convolve(u, kernel_spectra(K))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        u, K = ctx.saved_tensors
+        L, n = u.shape[-1], fft_length(u.shape[-1])
+        U, dY = torch.fft.rfft(u, n=n), torch.fft.rfft(dy.unflatten(1, (2, -1)), n=n)  # (B, D, F), (B, 2, D, F)
+        du = torch.fft.irfft((dY * kernel_spectra(K).conj()).sum(1), n=n)[..., :L]
+        forward, backward = (U.conj()[:, None] * dY).sum(0)  # (D, F) each
+        dK = torch.fft.irfft(torch.stack([forward, backward.conj()]), n=n)[..., :L]
+        return du, dK
 
 
 def s4d_recurrence(
@@ -174,27 +203,28 @@ class S4D(nn.Module):
         self.D_skip.normal_()
 
     def forward(self, u: Tensor) -> Tensor:
-        with torch.autocast(u.device.type, enabled=False):
-            y = convolve(u.to(self.log_dt.dtype), self.spectra(u.shape[-1]))
+        with _no_autocast(u.device):
+            v, L = u.to(self.log_dt.dtype), u.shape[-1]
+            y = Convolution.apply(v, self._build(L)) if torch.is_grad_enabled() else convolve(v, self.spectra(L))
         return y.to(u.dtype)
 
     def kernel(self, L: int) -> Tensor:
-        """The convolution kernels of both directions, (2, D, L)."""
-        return s4d_kernel(self.log_dt.exp(), -self.log_A_real.exp(), self.A_imag, self.B, self.C, L)
+        """The convolution kernels of both directions without skip, (2, D, L)."""
+        with _no_autocast(self.log_dt.device):
+            return s4d_kernel(self.log_dt.exp(), -self.log_A_real.exp(), self.A_imag, self.B, self.C, L)
 
     def spectra(self, L: int) -> Tensor:
-        """Spectra for length L, (2, D, F); kept while no gradient is wanted and no parameter has changed."""
-        if torch.is_grad_enabled():
-            self._kept.clear()
-            return self._build(L)
+        """Spectra for length L without gradients, (2, D, F), kept until a parameter changes."""
         state = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if L not in self._kept or self._kept[L][0] != state:
-            self._kept[L] = (state, self._build(L))
+            self._kept[L] = (state, kernel_spectra(self._build(L)))
         return self._kept[L][1]
 
     def _build(self, L: int) -> Tensor:
+        """The kernels with the skip as a tap at lag 0, (2, D, L)."""
         self.builds += 1
-        return kernel_spectra(self.kernel(L), self.D_skip)
+        K = self.kernel(L)
+        return torch.cat([K[..., :1] + self.D_skip[..., None], K[..., 1:]], dim=-1)
 
     def train(self, mode: bool = True) -> "S4D":
         self._kept.clear()

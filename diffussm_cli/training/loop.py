@@ -100,7 +100,8 @@ class Trainer:
         x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(x_t, batch.t, batch.y)
-        return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise)
+        cap = self.config.train.mse_weight_cap
+        return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise, cap)
 
     def preview(self, last: bool) -> Path:
         """A grid from the averaged weights at fixed seeds; the last one as `sample` would draw it."""

@@ -1,0 +1,50 @@
+"""Shared fixtures: golden values, a tiny configuration and a run trained with it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffussm_cli.config import load_config
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = [
+    "model.hidden_size=16",
+    "model.depth=2",
+    "model.d_state=4",
+    "train.batch_size=8",
+    "train.steps=4",
+    "train.log_every=2",
+    "train.checkpoint_every=2",
+    "train.sample_every=0",
+    "sample.steps=4",
+]
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """Arrays of a golden file by name."""
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
+        return {k: torch.from_numpy(arrays[k]) for k in arrays}
+
+
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative L2 error."""
+    return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@pytest.fixture
+def tiny():
+    """A configuration that trains in a second on the 8x8 digits; arguments are more overrides."""
+    pytest.importorskip("sklearn")
+    return lambda *overrides: load_config("digits", [*TINY, *overrides])
+
+
+def fill(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Random numbers where the start has zeros, so that nothing hides behind them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".s4d." not in name:
+                p.copy_(std * torch.randn(p.shape, generator=generator))
+    return model

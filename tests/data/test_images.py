@@ -1,0 +1,145 @@
+"""Reading, cropping and writing images, and what bad ones get."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffussm_cli.data import images
+from diffussm_cli.data.images import (
+    ImageFolder,
+    centre_crop,
+    list_images,
+    read_image,
+    save_grid,
+    to_model_space,
+    to_uint8,
+)
+from diffussm_cli.errors import DataError
+
+
+def write(path, width=8, height=8, mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def test_class_folders_are_sorted_and_numbered(tmp_path):
+    for name in ("b/2.png", "a/1.png", "b/sub/1.jpg", "a/notes.txt", ".hidden/3.png"):
+        path = tmp_path / name
+        write(path) if path.suffix != ".txt" else path.write_text("no image")
+    files, labels, names = list_images(tmp_path)
+    assert [f.relative_to(tmp_path).as_posix() for f in files] == ["a/1.png", "b/2.png", "b/sub/1.jpg"]
+    assert (labels, names) == ([0, 1, 1], ("a", "b"))
+
+
+def test_flat_folder_has_no_classes(tmp_path):
+    write(tmp_path / "1.png")
+    assert list_images(tmp_path)[1:] == ([0], ())
+
+
+def test_folder_reads_in_any_order(tmp_path):
+    for i in range(3):
+        Image.fromarray(np.full((6, 9, 3), 100 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    source = ImageFolder(tmp_path, (4, 6), 3)
+    x, labels = source.read([2, 0], generator())
+    assert x.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([200 / 127.5 - 1, -1.0]))
+    assert labels.tolist() == [0, 0]
+
+
+def test_flips_follow_the_generator():
+    x = torch.arange(2, dtype=torch.uint8).repeat(64, 1, 1, 1)
+    once, again = (to_model_space(x, True, generator()) for _ in range(2))
+    assert torch.equal(once, again)
+    mirrored = once[:, 0, 0, 0] > once[:, 0, 0, 1]
+    assert 16 < mirrored.sum() < 48
+    assert torch.equal(to_model_space(x, False, generator()), x / 127.5 - 1)
+
+
+def test_centre_crop_equals_adm():
+    """ADM's arithmetic, written out for a square: box-halve while twice too large, then bicubic, then the middle."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 135, 3), dtype=np.uint8))
+    expected = image
+    while min(*expected.size) >= 2 * 32:
+        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+    scale = 32 / min(*expected.size)
+    size = (round(expected.width * scale), round(expected.height * scale))
+    array = np.asarray(expected.resize(size, Image.Resampling.BICUBIC))
+    top, left = (array.shape[0] - 32) // 2, (array.shape[1] - 32) // 2
+    assert np.array_equal(np.asarray(centre_crop(image, (32, 32))), array[top : top + 32, left : left + 32])
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (40, 5), (1, 1), (33, 64), (640, 480)])
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+def test_centre_crop_always_gives_the_size(shape, size):
+    assert centre_crop(Image.new("RGB", shape), size).size == size[::-1]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK"])
+def test_modes_become_rgb_and_grey(tmp_path, mode):
+    path = write(tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), mode=mode)
+    assert read_image(path, (8, 8), 3).shape == (8, 8, 3)
+    assert read_image(path, (8, 8), 1).shape == (8, 8, 1)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    path = write(tmp_path / "x.png", exif=exif)
+    plain = read_image(write(tmp_path / "y.png"), (8, 8), 3)
+    assert np.array_equal(read_image(path, (8, 8), 3), plain[::-1, ::-1])
+
+
+def test_bad_images_are_named(tmp_path, monkeypatch):
+    good = write(tmp_path / "good.jpg", 64, 64)
+    bad = {
+        "text.png": b"this is no image",
+        "empty.png": b"",
+        "cut.jpg": good.read_bytes()[:500],
+        "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=name):
+            read_image(tmp_path / name, (8, 8), 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(DataError, match="64x64 pixels, more than the limit of 4095"):
+        read_image(good, (8, 8), 3)
+    with pytest.raises(DataError, match="none.png"):
+        read_image(tmp_path / "none.png", (8, 8), 3)
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        list_images(tmp_path / "none")
+    with pytest.raises(DataError, match="no image in"):
+        list_images(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="Not a directory"):
+        list_images(tmp_path / "file")
+    (tmp_path / "class").mkdir()
+    with pytest.raises(DataError, match="class folder .* holds no image"):
+        list_images(tmp_path)
+
+
+def test_pixel_rule():
+    x = torch.tensor([-2.0, -1.0, -1 / 255, 0.0, 0.999, 1.0, 7.0])
+    assert to_uint8(x).tolist() == [0, 0, 127, 128, 255, 255, 255]
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_model_space(every, False, generator())), every)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_places_every_image(tmp_path, channels):
+    pixels = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, channels, 60, 60) * 40
+    save_grid(pixels, tmp_path / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape[:2] == (2 * 62 + 2, 3 * 62 + 2)
+    centres = [grid[32 + 62 * (i // 3), 32 + 62 * (i % 3)] for i in range(5)]
+    assert [int(np.max(c)) for c in centres] == [0, 40, 80, 120, 160]

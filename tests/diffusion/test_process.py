@@ -1,0 +1,72 @@
+"""Process and losses against ADM's values, the prior against itself."""
+
+import math
+
+import pytest
+import torch
+
+from diffussm_cli.diffusion.losses import discretised_log_likelihood, gaussian_kl, training_losses
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from tests.conftest import golden, relative
+
+
+@pytest.fixture(scope="module")
+def g():
+    return golden("adm_diffusion")
+
+
+@pytest.mark.parametrize("name", ["mse", "vb", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_losses_equal_adm(g, name, dtype):
+    x_0, x_t, noise, output = (g[k].to(dtype) for k in ("x0", "x_t", "noise", "model_output"))
+    ours = training_losses(GaussianDiffusion(), output, x_0, x_t, g["t"], noise)[name]
+    tolerance = 1e-5 if dtype == torch.float64 or name == "mse" else 1e-3  # float32 cancels in the bound's small terms
+    torch.testing.assert_close(ours.double(), g[name], rtol=tolerance, atol=1e-9 if dtype == torch.float64 else 1e-6)
+
+
+def test_process_equals_adm(g):
+    process = GaussianDiffusion()
+    p = process.p_mean_variance(g["model_output"], g["x_t"], g["t"])
+    mean, log_variance = process.q_posterior(g["x0"], g["x_t"], g["t"])
+    assert relative(process.q_sample(g["x0"], g["t"], g["noise"]), g["x_t"]) < 1e-5
+    assert relative(p.mean, g["p_mean"]) < 1e-5
+    assert relative(p.log_variance, g["p_log_variance"]) < 1e-5
+    assert relative(p.x_0, g["pred_x0"]) < 1e-5
+    assert relative(mean, g["q_posterior_mean"]) < 1e-5
+    assert relative(log_variance.expand_as(mean), g["q_posterior_log_variance"]) < 1e-5
+
+
+def test_bound_does_not_move_the_mean(g):
+    output = g["model_output"].clone().requires_grad_()
+    process = GaussianDiffusion()
+    losses = training_losses(process, output, g["x0"], g["x_t"], g["t"], g["noise"])
+    (vb,) = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
+    (mse,) = torch.autograd.grad(losses["mse"].sum(), output)
+    assert not vb[:, :4].any()
+    assert vb[:, 4:].flatten(1).any(dim=1).all()
+    assert mse[:, :4].any()
+    assert not mse[:, 4:].any()
+
+
+def test_without_learned_covariance_the_loss_is_the_noise(g):
+    losses = training_losses(GaussianDiffusion(), g["model_output"][:, :4], g["x0"], g["x_t"], g["t"], g["noise"])
+    assert losses.keys() == {"mse", "loss"}
+    torch.testing.assert_close(losses["loss"], g["mse"], rtol=1e-6, atol=0)
+
+
+def test_prediction_of_noise_and_image_are_inverse(g):
+    process = GaussianDiffusion()
+    x_0 = process.predict_x_0(g["x_t"], g["t"], g["noise"])
+    torch.testing.assert_close(process.predict_noise(g["x_t"], g["t"], x_0), g["noise"], rtol=1e-4, atol=1e-4)
+    assert relative(x_0, g["x0"]) < 1e-4
+
+
+def test_kl_of_gaussians_by_hand():
+    kl = gaussian_kl(*map(torch.tensor, (0.0, 0.0, 1.0, math.log(4.0))))
+    assert float(kl) == pytest.approx(0.5 * (math.log(4) + 1 / 4 + 1 / 4 - 1))
+
+
+def test_likelihood_of_all_256_values_is_one():
+    x = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+    log_p = discretised_log_likelihood(x, torch.full_like(x, 0.3), torch.full_like(x, math.log(0.4)))
+    assert float(log_p.exp().sum()) == pytest.approx(1, abs=1e-9)

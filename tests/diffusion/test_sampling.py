@@ -1,0 +1,133 @@
+"""Samplers against ADM's runs and against the exact solution on Gaussian data; guidance and clipping by hand."""
+
+import math
+
+import pytest
+import torch
+from diffusers.schedulers import scheduling_ddpm
+
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, respaced_timesteps, sample
+from tests.conftest import golden, relative
+
+PROCESS = GaussianDiffusion()
+VARIANCE = 0.25  # of the data
+
+
+def gaussian_denoiser(x, t):
+    """The exact denoiser of N(0, 1/4) data, with the golden file's v beside it."""
+    abar = PROCESS.alpha_bar64[t]
+    s = (1 - abar).sqrt()
+    return torch.cat([x * s / (VARIANCE * abar + s**2), 0.5 * torch.tanh(x)], dim=1)
+
+
+@pytest.mark.parametrize("steps", [250, 50])
+def test_ddpm_equals_adm(steps, monkeypatch):
+    g = golden("adm_diffusion")
+    scheduler = make_scheduler("ddpm", PROCESS, steps, learned_covariance=True)
+    assert scheduler.timesteps.tolist() == g[f"s{steps}_timesteps"].tolist()
+    noise = iter(g[f"s{steps}_z"])
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(noise).double())
+    final = sample(gaussian_denoiser, scheduler, g[f"s{steps}_xT"])
+    assert relative(final, g[f"s{steps}_final"]) < 1e-6
+
+
+def test_ddim_equals_adm():
+    g = golden("adm_diffusion")
+    scheduler = make_scheduler("ddim", PROCESS, 25, learned_covariance=True)
+    assert scheduler.timesteps.tolist() == g["sddim25_timesteps"].tolist()
+    assert relative(sample(gaussian_denoiser, scheduler, g["sddim25_xT"]), g["sddim25_final"]) < 1e-6
+
+
+def test_respacing_ends_and_bounds():
+    assert respaced_timesteps(1000, 1) == [0]
+    assert respaced_timesteps(1000, 2) == [999, 0]
+    assert respaced_timesteps(1000, 1000) == list(range(999, -1, -1))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError, match="must lie in 1..1000"):
+            respaced_timesteps(1000, steps)
+
+
+def ode_error(name, steps):
+    """Distance of a solver's end from the exact probability flow, which only rescales Gaussian data."""
+    scheduler = make_scheduler(name, PROCESS, steps, learned_covariance=True)
+    generator = torch.Generator().manual_seed(0)
+    x_T = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    abar = PROCESS.alpha_bar64[int(scheduler.timesteps[0])]
+    exact = x_T * (VARIANCE / (VARIANCE * abar + 1 - abar)).sqrt()
+    return relative(sample(gaussian_denoiser, scheduler, x_T), exact)
+
+
+def test_ddim_converges_with_order_one():
+    steps = [10, 20, 50, 100, 250, 500]
+    errors = [math.log(ode_error("ddim", n)) for n in steps]
+    x = [math.log(n) for n in steps]
+    mx, my = sum(x) / len(x), sum(errors) / len(x)
+    slope = sum((a - mx) * (b - my) for a, b in zip(x, errors)) / sum((a - mx) ** 2 for a in x)
+    assert -1.05 < slope < -0.9
+
+
+@pytest.mark.parametrize("name", ["dpmpp", "unipc"])
+def test_second_order_solvers_beat_ddim_and_converge(name):
+    assert ode_error(name, 40) < 0.2 * ode_error("ddim", 40)
+    assert ode_error(name, 80) < 0.01
+
+
+def test_unknown_sampler_is_named():
+    with pytest.raises(ValueError, match="'euler' is not one of ddpm, ddim, dpmpp, unipc"):
+        make_scheduler("euler", PROCESS, 10, learned_covariance=True)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "unipc"])
+@pytest.mark.parametrize("learned", [True, False])
+def test_every_sampler_takes_four_channels_with_and_without_covariance(name, learned):
+    def denoise(x, t):
+        return gaussian_denoiser(x, t) if learned else gaussian_denoiser(x, t)[:, :4]
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), torch.randn(2, 4, 3, 5), generators)
+    assert x.shape == (2, 4, 3, 5)
+    assert torch.isfinite(x).all()
+
+
+class CountingModel:
+    """Noise equals the label, v equals ten times the label; counts forwards and rows."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, y):
+        self.calls.append(len(x))
+        eps = torch.ones_like(x) * y.view(-1, 1, 1, 1)
+        return torch.cat([eps, 10 * eps], dim=1)
+
+
+def test_guidance_by_hand_all_channels_and_three():
+    x, y = torch.zeros(2, 4, 1, 1), torch.tensor([3.0, 5.0])
+    everything = guided(CountingModel(), y, null_class=1, scale=1.5)(x, 7)
+    assert everything[:, :4, 0, 0].tolist() == [[1 + 1.5 * 2] * 4, [1 + 1.5 * 4] * 4]
+    assert everything[:, 4:, 0, 0].tolist() == [[30] * 4, [50] * 4]  # the covariance of the label itself
+    three = guided(CountingModel(), y, null_class=1, scale=1.5, channels=3)(x, 7)
+    assert three[:, :4, 0, 0].tolist() == [[4, 4, 4, 3], [7, 7, 7, 5]]
+
+
+def test_guidance_costs_one_forward_where_it_does_nothing():
+    x, y = torch.zeros(2, 4, 1, 1), torch.tensor([3, 5])
+    model = CountingModel()
+    guided(model, y, 1, scale=1)(x, 500)
+    assert model.calls == [2]
+    model = CountingModel()
+    denoise = guided(model, y, 1, scale=2, interval=(200, 600))
+    for t in (199, 200, 600, 601):
+        denoise(x, t)
+    assert model.calls == [2, 4, 4, 2]
+
+
+def test_clipping_bounds_the_predicted_image():
+    x, t = 3 * torch.randn(2, 1, 4, 4, dtype=torch.float64), 400
+    raw = PROCESS.predict_x_0(x, torch.tensor([t, t]), gaussian_denoiser(x, t)[:, :1])
+    output = clipped(gaussian_denoiser, PROCESS)(x, t)
+    x_0 = PROCESS.predict_x_0(x, torch.tensor([t, t]), output[:, :1])
+    assert raw.abs().max() > 1
+    torch.testing.assert_close(x_0, raw.clamp(-1, 1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(output[:, 1:], gaussian_denoiser(x, t)[:, 1:])

@@ -1,0 +1,247 @@
+"""S4D: golden values, kernel against its definition, convolution against the recurrence, precision, cache."""
+
+import math
+
+import pytest
+import torch
+
+from diffussm_cli.model.s4d import (
+    S4D,
+    Convolution,
+    convolve,
+    fft_length,
+    kernel_spectra,
+    s4d_kernel,
+    s4d_kernel_naive,
+    s4d_recurrence,
+)
+from tests.conftest import golden, relative
+
+SSM_NAMES = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
+
+
+def golden_parameters(dtype):
+    g = golden("s4d_kernel")
+    A = g["A"]
+    pairs = [torch.view_as_real(g[name]).to(dtype) for name in ("B", "C")]
+    return g, (g["dt"].to(dtype), A.real.to(dtype), A.imag.to(dtype), *pairs)
+
+
+def layer(D=6, N=8, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    return S4D(D, N).to(dtype)
+
+
+def parameters(s4d, direction):
+    dt, A_real = s4d.log_dt.exp()[direction], -s4d.log_A_real.exp()[direction]
+    return dt, A_real, s4d.A_imag[direction], s4d.B[direction], s4d.C[direction]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("kernel", [s4d_kernel, s4d_kernel_naive])
+def test_kernel_equals_reference_implementation(dtype, tolerance, kernel):
+    g, p = golden_parameters(dtype)
+    assert relative(kernel(*p, L=g["kernel"].shape[-1]), g["kernel"]) < tolerance
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_convolutions_equal_reference_implementation(dtype, tolerance):
+    g, p = golden_parameters(dtype)
+    K = s4d_kernel(*p, L=g["u"].shape[-1])
+    causal, anticausal = convolve(g["u"].to(dtype), kernel_spectra(torch.stack([K, K]))).chunk(2, dim=1)
+    assert relative(causal, g["y_causal"]) < tolerance
+    assert relative(anticausal, g["y_anticausal"]) < tolerance
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 7, 64, 97, 196, 1000])
+def test_two_level_kernel_equals_definition_with_gradients(L):
+    values, gradients = [], []
+    for kernel in (s4d_kernel, s4d_kernel_naive):
+        s4d = layer()
+        K = kernel(*parameters(s4d, 0), L)
+        weight = torch.linspace(-1, 1, L, dtype=torch.float64).cos()
+        gradients.append(
+            torch.autograd.grad((K * weight).sum(), [s4d.log_dt, s4d.log_A_real, s4d.A_imag, s4d.B, s4d.C])
+        )
+        values.append(K)
+    torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=1e-12)
+    for fast, slow in zip(*gradients):
+        torch.testing.assert_close(fast, slow, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("L", [1, 2, 5, 31, 64, 100])
+def test_layer_equals_recurrence_in_both_directions(L):
+    s4d, u = layer(), torch.randn(3, 6, L, dtype=torch.float64)
+    forward, backward = s4d(u).chunk(2, dim=1)
+    expected = s4d_recurrence(u, *parameters(s4d, 0), s4d.D_skip[0])
+    reversed_ = s4d_recurrence(u.flip(-1), *parameters(s4d, 1), s4d.D_skip[1]).flip(-1)
+    torch.testing.assert_close(forward, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(backward, reversed_, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("L", [1, 2, 9, 16])
+def test_convolution_by_hand_has_the_gradients_of_autograd(L):
+    generator = torch.Generator().manual_seed(0)
+    u, K = (torch.randn(s, 3, L, generator=generator, dtype=torch.float64, requires_grad=True) for s in (4, 2))
+    weight = torch.randn(4, 6, L, generator=generator, dtype=torch.float64)
+    results = []
+    for y in (Convolution.apply(u, K), convolve(u, kernel_spectra(K))):
+        results.append((y, *torch.autograd.grad((y * weight).sum(), (u, K))))
+    for by_hand, automatic in zip(*results):
+        torch.testing.assert_close(by_hand, automatic, rtol=1e-10, atol=1e-12)
+
+
+def test_reversal_swaps_directions():
+    s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
+    forward, backward = s4d(u).chunk(2, dim=1)
+    with torch.no_grad():
+        for p in s4d.parameters():
+            p.copy_(p.flip(0))
+    swapped_forward, swapped_backward = s4d(u.flip(-1)).chunk(2, dim=1)
+    torch.testing.assert_close(swapped_backward.flip(-1), forward)
+    torch.testing.assert_close(swapped_forward.flip(-1), backward)
+
+
+def test_float32_kernel_error_at_the_start_of_training():
+    torch.manual_seed(0)
+    s4d, exact = S4D(128, 64), S4D(128, 64).double()
+    exact.load_state_dict(s4d.state_dict())
+    error = (s4d.kernel(4096) - exact.kernel(4096)).norm(dim=-1) / exact.kernel(4096).norm(dim=-1)
+    assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 97, 196, 784, 1021, 1024])
+def test_fft_length_is_long_enough_even_and_smooth(L):
+    n = fft_length(L)
+    assert n >= 2 * L - 1
+    assert n % 2 == 0
+    assert n <= 2.3 * L + 2
+    for p in (2, 3, 5, 7):
+        while n % p == 0:
+            n //= p
+    assert n == 1
+
+
+def test_start_is_s4d_lin():
+    torch.manual_seed(0)
+    s4d = S4D(512, 64)
+    assert torch.equal(-s4d.log_A_real.exp(), torch.full((2, 512, 32), -0.5))
+    torch.testing.assert_close(s4d.A_imag[1, 5], math.pi * torch.arange(32.0))
+    assert 1e-3 <= s4d.log_dt.exp().min() < 1.1e-3
+    assert 0.09 < s4d.log_dt.exp().max() <= 0.1
+    assert torch.equal(torch.view_as_complex(s4d.B.detach()), torch.ones(2, 512, 32, dtype=torch.complex64))
+    assert abs(float(torch.view_as_complex(s4d.C.detach()).abs().square().mean()) - 1) < 0.02
+    assert sum(p.numel() for p in s4d.parameters()) == 194 * 2 * 512
+
+
+CASTS = {
+    "to bfloat16": lambda m: m.to(torch.bfloat16),
+    "half": lambda m: m.half(),
+    "to device and dtype": lambda m: m.to("cpu", torch.float16),
+    "type": lambda m: m.type(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_casts_leave_parameters_float32_and_unrounded(cast):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), S4D(6, 8))
+    before = {k: v.clone() for k, v in model[1].state_dict().items()}
+    cast(model)
+    assert model[0].weight.dtype in (torch.bfloat16, torch.float16)
+    assert {n: p.dtype for n, p in model[1].named_parameters()} == dict.fromkeys(SSM_NAMES, torch.float32)
+    assert all(torch.equal(v, before[k]) for k, v in model[1].state_dict().items())
+
+
+def test_spectra_and_transforms_are_float32_under_autocast(monkeypatch):
+    seen = {}
+    for name in ("rfft", "irfft"):
+        original = getattr(torch.fft, name)
+
+        def spy(x, *args, original=original, name=name, **kwargs):
+            seen.setdefault(name, set()).add(x.dtype)
+            return original(x, *args, **kwargs)
+
+        monkeypatch.setattr(torch.fft, name, spy)
+    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
+    exact = s4d(u)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = s4d(u.bfloat16())
+        K = s4d.kernel(32)
+    assert seen == {"rfft": {torch.float32}, "irfft": {torch.complex64}}
+    assert y.dtype == torch.bfloat16
+    assert relative(y, exact) < 0.01  # the input's own rounding, and the output's
+    assert K.dtype == torch.float32
+
+
+def test_kernel_under_autocast_keeps_its_bits():
+    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = s4d(u)  # float32 in, float32 out: nothing may be rounded
+    assert torch.equal(cast, s4d(u))
+
+
+def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
+    inside = []
+    original = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor,
+        "__matmul__",
+        lambda a, b: (inside.append(torch.get_float32_matmul_precision()), original(a, b))[1],
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        layer(dtype=torch.float32).kernel(16)
+        assert inside == ["highest"]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_frozen_kernels_are_built_once():
+    s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        for _ in range(5):
+            s4d(u)
+        assert s4d.builds == 1
+        s4d(torch.randn(1, 6, 20))
+        s4d(u)
+        assert s4d.builds == 2  # one a length
+    s4d(u)
+    s4d(u)
+    assert s4d.builds == 4  # training builds at each step
+
+
+def sgd_step(s4d, u):
+    with torch.enable_grad():
+        s4d(u).square().sum().backward()
+    torch.optim.SGD(s4d.parameters(), lr=0.1).step()
+
+
+CHANGES = {
+    "optimiser step": sgd_step,
+    "load_state_dict": lambda s4d, u: s4d.load_state_dict(layer(dtype=torch.float32, seed=1).state_dict()),
+    "move there and back": lambda s4d, u: (
+        s4d.to("meta").to_empty(device="cpu").load_state_dict(layer(dtype=torch.float32, seed=1).state_dict())
+    ),
+    "foreach update": lambda s4d, u: torch._foreach_mul_([p.detach() for p in s4d.parameters()], 1.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_kept_kernels_follow_the_weights(change):
+    s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
+    with torch.no_grad():
+        before = s4d(u)
+        change(s4d, u)
+        fresh = S4D(6, 8)
+        fresh.load_state_dict(s4d.state_dict())
+        assert torch.equal(s4d(u), fresh(u))
+        assert not torch.equal(s4d(u), before)
+
+
+def test_odd_state_size_is_refused():
+    with pytest.raises(ValueError, match="d_state must be even"):
+        S4D(4, 5)

@@ -1,0 +1,227 @@
+"""The program as a user meets it: both commands from beginning to end, and one line for each mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffussm_cli import runs
+from diffussm_cli.cli import app
+from tests.conftest import TINY
+
+pytest.importorskip("sklearn")
+SETTINGS = [part for override in TINY for part in ("--set", override)]
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def line_of(result):
+    """The one line of a refusal."""
+    assert result.exit_code == 1, result.output
+    lines = result.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith("diffussm: error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.output
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "tiny"
+    result = run("train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.sample_every=4")
+    assert result.exit_code == 0, result.output
+    return root
+
+
+def test_train_leaves_a_run_that_describes_itself(trained):
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config["preset"] == "digits"
+    assert config["data"]["class_names"] == list("0123456789")
+    assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    assert list((trained / "tensorboard").glob("events.*"))
+    assert Image.open(trained / "samples" / "step-00000004.png").size == (10 * 58 + 2, 2 * 58 + 2)
+
+
+def test_train_ends_with_what_to_do_next(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run("train", "--preset", "digits", *SETTINGS)
+    assert "draw more: diffussm sample runs/digits" in first.stderr
+    assert first.stdout == ""
+    again = run("train", "--preset", "digits", *SETTINGS)
+    assert "diffussm sample runs/digits-2" in again.stderr
+    newest = run("sample", "--num", 2, "--steps", 2)
+    assert newest.stdout.strip() == os.path.join("runs", "digits-2", "images", "grid.png")
+
+
+def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
+    out = tmp_path / "a b"
+    result = run(
+        *("sample", trained, "--num", 5, "--classes", "3,7-8", "--seed", 10, "--sampler", "ddim", "--steps", 3),
+        *("--guidance", 2, "--guidance-interval", "100,900", "--out", out, "--npz", "--batch-size", 2),
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(10, 15)]
+    assert Image.open(out / "000010.png").size == (8, 8)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["labels"] == [3, 7, 8, 3, 7]
+    assert (meta["sampler"], meta["steps"], meta["guidance"], meta["seeds"]) == ("ddim", 3, 2.0, [10, 14])
+    assert meta["weights_sha256"] == runs.sha256(trained / "final" / "model.safetensors")
+    with np.load(out / "samples.npz", allow_pickle=False) as npz:
+        assert npz["arr_0"].shape == (5, 8, 8, 1)
+        assert np.array_equal(npz["arr_0"][1, :, :, 0], np.asarray(Image.open(out / "000011.png")))
+        assert npz["arr_1"].tolist() == [3, 7, 8, 3, 7]
+
+
+def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
+    for path in (trained / "checkpoints" / "step-00000002", trained / "final"):
+        grid = tmp_path / path.name / "g.png"
+        assert run("sample", path, "--num", 1, "--steps", 2, "--out", tmp_path / "o", "--grid", grid).exit_code == 0
+        assert grid.is_file()
+    assert json.loads((tmp_path / "o" / "meta.json").read_text())["step"] == 4
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "--preset", "xl-256", "--dry-run", "--set", "train.lr=2e-4")
+    assert result.exit_code == 0
+    assert yaml.safe_load(result.stdout)["train"]["lr"] == 2e-4
+    assert "673,088,272" in result.stderr
+    assert "1,024" in result.stderr
+    assert "GiB" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_profile_json():
+    result = run("profile", "--preset", "xl-256", "--preset", "digits", "--json")
+    models = json.loads(result.stdout)["models"]
+    assert [m["name"] for m in models] == ["xl-256", "digits"]
+    assert (models[0]["parameters"], models[0]["tokens"], models[0]["positions"]) == (673_088_272, 1024, 512)
+    assert models[0]["gflops"] == pytest.approx(sum(models[0]["parts"].values()))
+
+
+def test_resume_goes_on_and_refuses_drift(tmp_path):
+    root = tmp_path / "run"
+    assert run("train", "--preset", "digits", "--out", root, *SETTINGS).exit_code == 0
+    finished = line_of(run("train", "--resume", "--out", root))
+    assert "is at step 4 and train.steps is 4; nothing to do" in finished
+    longer = run("train", "--resume", "--out", root, "--set", "train.steps=6")
+    assert longer.exit_code == 0, longer.output
+    steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    for change, words in {
+        "model.depth=3": "model.depth was 2 and is now 3",
+        "train.batch_size=16": "train.batch_size was 8 and is now 16",
+        "data.flip=true": "data.flip was False and is now True",
+    }.items():
+        assert words in line_of(run("train", "--resume", "--out", root, "--set", "train.steps=9", "--set", change))
+
+
+MISTAKES = {
+    "unknown command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+    "unknown option": (["train", "--presets", "x"], "--presets"),
+    "unknown preset": (["train", "--preset", "xl256"], "no preset 'xl256'; did you mean 'xl-256'?"),
+    "missing preset file": (["train", "--preset", "mine.yaml"], "cannot read 'mine.yaml': No such file"),
+    "unknown field": (["train", "--set", "train.learningrate=1"], "unknown field train.learningrate"),
+    "wrong type": (["train", "--set", "train.steps=many"], "train.steps: 'many' must be a whole number"),
+    "missing latents": (["train", "--preset", "xl-256"], "diffussm encode IMAGES latents/imagenet-256"),
+    "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
+    "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
+    "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
+    "nothing to resume": (["train", "--resume"], "--resume: no run of mnist in runs/"),
+    "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
+    "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
+    "choice": (["sample", "x", "--sampler", "euler"], "'euler' is not one of"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_line(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in line_of(run(*arguments))
+    assert list(tmp_path.iterdir()) == []  # and leave nothing behind
+
+
+SAMPLE_MISTAKES = {
+    "class out of range": (["--classes", "3,10"], "--classes: '3,10' must name labels from 0 to 9"),
+    "class by name": (["--classes", "cat"], "--classes: 'cat' must be whole numbers"),
+    "class range backwards": (["--classes", "5-3"], "--classes: '5-3' must name labels"),
+    "too many steps": (["--steps", "1001"], "steps: 1001 must be at most"),
+    "interval": (["--guidance-interval", "9,1"], "must be LO,HI"),
+    "out is a file": (["--out", "/dev/null/x"], "--out: cannot write"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), SAMPLE_MISTAKES.values(), ids=SAMPLE_MISTAKES)
+def test_wrong_sampling_requests(trained, arguments, words):
+    assert words in line_of(run("sample", trained, "--num", 1, *arguments))
+
+
+def test_out_that_is_taken_or_a_file(trained, tmp_path):
+    assert "is not empty; add --resume" in line_of(run("train", "--preset", "digits", "--out", trained))
+    (tmp_path / "file").write_text("")
+    assert "is a file" in line_of(run("train", "--preset", "digits", "--out", tmp_path / "file"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no finished training" in line_of(run("sample", tmp_path / "empty"))
+
+
+def test_damaged_picture_in_training_is_named(tmp_path):
+    for i in range(8):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"no image")
+    result = run(
+        *("train", "--preset", "digits", "--data", tmp_path, "--out", tmp_path / "run", *SETTINGS),
+        *("--set", "model.num_classes=0"),
+    )
+    assert "3.png: not a PNG" in line_of(result)
+
+
+def start(root, *settings):
+    command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root), *SETTINGS]
+    command += [part for s in settings for part in ("--set", s)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoint(root, process):
+    deadline = time.time() + 120
+    while not runs.checkpoints(root):
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
+    process = start(tmp_path / "run", "train.steps=100000", "train.checkpoint_every=20")
+    wait_for_checkpoint(tmp_path / "run", process)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"diffussm train --resume --out {tmp_path / 'run'}" in messages
+    assert "Traceback" not in messages
+    step = runs.read_state(runs.newest_checkpoint(tmp_path / "run"))["step"]
+    assert f"stopped at step {step} of 100000" in messages
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path):
+    """A checkpoint a step, so that a kill is likely to hit the writing of one."""
+    root = tmp_path / "run"
+    process = start(root, "train.steps=100000", "train.checkpoint_every=1")
+    wait_for_checkpoint(root, process)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    step = runs.read_state(runs.newest_checkpoint(root))["step"]
+    result = run("train", "--resume", "--out", root, "--set", f"train.steps={step + 2}")
+    assert result.exit_code == 0, result.output
+    assert runs.read_state(runs.newest_checkpoint(root))["step"] == step + 2

@@ -1,0 +1,60 @@
+"""An image is a function of its seed alone."""
+
+import pytest
+import torch
+
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.generation import generate
+from diffussm_cli.model import DiffuSSM
+from tests.conftest import fill
+
+
+@pytest.fixture(scope="module")
+def model():
+    return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+
+
+def draw(model, seeds, batch_size=64, classes=(), **how):
+    how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
+    drawn = list(generate(model, GaussianDiffusion(), how, seeds, classes, batch_size))
+    return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
+
+
+@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"sampler": "dpmpp"}])
+def test_image_does_not_depend_on_its_batch(model, how):
+    """To 1e-5 and not bitwise: matrix products choose their blocking by the number of rows."""
+    together, labels = draw(model, range(64), **how)
+    sevens, same_labels = draw(model, range(64), batch_size=7, **how)
+    alone, label = draw(model, [37], **how)
+    torch.testing.assert_close(sevens, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone[0], together[37], rtol=0, atol=1e-5)
+    assert labels == same_labels
+    assert label == [labels[37]]
+
+
+def test_seeds_differ_and_repeat(model):
+    images, labels = draw(model, range(8))
+    again, _ = draw(model, range(8))
+    assert torch.equal(images, again)
+    assert len(torch.unique(images.flatten(1), dim=0)) == 8
+    assert len(set(labels)) > 1  # drawn at random
+
+
+def test_classes_are_taken_in_turn(model):
+    _, labels = draw(model, range(5), batch_size=2, classes=(3, 1))
+    assert labels == [3, 1, 3, 1, 3]
+
+
+def test_kernels_are_built_once_for_all_steps_and_batches():
+    model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+    draw(model, range(6), batch_size=2, guidance=1.5)
+    assert [b.s4d.builds for b in model.blocks] == [1, 1]
+
+
+def test_unconditional_model():
+    model = fill(DiffuSSM(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
+    how = SampleConfig(sampler="ddim", steps=3)
+    (drawn,) = generate(model, GaussianDiffusion(), how, [4, 5])
+    assert drawn.labels is None
+    assert drawn.images.shape == (2, 1, 8, 8)

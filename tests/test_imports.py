@@ -1,0 +1,86 @@
+"""The house's import directions, and what must not be imported early."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import diffussm_cli
+
+ROOT = Path(diffussm_cli.__file__).parent
+# A module may import what stands in a later row, or in its own row if the row says so.
+ROWS = [
+    {"__main__"},
+    {"cli"},
+    {"commands"},
+    {"training"},
+    {"generation", "evaluation", "profiling"},
+    {"runs"},
+    {"model", "diffusion", "data"},
+    {"device"},
+    {"config"},
+    {"errors", "presets", ""},
+]
+ROW = {name: i for i, row in enumerate(ROWS) for name in row}
+
+
+def modules():
+    return sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
+
+
+def package(path):
+    first = path.parts[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imports(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_imports_go_one_way(path):
+    own = package(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "diffussm_cli":
+            other = parts[1] if parts[1] in ROW else ""
+            assert other == own or ROW[other] > ROW[own], f"{path} imports {name}"
+        if parts[0] in ("typer", "rich"):
+            assert own in ("cli", "commands"), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_only_commands_print_and_exit(path):
+    if package(path) in ("cli", "commands", "__main__"):
+        return
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "exit", "sys.exit", "quit", "os._exit"), f"{path} calls {called}"
+
+
+QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["--version"]]
+QUICK += [["train", "--preset", "mnst"], ["train", "--set", "model.hiden_size=3"], ["train", "--bogus"]]
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_help_and_preset_errors_come_without_torch(arguments):
+    code = (
+        "import sys\n"
+        "from diffussm_cli.cli import app\n"
+        "try:\n"
+        f"    app({arguments!r})\n"
+        "finally:\n"
+        "    assert 'torch' not in sys.modules and 'diffusers' not in sys.modules, 'slow'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "slow" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (0 if arguments[-1] in ("--help", "--version") else 1)

@@ -1,0 +1,59 @@
+"""Batches are functions of (seed, step)."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from diffussm_cli.data.source import open_source
+from diffussm_cli.training.batches import batches, indices_at, make_batch, mixed_seed
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b)))
+
+
+def test_every_epoch_visits_each_image_once_in_another_order():
+    first, second = indices_at(0, 0, 10, 10), indices_at(0, 10, 10, 10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(first) != list(second)
+    assert list(first) != list(indices_at(1, 0, 10, 10))
+
+
+def test_positions_do_not_depend_on_how_they_are_asked_for():
+    whole = indices_at(3, 0, 60, 7)  # across epochs
+    parts = np.concatenate([indices_at(3, p, 4, 7) for p in range(0, 60, 4)])
+    assert np.array_equal(whole, parts)
+
+
+def test_resumed_batches_equal_the_uninterrupted(tiny):
+    config = tiny("train.steps=6")
+    source = open_source(config)
+    straight = list(batches(source, config, 0))
+    resumed = list(batches(source, config, 4))
+    assert len(straight) == 6
+    assert same(straight[4], resumed[0])
+    assert same(straight[5], resumed[1])
+    assert not same(straight[0], straight[1])
+
+
+def test_labels_are_dropped_at_the_rate_asked_for(tiny):
+    config = tiny("train.batch_size=1000", "train.label_dropout=0.3")
+    batch = make_batch(open_source(config), config, 0)
+    assert 250 < int((batch.y == 10).sum()) < 350
+    assert tiny("model.num_classes=0").model.num_classes == 0
+    unconditional = tiny("model.num_classes=0")
+    assert make_batch(open_source(unconditional), unconditional, 0).y is None
+
+
+def test_timesteps_cover_all_and_noise_is_normal(tiny):
+    config = tiny("train.batch_size=4000", "diffusion.timesteps=10", "sample.steps=4")
+    batch = make_batch(open_source(config), config, 0)
+    assert batch.t.unique().tolist() == list(range(10))
+    assert abs(float(batch.noise.std()) - 1) < 0.01
+
+
+def test_mixed_seeds_do_not_collide():
+    seeds = {mixed_seed(a, b) for a in range(50) for b in range(50)}
+    assert len(seeds) == 2500
+    assert all(0 <= s < 2**63 for s in seeds)

@@ -1,0 +1,200 @@
+"""The loop: accumulation, resume, EMA, records, checkpoints that survive, errors."""
+
+import dataclasses
+import errno
+import json
+import math
+
+import pytest
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config
+from diffussm_cli.data.source import open_source
+from diffussm_cli.errors import RunError
+from diffussm_cli.training import checkpoint
+from diffussm_cli.training.ema import EMA
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.optimizer import lr_factor
+from diffussm_cli.training.record import Meter, RecordWriter
+
+
+def trainer(config, root):
+    return Trainer(config, open_source(config), root)
+
+
+def weights(t):
+    return {"model." + k: v.clone() for k, v in t.model.state_dict().items()} | {
+        "ema." + k: v.clone() for k, v in t.ema.model.state_dict().items()
+    }
+
+
+def test_two_steps_resume_two_steps_equal_four_bitwise(tiny, tmp_path):
+    whole = trainer(tiny(), tmp_path / "whole")
+    records = list(whole.run())
+    first = trainer(tiny(), tmp_path / "parts")
+    stop = iter([False, True])
+    list(first.run(lambda: next(stop)))
+    assert first.step == 2
+    second = trainer(tiny("train.seed=0"), tmp_path / "parts")
+    second.resume(runs.newest_checkpoint(tmp_path / "parts"))
+    resumed = list(second.run())
+    assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(second).items())
+    assert resumed[-1]["loss"] == records[-1]["loss"]
+    assert [r["step"] for r in records] == [2, 4]
+
+
+def test_accumulation_equals_one_large_batch(tiny, tmp_path):
+    results = []
+    for parts in (1, 4):
+        t = trainer(tiny(f"train.accumulate={parts}", "train.grad_clip=0.1"), tmp_path / str(parts))
+        records = list(t.run())
+        results.append((records[-1], weights(t)))
+    (a, wa), (b, wb) = results
+    for name in ("loss", "mse", "vb", "grad_norm"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4)
+    for k in wa:
+        torch.testing.assert_close(wa[k], wb[k], rtol=1e-3, atol=1e-4)
+
+
+def test_training_lowers_the_loss(tiny, tmp_path):
+    config = tiny("train.steps=120", "train.log_every=20", "train.lr=3e-3", "train.checkpoint_every=1000")
+    records = list(trainer(config, tmp_path).run())
+    assert records[0]["loss"] > 0.5
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    assert {f"mse_q{i}" for i in range(1, 5)} <= records[-1].keys()
+
+
+def test_run_folder_describes_itself(tiny, tmp_path):
+    config = tiny("train.sample_every=2", "train.sample_images=4")
+    t = trainer(config, tmp_path)
+    list(t.run())
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    trained = runs.find_run(tmp_path)
+    model = runs.load_model(trained)
+    assert trained.config == config
+    assert all(torch.equal(v, t.ema.model.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.position, t.model.position)
+    assert not model.training
+
+
+def test_old_checkpoints_go_and_debris_with_them(tiny, tmp_path):
+    (tmp_path / "checkpoints" / ".partial-step-00000001").mkdir(parents=True)
+    list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path).run())
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: nothing catches it."""
+
+
+def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
+    t = trainer(tiny(), tmp_path)
+    stop = iter([False, True])
+    list(t.run(lambda: next(stop)))
+    write = checkpoint.write_tensors
+
+    def die(tensors, path):
+        write(tensors, path)
+        path.write_bytes(path.read_bytes()[:100])
+        raise Killed
+
+    monkeypatch.setattr(checkpoint, "write_tensors", die)
+    t.step = 3
+    with pytest.raises(Killed):
+        t.save()
+    assert runs.newest_checkpoint(tmp_path).name == "step-00000002"
+    again = trainer(tiny(), tmp_path)
+    again.resume(runs.newest_checkpoint(tmp_path))
+    assert again.step == 2
+
+
+def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
+    t = trainer(tiny(), tmp_path)
+    t.step = 1
+    t.optimizer.step()
+    t.save()
+
+    def full(tensors, path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    t.step = 2
+    with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):
+        t.save()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
+    list(trainer(tiny(), tmp_path).run())
+    trained = runs.find_run(tmp_path)
+    wider = dataclasses.replace(trained, config=tiny("model.hidden_size=32"))
+    with pytest.raises(RunError, match=r"weights of another model: .* is \(.*\), not \("):
+        runs.load_model(wider)
+    deeper = dataclasses.replace(trained, config=tiny("model.depth=3"))
+    with pytest.raises(RunError, match="weights of another model: blocks.2"):
+        runs.load_model(deeper)
+    trained.weights.write_bytes(trained.weights.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"model.safetensors: cannot be read"):
+        runs.load_model(trained)
+    state = runs.newest_checkpoint(tmp_path) / runs.STATE
+    state.write_text("{")
+    with pytest.raises(RunError, match="state.json: damaged"):
+        trainer(tiny(), tmp_path).resume(state.parent)
+
+
+def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
+    t = trainer(tiny(), tmp_path)
+    with torch.no_grad():
+        t.model.patch_out.bias.fill_(math.nan)
+    with pytest.raises(RunError, match=r"loss nan at step 2 .* try a smaller train.lr"):
+        list(t.run())
+    assert runs.checkpoints(tmp_path) == []
+
+
+def test_ema_decay_warms_up_and_averages():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = EMA(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    expected = 0.0
+    for step in (1, 2, 3):
+        d = (1 + step) / (10 + step)
+        expected = d * expected + (1 - d)
+        ema.update(model, step)
+        assert float(ema.model.weight) == pytest.approx(expected)
+    assert ema.decay_at(10**6) == 0.9
+    assert not ema.model.weight.requires_grad
+
+
+def test_learning_rate_courses():
+    def course(**changes):
+        t = load_config("digits", [f"train.{k}={v}" for k, v in {"steps": 100, **changes}.items()]).train
+        return [lr_factor(t, s) for s in (0, 4, 9, 10, 55, 99)]
+
+    assert course() == [1] * 6
+    assert course(warmup_steps=10) == [0.1, 0.5, 1, 1, 1, 1]
+    assert course(lr_decay="linear", warmup_steps=10) == pytest.approx([0.1, 0.5, 1, 1, 0.5, 1 / 90])
+    assert course(lr_decay="cosine", warmup_steps=10)[3:5] == pytest.approx([1, 0.5])
+
+
+def test_meter_means_and_quarters():
+    meter = Meter(1000, torch.device("cpu"))
+    mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
+    meter.add({"mse": mse, "loss": 2 * mse}, torch.tensor([0, 249, 250, 999]))
+    meter.add_norm(torch.tensor(7.0))
+    means = meter.flush()
+    assert means.pop("images_per_second") > 0
+    assert means == {"mse": 4.5, "loss": 9, "mse_q1": 2, "mse_q2": 5, "mse_q4": 9, "grad_norm": 7}
+
+
+def test_records_beyond_a_checkpoint_are_dropped_on_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
+    writer = RecordWriter(tmp_path, step=2)
+    writer.write({"step": 3, "loss": 1.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2}, {"step": 3, "loss": 1.0}]
+    assert list((tmp_path / "tensorboard").iterdir())
