@@ -19,7 +19,7 @@ from diffussm_cli.data.source import Source
 from diffussm_cli.device import pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.generation import generate
 from diffussm_cli.model import build_model
 from diffussm_cli.training.batches import Batch, batches
@@ -61,9 +61,10 @@ class Trainer:
 
         Raises:
             RunError: if the loss is no longer a number, or a checkpoint cannot be written.
+            DataError: if an image cannot be read; a checkpoint is written first.
         """
         t, meter = self.config.train, Meter(self.config.diffusion.timesteps, self.device)
-        for batch in batches(self.source, self.config, self.step):
+        for batch in self._batches():
             self.update(batch, meter)
             self.step += 1
             last, stopped = self.step == t.steps, stop()
@@ -78,6 +79,16 @@ class Trainer:
                 return
         runs.write_final(self.root, self.config, self.ema.model.state_dict())
 
+    def _batches(self) -> Iterator[Batch]:
+        """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
+        start = self.step
+        try:
+            yield from batches(self.source, self.config, start)
+        except DataError:
+            if self.step > start:
+                self.save()
+            raise
+
     def update(self, batch: Batch, meter: Meter) -> None:
         """One optimiser step on a batch, in `accumulate` parts."""
         t = self.config.train
@@ -88,7 +99,9 @@ class Trainer:
             losses = self.losses(part)
             (losses["loss"].mean() / t.accumulate).backward()
             meter.add(losses, part.t)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), t.grad_clip or math.inf)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if t.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
         meter.add_norm(norm)
         set_lr(self.optimizer, lr_factor(t, self.step))
         self.optimizer.step()

@@ -54,6 +54,23 @@ def test_without_learned_covariance_the_loss_is_the_noise(g):
     torch.testing.assert_close(losses["loss"], g["mse"], rtol=1e-6, atol=0)
 
 
+def test_noisy_timesteps_weigh_as_velocity_up_to_the_cap(g):
+    process = GaussianDiffusion()
+    arguments = (g["model_output"], g["x0"], g["x_t"], g["t"], g["noise"])
+    plain, weighted = training_losses(process, *arguments), training_losses(process, *arguments, weight_cap=20.0)
+    expected = (1 / process.alpha_bar64[g["t"]]).clamp(max=20) * plain["mse"] + plain["vb"]
+    torch.testing.assert_close(weighted["loss"], expected, rtol=1e-5, atol=0)
+    assert torch.equal(weighted["mse"], plain["mse"])
+
+    abar = process.alpha_bar64[g["t"]].view(-1, 1, 1, 1)  # the weight is that of v = signal eps - noise x_0
+    eps = g["model_output"][:, :4]
+    x_0 = (g["x_t"] - (1 - abar).sqrt() * eps) / abar.sqrt()
+    v, true_v = (abar.sqrt() * e - (1 - abar).sqrt() * x for e, x in ((eps, x_0), (g["noise"], g["x0"])))
+    mse_v = ((v - true_v) ** 2).flatten(1).mean(1)
+    uncapped = training_losses(process, *arguments, weight_cap=1e9)
+    torch.testing.assert_close(uncapped["loss"] - uncapped["vb"], mse_v, rtol=1e-4, atol=1e-6)
+
+
 def test_prediction_of_noise_and_image_are_inverse(g):
     process = GaussianDiffusion()
     x_0 = process.predict_x_0(g["x_t"], g["t"], g["noise"])

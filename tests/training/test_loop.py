@@ -11,7 +11,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.training import checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.loop import Trainer
@@ -151,6 +151,22 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
     with pytest.raises(RunError, match=r"loss nan at step 2 .* try a smaller train.lr"):
         list(t.run())
     assert runs.checkpoints(tmp_path) == []
+
+
+def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
+    t = trainer(tiny("train.checkpoint_every=1000"), tmp_path)
+    read, calls = t.source.read, []
+
+    def fail_at_the_third(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise DataError("3.png: broken")
+        return read(*arguments)
+
+    t.source.read = fail_at_the_third
+    with pytest.raises(DataError, match="3.png"):
+        list(t.run())
+    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_ema_decay_warms_up_and_averages():
