@@ -35,6 +35,11 @@ def line_of(result):
     return errors[0]
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "tiny"
@@ -49,7 +54,7 @@ def test_train_leaves_a_run_that_describes_itself(trained):
     assert config["data"]["class_names"] == list("0123456789")
     assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4]
     assert list((trained / "tensorboard").glob("events.*"))
-    assert Image.open(trained / "samples" / "step-00000004.png").size == (10 * 58 + 2, 2 * 58 + 2)
+    assert pixels(trained / "samples" / "step-00000004.png").shape == (2 * 58 + 2, 10 * 58 + 2)
 
 
 def test_train_ends_with_what_to_do_next(tmp_path, monkeypatch):
@@ -71,14 +76,14 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(10, 15)]
-    assert Image.open(out / "000010.png").size == (8, 8)
+    assert pixels(out / "000010.png").shape == (8, 8)
     meta = json.loads((out / "meta.json").read_text())
     assert meta["labels"] == [3, 7, 8, 3, 7]
     assert (meta["sampler"], meta["steps"], meta["guidance"], meta["seeds"]) == ("ddim", 3, 2.0, [10, 14])
     assert meta["weights_sha256"] == runs.sha256(trained / "final" / "model.safetensors")
     with np.load(out / "samples.npz", allow_pickle=False) as npz:
         assert npz["arr_0"].shape == (5, 8, 8, 1)
-        assert np.array_equal(npz["arr_0"][1, :, :, 0], np.asarray(Image.open(out / "000011.png")))
+        assert np.array_equal(npz["arr_0"][1, :, :, 0], pixels(out / "000011.png"))
         assert npz["arr_1"].tolist() == [3, 7, 8, 3, 7]
 
 
