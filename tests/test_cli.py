@@ -1,5 +1,6 @@
 """The program as a user meets it: both commands from beginning to end, and one line for each mistake."""
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from diffussm_cli import runs
 from diffussm_cli.cli import app
+from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 
 pytest.importorskip("sklearn")
@@ -104,6 +106,24 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert "1,024" in result.stderr
     assert "GiB" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
+    def full(self, record):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    result = run("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS)
+    assert "metrics.jsonl: No space left on device; what was saved before is intact" in line_of(result)
+
+
+def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits-full"):
+        assert run("train", "--preset", "digits", "--out", f"runs/{name}", *SETTINGS).exit_code == 0
+    result = run("train", "--preset", "digits", "--resume", *SETTINGS, "--set", "train.steps=6")
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "runs" / "digits" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_profile_json():
