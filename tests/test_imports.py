@@ -21,7 +21,7 @@ ROWS = [
     {"model", "diffusion", "data"},
     {"device"},
     {"config"},
-    {"errors", "presets", ""},
+    {"errors", "files", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 

@@ -133,12 +133,12 @@ def describe(trained, how: SampleConfig, seeds: range, labels: list[int], **arit
     import diffusers
     import torch
 
-    from diffussm_cli import runs
+    from diffussm_cli.files import sha256
 
     return {
         "run": str(trained.root),
         "weights": trained.weights.name,
-        "weights_sha256": runs.sha256(trained.weights),
+        "weights_sha256": sha256(trained.weights),
         "step": trained.step if trained.step is not None else trained.config.train.steps,
         "ema": trained.config.train.ema,
         **dataclasses.asdict(how),
