@@ -73,6 +73,7 @@ class VAE:
         if max(height, width) > TILE:
             self.model.enable_tiling()
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
+            self.model.spatial_scale_factor = f  # AutoencoderTiny takes 8 for granted
         else:
             self.model.disable_tiling()
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
