@@ -1,5 +1,6 @@
 """The `diffussm` program: its commands and the one place where errors become a line and an exit code. No torch here."""
 
+import errno
 import sys
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import train
 from diffussm_cli.errors import DiffussmError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 UsageError = typer.BadParameter.__bases__[0]  # current Typer carries its own click
 
 
@@ -36,6 +38,11 @@ class ErrorBoundary(TyperGroup):
             return super().invoke(ctx)
         except DiffussmError as e:
             raise typer.Exit(_refuse(_one_line(str(e)))) from e
+        except OSError as e:
+            if e.errno not in DISK_ERRORS:
+                raise
+            place = f"{e.filename}: " if e.filename else ""
+            raise typer.Exit(_refuse(f"{place}{e.strerror}; what was saved before is intact")) from e
 
 
 def _refuse(message: str) -> int:

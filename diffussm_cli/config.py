@@ -92,7 +92,7 @@ class TrainConfig:
     ema: float = _option(0.9999, "decay of the averaged weights", least=0, most=1)
     mse_weight_cap: float = _option(1.0, "noise MSE counts min(1 + 1/SNR, this) times; 1: the paper's", least=1)
     label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
-    seed: int = _option(0, "of everything random", least=0)
+    seed: int = _option(0, "of everything random", least=0, most=2**62)
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "bf16 where the hardware has it, or as told")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
     compile: bool = _option(False, "torch.compile the model")

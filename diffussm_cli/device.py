@@ -36,6 +36,11 @@ def _has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch failed to get memory; on the CPU it says so only in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks: fresh ones page-fault at every forward on Linux CPUs."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

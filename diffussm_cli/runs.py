@@ -9,6 +9,7 @@ RUN/final/                           model.safetensors (averaged weights) and co
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,9 +67,11 @@ def find_run(path: Path) -> TrainedRun:
     return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
 
 
-def newest_run(folder: Path, name: str = "*") -> Path | None:
-    """The run below `folder` whose configuration was written last."""
-    runs = [p.parent for p in folder.glob(f"{name}/{CONFIG}")]
+def newest_run(folder: Path, name: str | None = None) -> Path | None:
+    """The run below `folder` whose configuration was written last; with a name, of NAME, NAME-2, NAME-3, ... only."""
+    runs = [p.parent for p in folder.glob(f"*/{CONFIG}")]
+    if name is not None:
+        runs = [p for p in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)]
     return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime, default=None)
 
 

@@ -1,5 +1,6 @@
 """The program as a user meets it: both commands from beginning to end, and one line for each mistake."""
 
+import errno
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from diffussm_cli import runs
 from diffussm_cli.cli import app
 from diffussm_cli.files import sha256
+from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 
 pytest.importorskip("sklearn")
@@ -36,6 +38,11 @@ def line_of(result):
     return errors[0]
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "tiny"
@@ -50,7 +57,7 @@ def test_train_leaves_a_run_that_describes_itself(trained):
     assert config["data"]["class_names"] == list("0123456789")
     assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4]
     assert list((trained / "tensorboard").glob("events.*"))
-    assert Image.open(trained / "samples" / "step-00000004.png").size == (10 * 58 + 2, 2 * 58 + 2)
+    assert pixels(trained / "samples" / "step-00000004.png").shape == (2 * 58 + 2, 10 * 58 + 2)
 
 
 def test_train_ends_with_what_to_do_next(tmp_path, monkeypatch):
@@ -72,14 +79,14 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(10, 15)]
-    assert Image.open(out / "000010.png").size == (8, 8)
+    assert pixels(out / "000010.png").shape == (8, 8)
     meta = json.loads((out / "meta.json").read_text())
     assert meta["labels"] == [3, 7, 8, 3, 7]
     assert (meta["sampler"], meta["steps"], meta["guidance"], meta["seeds"]) == ("ddim", 3, 2.0, [10, 14])
     assert meta["weights_sha256"] == sha256(trained / "final" / "model.safetensors")
     with np.load(out / "samples.npz", allow_pickle=False) as npz:
         assert npz["arr_0"].shape == (5, 8, 8, 1)
-        assert np.array_equal(npz["arr_0"][1, :, :, 0], np.asarray(Image.open(out / "000011.png")))
+        assert np.array_equal(npz["arr_0"][1, :, :, 0], pixels(out / "000011.png"))
         assert npz["arr_1"].tolist() == [3, 7, 8, 3, 7]
 
 
@@ -100,6 +107,24 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert "1,024" in result.stderr
     assert "GiB" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
+    def full(self, record):
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    result = run("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS)
+    assert "metrics.jsonl: No space left on device; what was saved before is intact" in line_of(result)
+
+
+def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits-full"):
+        assert run("train", "--preset", "digits", "--out", f"runs/{name}", *SETTINGS).exit_code == 0
+    result = run("train", "--preset", "digits", "--resume", *SETTINGS, "--set", "train.steps=6")
+    assert result.exit_code == 0, result.output
+    assert len((tmp_path / "runs" / "digits" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_profile_json():

@@ -118,7 +118,10 @@ def refuse_drift(saved: Config, config: Config) -> None:
     for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:
         was, now = old[section][name], new[section][name]
         if was != now:
-            raise ConfigError(f"--resume: {section}.{name} was {was!r} and is now {now!r}; use another --out")
+            raise ConfigError(
+                f"--resume: {section}.{name} was {was!r} and is now {now!r}; without --preset and --set the run's own "
+                "values are taken, with another --out a new run begins"
+            )
 
 
 def new_run_folder(config: Config, out: Path | None) -> Path:
@@ -137,7 +140,7 @@ def _resumed_folder(preset: str | None, out: Path | None) -> Path:
     from diffussm_cli import runs
 
     name = Path(preset or DEFAULT_PRESET).stem
-    root = out or runs.newest_run(RUNS, f"{name}*")
+    root = out or runs.newest_run(RUNS, name)
     if root is None:
         raise RunError(f"--resume: no run of {name} in {RUNS}/; name its folder by --out")
     if not root.is_dir():

@@ -17,7 +17,7 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
-from diffussm_cli.device import pick_device, pick_dtype
+from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.errors import DataError, RunError
@@ -65,12 +65,12 @@ class Trainer:
         a checkpoint written, and the loop ends early.
 
         Raises:
-            RunError: if the loss is no longer a number, or a checkpoint cannot be written.
+            RunError: if the loss is no longer a number, memory runs out, or a checkpoint cannot be written.
             DataError: if an image cannot be read; a checkpoint is written first.
         """
         t, meter = self.config.train, Meter(self.config.diffusion.timesteps, self.device)
         for batch in self._batches():
-            self.update(batch, meter)
+            self._update_in_memory(batch, meter)
             self.step += 1
             last, stopped = self.step == t.steps, stop()
             if last or stopped or self.step % t.log_every == 0:
@@ -93,6 +93,18 @@ class Trainer:
             if self.step > start:
                 self.save()
             raise
+
+    def _update_in_memory(self, batch: Batch, meter: Meter) -> None:
+        try:
+            self.update(batch, meter)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            t = self.config.train
+            raise RunError(
+                f"train.batch_size: {t.batch_size} in {t.accumulate} part(s) does not fit into the memory of "
+                f"{self.device}; raise train.accumulate or set train.gradient_checkpointing=true"
+            ) from e
 
     def update(self, batch: Batch, meter: Meter) -> None:
         """One optimiser step on a batch, in `accumulate` parts."""

@@ -153,6 +153,13 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
     assert runs.checkpoints(tmp_path) == []
 
 
+def test_too_large_a_batch_is_one_line(tiny, tmp_path):
+    t = trainer(tiny(), tmp_path)
+    t.model.forward = lambda *_: torch.empty(1 << 60)
+    with pytest.raises(RunError, match="train.batch_size: 8 in 1 part.* raise train.accumulate"):
+        list(t.run())
+
+
 def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     t = trainer(tiny("train.checkpoint_every=1000"), tmp_path)
     read, calls = t.source.read, []

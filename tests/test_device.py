@@ -1,0 +1,53 @@
+"""Devices and precisions by name."""
+
+import pytest
+import torch
+
+from diffussm_cli import device
+from diffussm_cli.data.source import open_source
+from diffussm_cli.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.training.loop import Trainer
+
+CPU = torch.device("cpu")
+
+
+def test_devices_by_name():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cuda:99", "meta-ish"):
+        with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
+            pick_device(name)
+
+
+def test_bf16_only_where_hardware_has_it(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(device, "_has_bf16", lambda _, fast=fast: fast)
+        assert pick_dtype("fp32", CPU) == torch.float32
+        assert pick_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+    with pytest.raises(ConfigError, match="bf16 has no hardware support on this cpu"):
+        pick_dtype("bf16", CPU)
+
+
+def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "_has_bf16", lambda _: True)
+    config = tiny("train.precision=bf16")
+    trainer = Trainer(config, open_source(config), tmp_path)
+    inside = set()
+    trainer.model.blocks[0].W0.register_forward_hook(lambda *call: inside.add(call[2].dtype))
+    records = list(trainer.run())
+    assert inside == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert 0 < records[-1]["loss"] < 10
+
+
+def test_out_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_allocator_setting_does_no_harm():
+    keep_freed_memory()
+    assert torch.ones(10).sum() == 10
