@@ -252,13 +252,13 @@ class LatentStore:
         """Mean and standard deviation of images, (B, C, H, W) float16 in the VAE's units; of their mirrored ones where
         `mirrored` (B,) is true."""
         places = self.places[np.asarray(indices)]
-        shards, rows = np.divmod(places, self.settings.shard_size)
-        groups = shards * 2 + (0 if mirrored is None else mirrored)
-        order = np.argsort(groups, kind="stable")
         mean, std = (np.empty((len(places), *self.settings.latent), np.float16) for _ in range(2))
-        for at in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
-            tensors, suffix = self._shard(int(shards[at[0]])), "_mirrored" if groups[at[0]] % 2 else ""
-            mean[at], std[at] = tensors["mean" + suffix][rows[at]], tensors["std" + suffix][rows[at]]
+        suffixes = ("", "_mirrored") if self.settings.flip else ("",)
+        which = np.zeros(len(places), int) if mirrored is None else np.asarray(mirrored, int)
+        shards, rows = np.divmod(places, self.settings.shard_size)
+        for k, (shard, row, m) in enumerate(zip(shards.tolist(), rows.tolist(), which.tolist())):
+            tensors = self._shard(shard)
+            mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
     def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
