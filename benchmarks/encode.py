@@ -3,8 +3,8 @@
     python benchmarks/encode.py [--vae NAME|FOLDER] [--device cuda] [--workers 8] [--images 2048]
 
 Without --vae a small AutoencoderKL with random weights is taken: the cheaper the VAE, the harder the test. Images are
-JPEG files of about ImageNet's size, made here. Prints one JSON object. `overhead` is of wall time; `cpu_overhead` counts
-only what this process computes, so that it means something on a CPU that the workers must share with the VAE.
+JPEG files of about ImageNet's size, made here. Prints one JSON object. `overhead` is of wall time; `cpu_overhead` is of
+what this process computes, so that it means something on a CPU that the workers must share with the VAE.
 """
 
 import argparse
