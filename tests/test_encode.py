@@ -24,6 +24,15 @@ N = 12
 OPTIONS = ["--resolution", "16", "--shard-size", "5", "--batch-size", "2", "--workers", "0"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Rounding may depend on the number of threads, and processes are compared here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes of six pictures, one of them broken, and a file that is none."""
@@ -149,7 +158,9 @@ def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, t
 def test_kill_and_restart_end_with_the_same_bytes(images, vae, store, tmp_path):
     target = tmp_path / "store"
     for wanted in (1, 2):
-        process = subprocess.Popen(command(images, target, vae), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(images, target, vae), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
         deadline = time.time() + 120
         while len(list(target.glob("shard-*.safetensors"))) < wanted and process.poll() is None:
             assert time.time() < deadline
@@ -315,6 +326,15 @@ def test_wrong_ranks(images, tmp_path, monkeypatch, rank, of):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", of)
     assert "RANK" in line_of(run("encode", images, tmp_path / "out"))
+
+
+def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", full)
+    line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
+    assert "--batch-size: 2 does not fit into the memory of cpu; take less" in line
 
 
 def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):

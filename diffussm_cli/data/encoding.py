@@ -40,6 +40,7 @@ from diffussm_cli.data.latents import (
 )
 from diffussm_cli.data.listing import Listing, read_entry
 from diffussm_cli.data.vae import VAE, VAEFacts
+from diffussm_cli.device import is_out_of_memory
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import PARTIAL, sha256, whole_file
 
@@ -95,9 +96,9 @@ class Encoder:
         rows = slice(first, first + len(span))
         on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
         images = to_model_space(on_device, False, torch.Generator())
-        moments = {"": self.vae.encode(images)}
+        moments = {"": self._moments(images)}
         if self.settings.flip:
-            moments["_mirrored"] = self.vae.encode(images.flip(-1))
+            moments["_mirrored"] = self._moments(images.flip(-1))
         for suffix, pair in moments.items():
             half = [m.to(torch.float16) for m in pair]
             finite = torch.stack([_all_finite(m) for m in half]).all(0).cpu().numpy()
@@ -114,6 +115,15 @@ class Encoder:
         if skipped and self.strict:
             raise DataError(f"--strict: {skipped[0]['file']}: {skipped[0]['reason']}")
         return skipped
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.vae.encode(images)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            size = self.settings.batch_size
+            raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; take less") from e
 
 
 def _all_finite(moments: Tensor) -> Tensor:
@@ -319,7 +329,10 @@ def damaged_shards(store: Path) -> list[int]:
 
 
 def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
-    """Encode damaged shards of a finished store again, in place. Raises DataError."""
+    """Encode damaged shards of a finished store again, in place. Raises DataError.
+
+    On the machine that wrote them they get their old bytes; where rounding differs, the manifest takes the new hashes.
+    """
     store, settings = encoder.store, encoder.settings
     manifest = read_manifest(store, "--repair")
     yield from encoder.write(shards)

@@ -235,6 +235,8 @@ class LatentStore:
         self.labels = torch.from_numpy(np.concatenate([s["label"] for s in shards])[self.places])
         if not len(self.places):
             raise DataError(f"data.path: {str(root)!r} holds no readable image; see {SKIPPED}")
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(1, len(self.class_names)):
+            raise DataError(f"data.path: {str(root)!r} holds labels without a class; diffussm encode --verify")
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.settings.scale, self.settings.shift))
 
     def __len__(self) -> int:

@@ -105,18 +105,22 @@ def _list_folder(root: Path) -> Listing:
     except OSError as e:
         raise DataError(f"SOURCE: cannot read the folder {str(root)!r}: {e.strerror}") from e
     ignored: list[tuple[str, str]] = []
-    folders = [n for n in names if (root / n).is_dir() and not n.startswith(".")]
-    classes = [n for n in folders if not _leads_back(root / n, root, ignored)]
+    folders = {n for n in names if not n.startswith(".") and (root / n).is_dir()}
+    classes = [n for n in sorted(folders) if not _leads_back(root / n, root, ignored)]
     files = [n for n in names if n not in folders]
-    archives = [n for n in files if n.endswith(".tar") and not n.startswith(".")]
+    archives = [n for n in files if _is_archive(n)]
     if classes:
         entries = _list_classes(root, classes, ignored)
         ignored += [(n, "not in a class folder") for n in files]
         return Listing(root, entries, tuple(classes), ignored)
     if archives:
-        ignored += [(n, "lies beside tar shards") for n in files if n not in archives]
+        ignored += [(n, "lies beside tar shards") for n in files if not _is_archive(n)]
         return _list_archives(root, archives, ignored)
     return Listing(root, list(_entries(root, files, 0, ignored)), (), ignored)
+
+
+def _is_archive(name: str) -> bool:
+    return name.endswith(".tar") and not name.startswith(".")
 
 
 def _leads_back(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:

@@ -244,6 +244,20 @@ def test_training_refuses_damaged_shards(copy):
         LatentStore(copy, flip=True)
 
 
+def test_labels_must_have_a_class(copy, whole):
+    label = len(latents.header(whole.settings, 0)) + 4 * 8  # after the header and the indices
+    damage(copy / "shard-00000.safetensors", label + 1)
+    with pytest.raises(DataError, match="holds labels without a class; diffussm encode --verify"):
+        LatentStore(copy, flip=True)
+
+
+def test_store_without_a_readable_image(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2)
+    encoder = dataclasses.replace(whole, store=tmp_path / "store")
+    with pytest.raises(DataError, match="holds no readable image; see skipped.jsonl"):
+        LatentStore(write_store(encoder), flip=True)
+
+
 BAD_MANIFESTS = {
     "no JSON": lambda v: "{",
     "no mapping": lambda v: "[]",
