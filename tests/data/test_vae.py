@@ -126,7 +126,21 @@ def test_incomplete_weights_are_refused(tmp_path):
         loaded(tmp_path)
 
 
-def test_names_that_are_neither_folder_nor_hub(tmp_path, monkeypatch):
+def test_hub_names_may_have_a_subfolder(monkeypatch):
+    import diffusers
+
+    asked = []
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: asked.append(where) or {})
+    for name in ("owner/name", "owner/name/vae"):
+        with pytest.raises(DataError, match="holds None, not AutoencoderKL"):
+            read_facts(name)
+    assert asked == [
+        {"pretrained_model_name_or_path": "owner/name"},
+        {"pretrained_model_name_or_path": "owner/name", "subfolder": "vae"},
+    ]
+
+
+def test_names_that_are_neither_folder_nor_hub():
     with pytest.raises(DataError, match="--vae: no folder 'nowhere/a/b/c', and it is no hub name"):
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
