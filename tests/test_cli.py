@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from diffussm_cli import runs
 from diffussm_cli.cli import app
 from diffussm_cli.files import sha256
+from diffussm_cli.runs import TEMPORARY
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 
@@ -239,15 +240,22 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment_leaves_a_checkpoint_to_resume_from(tmp_path):
-    """A checkpoint a step, so that a kill is likely to hit the writing of one."""
-    root = tmp_path / "run"
-    process = start(root, "train.steps=100000", "train.checkpoint_every=1")
-    wait_for_checkpoint(root, process)
-    time.sleep(0.5)
-    process.kill()
-    process.communicate()
+def test_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path):
+    """SIGKILL as soon as an unfinished checkpoint is seen, until one is caught in the act."""
+    for attempt in range(10):
+        root = tmp_path / str(attempt)
+        process = start(root, "train.steps=100000", "train.checkpoint_every=1")
+        wait_for_checkpoint(root, process)
+        while not any((root / "checkpoints").glob(f"{TEMPORARY}*")):
+            assert process.poll() is None
+        process.kill()
+        process.communicate()
+        if any((root / "checkpoints").glob(f"{TEMPORARY}*")):
+            break
+    else:
+        pytest.fail("no kill fell into a write")
     step = runs.read_state(runs.newest_checkpoint(root))["step"]
     result = run("train", "--resume", "--out", root, "--set", f"train.steps={step + 2}")
     assert result.exit_code == 0, result.output
     assert runs.read_state(runs.newest_checkpoint(root))["step"] == step + 2
+    assert not any((root / "checkpoints").glob(f"{TEMPORARY}*"))

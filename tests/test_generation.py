@@ -42,8 +42,8 @@ def test_seeds_differ_and_repeat(model):
 
 
 def test_classes_are_taken_in_turn(model):
-    _, labels = draw(model, range(5), batch_size=2, classes=(3, 1))
-    assert labels == [3, 1, 3, 1, 3]
+    _, labels = draw(model, range(5), batch_size=2, classes=(3, 1, 4))
+    assert labels == [3, 1, 4, 3, 1]
 
 
 def test_kernels_are_built_once_for_all_steps_and_batches():

@@ -102,6 +102,7 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
         "text.png": b"this is no image",
         "empty.png": b"",
         "cut.jpg": good.read_bytes()[:500],
+        "pixmap.png": b"P6 1 1 255\n\0\0\0",  # Pillow could, the allow-list does not
         "script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
     }
     for name, content in bad.items():

@@ -119,7 +119,8 @@ def test_patches_there_and_back():
     out = torch.arange(2 * 4 * 24.0).view(2, 4, 24)
     image = unpatchify(out, P=2, M=2, H=4, W=8)
     assert torch.equal(image[0, :, 0, 0], out[0, 0, :3])
-    assert torch.equal(image[0, :, 1, 3], out[0, 0, 12 + 3 * 3 : 12 + 3 * 3 + 3])
+    assert torch.equal(image[0, :, 1, 0], out[0, 0, 6:9])  # p = 1, q = 0 of the first token
+    assert torch.equal(image[0, :, 0, 3], out[0, 0, 15:18])  # p = 0, q = 1 of the second
 
 
 def test_positions_differ_and_keep_one_scale():
