@@ -328,6 +328,16 @@ def test_wrong_ranks(images, tmp_path, monkeypatch, rank, of):
     assert "RANK" in line_of(run("encode", images, tmp_path / "out"))
 
 
+def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
+    def interrupted(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", interrupted)
+    result = run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS)
+    assert result.exit_code == 130
+    assert "interrupted; finished shards are kept, and the same command goes on from there" in result.stderr
+
+
 def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
     def full(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -198,9 +198,13 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 def run(console, steps: Iterator, total: int) -> None:
     """Drive the work to its end under a bar."""
-    with contextlib.closing(steps), progress(console, total) as advance:
-        for step in steps:
-            advance(step)
+    try:
+        with contextlib.closing(steps), progress(console, total) as advance:
+            for step in steps:
+                advance(step)
+    except KeyboardInterrupt:
+        console.print("interrupted; finished shards are kept, and the same command goes on from there")
+        raise
 
 
 @contextlib.contextmanager
