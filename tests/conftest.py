@@ -54,10 +54,11 @@ def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
     """A VAE of 4 channels that halves twice, with random weights, in diffusers' format."""
     import diffusers
 
-    torch.manual_seed(seed)
     values = {"latent_channels": 4, "scaling_factor": 0.3, "shift_factor": 0.1, "norm_num_groups": 4}
     values |= {"block_out_channels": (8, 8, 8), **changes}
     depth = len(values["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
-    diffusers.AutoencoderKL(**blocks, **values).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        diffusers.AutoencoderKL(**blocks, **values).save_pretrained(folder)
     return folder
