@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffussm_cli import __version__
+from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import train
@@ -54,6 +55,7 @@ def _one_line(message: str) -> str:
 
 
 app = typer.Typer(cls=ErrorBoundary, add_completion=False, pretty_exceptions_enable=False)
+app.command()(encode)
 app.command()(train)
 app.command()(sample)
 app.command()(profile)

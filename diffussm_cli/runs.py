@@ -8,9 +8,7 @@ RUN/final/                           model.safetensors (averaged weights) and co
 """
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text, to_yaml
 from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.files import sync
 from diffussm_cli.model import build_model
 
 CONFIG, STATE, MODEL = "config.yaml", "state.json", "model.safetensors"
@@ -143,15 +142,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: cannot be read: {reason}") from e
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------- writing
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
@@ -166,12 +156,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
+            sync(file)
+        sync(temporary)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
@@ -188,11 +178,3 @@ def write_final(root: Path, config: Config, weights: Mapping[str, Tensor]) -> No
     with whole_folder(root / "final") as folder:
         write_tensors(weights, folder / MODEL)
         (folder / CONFIG).write_text(to_yaml(config))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -48,3 +48,17 @@ def fill(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
             if ".s4d." not in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
     return model
+
+
+def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
+    """A VAE of 4 channels that halves twice, with random weights, in diffusers' format."""
+    import diffusers
+
+    values = {"latent_channels": 4, "scaling_factor": 0.3, "shift_factor": 0.1, "norm_num_groups": 4}
+    values |= {"block_out_channels": (8, 8, 8), **changes}
+    depth = len(values["block_out_channels"])
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        diffusers.AutoencoderKL(**blocks, **values).save_pretrained(folder)
+    return folder

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from diffussm_cli import runs
 from diffussm_cli.cli import app
+from diffussm_cli.files import sha256
 from diffussm_cli.runs import TEMPORARY
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
@@ -83,7 +84,7 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
     meta = json.loads((out / "meta.json").read_text())
     assert meta["labels"] == [3, 7, 8, 3, 7]
     assert (meta["sampler"], meta["steps"], meta["guidance"], meta["seeds"]) == ("ddim", 3, 2.0, [10, 14])
-    assert meta["weights_sha256"] == runs.sha256(trained / "final" / "model.safetensors")
+    assert meta["weights_sha256"] == sha256(trained / "final" / "model.safetensors")
     with np.load(out / "samples.npz", allow_pickle=False) as npz:
         assert npz["arr_0"].shape == (5, 8, 8, 1)
         assert np.array_equal(npz["arr_0"][1, :, :, 0], pixels(out / "000011.png"))

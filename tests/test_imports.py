@@ -21,7 +21,7 @@ ROWS = [
     {"model", "diffusion", "data"},
     {"device"},
     {"config"},
-    {"errors", "presets", ""},
+    {"errors", "files", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 
@@ -66,8 +66,14 @@ def test_only_commands_print_and_exit(path):
             assert called not in ("print", "exit", "sys.exit", "quit", "os._exit"), f"{path} calls {called}"
 
 
-QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["--version"]]
-QUICK += [["train", "--preset", "mnst"], ["train", "--set", "model.hiden_size=3"], ["train", "--bogus"]]
+QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["encode", "--help"]]
+QUICK += [
+    ["--version"],
+    ["encode", "a", "b", "--resolution", "20"],
+    ["train", "--preset", "mnst"],
+    ["train", "--set", "model.hiden_size=3"],
+    ["train", "--bogus"],
+]
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)

@@ -83,6 +83,7 @@ def draw(
 
     from diffussm_cli import runs
     from diffussm_cli.data.images import save_grid, save_png, to_uint8
+    from diffussm_cli.data.vae import open_decoding
     from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
     from diffussm_cli.diffusion.process import GaussianDiffusion
     from diffussm_cli.generation import generate
@@ -92,6 +93,9 @@ def draw(
     where = pick_device(device)
     dtype = pick_dtype(precision, where)
     model = runs.load_model(trained).to(where)
+    decoding = open_decoding(config, where)
+    if decoding.warning:
+        console.print(f"warning: {decoding.warning}", style="bold", markup=False, soft_wrap=True)
     d = config.diffusion
     process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end, where)
     try:
@@ -99,7 +103,7 @@ def draw(
         pixels, labels = [], []
         with progress(console, len(seeds)) as advance:
             for drawn in generate(model, process, how, seeds, classes, batch_size, dtype):
-                images = to_uint8(drawn.images)
+                images = to_uint8(decoding.decode(drawn.images))
                 for seed, image in zip(drawn.seeds, images):
                     save_png(image, folder / f"{seed:06d}.png")
                 pixels.append(images)
@@ -111,7 +115,8 @@ def draw(
         save_grid(everything[:100], grid, columns=10 if len(everything) >= 10 else math.ceil(len(everything) ** 0.5))
         if npz:
             save_npz(everything, labels, folder / "samples.npz")
-        facts = describe(trained, how, seeds, labels, precision=str(dtype).removeprefix("torch."), device=where.type)
+        arithmetic = {"precision": str(dtype).removeprefix("torch."), "device": where.type}
+        facts = describe(trained, how, seeds, labels, **decoding.record, **arithmetic)
         (folder / "meta.json").write_text(json.dumps(facts, indent=1) + "\n")
     except OSError as e:
         raise RunError(f"--out: cannot write to {str(e.filename or folder)!r}: {e.strerror}") from e
@@ -128,17 +133,17 @@ def save_npz(pixels, labels: list[int], path: Path) -> None:
         np.savez(file, *arrays)
 
 
-def describe(trained, how: SampleConfig, seeds: range, labels: list[int], **arithmetic: str) -> dict[str, Any]:
+def describe(trained, how: SampleConfig, seeds: range, labels: list[int], **others: Any) -> dict[str, Any]:
     """What decides these images, for meta.json."""
     import diffusers
     import torch
 
-    from diffussm_cli import runs
+    from diffussm_cli.files import sha256
 
     return {
         "run": str(trained.root),
         "weights": trained.weights.name,
-        "weights_sha256": runs.sha256(trained.weights),
+        "weights_sha256": sha256(trained.weights),
         "step": trained.step if trained.step is not None else trained.config.train.steps,
         "ema": trained.config.train.ema,
         **dataclasses.asdict(how),
@@ -148,7 +153,7 @@ def describe(trained, how: SampleConfig, seeds: range, labels: list[int], **arit
         "class_names": list(trained.config.data.class_names) or None,
         "null_class": trained.config.model.num_classes or None,
         "pixel_rule": "floor(clamp(127.5 x + 128, 0, 255))",
-        **arithmetic,
+        **others,
         "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 

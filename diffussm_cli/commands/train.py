@@ -67,6 +67,8 @@ def run_training(config: Config, root: Path, resume: bool = False) -> bool:
     with console.status("loading"):
         trainer = prepare(config, root, resume)
     console.print(f"[bold]{root}[/]  {parameters(trainer.model)} parameters on {trainer.device}, {precision(trainer)}")
+    if trainer.decoding and trainer.decoding.warning:
+        console.print(f"warning: {trainer.decoding.warning}", style="bold", markup=False, soft_wrap=True)
     from diffussm_cli.training.record import RecordWriter
 
     writer = RecordWriter(root, trainer.step)

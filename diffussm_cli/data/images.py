@@ -1,13 +1,17 @@
 """Images on disk: listed, opened with care, cropped as ADM does, written as PNG and as grids.
 
-Arrays are uint8; a folder of class folders gives labels in the sorted order of their names.
+Arrays are uint8; a folder of class folders gives labels in the sorted order of their names. Every picture becomes
+upright RGB or grey of 8 bits: 16-bit values are scaled, alpha is laid on white, CMYK, palettes and others are converted
+by Pillow without colour profiles, of an animation the first frame counts.
 """
 
 import contextlib
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +23,9 @@ from diffussm_cli.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 1 << 26
+# What Pillow's decoders raise when a file is damaged.
+DECODING = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, MemoryError)
+DECODING += (struct.error, Image.DecompressionBombError)
 
 
 class ImageFolder:
@@ -71,28 +78,50 @@ def _is_image(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image of an allowed format and bearable size.
+def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Image]:
+    """An image of an allowed format and bearable size, read from `content` if given and else from `path`.
 
     Raises:
         DataError: naming the file and what is wrong with it.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(content or path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
             yield image
     except UnidentifiedImageError as e:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from e
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path}: cannot be decoded: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except DECODING as e:
+        reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
+        raise DataError(f"{path}: cannot be decoded: {reason}") from e
 
 
-def read_image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+def read_image(path: Path, size: tuple[int, int], channels: int, content: BinaryIO | None = None) -> np.ndarray:
     """One image upright, cropped to (height, width): uint8 (height, width, channels). Raises DataError."""
-    with open_image(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+    with open_image(path, content) as image:
+        upright = flatten(image, channels)
         return np.asarray(centre_crop(upright, size)).reshape(*size, channels)
+
+
+def flatten(image: Image.Image, channels: int) -> Image.Image:
+    """The first frame, upright, as 8 bits of grey (1 channel) or RGB (3); transparent parts become white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey to 8, v / 257 to the nearest; Pillow itself would cut everything above 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+        raise ValueError("pixels of more than 16 bits have no agreed range")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -5,7 +5,7 @@ B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   la
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def open_source(config: Config) -> Source:
     Raises:
         DataError, ConfigError: if it is missing, empty or does not fit the model.
     """
-    from diffussm_cli.data import builtin, images
+    from diffussm_cli.data import builtin, images, latents
 
     d = config.data
     if d.path.startswith(BUILTIN):
@@ -41,7 +41,10 @@ def open_source(config: Config) -> Source:
     elif not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
     elif d.vae is not None:
-        raise DataError(_latents_missing(config))
+        if not (Path(d.path) / latents.MANIFEST).is_file():
+            raise DataError(_latents_missing(config))
+        source = latents.LatentStore(Path(d.path), d.flip)
+        _check_latents(config, source.settings)
     else:
         source = images.ImageFolder(Path(d.path), d.size, d.channels, d.flip)
     _check_classes(config, source)
@@ -53,6 +56,24 @@ def _check_classes(config: Config, source: Source) -> None:
     if wanted and wanted != found:
         has = f"has {found} class folders" if found else "has no class folders"
         raise ConfigError(f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}")
+
+
+def _check_latents(config: Config, settings: Any) -> None:
+    """Raises ConfigError for latents of another size or VAE than the run's."""
+    d = config.data
+    height, width = settings.resolution
+    found = {
+        "resolution": (d.size, settings.resolution, height if height == width else f"{height}x{width}"),
+        "channels": (d.channels, settings.channels, settings.channels),
+        "downsample": (d.downsample, settings.downsample, settings.downsample),
+        "vae": (d.vae, settings.vae, settings.vae),
+    }
+    for field, (wanted, has, value) in found.items():
+        if wanted != has:
+            given = getattr(d, field)
+            raise ConfigError(
+                f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; --set data.{field}={value}"
+            )
 
 
 def _latents_missing(config: Config) -> str:

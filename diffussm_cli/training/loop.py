@@ -16,6 +16,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.data.source import Source
+from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
@@ -32,7 +33,10 @@ Record = dict[str, Any]
 
 
 class Trainer:
-    """A model in training, with all that a checkpoint holds. `run` is the loop."""
+    """A model in training, with all that a checkpoint holds. `run` is the loop.
+
+    `decoding` is what previews are decoded with (None where there are none); its `warning` is for the user.
+    """
 
     def __init__(self, config: Config, source: Source, root: Path):
         t = config.train
@@ -45,6 +49,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, t, fused=self.device.type == "cuda")
         d = config.diffusion
         self.process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end, self.device)
+        self.decoding = open_decoding(config, self.device) if t.sample_every else None
         self.step = 0
         if t.compile:
             self.model.compile()
@@ -167,5 +172,6 @@ def draw_grid(trainer: Trainer, how: SampleConfig, path: Path) -> Path:
         trainer.ema.model, trainer.process, how, range(n), range(columns) if classes else (), dtype=trainer.dtype
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(to_uint8(torch.cat([d.images for d in drawn])), path, columns)
+    images = [trainer.decoding.decode(d.images) for d in drawn]
+    save_grid(to_uint8(torch.cat(images)), path, columns)
     return path

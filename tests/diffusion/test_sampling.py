@@ -124,7 +124,7 @@ def test_guidance_costs_one_forward_where_it_does_nothing():
 
 
 def test_clipping_bounds_the_predicted_image():
-    x, t = 3 * torch.randn(2, 1, 4, 4, dtype=torch.float64), 400
+    x, t = 3 * torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 400
     raw = PROCESS.predict_x_0(x, torch.tensor([t, t]), gaussian_denoiser(x, t)[:, :1])
     output = clipped(gaussian_denoiser, PROCESS)(x, t)
     x_0 = PROCESS.predict_x_0(x, torch.tensor([t, t]), output[:, :1])

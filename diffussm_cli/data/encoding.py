@@ -1,0 +1,414 @@
+"""Writing a store of latents: shard by shard, by one process or several, to the same bytes whatever interrupts it.
+
+A shard is done when it has its name; its hash and skipped images wait in shard-NNNNN.json until all shards are there
+and the manifest takes them in. Each shard is cut into the same batches whoever encodes it.
+
+B batch   C channels   H x W grid
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffussm_cli.data.images import to_model_space
+from diffussm_cli.data.latents import (
+    LISTING,
+    MANIFEST,
+    SKIPPED,
+    Manifest,
+    ShardRecord,
+    StoreSettings,
+    empty_shard,
+    first_difference,
+    header,
+    manifest_text,
+    read_manifest,
+    shard_name,
+    verify,
+)
+from diffussm_cli.data.listing import Listing, read_entry
+from diffussm_cli.data.vae import VAE, VAEFacts
+from diffussm_cli.device import is_out_of_memory
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.files import PARTIAL, sha256, whole_file
+
+LOCK = ".lock"
+POLL_SECONDS = 0.2
+
+
+class Share(NamedTuple):
+    """Which part of the shards this process takes: `rank`, `rank` + `of`, ..."""
+
+    rank: int = 0
+    of: int = 1
+
+
+class Step(NamedTuple):
+    """What happened since the last one."""
+
+    images: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """All that turns places of a source into shards."""
+
+    listing: Listing
+    settings: StoreSettings
+    store: Path
+    vae: VAE
+    workers: int
+    strict: bool = False
+
+    def write(self, shards: Sequence[int]) -> Iterator[Step]:
+        """Encode and write shards in order. Raises DataError; what is finished stays."""
+        batches = iter(_loader(self, shards))
+        with ThreadPoolExecutor(1) as writer:  # one shard is written while the next one is encoded
+            written: Future | None = None
+            for shard in shards:
+                arrays, skipped = empty_shard(self.settings, shard), []
+                for span in _batch_spans(self.settings, shard):
+                    missed = self._encode(span, arrays, *_next(batches))
+                    skipped += missed
+                    yield Step(len(span), len(missed))
+                if written:
+                    written.result()
+                written = writer.submit(write_shard, self.store, self.settings, shard, arrays, skipped)
+            if written:
+                written.result()
+
+    def _encode(self, span: range, arrays: dict, pixels: np.ndarray, reasons: dict[int, str]) -> list[dict]:
+        """One batch into its rows of a shard; gives the skipped ones."""
+        first = span.start % self.settings.shard_size
+        rows = slice(first, first + len(span))
+        on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
+        images = to_model_space(on_device, False, torch.Generator())
+        moments = {"": self._moments(images)}
+        if self.settings.flip:
+            moments["_mirrored"] = self._moments(images.flip(-1))
+        for suffix, pair in moments.items():
+            half = [m.to(torch.float16) for m in pair]
+            finite = torch.stack([_all_finite(m) for m in half]).all(0).cpu().numpy()
+            reasons |= {i: "its latents are not finite in float16" for i, f in zip(span, finite) if not f}
+            for name, values in zip(("mean", "std"), half):
+                arrays[name + suffix][rows] = values.cpu().numpy()
+        readable = np.array([i not in reasons for i in span])
+        for name in arrays:
+            if name.startswith(("mean", "std")):
+                arrays[name][rows][~readable] = 0
+        arrays["readable"][rows], arrays["index"][rows] = readable, span
+        arrays["label"][rows] = [self.listing.entries[i].label for i in span]
+        skipped = [{"index": i, "file": self.listing.entries[i].name, "reason": reasons[i]} for i in sorted(reasons)]
+        if skipped and self.strict:
+            raise DataError(f"--strict: {skipped[0]['file']}: {skipped[0]['reason']}")
+        return skipped
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.vae.encode(images)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            size = self.settings.batch_size
+            raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; take less") from e
+
+
+def _all_finite(moments: Tensor) -> Tensor:
+    """(B, ...) to (B,)."""
+    return moments.isfinite().flatten(1).all(1)
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+class _Batches(Dataset):
+    """Batches of decoded pixels (B, height, width, 3) with the reasons of those that could not be had, by place."""
+
+    def __init__(self, listing: Listing, resolution: tuple[int, int], spans: list[range]):
+        self.root, self.resolution, self.spans = listing.root, resolution, spans
+        self.entries = [[listing.entries[i] for i in span] for span in spans]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str]]:
+        span, entries, reasons = self.spans[k], self.entries[k], {}
+        pixels = np.zeros((len(span), *self.resolution, 3), np.uint8)
+        for row, (place, entry) in enumerate(zip(span, entries)):
+            try:
+                pixels[row] = read_entry(self.root, entry, self.resolution)
+            except DataError as e:
+                reasons[place] = str(e).removeprefix(f"{Path(entry.name)}: ")
+        return pixels, reasons
+
+
+def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
+    """Batches in order, decoded in fresh processes, which know nothing of threads and devices here."""
+    spans = [span for shard in shards for span in _batch_spans(encoder.settings, shard)]
+    batches = _Batches(encoder.listing, encoder.settings.resolution, spans)
+    workers = min(encoder.workers, len(spans))
+    context = "spawn" if workers else None
+    return DataLoader(
+        batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, multiprocessing_context=context
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Keeps arrays arrays: they travel through pipes, as containers often have little shared memory."""
+    return batch
+
+
+def _next(batches: Iterator) -> Any:
+    try:
+        return next(batches)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise DataError("--workers: a process that decodes images was killed, perhaps for memory; take fewer") from e
+
+
+def _batch_spans(settings: StoreSettings, shard: int) -> list[range]:
+    span = settings.span(shard)
+    return [span[i : i + settings.batch_size] for i in range(0, len(span), settings.batch_size)]
+
+
+# ------------------------------------------------------------------------------------------------- writing
+def write_shard(store: Path, settings: StoreSettings, shard: int, arrays: dict, skipped: list[dict]) -> None:
+    """One shard with its record; the record first, so that a shard never lacks it. Raises DataError."""
+    path = store / shard_name(shard)
+    try:
+        with whole_file(path) as file:
+            file.write(header(settings, shard))
+            for array in arrays.values():
+                file.write(memoryview(array).cast("B"))
+            file.flush()
+            record = {"sha256": sha256(Path(file.name)), "skipped": skipped}
+            with whole_file(_record_path(store, shard)) as note:
+                note.write(json.dumps(record).encode())
+    except OSError as e:
+        raise _unwritable(store, e) from e
+
+
+def _record_path(store: Path, shard: int) -> Path:
+    return store / f"shard-{shard:05d}.json"
+
+
+def _unwritable(store: Path, e: OSError) -> DataError:
+    return DataError(
+        f"TARGET: cannot write to {str(store)!r}: {e.strerror}; finished shards are kept, "
+        f"and the same command goes on from there"
+    )
+
+
+def unfinished(store: Path, settings: StoreSettings, share: Share) -> list[int]:
+    """The shards of a share that are still to be written."""
+    mine = range(share.rank, settings.shards, share.of)
+    missing = [i for i in mine if not ((store / shard_name(i)).exists() and _record_path(store, i).exists())]
+    return [] if missing and read_manifest(store, "TARGET").complete else missing  # then the records were taken in
+
+
+def begin(store: Path, listing: Listing, settings: StoreSettings, share: Share) -> Manifest:
+    """Take up a store; rank 0 starts one, and the others wait for it.
+
+    Raises:
+        DataError: if it was begun with other settings, naming the first difference.
+    """
+    while share.rank and not (store / MANIFEST).exists():
+        time.sleep(POLL_SECONDS)
+    if (store / MANIFEST).exists():
+        manifest = read_manifest(store, "TARGET")
+        refuse_difference(store, manifest.settings, settings, listing)
+        return manifest
+    manifest = Manifest(settings)
+    try:
+        with whole_file(store / LISTING) as file:
+            file.writelines(listing.text())
+        with whole_file(store / MANIFEST) as file:
+            file.write(manifest_text(manifest).encode())
+    except OSError as e:
+        raise _unwritable(store, e) from e
+    return manifest
+
+
+def refuse_difference(store: Path, old: StoreSettings, new: StoreSettings, listing: Listing) -> None:
+    """Raises DataError naming the first setting, or file of the source, that differs."""
+    if old.source_sha256 != new.source_sha256:
+        raise DataError(f"TARGET: {str(store)!r} was begun with another SOURCE: {_first_change(store, listing)}")
+    difference = first_difference(old, new)
+    if difference:
+        raise DataError(f"TARGET: {str(store)!r} was begun with other settings: {difference}; use another TARGET")
+
+
+def _first_change(store: Path, listing: Listing) -> str:
+    """The first line in which two listings differ."""
+    try:
+        with (store / LISTING).open("rb") as old:
+            for place, lines in enumerate(itertools.zip_longest(old, listing.text(), fillvalue=b"nothing")):
+                if lines[0] != lines[1]:
+                    was, now = (line.decode(errors="replace").strip()[:120] for line in lines)
+                    return f"image {place} was {was} and is now {now} (name, label, bytes)"
+    except OSError as e:
+        return f"its {LISTING} cannot be read: {e.strerror}"
+    return f"its {LISTING} was changed"
+
+
+def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]]) -> Manifest:
+    """Once all shards are there: skipped.jsonl, the complete manifest, and the records removed. Raises DataError."""
+    records = [_read_record(store, shard) for shard in range(settings.shards)]
+    return write_manifest(store, settings, records, ignored)
+
+
+def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ignored: list) -> Manifest:
+    """skipped.jsonl and manifest.json from what is known of each shard. Raises DataError."""
+    others = [{"index": None, "file": name, "reason": reason} for name, reason in ignored]
+    lines = [json.dumps(s) + "\n" for record in records for s in record["skipped"]]
+    lines += [json.dumps(o) + "\n" for o in others]
+    try:
+        with whole_file(store / SKIPPED) as file:
+            file.write("".join(lines).encode())
+        shards = tuple(ShardRecord(r["sha256"], len(r["skipped"])) for r in records)
+        manifest = Manifest(settings, shards, sha256(store / SKIPPED))
+        with whole_file(store / MANIFEST) as file:
+            file.write(manifest_text(manifest).encode())
+        _tidy(store)
+    except OSError as e:
+        raise _unwritable(store, e) from e
+    return manifest
+
+
+def _tidy(store: Path) -> None:
+    """Remove the records that the manifest has taken in, and what killed processes left."""
+    for path in [*store.glob("shard-*.json"), *store.glob(f"{PARTIAL}*")]:
+        path.unlink(missing_ok=True)
+
+
+def _read_record(store: Path, shard: int) -> dict:
+    path = _record_path(store, shard)
+    try:
+        record = json.loads(path.read_bytes())
+        assert isinstance(record["sha256"], str)
+        assert isinstance(record["skipped"], list)
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise DataError(f"{path}: damaged; delete {shard_name(shard)} and run the same command again") from e
+
+
+# -------------------------------------------------------------------------------------------- whole courses
+def encode(encoder: Encoder, share: Share) -> Iterator[Step]:
+    """Write the shards of a share that are missing; rank 0 then waits for the others and writes the manifest.
+
+    Raises:
+        DataError: if the store cannot be written, or at the first skipped image if `strict`.
+    """
+    store, settings = encoder.store, encoder.settings
+    yield from encoder.write(unfinished(store, settings, share))
+    if share.rank == 0:
+        while unfinished(store, settings, Share()):
+            time.sleep(POLL_SECONDS)
+            yield Step(0, 0)
+        finish(store, settings, encoder.listing.ignored)
+
+
+def damaged_shards(store: Path) -> list[int]:
+    """Shards to encode again. A damaged skipped.jsonl needs those that have something to tell."""
+    manifest = read_manifest(store, "--repair")
+    wrong = {name for name, problem in verify(store) if problem}
+    retold = [SKIPPED in wrong and record.skipped > 0 for record in manifest.shards]
+    return [i for i, again in enumerate(retold) if again or shard_name(i) in wrong]
+
+
+def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
+    """Encode damaged shards of a finished store again, in place. Raises DataError.
+
+    On the machine that wrote them they get their old bytes; where rounding differs, the manifest takes the new hashes.
+    """
+    store, settings = encoder.store, encoder.settings
+    manifest = read_manifest(store, "--repair")
+    yield from encoder.write(shards)
+    records = [{"sha256": s.sha256, "skipped": []} for s in manifest.shards]
+    skipped = _read_skipped(store) if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards) else []
+    for s in skipped:
+        if s["index"] is not None:
+            records[s["index"] // settings.shard_size]["skipped"].append(s)
+    for i in shards:
+        records[i] = _read_record(store, i)
+    with whole_file(store / LISTING) as file:
+        file.writelines(encoder.listing.text())
+    write_manifest(store, settings, records, encoder.listing.ignored)
+
+
+def _read_skipped(store: Path) -> list[dict]:
+    with (store / SKIPPED).open() as file:
+        return [json.loads(line) for line in file]
+
+
+# -------------------------------------------------------------------------------------------- before work
+def check_resolution(resolution: tuple[int, int], facts: VAEFacts) -> None:
+    """Raises ConfigError for a resolution that the VAE cannot take."""
+    if any(side % facts.downsample for side in resolution):
+        height, width = resolution
+        raise ConfigError(
+            f"--resolution: {height}x{width} must be a multiple of {facts.downsample}, the downsampling of {facts.name}"
+        )
+
+
+@contextlib.contextmanager
+def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
+    """A folder to write to, held by this process alone (by one process a rank).
+
+    Raises:
+        DataError: if it cannot be written, holds something else, or another process works on it.
+    """
+    if store.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
+    lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        if _held(store) and not _held(store) & {MANIFEST, LISTING}:
+            raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
+        with lock.open("w") as file:
+            _lock(file, store)
+            try:
+                yield
+            finally:
+                if made and not _held(store):  # nothing came of it
+                    lock.unlink()
+                    with contextlib.suppress(OSError):
+                        store.rmdir()
+    except OSError as e:
+        raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
+
+
+def _held(store: Path) -> set[str]:
+    """Names of what a store holds, locks and unfinished files aside."""
+    return {p.name for p in store.iterdir() if not p.name.startswith((LOCK, PARTIAL))}
+
+
+def _lock(file, store: Path) -> None:
+    try:
+        import fcntl
+    except ModuleNotFoundError as e:
+        raise DataError("encode: needs the file locks of a POSIX system") from e
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e
+
+
+def read_share() -> Share:
+    """This process's share by RANK and WORLD_SIZE, as torchrun sets them. Raises ConfigError."""
+    rank, of = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and of.isdecimal() and int(rank) < int(of)):
+        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {of!r} in the environment must be numbers, RANK the smaller")
+    return Share(int(rank), int(of))

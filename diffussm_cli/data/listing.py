@@ -1,0 +1,242 @@
+"""What `encode` reads: every file of a source, in an order that is fixed, each with its place or the reason why not.
+
+Three layouts: one folder a class; a flat folder (no classes); WebDataset shards (*.tar), where the label of KEY.jpg
+stands in KEY.cls as a whole number, and .json and .txt beside it are left alone. Tar members are read where they lie.
+"""
+
+import hashlib
+import io
+import json
+import os
+import stat
+import tarfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffussm_cli.data.images import SUFFIXES, read_image
+from diffussm_cli.errors import DataError
+
+MAX_FILE_BYTES = 1 << 28
+MAX_CLASS = 1 << 20
+COMPANIONS = (".cls", ".json", ".txt")
+MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+
+
+class Entry(NamedTuple):
+    """An image's place in a source."""
+
+    name: str  # below the source, parts joined by /; of a tar member ARCHIVE/MEMBER
+    label: int
+    size: int  # bytes; -1 if not even that could be found out
+    archive: str = ""  # the tar that holds it; empty: a file of its own
+    offset: int = 0  # of the content in the archive, bytes
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source in order, and the files that cannot be images."""
+
+    root: Path
+    entries: list[Entry]
+    class_names: tuple[str, ...]
+    ignored: list[tuple[str, str]]  # name, reason
+
+    def text(self) -> Iterator[bytes]:
+        """One JSON line an image: name, label, bytes."""
+        return (json.dumps([e.name, e.label, e.size]).encode() + b"\n" for e in self.entries)
+
+    def sha256(self) -> str:
+        """Hash of `text`."""
+        digest = hashlib.sha256()
+        for line in self.text():
+            digest.update(line)
+        return digest.hexdigest()
+
+
+def list_source(source: Path) -> Listing:
+    """List a folder or one .tar file. Nothing is decoded.
+
+    Raises:
+        DataError: if it is missing, unreadable, or holds no image.
+    """
+    if source.suffix == ".tar" and source.is_file():
+        listing = _list_archives(source.parent, [source.name], [])
+    else:
+        listing = _list_folder(source)
+    if not listing.entries:
+        looked_for = ", ".join((*SUFFIXES, ".tar"))
+        raise DataError(f"SOURCE: no image in {str(source)!r} (looked for {looked_for})")
+    return listing
+
+
+def read_entry(root: Path, entry: Entry, size: tuple[int, int]) -> np.ndarray:
+    """One image, upright and cropped to (height, width): uint8 (height, width, 3).
+
+    Raises:
+        DataError: with the entry's name in front.
+    """
+    path, name = root / (entry.archive or entry.name), Path(entry.name)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{name}: not a regular file")
+        if entry.size > MAX_FILE_BYTES:
+            raise DataError(f"{name}: {entry.size} bytes, more than the limit of {MAX_FILE_BYTES}")
+        with path.open("rb") as file:
+            file.seek(entry.offset)
+            content = file.read(entry.size)
+    except OSError as e:
+        raise DataError(f"{name}: cannot be read: {e.strerror}") from e
+    if not content:
+        raise DataError(f"{name}: holds no bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on large and odd files; what matters is raised
+        return read_image(name, size, 3, io.BytesIO(content))
+
+
+# ------------------------------------------------------------------------------------------------- folders
+def _list_folder(root: Path) -> Listing:
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as e:
+        raise DataError(f"SOURCE: cannot read the folder {str(root)!r}: {e.strerror}") from e
+    ignored: list[tuple[str, str]] = []
+    folders = {n for n in names if not n.startswith(".") and (root / n).is_dir()}
+    classes = [n for n in sorted(folders) if not _leads_back(root / n, root, ignored)]
+    files = [n for n in names if n not in folders]
+    archives = [n for n in files if _is_archive(n)]
+    if classes:
+        entries = _list_classes(root, classes, ignored)
+        ignored += [(n, "not in a class folder") for n in files]
+        return Listing(root, entries, tuple(classes), ignored)
+    if archives:
+        ignored += [(n, "lies beside tar shards") for n in files if not _is_archive(n)]
+        return _list_archives(root, archives, ignored)
+    return Listing(root, list(_entries(root, files, 0, ignored)), (), ignored)
+
+
+def _is_archive(name: str) -> bool:
+    return name.endswith(".tar") and not name.startswith(".")
+
+
+def _leads_back(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:
+    """Whether a class folder is a link to what holds it."""
+    loops = folder.is_symlink() and root.resolve().is_relative_to(folder.resolve())
+    if loops:
+        ignored.append((folder.name, "a link back to the folder that holds it"))
+    return loops
+
+
+def _list_classes(root: Path, classes: list[str], ignored: list[tuple[str, str]]) -> list[Entry]:
+    entries: list[Entry] = []
+    for label, name in enumerate(classes):
+        found = list(_entries(root, _files_below(root, name, ignored), label, ignored))
+        if not found:
+            raise DataError(f"SOURCE: the class folder {str(root / name)!r} holds no image")
+        entries += found
+    return entries
+
+
+def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> list[str]:
+    """All files below root/folder, by their parts in order; links to folders are not followed."""
+    found: list[str] = []
+
+    def unreadable(e: OSError) -> None:
+        ignored.append((os.path.relpath(e.filename, root), f"a folder that cannot be read: {e.strerror}"))
+
+    for parent, folders, names in os.walk(root / folder, onerror=unreadable):
+        below = os.path.relpath(parent, root)
+        for name in [n for n in folders if n.startswith(".") or os.path.islink(os.path.join(parent, n))]:
+            reason = "a hidden folder" if name.startswith(".") else "a link to a folder, not followed"
+            ignored.append((f"{below}/{name}", reason))
+            folders.remove(name)
+        found += [f"{below}/{name}" for name in names]
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def _entries(root: Path, names: list[str], label: int, ignored: list[tuple[str, str]]) -> Iterator[Entry]:
+    """Those of the files that may be images; the others go to `ignored`."""
+    for name in names:
+        path = root / name
+        if path.name.startswith("."):
+            ignored.append((name, "a hidden file"))
+        elif path.suffix.lower() in SUFFIXES or _begins_as_image(path):
+            yield Entry(name, label, _size(path))
+        else:
+            ignored.append((name, "no image by its name or first bytes"))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _begins_as_image(path: Path) -> bool:
+    """Whether a file of another name begins as an image does; pipes and devices are not opened."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(MAGIC) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
+# ------------------------------------------------------------------------------------------------ archives
+def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str]]) -> Listing:
+    entries: list[Entry] = []
+    labels: dict[str, int] = {}
+    for archive in archives:
+        try:
+            with tarfile.open(root / archive, "r:") as tar:
+                _list_members(tar, archive, entries, labels, ignored)
+        except (tarfile.TarError, OSError, ValueError) as e:
+            ignored.append((archive, f"damaged from here on, or no plain tar: {e}"))
+    if not labels:
+        return Listing(root, entries, (), ignored)
+    entries = [e._replace(label=labels.get(_key(e.name), -1)) for e in entries]
+    without = next((e.name for e in entries if e.label < 0), None)
+    if without is not None:
+        raise DataError(f"SOURCE: {without} has no .cls beside it, but others have; label all of them or none")
+    return Listing(root, entries, tuple(str(i) for i in range(max(labels.values()) + 1)), ignored)
+
+
+def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:
+    """Images of one archive to `entries`, its labels to `labels` by key."""
+    for member in tar:
+        tar.members.clear()  # tarfile would keep every header
+        name = f"{archive}/{member.name}"
+        suffix = name.removeprefix(_key(name)).lower()
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            ignored.append((name, "a link, device or sparse file in an archive"))
+        elif suffix == ".cls":
+            labels[_key(name)] = _class_of(name, tar.extractfile(member).read(32))
+        elif suffix in SUFFIXES:
+            entries.append(Entry(name, 0, member.size, archive, member.offset_data))
+        elif suffix not in COMPANIONS:
+            ignored.append((name, "no image by its name"))
+
+
+def _key(name: str) -> str:
+    """WebDataset's: all before the first dot of the last part."""
+    folder, slash, leaf = name.rpartition("/")
+    return folder + slash + leaf.partition(".")[0]
+
+
+def _class_of(name: str, content: bytes) -> int:
+    try:
+        label = int(content)
+    except ValueError:
+        label = -1
+    if not 0 <= label < MAX_CLASS:
+        raise DataError(f"SOURCE: {name} must hold a whole number from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
+    return label

@@ -1,0 +1,225 @@
+"""The autoencoder between pixels and latents, loaded through diffusers by hub name or from a folder.
+
+Nothing about it is typed here: channels, downsampling, scale and shift come from its config.
+
+B batch   C latent channels   H x W grid   images (B, 3, fH, fW) in [-1, 1]   latents (B, C, H, W)
+Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about unit variance.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.config import Config
+from diffussm_cli.errors import DataError
+
+KINDS = ("AutoencoderKL", "AutoencoderTiny")
+TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
+DECODE_PIXELS = 1 << 19  # decoded at a time: 8 images of 256x256, about 2 GB of activations in SD's VAE
+
+
+class VAEFacts(NamedTuple):
+    """What the config of a VAE says."""
+
+    name: str
+    kind: str
+    channels: int
+    downsample: int
+    scale: tuple[float, ...]  # one a channel
+    shift: tuple[float, ...]
+    config_sha256: str
+
+
+class VAE:
+    """A loaded VAE, frozen. `dtype` is that of its weights; what goes in and comes out is float32."""
+
+    def __init__(self, model: nn.Module, facts: VAEFacts, device: torch.device, dtype: torch.dtype):
+        self.facts, self.device, self.dtype = facts, device, dtype
+        self.weights_sha256 = _weights_sha256(model)
+        self.model = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
+        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Name and hashes, for manifests and meta.json."""
+        facts = self.facts
+        return {"name": facts.name, "config_sha256": facts.config_sha256, "weights_sha256": self.weights_sha256}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
+        x = images.to(self.device, self.dtype)
+        if self.facts.kind == "AutoencoderTiny":
+            mean = self.model.encode(x).latents.float()
+            return mean, torch.zeros_like(mean)
+        mean, logvar = self.model.encode(x).latent_dist.parameters.float().chunk(2, dim=1)
+        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents in model space to images, on the CPU; a bounded number of pixels at a time, large images in tiles."""
+        z = latents.cpu().float() / self.scale + self.shift
+        f = self.facts.downsample
+        height, width = (side * f for side in z.shape[2:])
+        if max(height, width) > TILE:
+            self.model.enable_tiling()
+            self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
+            self.model.spatial_scale_factor = f  # AutoencoderTiny takes 8 for granted
+        else:
+            self.model.disable_tiling()
+        size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
+        parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
+        return torch.cat([part.float().cpu() for part in parts])
+
+
+# ------------------------------------------------------------------------------------------------- loading
+def read_facts(name: str) -> VAEFacts:
+    """The config of a VAE, without its weights.
+
+    Args:
+        name: a folder, or a hub name as OWNER/NAME or OWNER/NAME/SUBFOLDER.
+
+    Raises:
+        DataError: if it cannot be had, or is not one that we can use.
+    """
+    import diffusers
+
+    where = _where(name)
+    values = _load(name, lambda: diffusers.AutoencoderKL.load_config(**where))
+    kind = values.get("_class_name")
+    if kind not in KINDS:
+        raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+    try:
+        with _quiet(), torch.device("meta"):
+            c = getattr(diffusers, kind).from_config(values).config  # completed with the defaults of its kind
+        C = int(c.latent_channels)
+        blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
+        means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
+        scale = tuple(float(c.scaling_factor / std) for std in stds)
+        shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
+    except Exception as e:  # whatever a constructor says of values that do not fit together
+        raise DataError(f"--vae: the config of {name!r} is damaged: {_reason(e)}") from e
+    if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
+        raise DataError(f"--vae: {name!r} is not between RGB images and {C} channels")
+    plain = {k: v for k, v in values.items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, digest)
+
+
+def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32) -> VAE:
+    """The VAE of `facts` with its weights, from safetensors only.
+
+    Raises:
+        DataError: if they cannot be had, are damaged or incomplete.
+    """
+    import diffusers
+
+    options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
+    cls = getattr(diffusers, facts.kind)
+    model, info = _load(facts.name, lambda: cls.from_pretrained(**_where(facts.name), **options))
+    if info["missing_keys"]:
+        raise DataError(f"--vae: the weights of {facts.name!r} lack {info['missing_keys'][0]}")
+    return VAE(model.float(), facts, device, dtype)
+
+
+def _where(name: str) -> dict[str, str]:
+    """A name as `from_pretrained` takes it. Raises DataError for what is neither a folder nor a hub name."""
+    if Path(name).is_dir():
+        return {"pretrained_model_name_or_path": name}
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
+    if not found:
+        raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as stabilityai/sd-vae-ft-ema")
+    return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
+
+
+def _load(name: str, call: Callable[[], Any]) -> Any:
+    """What `call` gives, or one line that says how to get the files."""
+    try:
+        with _quiet():
+            return call()
+    except Exception as e:  # the hub's client raises errors of several HTTP libraries
+        if Path(name).is_dir():
+            raise DataError(f"--vae: cannot load the folder {name!r}: {_reason(e)}") from e
+        raise DataError(
+            f"--vae: cannot load {name!r} from the hub: download its config.json and "
+            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({_reason(_origin(e))})"
+        ) from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers logs remarks on configs that its own classes wrote, the hub's client a line for each of its retries."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _origin(e: BaseException) -> BaseException:
+    """The first error of a chain: diffusers calls a missing network a missing file."""
+    while e.__cause__ or e.__context__:
+        e = e.__cause__ or e.__context__
+    return e
+
+
+def _reason(e: BaseException) -> str:
+    return f"{(str(e).strip().splitlines() or [type(e).__name__])[0]:.200}"
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """Hash of names, shapes and float32 values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+class Decoding(NamedTuple):
+    """How what a model draws becomes images."""
+
+    decode: Callable[[Tensor], Tensor]  # (B, C, H, W) in model space to (B, 1 or 3, fH, fW) in [-1, 1]
+    record: dict[str, Any]  # for meta.json
+    warning: str | None = None
+
+
+def open_decoding(config: Config, device: torch.device) -> Decoding:
+    """The VAE named in a run; pixels as they are; without the VAE a preview, and a warning that says why."""
+    d = config.data
+    if d.vae is None:
+        return Decoding(lambda x: x, {"vae": None, "decoded_by": "none, these are pixels"})
+    try:
+        facts = read_facts(d.vae)
+        if (facts.channels, facts.downsample) != (d.channels, d.downsample):
+            has = f"{facts.channels} channels and downsampling {facts.downsample}"
+            raise DataError(f"--vae: {d.vae!r} has {has}, the run {d.channels} and {d.downsample}")
+        vae = load_vae(facts, device)
+    except DataError as e:
+        warning = f"the pictures are only previews of latents, without data.vae: {e}"
+        return Decoding(lambda x: preview(x, d.downsample), {"vae": d.vae, "decoded_by": "linear preview"}, warning)
+    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"})
+
+
+def preview(latents: Tensor, downsample: int) -> Tensor:
+    """Latents (B, C, H, W) to RGB in [-1, 1] without a VAE: channels c, c + 3, ... are summed into one of three."""
+    C = latents.shape[1]
+    parts = [latents[:, [c for c in range(C) if c % 3 == k % C]] for k in range(3)]
+    x = torch.stack([p.sum(1) / p.shape[1] ** 0.5 for p in parts], 1) / 2  # latents have about unit variance
+    return x.repeat_interleave(downsample, 2).repeat_interleave(downsample, 3).clamp(-1, 1)

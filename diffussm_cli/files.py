@@ -1,0 +1,49 @@
+"""Files that appear whole or not at all, and their hashes."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial-"
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when it is complete and on disk; what a killed process left of it is removed.
+
+    Raises:
+        OSError: if it cannot be written; what had the name before is untouched.
+    """
+    for old in path.parent.glob(f"{PARTIAL}{path.name}.*"):
+        old.unlink(missing_ok=True)
+    temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,321 @@
+"""The store: its bytes, what training reads from it, and how damage is found."""
+
+import dataclasses
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffussm_cli.config import load_config
+from diffussm_cli.data import encoding, latents
+from diffussm_cli.data.encoding import Encoder, Share
+from diffussm_cli.data.images import read_image, to_model_space
+from diffussm_cli.data.latents import LatentStore, StoreSettings, read_manifest, verify
+from diffussm_cli.data.listing import list_source
+from diffussm_cli.data.source import open_source
+from diffussm_cli.data.vae import load_vae, read_facts
+from diffussm_cli.errors import ConfigError, DataError
+from tests.conftest import save_vae
+
+SIZE = (16, 24)
+BROKEN = 5  # place of the unreadable image
+N = 11
+
+
+def make_source(root):
+    """Two classes of 6 and 5 pictures; the sixth is broken."""
+    for i in range(N):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        path = root / ("cat" if i < 6 else "dog") / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    (root / "cat" / "05.png").write_bytes(b"text")
+    return root
+
+
+def make_encoder(folder, flip=True, workers=0):
+    """An Encoder from folder/images to folder/store with shards of 4 and batches of 3."""
+    listing = list_source(folder / "images")
+    vae = load_vae(read_facts(str(folder / "vae")), torch.device("cpu"))
+    f = vae.facts
+    settings = StoreSettings(
+        *(listing.sha256(), N, listing.class_names, SIZE, f.name, f.config_sha256, vae.weights_sha256),
+        *(f.channels, f.downsample, f.scale, f.shift, flip, "fp32", 3, 4),
+    )
+    return Encoder(listing, settings, folder / "store", vae, workers)
+
+
+def write_store(encoder):
+    encoder.store.mkdir(exist_ok=True)
+    encoding.begin(encoder.store, encoder.listing, encoder.settings, Share())
+    list(encoding.encode(encoder, Share()))
+    return encoder.store
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with images/, vae/ and store/, and the encoder that made it."""
+    folder = tmp_path_factory.mktemp("whole")
+    save_vae(folder / "vae")
+    make_source(folder / "images")
+    encoder = make_encoder(folder)
+    write_store(encoder)
+    return encoder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """The store again, to be damaged."""
+    for path in whole.store.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def damage(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------------------------- bytes
+def test_store_holds_the_posterior_of_every_image(whole):
+    tensors = [load_file(whole.store / f"shard-{i:05d}.safetensors") for i in range(3)]
+    joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
+    assert joined["index"].tolist() == list(range(N))
+    assert joined["label"].tolist() == [0] * 6 + [1] * 5
+    assert joined["readable"].tolist() == [int(i != BROKEN) for i in range(N)]
+    for i, entry in enumerate(whole.listing.entries):
+        stored = {name: joined[name][i].float() for name in joined if name.startswith(("mean", "std"))}
+        if i == BROKEN:
+            assert not any(t.any() for t in stored.values())
+            continue
+        pixels = read_image(whole.listing.root / entry.name, SIZE, 3)
+        x = to_model_space(torch.tensor(pixels).permute(2, 0, 1)[None], False, generator())
+        mean, std = whole.vae.encode(x)
+        mean_mirrored, std_mirrored = whole.vae.encode(x.flip(-1))
+        for name, expected in (("mean", mean), ("std", std)):
+            torch.testing.assert_close(stored[name], expected[0], rtol=2e-3, atol=1e-3)
+        for name, expected in (("mean_mirrored", mean_mirrored), ("std_mirrored", std_mirrored)):
+            torch.testing.assert_close(stored[name], expected[0], rtol=2e-3, atol=1e-3)
+    assert not torch.allclose(joined["mean"].flip(-1), joined["mean_mirrored"], atol=1e-2)
+
+
+def test_manifest_and_skipped_describe_the_store(whole):
+    manifest = json.loads((whole.store / "manifest.json").read_text())
+    assert manifest["counts"] == {"images": N - 1, "skipped": 1}
+    assert manifest["settings"]["class_names"] == ["cat", "dog"]
+    assert manifest["settings"]["vae_weights_sha256"] == whole.vae.identity["weights_sha256"]
+    assert [s["skipped"] for s in manifest["shards"]] == [0, 1, 0]
+    skipped = [json.loads(line) for line in (whole.store / "skipped.jsonl").read_text().splitlines()]
+    assert skipped == [{"index": 5, "file": "cat/05.png", "reason": "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"}]
+    assert read_manifest(whole.store, "x").settings == whole.settings
+    assert sorted(p.name for p in whole.store.iterdir() if p.suffix == ".json") == ["manifest.json"]
+
+
+def test_without_flips_half_the_bytes(whole, tmp_path):
+    encoder = dataclasses.replace(
+        whole, settings=dataclasses.replace(whole.settings, flip=False), store=tmp_path / "plain"
+    )
+    write_store(encoder)
+    names = set(load_file(encoder.store / "shard-00000.safetensors"))
+    assert names == {"index", "label", "mean", "std", "readable"}
+    with pytest.raises(DataError, match="data.flip: true, but .* was made with --no-flip; --set data.flip=false"):
+        LatentStore(encoder.store, flip=True)
+    assert len(LatentStore(encoder.store, flip=False)) == N - 1
+
+
+def test_latents_that_are_not_finite_are_skipped(whole, tmp_path, monkeypatch):
+    encode = whole.vae.encode
+
+    def broken(images):
+        mean, std = encode(images)
+        mean[0, 0, 0, 0] = 1e6
+        return mean, std
+
+    monkeypatch.setattr(whole.vae, "encode", broken)
+    encoder = dataclasses.replace(whole, store=tmp_path / "store")
+    write_store(encoder)
+    reasons = [json.loads(line) for line in (encoder.store / "skipped.jsonl").read_text().splitlines()]
+    assert [r["index"] for r in reasons] == [0, 3, 4, 5, 7, 8]  # the first of each batch, and the broken one
+    assert reasons[0]["reason"] == "its latents are not finite in float16"
+    assert not load_file(encoder.store / "shard-00000.safetensors")["mean"][0].any()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def test_read_samples_the_posterior_in_model_space(whole):
+    store = LatentStore(whole.store, flip=False)
+    assert (len(store), store.class_names) == (N - 1, ("cat", "dog"))
+    indices = [9, 0, 5, 0]
+    x, labels = store.read(indices, generator())
+    assert labels.tolist() == [1, 0, 1, 0]
+    assert (x.shape, x.dtype) == ((4, 4, 4, 6), torch.float32)
+    mean, std = (m.float() for m in store.moments(indices))
+    noise = torch.randn(mean.shape, generator=generator())
+    torch.testing.assert_close(x, (mean + std * noise - 0.1) * 0.3)
+    assert not torch.equal(x[1], x[3])
+    assert torch.equal(store.read(indices, generator())[0], x)
+    last = load_file(whole.store / "shard-00002.safetensors")
+    assert torch.equal(store.moments([9])[0][0], last["mean"][2])
+    assert torch.equal(store.moments([5])[1][0], load_file(whole.store / "shard-00001.safetensors")["std"][2])
+
+
+def test_read_mirrors_half_by_the_generator(whole):
+    store = LatentStore(whole.store, flip=True)
+    indices = [3] * 64
+    mirrored = torch.rand(64, generator=generator()) < 0.5
+    first = load_file(whole.store / "shard-00000.safetensors")
+    mean, _ = store.moments(indices, mirrored.numpy())
+    expected = torch.where(mirrored[:, None, None, None], first["mean_mirrored"][3], first["mean"][3])
+    assert torch.equal(mean, expected)
+    x, _ = store.read(indices, generator())
+    deviation = (x / 0.3 + 0.1 - mean.float()).abs().mean((1, 2, 3))
+    assert deviation.max() < 3 * first["std"].float().max()
+    assert 16 < mirrored.sum() < 48
+
+
+def test_another_process_reads_the_same(whole):
+    store = LatentStore(whole.store, flip=True)
+    x, _ = store.read([1, 2], generator())
+    message = pickle.dumps(store)
+    assert len(message) < sum(p.stat().st_size for p in whole.store.glob("shard-*"))  # maps do not travel
+    assert torch.equal(pickle.loads(message).read([1, 2], generator())[0], x)  # noqa: S301
+
+
+def config_for(store, vae, *overrides):
+    values = [f"data.path={store}", f"data.vae={vae}", "data.resolution=16x24", "data.downsample=4"]
+    return load_config("s-256", [*values, "model.num_classes=2", *overrides])
+
+
+def test_open_source_checks_store_and_configuration(whole):
+    vae = whole.settings.vae
+    assert open_source(config_for(whole.store, vae)).class_names == ("cat", "dog")
+    for changes, words in {
+        ("data.resolution=32",): r"data.resolution: 32, but the latents in .* have '16x24'; --set .*=16x24",
+        ("data.channels=16",): "data.channels: 16, but the latents in .* have 4; --set data.channels=4",
+        ("data.downsample=2",): "data.downsample: 2, but",
+        ("data.vae=stabilityai/x",): "data.vae: 'stabilityai/x', but the latents in .* have .*; --set data.vae=",
+        ("model.num_classes=10",): "model.num_classes: 10, but .* has 2 class",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            open_source(config_for(whole.store, vae, *changes))
+    with pytest.raises(DataError, match="diffussm encode IMAGES"):
+        open_source(config_for(whole.store.parent, vae))
+
+
+# ------------------------------------------------------------------------------------------------- damage
+def test_verify_names_a_damaged_shard(copy):
+    assert [problem for _, problem in verify(copy)] == [None] * 5
+    damage(copy / "shard-00001.safetensors", -9)
+    assert {name: p for name, p in verify(copy) if p} == {
+        "shard-00001.safetensors": "its sha256 is not that of the manifest"
+    }
+    (copy / "shard-00002.safetensors").unlink()
+    damage(copy / "listing.jsonl", 5)
+    damage(copy / "skipped.jsonl", 5)
+    wrong = {name: p for name, p in verify(copy) if p}
+    assert set(wrong) == {f"shard-0000{i}.safetensors" for i in (1, 2)} | {"listing.jsonl", "skipped.jsonl"}
+    assert wrong["shard-00002.safetensors"] == "cannot be read: No such file or directory"
+
+
+def test_verify_checks_shapes_too(copy):
+    values = json.loads((copy / "manifest.json").read_text())
+    values["settings"]["channels"], values["settings"]["scale"] = 8, [1.0] * 8
+    values["settings"]["shift"] = [0.0] * 8
+    (copy / "manifest.json").write_text(json.dumps(values))
+    assert all("header differs from the manifest" in p for name, p in verify(copy) if name.startswith("shard"))
+
+
+def test_training_refuses_damaged_shards(copy):
+    shard = copy / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match="shard-00001.safetensors: is .* bytes long, not as the manifest says"):
+        LatentStore(copy, flip=True)
+    damage(shard, 20)
+    with pytest.raises(DataError, match="shard-00001.safetensors: header differs"):
+        LatentStore(copy, flip=True)
+    shard.unlink()
+    with pytest.raises(DataError, match="shard-00001.safetensors: cannot be read: No such file"):
+        LatentStore(copy, flip=True)
+
+
+def test_labels_must_have_a_class(copy, whole):
+    label = len(latents.header(whole.settings, 0)) + 4 * 8  # after the header and the indices
+    damage(copy / "shard-00000.safetensors", label + 1)
+    with pytest.raises(DataError, match="holds labels without a class; diffussm encode --verify"):
+        LatentStore(copy, flip=True)
+
+
+def test_store_without_a_readable_image(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2)
+    encoder = dataclasses.replace(whole, store=tmp_path / "store")
+    with pytest.raises(DataError, match="holds no readable image; see skipped.jsonl"):
+        LatentStore(write_store(encoder), flip=True)
+
+
+BAD_MANIFESTS = {
+    "no JSON": lambda v: "{",
+    "no mapping": lambda v: "[]",
+    "deep": lambda v: "[" * 100_000,
+    "missing field": lambda v: json.dumps({k: x for k, x in v.items() if k != "shards"}),
+    "missing setting": lambda v: json.dumps(v | {"settings": {}}),
+    "fraction": lambda v: json.dumps(v | {"settings": v["settings"] | {"shard_size": 1.5}}),
+    "no size": lambda v: json.dumps(v | {"settings": v["settings"] | {"downsample": 0}}),
+    "infinite scale": lambda v: json.dumps(v | {"settings": v["settings"] | {"scale": [float("inf")] * 4}}),
+    "fewer shards than it says": lambda v: json.dumps(v | {"shards": v["shards"][1:]}),
+}
+
+
+@pytest.mark.parametrize("change", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
+def test_bad_manifests_get_one_line(copy, change):
+    path = copy / "manifest.json"
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(DataError, match=r"data.path: .*manifest.json is damaged"):
+        LatentStore(copy, flip=True)
+
+
+def test_manifests_of_other_formats_and_unfinished_ones(copy):
+    path = copy / "manifest.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"format": 2}))
+    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+        LatentStore(copy, flip=True)
+    path.write_text(json.dumps(values | {"shards": [], "complete": False}))
+    with pytest.raises(DataError, match="is not finished; run the same diffussm encode command again"):
+        LatentStore(copy, flip=True)
+    with pytest.raises(DataError, match="--verify: .* is not finished"):
+        list(verify(copy))
+
+
+def test_repair_restores_the_bytes(whole, copy):
+    damage(copy / "shard-00001.safetensors", -9)
+    damage(copy / "skipped.jsonl", 5)
+    damage(copy / "listing.jsonl", 5)
+    (copy / "shard-00002.safetensors").unlink()
+    shards = encoding.damaged_shards(copy)
+    assert shards == [1, 2]
+    list(encoding.repair(dataclasses.replace(whole, store=copy), shards))
+    for path in whole.store.iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
+    assert len(list(copy.iterdir())) == len(list(whole.store.iterdir()))
+
+
+def test_repair_of_skipped_alone_reads_its_shards_again(whole, copy):
+    damage(copy / "skipped.jsonl", 5)
+    assert encoding.damaged_shards(copy) == [1]
+    list(encoding.repair(dataclasses.replace(whole, store=copy), [1]))
+    assert (copy / "skipped.jsonl").read_bytes() == (whole.store / "skipped.jsonl").read_bytes()
+    assert [problem for _, problem in verify(copy)] == [None] * 5
+
+
+def test_mapping_is_read_only(whole):
+    views = latents.map_shard(whole.store, whole.settings, 0)
+    with pytest.raises(ValueError, match="read-only"):
+        views["mean"][0] = 0

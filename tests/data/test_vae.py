@@ -1,0 +1,192 @@
+"""The autoencoder: what is read from its config, encoding and decoding, and what is said without it."""
+
+import json
+
+import pytest
+import torch
+
+from diffussm_cli.config import load_config
+from diffussm_cli.data import vae
+from diffussm_cli.data.vae import load_vae, open_decoding, preview, read_facts
+from diffussm_cli.errors import DataError
+from tests.conftest import save_vae
+
+CPU = torch.device("cpu")
+
+
+def loaded(folder, dtype=torch.float32):
+    return load_vae(read_facts(str(folder)), CPU, dtype)
+
+
+def test_facts_come_from_the_config(tmp_path):
+    facts = read_facts(str(save_vae(tmp_path)))
+    assert (facts.kind, facts.channels, facts.downsample) == ("AutoencoderKL", 4, 4)
+    assert (facts.scale, facts.shift) == ((0.3,) * 4, (0.1,) * 4)
+    per_channel = {"latents_mean": [1.0, 2.0], "latents_std": [2.0, 4.0], "shift_factor": None}
+    other = read_facts(str(save_vae(tmp_path / "b", latent_channels=2, **per_channel)))
+    assert (other.scale, other.shift) == ((0.15, 0.075), (1.0, 2.0))
+    assert other.config_sha256 != facts.config_sha256
+
+
+def test_old_configs_have_the_defaults_of_their_kind(tmp_path):
+    path = save_vae(tmp_path) / "config.json"
+    values = json.loads(path.read_text())
+    del values["scaling_factor"], values["shift_factor"]
+    path.write_text(json.dumps(values))
+    facts = read_facts(str(tmp_path))
+    assert (facts.scale[0], facts.shift[0]) == (0.18215, 0.0)
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_encode_and_decode_equal_diffusers(tmp_path, channels):
+    v = loaded(save_vae(tmp_path, latent_channels=channels))
+    images = torch.rand(3, 3, 16, 24) * 2 - 1
+    mean, std = v.encode(images)
+    with torch.no_grad():
+        posterior = v.model.encode(images).latent_dist
+        torch.testing.assert_close(mean, posterior.mean)
+        torch.testing.assert_close(std, posterior.std)
+        expected = v.model.decode(mean).sample
+    assert mean.shape == (3, channels, 4, 6)
+    model_space = (mean - v.shift) * v.scale
+    torch.testing.assert_close(v.decode(model_space), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tiny_autoencoder_has_no_deviation(tmp_path, monkeypatch):
+    import diffusers
+
+    widths = {"encoder_block_out_channels": (8, 8, 8), "decoder_block_out_channels": (8, 8, 8)}
+    blocks = {"num_encoder_blocks": (1, 1, 1), "num_decoder_blocks": (1, 1, 1)}
+    diffusers.AutoencoderTiny(**widths, **blocks).save_pretrained(tmp_path)
+    v = loaded(tmp_path)
+    mean, std = v.encode(torch.zeros(1, 3, 16, 16))
+    assert v.facts.downsample == 4
+    assert mean.shape == (1, 4, 4, 4)
+    assert not std.any()
+    assert v.decode(mean).shape == (1, 3, 16, 16)
+    monkeypatch.setattr(vae, "TILE", 16)
+    assert v.decode(torch.randn(1, 4, 8, 12)).shape == (1, 3, 32, 48)  # in tiles
+
+
+def test_decoding_is_bounded_and_tiled(tmp_path, monkeypatch):
+    v = loaded(save_vae(tmp_path))
+    z, sizes = torch.randn(5, 4, 8, 8), []
+    whole, decode = v.decode(z), v.model.decode
+    monkeypatch.setattr(vae, "DECODE_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr(v.model, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    torch.testing.assert_close(v.decode(z), whole, rtol=1e-4, atol=1e-5)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(vae, "TILE", 16)
+    tiled = v.decode(z)
+    assert tiled.shape == whole.shape
+    assert not torch.allclose(tiled, whole, atol=1e-4)
+    monkeypatch.setattr(vae, "TILE", 32)
+    torch.testing.assert_close(v.decode(z), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_identity_is_that_of_config_and_weights(tmp_path):
+    one, two = loaded(save_vae(tmp_path / "1")), loaded(save_vae(tmp_path / "2", seed=1))
+    assert one.identity["name"] == str(tmp_path / "1")
+    assert one.identity["config_sha256"] == two.identity["config_sha256"]
+    assert one.identity["weights_sha256"] != two.identity["weights_sha256"]
+    half = loaded(tmp_path / "1", torch.bfloat16)
+    assert half.identity == one.identity
+    assert half.encode(torch.zeros(1, 3, 8, 8))[0].dtype == torch.float32
+
+
+def test_bad_folders_are_named(tmp_path):
+    def refused(words):
+        with pytest.raises(DataError, match=words):
+            loaded(tmp_path)
+
+    refused("--vae: cannot load the folder .*config.json")
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    refused("holds UNet2DModel, not AutoencoderKL or AutoencoderTiny")
+    save_vae(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("--vae: cannot load the folder")
+    weights.rename(tmp_path / "diffusion_pytorch_model.bin")  # pickled weights are not even tried
+    refused("--vae: cannot load the folder .*safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"norm_num_groups": 5}))
+    refused("the config of .* is damaged")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 1}))
+    refused("is not between RGB images and 4 channels")
+
+
+def test_incomplete_weights_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = save_vae(tmp_path) / "diffusion_pytorch_model.safetensors"
+    kept = load_file(weights)
+    del kept["decoder.conv_in.bias"]
+    save_file(kept, weights)
+    with pytest.raises(DataError, match="the weights of .* lack decoder.conv_in.bias"):
+        loaded(tmp_path)
+
+
+def test_hub_names_may_have_a_subfolder(monkeypatch):
+    import diffusers
+
+    asked = []
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: asked.append(where) or {})
+    for name in ("owner/name", "owner/name/vae"):
+        with pytest.raises(DataError, match="holds None, not AutoencoderKL"):
+            read_facts(name)
+    assert asked == [
+        {"pretrained_model_name_or_path": "owner/name"},
+        {"pretrained_model_name_or_path": "owner/name", "subfolder": "vae"},
+    ]
+
+
+def test_names_that_are_neither_folder_nor_hub():
+    with pytest.raises(DataError, match="--vae: no folder 'nowhere/a/b/c', and it is no hub name"):
+        read_facts("nowhere/a/b/c")
+    with pytest.raises(DataError, match="no folder './vae'"):
+        read_facts("./vae")
+
+
+def without_network(monkeypatch):
+    import diffusers
+
+    def unreachable(*args, **options):
+        raise OSError("it does not appear to have a file named config.json") from OSError("Name not known\nby anyone")
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
+
+
+def test_without_network_one_line_says_what_to_do(monkeypatch):
+    without_network(monkeypatch)
+    with pytest.raises(DataError) as e:
+        read_facts("stabilityai/sd-vae-ft-ema")
+    assert str(e.value) == (
+        "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub: download its config.json and "
+        "diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER (Name not known)"
+    )
+
+
+def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
+    other = open_decoding(load_config("s-256", [f"data.vae={save_vae(tmp_path)}"]), CPU)
+    assert "has 4 channels and downsampling 4, the run 4 and 8" in other.warning
+    without_network(monkeypatch)
+    decoding = open_decoding(load_config("s-256"), CPU)
+    assert decoding.warning.startswith("the pictures are only previews of latents, without data.vae: --vae: cannot")
+    assert decoding.record == {"vae": "stabilityai/sd-vae-ft-ema", "decoded_by": "linear preview"}
+    assert decoding.decode(torch.randn(2, 4, 5, 6)).shape == (2, 3, 40, 48)
+
+
+def test_pixels_stay_what_they_are():
+    decoding = open_decoding(load_config("digits"), CPU)
+    x = torch.randn(2, 1, 8, 8)
+    assert decoding.decode(x) is x
+    assert decoding.warning is None
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 16])
+def test_preview_is_linear_within_its_range(channels):
+    x = torch.rand(2, channels, 3, 4) * 0.2
+    out = preview(x, 2)
+    assert out.shape == (2, 3, 6, 8)
+    torch.testing.assert_close(preview(0.5 * x, 2), 0.5 * out)
+    assert all(preview(x * (torch.arange(channels) == c).view(-1, 1, 1), 2).any() for c in range(channels))

@@ -1,0 +1,416 @@
+"""`diffussm encode` as a user meets it: what it writes, what stops it, and what training and sampling make of it."""
+
+import fcntl
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffussm_cli.data import encoding
+from diffussm_cli.data.listing import list_source
+from tests.conftest import TINY, save_vae
+from tests.test_cli import line_of, run
+
+N = 12
+OPTIONS = ["--resolution", "16", "--shard-size", "5", "--batch-size", "2", "--workers", "0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Rounding may depend on the number of threads, and processes are compared here."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Two classes of six pictures, one of them broken, and a file that is none."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(N):
+        path = root / ("cat" if i < 6 else "dog") / f"{i:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+    (root / "cat" / "03.png").write_bytes(b"text")
+    (root / "dog" / "notes.txt").write_text("text")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def store(images, vae, tmp_path_factory):
+    target = tmp_path_factory.mktemp("whole") / "store"
+    assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+    return target
+
+
+def files(store):
+    """Contents by name, locks aside."""
+    return {p.name: p.read_bytes() for p in store.iterdir() if not p.name.startswith(".lock")}
+
+
+def command(images, target, vae, *options):
+    arguments = [images, target, "--vae", vae, *OPTIONS, *options]
+    return [sys.executable, "-m", "diffussm_cli", "encode", *map(str, arguments)]
+
+
+def size_of(path):
+    with Image.open(path) as image:
+        return image.mode, image.size
+
+
+# ----------------------------------------------------------------------------------------------- good courses
+def test_encode_says_what_it_did(images, vae, tmp_path):
+    result = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == ""
+    assert f"11 images of 2 classes in {tmp_path / 'store'}" in result.stderr
+    assert "skipped: 1 unreadable images, 1 other files; reasons in" in result.stderr
+    assert f"diffussm encode --verify {tmp_path / 'store'}" in result.stderr
+    skipped = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
+    assert [(s["index"], s["file"]) for s in skipped] == [(3, "cat/03.png"), (None, "dog/notes.txt")]
+    checked = run("encode", "--verify", tmp_path / "store")
+    assert checked.stdout == f"5 files of {tmp_path / 'store'} are as they were written\n"
+    again = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
+    assert "is complete already" in again.stderr
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_bytes(images, vae, store, tmp_path):
+    result = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS, "--workers", 2)
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "store") == files(store)
+
+
+def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_path):
+    flat, tars = tmp_path / "flat", tmp_path / "tars"
+    flat.mkdir()
+    tars.mkdir()
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for i, path in enumerate(sorted(images.rglob("*.png"))):
+            (flat / path.name).write_bytes(path.read_bytes())
+            for name, data in ((path.name, path.read_bytes()), (f"{path.stem}.cls", str(i % 3).encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    means = []
+    for source, names in ((flat, []), (tars, ["0", "1", "2"])):
+        target = tmp_path / f"{source.name}-store"
+        assert run("encode", source, target, "--vae", vae, *OPTIONS).exit_code == 0
+        assert json.loads((target / "manifest.json").read_text())["settings"]["class_names"] == names
+        tensors = load_file(target / "shard-00001.safetensors")
+        assert tensors["label"].tolist() == ([5 % 3, 0, 1, 2, 0] if names else [0] * 5)
+        means.append(tensors["mean"])
+    assert torch.equal(*means)
+
+
+def test_oblong_resolution_and_bf16(images, vae, tmp_path):
+    result = run("encode", images, tmp_path / "s", "--vae", vae, *OPTIONS, "--resolution", "8x24", "--no-flip")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "s" / "manifest.json").read_text())["settings"]
+    assert (settings["resolution"], settings["flip"]) == ([8, 24], False)
+    bf16 = run("encode", images, tmp_path / "b", "--vae", vae, *OPTIONS, "--precision", "bf16")
+    assert bf16.exit_code == 0 or "bf16 has no hardware support" in line_of(bf16)
+
+
+def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, tmp_path, monkeypatch):
+    """The death of the process between any two writes, played by an exception that nothing catches."""
+    whole = encoding.whole_file
+
+    class Death(BaseException):
+        pass
+
+    for survived in range(9):
+        target, left = tmp_path / str(survived), [survived]
+
+        def dies(path, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                path.with_name(f".partial-{path.name}.1").write_bytes(b"half")
+                raise Death
+            return whole(path)
+
+        monkeypatch.setattr(encoding, "whole_file", dies)
+        with pytest.raises(Death):
+            run("encode", images, target, "--vae", vae, *OPTIONS)
+        monkeypatch.setattr(encoding, "whole_file", whole)
+        stamps = {p: p.stat().st_mtime_ns for p in target.glob("shard-*.safetensors")}
+        assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+        assert files(target) == files(store)
+        assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # no finished shard is redone
+
+
+@pytest.mark.slow
+def test_kill_and_restart_end_with_the_same_bytes(images, vae, store, tmp_path):
+    target = tmp_path / "store"
+    for wanted in (1, 2):
+        process = subprocess.Popen(
+            command(images, target, vae), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
+        deadline = time.time() + 120
+        while len(list(target.glob("shard-*.safetensors"))) < wanted and process.poll() is None:
+            assert time.time() < deadline
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+    assert files(target) == files(store)
+
+
+@pytest.mark.slow
+def test_two_ranks_write_what_one_writes(images, vae, store, tmp_path):
+    target = tmp_path / "store"
+    ranks = [
+        subprocess.Popen(
+            command(images, target, vae),
+            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (1, 0)
+    ]
+    messages = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], messages
+    assert files(target) == files(store)
+    assert "11 images of 2 classes" in messages[1]
+    assert "images of" not in messages[0]
+
+
+def test_flipped_byte_is_named_and_repaired(images, vae, store, tmp_path):
+    target = tmp_path / "a store"
+    target.mkdir()
+    for name, data in files(store).items():
+        (target / name).write_bytes(data)
+    shard = target / "shard-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 4
+    shard.write_bytes(data)
+    line = line_of(run("encode", "--verify", target))
+    assert "1 of 5 files are damaged: shard-00001.safetensors (its sha256 is not that of the manifest)" in line
+    assert line.endswith(f"diffussm encode --repair SOURCE '{target}'")
+    mended = run("encode", "--repair", images, target, "--workers", 0)
+    assert mended.exit_code == 0, mended.output
+    assert "1 shards of" in mended.stderr
+    assert files(target) == files(store)
+    assert run("encode", "--verify", target).exit_code == 0
+
+
+# -------------------------------------------------------------------------------------------------- mistakes
+def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffussm_cli.data.vae.load_vae", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    mistakes = {
+        (): "name SOURCE and TARGET, as: diffussm encode images/ latents/",
+        (images,): "name SOURCE and TARGET",
+        ("nowhere", "out"): "SOURCE: cannot read the folder 'nowhere': No such file",
+        ("empty", "out"): "SOURCE: no image in 'empty'",
+        ("text", "out"): "SOURCE: no image in 'text'",
+        (images, "/proc/out"): "TARGET: cannot write to '/proc/out'",
+        (images, "text/a.txt"): "TARGET: cannot write to 'text/a.txt'",
+        (images, "taken"): "TARGET: 'taken' is not empty and holds no latents",
+        (images, images / "out"): "lies inside SOURCE",
+        (images, "out", "--resolution", "0"): "--resolution: '0' must be a number of pixels or HxW",
+        (images, "out", "--resolution", "256x"): "--resolution: '256x' must be",
+        (images, "out", "--resolution", "20"): "--resolution: 20 must be a multiple of 8",
+        (images, "out", "--resolution", "8x20"): "--resolution: 8x20 must be a multiple of 8",
+        (images, "out", "--vae", "./nowhere"): "--vae: no folder './nowhere'",
+        (images, "out", "--vae", "empty"): "--vae: cannot load the folder 'empty'",
+        (images, "out", "--strict"): "--strict: dog/notes.txt: no image by its name or first bytes",
+        ("--verify", "empty"): "--verify: cannot read 'empty/manifest.json': No such file",
+        ("--repair", images, "empty"): "--repair: cannot read 'empty/manifest.json': No such file",
+        ("--verify",): "encode: --verify LATENTS, or --repair SOURCE LATENTS",
+        ("--verify", "a", "b"): "encode: --verify LATENTS, or",
+        ("--repair", "a"): "encode: --verify LATENTS, or",
+    }
+    for arguments, words in mistakes.items():
+        assert words in line_of(run("encode", *arguments)), arguments
+        assert sorted(p.name for p in tmp_path.rglob("*")) == before, arguments
+
+
+def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):
+    folder = save_vae(tmp_path / "vae", block_out_channels=(4,) * 5)
+    monkeypatch.setattr("diffussm_cli.data.vae.load_vae", None)
+    line = line_of(run("encode", images, tmp_path / "out", "--vae", folder, "--resolution", "24x32"))
+    assert "--resolution: 24x32 must be a multiple of 16, the downsampling of" in line
+
+
+def test_strict_stops_at_the_first_broken_image(images, vae, tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    for path in (images / "cat").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    line = line_of(run("encode", source, tmp_path / "out", "--vae", vae, *OPTIONS, "--strict"))
+    assert "--strict: 03.png: not a PNG" in line
+
+
+def test_other_settings_and_sources_are_refused_with_the_difference(images, vae, store, tmp_path):
+    def refused(source, *options):
+        return line_of(run("encode", source, store, "--vae", vae, *OPTIONS, *options))
+
+    before = files(store)
+    assert "resolution was (16, 16) and is now (24, 24); use another TARGET" in refused(images, "--resolution", "24")
+    assert "flip was True and is now False" in refused(images, "--no-flip")
+    assert "batch_size was 2 and is now 3" in refused(images, "--batch-size", "3")
+    other = save_vae(tmp_path / "vae", seed=1)
+    assert "vae was" in refused(images, "--vae", other)
+    source = tmp_path / "images"
+    for path in images.rglob("*.*"):
+        copy = source / path.relative_to(images)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    (source / "dog" / "07.png").unlink()
+    line = refused(source)
+    assert 'was begun with another SOURCE: image 7 was ["dog/07.png", 1, ' in line
+    assert 'is now ["dog/08.png", 1, ' in line
+    assert "was begun with another SOURCE" in line_of(run("encode", "--repair", source, store, "--workers", 0))
+    assert files(store) == before
+
+
+def test_another_vae_under_the_same_name_is_refused(images, tmp_path):
+    folder = save_vae(tmp_path / "vae")
+    assert run("encode", images, tmp_path / "out", "--vae", folder, *OPTIONS).exit_code == 0
+    save_vae(folder, seed=1)
+    line = line_of(run("encode", images, tmp_path / "out", "--vae", folder, *OPTIONS))
+    assert "vae_weights_sha256 was" in line
+
+
+def test_second_process_is_turned_away(images, vae, tmp_path):
+    target = tmp_path / "store"
+    target.mkdir()
+    with (target / ".lock-0").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = line_of(run("encode", images, target, "--vae", vae, *OPTIONS))
+    assert "another process is writing to" in line
+    assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+
+
+def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypatch):
+    whole, left = encoding.whole_file, [4]
+
+    def full(path):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        return whole(path)
+
+    monkeypatch.setattr(encoding, "whole_file", full)
+    line = line_of(run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS))
+    assert "No space left on device; finished shards are kept, and the same command goes on from there" in line
+    monkeypatch.setattr(encoding, "whole_file", whole)
+    assert run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
+    assert files(tmp_path / "store") == files(store)
+
+
+@pytest.mark.parametrize(("rank", "of"), [("2", "2"), ("x", "2"), ("0", "")])
+def test_wrong_ranks(images, tmp_path, monkeypatch, rank, of):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", of)
+    assert "RANK" in line_of(run("encode", images, tmp_path / "out"))
+
+
+def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
+    def interrupted(self, images):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", interrupted)
+    result = run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS)
+    assert result.exit_code == 130
+    assert "interrupted; finished shards are kept, and the same command goes on from there" in result.stderr
+
+
+def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", full)
+    line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
+    assert "--batch-size: 2 does not fit into the memory of cpu; take less" in line
+
+
+def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        yield
+
+    monkeypatch.setattr(encoding, "_loader", killed)
+    line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
+    assert "--workers: a process that decodes images was killed, perhaps for memory; take fewer" in line
+
+
+# ------------------------------------------------------------------------------------------ train and sample
+def latent_settings(vae, *more):
+    values = [*TINY, f"data.vae={vae}", "data.resolution=16", "data.downsample=4", "model.num_classes=2", *more]
+    return [part for v in values for part in ("--set", v)]
+
+
+@pytest.fixture(scope="module")
+def trained(store, vae, tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs") / "latent"
+    settings = latent_settings(vae, "train.sample_every=4", "train.sample_images=4", "train.precision=fp32")
+    result = run("train", "--preset", "s-256", "--data", store, "--out", root, *settings)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    return root
+
+
+def test_train_on_a_store_and_sample_through_its_vae(trained, vae, tmp_path):
+    assert size_of(trained / "samples" / "step-00000004.png")[0] == "RGB"
+    result = run("sample", trained, "--num", 3, "--steps", 2, "--classes", "0,1", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    assert meta["decoded_by"] == "vae"
+    assert meta["vae"]["name"] == str(vae)
+    assert len(meta["vae"]["weights_sha256"]) == 64
+    assert meta["class_names"] == ["cat", "dog"]
+
+
+def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monkeypatch):
+    hidden = vae.with_name("hidden")
+    vae.rename(hidden)
+    try:
+        result = run("sample", trained, "--num", 1, "--steps", 2, "--out", tmp_path)
+    finally:
+        hidden.rename(vae)
+    assert result.exit_code == 0, result.output
+    assert "warning: the pictures are only previews of latents, without data.vae: --vae: no folder" in result.stderr
+    assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
+    assert json.loads((tmp_path / "meta.json").read_text())["decoded_by"] == "linear preview"
+
+
+def test_train_warns_of_a_missing_vae(store, vae, tmp_path, monkeypatch):
+    hidden = vae.with_name("hidden")
+    vae.rename(hidden)
+    try:
+        settings = latent_settings(vae, "train.sample_every=4", "train.sample_images=2", "train.precision=fp32")
+        result = run("train", "--preset", "s-256", "--data", store, "--out", tmp_path / "run", *settings)
+    finally:
+        hidden.rename(vae)
+    assert result.exit_code == 0, result.output
+    assert "warning: the pictures are only previews" in result.stderr
+    assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
+
+
+def test_store_keeps_the_listing(images, store):
+    assert (store / "listing.jsonl").read_bytes() == b"".join(list_source(images).text())
