@@ -135,8 +135,15 @@ SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "pre
 # ------------------------------------------------------------------------------------------------- reading
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
-    files = resources.files("diffussm_cli.presets").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+
+def _presets():
+    """The folder of presets: a package once installed, the checkout's own where Python runs in a checkout."""
+    try:
+        return resources.files("diffussm_cli.presets")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[1] / "presets"
 
 
 def preset_text(name: str) -> str:
@@ -146,7 +153,7 @@ def preset_text(name: str) -> str:
         ConfigError: if there is no such preset or file.
     """
     if name in preset_names():
-        return (resources.files("diffussm_cli.presets") / f"{name}.yaml").read_text()
+        return (_presets() / f"{name}.yaml").read_text()
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_text(path, "--preset")

@@ -1,5 +1,6 @@
 """Presets travel with the wheel."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -28,3 +29,11 @@ def test_presets_are_found_from_any_folder(tmp_path):
     code = "from diffussm_cli.config import load_config; print(load_config('xl-256').model.hidden_size)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.strip() == "1152", done.stderr
+
+
+def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_path):
+    shutil.copytree(ROOT / "diffussm_cli", tmp_path / "diffussm_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "presets", tmp_path / "presets")
+    command = [sys.executable, "-m", "diffussm_cli", "profile", "--preset", "digits", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert '"tokens": 64' in done.stdout, done.stderr
