@@ -50,7 +50,7 @@ def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
     drawn = [int(torch.randint(max(1, model.num_classes), (), generator=g)) for g in generators]
     labels = None if not model.num_classes else drawn if wanted is None else wanted
     shape = (model.in_channels, *model.input_size)
-    x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)
     scheduler = make_scheduler(how.sampler, process, how.steps, model.learn_sigma)
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -58,11 +58,16 @@ def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
     return Drawn(list(seeds), labels, images.float().cpu())
 
 
+def _solver_dtype(device: torch.device) -> torch.dtype:
+    """Of x_t outside the network: at t near T noise and image differ 150-fold in size, where float32 loses digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def make_denoiser(model, process: GaussianDiffusion, how: SampleConfig, y: Tensor | None) -> Denoiser:
     """The model with its labels, guidance and clipping, as a sampling request wants them."""
 
     def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        return model(x, t, y).float()
+        return model(x.float(), t, y).to(x.dtype)
 
     if y is None:
         denoise = labelled(predict, None)

@@ -12,6 +12,7 @@ from tests.conftest import fill
 
 @pytest.fixture(scope="module")
 def model():
+    torch.manual_seed(0)
     return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
 
 
