@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("--vae")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256, help="how many are made")
     parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--source", type=Path, help="images of yours in place of those made here")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--width", type=int, default=32, help="first width of the small VAE")
     parser.add_argument("--rounds", type=int, default=3)
@@ -40,11 +41,13 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_images(root / "images", a.images)
+        if a.source is None:
+            write_images(root / "images", a.images)
         vae = load_vae(read_facts(a.vae or small_vae(root / "vae", a.width)), pick_device(a.device))
-        found = listing.list_source(root / "images")
+        found = listing.list_source(a.source or root / "images")
+        images = len(found.entries)
         size = (a.resolution, a.resolution)
-        how = {"precision": "fp32", "flip": True, "batch_size": a.batch_size, "shard_size": a.images}
+        how = {"precision": "fp32", "flip": True, "batch_size": a.batch_size, "shard_size": images}
         settings = make_settings(found, size, vae, how)
         whole, alone = [], []
         forward(vae, settings)  # warm up
@@ -57,10 +60,10 @@ def main() -> None:
     result = {
         "vae_parameters": sum(p.numel() for p in vae.model.parameters()),
         "vae": a.vae or f"random AutoencoderKL, widths {a.width}, {2 * a.width}, {4 * a.width}, {4 * a.width}",
-        "images": a.images,
+        "images": images,
         "encoded_seconds": whole,
         "forward_seconds": alone,
-        "images_per_second": a.images / encoded,
+        "images_per_second": images / encoded,
         "overhead": encoded / forward_only - 1,
         "cpu_overhead": encoded_cpu / forward_cpu - 1,
         "workers": a.workers,

@@ -1,0 +1,52 @@
+"""The share of a training step that is spent waiting for its batch.
+
+    python benchmarks/waiting.py mnist --steps 50
+    python benchmarks/waiting.py s-256 --data latents/ --set train.batch_size=8 --steps 5
+
+Prints one JSON object. The first step, which makes its batch while nothing else can be done, is left out.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from diffussm_cli.config import load_config
+from diffussm_cli.data.source import open_source
+from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.training.batches import batches
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.record import Meter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset")
+    parser.add_argument("--data")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--steps", type=int, default=20)
+    a = parser.parse_args()
+
+    keep_freed_memory()
+    overrides = [*a.overrides, f"train.steps={a.steps + 1}", "train.sample_every=0", "train.precision=auto"]
+    config = load_config(a.preset, overrides, {"data.path": a.data} if a.data else None)
+    source = open_source(config)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, source, Path(folder))
+        meter = Meter(config.diffusion.timesteps, trainer.device)
+        following = batches(source, config, 0)
+        trainer.update(next(following), meter)
+        waiting, start = 0.0, time.perf_counter()
+        for _ in range(a.steps):
+            asked = time.perf_counter()
+            batch = next(following)
+            waiting += time.perf_counter() - asked
+            trainer.update(batch, meter)
+        total = time.perf_counter() - start
+    share = {"preset": a.preset, "share_waiting": waiting / total, "seconds_a_step": total / a.steps}
+    print(json.dumps({**share, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
+
+
+if __name__ == "__main__":
+    main()
