@@ -1,6 +1,7 @@
 """The network: published size, block by formula, shapes, gradients everywhere, compile, checkpointing."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -181,6 +182,7 @@ def test_low_precision_model_runs_and_is_close():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
 def test_compiled_model_equals_eager_with_gradients():
     eager = tiny()
