@@ -38,8 +38,7 @@ def main() -> None:
     train, held_out = (builtin.load(name, config.data.size, 1, held_out=part) for part in (False, True))
     classifier = SVC(C=5).fit(flat(train.images), train.labels)
 
-    d = config.diffusion
-    process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end)
+    process = GaussianDiffusion.from_config(config.diffusion)
     drawn = list(generate(runs.load_model(trained), process, how, range(arguments.num), range(10), batch_size=100))
     images = to_uint8(torch.cat([part.images for part in drawn]))
     labels = [label for part in drawn for label in part.labels]

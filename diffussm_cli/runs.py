@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text, to_yaml
 from diffussm_cli.errors import ConfigError, RunError
-from diffussm_cli.files import sync
+from diffussm_cli.files import PARTIAL, sync
 from diffussm_cli.model import build_model
 
 CONFIG, STATE, MODEL = "config.yaml", "state.json", "model.safetensors"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
-TEMPORARY = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         RunError: if it cannot be written; what was there before is untouched.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = path.with_name(PARTIAL + path.name)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 
 from diffussm_cli import runs
 from diffussm_cli.cli import app
-from diffussm_cli.files import sha256
-from diffussm_cli.runs import TEMPORARY
+from diffussm_cli.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 
@@ -246,11 +245,11 @@ def test_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path):
         root = tmp_path / str(attempt)
         process = start(root, "train.steps=100000", "train.checkpoint_every=1")
         wait_for_checkpoint(root, process)
-        while not any((root / "checkpoints").glob(f"{TEMPORARY}*")):
+        while not any((root / "checkpoints").glob(f"{PARTIAL}*")):
             assert process.poll() is None
         process.kill()
         process.communicate()
-        if any((root / "checkpoints").glob(f"{TEMPORARY}*")):
+        if any((root / "checkpoints").glob(f"{PARTIAL}*")):
             break
     else:
         pytest.fail("no kill fell into a write")
@@ -258,4 +257,4 @@ def test_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path):
     result = run("train", "--resume", "--out", root, "--set", f"train.steps={step + 2}")
     assert result.exit_code == 0, result.output
     assert runs.read_state(runs.newest_checkpoint(root))["step"] == step + 2
-    assert not any((root / "checkpoints").glob(f"{TEMPORARY}*"))
+    assert not any((root / "checkpoints").glob(f"{PARTIAL}*"))

@@ -96,8 +96,7 @@ def draw(
     decoding = open_decoding(config, where)
     if decoding.warning:
         console.print(f"warning: {decoding.warning}", style="bold", markup=False, soft_wrap=True)
-    d = config.diffusion
-    process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end, where)
+    process = GaussianDiffusion.from_config(config.diffusion, where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pixels, labels = [], []

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import DiffusionConfig
+
 
 class Prediction(NamedTuple):
     """p(x_{t-1} | x_t) of a model, each (B, C, ...)."""
@@ -46,6 +48,11 @@ class GaussianDiffusion:
         self.posterior_x_t = table((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar))  # factor of x_t
         self.posterior_log_variance = table(clipped.log())
         self.log_beta = table(beta.log())
+
+    @classmethod
+    def from_config(cls, config: DiffusionConfig, device: torch.device | str = "cpu") -> "GaussianDiffusion":
+        """The process of a configuration's `diffusion` section."""
+        return cls(config.timesteps, config.beta_start, config.beta_end, device)
 
     def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0), DDPM (4): x_0, noise (B, C, ...), t (B,) -> (B, C, ...)."""

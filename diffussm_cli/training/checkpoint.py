@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.errors import RunError
+from diffussm_cli.files import PARTIAL
 from diffussm_cli.runs import (
     EMA,
     MODEL,
     OPTIMIZER,
     STATE,
-    TEMPORARY,
     checkpoints,
     load_weights,
     read_state,
@@ -34,7 +34,7 @@ def save_checkpoint(
         write_tensors(ema.state_dict(), folder / EMA)
         write_tensors(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
         (folder / STATE).write_text(json.dumps(state))
-    for old in [*checkpoints(root)[:-keep], *path.parent.glob(f"{TEMPORARY}*")]:
+    for old in [*checkpoints(root)[:-keep], *path.parent.glob(f"{PARTIAL}*")]:
         shutil.rmtree(old)
     return path
 

@@ -47,8 +47,7 @@ class Trainer:
         self.model = build_model(config, t.gradient_checkpointing).to(self.device)
         self.ema = EMA(self.model, t.ema)
         self.optimizer = make_optimizer(self.model, t, fused=self.device.type == "cuda")
-        d = config.diffusion
-        self.process = GaussianDiffusion(d.timesteps, d.beta_start, d.beta_end, self.device)
+        self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every else None
         self.step = 0
         if t.compile:
