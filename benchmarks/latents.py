@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from diffussm_cli.data import encoding, latents
-from diffussm_cli.data.encoding import Share
 from diffussm_cli.data.latents import LatentStore, StoreSettings
 from diffussm_cli.data.listing import Entry, Listing
+from diffussm_cli.distributed import Share
 
 IMAGENET = 1_281_167
 

@@ -19,7 +19,7 @@ ROWS = [
     {"generation", "evaluation", "profiling"},
     {"runs"},
     {"model", "diffusion", "data"},
-    {"device"},
+    {"device", "distributed"},
     {"config"},
     {"errors", "files", "presets", ""},
 ]

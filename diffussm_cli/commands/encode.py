@@ -79,8 +79,9 @@ def fill(
 
     from diffussm_cli.data import encoding, listing
     from diffussm_cli.data.vae import read_facts
+    from diffussm_cli.distributed import read_share
 
-    console, share = Console(stderr=True), encoding.read_share()
+    console, share = Console(stderr=True), read_share()
     with console.status("listing"):
         found = listing.list_source(source)
     if strict and found.ignored:
@@ -109,8 +110,9 @@ def mend(store: Path, source: Path, vae: str | None, workers: int, device: str =
     from diffussm_cli.data import encoding, listing
     from diffussm_cli.data.latents import read_manifest
     from diffussm_cli.data.vae import read_facts
+    from diffussm_cli.distributed import Share
 
-    console, share = Console(stderr=True), encoding.Share()
+    console, share = Console(stderr=True), Share()
     old = read_manifest(store, "--repair").settings
     with console.status("checking"):
         shards = encoding.damaged_shards(store)

@@ -9,7 +9,6 @@ B batch   C channels   H x W grid
 import contextlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,18 +40,12 @@ from diffussm_cli.data.latents import (
 from diffussm_cli.data.listing import Listing, read_entry
 from diffussm_cli.data.vae import VAE, VAEFacts
 from diffussm_cli.device import is_out_of_memory
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import PARTIAL, sha256, whole_file
 
 LOCK = ".lock"
 POLL_SECONDS = 0.2
-
-
-class Share(NamedTuple):
-    """Which part of the shards this process takes: `rank`, `rank` + `of`, ..."""
-
-    rank: int = 0
-    of: int = 1
 
 
 class Step(NamedTuple):
@@ -404,11 +397,3 @@ def _lock(file, store: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e
-
-
-def read_share() -> Share:
-    """This process's share by RANK and WORLD_SIZE, as torchrun sets them. Raises ConfigError."""
-    rank, of = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and of.isdecimal() and int(rank) < int(of)):
-        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {of!r} in the environment must be numbers, RANK the smaller")
-    return Share(int(rank), int(of))

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data import encoding, latents
-from diffussm_cli.data.encoding import Encoder, Share
+from diffussm_cli.data.encoding import Encoder
 from diffussm_cli.data.images import read_image, to_model_space
 from diffussm_cli.data.latents import LatentStore, StoreSettings, read_manifest, verify
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import load_vae, read_facts
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
 from tests.conftest import save_vae
 
