@@ -27,13 +27,15 @@ def _option(default: Any, help: str, **bounds: float) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the backbone, by the paper's letters (arXiv 2311.18257)."""
+    """The backbone and its sizes, by the paper's letters (arXiv 2311.18257)."""
 
+    backbone: Literal["diffussm", "dit"] = _option("diffussm", "DiffuSSM, or the DiT baseline")
     hidden_size: int = _option(1152, "D", least=4)
     depth: int = _option(29, "number of blocks", least=1)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1)
     compression: int = _option(2, "M, tokens that share a position between hourglasses", least=1)
-    d_state: int = _option(64, "N, state size of S4D", least=2)
+    d_state: int = _option(64, "N, state size of S4D; of no effect in a DiT", least=2)
+    heads: int = _option(16, "attention heads of a DiT; of no effect in a DiffuSSM", least=1)
     num_classes: int = _option(1000, "0: unconditional", least=0)
     learn_sigma: bool = _option(True, "learn the covariance too")
     label_std: float = _option(0.02, "standard deviation of the label table at the start", above=0)
@@ -345,8 +347,13 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.compression: {m.compression} must divide the {W // m.patch_size} tokens of a row")
     if m.hidden_size % 4:
         raise ConfigError(f"model.hidden_size: {m.hidden_size} must be a multiple of 4")
-    if 2 * m.hidden_size % m.compression:
-        raise ConfigError(f"model.compression: {m.compression} must divide 2 x hidden_size = {2 * m.hidden_size}")
+    wide = m.hidden_size if m.backbone == "dit" else 2 * m.hidden_size
+    if wide % m.compression:
+        raise ConfigError(
+            f"model.compression: {m.compression} must divide the {wide} channels that the hourglass closes"
+        )
+    if m.backbone == "dit" and m.hidden_size % m.heads:
+        raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
     if t.batch_size % t.accumulate:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffussm_cli import published
 from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text, to_yaml
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.files import PARTIAL, sync
@@ -46,11 +47,13 @@ class TrainedRun:
 
 # ------------------------------------------------------------------------------------------------- reading
 def find_run(path: Path) -> TrainedRun:
-    """The averaged weights under a run folder, its `final/`, or one of its checkpoints.
+    """The averaged weights under a run folder, its `final/`, one of its checkpoints, or a published DiT's .pt file.
 
     Raises:
         RunError: if there is none.
     """
+    if path.suffix == published.SUFFIX and path.is_file():
+        return TrainedRun(path.with_suffix(""), published.published_config(path), path, None)
     if not path.is_dir():
         raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
     if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ itself
@@ -133,7 +136,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises RunError."""
+    """All tensors of a safetensors file, or of a published DiT, on the CPU. Raises RunError."""
+    if path.suffix == published.SUFFIX:
+        return published.published_weights(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:

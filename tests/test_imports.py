@@ -18,6 +18,7 @@ ROWS = [
     {"training"},
     {"generation", "evaluation", "profiling"},
     {"runs"},
+    {"published"},
     {"model", "diffusion", "data"},
     {"device", "distributed"},
     {"config"},

@@ -1,24 +1,28 @@
-"""The networks. Start with `diffussm.py`, then `block.py` and `s4d.py`."""
+"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py` and `s4d.py`."""
 
 from diffussm_cli.config import Config
+from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.diffussm import DiffuSSM
+from diffussm_cli.model.dit import DiT
 
-__all__ = ["DiffuSSM", "build_model"]
+__all__ = ["Backbone", "DiT", "DiffuSSM", "build_model"]
 
 
-def build_model(config: Config, gradient_checkpointing: bool = False) -> DiffuSSM:
+def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbone:
     """The network that a configuration describes, on the current default device, freshly initialised."""
     m = config.model
-    return DiffuSSM(
-        input_size=config.data.grid,
-        in_channels=config.data.channels,
-        patch_size=m.patch_size,
-        hidden_size=m.hidden_size,
-        depth=m.depth,
-        compression=m.compression,
-        d_state=m.d_state,
-        num_classes=m.num_classes,
-        learn_sigma=m.learn_sigma,
-        label_std=m.label_std,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    common = {
+        "input_size": config.data.grid,
+        "in_channels": config.data.channels,
+        "patch_size": m.patch_size,
+        "hidden_size": m.hidden_size,
+        "depth": m.depth,
+        "compression": m.compression,
+        "num_classes": m.num_classes,
+        "learn_sigma": m.learn_sigma,
+        "label_std": m.label_std,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    if m.backbone == "dit":
+        return DiT(heads=m.heads, **common)
+    return DiffuSSM(d_state=m.d_state, **common)

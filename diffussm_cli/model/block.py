@@ -64,6 +64,10 @@ class DiffuSSMBlock(nn.Module):
         self.W2 = nn.Linear(2 * D, 2 * D)
         self.W3 = nn.Linear(2 * D, D)
 
+    def zeroed(self) -> list[nn.Linear]:
+        """The layers that start at zero, so that the block starts as the identity."""
+        return [self.norm.adaLN, self.W3]
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x, c)  # I (B, J, D)
         u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, L)

@@ -1,0 +1,98 @@
+"""DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, on the embeddings and the interface of DiffuSSM.
+
+B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
+D hidden size   h heads of d = D/h channels   token l = j M + k
+
+M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and attention alone on all L tokens: the
+hourglass around attention, which the DiffuSSM paper compares by its Gflops (section 4 and figure 3).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from diffussm_cli.model.backbone import Backbone
+from diffussm_cli.model.block import HourglassLinear
+
+
+class Attention(nn.Module):
+    """Self-attention of all tokens: x (B, J, D) -> (B, J, D). At M = 1 the usual one, fused."""
+
+    def __init__(self, D: int, M: int, heads: int):
+        super().__init__()
+        self.M, self.heads = M, heads
+        self.qkv = nn.Linear(D, M * 3 * D)  # M Linears, one for each place of a token in its position
+        self.proj = HourglassLinear(M, D, D // M)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads)
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
+        return self.proj.close(rearrange(y, "b h l d -> b (h d) l"))
+
+
+class DiTBlock(nn.Module):
+    """x (B, J, D), c (B, D) -> (B, J, D): attention and MLP, each shifted, scaled and gated by c (adaLN-Zero)."""
+
+    def __init__(self, D: int, M: int, heads: int, mlp_ratio: int = 4):
+        super().__init__()
+        self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(D, M, heads)
+        self.mlp = nn.Sequential(nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D))
+        self.adaLN = nn.Linear(D, 6 * D)
+
+    def zeroed(self) -> list[nn.Linear]:
+        """The layers that start at zero, so that the block starts as the identity."""
+        return [self.adaLN]
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(F.silu(c))[:, None].chunk(6, dim=-1)  # (B, 1, D)
+        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
+        return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)))
+
+
+class DiT(Backbone):
+    """Transformer denoiser: (x_t, t, y) -> noise, and covariance if learned. XL/2 has DiT's 675 M parameters.
+
+    Args (others as `Backbone`):
+        hidden_size: D, a multiple of 4 and of heads.
+        depth: number of blocks.
+        heads: of the attention.
+        compression: M; must divide W/P and D. 1 is DiT.
+
+    Raises:
+        ValueError: for sizes that do not divide, naming them.
+    """
+
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        in_channels: int = 4,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        heads: int = 16,
+        compression: int = 1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        label_std: float = 0.02,
+        gradient_checkpointing: bool = False,
+    ):
+        if hidden_size % heads or hidden_size % compression:
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of heads {heads} and of M {compression}")
+        super().__init__(
+            [DiTBlock(hidden_size, compression, heads) for _ in range(depth)],
+            input_size=input_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            compression=compression,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            label_std=label_std,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    def positions(self, H: int, W: int) -> Tensor:
+        """The fixed positions of a grid, (J, D), in DiT's order: sin and cos of the column, then of the row."""
+        return super().positions(H, W).unflatten(-1, (4, -1)).flip(-2).flatten(-2)

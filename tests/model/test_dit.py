@@ -1,0 +1,130 @@
+"""DiT: its published size, diffusers' implementation as the reference, and the hourglass around attention."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffussm_cli.model import DiT
+from diffussm_cli.model.dit import Attention
+from tests.conftest import fill, relative
+
+
+def tiny(**changes):
+    sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "heads": 4, "num_classes": 5}
+    return DiT(**sizes | changes)
+
+
+def test_xl_2_has_dits_size_part_by_part():
+    with torch.device("meta"):
+        model = DiT()
+    D, blocks = 1152, 28
+    counts = {
+        "attention": sum(p.numel() for b in model.blocks for p in b.attention.parameters()),
+        "mlp": sum(p.numel() for b in model.blocks for p in b.mlp.parameters()),
+        "adaLN": sum(p.numel() for b in model.blocks for p in b.adaLN.parameters()),
+    }
+    assert counts == {
+        "attention": blocks * (4 * D * D + 4 * D),
+        "mlp": blocks * (8 * D * D + 5 * D),
+        "adaLN": blocks * 6 * D * (D + 1),
+    }
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 674_834_720
+    assert total + model.position.numel() == 675_129_632  # the number that counts the fixed positions too
+
+
+def in_diffusers(model: DiT):
+    """The same weights in diffusers' DiT, whose blocks each own an embedder."""
+    from diffusers import DiTTransformer2DModel
+
+    D, heads = model.patch_in.out_features, model.blocks[0].attention.heads
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=D // heads,
+        in_channels=model.in_channels,
+        out_channels=model.out_channels,
+        num_layers=len(model.blocks),
+        sample_size=model.input_size[0],
+        patch_size=model.patch_size,
+        num_embeds_ada_norm=model.num_classes,
+    ).double()
+    copies = {theirs.proj_out_1: model.norm_out.adaLN, theirs.proj_out_2: model.patch_out}
+    for block, own in zip(theirs.transformer_blocks, model.blocks):
+        embedder = block.norm1.emb
+        embedder.time_proj.downscale_freq_shift = 0  # theirs is 1; ADM's and DiT's sinusoids have none
+        copies |= {
+            embedder.timestep_embedder.linear_1: model.t_embed.mlp[0],
+            embedder.timestep_embedder.linear_2: model.t_embed.mlp[2],
+            block.norm1.linear: own.adaLN,
+            block.ff.net[0].proj: own.mlp[0],
+            block.ff.net[2]: own.mlp[2],
+        }
+        embedder.class_embedder.embedding_table.load_state_dict(model.y_embed.state_dict())
+        qkv = own.attention.qkv
+        for layer, weight, bias in zip(
+            (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), qkv.weight.chunk(3), qkv.bias.chunk(3)
+        ):
+            layer.load_state_dict({"weight": weight, "bias": bias})
+        proj = own.attention.proj
+        block.attn1.to_out[0].load_state_dict({"weight": proj.weight[0], "bias": proj.bias[0]})
+    for layer, own in copies.items():
+        layer.load_state_dict(own.state_dict())
+    patch = theirs.pos_embed.proj
+    patch.load_state_dict({"weight": model.patch_in.weight.view(patch.weight.shape), "bias": model.patch_in.bias})
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_equals_diffusers(patch):
+    model = fill(tiny(patch_size=patch)).double().eval()
+    x, t, y = torch.randn(3, 4, 8, 8).double(), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+    with torch.no_grad():
+        expected = in_diffusers(model)(x, timestep=t, class_labels=y).sample
+        assert relative(model(x, t, y), expected) < 1e-5  # float32 sines of up to 999 rad
+
+
+def test_hourglass_attention_equals_the_loop_over_tokens():
+    """Every token has its own place's q, k, v; every place its own slice of the output."""
+    torch.manual_seed(0)
+    B, J, D, M, heads = 2, 3, 8, 2, 2
+    layer = Attention(D, M, heads).double()
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(B, J, D, dtype=torch.double)
+    W, b = layer.qkv.weight.view(M, 3 * D, D), layer.qkv.bias.view(M, 3 * D)
+    qkv = torch.stack([x[:, i // M] @ W[i % M].T + b[i % M] for i in range(J * M)], 1)  # (B, L, 3D)
+    q, k, v = qkv.view(B, J * M, 3, heads, D // heads).unbind(2)
+    y = torch.empty(B, J * M, heads, D // heads, dtype=torch.double)
+    for h in range(heads):
+        weights = torch.softmax(q[:, :, h] @ k[:, :, h].mT / (D // heads) ** 0.5, -1)
+        y[:, :, h] = weights @ v[:, :, h]
+    y = y.flatten(2)
+    out = torch.stack([y[:, i] @ layer.proj.weight[i % M].T + layer.proj.bias[i % M] for i in range(J * M)], 1)
+    assert relative(layer(x), out.reshape(B, J, D)) < 1e-12
+
+
+@pytest.mark.parametrize("changes", [{}, {"compression": 2}, {"num_classes": 0, "learn_sigma": False}], ids=str)
+def test_every_parameter_gets_a_gradient(changes):
+    model = fill(tiny(**changes))
+    y = torch.tensor([0, 1]) if model.num_classes else None
+    model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), y).square().mean().backward()
+    rows = model.y_embed.weight.grad.abs().sum(1) if model.num_classes else None
+    assert rows is None or rows.count_nonzero() == 2
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().sum() > 0, name
+
+
+def test_blocks_start_as_identities():
+    model = tiny()
+    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    for block in model.blocks:
+        torch.testing.assert_close(block(x, c), x)
+    assert not model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1])).any()
+
+
+def test_sizes_that_do_not_divide_are_named():
+    with pytest.raises(ValueError, match="heads 5"):
+        tiny(heads=5)
+    with pytest.raises(ValueError, match="compression 4 the width"):
+        tiny(compression=4, input_size=12)

@@ -1,0 +1,106 @@
+"""DiT's published files: a .pt of the official names and shapes becomes a model that samples."""
+
+import pickle
+
+import pytest
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.errors import RunError
+from diffussm_cli.model import DiT
+from tests.conftest import fill
+
+
+@pytest.fixture
+def model():
+    return fill(DiT(8, 4, 2, 384, depth=2, heads=6, num_classes=7))
+
+
+def official(model: DiT) -> dict:
+    """A state dict by the names and shapes of the published files."""
+    state = {
+        "pos_embed": model.position[None].clone(),
+        "x_embedder.proj.weight": model.patch_in.weight.view(384, 4, 2, 2),
+        "x_embedder.proj.bias": model.patch_in.bias,
+        "y_embedder.embedding_table.weight": model.y_embed.weight,
+    }
+    pairs = {"final_layer.linear": model.patch_out, "final_layer.adaLN_modulation.1": model.norm_out.adaLN}
+    pairs |= {f"t_embedder.mlp.{i}": model.t_embed.mlp[i] for i in (0, 2)}
+    for i, block in enumerate(model.blocks):
+        pairs |= {
+            f"blocks.{i}.attn.qkv": block.attention.qkv,
+            f"blocks.{i}.mlp.fc1": block.mlp[0],
+            f"blocks.{i}.mlp.fc2": block.mlp[2],
+            f"blocks.{i}.adaLN_modulation.1": block.adaLN,
+        }
+        state[f"blocks.{i}.attn.proj.weight"] = block.attention.proj.weight[0]
+        state[f"blocks.{i}.attn.proj.bias"] = block.attention.proj.bias[0]
+    state |= {f"{name}.{k}": v for name, layer in pairs.items() for k, v in layer.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_published_file_is_a_run(tmp_path, model, wrapped):
+    path, state = tmp_path / "DiT-S-2.pt", official(model)
+    torch.save({"ema": state, "model": {}} if wrapped else state, path)
+    trained = runs.find_run(path)
+    m, d = trained.config.model, trained.config.data
+    assert (m.backbone, m.depth, m.heads, m.patch_size, m.num_classes, m.learn_sigma) == ("dit", 2, 6, 2, 7, True)
+    assert (d.resolution, d.channels, d.vae) == (64, 4, "stabilityai/sd-vae-ft-ema")
+    ours = runs.load_model(trained)
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 700]), torch.tensor([3, 7])
+    assert model(x, t, y).any()
+    torch.testing.assert_close(ours(x, t, y), model(x, t, y))
+
+
+def broken(state, how):
+    if how == "a layer is missing":
+        del state["final_layer.linear.bias"]
+    if how == "an unknown layer":
+        state["blocks.0.attn.rope"] = torch.zeros(1)
+    if how == "other positions":
+        state["pos_embed"] += 0.1
+    if how == "odd width":
+        state["x_embedder.proj.weight"] = torch.zeros(100, 4, 2, 2)
+    if how == "more than tensors":
+        state["arguments"] = {"lr": 1}
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("a layer is missing", "not a checkpoint of DiT"),
+        ("an unknown layer", "blocks.0.attn.rope is no part of a DiT"),
+        ("other positions", "positions"),
+        ("odd width", "not a checkpoint of DiT"),
+        ("more than tensors", "more than tensors"),
+    ],
+)
+def test_other_files_are_refused_by_name(tmp_path, model, how, message):
+    path = tmp_path / "model.pt"
+    torch.save(broken(official(model), how), path)
+    with pytest.raises(RunError, match=message):
+        runs.load_model(runs.find_run(path))
+
+
+class Attack:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code of the file was run')",))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Attack()), b"no pickle", b""], ids=["attack", "text", "empty"])
+def test_a_hostile_file_is_refused_unread(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=r"model\.pt"):
+        runs.find_run(path)
+
+
+def test_code_inside_a_state_dict_is_not_run(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"ema": Attack()}, path)
+    with pytest.raises(RunError, match="cannot be read"):
+        runs.find_run(path)
