@@ -24,13 +24,14 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware for it."""
-    fast = _has_bf16(device)
+    fast = has_bf16(device)
     if precision == "bf16" and not fast:
         raise ConfigError(f"precision: bf16 has no hardware support on this {device.type} and would crawl; use fp32")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Whether products of bfloat16 run on hardware made for them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

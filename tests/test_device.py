@@ -22,7 +22,7 @@ def test_devices_by_name():
 
 def test_bf16_only_where_hardware_has_it(monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(device, "_has_bf16", lambda _, fast=fast: fast)
+        monkeypatch.setattr(device, "has_bf16", lambda _, fast=fast: fast)
         assert pick_dtype("fp32", CPU) == torch.float32
         assert pick_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
     with pytest.raises(ConfigError, match="bf16 has no hardware support on this cpu"):
@@ -30,7 +30,7 @@ def test_bf16_only_where_hardware_has_it(monkeypatch):
 
 
 def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "_has_bf16", lambda _: True)
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
     config = tiny("train.precision=bf16")
     trainer = Trainer(config, open_source(config), tmp_path)
     inside = set()

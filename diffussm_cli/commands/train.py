@@ -161,11 +161,12 @@ def show_plan(config: Config) -> None:
     """The resolved configuration on stdout, what it amounts to on stderr."""
     from rich.console import Console
 
-    from diffussm_cli.commands.profile import cost_table
+    from diffussm_cli.commands.profile import table
+    from diffussm_cli.commands.profile import to_dict as cost_dict
     from diffussm_cli.profiling.flops import cost
 
     typer.echo(to_yaml(config), nl=False)
-    Console(stderr=True).print(cost_table([cost(config)], training=True))
+    Console(stderr=True).print(table([cost_dict(cost(config))], memory=True))
 
 
 def parameters(model) -> str:

@@ -100,7 +100,7 @@ def fft_length(L: int) -> int:
 def _is_smooth(n: int) -> bool:
     for p in (2, 3, 5, 7):
         while n % p == 0:
-            n //= p
+            n = n // p  # not in place: while a model is traced, sizes are tensors
     return n == 1
 
 

@@ -1,19 +1,22 @@
 """Analytic cost of a configuration: parameters, tokens, multiply-adds of a forward pass, memory of training.
 
-    L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length
+    L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length   F = n/2 + 1
 
 "Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and of the paper.
-Elementwise work (activations, norms, gates, spectra products) is not counted, as in the literature.
+Transforms and complex products are put into it at two real operations to a multiply-add. Elementwise work on real
+numbers (activations, norms, gates) is not counted, as in the literature. `count.py` counts the same from a trace.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d import fft_length
+
+COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
 
 
 @dataclass(frozen=True)
@@ -21,48 +24,81 @@ class Cost:
     """Cost of one image through one model. `parts` are Gflops by name; `kernel_gflops` is paid once a weight update."""
 
     name: str
+    resolution: tuple[int, int]
     parameters: int
     tokens: int
     positions: int
-    parts: dict[str, float] = field(default_factory=dict)
-    kernel_gflops: float = 0.0
-    training_bytes: int = 0
+    parts: dict[str, float]
+    kernel_gflops: float
+    training_images: int
+    training_bytes: int
 
     @property
     def gflops(self) -> float:
         """Gflops of a forward pass, kernels not included."""
         return sum(self.parts.values())
 
+    @property
+    def training_gflops(self) -> float:
+        """Forward Gflops times training images: what the paper calls total Gflops."""
+        return self.gflops * self.training_images
 
-def cost(config: Config) -> Cost:
-    """The cost of a configuration; builds the model on the meta device only."""
+
+def cost(config: Config, name: str | None = None) -> Cost:
+    """The cost of a configuration, under its preset's name or another; builds the model on the meta device only."""
     with torch.device("meta"):
         model = build_model(config)
-    count = sum(p.numel() for p in model.parameters())
-    m, C = config.model, config.data.channels
+    parameters = sum(p.numel() for p in model.parameters())
+    m, t = config.model, config.train
     H, W = config.data.grid
-    P, M, D, N = m.patch_size, m.compression, m.hidden_size, m.d_state
-    L = H * W // P**2
-    J, n = L // M, fft_length(L)
-    taps_out = (2 if m.learn_sigma else 1) * C * P * P
-    fft = 5 / 2 * n * math.log2(n) / 2  # real operations of one real transform, two to a multiply-add
-    parts = {
-        "hourglass and gate": m.depth * (13 / M + 1) * L * D**2,  # the paper's formula; its Y of width 2D
-        "fft": m.depth * 3 * D * fft,  # one forward transform, two backward
-        "conditioning": (256 + D) * D + (m.depth + 1) * 2 * D**2,
-        "in and out": L * D * (C * P * P) + L * D * taps_out,
-    }
-    root = math.sqrt(L)
-    kernel = m.depth * 2 * D * N * math.ceil(L / math.ceil(root)) * math.ceil(root)
+    L = H * W // m.patch_size**2
+    blocks, kernel = _dit_block(m, L) if m.backbone == "dit" else _diffussm_block(m, L)
+    parts = {part: m.depth * macs for part, macs in blocks.items()}
+    for part, macs in _outside(config, L).items():
+        parts[part] = parts.get(part, 0) + macs
     return Cost(
-        name=config.preset,
-        parameters=count,
+        name=name or config.preset,
+        resolution=config.data.size,
+        parameters=parameters,
         tokens=L,
-        positions=J,
-        parts={k: v / 1e9 for k, v in parts.items()},
-        kernel_gflops=kernel / 1e9,
-        training_bytes=training_bytes(config, count),
+        positions=L // m.compression,
+        parts={part: macs / 1e9 for part, macs in parts.items()},
+        kernel_gflops=m.depth * kernel / 1e9,
+        training_images=t.steps * t.batch_size,
+        training_bytes=training_bytes(config, parameters),
     )
+
+
+def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
+    """Multiply-adds of one image in one block, and of its kernels: (13/M + 1) L D^2 is the paper's formula."""
+    M, D, n = m.compression, m.hidden_size, fft_length(L)
+    parts = {
+        "dense layers": (13 / M + 1) * L * D**2,
+        "FFT": 3 * D * fft_macs(n),  # one forward, two back
+        "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
+        "conditioning": 2 * D**2,
+    }
+    T = math.ceil(math.sqrt(L))
+    return parts, 2 * D * (m.d_state * math.ceil(L / T) * T + fft_macs(n))
+
+
+def _dit_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
+    """Multiply-adds of one image in one block: q, k and v of every token, output and MLP of every position."""
+    M, D = m.compression, m.hidden_size
+    return {"dense layers": (3 + 9 / M) * L * D**2, "attention": 2 * L**2 * D, "conditioning": 6 * D**2}, 0
+
+
+def _outside(config: Config, L: int) -> dict[str, float]:
+    """Multiply-adds outside the blocks, by the names of parts."""
+    m = config.model
+    D, taps = m.hidden_size, config.data.channels * m.patch_size**2
+    out = (2 if m.learn_sigma else 1) * taps
+    return {"conditioning": (256 + D) * D + 2 * D**2, "in and out": L * D * (taps + out)}
+
+
+def fft_macs(n: int) -> float:
+    """One real transform of length n: 5/2 n log2 n real operations, two to a multiply-add."""
+    return 5 / 2 * n * math.log2(n) / 2
 
 
 def training_bytes(config: Config, parameters: int) -> int:
@@ -77,11 +113,16 @@ def training_bytes(config: Config, parameters: int) -> int:
     L = H * W // m.patch_size**2
     B, D, M = t.batch_size // t.accumulate, m.hidden_size, m.compression
     wide, narrow = 4, 2 if t.precision == "bf16" else 4
-    positions = 15 * D * narrow / M  # norm, W0, W1, W2, gate, residual, each kept before and after its activation
-    tokens = (6 * D) * narrow  # W_up before and after, Y in and out of the convolution
-    spectra = 2 * 3 * D * wide  # U and its two products, complex, n/2 long with n = 2L
-    a_part = B * L * (positions + tokens + spectra)
-    kernels = 12 * 2 * D * math.ceil(math.sqrt(L)) * m.d_state // 2 * wide
+    kernels = 0
+    if m.backbone == "dit":
+        per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
+    else:
+        positions = 15 * D * narrow / M  # norm, W0, W1, W2, gate, residual, each kept before and after its activation
+        tokens = (6 * D) * narrow  # W_up before and after, Y in and out of the convolution
+        spectra = 2 * 3 * D * wide  # U and its two products, complex, n/2 long with n = 2L
+        per_token = positions + tokens + spectra
+        kernels = 12 * 2 * D * math.ceil(math.sqrt(L)) * m.d_state // 2 * wide
+    a_part = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
     return int(parameters * 5 * 4 + blocks * (a_part + kernels) + kept + 3 * a_part)

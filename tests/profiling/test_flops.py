@@ -1,22 +1,47 @@
-"""The analytic cost against the paper."""
+"""The cost of a forward pass: formula against a trace, and both against what was published."""
 
 import pytest
 import torch
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import load_config, preset_names
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.profiling import count as counting
+from diffussm_cli.profiling import paper
+from diffussm_cli.profiling.count import count
 from diffussm_cli.profiling.flops import cost
 
 
 @pytest.mark.parametrize(("preset", "gflops"), [("xl-256", 295.6), ("xl-512", 1182.4)])
 def test_xl_costs_what_the_papers_formula_says(preset, gflops):
     c = cost(load_config(preset))
-    assert c.parts["hourglass and gate"] == pytest.approx(gflops, rel=2e-4)
+    assert c.parts["dense layers"] == pytest.approx(gflops, rel=2e-4)
+    assert c.parts["dense layers"] == pytest.approx(29 * 7.5e-9 * c.tokens * 1152**2)
     assert c.parameters == 673_088_272
     assert c.gflops < 1.03 * gflops  # the rest is small
 
 
-def test_products_are_counted_as_the_model_makes_them():
-    """Every matrix product of a forward pass, counted by torch, against the formula."""
+@pytest.mark.parametrize("preset", preset_names())
+def test_formula_equals_the_trace(preset):
+    config = load_config(preset)
+    c, counted = cost(config), count(config)
+    assert counted.pop("kernels", 0) == pytest.approx(c.kernel_gflops, rel=5e-3)
+    assert sum(counted.values()) == pytest.approx(c.gflops, rel=5e-3)
+    for part in ("attention", "FFT", "spectra"):
+        assert counted.get(part, 0) == pytest.approx(c.parts.get(part, 0), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.backbone=dit", "model.patch_size=1"], ["model.num_classes=0"], ["model.compression=1"]],
+    ids=str,
+)
+def test_formula_equals_the_trace_of_variants(overrides):
+    config = load_config("digits", overrides)
+    assert sum(v for k, v in count(config).items() if k != "kernels") == pytest.approx(cost(config).gflops, rel=1e-9)
+
+
+def test_products_are_what_torch_counts():
+    """Every matrix product of a forward pass, counted by torch's own counter, against the formula."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from diffussm_cli.model import build_model
@@ -26,7 +51,37 @@ def test_products_are_counted_as_the_model_makes_them():
         model = build_model(config)
         x, t, y = torch.empty(1, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(x, t, y)
+            model.eval()(x, t, y)
     c = cost(config)
-    products = c.gflops - c.parts["fft"] + c.kernel_gflops
-    assert counter.get_total_flops() / 2e9 == pytest.approx(products, rel=1e-3)
+    products = sum(c.parts[part] for part in ("dense layers", "conditioning", "in and out"))
+    kernels = 13 * 2 * 384 * 64 * 1024 / 1e9
+    assert counter.get_total_flops() / 2e9 == pytest.approx(products + kernels, rel=1e-9)
+
+
+def test_an_operator_that_nobody_counts_is_an_error(monkeypatch):
+    monkeypatch.setattr(counting, "NOT_COUNTED", counting.NOT_COUNTED - {"silu"})
+    with pytest.raises(ConfigError, match="nobody counts silu"):
+        count(load_config("digits"))
+
+
+def test_every_published_row_of_dit():
+    """Within 0.3%, or within the rounding of the table's two decimals."""
+    rows = list(paper.dit_rows())
+    assert len(rows) == 13
+    for row in rows:
+        assert abs(row.difference) < 3e-3 or abs(row.ours - row.published) <= 5e-3, row
+
+
+def test_training_compute_of_the_paper():
+    rows = {row.name: row for row in paper.training_rows()}
+    assert [round(rows[n].implied, 1) for n in ("xl-256", "dit-xl-256", "xl-512", "dit-xl-512")] == [
+        280.3,
+        118.9,
+        1066.2,
+        524.7,
+    ]
+    assert rows["xl-256"].difference == pytest.approx(295.66 / 280.3 - 1, abs=1e-3)
+    assert rows["xl-512"].difference == pytest.approx(1182.43 / 1066.2 - 1, abs=1e-3)
+    assert abs(rows["dit-xl-256"].difference) < 3e-3
+    assert abs(rows["dit-xl-512"].difference) < 3e-3
+    assert "2.5 times" in paper.sentence()

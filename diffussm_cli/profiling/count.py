@@ -1,0 +1,123 @@
+"""Multiply-adds counted by fvcore from a trace of the model itself, as a check of the formulas in `flops.py`.
+
+fvcore knows linear layers and plain matrix products. What it would skip is added here: fused attention, transforms,
+complex products, baddbmm. Kernels of the SSM are counted apart: they are paid once a weight update. Any operator that
+is neither counted nor named in NOT_COUNTED is an error.
+"""
+
+import importlib
+import math
+import types
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.config import Config
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.model import build_model
+from diffussm_cli.model.s4d import S4D
+from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs
+
+# Elementwise work on real numbers, and what only looks up or moves values.
+NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
+NOT_COUNTED |= {"silu", "gelu", "addcmul", "embedding", "_conj", "mT"}
+
+
+def count(config: Config) -> dict[str, float]:
+    """Gflops of one image by kind: products, attention, FFT, spectra; and `kernels`, of one weight update.
+
+    Traced on the meta device, so that size costs no memory.
+
+    Raises:
+        ConfigError: if the model holds an operator that nobody counts.
+    """
+    with torch.device("meta"):
+        model = build_model(config).eval()
+        x = torch.empty(1, config.data.channels, *config.data.grid)
+        t = torch.zeros(1, dtype=torch.long)
+    everything = _trace(model, (x, t, t) if config.model.num_classes else (x, t))
+    model.eval()  # forgets the kernels
+    kernels = _trace(
+        _Kernels(model), (torch.empty(1, math.prod(config.data.grid) // config.model.patch_size**2, device="meta"),)
+    )
+    everything.subtract(kernels)
+    everything["kernels"] = kernels.total()
+    return {kind: macs / 1e9 for kind, macs in everything.items() if macs}
+
+
+class _Kernels(nn.Module):
+    """What is computed once a weight update, as a module that can be traced: x (1, L) gives the length."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(m for m in model.modules() if isinstance(m, S4D))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer.spectra(x.shape[-1]) for layer in self.layers]
+
+
+@torch.no_grad()
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter:
+    """Multiply-adds by kind of one call."""
+    fvcore = _fvcore()
+    analysis = fvcore.FlopCountAnalysis(model, inputs)
+    analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False)
+    for operator, handle in _handles(fvcore.jit_handles).items():
+        analysis.set_op_handle(f"aten::{operator}", handle)
+    counted = Counter(analysis.by_operator())
+    unknown = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - NOT_COUNTED
+    if unknown:
+        raise ConfigError(f"profile: nobody counts {', '.join(sorted(unknown))}; add them to profiling/count.py")
+    return counted
+
+
+def _fvcore() -> types.ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it scripts a function when it is imported
+        return importlib.import_module("fvcore.nn")
+
+
+def _handles(jit: types.ModuleType) -> dict[str, Callable]:
+    """Counters by operator: (inputs, outputs) as values of a traced graph -> multiply-adds by kind."""
+    shape = jit.get_shape
+
+    def linear(inputs, outputs) -> Counter:
+        return Counter(products=jit.linear_flop_jit(inputs, outputs))
+
+    def matmul(inputs, outputs) -> Counter:
+        return Counter(products=jit.matmul_flop_jit(inputs, outputs))
+
+    def baddbmm(inputs, outputs) -> Counter:  # noqa: ARG001
+        (B, n, k), m = shape(inputs[1]), shape(inputs[2])[-1]
+        return Counter(products=B * n * k * m)
+
+    def attention(inputs, outputs) -> Counter:  # noqa: ARG001
+        *heads, queries, d = shape(inputs[0])
+        keys = shape(inputs[1])[-2]
+        return Counter(attention=2 * math.prod(heads) * queries * keys * d)
+
+    def rfft(inputs, outputs) -> Counter:  # noqa: ARG001
+        *rows, F = shape(outputs[0])
+        return Counter(FFT=math.prod(rows) * fft_macs(2 * (F - 1)))
+
+    def irfft(inputs, outputs) -> Counter:  # noqa: ARG001
+        *rows, n = shape(outputs[0])
+        return Counter(FFT=math.prod(rows) * fft_macs(n))
+
+    def mul(inputs, outputs) -> Counter:  # noqa: ARG001
+        is_complex = "Complex" in (outputs[0].type().scalarType() or "")
+        return Counter(spectra=math.prod(shape(outputs[0])) * COMPLEX_PRODUCT) if is_complex else Counter()
+
+    return {
+        "linear": linear,
+        "matmul": matmul,
+        "baddbmm": baddbmm,
+        "scaled_dot_product_attention": attention,
+        "fft_rfft": rfft,
+        "fft_irfft": irfft,
+        "mul": mul,
+        "layer_norm": lambda inputs, outputs: Counter(),  # noqa: ARG005 (elementwise too, but fvcore counts it)
+    }

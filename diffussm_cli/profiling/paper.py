@@ -1,0 +1,91 @@
+"""Published costs beside ours: DiT's table and the training compute of the DiffuSSM paper."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from diffussm_cli.config import load_config
+from diffussm_cli.profiling.flops import cost
+
+# Peebles and Xie 2022 (arXiv 2212.09748), table 4: forward Gflops at 32x32 latents, by patch size.
+DIT_GFLOPS = {
+    "s": {8: 0.36, 4: 1.41, 2: 6.06},
+    "b": {8: 1.42, 4: 5.56, 2: 23.01},
+    "l": {8: 5.01, 4: 19.70, 2: 80.71},
+    "xl": {8: 7.39, 4: 29.05, 2: 118.64},
+}
+DIT_XL_2_AT_512 = 524.60
+# Yan, Gu and Rush 2023 (arXiv 2311.18257), tables 1 and 2: total Gflops; images trained on.
+TOTAL_GFLOPS = {
+    "xl-256": (1.85e11, 660e6),
+    "dit-xl-256": (2.13e11, 1792e6),
+    "xl-512": (3.22e11, 302e6),
+    "dit-xl-512": (4.03e11, 768e6),
+}
+SENTENCE = (
+    "A DiffuSSM-XL forward costs {per_image:.1f} times a DiT-XL/2 forward (256x256). The paper's saving is in total "
+    "training compute, because it trains on fewer images: by its own formula {by_formula:+.0%} at 256 and "
+    "{by_formula_512:+.0%} at 512 against DiT-XL/2, where it prints {printed:+.0%} and {printed_512:+.0%}."
+)
+
+
+class Row(NamedTuple):
+    """A published figure beside ours; `total` says that it is of a whole training run."""
+
+    name: str
+    published: float
+    ours: float
+
+    @property
+    def difference(self) -> float:
+        return self.ours / self.published - 1
+
+
+class Training(NamedTuple):
+    """Total Gflops of a training run: as printed, and the forward that it implies; ours by formula."""
+
+    name: str
+    images: float
+    printed: float
+    implied: float
+    forward: float
+
+    @property
+    def ours(self) -> float:
+        return self.forward * self.images
+
+    @property
+    def difference(self) -> float:
+        return self.ours / self.printed - 1
+
+
+def dit_rows() -> Iterator[Row]:
+    """Every row of DiT's table, and XL/2 at 512."""
+    for size, by_patch in DIT_GFLOPS.items():
+        for patch, published in by_patch.items():
+            ours = cost(load_config(f"dit-{size}-256", [f"model.patch_size={patch}"])).gflops
+            yield Row(f"DiT-{size.upper()}/{patch}", published, ours)
+    yield Row("DiT-XL/2 at 512", DIT_XL_2_AT_512, cost(load_config("dit-xl-512")).gflops)
+
+
+def training_rows() -> Iterator[Training]:
+    """The paper's total Gflops; for DiffuSSM by the paper's own formula, transforms left out as the paper does."""
+    for preset, (printed, images) in TOTAL_GFLOPS.items():
+        c = cost(load_config(preset))
+        forward = c.gflops - c.parts.get("FFT", 0) - c.parts.get("spectra", 0)
+        yield Training(preset, images, printed, printed / images, forward)
+
+
+def sentence() -> str:
+    """What the figures say, in one sentence."""
+    rows = {row.name: row for row in training_rows()}
+
+    def saving(resolution: int, of: str) -> float:
+        return getattr(rows[f"xl-{resolution}"], of) / getattr(rows[f"dit-xl-{resolution}"], of) - 1
+
+    return SENTENCE.format(
+        per_image=rows["xl-256"].forward / rows["dit-xl-256"].forward,
+        by_formula=saving(256, "ours"),
+        by_formula_512=saving(512, "ours"),
+        printed=saving(256, "printed"),
+        printed_512=saving(512, "printed"),
+    )

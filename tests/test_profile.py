@@ -1,0 +1,136 @@
+"""`diffussm profile` as a user meets it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffussm_cli.config import load_config
+from diffussm_cli.profiling import latency
+from diffussm_cli.training import plan as planning
+from tests.test_cli import line_of, run
+
+
+def profile(*arguments):
+    result = run("profile", *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_default_is_diffussm_beside_dit():
+    out = json.loads(profile("--json"))
+    assert [m["name"] for m in out["models"]] == ["DiffuSSM-XL", "DiT-XL/2", "DiT-XL/1"]
+    ours, dit = out["models"][:2]
+    assert ours["parameters"] == 673_088_272
+    assert dit["parameters"] == 674_834_720
+    assert sum(ours["parts"].values()) == pytest.approx(ours["gflops"])
+    assert ours["flops"] == pytest.approx(2e9 * ours["gflops"])
+    assert sum(v for k, v in ours["counted"].items() if k != "kernels") == pytest.approx(ours["gflops"], rel=5e-3)
+    assert dit["training_gflops"] == pytest.approx(2.13e11, rel=3e-3)
+
+
+def test_grid_of_resolutions_and_letters():
+    out = json.loads(
+        profile(
+            "--models", "s,dit-s/2", "--resolution", "256,512x256", "--no-count", "--json", "--sweep", "M=1,2", "P=2,4"
+        )
+    )
+    assert len(out["models"]) == 2 * 2 * 4
+    assert [m["resolution"] for m in out["models"]] == [[256, 256]] * 8 + [[512, 256]] * 8
+    assert "counted" not in out["models"][0]
+
+
+def test_tables_hold_every_model(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = profile("--models", "xl,dit-xl/2,dit-xl/1,s", "--no-count")
+    for text in ("673,088,272", "674,834,720", "DiT-XL/1", "DiffuSSM-S", "118.6", "Gflops to train"):
+        assert text in out
+    assert "…" not in out
+
+
+def test_paper():
+    out = profile("--paper")
+    for text in ("118.64", "118.621", "280.3", "295.7", "2.13e+11", "2.5 times"):
+        assert text in out
+    rows = json.loads(profile("--paper", "--json"))
+    assert len(rows["dit"]) == 13
+    assert len(rows["training"]) == 4
+
+
+def test_latency_of_every_kind(tmp_path):
+    figure = tmp_path / "figure.png"
+    out = json.loads(
+        profile("--preset", "digits", "--latency", "--repeats", "1", "--batch-size", "2", "--json", "--figure", figure)
+    )
+    measured = out["models"][0]["measured"]
+    assert list(measured) == ["forward", "forward+backward", "guided step"]
+    for found in measured.values():
+        assert found["median_ms"] > 0
+        assert found["images_per_second"] == pytest.approx(2e3 / found["median_ms"])
+        assert not found["scaled"]
+    assert out["setting"]["batch_size"] == 2
+    with Image.open(figure) as image:
+        assert min(image.size) > 500
+
+
+def test_latency_table_says_what_was_scaled_and_how_time_grows(monkeypatch):
+    monkeypatch.setattr(latency, "peak_bytes", lambda *_: 3 << 30)
+    out = profile(
+        *("--models", "s,dit-s/2", "--resolution", "64,128", "--latency", "--work", "forward"),
+        *("--repeats", "1", "--depth", "1", "--no-count"),
+    )
+    assert "1 blocks" in out
+    assert "3.00 GiB" in out
+    assert "DiffuSSM-S: forward grows with L to the power of" in out
+    assert "DiT-S/2: forward grows with L to the power of" in out
+
+
+def test_estimate_reckons_steps_from_a_measured_one(monkeypatch):
+    """One part of 8 takes 3 s, two take 5 s: a batch of 32 takes 9 s."""
+    monkeypatch.setattr(planning, "_step_seconds", lambda config, images, parts: 1 + 2 * parts)
+    config = load_config("digits", ["train.batch_size=32", "train.accumulate=4", "train.steps=1000"])
+    found = planning.plan(config, None)
+    assert found.measured_images == 8
+    assert found.step_seconds == pytest.approx(9)
+    assert found.seconds == pytest.approx(9000)
+
+
+def test_estimate_measures_a_real_step():
+    out = json.loads(profile("--preset", "digits", "--estimate", "--json"))
+    training = out["models"][0]["training"]
+    assert training["step_seconds"] > 0
+    assert training["seconds"] == pytest.approx(training["step_seconds"] * load_config("digits").train.steps)
+
+
+def test_estimate_takes_fewer_images_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(planning, "_step_seconds", lambda config, images, parts: 1.0)
+    config = load_config("s-256", ["train.precision=fp32"])
+    assert 1 <= planning.plan(config, 8 << 30).measured_images < 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "huge"], "--models: 'huge' must be one of"),
+        (["--models", "xl", "--preset", "mnist"], "--models: not together with --preset"),
+        (["--resolution", "25x"], "data.resolution: '25x'"),
+        (["--resolution", "100"], "data.resolution: 100 must be a multiple"),
+        (["--sweep", "Q=1"], "--sweep: 'Q=1' must read LETTER=VALUES"),
+        (["--set", "model.depth=1"], "name them by --preset"),
+        (["--work", "sleep", "--latency"], "--work: 'sleep' must be one of"),
+        (["--estimate"], "--estimate: name what is to be trained by --preset"),
+        (["--figure", "x.gif"], "must end in .png, .svg, .pdf"),
+        (["--figure", "nowhere/x.png"], "there is no folder 'nowhere'"),
+        (["--latency", "--device", "cuda:9"], "device: 'cuda:9' is not available"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(arguments, message):
+    assert message in line_of(run("profile", *arguments))
+
+
+def test_estimate_of_what_can_never_fit(monkeypatch):
+    monkeypatch.setattr("diffussm_cli.profiling.latency.available_bytes", lambda: 1 << 30)
+    line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
+    assert "one image of xl-256 takes about" in line
+    assert "gradient_checkpointing" in line
