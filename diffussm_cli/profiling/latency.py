@@ -33,7 +33,7 @@ from diffussm_cli.profiling.flops import cost
 
 FORWARD, TRAINING, GUIDED = "forward", "forward+backward", "guided step"
 KINDS = (FORWARD, TRAINING, GUIDED)
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear")
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear")  # in place or not
 ATTENTION = "scaled_dot_product"
 SSM = "S4D"
 
@@ -184,7 +184,7 @@ def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> 
     total = sum(getattr(e, self_time) for e in events)
     named = {"products": 0.0, "attention": 0.0, "SSM": 0.0}
     for e in events:
-        name = e.key.removeprefix("aten::")
+        name = e.key.removeprefix("aten::").removesuffix("_")
         if e.key == SSM:
             named["SSM"] += getattr(e, whole_time)
         elif name in PRODUCTS:
