@@ -127,6 +127,22 @@ def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
     assert len((tmp_path / "runs" / "digits" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
+def test_a_dit_goes_through_the_same_commands(tmp_path):
+    root, dit = (
+        tmp_path / "run",
+        ["--set", "model.backbone=dit", "--set", "model.compression=1", "--set", "model.heads=2"],
+    )
+    assert run("train", "--preset", "digits", "--out", root, *SETTINGS, *dit).exit_code == 0
+    longer = run("train", "--resume", "--out", root, "--set", "train.steps=6")
+    assert longer.exit_code == 0, longer.output
+    drawn = run("sample", root, "--num", 3, "--steps", 2, "--guidance", 2)
+    assert drawn.exit_code == 0, drawn.output
+    assert len(list((root / "images").glob("0*.png"))) == 3
+    assert "model.backbone was 'dit' and is now" in line_of(
+        run("train", "--resume", "--out", root, "--set", "model.backbone=diffussm")
+    )
+
+
 def test_profile_json():
     result = run("profile", "--preset", "xl-256", "--preset", "digits", "--json")
     models = json.loads(result.stdout)["models"]
