@@ -56,10 +56,6 @@ class Timing(NamedTuple):
     low: float
     high: float
 
-    def scaled(self, part: "Timing", times: float) -> "Timing":
-        """self + (self - part) x times, for what is made of blocks."""
-        return Timing(*(max(a, a + (a - b) * times) for a, b in zip(self, part)))
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -131,15 +127,15 @@ def product(setting: Setting, rows: int = 4096, width: int = 1152) -> tuple[Call
 
 
 # --------------------------------------------------------------------------------------------------- the clock
-def take_turns(calls: Sequence[Callable[[], None]], setting: Setting) -> list[Timing]:
-    """Median and quartiles of each call, after one warm-up each, in turn."""
+def take_turns(calls: Sequence[Callable[[], None]], setting: Setting) -> list[list[float]]:
+    """Milliseconds of every repeat of each call, after one warm-up each, in turn."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
     for _ in range(setting.repeats):
         for call, taken in zip(calls, times):
             taken.append(_milliseconds(call, setting.device))
-    return [_timing(taken) for taken in times]
+    return times
 
 
 def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
@@ -157,7 +153,8 @@ def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def _timing(times: list[float]) -> Timing:
+def summary(times: Sequence[float]) -> Timing:
+    """Median and quartiles."""
     if len(times) == 1:
         return Timing(times[0], times[0], times[0])
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -292,7 +289,7 @@ def measure(configs: Sequence[Config], kind: str, setting: Setting) -> list[Meas
     reference, macs = product(setting)
     calls = [reference, *(call for model in models if model for call in model.calls)]
     times = iter(take_turns(calls, setting))
-    best = macs / next(times).median
+    best = macs / summary(next(times)).median
     return [m and m.result(times, best, peak) for m, (_, peak) in zip(models, peaks)]
 
 
@@ -313,16 +310,21 @@ class _Model:
         self.models = [build(config, setting, depth) for depth in depths]
         self.calls = [workload(model, config, kind, setting) for model in self.models]
 
-    def result(self, times: Iterator[Timing], best: float, peak: int | None) -> Measured:
+    def result(self, times: Iterator[list[float]], best: float, peak: int | None) -> Measured:
         """What came of it; `best` in multiply-adds a millisecond."""
-        found = [next(times) for _ in self.calls]
-        more = self.config.model.depth / self.blocks - 1
-        time = found[0].scaled(found[1], more) if more else found[0]
+        time = summary(self._whole([next(times) for _ in self.calls]))
         B = self.setting.batch_size
         per_image = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if self.config.model.num_classes else 1}[self.kind]
         macs = cost(self.config).gflops * 1e9 * per_image * B
         parts = shares(self.models[0], self.calls[0], self.setting.device) if self.kind == FORWARD else {}
         return Measured(time, macs / time.median / best, 1e3 * B / time.median, peak, parts, self.blocks)
+
+    def _whole(self, found: list[list[float]]) -> list[float]:
+        """Times of all blocks, repeat by repeat, from those of some blocks and of none."""
+        if len(found) == 1:
+            return found[0]
+        times = self.config.model.depth / self.blocks
+        return [shell + (some - shell) * times for some, shell in zip(*found)]
 
 
 def exponent(lengths: Sequence[int], times: Sequence[float]) -> float:

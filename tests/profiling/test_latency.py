@@ -13,15 +13,14 @@ CPU = torch.device("cpu")
 
 def test_calls_take_turns_after_one_warm_up_each():
     order = []
-    timings = latency.take_turns([lambda: order.append("a"), lambda: order.append("b")], Setting(CPU, repeats=3))
+    times = latency.take_turns([lambda: order.append("a"), lambda: order.append("b")], Setting(CPU, repeats=3))
     assert order == ["a", "b"] * 4
-    assert len(timings) == 2
-    assert all(t.low <= t.median <= t.high for t in timings)
+    assert [len(t) for t in times] == [3, 3]
 
 
-def test_scaling_adds_blocks_and_not_what_surrounds_them():
-    """5 ms around blocks of 2 ms: 3 blocks take 11 ms, 12 take 29."""
-    assert Timing(11, 11, 11).scaled(Timing(5, 5, 5), 12 / 3 - 1) == Timing(29, 29, 29)
+def test_median_and_quartiles():
+    assert latency.summary([5, 1, 3, 2, 4]) == Timing(3, 2, 4)
+    assert latency.summary([7]) == Timing(7, 7, 7)
 
 
 def test_exponent_is_the_slope():
@@ -84,12 +83,12 @@ def test_what_does_not_fit_is_left_out(monkeypatch):
 
 
 def test_measured_models_get_their_own_times(monkeypatch):
-    """Product 1 ms, a whole model 2 ms, half of another 9 ms and 3 ms without any block: 15 ms."""
+    """Product 1 ms, a whole model 2 ms, half of another 9 ms and 3 ms without any block: 15 ms (1 ms more, 1 ms less)."""
     monkeypatch.setattr(latency, "peak_bytes", lambda *_: 7)
-    monkeypatch.setattr(latency, "take_turns", lambda calls, _: [Timing(t, t, t) for t in (1, 2, 9, 3)][: len(calls)])
+    monkeypatch.setattr(latency, "take_turns", lambda calls, _: [[1] * 3, [2] * 3, [9, 10, 8], [3, 4, 2]])
     whole, half = load_config("digits"), load_config("digits", ["model.depth=4"])
     found = latency.measure([whole, half], latency.FORWARD, Setting(CPU, batch_size=2, depth=2))
-    assert [m.time.median for m in found] == [2, 15]
+    assert [m.time for m in found] == [Timing(2, 2, 2), Timing(15, 14.5, 15.5)]
     assert [m.blocks for m in found] == [2, 2]
     assert [m.peak_bytes for m in found] == [7, 7]
     assert found[0].images_per_second == pytest.approx(1e3)
