@@ -1,11 +1,10 @@
 """The gated hourglass block of DiffuSSM and its conditioning (paper, section 4).
 
-B batch   J positions   M tokens a position   L = J M tokens   D width   token l = j M + k
+B batch   J positions   M tokens a position   L = J M tokens   D width   token l = j M + m
 """
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from diffussm_cli.model.s4d import S4D
@@ -25,7 +24,7 @@ class ShiftScaleNorm(nn.Module):
 
 
 class HourglassLinear(nn.Module):
-    """M independent Linears, one for each place k of a token in its position: weight (M, out, in), bias (M, out)."""
+    """M independent Linears, one for each place m of a token in its position: weight (M, out, in), bias (M, out)."""
 
     def __init__(self, M: int, d_in: int, d_out: int):
         super().__init__()
@@ -38,16 +37,20 @@ class HourglassLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def open(self, x: Tensor) -> Tensor:
-        """Every position becomes its M tokens: x (B, J, in) -> (B, out, L), channel-major for the convolution."""
-        tokens = F.linear(x, self.weight.flatten(0, 1), self.bias.flatten())  # (B, J, M out)
-        return rearrange(tokens, "b j (m d) -> b d (j m)", m=len(self.weight))
+        """Every position becomes its M tokens: x (B, J, in) -> (B, out, J, M).
+
+        The product itself puts channels before positions, as the convolution wants them: (B, M, out, J) in memory.
+        """
+        B, M = len(x), len(self.weight)
+        weight = self.weight.flatten(0, 1).expand(B, -1, -1)  # (B, M out, in)
+        tokens = torch.baddbmm(self.bias.flatten()[:, None], weight, x.mT)  # (B, M out, J)
+        return tokens.unflatten(1, (M, -1)).permute(0, 2, 3, 1)
 
     def close(self, y: Tensor) -> Tensor:
-        """Tokens go back side by side into their position: y (B, in, L), channel-major -> (B, J, M out)."""
-        M, B = len(self.weight), len(y)
-        y = rearrange(y, "b d (j m) -> m (b j) d", m=M)
-        z = torch.baddbmm(self.bias[:, None], y, self.weight.mT)  # (M, B J, out)
-        return rearrange(z, "m (b j) d -> b j (m d)", b=B)
+        """Tokens go back side by side into their position: y (B, in, J, M) -> (B, J, M out)."""
+        B = len(y)
+        places = zip(y.unbind(-1), self.weight, self.bias)
+        return torch.cat([torch.baddbmm(b, y_m.mT, W.mT.expand(B, -1, -1)) for y_m, W, b in places], dim=-1)
 
 
 class DiffuSSMBlock(nn.Module):
@@ -70,7 +73,7 @@ class DiffuSSMBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x, c)  # I (B, J, D)
-        u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, L)
-        y = self.s4d(u)  # Y (B, 2D, L)
+        u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, J, M)
+        y = self.s4d(u)  # Y (B, 2D, J, M)
         z = F.gelu(self.W_down.close(y))  # I' (B, J, 2D)
         return x + self.W3(F.gelu(self.W2(z)) * F.gelu(self.W1(h)))  # X + O

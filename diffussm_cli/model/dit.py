@@ -28,7 +28,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
-        return self.proj.close(rearrange(y, "b h l d -> b (h d) l"))
+        return self.proj.close(rearrange(y, "b h (j m) d -> b (h d) j m", m=self.M))
 
 
 class DiTBlock(nn.Module):

@@ -8,9 +8,15 @@ alone moves the kernel by 35%. Directions are stacked in front: index 0 is forwa
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
+KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
+REMAKE_FROM = 1 << 20  # exponentials of a kernel: from here on they are made again in the backward pass and not kept
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
@@ -124,8 +130,42 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
     return y.flatten(1, 2)
 
 
+def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
+    """`convolve` on a few channels at a time, so that what is between two transforms stays in the cache.
+
+    Args:
+        u: (B, D, J, M), the sequence split into l = j M + m; its memory may lie in M planes (B, M, D, J).
+        spectra: gives those of a slice of the channels, (2, d, F).
+        dtype: real, of the transforms.
+
+    Returns:
+        y (B, 2D, J, M) of the dtype of u, its memory in planes (B, M, 2D, J).
+    """
+    B, D, J, M = u.shape
+    L, n = J * M, fft_length(J * M)
+    y = u.new_empty(B, M, 2, D, J).permute(0, 2, 3, 4, 1)  # (B, 2, D, J, M)
+    parts = slices(u)
+    padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
+    for channels in parts:
+        S = spectra(channels)  # (2, d, F)
+        v = padded[:, : S.shape[1]]
+        v[..., :L].unflatten(2, (J, M)).copy_(u[:, channels])
+        U = torch.fft.rfft(v)  # (B, d, F)
+        for direction in (0, 1):
+            v = torch.fft.irfft(U * S[direction], n=n)[..., :L]
+            y[:, direction, channels] = v.unflatten(2, (J, M))
+    return y.flatten(1, 2)
+
+
+def slices(u: Tensor) -> list[slice]:
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; one on a GPU, or when compiled."""
+    B, D, J, M = u.shape
+    d = D if torch.compiler.is_compiling() else max(1, SLICE[u.device.type == "cpu"] // (B * J * M))
+    return [slice(start, min(start + d, D)) for start in range(0, D, d)]
+
+
 class Convolution(torch.autograd.Function):
-    """`convolve(u, kernel_spectra(K))` with its adjoint by hand: u (B, D, L), K (2, D, L) -> (B, 2D, L).
+    """`convolve_slices` by kernels, with its adjoint by hand: u (B, D, J, M), K (2, D, L) -> (B, 2D, J, M).
 
     Autograd's backward of a real transform runs a complex one of full length, and keeps spectra; this one needs real
     transforms only and keeps u and K.
@@ -134,17 +174,26 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, K: Tensor) -> Tensor:
         ctx.save_for_backward(u, K)
-        return convolve(u, kernel_spectra(K))
+        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels]), K.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
         u, K = ctx.saved_tensors
-        L, n = u.shape[-1], fft_length(u.shape[-1])
-        U, dY = torch.fft.rfft(u, n=n), torch.fft.rfft(dy.unflatten(1, (2, -1)), n=n)  # (B, D, F), (B, 2, D, F)
-        du = torch.fft.irfft((dY * kernel_spectra(K).conj()).sum(1), n=n)[..., :L]
-        forward, backward = (U.conj()[:, None] * dY).sum(0)  # (D, F) each
-        dK = torch.fft.irfft(torch.stack([forward, backward.conj()]), n=n)[..., :L]
+        B, D, J, M = u.shape
+        L, n = J * M, fft_length(J * M)
+        dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
+        du, dK = u.new_empty(B, M, D, J).permute(0, 2, 3, 1), torch.empty_like(K)
+        for c in slices(u):
+            S = kernel_spectra(K[:, c])
+            U = torch.fft.rfft(u[:, c].flatten(2).to(K.dtype), n=n)  # (B, d, F)
+            dU: Tensor | float = 0.0
+            for direction in (0, 1):
+                dY = torch.fft.rfft(dy[:, direction, c].flatten(2).to(K.dtype), n=n)
+                dU = dU + dY * S[direction].conj()
+                lags = (U.conj() * dY).sum(0)  # (d, F); the backward kernel's are mirrored
+                dK[direction, c] = torch.fft.irfft(lags.conj() if direction else lags, n=n)[..., :L]
+            du[:, c] = torch.fft.irfft(dU, n=n)[..., :L].unflatten(2, (J, M))
         return du, dK
 
 
@@ -168,14 +217,17 @@ def s4d_recurrence(
 
 # ------------------------------------------------------------------------------------------------- the layer
 class S4D(nn.Module):
-    """Bidirectional S4D layer: u (B, D, L) -> concat(forward, backward) (B, 2D, L), in the dtype of `u`.
+    """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
+
+    The sequence is l = j M + m. It may also be given as it is, u (B, D, L) -> (B, 2D, L).
 
     Parameters are 194 numbers a channel and direction at N = 64, and stay float32 under `.half()`, `.to(bfloat16)`
     and autocast; `.double()` is honoured. Start: S4D-Lin, Re A = -1/2, Im A = pi n, log dt uniform in
     [dt_min, dt_max], B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
     Without gradients the spectra are kept until a parameter changes, so that sampling builds them once and not at each
-    denoising step. They take 16 D (L + 1) bytes a layer and length or a little more; `builds` counts constructions.
+    denoising step. They take 16 D (L + 1) bytes a layer and length or a little more, and beyond KEEP_BYTES they are
+    made slice by slice instead, so that memory stays bounded; `builds` counts constructions.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -203,28 +255,41 @@ class S4D(nn.Module):
         self.D_skip.normal_()
 
     def forward(self, u: Tensor) -> Tensor:
+        if u.ndim == 3:
+            return self(u[..., None])[..., 0]
+        L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with _no_autocast(u.device):
-            v, L = u.to(self.log_dt.dtype), u.shape[-1]
-            y = Convolution.apply(v, self._build(L)) if torch.is_grad_enabled() else convolve(v, self.spectra(L))
-        return y.to(u.dtype)
+            if torch.is_grad_enabled():
+                return Convolution.apply(u, self._taps_for_training(L))
+            if 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
+                return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
+            return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
-    def kernel(self, L: int) -> Tensor:
-        """The convolution kernels of both directions without skip, (2, D, L)."""
-        with _no_autocast(self.log_dt.device):
-            return s4d_kernel(self.log_dt.exp(), -self.log_A_real.exp(), self.A_imag, self.B, self.C, L)
+    def kernel(self, L: int, channels: slice = slice(None)) -> Tensor:
+        """The convolution kernels of both directions without skip, (2, d, L), of all channels or a slice of them."""
+        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
+        log_dt, log_A_real, A_imag, B, C = (p[:, channels] for p in parameters)
+        with _no_autocast(log_dt.device):
+            return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L)
+
+    def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
+        """The kernels with the skip as a tap at lag 0, (2, d, L)."""
+        self.builds += 1
+        K = self.kernel(L, channels)
+        return torch.cat([K[..., :1] + self.D_skip[:, channels, None], K[..., 1:]], dim=-1)
+
+    def _taps_for_training(self, L: int) -> Tensor:
+        """`taps`, whose graph would hold some sixteen times its exponentials until the backward pass."""
+        if self.A_imag.numel() * math.sqrt(L) < REMAKE_FROM:
+            return self.taps(L)
+        return checkpoint(self.taps, L, use_reentrant=False)
 
     def spectra(self, L: int) -> Tensor:
         """Spectra for length L without gradients, (2, D, F), kept until a parameter changes."""
         state = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if L not in self._kept or self._kept[L][0] != state:
-            self._kept[L] = (state, kernel_spectra(self._build(L)))
+            self._kept[L] = (state, kernel_spectra(self.taps(L)))
         return self._kept[L][1]
-
-    def _build(self, L: int) -> Tensor:
-        """The kernels with the skip as a tap at lag 0, (2, D, L)."""
-        self.builds += 1
-        K = self.kernel(L)
-        return torch.cat([K[..., :1] + self.D_skip[..., None], K[..., 1:]], dim=-1)
 
     def train(self, mode: bool = True) -> "S4D":
         self._kept.clear()

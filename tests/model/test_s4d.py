@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffussm_cli.model import s4d as s4d_module
 from diffussm_cli.model.s4d import (
     S4D,
     Convolution,
@@ -85,10 +86,51 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
     u, K = (torch.randn(s, 3, L, generator=generator, dtype=torch.float64, requires_grad=True) for s in (4, 2))
     weight = torch.randn(4, 6, L, generator=generator, dtype=torch.float64)
     results = []
-    for y in (Convolution.apply(u, K), convolve(u, kernel_spectra(K))):
+    for y in (Convolution.apply(u[..., None], K)[..., 0], convolve(u, kernel_spectra(K))):
         results.append((y, *torch.autograd.grad((y * weight).sum(), (u, K))))
     for by_hand, automatic in zip(*results):
         torch.testing.assert_close(by_hand, automatic, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("J", "M"), [(5, 2), (8, 1), (3, 4)])
+@pytest.mark.parametrize("numbers", [1, 50, 1 << 20])
+def test_slices_change_nothing(monkeypatch, J, M, numbers):
+    """Whatever the slices, and with tokens in planes: the convolution of the tokens in order, and its gradients."""
+    monkeypatch.setattr(s4d_module, "SLICE", {True: numbers, False: numbers})
+    s4d, planes = layer(), torch.randn(2, M, 6, J, dtype=torch.float64, requires_grad=True)
+    u = planes.permute(0, 2, 3, 1)  # (B, D, J, M)
+    K = s4d.taps(J * M)
+    expected = convolve(u.flatten(2), kernel_spectra(K)).unflatten(2, (J, M))
+    torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
+    weight = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), [planes, *s4d.parameters()]) for y in (s4d(u), expected))
+    for ours_, theirs_ in zip(ours, theirs):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-9, atol=1e-11)
+
+
+def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch):
+    s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
+    with torch.no_grad():
+        expected = s4d(u)
+        monkeypatch.setattr(s4d_module, "KEEP_BYTES", 16 * 6 * 33)
+        monkeypatch.setattr(s4d_module, "SLICE", {True: 2 * 33 * 4, False: 1})
+        s4d.eval()
+        before = s4d.builds
+        torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
+    assert s4d.builds == before + 2  # 4 channels and 2
+    assert not s4d._kept
+
+
+def test_large_kernels_keep_little_for_the_backward_pass(monkeypatch):
+    """Their graph is made again instead of kept: what is kept is u, the kernels and the parameters."""
+    monkeypatch.setattr(s4d_module, "REMAKE_FROM", 1)
+    s4d, u = S4D(64, 64), torch.randn(1, 64, 256)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        s4d(u)
+    assert sum(kept) < 64 * 256 + 2 * 64 * 256 + 2 * sum(p.numel() for p in s4d.parameters())
 
 
 def test_reversal_swaps_directions():

@@ -1,0 +1,228 @@
+"""Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
+
+    python benchmarks/speed.py [kernel step block model public saved length memory] [--device cuda]
+
+Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffussm_cli.config import load_config
+from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
+from diffussm_cli.profiling import latency
+
+D, N, M = 1152, 64, 2  # of XL
+
+
+class TextbookS4D(nn.Module):
+    """S4D as the public layer computes it: every exponential of the Vandermonde matrix, autograd through torch.fft."""
+
+    def __init__(self, s4d: S4D):
+        super().__init__()
+        self.s4d = s4d
+
+    def forward(self, u: Tensor) -> Tensor:
+        s, (J, M) = self.s4d, u.shape[2:]
+        u = u.flatten(2).float()  # (B, D, L)
+        L = u.shape[-1]
+        K = s4d_kernel_naive(s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C, L)  # (2, D, L)
+        U = torch.fft.rfft(u, n=2 * L)
+        forward, backward = torch.fft.rfft(K, n=2 * L)
+        y = torch.stack([torch.fft.irfft(U * S, n=2 * L)[..., :L] for S in (forward, backward.conj())], 1)
+        return (y + u[:, None] * s.D_skip[..., None]).flatten(1, 2).unflatten(2, (J, M))
+
+
+def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Medians in milliseconds, and every ratio to the last one."""
+    setting = latency.Setting(device, repeats=repeats)
+    times = latency.take_turns(list(calls.values()), setting)
+    found = {name: statistics.median(taken) for name, taken in zip(calls, times)}
+    reference = list(found.values())[-1]
+    return {f"{name}_ms": t for name, t in found.items()} | {
+        f"{name}_ratio": t / reference for name, t in found.items()
+    }
+
+
+def make_block(device: torch.device, width: int = D) -> DiffuSSMBlock:
+    block = DiffuSSMBlock(width, M, N).to(device)
+    for name, p in block.named_parameters():
+        if "s4d" not in name:
+            nn.init.normal_(p, std=0.02)
+    return block
+
+
+def kernel(device: torch.device) -> dict:
+    """One direction of XL's kernel: two-level against the definition, and both against float64."""
+    results = {}
+    for L in (1024, 4096):
+        s = S4D(D, N).to(device)
+        parameters = [p[:1].detach() for p in (s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C)]
+        exact = s4d_kernel(*(p.double() for p in parameters), L)
+        naive = s4d_kernel_naive(*parameters, L)
+        ours = s4d_kernel(*parameters, L)
+        worst = [((k - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item() for k in (ours, naive)]
+        calls = {
+            "naive": lambda p=parameters, L=L: s4d_kernel_naive(*p, L),
+            "ours": lambda p=parameters, L=L: s4d_kernel(*p, L),
+        }
+        results[L] = in_turn(calls, device, 3) | {"worst_error": worst[0], "worst_error_naive": worst[1]}
+        results[L] |= {"peak_mib": _peak_mib(calls["ours"]), "naive_peak_mib": _peak_mib(calls["naive"])}
+    return results
+
+
+def _peak_mib(call: Callable[[], object]) -> float:
+    """Most memory that was allocated at one time, by torch's own account."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    now = peak = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak / 2**20
+
+
+def step(device: torch.device) -> dict:
+    """Kernels forward and backward beside a training step of the block at batch 8."""
+    results = {}
+    for L in (1024, 4096):
+        block, s = make_block(device), S4D(D, N).to(device)
+        x, c = torch.randn(8, L // M, D, device=device), torch.randn(8, D, device=device)
+
+        def train(block=block, x=x, c=c) -> None:
+            block(x, c).square().mean().backward()
+            block.zero_grad()
+
+        def kernels(s=s, L=L) -> None:
+            s.taps(L).square().mean().backward()
+            s.zero_grad()
+
+        results[L] = in_turn({"kernels": kernels, "block": train}, device, 3)
+    return results
+
+
+def block(device: torch.device) -> dict:
+    """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix products alone."""
+    L = 4096
+    model, x, c = make_block(device), torch.randn(1, L // M, D, device=device), torch.randn(1, D, device=device)
+    shapes = [(D, D)] + [(D, D)] * M + [(2 * D, 2 * D // M)] * M + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
+    weights = [torch.randn(o, i, device=device) * 0.02 for i, o in shapes]
+    inputs = [torch.randn(L // M, i, device=device) for i, _ in shapes]
+    outputs = [torch.randn(L // M, o, device=device) for _, o in shapes]
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x, c)
+
+    def products() -> None:
+        for W, v in zip(weights, inputs):
+            F.linear(v, W)
+
+    def forward_backward() -> None:
+        model(x.requires_grad_(), c).sum().backward()
+        model.zero_grad()
+
+    def products_backward() -> None:
+        for W, v, dy in zip(weights, inputs, outputs):
+            F.linear(v, W), dy @ W, dy.mT @ v
+
+    return {
+        "forward": in_turn({"block": forward, "products": products}, device, 9),
+        "forward+backward": in_turn({"block": forward_backward, "products": products_backward}, device, 5),
+    }
+
+
+def public(device: torch.device) -> dict:
+    """The block with its S4D layer and with the textbook one, forward + backward at batch 4."""
+    results = {}
+    for L in (1024, 4096):
+        ours, textbook = make_block(device), make_block(device)
+        textbook.s4d = TextbookS4D(textbook.s4d)
+        x, c = torch.randn(4, L // M, D, device=device), torch.randn(4, D, device=device)
+
+        def train(model, x=x, c=c) -> None:
+            model(x, c).square().mean().backward()
+            model.zero_grad()
+
+        calls = {"textbook": lambda m=textbook, f=train: f(m), "ours": lambda m=ours, f=train: f(m)}
+        results[L] = in_turn(calls, device, 2)
+    return results
+
+
+def saved(device: torch.device) -> dict:
+    """Bytes that autograd keeps for one block at batch 4, L = 1024: ours, and with the textbook layer."""
+    found = {}
+    x, c = torch.randn(4, 512, D, device=device, requires_grad=True), torch.randn(4, D, device=device)
+    for name in ("ours", "textbook"):
+        model = make_block(device)
+        if name == "textbook":
+            model.s4d = TextbookS4D(model.s4d)
+        own, kept, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, [], {}
+
+        def pack(t: Tensor, own=own, kept=kept, sizes=sizes) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                kept.append(t)  # so that no address is used twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x, c)
+        found[f"{name}_mib"] = sum(sizes.values()) / 2**20
+    return found | {"ratio": found["ours_mib"] / found["textbook_mib"]}
+
+
+def length(device: torch.device) -> dict:
+    """Time of two blocks of S against L, 1k to 64k tokens, and the exponent of the fit."""
+    setting, lengths = latency.Setting(device, repeats=3), (32, 64, 128, 256)
+    config = load_config("s-256", ["model.depth=2"])
+    model = latency.build(config, setting, 2).eval()
+    t, y = torch.tensor([500], device=device), torch.tensor([1], device=device)
+
+    def forward(side: int) -> None:
+        with torch.no_grad():
+            model(torch.randn(1, 4, side, side, device=device), t, y)
+
+    times = latency.take_turns([lambda side=side: forward(side) for side in lengths], setting)
+    medians = [statistics.median(taken) for taken in times]
+    tokens = [side**2 for side in lengths]
+    return {"tokens": tokens, "ms": medians, "exponent": latency.exponent(tokens, medians)}
+
+
+def memory(device: torch.device) -> dict:
+    """Peak memory of a 2048 x 2048 image through XL without gradients; two blocks, scaled to 29."""
+    config = load_config("xl-256", ["data.resolution=2048"])
+    return {"peak_gib": latency.peak_bytes(config, latency.FORWARD, latency.Setting(device, depth=2)) / 2**30}
+
+
+ROWS = {f.__name__: f for f in (kernel, step, block, public, saved, length, memory)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=list(ROWS))
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    for name in arguments.rows:
+        start = time.perf_counter()
+        result = ROWS[name](torch.device(arguments.device))
+        print(json.dumps({name: result, "seconds": math.ceil(time.perf_counter() - start)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
