@@ -241,6 +241,8 @@ def _peak_in_child(config: Config, kind: str, setting: Setting, depth: int) -> i
 
 
 def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: int | None) -> int | None:
+    with torch.device("meta"):
+        build_model(config)  # torch loads parts of itself late; they are not the model's, and must not meet the limit
     if limit is not None and setting.device.type == "cpu":
         _limit_memory(limit)
     keep_freed_memory()
