@@ -39,7 +39,8 @@ def main() -> None:
     classifier = SVC(C=5).fit(flat(train.images), train.labels)
 
     process = GaussianDiffusion.from_config(config.diffusion)
-    drawn = list(generate(runs.load_model(trained), process, how, range(arguments.num), range(10), batch_size=100))
+    wanted = [i % 10 for i in range(arguments.num)]
+    drawn = list(generate(runs.load_model(trained), process, how, range(arguments.num), wanted, batch_size=100))
     images = to_uint8(torch.cat([part.images for part in drawn]))
     labels = [label for part in drawn for label in part.labels]
     by_class = [float((classifier.predict(flat(images[c::10])) == c).mean()) for c in range(10)]

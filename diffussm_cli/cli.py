@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from diffussm_cli import __version__
 from diffussm_cli.commands.encode import encode
+from diffussm_cli.commands.eval import evaluate
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import train
@@ -58,6 +59,7 @@ app = typer.Typer(cls=ErrorBoundary, add_completion=False, pretty_exceptions_ena
 app.command()(encode)
 app.command()(train)
 app.command()(sample)
+app.command("eval")(evaluate)
 app.command()(profile)
 
 

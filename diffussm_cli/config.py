@@ -62,6 +62,11 @@ class DataConfig:
         return int(height), int(width)
 
     @property
+    def is_grey(self) -> bool:
+        """Whether the images have one channel."""
+        return self.vae is None and self.channels == 1
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(H, W) of what the model sees."""
         height, width = self.size
@@ -120,6 +125,17 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """How a run is measured, by `diffussm eval RUN` and while it trains."""
+
+    every: int = _option(0, "steps between evaluations of the averaged weights in training; 0: none", least=0)
+    images: int = _option(5000, "images drawn for each of them", least=16)
+    steps: int = _option(50, "most denoising steps of these, by the sampler of the run", least=1)
+    reference: str = _option("", "an .npz or images; none: a built-in data set itself")
+    extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for 28x28 pixels")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides a run."""
 
@@ -129,6 +145,7 @@ class Config:
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "preset"}

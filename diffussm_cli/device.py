@@ -1,6 +1,7 @@
 """Where and in what precision to compute, chosen from names."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -9,11 +10,15 @@ from diffussm_cli.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises ConfigError for a device that is not there."""
+    """`auto` is CUDA, then Apple's MPS, then the CPU; of several processes on a machine each takes its own CUDA device.
+
+    Raises:
+        ConfigError: for a device that is not there.
+    """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

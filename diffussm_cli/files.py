@@ -29,21 +29,26 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file that takes its name when it is complete and on disk; what a killed process left of it is removed.
+
+    Not `durable`, it may be lost with the power, but is whole where it is there: for one file of very many.
 
     Raises:
         OSError: if it cannot be written; what had the name before is untouched.
     """
-    for old in path.parent.glob(f"{PARTIAL}{path.name}.*"):
-        old.unlink(missing_ok=True)
+    if durable:  # looking through a folder of very many takes long
+        for old in path.parent.glob(f"{PARTIAL}{path.name}.*"):
+            old.unlink(missing_ok=True)
     temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ def generate(
     process: GaussianDiffusion,
     how: SampleConfig,
     seeds: Sequence[int],
-    classes: Sequence[int] = (),
+    labels: Sequence[int] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Drawn]:
@@ -35,20 +35,28 @@ def generate(
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
-        classes: the label of image i is classes[i mod len]; if empty, drawn uniformly from the image's own generator.
+        labels: one a seed; without them each is drawn uniformly from its seed's generator (`labels_of`).
         dtype: of autocast; float32 for none.
     """
     for start in range(0, len(seeds), batch_size):
-        chosen = seeds[start : start + batch_size]
-        wanted = [classes[i % len(classes)] for i in range(start, start + len(chosen))] if classes else None
-        yield _draw(model, process, how, chosen, wanted, dtype)
+        chosen = slice(start, start + batch_size)
+        yield _draw(model, process, how, seeds[chosen], labels and labels[chosen], dtype)
+
+
+def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
+    """The labels that `generate` draws for seeds of a model with that many classes."""
+    return [_label(torch.Generator().manual_seed(seed), num_classes) for seed in seeds]
+
+
+def _label(generator: torch.Generator, num_classes: int) -> int:
+    return int(torch.randint(max(1, num_classes), (), generator=generator))
 
 
 def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
     device = process.signal.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    drawn = [int(torch.randint(max(1, model.num_classes), (), generator=g)) for g in generators]
-    labels = None if not model.num_classes else drawn if wanted is None else wanted
+    drawn = [_label(g, model.num_classes) for g in generators]
+    labels = None if not model.num_classes else drawn if wanted is None else list(wanted)
     shape = (model.in_channels, *model.input_size)
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)

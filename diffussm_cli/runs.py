@@ -5,6 +5,7 @@ RUN/metrics.jsonl, RUN/tensorboard/  records of the training loop
 RUN/samples/step-*.png               previews
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
+RUN/best/                            the same of the step of the lowest FID, with metrics.json
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.files import PARTIAL, sync
 from diffussm_cli.model import build_model
 
-CONFIG, STATE, MODEL = "config.yaml", "state.json", "model.safetensors"
+CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 
 
@@ -47,7 +48,7 @@ class TrainedRun:
 
 # ------------------------------------------------------------------------------------------------- reading
 def find_run(path: Path) -> TrainedRun:
-    """The averaged weights under a run folder, its `final/`, one of its checkpoints, or a published DiT's .pt file.
+    """The averaged weights under a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
 
     Raises:
         RunError: if there is none.
@@ -56,8 +57,9 @@ def find_run(path: Path) -> TrainedRun:
         return TrainedRun(path.with_suffix(""), published.published_config(path), path, None)
     if not path.is_dir():
         raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
-    if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ itself
-        return TrainedRun(path, read_config(path), path / MODEL, None)
+    if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ or best/ itself, perhaps copied elsewhere
+        root = path.parent if (path.parent / CONFIG).is_file() else path
+        return TrainedRun(root, read_config(path), path / MODEL, read_metrics(path).get("step"))
     if (path / EMA).is_file() and (path.parent.parent / CONFIG).is_file():  # a checkpoint
         root = path.parent.parent
         return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
@@ -177,8 +179,21 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 
 
-def write_final(root: Path, config: Config, weights: Mapping[str, Tensor]) -> None:
-    """`final/`: averaged weights and what they are."""
-    with whole_folder(root / "final") as folder:
+def write_weights(
+    path: Path, config: Config, weights: Mapping[str, Tensor], metrics: Mapping[str, Any] | None = None
+) -> None:
+    """`final/` or `best/`: averaged weights and what they are. Raises RunError."""
+    with whole_folder(path) as folder:
         write_tensors(weights, folder / MODEL)
         (folder / CONFIG).write_text(to_yaml(config))
+        if metrics is not None:
+            (folder / METRICS).write_text(json.dumps(metrics) + "\n")
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What `best/` was measured at; empty where there is none. Raises RunError."""
+    path = folder / METRICS
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as e:
+        raise RunError(f"{path}: damaged; delete the folder {folder}") from e

@@ -82,7 +82,8 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
     assert pixels(out / "000010.png").shape == (8, 8)
     meta = json.loads((out / "meta.json").read_text())
     assert meta["labels"] == [3, 7, 8, 3, 7]
-    assert (meta["sampler"], meta["steps"], meta["guidance"], meta["seeds"]) == ("ddim", 3, 2.0, [10, 14])
+    assert (meta["sampler"], meta["steps"], meta["guidance"]) == ("ddim", 3, 2.0)
+    assert (meta["first_seed"], meta["num"], meta["complete"]) == (10, 5, True)
     assert meta["weights_sha256"] == sha256(trained / "final" / "model.safetensors")
     with np.load(out / "samples.npz", allow_pickle=False) as npz:
         assert npz["arr_0"].shape == (5, 8, 8, 1)
@@ -93,9 +94,10 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
 def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
     for path in (trained / "checkpoints" / "step-00000002", trained / "final"):
         grid = tmp_path / path.name / "g.png"
-        assert run("sample", path, "--num", 1, "--steps", 2, "--out", tmp_path / "o", "--grid", grid).exit_code == 0
+        out = tmp_path / path.name / "o"
+        assert run("sample", path, "--num", 1, "--steps", 2, "--out", out, "--grid", grid).exit_code == 0
         assert grid.is_file()
-    assert json.loads((tmp_path / "o" / "meta.json").read_text())["step"] == 4
+        assert json.loads((out / "meta.json").read_text())["step"] == (4 if path.name == "final" else 2)
 
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):

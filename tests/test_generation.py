@@ -5,7 +5,7 @@ import torch
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.generation import generate
+from diffussm_cli.generation import generate, labels_of
 from diffussm_cli.model import DiffuSSM
 from tests.conftest import fill
 
@@ -16,9 +16,9 @@ def model():
     return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
 
 
-def draw(model, seeds, batch_size=64, classes=(), **how):
+def draw(model, seeds, batch_size=64, labels=None, **how):
     how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
-    drawn = list(generate(model, GaussianDiffusion(), how, seeds, classes, batch_size))
+    drawn = list(generate(model, GaussianDiffusion(), how, seeds, labels, batch_size))
     return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
 
 
@@ -42,9 +42,11 @@ def test_seeds_differ_and_repeat(model):
     assert len(set(labels)) > 1  # drawn at random
 
 
-def test_classes_are_taken_in_turn(model):
-    _, labels = draw(model, range(5), batch_size=2, classes=(3, 1, 4))
+def test_labels_are_those_asked_for_or_of_the_seeds(model):
+    _, labels = draw(model, range(5), batch_size=2, labels=[3, 1, 4, 3, 1])
     assert labels == [3, 1, 4, 3, 1]
+    _, drawn = draw(model, range(7, 20), batch_size=4)
+    assert drawn == labels_of(range(7, 20), 5)
 
 
 def test_kernels_are_built_once_for_all_steps_and_batches():

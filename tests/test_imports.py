@@ -17,6 +17,7 @@ ROWS = [
     {"commands"},
     {"training"},
     {"evaluation", "profiling"},
+    {"samples"},
     {"generation"},
     {"runs"},
     {"published"},
@@ -69,6 +70,7 @@ def test_only_commands_print_and_exit(path):
 
 
 QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["encode", "--help"]]
+QUICK += [["eval", "--help"], ["eval"]]
 QUICK += [
     ["--version"],
     ["encode", "a", "b", "--resolution", "20"],

@@ -4,12 +4,13 @@ import contextlib
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from diffussm_cli.commands.options import bar
 from diffussm_cli.errors import ConfigError, DataError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
@@ -90,7 +91,7 @@ def fill(
         with console.status("loading the VAE"):
             facts = read_facts(vae)
             encoding.check_resolution(resolution, facts)
-            loaded = load(facts, how["precision"], device, share)
+            loaded = load(facts, how["precision"], device)
         settings = make_settings(found, resolution, loaded, how)
         manifest = encoding.begin(target, found, settings, share)
         encoder = encoding.Encoder(found, settings, target, loaded, workers, strict)
@@ -120,7 +121,7 @@ def mend(store: Path, source: Path, vae: str | None, workers: int, device: str =
         found = listing.list_source(source)
     with encoding.open_store(store, source, share):
         with console.status("loading the VAE"):
-            loaded = load(read_facts(vae or old.vae), old.precision, device, share)
+            loaded = load(read_facts(vae or old.vae), old.precision, device)
         how = {name: getattr(old, name) for name in ("precision", "flip", "batch_size", "shard_size")}
         new = make_settings(found, old.resolution, loaded, how | {"vae": old.vae})
         encoding.refuse_difference(store, old, new, found)
@@ -149,15 +150,13 @@ def check(store: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- parts
-def load(facts, precision: str, device: str, share):
+def load(facts, precision: str, device: str):
     """The VAE on the device of this process. Raises DiffussmError."""
     from diffussm_cli.data.vae import load_vae
     from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 
     keep_freed_memory()
     where = pick_device(device)
-    if device in ("auto", "cuda") and where.type == "cuda" and share.of > 1:
-        where = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', share.rank)}")
     return load_vae(facts, where, pick_dtype(precision, where))
 
 
@@ -200,31 +199,15 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 def run(console, steps: Iterator, total: int) -> None:
     """Drive the work to its end under a bar."""
+    skipped = 0
     try:
-        with contextlib.closing(steps), progress(console, total) as advance:
+        with contextlib.closing(steps), bar(console, total) as advance:
             for step in steps:
-                advance(step)
+                skipped += step.skipped
+                advance(step.images, f"{skipped} skipped")
     except KeyboardInterrupt:
         console.print("interrupted; finished shards are kept, and the same command goes on from there")
         raise
-
-
-@contextlib.contextmanager
-def progress(console, total: int) -> Iterator[Callable]:
-    """A bar on stderr with the number of skipped images, moved by steps."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("image"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    skipped = 0
-    with Progress(*columns, TextColumn("{task.fields[skipped]} skipped"), console=console) as bar:
-        task = bar.add_task("", total=total, skipped=0)
-
-        def show(step) -> None:
-            nonlocal skipped
-            skipped += step.skipped
-            bar.update(task, advance=step.images, skipped=skipped)
-
-        yield show
 
 
 def summarise(console, target: Path, found, settings) -> None:

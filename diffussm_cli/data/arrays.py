@@ -1,0 +1,106 @@
+"""Arrays in .npz files, read and written row by row: never pickled, never a whole one in memory."""
+
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.lib import format as npy
+
+from diffussm_cli.errors import DataError
+from diffussm_cli.files import whole_file
+
+HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+SMALL, MOST_PACKED = 1 << 26, 200  # bytes that may be packed at will; how many times more may be packed at most
+DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError)
+
+
+class Rows(NamedTuple):
+    """An array of a file, not read yet."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, start: int, stop: int, count: int = 256) -> Iterator[np.ndarray]:
+        """Rows start..stop in blocks of up to `count`. Raises DataError."""
+        row = self.dtype.itemsize * math.prod(self.shape[1:])
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
+                _header(file)
+                _skip(file, start * row)
+                for first in range(start, stop, count):
+                    n = min(count, stop - first)
+                    content = file.read(n * row)
+                    if len(content) != n * row:
+                        raise EOFError("it ends too early")
+                    yield np.frombuffer(content, self.dtype).reshape(n, *self.shape[1:])
+        except DAMAGED as e:
+            raise DataError(f"{self.path}: {self.name} cannot be read: {e}") from e
+
+    def whole(self) -> np.ndarray:
+        """All of a small array. Raises DataError."""
+        return np.concatenate(list(self.read(0, self.shape[0])))
+
+
+def open_npz(path: Path) -> dict[str, Rows]:
+    """The arrays of a .npz by name, unread. What a member says of its size must hold: nothing is unpacked on trust.
+
+    Raises:
+        DataError: for what is no .npz, holds objects, or unpacks to very much more than it is.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    shape, fortran, dtype = _header(file)
+                    size = file.tell() + dtype.itemsize * math.prod(shape)
+                if dtype.hasobject or fortran or not shape:
+                    kind = "objects" if dtype.hasobject else "an array in an order or shape that is not read"
+                    raise DataError(f"{path}: {info.filename} holds {kind}")
+                if size != info.file_size:
+                    raise DataError(
+                        f"{path}: {info.filename} says {shape} of {dtype} but unpacks to {info.file_size} bytes"
+                    )
+                if size > SMALL and size > MOST_PACKED * info.compress_size:
+                    raise DataError(
+                        f"{path}: {info.filename} unpacks to {size} bytes from {info.compress_size}: a bomb"
+                    )
+                name = info.filename.removesuffix(".npy")
+                found[name] = Rows(path, name, shape, dtype)
+    except DAMAGED as e:
+        reason = getattr(e, "strerror", None) or str(e)
+        raise DataError(f"{path}: cannot be read as .npz: {reason}") from e
+    return found
+
+
+def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = npy.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"format {version} is not read")
+    return HEADERS[version](file)
+
+
+def _skip(file: BinaryIO, size: int) -> None:
+    while size > 0:
+        size -= len(file.read(min(size, 1 << 20))) or size
+
+
+Written = tuple[tuple[int, ...], np.dtype | type, Iterable[np.ndarray]]  # shape, dtype, blocks of rows
+
+
+def write_npz(path: Path, arrays: Mapping[str, Written]) -> None:
+    """A .npz that numpy and the ADM evaluator read; it takes its name when it is complete. Raises OSError."""
+    with whole_file(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        for name, (shape, dtype, blocks) in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                npy.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+                rows = 0
+                for block in blocks:
+                    file.write(np.ascontiguousarray(block, dtype).tobytes())
+                    rows += len(block)
+                assert rows == shape[0], f"{name}: {rows} rows, not {shape[0]}"

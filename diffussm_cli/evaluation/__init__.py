@@ -1,0 +1,1 @@
+"""The ADM evaluation: features of images, metrics of features, references to compare with."""

@@ -1,0 +1,127 @@
+"""What the metrics need of a set of images, gathered batch by batch, by one process or several, and kept for next time.
+
+n images   d pool features   s spatial features   K classes
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from diffussm_cli.distributed import ALONE, Share, gather
+from diffussm_cli.evaluation.features import Extractor
+from diffussm_cli.evaluation.metrics import Moments, SplitSums
+from diffussm_cli.evaluation.sets import ImageSet
+from diffussm_cli.files import whole_file
+
+
+@dataclass
+class Gathered:
+    """Pool features (n, d); moments of spatial features and sums of class probabilities, where there are any."""
+
+    pool: Tensor
+    spatial: Moments | None
+    classes: SplitSums | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a flat dictionary, for files and other processes."""
+        found = {"pool": self.pool}
+        if self.spatial:
+            found |= {"spatial.n": torch.tensor(self.spatial.n)}
+            found |= {"spatial.mean": self.spatial.mean, "spatial.M2": self.spatial.M2}
+        if self.classes:
+            found |= {f"classes.{k}": v for k, v in vars(self.classes).items()}
+        return found
+
+    @classmethod
+    def of(cls, found: dict[str, Tensor]) -> "Gathered":
+        """From what `tensors` gave."""
+        parts = {key: {k.partition(".")[2]: v for k, v in found.items() if k.startswith(key)} for key in PARTS}
+        spatial, classes = (parts[key] for key in PARTS)
+        return cls(
+            found["pool"],
+            Moments(int(spatial["n"]), spatial["mean"], spatial["M2"]) if spatial else None,
+            SplitSums(**classes) if classes else None,
+        )
+
+    def joined(self, other: "Gathered") -> "Gathered":
+        """Of both parts together, this one's images first."""
+        return Gathered(
+            torch.cat([self.pool, other.pool]),
+            self.spatial.joined(other.spatial) if self.spatial else None,
+            self.classes.joined(other.classes) if self.classes else None,
+        )
+
+
+PARTS = ("spatial.", "classes.")
+
+
+class Gathering:
+    """The work on one set. `run` it; then every process finds the whole in `result`."""
+
+    def __init__(self, images: ImageSet, extractor: Extractor, batch_size: int = 64, cache: Path | None = None):
+        self.images, self.extractor, self.batch_size = images, extractor, batch_size
+        self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
+        self.result = _read(self.file) if self.file else None
+
+    def run(self, share: Share = ALONE) -> Iterator[int]:
+        """Yields the number of images done since the last time. Raises DataError."""
+        if self.result is not None:
+            return
+        part, places = Collector(len(self.images)), self.part(share)
+        at = places.start
+        for batch in self.images.read(places, self.batch_size) if places else ():
+            part.add(at, self.extractor(batch))
+            at += len(batch)
+            yield len(batch)
+        first, *others = [Gathered.of(t) for t in gather(part.gathered(), share) if t]
+        for other in others:
+            first = first.joined(other)
+        self.result = first
+        if self.file and share.rank == 0:
+            _write(self.file, first)
+
+    def part(self, share: Share) -> range:
+        """The images of one process: a row of neighbours."""
+        n = 0 if self.result is not None else len(self.images)
+        return range(n * share.rank // share.of, n * (share.rank + 1) // share.of)
+
+
+class Collector:
+    """Takes the features of batches, image `at` on, of a set of n."""
+
+    def __init__(self, n: int):
+        self.n, self.pool, self.spatial, self.classes = n, [], None, None
+
+    def add(self, at: int, features) -> None:
+        """`features` of images at, at + 1, ..."""
+        self.pool.append(features.pool.float().cpu())
+        if features.spatial is not None:
+            moments = Moments.of(features.spatial.cpu())
+            self.spatial = self.spatial.joined(moments) if self.spatial else moments
+        if features.logits is not None:
+            self.classes = self.classes or SplitSums.empty(self.n, features.logits.shape[1])
+            self.classes.add(at, features.logits)
+
+    def gathered(self) -> dict[str, Tensor]:
+        """What was taken, as `Gathered.tensors`; empty if there was no image."""
+        return Gathered(torch.cat(self.pool), self.spatial, self.classes).tensors() if self.pool else {}
+
+
+def _read(path: Path) -> Gathered | None:
+    """What was kept; a damaged file is made anew."""
+    try:
+        return Gathered.of(load_file(path)) if path.is_file() else None
+    except (SafetensorError, KeyError, TypeError):
+        path.unlink()
+        return None
+
+
+def _write(path: Path, gathered: Gathered) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(save({k: v.contiguous() for k, v in gathered.tensors().items()}))

