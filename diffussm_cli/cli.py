@@ -12,7 +12,7 @@ from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.eval import evaluate
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
-from diffussm_cli.commands.train import train
+from diffussm_cli.commands.train import TrainCommand, train
 from diffussm_cli.errors import DiffussmError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -57,7 +57,7 @@ def _one_line(message: str) -> str:
 
 app = typer.Typer(cls=ErrorBoundary, add_completion=False, pretty_exceptions_enable=False)
 app.command()(encode)
-app.command()(train)
+app.command(cls=TrainCommand)(train)
 app.command()(sample)
 app.command("eval")(evaluate)
 app.command()(profile)

@@ -1,5 +1,5 @@
 """Which part of a job this process takes, from what torchrun or a scheduler put in the environment; and how the
-processes meet. They talk by gloo on the CPU here: what they have to say is small."""
+processes meet."""
 
 import contextlib
 import datetime
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from diffussm_cli.errors import ConfigError, RunError
 
+GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in torch's words
 PATIENCE = datetime.timedelta(days=7)  # one process may have much more to do than another
 
 
@@ -31,8 +32,11 @@ def read_share() -> Share:
 
 
 @contextlib.contextmanager
-def meeting(share: Share) -> Iterator[None]:
-    """Inside, the processes of a job can `gather`; alone there is nothing to do.
+def meeting(share: Share, cuda: bool = False) -> Iterator[None]:
+    """Inside, the processes of a job can talk; alone there is nothing to do.
+
+    Args:
+        cuda: tensors on CUDA devices are to travel too (by NCCL); the rest goes by gloo.
 
     Raises:
         ConfigError: if they do not find each other.
@@ -42,8 +46,9 @@ def meeting(share: Share) -> Iterator[None]:
         return
     import torch.distributed as dist
 
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        dist.init_process_group("gloo", rank=share.rank, world_size=share.of, timeout=PATIENCE)
+        dist.init_process_group(backend, rank=share.rank, world_size=share.of, timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"WORLD_SIZE: {share.of} processes cannot meet: {e}; start them by torchrun") from e
     try:
@@ -63,8 +68,45 @@ def gather(value: Any, share: Share) -> list[Any]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * share.of
-    try:
+    with others():
         dist.all_gather_object(found, value)
-    except RuntimeError as e:
-        raise RunError(f"another process of this job has ended: {str(e).splitlines()[0]}") from e
     return found
+
+
+def total(tensor, share: Share):
+    """The sum of a tensor over all processes, in place and without waiting for a CUDA device. Raises RunError."""
+    return _reduced(tensor, share, "SUM")
+
+
+def smallest(tensor, share: Share):
+    """The minimum of a tensor over all processes, in place. Raises RunError."""
+    return _reduced(tensor, share, "MIN")
+
+
+def _reduced(tensor, share: Share, operation: str):
+    if share.of > 1:
+        import torch.distributed as dist
+
+        with others():
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
+    return tensor
+
+
+def any_of(flag: bool, share: Share) -> bool:
+    """Whether one process at least says so; asked on the CPU, so that no device is waited for. Raises RunError."""
+    if share.of == 1:
+        return flag
+    import torch
+
+    return bool(total(torch.tensor(float(flag)), share))
+
+
+@contextlib.contextmanager
+def others() -> Iterator[None]:
+    """Where this process needs the others. Raises RunError if one of them is gone."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not any(word in str(e) for word in GONE):
+            raise
+        raise RunError("another process of this job has ended; what was saved before is intact") from e

@@ -12,7 +12,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from diffussm_cli import published
 from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text, to_yaml
 from diffussm_cli.errors import ConfigError, RunError
-from diffussm_cli.files import PARTIAL, sync
+from diffussm_cli.files import PARTIAL, sha256, sync
 from diffussm_cli.model import build_model
 
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,16 @@ def find_run(path: Path) -> TrainedRun:
         return TrainedRun(root, read_config(path), path / MODEL, read_metrics(path).get("step"))
     if (path / EMA).is_file() and (path.parent.parent / CONFIG).is_file():  # a checkpoint
         root = path.parent.parent
+        wrong = damage(path, [EMA])
+        if wrong:
+            raise RunError(f"RUN: {wrong}; name the run folder to take the newest good checkpoint")
         return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
     if (path / "final" / MODEL).is_file():
         return TrainedRun(path, read_config(path / "final"), path / "final" / MODEL, None)
-    newest = newest_checkpoint(path)
+    newest, damaged = newest_good(path, [EMA])
     if newest is None:
-        raise RunError(f"RUN: {str(path)!r} holds no finished training and no checkpoint")
+        also = f": {damaged[0]}" if damaged else ""
+        raise RunError(f"RUN: {str(path)!r} holds no finished training and no good checkpoint{also}")
     return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
 
 
@@ -79,14 +84,41 @@ def newest_run(folder: Path, name: str | None = None) -> Path | None:
     return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime, default=None)
 
 
-def newest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint of a run; a folder counts only under its final name."""
-    return max(checkpoints(root), default=None)
+def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose `files` are as they were written, and what is wrong with newer ones."""
+    damaged = []
+    for path in reversed(checkpoints(root)):
+        wrong = damage(path, files)
+        if wrong is None:
+            return path, damaged
+        damaged.append(wrong)
+    return None, damaged
+
+
+def damage(checkpoint: Path, files: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint in words, or None."""
+    try:
+        hashes = read_state(checkpoint)["sha256"]
+        for name in files:
+            if sha256(checkpoint / name) != hashes[name]:
+                return f"{checkpoint / name} is not as it was written"
+    except RunError as e:
+        return str(e)
+    except OSError as e:
+        return f"{e.filename}: {e.strerror}"
+    except (KeyError, TypeError):
+        return f"{checkpoint / STATE} holds no hashes"
+    return None
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step; names sort as steps do."""
+    return f"step-{step:08d}"
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first (names are padded with zeros)."""
-    return sorted(p for p in (root / "checkpoints").glob("step-*") if (p / STATE).is_file())
+    """Checkpoints of a run that were completed, oldest first; a folder counts only under its final name."""
+    return sorted(p for p in (root / CHECKPOINTS).glob("step-*") if (p / STATE).is_file())
 
 
 def read_config(folder: Path) -> Config:
@@ -107,7 +139,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             raise ValueError
         return state
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise RunError(f"{path}: damaged; delete the folder {folder.name} to use an older checkpoint") from e
+        raise RunError(f"{path}: damaged") from e
 
 
 def load_model(trained: TrainedRun) -> nn.Module:
@@ -126,7 +158,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         RunError: if the file is damaged, or belongs to another model.
     """
-    weights, own = read_tensors(path), model.state_dict()
+    weights = read_tensors(path)
+    refuse_others(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
+
+
+def refuse_others(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raises RunError for weights of other names or shapes than a model's own."""
     wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
     if wrong:
         raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
@@ -134,7 +172,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
             raise RunError(f"{path}: weights of another model: {name} is {shapes}")
-    model.load_state_dict(weights)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.data.images import to_model_space
+from diffussm_cli.data.images import EVERYTHING, coins, to_model_space
 from diffussm_cli.errors import ConfigError, DataError
 
 HELD_OUT = 10  # every tenth image of a class is kept from training
@@ -22,9 +22,11 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        chosen = torch.as_tensor(indices)
-        return to_model_space(self.images[chosen], self.flip, generator), self.labels[chosen]
+    def read(
+        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
+    ) -> tuple[Tensor, Tensor]:
+        mirrored, chosen = coins(len(indices), self.flip, generator)[part], torch.as_tensor(indices)[part]
+        return to_model_space(self.images[chosen], mirrored), self.labels[chosen]
 
 
 def load(

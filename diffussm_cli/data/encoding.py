@@ -42,7 +42,7 @@ from diffussm_cli.data.vae import VAE, VAEFacts
 from diffussm_cli.device import is_out_of_memory
 from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import PARTIAL, sha256, whole_file
+from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
 
 LOCK = ".lock"
 POLL_SECONDS = 0.2
@@ -88,7 +88,7 @@ class Encoder:
         first = span.start % self.settings.shard_size
         rows = slice(first, first + len(span))
         on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
-        images = to_model_space(on_device, False, torch.Generator())
+        images = to_model_space(on_device)
         moments = {"": self._moments(images)}
         if self.settings.flip:
             moments["_mirrored"] = self._moments(images.flip(-1))
@@ -370,8 +370,7 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
         store.mkdir(parents=True, exist_ok=True)
         if _held(store) and not _held(store) & {MANIFEST, LISTING}:
             raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
-        with lock.open("w") as file:
-            _lock(file, store)
+        with locked(lock):
             try:
                 yield
             finally:
@@ -379,6 +378,8 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
                     lock.unlink()
                     with contextlib.suppress(OSError):
                         store.rmdir()
+    except BlockingIOError as e:
+        raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e
     except OSError as e:
         raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
 
@@ -386,14 +387,3 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
 def _held(store: Path) -> set[str]:
     """Names of what a store holds, locks and unfinished files aside."""
     return {p.name for p in store.iterdir() if not p.name.startswith((LOCK, PARTIAL))}
-
-
-def _lock(file, store: Path) -> None:
-    try:
-        import fcntl
-    except ModuleNotFoundError as e:
-        raise DataError("encode: needs the file locks of a POSIX system") from e
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e

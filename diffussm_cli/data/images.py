@@ -23,6 +23,7 @@ from diffussm_cli.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 1 << 26
+EVERYTHING = slice(None)
 # What Pillow's decoders raise when a file is damaged.
 DECODING = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, MemoryError)
 DECODING += (struct.error, Image.DecompressionBombError)
@@ -41,10 +42,13 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        arrays = list(self._pool.map(lambda i: read_image(self.files[i], self.size, self.channels), indices))
+    def read(
+        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
+    ) -> tuple[Tensor, Tensor]:
+        mirrored, chosen = coins(len(indices), self.flip, generator)[part], indices[part]
+        arrays = list(self._pool.map(lambda i: read_image(self.files[i], self.size, self.channels), chosen))
         images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        return to_model_space(images, self.flip, generator), torch.tensor([self.labels[i] for i in indices])
+        return to_model_space(images, mirrored), torch.tensor([self.labels[i] for i in chosen])
 
 
 def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
@@ -142,10 +146,14 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------- model space
-def to_model_space(pixels: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    """uint8 (B, C, H, W) to float32 in [-1, 1], each image mirrored with probability 1/2 if `flip`."""
-    if flip:
-        mirrored = torch.rand(len(pixels), generator=generator) < 0.5
+def coins(n: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Which of n images are to be mirrored, bool (n,): each with probability 1/2 if `flip`, else none."""
+    return torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
+
+
+def to_model_space(pixels: Tensor, mirrored: Tensor | None = None) -> Tensor:
+    """uint8 (B, C, H, W) to float32 in [-1, 1]; those of `mirrored`, bool (B,), left to right."""
+    if mirrored is not None and mirrored.any():
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     return pixels.float() / 127.5 - 1
 

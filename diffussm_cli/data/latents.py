@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.data.images import EVERYTHING, coins
 from diffussm_cli.errors import DataError
 from diffussm_cli.files import sha256
 
@@ -262,12 +263,15 @@ class LatentStore:
             mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
+    ) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
-        mirrored = torch.rand(len(indices), generator=generator) < 0.5 if self.flip else None
-        mean, std = self.moments(indices, None if mirrored is None else mirrored.numpy())
-        z = torch.randn(mean.shape, generator=generator).mul_(std).add_(mean)
-        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(indices))]
+        n, chosen = len(indices), indices[part]
+        mirrored = coins(n, self.flip, generator)[part]
+        mean, std = self.moments(chosen, mirrored.numpy() if self.flip else None)
+        z = torch.randn(n, *mean.shape[1:], generator=generator)[part].mul_(std).add_(mean)
+        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(chosen))]
 
 
 # --------------------------------------------------------------------------------------------- verifying

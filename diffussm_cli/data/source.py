@@ -17,14 +17,19 @@ BUILTIN = "builtin:"
 
 
 class Source(Protocol):
-    """Images by index. What chance there is (flips) comes from the generator, so that a step can be repeated."""
+    """Images by index. What chance there is comes from the generator, so that a step can be repeated.
+
+    It is drawn for all indices though only `part` of them be read, so that processes which share a batch agree.
+    """
 
     class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, H, W) and labels (B,)."""
+    def read(
+        self, indices: Sequence[int], generator: torch.Generator, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) and labels (B,) of indices[part]."""
 
 
 def open_source(config: Config) -> Source:

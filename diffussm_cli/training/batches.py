@@ -1,6 +1,6 @@
 """The batch of each optimiser step, as a function of (seed, step) alone, so that a resumed run sees the same.
 
-B global batch   C channels   H x W grid
+B global batch, of which each process takes its part   C channels   H x W grid
 """
 
 import functools
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
+from diffussm_cli.distributed import ALONE, Share
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything random about a step, decided."""
+    """Everything random about a step, decided, of the images of one process."""
 
     x_0: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
@@ -31,25 +32,26 @@ class Batch:
         return Batch(*(v if v is None else v[start:stop].to(device, non_blocking=True) for v in tensors))
 
 
-def batches(source: Source, config: Config, start: int) -> Iterator[Batch]:
+def batches(source: Source, config: Config, start: int, share: Share = ALONE) -> Iterator[Batch]:
     """Batches of steps start, start + 1, ..., the next one made in a thread while this one is used."""
     with ThreadPoolExecutor(1) as worker:
-        following = worker.submit(make_batch, source, config, start)
+        following = worker.submit(make_batch, source, config, start, share)
         for step in range(start, config.train.steps):
             batch = following.result()
             if step + 1 < config.train.steps:
-                following = worker.submit(make_batch, source, config, step + 1)
+                following = worker.submit(make_batch, source, config, step + 1, share)
             yield batch
 
 
-def make_batch(source: Source, config: Config, step: int) -> Batch:
-    """The batch of optimiser step `step` (0, 1, ...)."""
+def make_batch(source: Source, config: Config, step: int, share: Share = ALONE) -> Batch:
+    """One process's part of the batch of optimiser step `step` (0, 1, ...)."""
     seed, B = config.train.seed, config.train.batch_size
     generator = torch.Generator().manual_seed(mixed_seed(seed, step))
-    x_0, labels = source.read(indices_at(seed, step * B, B, len(source)), generator)
-    t = torch.randint(config.diffusion.timesteps, (B,), generator=generator)
-    dropped = torch.rand(B, generator=generator) < config.train.label_dropout
-    noise = torch.randn(x_0.shape, generator=generator)
+    part = slice(B * share.rank // share.of, B * (share.rank + 1) // share.of)
+    x_0, labels = source.read(indices_at(seed, step * B, B, len(source)), generator, part)
+    t = torch.randint(config.diffusion.timesteps, (B,), generator=generator)[part]
+    dropped = (torch.rand(B, generator=generator) < config.train.label_dropout)[part]
+    noise = torch.randn(B, *x_0.shape[1:], generator=generator)[part]
     classes = config.model.num_classes
     return Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None)
 

@@ -1,65 +1,120 @@
-"""Checkpoints: model, averaged weights and optimiser as safetensors, step and counts as JSON."""
+"""Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and the hashes of all as JSON.
+
+A checkpoint appears under its name when it is complete and on disk. What a later accident did to it is found by its
+hashes, and the one before is taken.
+"""
 
 import json
 import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffussm_cli.config import TrainConfig
 from diffussm_cli.errors import RunError
-from diffussm_cli.files import PARTIAL
+from diffussm_cli.files import PARTIAL, sha256
 from diffussm_cli.runs import (
+    CHECKPOINTS,
     EMA,
     MODEL,
     OPTIMIZER,
     STATE,
+    checkpoint_name,
     checkpoints,
-    load_weights,
     read_state,
     read_tensors,
+    refuse_others,
     whole_folder,
     write_tensors,
 )
+from diffussm_cli.training.parallel import as_held, fill, whole
+
+Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
+KINDS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save_checkpoint(
-    root: Path, keep: int, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
-    """Write RUN/checkpoints/step-N for state["step"] = N, then remove all but the newest `keep`. Raises RunError."""
-    path = root / "checkpoints" / f"step-{state['step']:08d}"
-    with whole_folder(path) as folder:
-        write_tensors(model.state_dict(), folder / MODEL)
-        write_tensors(ema.state_dict(), folder / EMA)
-        write_tensors(_optimizer_tensors(model, optimizer), folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps(state))
-    for old in [*checkpoints(root)[:-keep], *path.parent.glob(f"{PARTIAL}*")]:
-        shutil.rmtree(old)
-    return path
+class CheckpointWriter:
+    """Writes RUN/checkpoints/step-N, in a thread if the configuration says so, one at a time; removes old ones."""
+
+    def __init__(self, root: Path, config: TrainConfig):
+        self.root, self.config = root, config
+        self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
+        self._running: Future | None = None
+
+    def write(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Begin to write; the one before must have been finished for that. Raises RunError of either."""
+        self.finish()
+        if self._thread is None:
+            self._write(tensors, state)
+            return
+        copies = {f: {k: _copy(v) for k, v in ts.items()} for f, ts in tensors.items()}
+        self._running = self._thread.submit(self._write, copies, state)
+
+    def finish(self) -> None:
+        """Wait until everything is on disk. Raises RunError if it could not be written."""
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+    def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        path = self.root / CHECKPOINTS / checkpoint_name(state["step"])
+        with whole_folder(path) as folder:
+            hashes = {}
+            for name, content in tensors.items():
+                write_tensors(content, folder / name)
+                hashes[name] = sha256(folder / name)
+            (folder / STATE).write_text(json.dumps(state | {"sha256": hashes}))
+        self._remove_old(path.parent)
+
+    def _remove_old(self, folder: Path) -> None:
+        every, kept = self.config.keep_every, set(checkpoints(self.root)[-self.config.keep_checkpoints :])
+        for old in checkpoints(self.root):
+            for_good = every and int(old.name.removeprefix("step-")) % every == 0
+            if old not in kept and not for_good:
+                shutil.rmtree(old)
+        for debris in folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(debris)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """On the CPU, and not changed by what training does next."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+    """All that a checkpoint holds, whole, for the process that `keep`s it; of parts, every process must be asked."""
+    moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+    files = {MODEL: model.state_dict(), EMA: ema.state_dict(), OPTIMIZER: moments}
+    found: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            complete = whole(tensor)
+            if keep:
+                found[file][name] = complete if complete is tensor else complete.cpu()
+    return found
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore all that `save_checkpoint` wrote; gives its `state`. Raises RunError."""
+    """Restore all that `collect` gave; gives the checkpoint's state. Raises RunError."""
     state = read_state(path)
-    load_weights(model, path / MODEL)
-    load_weights(ema, path / EMA)
+    for network, name in ((model, MODEL), (ema, EMA)):
+        weights = read_tensors(path / name)
+        refuse_others(network.state_dict(), weights, path / name)
+        fill(network, weights)
     _restore_optimizer(model, optimizer, read_tensors(path / OPTIMIZER), path)
     return state
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: `NAME/exp_avg`, `NAME/exp_avg_sq`, `NAME/step`."""
-    return {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
 
 
 def _restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], path: Path
 ) -> None:
     for name, p in model.named_parameters():
-        entries = {k: saved.get(f"{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
+        entries = {k: saved.get(f"{name}/{k}") for k in KINDS}
         if any(v is None or (k != "step" and v.shape != p.shape) for k, v in entries.items()):
             raise RunError(f"{path / OPTIMIZER}: optimiser state of another model: {name} does not fit")
-        moments = {k: v.to(p.device) for k, v in entries.items() if k != "step"}
-        on_device = optimizer.defaults["fused"] or optimizer.defaults["capturable"]
-        optimizer.state[p] = {"step": entries["step"].to(p.device) if on_device else entries["step"], **moments}
+        moments = {k: as_held(v, p) for k, v in entries.items() if k != "step"}
+        optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}

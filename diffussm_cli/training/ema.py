@@ -5,6 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from diffussm_cli.training.parallel import local
+
 
 class EMA:
     """Exponential moving average of a model's parameters, as a model of its own (`ema.model`, in eval mode).
@@ -22,4 +24,4 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - self.decay_at(step))
+        torch._foreach_lerp_(local(self.model.parameters()), local(model.parameters()), 1 - self.decay_at(step))

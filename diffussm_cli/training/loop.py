@@ -3,6 +3,7 @@
 B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config, SampleConfig
@@ -20,15 +22,20 @@ from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.distributed import ALONE, Share, any_of, others, smallest, total
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.generation import generate
 from diffussm_cli.model import build_model
 from diffussm_cli.training.batches import Batch, batches
-from diffussm_cli.training.checkpoint import load_checkpoint, save_checkpoint
+from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_checkpoint
 from diffussm_cli.training.ema import EMA
+from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
+from diffussm_cli.training.parallel import last_part_only, norm_of, replicate, shard, whole
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.scoring import Scoring
+
+RANDOMNESS = "a function of (seed, step)"  # all there is to say of random generators in a checkpoint
 
 Record = dict[str, Any]
 
@@ -36,24 +43,38 @@ Record = dict[str, Any]
 class Trainer:
     """A model in training, with all that a checkpoint holds. `run` is the loop.
 
+    Of several processes each has a Trainer with its share: the same model (or its part), its part of every batch.
     `decoding` is what previews are decoded with (None where there are none); its `warning` is for the user.
     """
 
-    def __init__(self, config: Config, source: Source, root: Path):
+    def __init__(self, config: Config, source: Source, root: Path, share: Share = ALONE):
         t = config.train
-        self.config, self.source, self.root = config, source, root
+        self.config, self.source, self.root, self.share = config, source, root, share
         self.device = pick_device(t.device)
         self.dtype = pick_dtype(t.precision, self.device)
         torch.manual_seed(t.seed)
         self.model = build_model(config, t.gradient_checkpointing).to(self.device)
         self.ema = EMA(self.model, t.ema)
-        self.optimizer = make_optimizer(self.model, t, fused=self.device.type == "cuda")
+        if t.compile:
+            self.model.compile()
+        self.forward = self._distribute()
+        self.optimizer = make_optimizer(self.model, t)
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
         self.scoring = Scoring(config, root, self.process, self.decoding, self.dtype) if config.eval.every else None
+        self.writer = CheckpointWriter(root, t)
+        self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.step = 0
-        if t.compile:
-            self.model.compile()
+
+    def _distribute(self) -> nn.Module:
+        """What to call for a forward pass."""
+        if self.share.of == 1:
+            return self.model
+        if self.config.train.parallel == "ddp":
+            return replicate(self.model, self.device)
+        for model in (self.model, self.ema.model):
+            shard(model, self.share, self.device, self.dtype)
+        return self.model
 
     def resume(self, checkpoint: Path) -> None:
         """Take up all state from a checkpoint folder. Raises RunError."""
@@ -62,45 +83,53 @@ class Trainer:
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         """Train to the last step, yielding a record every `log_every` steps.
 
-        Previews, checkpoints and `final/` are written on the way. When `stop()` is true the step in hand is finished,
-        a checkpoint written, and the loop ends early.
+        Previews, checkpoints and `final/` are written on the way. When `stop()` is true in one of the processes the
+        step in hand is finished, a checkpoint written, and the loop ends early.
 
         Raises:
-            RunError: if the loss is no longer a number, memory runs out, or a checkpoint cannot be written.
+            RunError: if steps stay without finite numbers, memory runs out, another process of the job is gone, or a
+                checkpoint cannot be written.
             DataError: if an image cannot be read; a checkpoint is written first.
         """
-        t, meter = self.config.train, Meter(self.config.diffusion.timesteps, self.device)
+        t, every = self.config.train, self.config.eval.every
+        meter = Meter(self.config.diffusion.timesteps, self.device, self.share)
         for batch in self._batches():
             self._update_in_memory(batch, meter)
             self.step += 1
-            last, stopped = self.step == t.steps, stop()
-            scores = bool(self.scoring) and (last or self.step % self.config.eval.every == 0)
+            last, stopped = self.step == t.steps, any_of(stop(), self.share)
+            scores = bool(every) and (last or self.step % every == 0)
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
                 with meter.paused():
-                    yield record | (self.scoring.score(self.ema.model, self.step) if scores else {})
+                    yield record | (self.scoring.score(self.averaged(), self.step, self.share) if scores else {})
             with meter.paused():
                 if t.sample_every and (last or self.step % t.sample_every == 0):
                     self.preview(last)
                 if last or stopped or self.step % t.checkpoint_every == 0:
                     self.save()
             if stopped and not last:
+                self.writer.finish()
                 return
-        runs.write_weights(self.root / "final", self.config, self.ema.model.state_dict())
+        self.writer.finish()
+        weights = self.averaged().state_dict()
+        if self.share.rank == 0:
+            runs.write_weights(self.root / "final", self.config, weights)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
         start = self.step
         try:
-            yield from batches(self.source, self.config, start)
+            yield from batches(self.source, self.config, start, self.share)
         except DataError:
-            if self.step > start:
+            if self.step > start and self.share.of == 1:  # of several, the others are not at this point
                 self.save()
+                self.writer.finish()
             raise
 
     def _update_in_memory(self, batch: Batch, meter: Meter) -> None:
         try:
-            self.update(batch, meter)
+            with others() if self.share.of > 1 else contextlib.nullcontext():
+                self.update(batch, meter)
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
@@ -111,20 +140,26 @@ class Trainer:
             ) from e
 
     def update(self, batch: Batch, meter: Meter) -> None:
-        """One optimiser step on a batch, in `accumulate` parts."""
-        t = self.config.train
-        size = t.batch_size // t.accumulate
+        """One optimiser step on a batch, in `accumulate` parts; left out by all if loss or gradient are not finite."""
+        t, own = self.config.train, self.config.train.batch_size // self.share.of
+        size, bad = own // t.accumulate, torch.zeros((), device=self.device)
         self.model.train()
-        for start in range(0, t.batch_size, size):
+        for start in range(0, own, size):
             part = batch.part(start, start + size, self.device)
-            losses = self.losses(part)
-            (losses["loss"].mean() / t.accumulate).backward()
+            with last_part_only(self.forward, start + size == own):
+                losses = self.losses(part)
+                loss = losses["loss"].mean() / t.accumulate
+                loss.backward()
+            bad = bad + ~torch.isfinite(loss.detach())
             meter.add(losses, part.t)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = norm_of(p.grad for p in self.model.parameters() if p.grad is not None)
         if t.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
-        meter.add_norm(norm)
+        bad = (total(bad + ~torch.isfinite(norm), self.share) > 0).float()
+        self.bad_steps.add(bad)
+        meter.end_step(norm, bad)
         set_lr(self.optimizer, lr_factor(t, self.step))
+        self.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model, self.step + 1)
@@ -133,47 +168,83 @@ class Trainer:
         """Losses of each image, (B,)."""
         x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.model(x_t, batch.t, batch.y)
+            output = self.forward(x_t, batch.t, batch.y)
         cap = self.config.train.mse_weight_cap
         return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise, cap)
 
-    def preview(self, last: bool) -> Path:
-        """A grid from the averaged weights at fixed seeds; the last one as `sample` would draw it."""
-        t, how = self.config.train, self.config.sample
+    def averaged(self) -> nn.Module:
+        """The averaged weights as a whole model in eval mode; held in parts, every process must ask for it."""
+        if not isinstance(self.ema.model, FSDPModule):
+            return self.ema.model
+        model = build_model(self.config).to(self.device)
+        model.load_state_dict({k: whole(v) for k, v in self.ema.model.state_dict().items()})
+        return model.eval().requires_grad_(False)
+
+    def preview(self, last: bool) -> Path | None:
+        """A grid from the averaged weights at fixed seeds, by the first process; the last one as `sample` draws it."""
+        t, how, model = self.config.train, self.config.sample, self.averaged()
+        if self.share.rank:
+            return None
         if not last:
             how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
-        return draw_grid(self, how, self.root / "samples" / f"step-{self.step:08d}.png")
+        return draw_grid(self, model, how, self.root / "samples" / f"step-{self.step:08d}.png")
 
     def save(self) -> None:
-        """Write a checkpoint of this step. Raises RunError."""
-        state = {"step": self.step, "images": self.step * self.config.train.batch_size}
-        save_checkpoint(
-            self.root, self.config.train.keep_checkpoints, self.model, self.ema.model, self.optimizer, state
-        )
+        """Write a checkpoint of this step, or begin to. Raises RunError."""
+        t, first = self.config.train, self.share.rank == 0
+        tensors = collect(self.model, self.ema.model, self.optimizer, keep=first)
+        epoch, position = divmod(self.step * t.batch_size, len(self.source))
+        state = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
+        state |= {"epoch": epoch, "position": position, "randomness": RANDOMNESS}
+        if first:
+            self.writer.write(tensors, state)
 
     def _record(self, meter: Meter) -> Record:
         t = self.config.train
+        left_out, in_a_row = self.bad_steps.flush(self.step)
         record = {
             "step": self.step,
             "images": self.step * t.batch_size,
             **meter.flush(),
             "lr": t.lr * lr_factor(t, self.step - 1),
             "ema_decay": self.ema.decay_at(self.step),
+            **self._diagnosis(),
         }
-        if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
+        if left_out:  # and where in the endless row of images their batches begin
+            record |= {"left_out": left_out, "left_out_images": [(s - 1) * t.batch_size for s in left_out]}
+        risen = self.alarm.check(record)
+        if risen:
+            record["spike"] = risen
+        if in_a_row >= t.max_bad_steps:
             raise RunError(
-                f"train: loss {record['loss']} at step {self.step} is not a number; the newest checkpoint is intact; "
-                f"try a smaller train.lr (now {t.lr:g}), train.warmup_steps or train.grad_clip=1"
+                f"train: {in_a_row} steps in a row before step {self.step} had no finite loss or gradient; "
+                "the newest checkpoint is intact; try a smaller train.lr "
+                f"(now {t.lr:g}), train.warmup_steps, train.grad_clip=1 or train.precision=fp32"
             )
         return record
 
+    def _diagnosis(self) -> dict[str, float]:
+        """How far each group of weights moved in the last step, for their size; the range of the SSM's time scales."""
+        found = {}
+        for name, sums in update_ratios(self.optimizer).items():
+            moved, size = total(sums, self.share if self._in_parts else ALONE).tolist()
+            found[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
+        for name, ends in time_scales(self.model).items():
+            least, most = smallest(ends, self.share if self._in_parts else ALONE).exp().tolist()
+            found |= {f"ssm/{name}_min": least, f"ssm/{name}_max": 1 / most}
+        return found
 
-def draw_grid(trainer: Trainer, how: SampleConfig, path: Path) -> Path:
+    @property
+    def _in_parts(self) -> bool:
+        return isinstance(self.model, FSDPModule)
+
+
+def draw_grid(trainer: Trainer, model: nn.Module, how: SampleConfig, path: Path) -> Path:
     """Images of seeds 0, 1, ... with one class a column (at most ten), written to `path`."""
     n, classes = trainer.config.train.sample_images, trainer.config.model.num_classes
     columns = min(10, classes or n)
     labels = [i % columns for i in range(n)] if classes else None
-    drawn = generate(trainer.ema.model, trainer.process, how, range(n), labels, dtype=trainer.dtype)
+    drawn = generate(model, trainer.process, how, range(n), labels, dtype=trainer.dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [trainer.decoding.decode(d.images) for d in drawn]
     save_grid(to_uint8(torch.cat(images)), path, columns)

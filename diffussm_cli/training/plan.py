@@ -36,7 +36,10 @@ class _Noise:
     def __len__(self) -> int:
         return 1 << 20
 
-    def read(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generator: torch.Generator, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        indices = indices[part]
         labels = torch.randint(self.classes, (len(indices),), generator=generator)
         return torch.randn(len(indices), *self.shape, generator=generator), labels
 
@@ -84,5 +87,5 @@ def _step_seconds(config: Config, images: int, parts: int) -> float:
         batch = make_batch(source, small, step)
         start = time.perf_counter()
         trainer.update(batch, meter)
-        meter.norm.item()  # waits for the device
+        trainer.bad_steps.flush(step)  # waits for the device
     return time.perf_counter() - start

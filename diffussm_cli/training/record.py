@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,37 +10,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffussm_cli.distributed import ALONE, Share, total
+
 QUARTERS = 4
 
 
 class Meter:
-    """Means since the last flush, summed on the device so that no step waits for the host."""
+    """Means since the last flush over all processes, summed on the device so that no step waits for the host.
 
-    def __init__(self, T: int, device: torch.device):
-        self.T, self.device = T, device
+    A step that is left out leaves no trace in them.
+    """
+
+    def __init__(self, T: int, device: torch.device, share: Share = ALONE):
+        self.T, self.device, self.share = T, device, share
         self._restart()
 
     def _restart(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.images = self.steps = 0
-        self.norm = torch.zeros((), device=self.device)
-        self.quarter_sums = torch.zeros(QUARTERS, device=self.device)
-        self.quarter_counts = torch.zeros(QUARTERS, device=self.device)
+        self._sums: dict[str, Tensor] = {}
+        self.images = 0
         self.since, self.pause = time.perf_counter(), 0.0
+        self._parts: list[dict[str, Tensor]] = []
 
     def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
-        """Losses of each image, (B,), and its timestep, (B,)."""
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach().sum()
-        quarter = t * QUARTERS // self.T
-        self.quarter_sums.index_add_(0, quarter, losses["mse"].detach().float())
-        self.quarter_counts.index_add_(0, quarter, torch.ones_like(quarter, dtype=torch.float32))
+        """Losses of each image of a part of a step, (B,), and its timestep, (B,)."""
+        quarter = torch.nn.functional.one_hot(t * QUARTERS // self.T, QUARTERS).float()  # (B, 4)
+        part = {name: loss.detach().float().sum() for name, loss in losses.items()}
+        part |= {"quarters": losses["mse"].detach().float() @ quarter, "in_quarters": quarter.sum(0)}
+        self._parts.append(part | {"images": torch.tensor(float(len(t)), device=self.device)})
         self.images += len(t)
 
-    def add_norm(self, norm: Tensor) -> None:
-        """The gradient norm of a finished step."""
-        self.norm += norm
-        self.steps += 1
+    def end_step(self, norm: Tensor, bad: Tensor) -> None:
+        """The gradient norm of a step, and 1.0 if it is left out, else 0.0."""
+        one = torch.ones((), device=self.device)
+        for part in [*self._parts, {"grad_norm": norm, "steps": one}]:
+            for name, value in part.items():
+                good = torch.where(bad > 0, torch.zeros_like(value), value)
+                self._sums[name] = self._sums[name] + good if name in self._sums else good
+        self._parts.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -50,11 +57,15 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Starts anew."""
-        seconds = time.perf_counter() - self.since - self.pause
-        means = {name: total.item() / self.images for name, total in self.sums.items()}
-        quarters = (self.quarter_sums / self.quarter_counts).tolist()
+        together = total(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.share)
+        sums = dict(zip(self._sums, together.split([v.numel() for v in self._sums.values()])))
+        images, steps = sums.pop("images"), sums.pop("steps")
+        quarters = (sums.pop("quarters") / sums.pop("in_quarters")).tolist()
+        norm = (sums.pop("grad_norm") / steps).item()
+        means = {name: (value / images).item() for name, value in sums.items()}
         means |= {f"mse_q{i + 1}": q for i, q in enumerate(quarters) if q == q}  # an empty quarter has no mean
-        means |= {"grad_norm": self.norm.item() / self.steps, "images_per_second": self.images / seconds}
+        seconds = time.perf_counter() - self.since - self.pause
+        means |= {"grad_norm": norm, "images_per_second": self.images * self.share.of / seconds}
         self._restart()
         return means
 
@@ -72,10 +83,11 @@ class RecordWriter:
         self.board = SummaryWriter(str(root / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(plain) + "\n")
         self.file.flush()
-        for name, value in record.items():
-            if name != "step":
+        for name, value in plain.items():
+            if name != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from diffussm_cli.data import images
 from diffussm_cli.data.images import (
     ImageFolder,
     centre_crop,
+    coins,
     list_images,
     read_image,
     save_grid,
@@ -55,11 +56,11 @@ def test_folder_reads_in_any_order(tmp_path):
 
 def test_flips_follow_the_generator():
     x = torch.arange(2, dtype=torch.uint8).repeat(64, 1, 1, 1)
-    once, again = (to_model_space(x, True, generator()) for _ in range(2))
+    once, again = (to_model_space(x, coins(len(x), True, generator())) for _ in range(2))
     assert torch.equal(once, again)
     mirrored = once[:, 0, 0, 0] > once[:, 0, 0, 1]
     assert 16 < mirrored.sum() < 48
-    assert torch.equal(to_model_space(x, False, generator()), x / 127.5 - 1)
+    assert torch.equal(to_model_space(x), x / 127.5 - 1)
 
 
 def test_centre_crop_equals_adm():
@@ -133,7 +134,7 @@ def test_pixel_rule():
     x = torch.tensor([-2.0, -1.0, -1 / 255, 0.0, 0.999, 1.0, 7.0])
     assert to_uint8(x).tolist() == [0, 0, 127, 128, 255, 255, 255]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(to_uint8(to_model_space(every, False, generator())), every)
+    assert torch.equal(to_uint8(to_model_space(every)), every)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -37,7 +37,7 @@ def test_two_steps_resume_two_steps_equal_four_bitwise(tiny, tmp_path):
     list(first.run(lambda: next(stop)))
     assert first.step == 2
     second = trainer(tiny("train.seed=0"), tmp_path / "parts")
-    second.resume(runs.newest_checkpoint(tmp_path / "parts"))
+    second.resume(runs.newest_good(tmp_path / "parts")[0])
     resumed = list(second.run())
     assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(second).items())
     assert resumed[-1]["loss"] == records[-1]["loss"]
@@ -102,27 +102,31 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
 
     monkeypatch.setattr(checkpoint, "write_tensors", die)
     t.step = 3
+    t.save()
     with pytest.raises(Killed):
-        t.save()
-    assert runs.newest_checkpoint(tmp_path).name == "step-00000002"
+        t.writer.finish()
+    assert runs.newest_good(tmp_path)[0].name == "step-00000002"
     again = trainer(tiny(), tmp_path)
-    again.resume(runs.newest_checkpoint(tmp_path))
+    again.resume(runs.newest_good(tmp_path)[0])
     assert again.step == 2
 
 
-def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
-    t = trainer(tiny(), tmp_path)
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, background):
+    t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
     t.step = 1
     t.optimizer.step()
     t.save()
+    t.writer.finish()
 
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     t.step = 2
-    with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):
+    with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):  # noqa: PT012
         t.save()
+        t.writer.finish()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
@@ -138,19 +142,20 @@ def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
     trained.weights.write_bytes(trained.weights.read_bytes()[:1000])
     with pytest.raises(RunError, match=r"model.safetensors: cannot be read"):
         runs.load_model(trained)
-    state = runs.newest_checkpoint(tmp_path) / runs.STATE
+    state = runs.newest_good(tmp_path)[0] / runs.STATE
     state.write_text("{")
     with pytest.raises(RunError, match="state.json: damaged"):
         trainer(tiny(), tmp_path).resume(state.parent)
 
 
 def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
-    t = trainer(tiny(), tmp_path)
-    with torch.no_grad():
-        t.model.patch_out.bias.fill_(math.nan)
-    with pytest.raises(RunError, match=r"loss nan at step 2 .* try a smaller train.lr"):
+    t = trainer(tiny("train.max_bad_steps=2", "train.checkpoint_every=1"), tmp_path)
+    t.step, before = 1, weights(t)
+    t.losses = lambda part: {k: x * math.nan for k, x in Trainer.losses(t, part).items()}
+    with pytest.raises(RunError, match=r"3 steps in a row before step 4 had no finite.* try a smaller train.lr"):
         list(t.run())
-    assert runs.checkpoints(tmp_path) == []
+    for k, v in weights(t).items():
+        assert torch.equal(v, before[k]), k
 
 
 def test_too_large_a_batch_is_one_line(tiny, tmp_path):
@@ -207,7 +212,9 @@ def test_meter_means_and_quarters():
     meter = Meter(1000, torch.device("cpu"))
     mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
     meter.add({"mse": mse, "loss": 2 * mse}, torch.tensor([0, 249, 250, 999]))
-    meter.add_norm(torch.tensor(7.0))
+    meter.end_step(torch.tensor(7.0), torch.tensor(0.0))
+    meter.add({"mse": mse * math.nan, "loss": mse * math.inf}, torch.tensor([0, 249, 250, 999]))
+    meter.end_step(torch.tensor(math.nan), torch.tensor(1.0))  # left out: no trace
     means = meter.flush()
     assert means.pop("images_per_second") > 0
     assert means == {"mse": 4.5, "loss": 9, "mse_q1": 2, "mse_q2": 5, "mse_q4": 9, "grad_norm": 7}

@@ -1,0 +1,84 @@
+"""How training fares: steps without finite numbers, sudden rises, how far each update goes, the SSM's time scales."""
+
+import math
+import statistics
+from collections import deque
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.model.s4d import S4D
+from diffussm_cli.training.parallel import local
+
+SPIKE, WINDOW, LEAST = 3.0, 20, 5  # times the median of the last records, of how many, and of how many at least
+
+
+class BadSteps:
+    """Counts steps that were left out, on the device, so that no step waits for the host; read at records."""
+
+    def __init__(self, device: torch.device):
+        self.in_a_row = torch.zeros((), device=device)
+        self.longest = torch.zeros((), device=device)
+        self._flags: list[Tensor] = []
+
+    def add(self, bad: Tensor) -> None:
+        """1.0 for a step that was left out, else 0.0; a 0-d tensor on the device."""
+        self.in_a_row = (self.in_a_row + bad) * bad
+        self.longest = torch.maximum(self.longest, self.in_a_row)
+        self._flags.append(bad)
+
+    def flush(self, step: int) -> tuple[list[int], int]:
+        """Steps since the last time, up to `step`, that were left out; the longest row of such steps in that time."""
+        flags = torch.stack(self._flags).cpu()
+        first = step - len(self._flags) + 1
+        longest = int(self.longest)
+        self._flags, self.longest = [], self.in_a_row.clone()
+        return [first + i for i in flags.nonzero().flatten().tolist()], longest
+
+
+class SpikeAlarm:
+    """Whether loss or gradient norm of a record is far above those of the records before."""
+
+    def __init__(self):
+        self._before: dict[str, deque] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
+
+    def check(self, record: dict) -> list[str]:
+        """Names of what has risen to three times its median."""
+        risen = []
+        for name, before in self._before.items():
+            if len(before) >= LEAST and record[name] > SPIKE * statistics.median(before):
+                risen.append(name)
+            before.append(record[name])
+        return risen
+
+
+@torch.no_grad()
+def update_ratios(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """Size of the last update against that of the weights, squares of both by group: (2,), of this process's parts."""
+    found = {}
+    for group in optimizer.param_groups:
+        beta1, beta2 = group["betas"]
+        sums = torch.zeros(2, device=group["params"][0].device)
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                continue
+            w, m, v = local((p, state["exp_avg"], state["exp_avg_sq"]))
+            n = state["step"].to(w.device).clamp(min=1)
+            update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group["weight_decay"] * w
+            sums += torch.stack([(group["lr"] * update).square().sum(), w.square().sum()])
+        found[group["name"]] = sums
+    return found
+
+
+@torch.no_grad()
+def time_scales(model: nn.Module) -> dict[str, Tensor]:
+    """Smallest and largest dt and -Re A of all SSMs, of this process's parts, as [min, -max] of log: (2,)."""
+    found = {}
+    for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
+        values = local(getattr(m, name) for m in model.modules() if isinstance(m, S4D))
+        if values:
+            held = torch.cat([v.reshape(-1) for v in values])
+            none = torch.full((2,), math.inf, device=held.device)
+            found[symbol] = torch.stack([held.min(), -held.max()]) if held.numel() else none
+    return found
