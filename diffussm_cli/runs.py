@@ -146,21 +146,12 @@ def load_model(trained: TrainedRun) -> nn.Module:
     """The network of a run with its averaged weights, in eval mode, on the CPU. Raises RunError."""
     with torch.device("meta"):
         model = build_model(trained.config)
+    weights = read_tensors(trained.weights)
+    refuse_others(model.state_dict(), weights, trained.weights)  # before memory is taken for what a file asks for
     model = model.to_empty(device="cpu")
     model.fill_position()
-    load_weights(model, trained.weights)
-    return model.eval().requires_grad_(False)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Weights from a safetensors file into a model of the same shape.
-
-    Raises:
-        RunError: if the file is damaged, or belongs to another model.
-    """
-    weights = read_tensors(path)
-    refuse_others(model.state_dict(), weights, path)
     model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
 
 
 def refuse_others(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     measured_images: int
 
 
-class _Noise:
+class Noise:
     """A source of random images, so that no data is needed."""
 
     def __init__(self, config: Config):
@@ -80,7 +80,7 @@ def _with_batch(config: Config, images: int, parts: int) -> Config:
 def _step_seconds(config: Config, images: int, parts: int) -> float:
     """The second of two steps: the first one makes the optimiser's state."""
     small = _with_batch(config, images, parts)
-    source = _Noise(small)
+    source = Noise(small)
     trainer = Trainer(small, source, Path("unused"))
     meter = Meter(small.diffusion.timesteps, trainer.device)
     for step in range(2):

@@ -1,0 +1,120 @@
+"""Files from strangers: nothing in them runs, leads out of their folder, or unpacks without limit."""
+
+import json
+import pickle
+
+import pytest
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config, parse_yaml
+from diffussm_cli.data.latents import Manifest, read_manifest
+from diffussm_cli.data.listing import list_source
+from diffussm_cli.errors import ConfigError, DataError, RunError
+from tests.conftest import TINY
+from tests.test_cli import line_of, run
+
+pytest.importorskip("sklearn")
+SETTINGS = [part for override in TINY for part in ("--set", override)]
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture
+def trained(tmp_path):
+    assert run("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS).exit_code == 0
+    return tmp_path / "run"
+
+
+def test_a_pickle_under_the_name_of_weights_is_not_unpickled(trained, tmp_path):
+    for path in (trained / "final" / runs.MODEL, trained / "checkpoints" / "step-00000004" / runs.EMA):
+        path.write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
+        with pytest.raises(RunError, match="cannot be read"):
+            runs.read_tensors(path)
+    assert "model.safetensors: cannot be read" in line_of(run("sample", trained, "-n", 1))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_published_checkpoint_with_code_is_refused(tmp_path):
+    torch.save({"pos_embed": Attack(tmp_path / "owned")}, tmp_path / "evil.pt")
+    assert "evil.pt" in line_of(run("sample", tmp_path / "evil.pt", "-n", 1))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_yaml_neither_runs_nor_unfolds(tmp_path):
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml(f"a: !!python/object/apply:builtins.open ['{tmp_path / 'owned'}', 'w']", "x")
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join(['*a' + str(i - 1)] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(ConfigError, match="aliases .* are not allowed"):
+        parse_yaml("\n".join(lines), "x")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml("[" * 100_000, "x")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_huge_configuration_is_not_read(trained):
+    (trained / "final" / "config.yaml").write_text("a: " + "x" * (2 << 20))
+    assert "that is no configuration" in line_of(run("sample", trained, "-n", 1))
+
+
+def test_a_configuration_cannot_ask_for_absurd_memory(trained):
+    """Sizes are compared with the weights on the meta device, before memory is taken for them."""
+    path = trained / "final" / "config.yaml"
+    path.write_text(path.read_text().replace("hidden_size: 16", "hidden_size: 16000000"))
+    assert "weights of another model" in line_of(run("sample", trained, "-n", 1))
+
+
+def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):
+    """Names of files come from us, never from state.json."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    newest = runs.checkpoints(trained)[-1]
+    state = json.loads((newest / runs.STATE).read_text())
+    state["sha256"] = {"../../../secret": "0", **state["sha256"]}
+    (newest / runs.STATE).write_text(json.dumps(state))
+    assert runs.newest_good(trained) == (newest, [])
+    assert secret.read_text() == "x"
+
+
+def test_a_manifest_names_no_files():
+    """Shards are named by their number; a manifest has no field that could hold a path to follow."""
+    fields = set(Manifest.__dataclass_fields__) if hasattr(Manifest, "__dataclass_fields__") else set(Manifest._fields)
+    assert fields == {"settings", "shards", "skipped_sha256"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "settings": {}}', "[" * 100_000, '{"format": 1e999}'])
+def test_a_damaged_manifest_is_one_line(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError):
+        read_manifest(tmp_path, "--verify")
+
+
+def test_class_names_are_text_and_no_paths(tmp_path):
+    """Control characters and dots in names of class folders end in JSON and YAML, never in a file name."""
+    from PIL import Image
+
+    names = ["x..", "a\nb", "\x1b[31mred"]
+    for name in names:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), i).save(tmp_path / "data" / name / f"{i}.png")
+    assert list(list_source(tmp_path / "data").class_names) == sorted(names)
+    more = ("--set", "model.num_classes=3", "--set", "train.sample_every=2")
+    result = run(
+        "train", "--preset", "digits", "--data", tmp_path / "data", "--out", tmp_path / "run", *SETTINGS, *more
+    )
+    assert result.exit_code == 0, result.output
+    assert "\x1b[31m" not in result.output
+    assert run("sample", tmp_path / "run", "-n", 3).exit_code == 0
+    written = {p.name for p in tmp_path.rglob("*") if tmp_path / "data" not in p.parents}
+    assert not written & set(names)
+    assert load_config(str(tmp_path / "run" / "config.yaml")).data.class_names == tuple(sorted(names))
