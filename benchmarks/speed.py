@@ -1,6 +1,6 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block model public saved length memory] [--device cuda]
+    python benchmarks/speed.py [kernel step block block_bf16 public saved length memory] [--device cuda]
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -114,17 +114,18 @@ def step(device: torch.device) -> dict:
     return results
 
 
-def block(device: torch.device) -> dict:
+def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix products alone."""
     L = 4096
     model, x, c = make_block(device), torch.randn(1, L // M, D, device=device), torch.randn(1, D, device=device)
     shapes = [(D, D)] + [(D, D)] * M + [(2 * D, 2 * D // M)] * M + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
-    weights = [torch.randn(o, i, device=device) * 0.02 for i, o in shapes]
-    inputs = [torch.randn(L // M, i, device=device) for i, _ in shapes]
-    outputs = [torch.randn(L // M, o, device=device) for _, o in shapes]
+    weights = [torch.randn(o, i, device=device, dtype=dtype) * 0.02 for i, o in shapes]
+    inputs = [torch.randn(L // M, i, device=device, dtype=dtype) for i, _ in shapes]
+    outputs = [torch.randn(L // M, o, device=device, dtype=dtype) for _, o in shapes]
+    casts = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), casts:
             model(x, c)
 
     def products() -> None:
@@ -132,7 +133,9 @@ def block(device: torch.device) -> dict:
             F.linear(v, W)
 
     def forward_backward() -> None:
-        model(x.requires_grad_(), c).sum().backward()
+        with casts:
+            y = model(x.requires_grad_(), c).sum()
+        y.backward()
         model.zero_grad()
 
     def products_backward() -> None:
@@ -143,6 +146,11 @@ def block(device: torch.device) -> dict:
         "forward": in_turn({"block": forward, "products": products}, device, 9),
         "forward+backward": in_turn({"block": forward_backward, "products": products_backward}, device, 5),
     }
+
+
+def block_bf16(device: torch.device) -> dict:
+    """The same in bfloat16, by autocast, where there is hardware for it."""
+    return block(device, torch.bfloat16)
 
 
 def public(device: torch.device) -> dict:
@@ -208,7 +216,7 @@ def memory(device: torch.device) -> dict:
     return {"peak_gib": latency.peak_bytes(config, latency.FORWARD, latency.Setting(device, depth=2)) / 2**30}
 
 
-ROWS = {f.__name__: f for f in (kernel, step, block, public, saved, length, memory)}
+ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, public, saved, length, memory)}
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def test_overrides_and_round_trip():
 
 def test_every_field_has_help():
     assert "train.batch_size" in field_names()
-    assert set(to_dict(load_config("digits"))) == {"preset", "model", "data", "diffusion", "train", "sample"}
+    sections = {"preset", "model", "data", "diffusion", "train", "sample", "eval"}
+    assert set(to_dict(load_config("digits"))) == sections
 
 
 WRONG = {
