@@ -194,7 +194,7 @@ def held_alone(root: Path, share) -> Iterator[None]:
     """A run folder that no other job writes to meanwhile, made if need be. Raises RunError."""
     from diffussm_cli.files import locked
 
-    lock, made = root / f"{LOCK}-{share.rank}", not root.exists()
+    lock, made = root / f"{LOCK}-{share.rank}", [p for p in (root, *root.parents) if not p.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         with locked(lock):
@@ -204,7 +204,8 @@ def held_alone(root: Path, share) -> Iterator[None]:
                 if made and all(p.name.startswith(LOCK) for p in root.iterdir()):  # nothing came of it
                     lock.unlink()
                     with contextlib.suppress(OSError):
-                        root.rmdir()
+                        for folder in made:
+                            folder.rmdir()
     except BlockingIOError as e:
         raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
     except OSError as e:

@@ -1,7 +1,8 @@
 """One model trained by several processes: copies (DDP), or parts (FSDP2). Tensors of parts become whole here."""
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from diffussm_cli.model.s4d import S4D
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """What to call in place of a model whose gradients are to be means over all processes (DDP)."""
     devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
 def shard(model: nn.Module, share: Share, device: torch.device, dtype: torch.dtype) -> None:
@@ -42,7 +43,16 @@ def last_part_only(model: nn.Module, last: bool) -> contextlib.AbstractContextMa
         return model.no_sync()
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+        return views_are_fine()
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def views_are_fine() -> Iterator[None]:
+    """FSDP2 warns of units that give views, lest somebody change one in place; our blocks do not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        yield
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

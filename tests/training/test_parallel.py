@@ -98,3 +98,30 @@ def test_a_dead_process_ends_the_job_with_one_line(tmp_path):
     assert (newest.name, damaged) == ("step-00000002", [])
     rest, _ = job(tmp_path / "run", 2)
     assert [r["step"] for r in rest] == [3, 4, 5, 6]
+
+
+def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_path):
+    """FSDP2 over one process: what the modules hold while they compute."""
+    import torch.distributed as dist
+
+    from diffussm_cli.distributed import Share
+    from diffussm_cli.model import DiffuSSM
+    from diffussm_cli.training.parallel import shard, views_are_fine
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model, seen = DiffuSSM(8, 1, 1, 16, 1, 2, 4, 5), {}
+        shard(model, Share(), torch.device("cpu"), torch.bfloat16)
+        block = model.blocks[0]
+        for name, module in (
+            ("ssm", block.s4d),
+            ("dense", next(m for m in block.modules() if isinstance(m, torch.nn.Linear))),
+        ):
+            module.register_forward_hook(lambda m, *_, n=name: seen.update({n: {p.dtype for p in m.parameters()}}))
+        with torch.autocast("cpu", torch.bfloat16), views_are_fine():
+            model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])).sum().backward()
+        assert seen == {"ssm": {torch.float32}, "dense": {torch.bfloat16}}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.s4d.parameters())
+    finally:
+        dist.destroy_process_group()
