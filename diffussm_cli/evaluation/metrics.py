@@ -215,7 +215,7 @@ def _half_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _half_sum(x: Tensor) -> Tensor:
     """Sum of float16 (n, d) over d in TensorFlow's order: from 2,048 numbers on by halves; in packets of eight lanes,
-    every fourth packet added up, then the four; the lanes in float32; what is left over one by one."""
+    every fourth packet added up, then the four; the lanes in float32; what is left over by itself."""
     n, d = x.shape
     if d >= 2048:
         return _half_sum(x[:, : d // 2]) + _half_sum(x[:, d // 2 :])
@@ -225,4 +225,5 @@ def _half_sum(x: Tensor) -> Tensor:
     for first in range(min(4, whole)):
         total = total + functools.reduce(torch.add, packets[first:whole:4])
     total = functools.reduce(torch.add, packets[whole:], total)
-    return functools.reduce(torch.add, x[:, d // 8 * 8 :].unbind(1), total.float().sum(1).half())
+    lanes = total.float().sum(1).half()
+    return lanes + functools.reduce(torch.add, x[:, d // 8 * 8 :].unbind(1), torch.zeros_like(lanes))
