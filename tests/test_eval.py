@@ -84,6 +84,15 @@ def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
     assert again["metrics"]["kid"] == first["metrics"]["kid"]
 
 
+def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(
+        "eval", save(tmp_path / "s", digits[0][:70]), *REFERENCE, "--metrics", "is", "--cache", tmp_path / "file"
+    )
+    assert result.exit_code == 0
+    assert "warning: --cache: features cannot be kept in" in result.stderr
+
+
 def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
     real, samples = save(tmp_path / "real", digits[0][:200]), save(tmp_path / "s", digits[0][200:])
     made = run("eval", "--make-ref", real, tmp_path / "ref.npz")

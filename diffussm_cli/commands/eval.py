@@ -171,6 +171,8 @@ class Bench:
         with bar(self.console, len(work.part(self.share)), what) as advance:
             for n in work.run(self.share):
                 advance(n)
+        if work.warning:
+            self.console.print(f"warning: {work.warning}", style="bold", markup=False, soft_wrap=True)
         return work
 
 

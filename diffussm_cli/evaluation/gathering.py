@@ -61,12 +61,13 @@ PARTS = ("spatial.", "classes.")
 
 
 class Gathering:
-    """The work on one set. `run` it; then every process finds the whole in `result`."""
+    """The work on one set. `run` it; then every process finds the whole in `result`; `warning` is for the user."""
 
     def __init__(self, images: ImageSet, extractor: Extractor, batch_size: int = 64, cache: Path | None = None):
         self.images, self.extractor, self.batch_size = images, extractor, batch_size
         self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
         self.result = _read(self.file) if self.file else None
+        self.warning: str | None = None
 
     def run(self, share: Share = ALONE) -> Iterator[int]:
         """Yields the number of images done since the last time. Raises DataError."""
@@ -83,7 +84,10 @@ class Gathering:
             first = first.joined(other)
         self.result = first
         if self.file and share.rank == 0:
-            _write(self.file, first)
+            try:
+                _write(self.file, first)
+            except OSError as e:  # hours of features are worth more than their keeping
+                self.warning = f"--cache: features cannot be kept in {str(self.file.parent)!r}: {e.strerror}"
 
     def part(self, share: Share) -> range:
         """The images of one process: a row of neighbours."""

@@ -54,6 +54,11 @@ class CheckpointWriter:
         copies = {f: {k: _copy(v) for k, v in ts.items()} for f, ts in tensors.items()}
         self._running = self._thread.submit(self._write, copies, state)
 
+    def check(self) -> None:
+        """Without waiting. Raises RunError if what was begun has failed by now."""
+        if self._running and self._running.done():
+            self.finish()
+
     def finish(self) -> None:
         """Wait until everything is on disk. Raises RunError if it could not be written."""
         running, self._running = self._running, None

@@ -95,6 +95,7 @@ class Trainer:
         meter = Meter(self.config.diffusion.timesteps, self.device, self.share)
         for batch in self._batches():
             self._update_in_memory(batch, meter)
+            self.writer.check()
             self.step += 1
             last, stopped = self.step == t.steps, any_of(stop(), self.share)
             scores = bool(every) and (last or self.step % every == 0)
