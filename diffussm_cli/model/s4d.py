@@ -12,11 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
 KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
-REMAKE_FROM = 1 << 20  # exponentials of a kernel: from here on they are made again in the backward pass and not kept
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
@@ -35,21 +33,65 @@ def s4d_kernel(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor,
     Returns:
         K, (..., D, L), in the dtype of `dt`.
     """
-    T = math.ceil(math.sqrt(L))
-    a = torch.arange(math.ceil(L / T), device=dt.device, dtype=dt.dtype) * T
-    b = torch.arange(T, device=dt.device, dtype=dt.dtype)
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
     re, im = _discretise(x, y, A_real, A_imag, B, C)
+    return Modes.apply(re, im, x, y, L) if torch.is_grad_enabled() else _sum_of_modes(re, im, x, y, L)
 
-    decay, angle = torch.exp(x[..., None, :] * a[:, None]), y[..., None, :] * a[:, None]  # (..., D, L/T, N/2)
-    cos, sin = 2 * decay * torch.cos(angle), 2 * decay * torch.sin(angle)
-    re, im = re[..., None, :], im[..., None, :]
+
+def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
+    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1: (..., D, N/2) four times -> (..., D, L)."""
+    a, b = _levels(L, x)
+    re, im = 2 * re[..., None, :], 2 * im[..., None, :]
+    cos, sin = _powers(x, y, a)  # (..., D, L/T, N/2)
     outer = torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)  # 2 C_bar exp(dt A aT), (..., D, L/T, N)
-
-    decay, angle = torch.exp(x[..., None] * b), y[..., None] * b  # (..., D, N/2, T)
-    inner = torch.cat([decay * torch.cos(angle), -decay * torch.sin(angle)], dim=-2)  # (..., D, N, T)
+    cos, sin = _powers(x, y, b)  # (..., D, T, N/2)
+    inner = torch.cat([cos, -sin], dim=-1)  # (..., D, T, N)
     with _full_float32_products():
-        return (outer @ inner).flatten(-2)[..., :L]
+        return (outer @ inner.mT).flatten(-2)[..., :L]
+
+
+class Modes(torch.autograd.Function):
+    """`_sum_of_modes` that keeps nothing but its arguments for the backward pass.
+
+    With W_k = sum_l dK[l] l^k exp((x + iy) l), again in two levels, the gradients are 2 Re W_0 and -2 Im W_0 for C_bar,
+    2 Re (C_bar W_1) and -2 Im (C_bar W_1) for x and y.
+    """
+
+    @staticmethod
+    def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
+        ctx.save_for_backward(re, im, x, y)
+        return _sum_of_modes(re, im, x, y, L)
+
+    @staticmethod
+    def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
+        re, im, x, y = ctx.saved_tensors
+        a, b = _levels(dK.shape[-1], x)
+        dK = torch.nn.functional.pad(dK, (0, len(a) * len(b) - dK.shape[-1])).unflatten(
+            -1, (len(a), len(b))
+        )  # (..., D, L/T, T)
+        cos, sin = _powers(x, y, b)  # (..., D, T, N/2)
+        with _full_float32_products():
+            sums = dK @ torch.cat([cos, sin, b[:, None] * cos, b[:, None] * sin], dim=-1)  # (..., D, L/T, 2N)
+        cos0, sin0, cos1, sin1 = sums.chunk(4, dim=-1)  # over b, of 1 and of b
+        cos1, sin1 = cos1 + a[:, None] * cos0, sin1 + a[:, None] * sin0  # of l = aT + b
+        cos, sin = _powers(x, y, a)  # (..., D, L/T, N/2)
+        W0 = (cos * cos0 - sin * sin0).sum(-2), (cos * sin0 + sin * cos0).sum(-2)
+        W1 = (cos * cos1 - sin * sin1).sum(-2), (cos * sin1 + sin * cos1).sum(-2)
+        dx, dy = re * W1[0] - im * W1[1], -(re * W1[1] + im * W1[0])
+        return 2 * W0[0], -2 * W0[1], 2 * dx, 2 * dy, None
+
+
+def _levels(L: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """aT (L/T,) and b (T,) of l = aT + b, T about sqrt(L)."""
+    T = math.ceil(math.sqrt(L))
+    a = torch.arange(math.ceil(L / T), device=like.device, dtype=like.dtype) * T
+    return a, torch.arange(T, device=like.device, dtype=like.dtype)
+
+
+def _powers(x: Tensor, y: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
+    """Real and imaginary part of exp((x + iy) l): (..., D, N/2) and (k,) -> (..., D, k, N/2)."""
+    decay, angle = torch.exp(x[..., None, :] * l[:, None]), y[..., None, :] * l[:, None]
+    return decay * torch.cos(angle), decay * torch.sin(angle)
 
 
 def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +302,7 @@ class S4D(nn.Module):
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with _no_autocast(u.device):
             if torch.is_grad_enabled():
-                return Convolution.apply(u, self._taps_for_training(L))
+                return Convolution.apply(u, self.taps(L))
             if 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
@@ -277,12 +319,6 @@ class S4D(nn.Module):
         self.builds += 1
         K = self.kernel(L, channels)
         return torch.cat([K[..., :1] + self.D_skip[:, channels, None], K[..., 1:]], dim=-1)
-
-    def _taps_for_training(self, L: int) -> Tensor:
-        """`taps`, whose graph would hold some sixteen times its exponentials until the backward pass."""
-        if self.A_imag.numel() * math.sqrt(L) < REMAKE_FROM:
-            return self.taps(L)
-        return checkpoint(self.taps, L, use_reentrant=False)
 
     def spectra(self, L: int) -> Tensor:
         """Spectra for length L without gradients, (2, D, F), kept until a parameter changes."""

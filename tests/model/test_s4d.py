@@ -123,14 +123,35 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch):
     assert not s4d._kept
 
 
-def test_large_kernels_keep_little_for_the_backward_pass(monkeypatch):
-    """Their graph is made again instead of kept: what is kept is u, the kernels and the parameters."""
-    monkeypatch.setattr(s4d_module, "REMAKE_FROM", 1)
-    s4d, u = S4D(64, 64), torch.randn(1, 64, 256)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        s4d(u)
-    assert sum(kept) < 64 * 256 + 2 * 64 * 256 + 2 * sum(p.numel() for p in s4d.parameters())
+def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone():
+    """Three numbers a channel and token: u and the kernels of two directions; no exponential of their modes."""
+
+    def kept(L):
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.update({t.data_ptr(): t.numel() * t.element_size() // 4}) or t, lambda t: t
+        ):
+            s4d(torch.randn(1, 64, L))
+        return sum(found.values())
+
+    s4d = S4D(64, 64)
+    assert kept(4096) - kept(256) == pytest.approx(3 * 64 * (4096 - 256), rel=0.02)
+
+
+def test_gradients_of_the_kernel_are_those_of_its_definition():
+    """Of every argument, at lengths that are squares and that are not."""
+    generator = torch.Generator().manual_seed(0)
+    for L in (1, 16, 23):
+        dt, re, im = (torch.rand(s, generator=generator, dtype=torch.float64) for s in ((2, 3), (2, 3, 4), (2, 3, 4)))
+        B, C = torch.randn(2, 2, 3, 4, 2, generator=generator, dtype=torch.float64)
+        arguments = [t.detach().requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C)]
+        weight = torch.randn(2, 3, L, generator=generator, dtype=torch.float64)
+        ours, naive = (
+            torch.autograd.grad((kernel(*arguments, L) * weight).sum(), arguments)
+            for kernel in (s4d_kernel, s4d_kernel_naive)
+        )
+        for a, b in zip(ours, naive):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_reversal_swaps_directions():
