@@ -1,6 +1,9 @@
 """`diffussm eval` as a user meets it: with the embedded extractor, on files and on runs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -116,6 +119,28 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     assert run("sample", root, "-n", 20, "--steps", 3, "--out", tmp_path / "s").exit_code == 0
     through_files = measure(tmp_path / "s", *REFERENCE)
     assert direct["metrics"] == pytest.approx(through_files["metrics"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_same(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:101])
+    alone = measure(folder, *REFERENCE, "--no-cache")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "diffussm_cli", "eval", str(folder), *REFERENCE, "--no-cache", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+
+
+ADM = [os.environ.get(name) for name in ("DIFFUSSM_ADM_SAMPLES", "DIFFUSSM_ADM_REFERENCE")]
+
+
+@pytest.mark.skipif(not all(ADM), reason="DIFFUSSM_ADM_SAMPLES and DIFFUSSM_ADM_REFERENCE name no files of ADM")
+def test_published_figures_of_adm():
+    """ADM-G + ADM-U at 256 against VIRTUAL_imagenet256_labeled, as its evaluator prints them."""
+    found = measure(ADM[0], "--reference", ADM[1], "--adm-half", "--metrics", "fid,sfid,is,precision,recall")["metrics"]
+    expected = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404, "precision": 0.8265, "recall": 0.5309}
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_half_is_recorded(digits, tmp_path):

@@ -114,6 +114,9 @@ def usual_extractor(size: tuple[int, int], grey: bool) -> str:
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
     """`inception`, `digits`, a file of torch.jit.save or torch.export (.pt, .pt2), or `package.module:factory`.
 
+    The last two run what they name. FD-DINOv2 is FID with a factory that gives torch.hub's dinov2_vitl14 behind its own
+    resize and normalisation.
+
     Raises:
         ConfigError, DataError: naming what is missing and where to put it.
     """
