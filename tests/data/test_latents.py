@@ -320,3 +320,12 @@ def test_mapping_is_read_only(whole):
     views = latents.map_shard(whole.store, whole.settings, 0)
     with pytest.raises(ValueError, match="read-only"):
         views["mean"][0] = 0
+
+
+def test_parts_of_a_read_make_up_the_whole(whole):
+    """Draws of flips and of the posterior are those of all indices, whatever part is read."""
+    store, indices = LatentStore(whole.store, flip=True), [3, 1, 4, 0, 2]
+    x, labels = store.read(indices, generator())
+    parts = [store.read(indices, generator(), part) for part in (slice(0, 2), slice(2, 5))]
+    assert torch.equal(torch.cat([p[0] for p in parts]), x)
+    assert torch.equal(torch.cat([p[1] for p in parts]), labels)

@@ -105,9 +105,9 @@ def test_fid_infinity_takes_the_bias_away():
 
 
 def test_kid_of_equal_and_of_shifted_sets():
-    same, _ = kid(normal(1500, 4), normal(1500, 4, seed=1))
-    apart, _ = kid(normal(1500, 4), normal(1500, 4, seed=1) + 2)
-    assert abs(same) < 0.01
+    same, _ = kid(normal(500, 4), normal(500, 4, seed=1))
+    apart, _ = kid(normal(500, 4), normal(500, 4, seed=1) + 2)
+    assert abs(same) < 0.03
     assert apart > 1
 
 

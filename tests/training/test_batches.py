@@ -4,8 +4,10 @@ import dataclasses
 
 import numpy as np
 import torch
+from PIL import Image
 
 from diffussm_cli.data.source import open_source
+from diffussm_cli.distributed import Share
 from diffussm_cli.training.batches import batches, indices_at, make_batch, mixed_seed
 
 
@@ -58,3 +60,17 @@ def test_mixed_seeds_do_not_collide():
     seeds = {mixed_seed(a, b) for a in range(50) for b in range(50)}
     assert len(seeds) == 2500
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
+    """Flips too, of images in memory and in files; of latents see tests/data/test_latents.py."""
+    for i in range(10):
+        Image.fromarray(np.arange(i, 64 + i, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{i}.png")
+    for more in ([], [f"data.path={tmp_path}", "model.num_classes=0"]):
+        config = tiny("data.flip=true", *more)
+        source = open_source(config)
+        whole = make_batch(source, config, 1)
+        parts = [make_batch(source, config, 1, Share(rank, 2)) for rank in range(2)]
+        assert [len(p.t) for p in parts] == [4, 4]
+        for name in ("x_0", "t", "noise", *(["y"] if config.model.num_classes else [])):
+            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name

@@ -130,6 +130,17 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, mon
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_write_that_fails_beside_training_ends_it_at_the_next_step(tiny, tmp_path, monkeypatch):
+    t = trainer(tiny("train.steps=1000", "train.checkpoint_every=1000"), tmp_path)
+    stop = iter([True])
+    list(t.run(lambda: next(stop)))
+    monkeypatch.setattr(checkpoint, "write_tensors", lambda *_: 1 / 0)
+    t.save()
+    with pytest.raises(ZeroDivisionError):
+        list(t.run())
+    assert t.step < 100
+
+
 def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
     list(trainer(tiny(), tmp_path).run())
     trained = runs.find_run(tmp_path)
