@@ -143,6 +143,12 @@ def test_published_figures_of_adm():
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+def test_previews_are_no_samples(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:60])
+    (folder / "meta.json").write_text(json.dumps({"decoded_by": "linear preview"}))
+    assert "drawn without their VAE" in measure(folder, *REFERENCE, "--metrics", "is")["warnings"][-1]
+
+
 def test_half_is_recorded(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:60])
     assert measure(folder, *REFERENCE, "--metrics", "recall", "--adm-half")["adm_half"] is True
@@ -165,7 +171,8 @@ MISTAKES = {
     "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref IMAGES REF.npz takes two names"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "info": (["--ref-info", "TEXT"], "cannot be read as .npz"),
-    "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "--out: cannot write"),
+    "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "no folder '/dev/null' for x"),
+    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "no folder 'none' for x.npz"),
 }
 
 

@@ -9,7 +9,7 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.options import bar, parse_classes, sampling_request
-from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.errors import ConfigError, DataError, RunError
 
 AUTO = "auto"
 META_SHOWN = (
@@ -91,6 +91,9 @@ def evaluate(
     from diffussm_cli.evaluation.evaluate import parse_metrics
     from diffussm_cli.evaluation.reference import reference_of
 
+    for path in (target, out):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
     chosen, size = parse_metrics(metrics), parse_size(resolution)
     store = (cache or default_cache()) if keep else None
     share = read_share()
@@ -109,9 +112,9 @@ def evaluate(
             reference = reference or reference_of(trained.config)
         if reference is None:
             raise ConfigError("--reference: name an .npz of ADM, one of --make-ref, or a folder of real images")
-        result = compare(bench, images, reference, size, chosen, adm_half)
+        result = compare(bench, images, reference, size, chosen, adm_half, facts)
     if share.rank == 0:
-        result |= {"samples": samples, "meta": facts}
+        result |= {"samples": samples}
         write(result, out or results_path(samples))
         show(result, as_json)
 
@@ -155,8 +158,8 @@ class Bench:
         from diffussm_cli.samples import Sampler
 
         sampler = Sampler(trained, how, classes, self.batch_size, precision, str(self.device))
-        if sampler.warning and self.share.rank == 0:
-            self.console.print(f"warning: {sampler.warning}", style="bold", markup=False, soft_wrap=True)
+        if sampler.warning:
+            raise DataError(f"eval: {sampler.warning}")
         data = trained.config.data
         if self.name == AUTO:
             self.name = usual_extractor(data.size, data.is_grey)
@@ -176,8 +179,8 @@ class Bench:
         return work
 
 
-def compare(bench: Bench, images, reference: str, size, metrics, half: bool) -> dict[str, Any]:
-    """Every metric of a set against a reference, with warnings. Raises DiffussmError."""
+def compare(bench: Bench, images, reference: str, size, metrics, half: bool, facts: dict[str, Any]) -> dict[str, Any]:
+    """Every metric of a set against a reference, with warnings; `facts` are of its meta.json. Raises DiffussmError."""
     from diffussm_cli.evaluation.evaluate import evaluate, needs_images, warnings
     from diffussm_cli.evaluation.reference import check_extractor, open_reference
 
@@ -194,6 +197,8 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool) -> 
             found[name] = value
             status.update(f"metrics: {', '.join(found)}")
         remarks = warnings(images, gathered, against, metrics)
+    if facts.get("decoded_by") == "linear preview":
+        remarks.append("samples were drawn without their VAE: these are figures of previews")
     for remark in remarks:
         bench.console.print(f"warning: {remark}", style="bold", markup=False, soft_wrap=True)
     counts = {"num": len(images), "reference_images": against.gathered and len(against.gathered.pool)}
@@ -204,6 +209,7 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool) -> 
         "extractor": bench.extractor.identity,
         "adm_half": half,
         "warnings": remarks,
+        "meta": facts,
     }
 
 

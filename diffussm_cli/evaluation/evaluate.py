@@ -91,7 +91,7 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
         )
     if n <= d:
         found.append(
-            f"{n:,} samples are fewer than {d:,} features and 1: their covariance lacks rank, FID is far too large"
+            f"the covariance of {n:,} samples lacks rank: FID needs more than the {d:,} features, and is too large"
         )
     if "is" in metrics and _in_order(samples.labels):
         found.append(f"samples are in the order of their classes: splits of {SPLIT:,} make the Inception Score too low")

@@ -213,7 +213,7 @@ def test_warnings_name_what_is_wrong(tmp_path, digits):
     found = " | ".join(ev.warnings(images, small, reference, ev.USUAL))
     for words in (
         "12 samples: published FID is of 50,000",
-        "12 samples are fewer than 64 features",
+        "the covariance of 12 samples lacks rank: FID needs more than the 64 features",
         "in the order of their classes",
         "the reference is of 32x32, the samples of 28x28",
         "recall is of 12 reference images",
