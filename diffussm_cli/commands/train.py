@@ -1,8 +1,10 @@
 """`diffussm train`."""
 
 import contextlib
+import os
 import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,6 +97,8 @@ def train(
             root = new_run_folder(config, out)
         root = gather(root, share)[0]
         code = run_training(config, root, bool(runs.checkpoints(root)), share, finished_is_fine=resume == AUTO)
+    if share.of > 1:
+        leave(code)
     if code:
         raise typer.Exit(code)
 
@@ -170,6 +174,17 @@ def prepare(config: Config, source, root: Path, resume: bool, share, say: Callab
     except OSError as e:
         raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer
+
+
+def leave(code: int) -> None:
+    """End one process of a job, all of whose work is on disk.
+
+    Without tearing the interpreter down: gloo's threads, which DDP keeps, sometimes abort the process then
+    (pytorch/pytorch#179291), and torchrun would call the job failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def check_share(config: Config, share) -> None:

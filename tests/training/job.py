@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from diffussm_cli import runs
+from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import meeting, read_share
@@ -32,6 +33,7 @@ def main(out: Path, fault: str, overrides: list[str]) -> None:
     if share.rank == 0:
         (out / "records.json").write_text(json.dumps(records))
         runs.write_tensors(weights, out / "averaged.safetensors")
+    leave(0)
 
 
 def inject(trainer: Trainer, fault: str):
