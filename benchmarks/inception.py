@@ -23,6 +23,7 @@ from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images
+from diffussm_cli.profiling.latency import resident_peak
 
 
 def main() -> None:
@@ -41,7 +42,11 @@ def main() -> None:
         for _ in work.run():
             pass
         seconds = time.perf_counter() - start
-    found = {"features_s": seconds, "scaled_to_samples_s": seconds / a.images * a.samples, "peak_gib": peak()}
+    found = {
+        "features_s": seconds,
+        "scaled_to_samples_s": seconds / a.images * a.samples,
+        "peak_gib": resident_peak() / 2**30,
+    }
     found["metrics"] = metrics(a.samples)
     print(json.dumps(found))
 
@@ -55,7 +60,7 @@ def metrics(n: int) -> dict[str, float]:
     seconds, start = {}, time.perf_counter()
     for name, _ in evaluate(samples, reference, METRICS):
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
-    return seconds | {"peak_gib": peak()}
+    return seconds | {"peak_gib": resident_peak() / 2**30}
 
 
 def synthetic(n: int, generator: torch.Generator) -> Gathered:
@@ -75,11 +80,6 @@ def random_weights(path: Path) -> Path:
     module.FeatureExtractorInceptionV3.load_state_dict, torch.load = original, load
     torch.save(kept, path)
     return path
-
-
-def peak() -> float:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
 
 
 if __name__ == "__main__":

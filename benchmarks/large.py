@@ -17,6 +17,7 @@ import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.profiling.latency import resident_peak
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect
 from diffussm_cli.training.loop import Trainer
@@ -38,7 +39,7 @@ def main() -> None:
     trainer = Trainer(config, Noise(config), a.folder)
     steps = [step(trainer) for _ in range(2 if a.what == "step" else 1)]
     if a.what == "step":
-        print(json.dumps({"dtype": str(trainer.dtype), "steps": steps, "peak_gib": peak() / 2**30}))
+        print(json.dumps({"dtype": str(trainer.dtype), "steps": steps, "peak_gib": resident_peak() / 2**30}))
     else:
         print(json.dumps({how: save(trainer, how == "beside") for how in ("at once", "beside")}))
 
@@ -65,12 +66,7 @@ def save(trainer: Trainer, beside: bool) -> dict:
     done = time.perf_counter() - start
     size = sum(f.stat().st_size for f in trainer.root.rglob("*") if f.is_file())
     shutil.rmtree(trainer.root)
-    return {"bytes": size, "training_waits_s": waiting, "on_disk_after_s": done, "peak_gib": peak() / 2**30}
-
-
-def peak() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return {"bytes": size, "training_waits_s": waiting, "on_disk_after_s": done, "peak_gib": resident_peak() / 2**30}
 
 
 if __name__ == "__main__":

@@ -42,8 +42,11 @@ FIXED = (
     "guidance_interval",
     "clip",
     "first_seed",
+    "classes",
+    "vae",
+    "decoded_by",
+    "precision",
 )
-FIXED += ("classes", "vae", "decoded_by", "precision")
 
 
 class Sampler:

@@ -111,9 +111,9 @@ def mend(store: Path, source: Path, vae: str | None, workers: int, device: str =
     from diffussm_cli.data import encoding, listing
     from diffussm_cli.data.latents import read_manifest
     from diffussm_cli.data.vae import read_facts
-    from diffussm_cli.distributed import Share
+    from diffussm_cli.distributed import ALONE
 
-    console, share = Console(stderr=True), Share()
+    console, share = Console(stderr=True), ALONE
     old = read_manifest(store, "--repair").settings
     with console.status("checking"):
         shards = encoding.damaged_shards(store)

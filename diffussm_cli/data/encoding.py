@@ -40,7 +40,7 @@ from diffussm_cli.data.latents import (
 from diffussm_cli.data.listing import Listing, read_entry
 from diffussm_cli.data.vae import VAE, VAEFacts
 from diffussm_cli.device import is_out_of_memory
-from diffussm_cli.distributed import Share
+from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
 
@@ -307,7 +307,7 @@ def encode(encoder: Encoder, share: Share) -> Iterator[Step]:
     store, settings = encoder.store, encoder.settings
     yield from encoder.write(unfinished(store, settings, share))
     if share.rank == 0:
-        while unfinished(store, settings, Share()):
+        while unfinished(store, settings, ALONE):
             time.sleep(POLL_SECONDS)
             yield Step(0, 0)
         finish(store, settings, encoder.listing.ignored)

@@ -246,7 +246,7 @@ def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: i
     if limit is not None and setting.device.type == "cpu":
         _limit_memory(limit)
     keep_freed_memory()
-    before = _resident_peak()
+    before = resident_peak()
     try:
         call = workload(build(config, setting, depth), config, kind, setting)
         call()
@@ -257,7 +257,7 @@ def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: i
         raise MemoryError(str(e)) from e
     if setting.device.type == "cuda":
         return torch.cuda.max_memory_allocated(setting.device)
-    return None if before is None else _resident_peak() - before
+    return None if before is None else resident_peak() - before
 
 
 def available_bytes() -> int | None:
@@ -265,7 +265,8 @@ def available_bytes() -> int | None:
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
-def _resident_peak() -> int | None:
+def resident_peak() -> int | None:
+    """Most memory that this process has held at a time, bytes, where the system says so (Linux)."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM")
 
 
