@@ -18,80 +18,118 @@ KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay a
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
-def s4d_kernel(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int) -> Tensor:
-    """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as one batched real matrix product.
+def s4d_kernel(
+    dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int, D_skip: Tensor | None = None
+) -> Tensor:
+    """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as a batched real matrix product.
 
-    With l = a T + b the Vandermonde sum over L columns factors into exp(dt A a T) and exp(dt A b), each about sqrt(L)
-    wide. `s4d_kernel_naive` is the same sum written out.
+    With l = aT + b the Vandermonde sum over L columns factors into exp(dt A aT) and exp(dt A b), each about sqrt(L)
+    wide, and each of these is made of two tables in the same way. `s4d_kernel_naive` is the same sum written out.
 
     Args:
         dt: step sizes, (..., D).
         A_real, A_imag: the N/2 poles, (..., D, N/2), A_real < 0.
         B, C: input and output vectors as (real, imaginary) pairs, (..., D, N/2, 2).
         L: number of taps.
+        D_skip: added to the tap at lag 0, (..., D).
 
     Returns:
         K, (..., D, L), in the dtype of `dt`.
     """
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
     re, im = _discretise(x, y, A_real, A_imag, B, C)
-    return Modes.apply(re, im, x, y, L) if torch.is_grad_enabled() else _sum_of_modes(re, im, x, y, L)
+    modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): a row for each channel
+    skip = torch.zeros_like(dt) if D_skip is None else D_skip
+    sum_of_modes = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
+    return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
 
 
-def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
-    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1: (..., D, N/2) four times -> (..., D, L)."""
-    a, b = _levels(L, x)
-    re, im = 2 * re[..., None, :], 2 * im[..., None, :]
-    cos, sin = _powers(x, y, a)  # (..., D, L/T, N/2)
-    outer = torch.cat([re * cos - im * sin, re * sin + im * cos], dim=-1)  # 2 C_bar exp(dt A aT), (..., D, L/T, N)
-    cos, sin = _powers(x, y, b)  # (..., D, T, N/2)
-    inner = torch.cat([cos, -sin], dim=-1)  # (..., D, T, N)
-    with _full_float32_products():
-        return (outer @ inner.mT).flatten(-2)[..., :L]
+def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
+    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L)."""
+    A, T = _levels(L)
+    K = re.new_empty(len(re), A, T)
+    for rows in _row_slices(re, T):
+        C_bar = torch.complex(2 * re[rows], 2 * im[rows])
+        outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
+        inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
+        with _full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+            K[rows] = _pairs(outer) @ _pairs(inner).mT
+    K[:, 0, 0] += skip
+    return K.flatten(1)[:, :L]
 
 
 class Modes(torch.autograd.Function):
     """`_sum_of_modes` that keeps nothing but its arguments for the backward pass.
 
-    With W_k = sum_l dK[l] l^k exp((x + iy) l), again in two levels, the gradients are 2 Re W_0 and -2 Im W_0 for C_bar,
-    2 Re (C_bar W_1) and -2 Im (C_bar W_1) for x and y.
+    With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
+    and -2 Im (C_bar W_1) for x and y. As l = aT + b, both sums are taken over one level by a product, then the other.
     """
 
     @staticmethod
-    def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
+    def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
         ctx.save_for_backward(re, im, x, y)
-        return _sum_of_modes(re, im, x, y, L)
+        return _sum_of_modes(re, im, x, y, skip, L)
 
     @staticmethod
     def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
         re, im, x, y = ctx.saved_tensors
-        a, b = _levels(dK.shape[-1], x)
-        dK = torch.nn.functional.pad(dK, (0, len(a) * len(b) - dK.shape[-1])).unflatten(
-            -1, (len(a), len(b))
-        )  # (..., D, L/T, T)
-        cos, sin = _powers(x, y, b)  # (..., D, T, N/2)
-        with _full_float32_products():
-            sums = dK @ torch.cat([cos, sin, b[:, None] * cos, b[:, None] * sin], dim=-1)  # (..., D, L/T, 2N)
-        cos0, sin0, cos1, sin1 = sums.chunk(4, dim=-1)  # over b, of 1 and of b
-        cos1, sin1 = cos1 + a[:, None] * cos0, sin1 + a[:, None] * sin0  # of l = aT + b
-        cos, sin = _powers(x, y, a)  # (..., D, L/T, N/2)
-        W0 = (cos * cos0 - sin * sin0).sum(-2), (cos * sin0 + sin * cos0).sum(-2)
-        W1 = (cos * cos1 - sin * sin1).sum(-2), (cos * sin1 + sin * cos1).sum(-2)
-        dx, dy = re * W1[0] - im * W1[1], -(re * W1[1] + im * W1[0])
-        return 2 * W0[0], -2 * W0[1], 2 * dx, 2 * dy, None
+        A, T = _levels(dK.shape[-1])
+        dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1])).unflatten(-1, (A, T))
+        a = torch.arange(A, device=x.device, dtype=x.dtype) * T
+        b = torch.arange(T, device=x.device, dtype=x.dtype)
+        gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
+        for rows in _row_slices(re, T):
+            outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
+            with _full_float32_products():
+                over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
+                over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
+                W0 = _complex(over_b.sum(-2))
+                W1 = _complex(a @ over_b + b @ over_a)
+            C_bar_W1 = torch.complex(re[rows], im[rows]) * W1
+            gradients[:, rows] = 2 * torch.stack([W0.real, -W0.imag, C_bar_W1.real, -C_bar_W1.imag])
+        return *gradients, dK[:, 0, 0], None
 
 
-def _levels(L: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """aT (L/T,) and b (T,) of l = aT + b, T about sqrt(L)."""
-    T = math.ceil(math.sqrt(L))
-    a = torch.arange(math.ceil(L / T), device=like.device, dtype=like.dtype) * T
-    return a, torch.arange(T, device=like.device, dtype=like.dtype)
+def _levels(L: int) -> tuple[int, int]:
+    """A and T of l = aT + b, 0 <= a < A and 0 <= b < T: T a power of two of about sqrt(L)."""
+    T = 1 << math.ceil(math.log2(L) / 2)
+    return math.ceil(L / T), T
 
 
-def _powers(x: Tensor, y: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:  # noqa: E741
-    """Real and imaginary part of exp((x + iy) l): (..., D, N/2) and (k,) -> (..., D, k, N/2)."""
-    decay, angle = torch.exp(x[..., None, :] * l[:, None]), y[..., None, :] * l[:, None]
-    return decay * torch.cos(angle), decay * torch.sin(angle)
+def _row_slices(re: Tensor, T: int) -> list[slice]:
+    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; one on a GPU, or when compiled."""
+    rows, half_N = re.shape
+    r = rows if torch.compiler.is_compiling() else max(1, 2 * SLICE[re.device.type == "cpu"] // (2 * half_N * T))
+    return [slice(start, min(start + r, rows)) for start in range(0, rows, r)]
+
+
+def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
+    """exp((x + iy) step l), l = 0..count-1: (R, N/2) -> (R, count, N/2), by products of two short tables."""
+    p = math.ceil(math.sqrt(count))
+    fine = _exponentials(x, y, p, step)  # (R, p, N/2)
+    coarse = _exponentials(x, y, math.ceil(count / p), p * step)
+    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
+
+
+def _exponentials(x: Tensor, y: Tensor, count: int, step: int) -> Tensor:
+    """As `_powers`, each by exp, cos and sin; but 0 below a bound under which a product of four might be denormal.
+
+    A CPU takes a hundred times as long for a denormal number, and half of the modes decay that far in 4096 tokens.
+    """
+    l = torch.arange(count, device=x.device, dtype=x.dtype)[:, None] * step  # noqa: E741
+    decay, angle = torch.exp(x[:, None] * l), y[:, None] * l
+    decay = torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
+    return torch.complex(decay * torch.cos(angle), decay * torch.sin(angle))
+
+
+def _pairs(z: Tensor) -> Tensor:
+    """(..., n) complex -> (..., 2n) real, without a copy."""
+    return torch.view_as_real(z).flatten(-2)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """(..., 2n) real -> (..., n) complex, without a copy."""
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
 def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,13 +190,17 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
-def kernel_spectra(K: Tensor) -> Tensor:
+def kernel_spectra(K: Tensor, padded: Tensor | None = None) -> Tensor:
     """Spectra by which the convolution multiplies: K (2, D, L) -> (2, D, F), complex.
 
-    The backward direction is a correlation, hence the conjugate.
+    The backward direction is a correlation, hence the conjugate. Many calls in turn may share memory to pad K in:
+    `padded`, (2, >= D, n), zero beyond L.
     """
-    forward, backward = torch.fft.rfft(K, n=fft_length(K.shape[-1]))
-    return torch.stack([forward, backward.conj()])
+    if padded is None:
+        padded = K.new_zeros(*K.shape[:2], fft_length(K.shape[-1]))
+    S = torch.fft.rfft(_lay_out(K[..., None], padded))
+    S[1].conj_physical_()
+    return S
 
 
 def convolve(u: Tensor, spectra: Tensor) -> Tensor:
@@ -190,13 +232,26 @@ def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
         S = spectra(channels)  # (2, d, F)
-        v = padded[:, : S.shape[1]]
-        v[..., :L].unflatten(2, (J, M)).copy_(u[:, channels])
-        U = torch.fft.rfft(v)  # (B, d, F)
+        U = torch.fft.rfft(_lay_out(u[:, channels], padded))  # (B, d, F)
         for direction in (0, 1):
-            v = torch.fft.irfft(U * S[direction], n=n)[..., :L]
-            y[:, direction, channels] = v.unflatten(2, (J, M))
+            _take_in(torch.fft.irfft(U * S[direction], n=n)[..., :L], y[:, direction, channels])
     return y.flatten(1, 2)
+
+
+def _lay_out(u: Tensor, padded: Tensor) -> Tensor:
+    """Writes u (B, d, J, M) as a sequence l = jM + m into the rows of `padded` (B, >= d, n), and returns these."""
+    d, J, M = u.shape[1:]
+    rows = padded[:, :d]
+    for m in range(M):  # place by place: twice as fast as one copy of all, whose innermost runs have M numbers
+        rows[..., m : J * M : M].copy_(u[..., m])
+    return rows
+
+
+def _take_in(v: Tensor, y: Tensor) -> None:
+    """The way back: v (B, d, L) into y (B, d, J, M), in the dtype of y."""
+    v, M = v.to(y.dtype), y.shape[-1]
+    for m in range(M):
+        y[..., m].copy_(v[..., m::M])
 
 
 def slices(u: Tensor) -> list[slice]:
@@ -216,7 +271,8 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, K: Tensor) -> Tensor:
         ctx.save_for_backward(u, K)
-        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels]), K.dtype)
+        padded = K.new_zeros(2, slices(u)[0].stop, fft_length(K.shape[-1]))
+        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels], padded), K.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -226,16 +282,19 @@ class Convolution(torch.autograd.Function):
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
         du, dK = u.new_empty(B, M, D, J).permute(0, 2, 3, 1), torch.empty_like(K)
-        for c in slices(u):
-            S = kernel_spectra(K[:, c])
-            U = torch.fft.rfft(u[:, c].flatten(2).to(K.dtype), n=n)  # (B, d, F)
-            dU: Tensor | float = 0.0
+        parts = slices(u)
+        padded, padded_K = K.new_zeros(B, parts[0].stop, n), K.new_zeros(2, parts[0].stop, n)
+        for c in parts:
+            S = kernel_spectra(K[:, c], padded_K)
+            U = torch.fft.rfft(_lay_out(u[:, c], padded))  # (B, d, F)
+            dU = torch.zeros_like(U)  # conjugate, as all that follows
             for direction in (0, 1):
-                dY = torch.fft.rfft(dy[:, direction, c].flatten(2).to(K.dtype), n=n)
-                dU = dU + dY * S[direction].conj()
-                lags = (U.conj() * dY).sum(0)  # (d, F); the backward kernel's are mirrored
-                dK[direction, c] = torch.fft.irfft(lags.conj() if direction else lags, n=n)[..., :L]
-            du[:, c] = torch.fft.irfft(dU, n=n)[..., :L].unflatten(2, (J, M))
+                dY = torch.fft.rfft(_lay_out(dy[:, direction, c], padded)).conj_physical_()
+                dU.addcmul_(dY, S[direction])
+                lags = (U * dY).sum(0)  # (d, F); the backward kernel's are mirrored
+                lags = lags if direction else lags.conj_physical_()
+                dK[direction, c] = torch.fft.irfft(lags, n=n)[..., :L]
+            _take_in(torch.fft.irfft(dU.conj_physical_(), n=n)[..., :L], du[:, c])
         return du, dK
 
 
@@ -307,18 +366,13 @@ class S4D(nn.Module):
                 return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
-    def kernel(self, L: int, channels: slice = slice(None)) -> Tensor:
-        """The convolution kernels of both directions without skip, (2, d, L), of all channels or a slice of them."""
-        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
-        log_dt, log_A_real, A_imag, B, C = (p[:, channels] for p in parameters)
-        with _no_autocast(log_dt.device):
-            return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L)
-
     def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
-        """The kernels with the skip as a tap at lag 0, (2, d, L)."""
+        """The kernels of both directions, skip included, (2, d, L), of all channels or a slice of them."""
         self.builds += 1
-        K = self.kernel(L, channels)
-        return torch.cat([K[..., :1] + self.D_skip[:, channels, None], K[..., 1:]], dim=-1)
+        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
+        log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
+        with _no_autocast(log_dt.device):
+            return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L, D_skip)
 
     def spectra(self, L: int) -> Tensor:
         """Spectra for length L without gradients, (2, D, F), kept until a parameter changes."""
