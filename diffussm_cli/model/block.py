@@ -1,6 +1,9 @@
 """The gated hourglass block of DiffuSSM and its conditioning (paper, section 4).
 
 B batch   J positions   M tokens a position   L = J M tokens   D width   token l = j M + m
+
+Between W_up and W3 channels come first in memory, as the convolution wants them: the products themselves put them
+there and back, and nothing is transposed.
 """
 
 import torch
@@ -23,6 +26,14 @@ class ShiftScaleNorm(nn.Module):
         return torch.addcmul(shift, self.norm(x), 1 + scale)
 
 
+class ChannelsFirstLinear(nn.Linear):
+    """A Linear, x (B, J, in) -> (B, J, out), whose result has channels first in memory: (out, B, J)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.flatten(0, 1).mT  # (in, B J)
+        return torch.addmm(self.bias[:, None], self.weight, columns).mT.unflatten(0, x.shape[:2])
+
+
 class HourglassLinear(nn.Module):
     """M independent Linears, one for each place m of a token in its position: weight (M, out, in), bias (M, out)."""
 
@@ -37,20 +48,16 @@ class HourglassLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def open(self, x: Tensor) -> Tensor:
-        """Every position becomes its M tokens: x (B, J, in) -> (B, out, J, M).
-
-        The product itself puts channels before positions, as the convolution wants them: (B, M, out, J) in memory.
-        """
-        B, M = len(x), len(self.weight)
-        weight = self.weight.flatten(0, 1).expand(B, -1, -1)  # (B, M out, in)
-        tokens = torch.baddbmm(self.bias.flatten()[:, None], weight, x.mT)  # (B, M out, J)
-        return tokens.unflatten(1, (M, -1)).permute(0, 2, 3, 1)
+        """Every position becomes its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M, out, B, J)."""
+        columns = x.flatten(0, 1).mT  # (in, B J)
+        tokens = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), columns)  # (M out, B J)
+        return tokens.view(*self.bias.shape, *x.shape[:2]).permute(2, 1, 3, 0)
 
     def close(self, y: Tensor) -> Tensor:
-        """Tokens go back side by side into their position: y (B, in, J, M) -> (B, J, M out)."""
-        B = len(y)
-        places = zip(y.unbind(-1), self.weight, self.bias)
-        return torch.cat([torch.baddbmm(b, y_m.mT, W.mT.expand(B, -1, -1)) for y_m, W, b in places], dim=-1)
+        """Tokens go back side by side into their position: y (B, in, J, M) -> (B, J, M out), channels first too."""
+        columns = y.permute(3, 1, 0, 2)  # (M, in, B, J), as it lies in memory
+        places = torch.baddbmm(self.bias[..., None], self.weight, columns.flatten(2))  # (M, out, B J)
+        return places.flatten(0, 1).mT.unflatten(0, columns.shape[2:])
 
 
 class DiffuSSMBlock(nn.Module):
@@ -63,8 +70,8 @@ class DiffuSSMBlock(nn.Module):
         self.W_up = HourglassLinear(M, D, D)
         self.s4d = S4D(D, N)
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
-        self.W1 = nn.Linear(D, 2 * D)
-        self.W2 = nn.Linear(2 * D, 2 * D)
+        self.W1 = ChannelsFirstLinear(D, 2 * D)
+        self.W2 = ChannelsFirstLinear(2 * D, 2 * D)
         self.W3 = nn.Linear(2 * D, D)
 
     def zeroed(self) -> list[nn.Linear]:
@@ -76,4 +83,5 @@ class DiffuSSMBlock(nn.Module):
         u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, J, M)
         y = self.s4d(u)  # Y (B, 2D, J, M)
         z = F.gelu(self.W_down.close(y))  # I' (B, J, 2D)
-        return x + self.W3(F.gelu(self.W2(z)) * F.gelu(self.W1(h)))  # X + O
+        gated = F.gelu(self.W2(z)) * F.gelu(self.W1(h))  # (B, J, 2D)
+        return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; flat, as torch adds the bias of more by itself

@@ -28,7 +28,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
-        return self.proj.close(rearrange(y, "b h (j m) d -> b (h d) j m", m=self.M))
+        places = zip(rearrange(y, "b h (j m) d -> m b j (h d)", m=self.M), self.proj.weight, self.proj.bias)
+        return torch.cat([F.linear(y_m, W, b) for y_m, W, b in places], dim=-1)  # tokens back side by side
 
 
 class DiTBlock(nn.Module):

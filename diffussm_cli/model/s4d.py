@@ -46,7 +46,7 @@ def s4d_kernel(
 
 def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
     """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L)."""
-    A, T = _levels(L)
+    A, T = levels(L)
     K = re.new_empty(len(re), A, T)
     for rows in _row_slices(re, T):
         C_bar = torch.complex(2 * re[rows], 2 * im[rows])
@@ -73,7 +73,7 @@ class Modes(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
         re, im, x, y = ctx.saved_tensors
-        A, T = _levels(dK.shape[-1])
+        A, T = levels(dK.shape[-1])
         dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1])).unflatten(-1, (A, T))
         a = torch.arange(A, device=x.device, dtype=x.dtype) * T
         b = torch.arange(T, device=x.device, dtype=x.dtype)
@@ -90,7 +90,7 @@ class Modes(torch.autograd.Function):
         return *gradients, dK[:, 0, 0], None
 
 
-def _levels(L: int) -> tuple[int, int]:
+def levels(L: int) -> tuple[int, int]:
     """A and T of l = aT + b, 0 <= a < A and 0 <= b < T: T a power of two of about sqrt(L)."""
     T = 1 << math.ceil(math.log2(L) / 2)
     return math.ceil(L / T), T
@@ -218,16 +218,16 @@ def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.
     """`convolve` on a few channels at a time, so that what is between two transforms stays in the cache.
 
     Args:
-        u: (B, D, J, M), the sequence split into l = j M + m; its memory may lie in M planes (B, M, D, J).
+        u: (B, D, J, M), the sequence split into l = j M + m; its memory may lie in M planes (M, D, B, J).
         spectra: gives those of a slice of the channels, (2, d, F).
         dtype: real, of the transforms.
 
     Returns:
-        y (B, 2D, J, M) of the dtype of u, its memory in planes (B, M, 2D, J).
+        y (B, 2D, J, M) of the dtype of u, its memory in planes (M, 2D, B, J).
     """
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
-    y = u.new_empty(B, M, 2, D, J).permute(0, 2, 3, 4, 1)  # (B, 2, D, J, M)
+    y = u.new_empty(M, 2, D, B, J).permute(3, 1, 2, 4, 0)  # (B, 2, D, J, M)
     parts = slices(u)
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
@@ -281,7 +281,7 @@ class Convolution(torch.autograd.Function):
         B, D, J, M = u.shape
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
-        du, dK = u.new_empty(B, M, D, J).permute(0, 2, 3, 1), torch.empty_like(K)
+        du, dK = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(K)
         parts = slices(u)
         padded, padded_K = K.new_zeros(B, parts[0].stop, n), K.new_zeros(2, parts[0].stop, n)
         for c in parts:

@@ -23,7 +23,8 @@ from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs
 
 # Elementwise work on real numbers, and what only looks up or moves values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
-NOT_COUNTED |= {"silu", "gelu", "addcmul", "embedding", "unflatten", "_conj", "mT"}
+NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical_", "where", "lt"}
+NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real"}
 
 
 def count(config: Config) -> dict[str, float]:

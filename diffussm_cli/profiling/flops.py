@@ -14,7 +14,7 @@ import torch
 
 from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.model import build_model
-from diffussm_cli.model.s4d import fft_length
+from diffussm_cli.model.s4d import fft_length, levels
 
 COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
 
@@ -78,8 +78,15 @@ def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
         "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
         "conditioning": 2 * D**2,
     }
-    T = math.ceil(math.sqrt(L))
-    return parts, 2 * D * (m.d_state * math.ceil(L / T) * T + fft_macs(n))
+    A, T = levels(L)
+    tables = (_table(A) + A + _table(T)) * m.d_state // 2 * COMPLEX_PRODUCT
+    return parts, 2 * D * (m.d_state * A * T + tables + fft_macs(n))
+
+
+def _table(count: int) -> int:
+    """Numbers in the product of two tables that holds `count` powers."""
+    p = math.ceil(math.sqrt(count))
+    return p * math.ceil(count / p)
 
 
 def _dit_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:

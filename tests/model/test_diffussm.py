@@ -63,9 +63,13 @@ def test_block_equals_the_formula_token_by_token(M):
         directions.append(y if d == 0 else y.flip(-1))
     Y = torch.cat(directions, dim=1).mT  # (B, L, 2D)
     O = torch.empty(B, J, D, dtype=torch.float64)  # noqa: E741
+
+    def linear(layer, v):
+        return v @ layer.weight.T + layer.bias
+
     for j in range(J):
         down = [F.gelu(Y[:, j * M + k] @ block.W_down.weight[k].T + block.W_down.bias[k]) for k in range(M)]
-        O[:, j] = block.W3(F.gelu(block.W2(torch.cat(down, dim=-1))) * F.gelu(block.W1(I[:, j])))
+        O[:, j] = block.W3(F.gelu(linear(block.W2, torch.cat(down, -1))) * F.gelu(linear(block.W1, I[:, j])))
     torch.testing.assert_close(block(x, c), x + O, rtol=1e-9, atol=1e-10)
 
 
