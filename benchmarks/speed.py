@@ -6,6 +6,7 @@ Everything is measured in turn in one process; ratios of medians are what counts
 """
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import load_config
 from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.generation import cast_products
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
 from diffussm_cli.profiling import latency
@@ -123,10 +125,12 @@ def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     inputs = [torch.randn(L // M, i, device=device, dtype=dtype) for i, _ in shapes]
     outputs = [torch.randn(L // M, o, device=device, dtype=dtype) for _, o in shapes]
     casts = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    sampled = copy.deepcopy(model).eval()
+    cast_products(sampled, dtype)  # as `sample` does
 
     def forward() -> None:
         with torch.no_grad(), casts:
-            model(x, c)
+            sampled(x, c)
 
     def products() -> None:
         for W, v in zip(weights, inputs):

@@ -3,6 +3,7 @@
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+from diffussm_cli.model.block import HourglassLinear
 
 
 class Drawn(NamedTuple):
@@ -61,9 +63,34 @@ def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)
     scheduler = make_scheduler(how.sampler, process, how.steps, model.learn_sigma)
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.no_grad(), in_precision(model, dtype):
         images = sample(make_denoiser(model, process, how, y), scheduler, x, generators)
     return Drawn(list(seeds), labels, images.float().cpu())
+
+
+@contextlib.contextmanager
+def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype`, unless it is float32, with the weights of products cast once and not at each call."""
+    whole = [(p, p.data) for p in _product_parameters(model)]
+    try:
+        cast_products(model, dtype)
+        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        for p, data in whole:
+            p.data = data
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """For good what `in_precision` does for a while. No result under autocast to `dtype` changes; float32 is none."""
+    if dtype != torch.float32:
+        for p in _product_parameters(model):
+            p.data = p.data.to(dtype)
+
+
+def _product_parameters(model: nn.Module) -> list[nn.Parameter]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | HourglassLinear)]
+    return [p for layer in layers for p in layer.parameters(recurse=False)]
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:

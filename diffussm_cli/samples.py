@@ -26,7 +26,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import RunError
 from diffussm_cli.files import sha256, whole_file
-from diffussm_cli.generation import generate, labels_of
+from diffussm_cli.generation import cast_products, generate, labels_of
 
 META, GRID, NPZ = "meta.json", "grid.png", "samples.npz"
 PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
@@ -71,6 +71,7 @@ class Sampler:
         self.device = pick_device(device)
         self.dtype = pick_dtype(precision, self.device)
         self.model = runs.load_model(trained).to(self.device)
+        cast_products(self.model, self.dtype)
         self.decoding = open_decoding(trained.config, self.device)
         self.warning = self.decoding.warning
         self.process = GaussianDiffusion.from_config(trained.config.diffusion, self.device)

@@ -60,6 +60,13 @@ class HourglassLinear(nn.Module):
         return places.flatten(0, 1).mT.unflatten(0, columns.shape[2:])
 
 
+def gelu(x: Tensor) -> Tensor:
+    """F.gelu, on numbers as they lie in memory: for a CPU it has a path that is twice as fast when they are in order."""
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    back = [order.index(i) for i in range(x.ndim)]
+    return F.gelu(x.permute(order)).permute(back)
+
+
 class DiffuSSMBlock(nn.Module):
     """x (B, J, D), c (B, D) -> (B, J, D). Linear names are the paper's."""
 
@@ -80,8 +87,8 @@ class DiffuSSMBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x, c)  # I (B, J, D)
-        u = F.gelu(self.W_up.open(F.gelu(self.W0(h))))  # U (B, D, J, M)
+        u = gelu(self.W_up.open(gelu(self.W0(h))))  # U (B, D, J, M)
         y = self.s4d(u)  # Y (B, 2D, J, M)
-        z = F.gelu(self.W_down.close(y))  # I' (B, J, 2D)
-        gated = F.gelu(self.W2(z)) * F.gelu(self.W1(h))  # (B, J, 2D)
+        z = gelu(self.W_down.close(y))  # I' (B, J, 2D)
+        gated = gelu(self.W2(z)) * gelu(self.W1(h))  # (B, J, 2D)
         return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; flat, as torch adds the bias of more by itself

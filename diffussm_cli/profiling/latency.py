@@ -26,7 +26,7 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.device import is_out_of_memory, keep_freed_memory
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
-from diffussm_cli.generation import make_denoiser
+from diffussm_cli.generation import cast_products, make_denoiser
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d import S4D
 from diffussm_cli.profiling.flops import cost
@@ -108,6 +108,8 @@ def workload(model: nn.Module, config: Config, kind: str, setting: Setting) -> C
     def guided_step() -> None:
         sample(denoise, make_scheduler("ddpm", process, 1, model.learn_sigma), x, generators)
 
+    if kind != TRAINING:
+        cast_products(model, setting.dtype)  # as sampling does
     call = {FORWARD: forward, TRAINING: forward_backward, GUIDED: guided_step}[kind]
 
     def run() -> None:
