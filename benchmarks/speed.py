@@ -1,6 +1,6 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block block_bf16 public saved length memory] [--device cuda]
+    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory] [--device cuda]
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -11,7 +11,9 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from diffussm_cli.config import load_config
 from diffussm_cli.device import keep_freed_memory
 from diffussm_cli.generation import cast_products
+from diffussm_cli.model import s4d
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
 from diffussm_cli.profiling import latency
@@ -157,6 +160,81 @@ def block_bf16(device: torch.device) -> dict:
     return block(device, torch.bfloat16)
 
 
+KINDS = {  # of the operators that do work themselves; what is not named is elementwise
+    "products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear"),
+    "FFT": ("_fft_r2c", "_fft_c2r"),
+    "copies": ("copy_", "fill_", "cat", "constant_pad_nd"),
+}
+
+
+def parts(device: torch.device) -> dict:
+    """Shares of time in XL's block at L = 4096 and one image, by kind of work; making the kernels is a kind of its own."""
+    x, c = torch.randn(1, 4096 // M, D, device=device), torch.randn(1, D, device=device)
+    results = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_block(device)
+
+        def train(model=model, dtype=dtype) -> None:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                y = model(x.requires_grad_(), c).sum()
+            y.backward()
+            model.zero_grad()
+
+        results[f"forward+backward {dtype}"] = _shares(train)
+        sampled = copy.deepcopy(model).eval()
+        cast_products(sampled, dtype)
+
+        def forward(model=sampled, dtype=dtype) -> None:
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                model(x, c)
+
+        results[f"forward {dtype}"] = _shares(forward)
+    return results
+
+
+def _shares(call: Callable[[], object]) -> dict[str, float]:
+    """Percent of the operators' own time by kind, of a few calls after others under the same profiler."""
+    from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+    def in_kernel(function: Callable) -> Callable:
+        def recorded(*arguments):
+            with record_function("kernels"):
+                return function(*arguments)
+
+        return recorded
+
+    found: Counter[str] = Counter()
+
+    def add_up(profiler: profile) -> None:
+        for event in profiler.events():
+            if event.name.startswith("aten::"):
+                found[_kind(event)] += getattr(event, own)
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    with (
+        patch.object(S4D, "taps", in_kernel(S4D.taps)),
+        patch.object(s4d.Modes, "backward", staticmethod(in_kernel(s4d.Modes.backward))),
+        profile(
+            activities=activities, schedule=schedule(wait=0, warmup=5, active=3, repeat=1), on_trace_ready=add_up
+        ) as profiler,
+    ):
+        for _ in range(8):
+            call()
+            profiler.step()
+    return {kind: round(100 * time / found.total(), 1) for kind, time in found.most_common()}
+
+
+def _kind(event) -> str:
+    above = event.cpu_parent
+    while above is not None:
+        if above.name == "kernels":
+            return "kernels"
+        above = above.cpu_parent
+    name = event.name.removeprefix("aten::")
+    return next((kind for kind, names in KINDS.items() if name in names), "elementwise")
+
+
 def public(device: torch.device) -> dict:
     """The block with its S4D layer and with the textbook one, forward + backward at batch 4."""
     results = {}
@@ -220,7 +298,7 @@ def memory(device: torch.device) -> dict:
     return {"peak_gib": latency.peak_bytes(config, latency.FORWARD, latency.Setting(device, depth=2)) / 2**30}
 
 
-ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, public, saved, length, memory)}
+ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory)}
 
 
 def main() -> None:

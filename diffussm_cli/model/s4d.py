@@ -53,7 +53,7 @@ def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L:
         outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
         inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
         with _full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
-            K[rows] = _pairs(outer) @ _pairs(inner).mT
+            torch.bmm(_pairs(outer), _pairs(inner).mT, out=K[rows])
     K[:, 0, 0] += skip
     return K.flatten(1)[:, :L]
 
@@ -74,7 +74,9 @@ class Modes(torch.autograd.Function):
     def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
         re, im, x, y = ctx.saved_tensors
         A, T = levels(dK.shape[-1])
-        dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1])).unflatten(-1, (A, T))
+        if dK.shape[-1] < A * T:
+            dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1]))
+        dK = dK.unflatten(-1, (A, T))
         a = torch.arange(A, device=x.device, dtype=x.dtype) * T
         b = torch.arange(T, device=x.device, dtype=x.dtype)
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
@@ -214,13 +216,14 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
     return y.flatten(1, 2)
 
 
-def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
+def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype, share: int = 1) -> Tensor:
     """`convolve` on a few channels at a time, so that what is between two transforms stays in the cache.
 
     Args:
         u: (B, D, J, M), the sequence split into l = j M + m; its memory may lie in M planes (M, D, B, J).
         spectra: gives those of a slice of the channels, (2, d, F).
         dtype: real, of the transforms.
+        share: as in `slices`.
 
     Returns:
         y (B, 2D, J, M) of the dtype of u, its memory in planes (M, 2D, B, J).
@@ -228,7 +231,7 @@ def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
     y = u.new_empty(M, 2, D, B, J).permute(3, 1, 2, 4, 0)  # (B, 2, D, J, M)
-    parts = slices(u)
+    parts = slices(u, share)
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
         S = spectra(channels)  # (2, d, F)
@@ -254,10 +257,13 @@ def _take_in(v: Tensor, y: Tensor) -> None:
         y[..., m].copy_(v[..., m::M])
 
 
-def slices(u: Tensor) -> list[slice]:
-    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; one on a GPU, or when compiled."""
+def slices(u: Tensor, share: int = 1) -> list[slice]:
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; one on a GPU, or when compiled.
+
+    Where more of them are at work at a time, each has but a share.
+    """
     B, D, J, M = u.shape
-    d = D if torch.compiler.is_compiling() else max(1, SLICE[u.device.type == "cpu"] // (B * J * M))
+    d = D if torch.compiler.is_compiling() else max(1, SLICE[u.device.type == "cpu"] // share // (B * J * M))
     return [slice(start, min(start + d, D)) for start in range(0, D, d)]
 
 
@@ -271,8 +277,8 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, K: Tensor) -> Tensor:
         ctx.save_for_backward(u, K)
-        padded = K.new_zeros(2, slices(u)[0].stop, fft_length(K.shape[-1]))
-        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels], padded), K.dtype)
+        padded = K.new_zeros(2, slices(u, share=2)[0].stop, fft_length(K.shape[-1]))
+        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels], padded), K.dtype, share=2)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -282,7 +288,7 @@ class Convolution(torch.autograd.Function):
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
         du, dK = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(K)
-        parts = slices(u)
+        parts = slices(u, share=2)
         padded, padded_K = K.new_zeros(B, parts[0].stop, n), K.new_zeros(2, parts[0].stop, n)
         for c in parts:
             S = kernel_spectra(K[:, c], padded_K)

@@ -248,17 +248,18 @@ def test_kernel_under_autocast_keeps_its_bits():
 
 def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     inside = []
-    original = torch.Tensor.__matmul__
-    monkeypatch.setattr(
-        torch.Tensor,
-        "__matmul__",
-        lambda a, b: (inside.append(torch.get_float32_matmul_precision()), original(a, b))[1],
-    )
+    for owner, name in ((torch, "bmm"), (torch.Tensor, "__matmul__")):
+
+        def spy(*arguments, original=getattr(owner, name), **named):
+            inside.append(torch.get_float32_matmul_precision())
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, spy)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        layer(dtype=torch.float32).taps(16)
-        assert inside == ["highest"]
+        layer(dtype=torch.float32).taps(16).sum().backward()
+        assert inside == ["highest"] * 5  # one, and four in the backward pass
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
