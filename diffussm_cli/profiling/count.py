@@ -89,7 +89,7 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
         return Counter(products=jit.linear_flop_jit(inputs, outputs))
 
     def matmul(inputs, outputs) -> Counter:
-        return Counter(products=jit.matmul_flop_jit(inputs, outputs))
+        return Counter(products=jit.matmul_flop_jit(inputs[:2], outputs))  # bmm may name where to write
 
     def baddbmm(inputs, outputs) -> Counter:  # noqa: ARG001
         (B, n, k), m = shape(inputs[1]), shape(inputs[2])[-1]
@@ -115,6 +115,7 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
     return {
         "linear": linear,
         "matmul": matmul,
+        "bmm": matmul,
         "baddbmm": baddbmm,
         "scaled_dot_product_attention": attention,
         "fft_rfft": rfft,
