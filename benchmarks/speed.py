@@ -168,7 +168,7 @@ KINDS = {  # of the operators that do work themselves; what is not named is elem
 
 
 def parts(device: torch.device) -> dict:
-    """Shares of time in XL's block at L = 4096 and one image, by kind of work; making the kernels is a kind of its own."""
+    """Shares of time in XL's block at L = 4096 and one image by kind of work, of which making the kernels is one."""
     x, c = torch.randn(1, 4096 // M, D, device=device), torch.randn(1, D, device=device)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):

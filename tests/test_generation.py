@@ -1,8 +1,11 @@
 """An image is a function of its seed alone."""
 
+import copy
+
 import pytest
 import torch
 
+from diffussm_cli import generation
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.generation import generate, labels_of
@@ -16,9 +19,9 @@ def model():
     return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
 
 
-def draw(model, seeds, batch_size=64, labels=None, **how):
+def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
     how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
-    drawn = list(generate(model, GaussianDiffusion(), how, seeds, labels, batch_size))
+    drawn = list(generate(model, GaussianDiffusion(), how, seeds, labels, batch_size, dtype))
     return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
 
 
@@ -53,6 +56,39 @@ def test_kernels_are_built_once_for_all_steps_and_batches():
     model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
     draw(model, range(6), batch_size=2, guidance=1.5)
     assert [b.s4d.builds for b in model.blocks] == [1, 1]
+
+
+def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
+    """Bit for bit, for a while and for good; in between weights are as they were."""
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "cast_products", lambda model, dtype: None)
+        autocast, _ = draw(model, range(3), dtype=torch.bfloat16)
+    cast, _ = draw(model, range(3), dtype=torch.bfloat16)
+    assert torch.equal(cast, autocast)
+    assert not torch.equal(cast, draw(model, range(3))[0])
+    for name, p in model.named_parameters():
+        assert p.data_ptr() == before[name][0]
+        assert torch.equal(p, before[name][1])
+    for_good = copy.deepcopy(model)
+    generation.cast_products(for_good, torch.bfloat16)
+    assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {torch.bfloat16}
+    assert {p.dtype for b in for_good.blocks for p in b.s4d.parameters()} == {torch.float32}
+    assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16)[0], cast)
+
+
+def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
+    seen = []
+
+    def fail(*arguments):
+        seen.append(model.blocks[0].W0.weight.dtype)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(generation, "sample", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        draw(model, [0], dtype=torch.bfloat16)
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_unconditional_model():

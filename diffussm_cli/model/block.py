@@ -61,7 +61,7 @@ class HourglassLinear(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """F.gelu, on numbers as they lie in memory: for a CPU it has a path that is twice as fast when they are in order."""
+    """F.gelu, on numbers as they lie in memory: on a CPU it is twice as fast when they are in order."""
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(i) for i in range(x.ndim)]
     return F.gelu(x.permute(order)).permute(back)

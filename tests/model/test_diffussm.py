@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import types
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 
 from diffussm_cli.config import load_config
 from diffussm_cli.model import DiffuSSM, build_model
-from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model import block as block_module
+from diffussm_cli.model.block import DiffuSSMBlock, gelu
 from diffussm_cli.model.embeddings import patchify, position_table, unpatchify
 from diffussm_cli.model.s4d import s4d_recurrence
 from diffussm_cli.training.optimizer import parameter_groups
@@ -71,6 +73,34 @@ def test_block_equals_the_formula_token_by_token(M):
         down = [F.gelu(Y[:, j * M + k] @ block.W_down.weight[k].T + block.W_down.bias[k]) for k in range(M)]
         O[:, j] = block.W3(F.gelu(linear(block.W2, torch.cat(down, -1))) * F.gelu(linear(block.W1, I[:, j])))
     torch.testing.assert_close(block(x, c), x + O, rtol=1e-9, atol=1e-10)
+
+
+def test_nothing_is_transposed_between_the_products(monkeypatch):
+    """From W_up to the gate channels come first in memory, and activations see numbers in order."""
+    seen = []
+
+    def spy(x):
+        seen.append(x.is_contiguous())
+        return F.gelu(x)
+
+    block = fill(DiffuSSMBlock(8, 2, 4), 0.5)
+    x, c = torch.randn(3, 6, 8), torch.randn(3, 8)
+    h = block.norm(x, c)
+    u = block.W_up.open(h)
+    y = block.s4d(u)
+    assert u.permute(3, 1, 0, 2).is_contiguous()  # (M, D, B, J)
+    assert y.permute(3, 1, 0, 2).is_contiguous()  # (M, 2D, B, J)
+    for v in (block.W_down.close(y), block.W1(h)):
+        assert v.permute(2, 0, 1).is_contiguous()  # (channels, B, J)
+    monkeypatch.setattr(block_module, "F", types.SimpleNamespace(gelu=spy, silu=F.silu))
+    block(x, c)
+    assert seen == [True] * 5
+
+
+def test_gelu_keeps_the_layout():
+    x = torch.randn(2, 3, 4, 5).permute(2, 0, 3, 1)
+    torch.testing.assert_close(gelu(x), F.gelu(x))
+    assert gelu(x).stride() == x.stride()
 
 
 @pytest.mark.parametrize(
