@@ -1,5 +1,9 @@
 """Devices and precisions by name."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -18,6 +22,26 @@ def test_devices_by_name():
     for name in ("tpu", "cuda:99", "meta-ish"):
         with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
             pick_device(name)
+
+
+def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
+    """In a fresh process: there the number of the main thread is not decided yet."""
+    code = """
+import torch
+from diffussm_cli.device import helpers
+with helpers(2) as pool:
+    print(*pool.map(lambda _: torch.get_num_threads(), range(4)))
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["1 1 1 1", str(torch.get_num_threads())]
+
+
+def test_no_pool_of_threads_is_made_elsewhere():
+    """A thread that shares the cores with the one that computes slows it down."""
+    root = Path(device.__file__).parent
+    made = {p.name for p in root.rglob("*.py") for word in ("ThreadPoolExecutor(", "Thread(") if word in p.read_text()}
+    assert made == {"device.py"}
 
 
 def test_bf16_only_where_hardware_has_it(monkeypatch):

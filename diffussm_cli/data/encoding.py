@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ from diffussm_cli.data.latents import (
 )
 from diffussm_cli.data.listing import Listing, read_entry
 from diffussm_cli.data.vae import VAE, VAEFacts
-from diffussm_cli.device import is_out_of_memory
+from diffussm_cli.device import helpers, is_out_of_memory
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
@@ -69,7 +69,7 @@ class Encoder:
     def write(self, shards: Sequence[int]) -> Iterator[Step]:
         """Encode and write shards in order. Raises DataError; what is finished stays."""
         batches = iter(_loader(self, shards))
-        with ThreadPoolExecutor(1) as writer:  # one shard is written while the next one is encoded
+        with helpers() as writer:  # one shard is written while the next one is encoded
             written: Future | None = None
             for shard in shards:
                 arrays, skipped = empty_shard(self.settings, shard), []

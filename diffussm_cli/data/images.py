@@ -9,7 +9,6 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from diffussm_cli.device import helpers
 from diffussm_cli.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -37,7 +37,7 @@ class ImageFolder:
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
         self.size, self.channels, self.flip = size, channels, flip
         self.files, self.labels, self.class_names = list_images(root)
-        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self._pool = helpers(min(8, os.cpu_count() or 1))
 
     def __len__(self) -> int:
         return len(self.files)

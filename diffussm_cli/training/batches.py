@@ -5,7 +5,6 @@ B global batch, of which each process takes its part   C channels   H x W grid
 
 import functools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
+from diffussm_cli.device import helpers
 from diffussm_cli.distributed import ALONE, Share
 
 
@@ -34,7 +34,7 @@ class Batch:
 
 def batches(source: Source, config: Config, start: int, share: Share = ALONE) -> Iterator[Batch]:
     """Batches of steps start, start + 1, ..., the next one made in a thread while this one is used."""
-    with ThreadPoolExecutor(1) as worker:
+    with helpers() as worker:
         following = worker.submit(make_batch, source, config, start, share)
         for step in range(start, config.train.steps):
             batch = following.result()

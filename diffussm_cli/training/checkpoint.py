@@ -7,7 +7,7 @@ hashes, and the one before is taken.
 import json
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import TrainConfig
+from diffussm_cli.device import helpers
 from diffussm_cli.errors import RunError
 from diffussm_cli.files import PARTIAL, sha256
 from diffussm_cli.runs import (
@@ -42,7 +43,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, config: TrainConfig):
         self.root, self.config = root, config
-        self._thread = ThreadPoolExecutor(1) if config.async_checkpoint else None
+        self._thread = helpers() if config.async_checkpoint else None
         self._running: Future | None = None
 
     def write(self, tensors: Tensors, state: dict[str, Any]) -> None:
