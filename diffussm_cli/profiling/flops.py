@@ -112,8 +112,8 @@ def training_bytes(config: Config, parameters: int) -> int:
     """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, kept activations, work space.
 
     Activations are those that eager autograd keeps for one part of the batch, in float32 unless `train.precision` is
-    bf16, and what making the kernels keeps; three blocks more are what a backward pass works in. Peaks measured on a
-    CPU lay within 20% (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
+    bf16, and the kernels; two blocks more are what a backward pass works in. Peaks measured on a
+    CPU lay within 25% (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
     """
     m, t = config.model, config.train
     H, W = config.data.grid
@@ -124,12 +124,11 @@ def training_bytes(config: Config, parameters: int) -> int:
     if m.backbone == "dit":
         per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
     else:
-        positions = 15 * D * narrow / M  # norm, W0, W1, W2, gate, residual, each kept before and after its activation
-        tokens = (6 * D) * narrow  # W_up before and after, Y in and out of the convolution
-        spectra = 2 * 3 * D * wide  # U and its two products, complex, n/2 long with n = 2L
-        per_token = positions + tokens + spectra
-        kernels = 12 * 2 * D * math.ceil(math.sqrt(L)) * m.d_state // 2 * wide
+        positions = 20 * D * narrow / M  # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
+        tokens = 4 * D * narrow  # U before and after GELU, Y
+        per_token = positions + tokens
+        kernels = 2 * D * L * wide
     a_part = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
-    return int(parameters * 5 * 4 + blocks * (a_part + kernels) + kept + 3 * a_part)
+    return int(parameters * 5 * 4 + blocks * (a_part + kernels) + kept + 2 * a_part)
