@@ -1,4 +1,4 @@
-"""The share of a training step that is spent waiting for its batch.
+"""The share of a training step that is spent waiting for its batch, and all that is not forward, backward, optimiser.
 
     python benchmarks/waiting.py mnist --steps 50
     python benchmarks/waiting.py s-256 --data latents/ --set train.batch_size=8 --steps 5
@@ -10,6 +10,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from diffussm_cli.config import load_config
@@ -18,6 +20,17 @@ from diffussm_cli.device import keep_freed_memory
 from diffussm_cli.training.batches import batches
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+
+
+def timed(function: Callable, clock: Counter, name: str) -> Callable:
+    def call(*arguments):
+        start = time.perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            clock[name] += time.perf_counter() - start
+
+    return call
 
 
 def main() -> None:
@@ -37,14 +50,17 @@ def main() -> None:
         meter = Meter(config.diffusion.timesteps, trainer.device)
         following = batches(source, config, 0)
         trainer.update(next(following), meter)
-        waiting, start = 0.0, time.perf_counter()
+        clock = Counter()
+        meter.add = timed(meter.add, clock, "record")
+        meter.end_step = timed(meter.end_step, clock, "record")
+        wait, update = timed(next, clock, "waiting"), timed(trainer.update, clock, "update")
+        start = time.perf_counter()
         for _ in range(a.steps):
-            asked = time.perf_counter()
-            batch = next(following)
-            waiting += time.perf_counter() - asked
-            trainer.update(batch, meter)
+            update(wait(following), meter)
         total = time.perf_counter() - start
-    share = {"preset": a.preset, "share_waiting": waiting / total, "seconds_a_step": total / a.steps}
+    outside = total - clock["update"] + clock["record"]
+    share = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
+    share |= {"seconds_a_step": total / a.steps}
     print(json.dumps({**share, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
 
 

@@ -112,8 +112,8 @@ def training_bytes(config: Config, parameters: int) -> int:
     """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, kept activations, work space.
 
     Activations are those that eager autograd keeps for one part of the batch, in float32 unless `train.precision` is
-    bf16, and the kernels; two blocks more are what a backward pass works in. Peaks measured on a
-    CPU lay within 25% (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
+    bf16, and the kernels; two blocks more are what a backward pass works in. Peaks measured on a CPU lay within 25%
+    (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
     """
     m, t = config.model, config.train
     H, W = config.data.grid
