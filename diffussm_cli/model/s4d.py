@@ -82,7 +82,7 @@ class Modes(torch.autograd.Function):
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
         for rows in _row_slices(re, T):
             outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
-            with _full_float32_products():
+            with _no_autocast(x.device), _full_float32_products():
                 over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
                 over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
                 W0 = _complex(over_b.sum(-2))

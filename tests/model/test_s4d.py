@@ -259,6 +259,16 @@ def test_kernel_under_autocast_keeps_its_bits():
     assert torch.equal(cast, s4d(u))
 
 
+def test_gradients_taken_under_autocast_keep_their_bits():
+    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
+    gradients = torch.autograd.grad(s4d(u).square().sum(), list(s4d.parameters()))
+    loss = s4d(u).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = torch.autograd.grad(loss, list(s4d.parameters()))
+    for a, b in zip(cast, gradients):
+        assert torch.equal(a, b)
+
+
 def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     inside = []
 
