@@ -163,7 +163,7 @@ def block_bf16(device: torch.device) -> dict:
 
 
 KINDS = {  # of the operators that do work themselves; what is not named is elementwise
-    "products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear"),
+    "products": latency.PRODUCTS,
     "FFT": ("_fft_r2c", "_fft_c2r"),
     "copies": ("copy_", "fill_", "cat", "constant_pad_nd"),
 }
@@ -182,7 +182,7 @@ def parts(device: torch.device) -> dict:
             y.backward()
             model.zero_grad()
 
-        results[f"forward+backward {dtype}"] = _shares(train)
+        results[f"forward+backward {dtype}"] = _shares(train, device)
         sampled = copy.deepcopy(model).eval()
         cast_products(sampled, dtype)
 
@@ -190,11 +190,11 @@ def parts(device: torch.device) -> dict:
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 model(x, c)
 
-        results[f"forward {dtype}"] = _shares(forward)
+        results[f"forward {dtype}"] = _shares(forward, device)
     return results
 
 
-def _shares(call: Callable[[], object]) -> dict[str, float]:
+def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Percent of the operators' own time by kind, of a few calls after others under the same profiler."""
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
@@ -212,8 +212,9 @@ def _shares(call: Callable[[], object]) -> dict[str, float]:
             if event.name.startswith("aten::"):
                 found[_kind(event)] += getattr(event, own)
 
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    own = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     with (
         patch.object(S4D, "taps", in_kernel(S4D.taps)),
         patch.object(s4d.Modes, "backward", staticmethod(in_kernel(s4d.Modes.backward))),

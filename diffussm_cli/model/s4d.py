@@ -101,8 +101,13 @@ def levels(L: int) -> tuple[int, int]:
 def _row_slices(re: Tensor, T: int) -> list[slice]:
     """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; one on a GPU, or when compiled."""
     rows, half_N = re.shape
-    r = rows if torch.compiler.is_compiling() else max(1, 2 * SLICE[re.device.type == "cpu"] // (2 * half_N * T))
-    return [slice(start, min(start + r, rows)) for start in range(0, rows, r)]
+    return _cut(rows, half_N * T, re.device)
+
+
+def _cut(count: int, numbers: int, device: torch.device) -> list[slice]:
+    """Slices of `count` things of so many numbers each; one when compiled, for which sizes must not vary."""
+    size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // numbers)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
@@ -263,8 +268,7 @@ def slices(u: Tensor, share: int = 1) -> list[slice]:
     Where more of them are at work at a time, each has but a share.
     """
     B, D, J, M = u.shape
-    d = D if torch.compiler.is_compiling() else max(1, SLICE[u.device.type == "cpu"] // share // (B * J * M))
-    return [slice(start, min(start + d, D)) for start in range(0, D, d)]
+    return _cut(D, share * B * J * M, u.device)
 
 
 class Convolution(torch.autograd.Function):
