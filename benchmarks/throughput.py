@@ -1,0 +1,105 @@
+"""Images per second and peak memory of training steps and of sampling, on random images and random weights.
+
+    python benchmarks/throughput.py train xl-256 --steps 50 --set train.batch_size=32
+    torchrun --nproc-per-node 8 benchmarks/throughput.py train xl-256 --set train.parallel=fsdp
+    python benchmarks/throughput.py sample xl-256 --images 16 --steps 50
+
+No data set and no checkpoint is needed. Prints one JSON object. The first steps, or the first batch of images, are not
+counted: they compile, allocate memory and build the kernels of the SSM.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from diffussm_cli.config import Config, load_config
+from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.distributed import ALONE, Share, meeting, read_share
+from diffussm_cli.generation import cast_products, generate
+from diffussm_cli.profiling import latency
+from diffussm_cli.training.batches import batches
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.plan import Noise
+from diffussm_cli.training.record import Meter
+
+WARM_UP = 3  # training steps that are not counted
+
+
+def train(config: Config, steps: int, share: Share = ALONE) -> dict:
+    """Run `steps` optimiser steps as training does: batches are made in a thread while the model computes."""
+    train = dataclasses.replace(config.train, steps=WARM_UP + steps, sample_every=0)
+    config = dataclasses.replace(config, train=train)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, Noise(config), Path(folder), share)
+        meter = Meter(config.diffusion.timesteps, trainer.device, share)
+        for step, batch in enumerate(batches(trainer.source, config, 0, share)):
+            if step == WARM_UP:
+                trainer.bad_steps.flush(step)  # waits for the device
+                start = time.perf_counter()
+            trainer.update(batch, meter)
+            trainer.step += 1
+        trainer.bad_steps.flush(trainer.step)
+        seconds = time.perf_counter() - start
+    return {
+        "step_seconds": seconds / steps,
+        "images_per_second": steps * config.train.batch_size / seconds,
+        "loss": meter.flush()["loss"],
+        "precision": str(trainer.dtype).removeprefix("torch."),
+    }
+
+
+def sample(config: Config, images: int, steps: int) -> dict:
+    """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the second."""
+    device = pick_device(config.train.device)
+    dtype = pick_dtype(config.train.precision, device)
+    model = latency.build(config, latency.Setting(device), config.model.depth).eval()
+    cast_products(model, dtype)
+    process = GaussianDiffusion.from_config(config.diffusion, device)
+    guidance = 1.5 if config.model.num_classes else 1.0
+    request = dataclasses.replace(config.sample, steps=steps, guidance=guidance)
+    for first in (0, images):
+        start = time.perf_counter()
+        for _ in generate(model, process, request, range(first, first + images), None, images, dtype):
+            pass  # images arrive on the CPU, so that the device is waited for
+        seconds = time.perf_counter() - start
+    full = config.sample.steps
+    return {
+        "seconds": seconds,
+        "steps": steps,
+        "images_per_second": images / seconds,
+        f"images_per_second_at_{full}_steps": images / seconds * steps / full,
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Peak memory of the allocator on CUDA, of this process elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else latency.resident_peak()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=("train", "sample"))
+    parser.add_argument("preset")
+    parser.add_argument("--steps", type=int, default=50, help="optimiser steps, or denoising steps")
+    parser.add_argument("--images", type=int, default=16, help="images in a batch of `sample`")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    a = parser.parse_args()
+    keep_freed_memory()
+    config, share = load_config(a.preset, a.overrides), read_share()
+    device = pick_device(config.train.device)
+    with meeting(share, device.type == "cuda"):
+        found = train(config, a.steps, share) if a.work == "train" else sample(config, a.images, a.steps)
+    if share.rank == 0:
+        facts = {"preset": a.preset, "processes": share.of, "device": str(device)}
+        print(json.dumps({**facts, **found, "peak_bytes": peak_bytes(device)}))
+
+
+if __name__ == "__main__":
+    main()
