@@ -1,0 +1,106 @@
+"""On a GPU that is only pretended: torch's fake tensors carry a CUDA device and a shape but no values.
+
+An operator that is given tensors of two devices fails as on a real GPU, and so does the host where it asks a tensor on
+the device for its value, which would make every step wait. Values are compared elsewhere; `pytest --device cuda` runs
+the whole suite where there is a real one.
+"""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from diffussm_cli.config import SampleConfig, load_config
+from diffussm_cli.data import vae as vae_module
+from diffussm_cli.data.source import open_source
+from diffussm_cli.data.vae import read_facts
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.evaluation.features import load_extractor
+from diffussm_cli.generation import make_denoiser
+from diffussm_cli.model import build_model
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.record import Meter
+from tests.conftest import save_vae
+
+CUDA = torch.device("cuda", 0)
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # tells kept kernels apart
+
+
+def new_parameters(self, function, recurse=True):
+    """`nn.Module._apply` with new parameters: torch's own cannot exchange those that are fake."""
+    for child in self.children():
+        child._apply(function)
+    with torch.no_grad():
+        for name, p in self._parameters.items():
+            self._parameters[name] = p if p is None else nn.Parameter(function(p), p.requires_grad)
+        for name, b in self._buffers.items():
+            self._buffers[name] = b if b is None else function(b)
+    return self
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A mode in which CUDA devices are pretended."""
+    monkeypatch.setattr(nn.Module, "_apply", new_parameters)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@pytest.mark.parametrize("preset", ["digits", "mnist-dit"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward(pretended, preset, grad):
+    config = load_config(preset, ["model.depth=1", "model.hidden_size=16", "model.heads=2"])
+    with pretended, torch.set_grad_enabled(grad):
+        model = build_model(config).to(CUDA)
+        x = torch.randn(2, 1, *config.data.grid, device=CUDA)
+        output = model(x, torch.zeros(2, dtype=torch.long, device=CUDA), torch.ones(2, dtype=torch.long, device=CUDA))
+    assert output.device == CUDA
+
+
+def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, tmp_path, monkeypatch):
+    config = tiny("train.device=cuda:0", "train.precision=fp32", "train.accumulate=2", "train.grad_clip=1")
+    source = open_source(config)
+    batch = make_batch(source, config, 0)
+
+    def backward(loss):  # the engine wants a real device
+        for p in trainer.model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    with pretended:
+        trainer = Trainer(config, source, tmp_path)
+        meter = Meter(config.diffusion.timesteps, trainer.device)
+        trainer.update(batch, meter)
+        assert {p.device for p in trainer.ema.model.parameters()} == {CUDA}
+        with pytest.raises(DataDependentOutputException):  # records do wait, so the pretence sees it
+            meter.flush()
+
+
+def test_guided_and_clipped_denoiser(pretended):
+    """What the samplers call; diffusers' schedulers themselves ask for values at each step."""
+    config = load_config("digits", ["model.depth=1", "model.hidden_size=16"])
+    request = SampleConfig(guidance=2.0, clip=True)
+    with pretended, torch.no_grad():
+        model = build_model(config).to(CUDA).eval()
+        process = GaussianDiffusion.from_config(config.diffusion, CUDA)
+        denoise = make_denoiser(model, process, request, torch.zeros(2, dtype=torch.long, device=CUDA))
+        assert denoise(torch.randn(2, 1, 8, 8, device=CUDA, dtype=torch.float64), 500).device == CUDA
+
+
+def test_digits_extractor(pretended):
+    with pretended:
+        features = load_extractor("digits", None, CUDA)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+    assert {f.device for f in features} == {CUDA}
+
+
+def test_vae(pretended, tmp_path, monkeypatch):
+    monkeypatch.setattr(vae_module, "_weights_sha256", lambda model: "")  # of values
+    facts = read_facts(str(save_vae(tmp_path / "vae")))
+    with pretended:
+        model = AutoencoderKL.from_config(AutoencoderKL.load_config(tmp_path / "vae"))
+        vae = vae_module.VAE(model, facts, CUDA, torch.float32)
+        mean, std = vae.encode(torch.zeros(2, 3, 16, 16))
+        assert mean.device == std.device == CUDA
+        assert vae.decode(torch.zeros(2, 4, 4, 4)).device.type == "cpu"
