@@ -96,9 +96,16 @@ def field_row(section: str, field: dataclasses.Field, hint: typing.Any) -> tuple
     """Name, type with bounds, default, help."""
     facts = dict(field.metadata)
     meaning = facts.pop("help")
-    limits = [BOUNDS[name].format(f"{value:g}" if value < 1e6 else value) for name, value in facts.items()]
-    kind = ", ".join([f"`{type_name(hint)}`", *limits])
+    kind = ", ".join([f"`{type_name(hint)}`", *limits(facts)])
     return f"`{section}.{field.name}`", kind, f"`{shown(field.default)}`", meaning
+
+
+def limits(bounds: dict[str, float]) -> list[str]:
+    """Bounds in words: `1 to 1,000`, or `above 0` and `at most 10`."""
+    words = {name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
+    if words.keys() == {"least", "most"}:
+        return [f"{words['least']} to {words['most']}"]
+    return [BOUNDS[name].format(value) for name, value in words.items()]
 
 
 def type_name(hint: typing.Any) -> str:
@@ -145,7 +152,7 @@ def commands_table() -> str:
         hints = typing.get_type_hints(function, include_extras=True)
         rows = [option_row(p.name, hints[p.name], p.default) for p in inspect.signature(function).parameters.values()]
         head = ("Argument or option", "Values", "Default", "Meaning")
-        name, text = command.name or function.__name__, inspect.cleandoc(function.__doc__)
+        name, text = command.name or function.__name__, inspect.cleandoc(function.__doc__).replace("\b", "")
         parts.append(f"## {name}\n\n{text}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
@@ -153,15 +160,15 @@ def commands_table() -> str:
 def option_row(name: str, hint: typing.Any, default: typing.Any) -> tuple[str, ...]:
     """Name, values, default, help of a parameter `name: Annotated[type, typer.Option(...)] = default`."""
     kind, info = typing.get_args(hint)
+    values = type_name(kind).removesuffix(" or null")
     if isinstance(info, typer.models.ArgumentInfo):
         name = info.metavar or name.upper()
     else:
+        values = info.metavar or values
         own = [info.default] if isinstance(info.default, str) else []  # Typer moves the first name there
         name = ", ".join([*own, *info.param_decls] or [f"--{name.replace('_', '-')}"])
-    flag = kind is bool
-    values = info.metavar or type_name(kind).removesuffix(" or null")
-    limits = [BOUNDS[k].format(v) for k, v in (("least", info.min), ("most", info.max)) if v is not None]
-    values = "" if flag else ", ".join([f"`{values}`", *limits])
+    bounds = {name: value for name, value in (("least", info.min), ("most", info.max)) if value is not None}
+    values = "" if kind is bool else ", ".join([f"`{values}`", *limits(bounds)])
     default = "" if default is None or default is False else f"`{shown(default)}`"
     return f"`{name}`", values, default, info.help
 
