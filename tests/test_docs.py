@@ -1,0 +1,113 @@
+"""What README and docs/ say is true of the code: links, commands, examples, and numbers that have an address."""
+
+import itertools
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+import yaml
+
+from diffussm_cli import __version__
+from diffussm_cli.cli import app
+from diffussm_cli.config import load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+COMMANDS = typer.main.get_command(app).commands
+
+
+def commands_in(page):
+    """Every command of the program on a page, as a list of words that begins with its name."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    found = re.findall(r"`diffussm (\w[^`]*)`", text)
+    found += re.findall(r"^ *(?:(?:torchrun|srun|pip) .*?)?\bdiffussm(?:_cli)? (\w.*)$", text, re.M)
+    lists = [shlex.split(command, comments=True) for command in found]
+    return [words for words in lists if words[0] in COMMANDS]
+
+
+EXAMPLES = [pytest.param(w, id=f"{p.name}: {' '.join(w)}") for p in PAGES for w in commands_in(p)]
+
+
+def test_readme_is_short_and_holds_its_two_commands():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) < 130
+    assert "    pip install '.[demo]' && diffussm train --preset mnist" in lines
+    assert "    pip install '.[test]' && pytest" in lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8"))
+    made_later = "api/"  # when the site is built, which checks these links
+    assert [t for t in targets if not t.startswith(made_later) and not (page.parent / t).exists()] == []
+
+
+def test_examples_were_found():
+    assert {words.values[0][0] for words in EXAMPLES} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", EXAMPLES)
+def test_commands_exist_as_they_are_written(words):
+    command = COMMANDS[words[0]]
+    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
+    assert {w.partition("=")[0] for w in words[1:] if re.match("--?[a-z]", w)} <= known
+    pairs = list(itertools.pairwise(words))
+    given = dict(pairs)
+    if words[0] == "train" and given.get("--preset") != "NAME":
+        overrides = [value for option, value in pairs if option == "--set"]
+        load_config(given.get("--preset", "mnist"), overrides, {"data.path": given.get("--data", "folder")})
+
+
+def test_examples_of_the_library_run():
+    torch.manual_seed(0)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text("utf-8"), re.S)
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)  # noqa: S102
+    assert names["noise"].shape == names["images"].shape == (2, 4, 32, 32)
+    assert names["images"].isfinite().all()
+
+
+def is_printed_in(number, text):
+    """Whether some number of a text, rounded to the digits of `number`, is that number."""
+    mantissa, _, exponent = number.replace(",", "").partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
+    wanted = float(number.replace(",", ""))
+    found = (float(n.replace(",", "")) for n in NUMBER.findall(text))
+    return any(abs(n - wanted) <= unit * 0.5000001 for n in found)
+
+
+INDEX = re.findall(
+    r"^\| (.+?) \| (.*?\d.*?) \| .*\| \[[\w-]+\]\((results/.+?)\) \|$",
+    (ROOT / "benchmarks" / "README.md").read_text("utf-8"),
+    re.M,
+)
+
+
+def test_the_index_was_read():
+    assert len(INDEX) > 30
+
+
+@pytest.mark.parametrize(("what", "numbers", "file"), INDEX, ids=lambda x: str(x)[:40])
+def test_numbers_of_the_index_stand_in_their_results(what, numbers, file):
+    text = (ROOT / "benchmarks" / file).read_text("utf-8")
+    assert [n for n in NUMBER.findall(numbers) if not is_printed_in(n, text)] == [], what
+
+
+def test_results_of_readme_stand_where_it_says():
+    rows = re.findall(r"^\| .+ \| (.+) \| (\[.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert len(rows) > 8
+    for result, links in rows:
+        texts = [(ROOT / link).read_text("utf-8") for link in re.findall(r"\]\((.+?)\)", links)]
+        numbers = NUMBER.findall(re.sub(r"XL/\d|float\d+|\bat \d+", "", result))
+        assert [n for n in numbers if not any(is_printed_in(n, text) for text in texts)] == [], result
+
+
+def test_citation_names_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
+    assert f"Version {__version__}" in (ROOT / "README.md").read_text("utf-8")
