@@ -170,9 +170,9 @@ class Bench:
         """Features of a set, from the cache or under a bar; the finished Gathering."""
         from diffussm_cli.evaluation.gathering import Gathering
 
-        work = Gathering(images, self.extractor, self.batch_size, self.cache)
-        with bar(self.console, len(work.part(self.share)), what) as advance:
-            for n in work.run(self.share):
+        work = Gathering(images, self.extractor, self.batch_size, self.cache, self.share)
+        with bar(self.console, len(work.part), what) as advance:
+            for n in work.run():
                 advance(n)
         if work.warning:
             self.console.print(f"warning: {work.warning}", style="bold", markup=False, soft_wrap=True)

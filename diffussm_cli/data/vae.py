@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import Config
-from diffussm_cli.errors import DataError
+from diffussm_cli.errors import DataError, reason
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
@@ -44,7 +44,7 @@ class VAE:
 
     def __init__(self, model: nn.Module, facts: VAEFacts, device: torch.device, dtype: torch.dtype):
         self.facts, self.device, self.dtype = facts, device, dtype
-        self.weights_sha256 = _weights_sha256(model)
+        self.weights_sha256 = weights_sha256(model)
         self.model = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift))
 
@@ -107,7 +107,7 @@ def read_facts(name: str) -> VAEFacts:
         scale = tuple(float(c.scaling_factor / std) for std in stds)
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
     except Exception as e:  # whatever a constructor says of values that do not fit together
-        raise DataError(f"--vae: the config of {name!r} is damaged: {_reason(e)}") from e
+        raise DataError(f"--vae: the config of {name!r} is damaged: {reason(e)}") from e
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
         raise DataError(f"--vae: {name!r} is not between RGB images and {C} channels")
     plain = {k: v for k, v in values.items() if not k.startswith("_")}
@@ -148,10 +148,10 @@ def _load(name: str, call: Callable[[], Any]) -> Any:
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         if Path(name).is_dir():
-            raise DataError(f"--vae: cannot load the folder {name!r}: {_reason(e)}") from e
+            raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
         raise DataError(
             f"--vae: cannot load {name!r} from the hub: download its config.json and "
-            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({_reason(_origin(e))})"
+            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(_origin(e))})"
         ) from e
 
 
@@ -178,16 +178,12 @@ def _origin(e: BaseException) -> BaseException:
     return e
 
 
-def _reason(e: BaseException) -> str:
-    return f"{(str(e).strip().splitlines() or [type(e).__name__])[0]:.200}"
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    """Hash of names, shapes and float32 values, whatever file they came from."""
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of the names, shapes and bytes of all tensors, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
     return digest.hexdigest()
 
 

@@ -59,8 +59,8 @@ class Scoring:
         return values
 
     def _gather(self, images, share: Share):
-        work = Gathering(images, self.extractor, BATCH)
-        for _ in work.run(share):
+        work = Gathering(images, self.extractor, BATCH, share=share)
+        for _ in work.run():
             pass
         return work.result
 

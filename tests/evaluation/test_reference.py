@@ -1,13 +1,18 @@
 """Sets of images and reference files: what goes in comes out, whoever made it, and bad ones are one line."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import evaluate as ev
-from diffussm_cli.evaluation.features import load_extractor
+from diffussm_cli.evaluation import gathering
+from diffussm_cli.evaluation.features import Features, load_extractor
 from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
@@ -132,6 +137,68 @@ def test_batch_size_changes_nothing(pictures, digits):
         list(work.run())
     for name, value in one.result.tensors().items():
         torch.testing.assert_close(value, many.result.tensors()[name], rtol=1e-5, atol=1e-5)
+
+
+class Recorder:
+    """An extractor of one channel that notes the arithmetic of convolutions while it is called."""
+
+    identity, channels = "recorder", 1
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(convolutions())
+        return Features(images.float().mean((2, 3)))
+
+
+def convolutions():
+    """What float32 convolutions are computed in on NVIDIA GPUs."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision if hasattr(torch.backends, "fp32_precision") else cudnn.allow_tf32
+
+
+def test_features_are_extracted_in_full_float32(pictures):
+    extractor, before = Recorder(), convolutions()
+    gathered(open_images(str(pictures), 1), extractor)
+    assert extractor.seen == [{"tf32": "ieee", True: False}[before]] * 3
+    assert convolutions() == before
+
+
+class Job:
+    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their calls."""
+
+    def __init__(self):
+        self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(self, value, share):
+        self.said[share.rank] = value
+        self.meeting.wait()
+        found = list(self.said)
+        self.meeting.wait()
+        return found
+
+
+def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_path, digits, monkeypatch):
+    """One process has the reference's features in its own cache and the other has not: both gather both sets."""
+    reference = open_images(str(pictures), 1)
+    samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
+    gathered(reference, digits, tmp_path / "0")
+    alone = [gathered(images, digits)[0].result.pool for images in (reference, samples)]
+    monkeypatch.setattr(gathering, "gather", Job().gather)
+
+    def of_rank(rank):
+        found = []
+        for images in (reference, samples):
+            work = Gathering(images, digits, 5, tmp_path / str(rank), Share(rank, 2))
+            list(work.run())
+            found.append(work.result.pool)
+        return found
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(of_rank, (0, 1)))
+    for own in found:
+        torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ references
