@@ -33,6 +33,12 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
+def convolutions():
+    """What float32 convolutions are computed in on NVIDIA GPUs."""
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision if hasattr(torch.backends, "fp32_precision") else cudnn.allow_tf32
+
+
 @pytest.fixture
 def tiny():
     """A configuration that trains in a second on the 8x8 digits; arguments are more overrides."""

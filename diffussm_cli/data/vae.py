@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import Config
+from diffussm_cli.device import full_float32
 from diffussm_cli.errors import DataError, reason
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
@@ -58,10 +59,12 @@ class VAE:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
         x = images.to(self.device, self.dtype)
+        with full_float32():
+            found = self.model.encode(x)
         if self.facts.kind == "AutoencoderTiny":
-            mean = self.model.encode(x).latents.float()
+            mean = found.latents.float()
             return mean, torch.zeros_like(mean)
-        mean, logvar = self.model.encode(x).latent_dist.parameters.float().chunk(2, dim=1)
+        mean, logvar = found.latent_dist.parameters.float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     @torch.no_grad()
@@ -77,7 +80,8 @@ class VAE:
         else:
             self.model.disable_tiling()
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
-        parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
+        with full_float32():
+            parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
         return torch.cat([part.float().cpu() for part in parts])
 
 
@@ -94,7 +98,7 @@ def read_facts(name: str) -> VAEFacts:
     import diffusers
 
     where = _where(name)
-    values = _load(name, lambda: diffusers.AutoencoderKL.load_config(**where))
+    values = _load(name, lambda: _reach_hub(**where) or diffusers.AutoencoderKL.load_config(**where))
     kind = values.get("_class_name")
     if kind not in KINDS:
         raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
@@ -139,6 +143,17 @@ def _where(name: str) -> dict[str, str]:
     if not found:
         raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as stabilityai/sd-vae-ft-ema")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
+
+
+def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
+    """Raises at once if the hub is needed and does not answer; diffusers would ask it again and again for 23 s."""
+    import huggingface_hub as hub
+
+    repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
+    if Path(repository).is_dir() or isinstance(hub.try_to_load_from_cache(repository, file), str):
+        return
+    with contextlib.suppress(hub.errors.HfHubHTTPError):  # it does answer; what it says is diffusers' to tell
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
 def _load(name: str, call: Callable[[], Any]) -> Any:

@@ -24,7 +24,7 @@ def images(n=2, side=40, channels=3):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """An Inception with random weights in a file like the published one: torch's format before 1.6, hash in its name."""
+    """An Inception with random weights in a file like the published one: torch's old format, hash in its name."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hub") / "checkpoints" / "inception.pth"
     path.parent.mkdir()

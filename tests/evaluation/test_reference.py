@@ -17,6 +17,7 @@ from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
+from tests.conftest import convolutions
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +151,6 @@ class Recorder:
     def __call__(self, images):
         self.seen.append(convolutions())
         return Features(images.float().mean((2, 3)))
-
-
-def convolutions():
-    """What float32 convolutions are computed in on NVIDIA GPUs."""
-    cudnn = torch.backends.cudnn
-    return cudnn.conv.fp32_precision if hasattr(torch.backends, "fp32_precision") else cudnn.allow_tf32
 
 
 def test_features_are_extracted_in_full_float32(pictures):
