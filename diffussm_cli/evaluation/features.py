@@ -196,5 +196,6 @@ def _checked_sha256(path: Path, url: str) -> str:
     except DataError:
         raise
     except Exception as e:  # whatever torch says of a damaged pickle
-        raise DataError(f"--extractor-weights: {path} cannot be read as weights: {reason(e)}") from e
+        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
+        raise DataError(f"--extractor-weights: {path} cannot be read as weights: {why}") from e
     return digest
