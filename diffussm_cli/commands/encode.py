@@ -57,6 +57,8 @@ def encode(
         raise ConfigError("encode: name SOURCE and TARGET, as: diffussm encode images/ latents/")
     else:
         size = parse_resolution(resolution)
+        if size[0] % MULTIPLE or size[1] % MULTIPLE:
+            raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
         how = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
         fill(source, target, size, vae or DEFAULT_VAE, how, processes(workers), strict, device)
 
@@ -188,13 +190,10 @@ def processes(workers: int | None) -> int:
 
 def parse_resolution(text: str) -> tuple[int, int]:
     """`256` or `256x384` (height x width). Raises ConfigError."""
-    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
     if not found:
-        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384")
-    height, width = int(found[1]), int(found[2] or found[1])
-    if height % MULTIPLE or width % MULTIPLE:
-        raise ConfigError(f"--resolution: {text} must be a multiple of {MULTIPLE}")
-    return height, width
+        raise ConfigError(f"--resolution: {text!r} must be a number of pixels up to 9999 or HxW, as 256 or 256x384")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def run(console, steps: Iterator, total: int) -> None:

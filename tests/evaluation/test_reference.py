@@ -96,7 +96,6 @@ BAD = {
     "flat": ({"arr_0": np.zeros((2, 784), np.uint8)}, "not images \\(n, H, W, 3\\) of uint8"),
     "NCHW": ({"arr_0": np.zeros((2, 3, 28, 28), np.uint8)}, "not images"),
     "labels only": ({"labels": np.zeros(2, np.int64)}, "holds no arr_0, only labels"),
-    "colours": ({"arr_0": np.zeros((2, 28, 28, 3), np.uint8)}, "3 channels, but the extractor sees one"),
 }
 
 
