@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffussm_cli.commands.encode import processes
 from diffussm_cli.data import encoding
 from diffussm_cli.data.listing import list_source
 from tests.conftest import TINY, save_vae
 from tests.test_cli import line_of, run
 
 N = 12
+LONG = "x" * 300
 OPTIONS = ["--resolution", "16", "--shard-size", "5", "--batch-size", "2", "--workers", "0"]
 
 
@@ -87,6 +89,41 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert checked.stdout == f"5 files of {tmp_path / 'store'} are as they were written\n"
     again = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert "is complete already" in again.stderr
+
+
+def test_names_are_printed_as_they_are(images, vae, tmp_path):
+    """Though they read as rich's markup or as an emoji, or are no text at all."""
+    target = tmp_path / "a[b]:smile:[" / "red]"
+    for _ in range(2):
+        result = run("encode", images, target, "--vae", vae, *OPTIONS)
+        assert result.exit_code == 0, result.output
+        assert str(target) in result.stderr
+    (target / "shard-00001.safetensors").unlink()
+    assert f"1 shards of {target}" in run("encode", "--repair", images, target, "--workers", 0).stderr
+
+
+def test_names_that_are_no_text_are_encoded(vae, tmp_path):
+    folder = os.fsencode(tmp_path / "images") + b"/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (16, 16)).save(os.fsdecode(folder + b"/\xe9.png"))
+    with open(folder + b"/\xe8.png", "wb") as file:
+        file.write(b"broken")
+    for _ in range(2):
+        assert run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
+    assert run("encode", "--verify", tmp_path / "store").exit_code == 0
+    skipped = json.loads((tmp_path / "store" / "skipped.jsonl").read_text())
+    assert os.fsencode(skipped["file"]) == b"caf\xe9/\xe8.png"
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "expected"), [(64, "8", 8), (64, None, 16), (64, "1", 16), (4, "8", 1), (64, "x", 16)]
+)
+def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, local, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes(None) == expected
+    assert processes(5) == 5
 
 
 @pytest.mark.slow
@@ -227,6 +264,13 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         ("text", "out"): "SOURCE: no image in 'text'",
         (images, "/proc/out"): "TARGET: cannot write to '/proc/out'",
         (images, "text/a.txt"): "TARGET: cannot write to 'text/a.txt'",
+        (images, LONG): f"TARGET: cannot write to '{LONG}': File name too long",
+        (LONG, "out"): f"SOURCE: cannot read the folder '{LONG}': File name too long",
+        ("--verify", LONG): "manifest.json': File name too long",
+        (images, "out", "--vae", LONG): f"--vae: no folder '{LONG}'",
+        (images, "out", "--batch-size", 10**20): "--batch-size",
+        (images, "out", "--workers", 10**20): "--workers",
+        (images, "out", "--resolution", "99999"): "--resolution: '99999' must be a number of pixels or HxW, as 256 or 256x384, up to 9999",
         (images, "taken"): "TARGET: 'taken' is not empty and holds no latents",
         (images, images / "out"): "lies inside SOURCE",
         (images, "out", "--resolution", "0"): "--resolution: '0' must be a number of pixels or HxW",

@@ -10,10 +10,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -137,7 +137,7 @@ def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.f
 
 def _where(name: str) -> dict[str, str]:
     """A name as `from_pretrained` takes it. Raises DataError for what is neither a folder nor a hub name."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path's, no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
     if not found:
@@ -150,7 +150,7 @@ def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
     import huggingface_hub as hub
 
     repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
-    if Path(repository).is_dir() or isinstance(hub.try_to_load_from_cache(repository, file), str):
+    if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
         return
     with contextlib.suppress(hub.errors.HfHubHTTPError):  # it does answer; what it says is diffusers' to tell
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
@@ -162,7 +162,7 @@ def _load(name: str, call: Callable[[], Any]) -> Any:
         with _quiet():
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
         raise DataError(
             f"--vae: cannot load {name!r} from the hub: download its config.json and "

@@ -21,6 +21,7 @@ from diffussm_cli.data.latents import MANIFEST
 from diffussm_cli.data.listing import Listing, list_source, read_entry
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.device import helpers
+from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import sha256
 
@@ -79,7 +80,7 @@ class _Folder:
         self.cropped, self.size = size is not None, size or first
         self.labels = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
-        self._pool = helpers(min(8, os.cpu_count() or 1))
+        self._pool = helpers(min(8, own_cores()))
 
     def __len__(self) -> int:
         return len(self.listing.entries)
