@@ -136,7 +136,7 @@ class Bench:
         keep_freed_memory()
         self.name, self.weights, self.batch_size, self.share = name, weights, batch_size, share
         self.device, self.console = pick_device(device), make_console(quiet=share.rank > 0)
-        self.chosen = name == AUTO
+        self.asked = name
         self._extractor = None
 
     @property
@@ -186,18 +186,11 @@ class Bench:
             warn(self.console, work.warning)
         return work
 
-    def remarks(self, compared_with: str) -> list[str]:
-        """What is to be said of the extractor, if it was chosen here and not by the user."""
-        from diffussm_cli.data.source import BUILTIN
-        from diffussm_cli.evaluation.features import DIGITS_ONLY
-
-        doubtful = self.chosen and self.name == "digits" and not compared_with.startswith(BUILTIN)
-        return [DIGITS_ONLY] if doubtful else []
-
 
 def compare(bench: Bench, images, reference: str, size, metrics, half: bool, facts: dict[str, Any]) -> dict[str, Any]:
     """Every metric of a set against a reference, with warnings; `facts` are of its meta.json. Raises DiffussmError."""
     from diffussm_cli.evaluation.evaluate import evaluate, needs_images, warnings
+    from diffussm_cli.evaluation.features import doubts
     from diffussm_cli.evaluation.reference import check_extractor, open_reference
 
     against = open_reference(reference, bench.extractor, size)
@@ -212,7 +205,7 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool, fac
         for name, value in evaluate(gathered, against, metrics, half):
             found[name] = value
             status.update(f"metrics: {', '.join(found)}")
-        remarks = bench.remarks(reference) + warnings(images, gathered, against, metrics)
+        remarks = doubts(bench.asked, bench.name, reference) + warnings(images, gathered, against, metrics)
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are figures of previews")
     for remark in remarks:
@@ -231,6 +224,7 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool, fac
 
 def make_reference(bench: Bench, images: str, target: Path, size, count: int, seed: int) -> None:
     """Write a reference file. Raises DiffussmError."""
+    from diffussm_cli.evaluation.features import doubts
     from diffussm_cli.evaluation.reference import write_reference
 
     if target.suffix != ".npz":
@@ -240,7 +234,7 @@ def make_reference(bench: Bench, images: str, target: Path, size, count: int, se
         with bench.console.status("writing"):
             kept = write_reference(target, work, count, seed)
         n, height, width = len(work.images), *work.images.size
-        for remark in bench.remarks(images):
+        for remark in doubts(bench.asked, bench.name, images):
             warn(bench.console, remark)
         bench.console.print(f"statistics of {n:,} images of {height}x{width}, {kept:,} of them kept")
         typer.echo(target)

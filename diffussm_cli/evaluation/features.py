@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.files import sha256
@@ -106,15 +107,21 @@ class Own:
 
 
 AUTO = "auto"
-DIGITS_ONLY = (
-    "the extractor digits was chosen for grey 28x28 images, and it knows handwritten digits only: for other pictures "
-    "take --extractor inception"
-)
 
 
 def usual_extractor(size: tuple[int, int], grey: bool) -> str:
     """What `auto` stands for: digits for grey images of 28x28, else inception."""
     return "digits" if tuple(size) == (28, 28) and grey else "inception"
+
+
+def doubts(asked: str, used: str, compared_with: str) -> list[str]:
+    """What is to be said of the extractor that stands for `asked`, by the name of what samples are compared with."""
+    if asked != AUTO or used != "digits" or compared_with.startswith(BUILTIN):
+        return []
+    return [
+        "the extractor digits was chosen for grey 28x28 images, and it knows handwritten digits only; for other "
+        "pictures choose inception"
+    ]
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
