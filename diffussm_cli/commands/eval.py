@@ -165,20 +165,23 @@ class Bench:
         from diffussm_cli.evaluation.features import usual_extractor
         from diffussm_cli.samples import Sampler
 
-        sampler = Sampler(trained, how, classes, self.batch_size, precision, str(self.device))
+        with self.console.status("loading the run"):
+            sampler = Sampler(trained, how, classes, self.batch_size, precision, str(self.device))
+            facts = sampler.facts(seeds)
         if sampler.warning:
             raise DataError(f"eval: {sampler.warning}")
         data = trained.config.data
         if self.name == AUTO:
             self.name = usual_extractor(data.size, data.is_grey)
-        facts = sampler.facts(seeds)
         return Drawn(sampler, seeds, self.extractor.channels, facts), facts
 
     def gather(self, images, what: str):
         """Features of a set, from the cache or under a bar; the finished Gathering."""
         from diffussm_cli.evaluation.gathering import Gathering
 
-        work = Gathering(images, self.extractor, self.batch_size, self.cache, self.share)
+        extractor = self.extractor
+        with self.console.status("looking for kept features"):
+            work = Gathering(images, extractor, self.batch_size, self.cache, self.share)
         with bar(self.console, len(work.part), what) as advance:
             for n in work.run():
                 advance(n)

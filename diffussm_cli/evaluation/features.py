@@ -5,6 +5,7 @@ B batch   pool features (B, d)   spatial features (B, s), of sFID   logits (B, K
 
 import hashlib
 import importlib
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -141,7 +142,7 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Digits(device)
     if name.endswith((".pt", ".pt2")):
         return Own(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
-    if ":" in name:
+    if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return Own(*_call_factory(name), device)
     raise ConfigError(f"--extractor: {name!r} must be {', '.join(NAMES)}, a .pt2 file, or package.module:factory")
 
@@ -164,9 +165,10 @@ def _call_factory(name: str) -> tuple[nn.Module, str]:
     module, _, factory = name.partition(":")
     try:
         source = importlib.import_module(module)
-        network = getattr(source, factory)()
+        make = getattr(source, factory)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
+    network = make()
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--extractor: {name!r} gives a {type(network).__name__}, not a torch.nn.Module")
     code = getattr(source, "__file__", None)
@@ -178,8 +180,8 @@ def _download(url: str) -> Path:
     """Where torch keeps the file; fetched if it is not there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
         except (OSError, RuntimeError) as e:
             raise DataError(

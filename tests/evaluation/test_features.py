@@ -246,6 +246,9 @@ def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch)
         ("vgg", "'vgg' must be inception, digits"),
         ("no.pt2", "no file 'no.pt2'"),
         ("nothing:here", "cannot be imported"),
+        (":", "':' must be inception, digits"),
+        ("..mine:make", "'..mine:make' must be inception, digits"),
+        ("mine:", "'mine:' must be inception, digits"),
     ],
 )
 def test_unknown_extractors(name, words):
