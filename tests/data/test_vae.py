@@ -14,7 +14,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.data import vae
 from diffussm_cli.data.vae import load_vae, open_decoding, preview, read_facts
 from diffussm_cli.errors import DataError
-from tests.conftest import convolutions, save_vae
+from tests.conftest import float32_arithmetic, save_vae
 
 CPU = torch.device("cpu")
 
@@ -90,13 +90,14 @@ def test_the_vae_of_the_hub_is_read_in_its_old_format(tmp_path):
 
 
 def test_encoding_and_decoding_are_in_full_float32(tmp_path, monkeypatch):
-    v, before, seen = loaded(save_vae(tmp_path)), convolutions(), []
+    v, before, seen = loaded(save_vae(tmp_path)), float32_arithmetic(), []
     for name in ("encode", "decode"):
         own = getattr(v.model, name)
-        monkeypatch.setattr(v.model, name, lambda x, own=own: seen.append(convolutions()) or own(x))
+        monkeypatch.setattr(v.model, name, lambda x, own=own: seen.append(float32_arithmetic()) or own(x))
     v.decode(v.encode(torch.zeros(1, 3, 8, 8))[0])
-    assert seen == [{"tf32": "ieee", True: False}[before]] * 2
-    assert convolutions() == before
+    assert not before["convolutions"]  # torch's default
+    assert seen == [{"products": True, "convolutions": True}] * 2
+    assert float32_arithmetic() == before
 
 
 def test_weights_are_hashed_as_they_are_stored():

@@ -17,7 +17,7 @@ from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
-from tests.conftest import convolutions
+from tests.conftest import float32_arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +148,16 @@ class Recorder:
         self.seen = []
 
     def __call__(self, images):
-        self.seen.append(convolutions())
+        self.seen.append(float32_arithmetic())
         return Features(images.float().mean((2, 3)))
 
 
 def test_features_are_extracted_in_full_float32(pictures):
-    extractor, before = Recorder(), convolutions()
+    extractor, before = Recorder(), float32_arithmetic()
     gathered(open_images(str(pictures), 1), extractor)
-    assert extractor.seen == [{"tf32": "ieee", True: False}[before]] * 3
-    assert convolutions() == before
+    assert not before["convolutions"]  # torch's default
+    assert extractor.seen == [{"products": True, "convolutions": True}] * 3
+    assert float32_arithmetic() == before
 
 
 class Job:
