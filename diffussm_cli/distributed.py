@@ -31,6 +31,13 @@ def read_share() -> Share:
     return Share(int(rank), int(of))
 
 
+def own_cores() -> int:
+    """The number of cores for this process: those it may run on, shared by the processes that torchrun started here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, cores // max(1, int(local))) if local.isdecimal() else cores
+
+
 @contextlib.contextmanager
 def meeting(share: Share, cuda: bool = False) -> Iterator[None]:
     """Inside, the processes of a job can talk; alone there is nothing to do.

@@ -15,3 +15,9 @@ class DataError(DiffussmError):
 
 class RunError(DiffussmError):
     """A run folder, checkpoint or weights file that cannot be read, written or continued."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says, or its name if it says nothing."""
+    said = getattr(error, "strerror", None) or str(error).strip()
+    return f"{(said.splitlines() or [type(error).__name__])[0]:.200}"

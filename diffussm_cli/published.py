@@ -4,16 +4,18 @@ The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512
 averaged weights under `ema` is read as well.
 """
 
+import argparse
 import math
-import pickle
 import re
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config, config_from_dict
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import ConfigError, RunError, reason
 from diffussm_cli.model import build_model
 
 SUFFIX = ".pt"
@@ -40,7 +42,7 @@ def published_config(path: Path) -> Config:
         values = {
             "backbone": "dit",
             "hidden_size": D,
-            "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+            "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
             "heads": HEADS[D],
             "patch_size": P,
             "compression": 1,
@@ -48,10 +50,10 @@ def published_config(path: Path) -> Config:
             "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
         }
         side = math.isqrt(state["pos_embed"].shape[1]) * P
-    except (KeyError, ValueError, AttributeError) as e:
-        raise RunError(f"RUN: {path} is not a checkpoint of DiT: {e} does not fit") from e
-    data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": VAE}
-    return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
+        data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": VAE}
+        return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
+    except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
+        raise RunError(f"RUN: {path} is not a checkpoint of DiT: {reason(e)} does not fit") from e
 
 
 def published_weights(path: Path) -> dict[str, Tensor]:
@@ -79,10 +81,18 @@ def _our_name(name: str, path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise RunError(f"RUN: {path} cannot be read as a state dict: {str(e).splitlines()[0]}") from e
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in DiT's training checkpoints
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # whatever torch says of a damaged pickle
+        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
+        raise RunError(f"RUN: {path} cannot be read as a state dict: {why}") from e
     state = state.get("ema", state) if isinstance(state, dict) else {}
-    if not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(_is_stored(v) for v in state.values()):
         raise RunError(f"RUN: {path} holds more than tensors; it is not a checkpoint of DiT")
     return dict(state)
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all in the file; a view may claim to be of any size."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return plain and value.nbytes <= value.untyped_storage().nbytes()

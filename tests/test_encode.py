@@ -1,5 +1,6 @@
 """`diffussm encode` as a user meets it: what it writes, what stops it, and what training and sampling make of it."""
 
+import errno
 import fcntl
 import io
 import json
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffussm_cli.commands.encode import processes
 from diffussm_cli.data import encoding
 from diffussm_cli.data.listing import list_source
+from diffussm_cli.distributed import ALONE
+from diffussm_cli.errors import DataError
 from tests.conftest import TINY, save_vae
 from tests.test_cli import line_of, run
 
@@ -87,6 +91,41 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert checked.stdout == f"5 files of {tmp_path / 'store'} are as they were written\n"
     again = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert "is complete already" in again.stderr
+
+
+def test_names_are_printed_as_they_are(images, vae, tmp_path):
+    """Though they read as rich's markup or as an emoji, or are no text at all."""
+    target = tmp_path / "a[b]:smile:[" / "red]"
+    for _ in range(2):
+        result = run("encode", images, target, "--vae", vae, *OPTIONS)
+        assert result.exit_code == 0, result.output
+        assert str(target) in result.stderr
+    (target / "shard-00001.safetensors").unlink()
+    assert f"1 shards of {target}" in run("encode", "--repair", images, target, "--workers", 0).stderr
+
+
+def test_names_that_are_no_text_are_encoded(vae, tmp_path):
+    folder = os.fsencode(tmp_path / "images") + b"/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (16, 16)).save(os.fsdecode(folder + b"/\xe9.png"))
+    with open(folder + b"/\xe8.png", "wb") as file:
+        file.write(b"broken")
+    for _ in range(2):
+        assert run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
+    assert run("encode", "--verify", tmp_path / "store").exit_code == 0
+    skipped = json.loads((tmp_path / "store" / "skipped.jsonl").read_text())
+    assert os.fsencode(skipped["file"]) == b"caf\xe9/\xe8.png"
+
+
+@pytest.mark.parametrize(
+    ("cores", "local", "expected"), [(64, "8", 8), (64, None, 16), (64, "1", 16), (4, "8", 1), (64, "x", 16)]
+)
+def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, local, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert processes(None) == expected
+    assert processes(5) == 5
 
 
 @pytest.mark.slow
@@ -227,6 +266,9 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         ("text", "out"): "SOURCE: no image in 'text'",
         (images, "/proc/out"): "TARGET: cannot write to '/proc/out'",
         (images, "text/a.txt"): "TARGET: cannot write to 'text/a.txt'",
+        (images, "out", "--batch-size", 10**20): "--batch-size",
+        (images, "out", "--workers", 10**20): "--workers",
+        (images, "out", "--resolution", "99999"): "--resolution: '99999' must be a number of pixels",
         (images, "taken"): "TARGET: 'taken' is not empty and holds no latents",
         (images, images / "out"): "lies inside SOURCE",
         (images, "out", "--resolution", "0"): "--resolution: '0' must be a number of pixels or HxW",
@@ -245,6 +287,15 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
     for arguments, words in mistakes.items():
         assert words in line_of(run("encode", *arguments)), arguments
         assert sorted(p.name for p in tmp_path.rglob("*")) == before, arguments
+
+
+def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
+    with pytest.raises(OSError, match="elsewhere"), encoding.open_store(tmp_path / "store", tmp_path / "src", ALONE):
+        raise OSError(errno.EACCES, "Permission denied", "elsewhere")
+    assert list(tmp_path.iterdir()) == []
+    name = "x" * 300
+    with pytest.raises(DataError, match="TARGET: cannot write to '.*xxx': File name too long"):
+        encoding.open_store(tmp_path / name, tmp_path / "src", ALONE).__enter__()
 
 
 def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """`diffussm eval` as a user meets it: with the embedded extractor, on files and on runs."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -112,13 +114,23 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "mnist", "--out", root, *settings).exit_code == 0
     before = sorted(root.iterdir())
-    direct = measure(root, "-n", 20, "--steps", 3, "--out", tmp_path / "r.json")
+    direct = measure(root, "-n", 20, "--steps", 3, "--precision", "fp32", "--out", tmp_path / "r.json")
     assert sorted(root.iterdir()) == before
     assert (direct["num"], direct["reference"]) == (20, "builtin:mnist")
     assert (direct["meta"]["steps"], direct["meta"]["num"]) == (3, 20)
-    assert run("sample", root, "-n", 20, "--steps", 3, "--out", tmp_path / "s").exit_code == 0
+    more = ("--precision", "fp32", "--out", tmp_path / "s")
+    assert run("sample", root, "-n", 20, "--steps", 3, *more).exit_code == 0
     through_files = measure(tmp_path / "s", *REFERENCE)
     assert direct["metrics"] == pytest.approx(through_files["metrics"], rel=1e-6)
+
+
+def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
+    settings = [part for override in TINY for part in ("--set", override)]
+    assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings).exit_code == 0
+    for has, name in {True: "bfloat16", False: "float32"}.items():
+        monkeypatch.setattr("diffussm_cli.device.has_bf16", lambda device, has=has: has)
+        measured = measure(tmp_path / "run", "-n", 4, "--steps", 1, "--metrics", "is", "--out", tmp_path / "r.json")
+        assert measured["meta"]["precision"] == name
 
 
 @pytest.mark.slow
@@ -154,6 +166,99 @@ def test_half_is_recorded(digits, tmp_path):
     assert measure(folder, *REFERENCE, "--metrics", "recall", "--adm-half")["adm_half"] is True
 
 
+# ------------------------------------------------------------------------------------------------ odd inputs
+def in_colour(image):
+    return np.stack([image] * 3, -1)
+
+
+def test_grey_digits_in_three_equal_channels_are_grey(digits, tmp_path):
+    """As most tools write them; in a folder and in an .npz, with the extractor named or chosen."""
+    images = digits[0][:60]
+    expected = measure(save(tmp_path / "grey", images), *REFERENCE)["metrics"]
+    np.savez(tmp_path / "colour.npz", np.stack([in_colour(i) for i in images]))
+    for samples in (save(tmp_path / "colour", [in_colour(i) for i in images]), tmp_path / "colour.npz"):
+        for more in ([], ["--extractor", "digits"]):
+            found = measure(samples, *REFERENCE, *more)
+            assert found["metrics"] == pytest.approx(expected, rel=1e-5)
+            assert found["extractor"].startswith("digits-")
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind):
+    images = [in_colour(i) for i in digits[0][:9]]
+    images[7][3, 3] = 255, 0, 0
+    samples = save(tmp_path / "s", images)
+    if kind == "npz":
+        samples = tmp_path / "s.npz"
+        np.savez(samples, np.stack(images))
+    line = line_of(run("eval", samples, *REFERENCE, "--extractor", "digits"))
+    assert "007.png" in line or "image 7 of arr_0" in line
+    assert "is in colour, but the extractor sees grey images only; take --extractor inception" in line
+
+
+def test_any_resolution_can_be_cropped_to(digits, tmp_path):
+    images = [np.pad(i, 6, mode="edge") for i in digits[0][:40]]
+    made = run("eval", "--make-ref", save(tmp_path / "s", images), tmp_path / "r.npz", "--resolution", "28")
+    assert made.exit_code == 0, made.output
+    assert json.loads(run("eval", "--ref-info", tmp_path / "r.npz").stdout)["size"] == "28x28x1"
+
+
+def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    samples, out = save(tmp_path / "s", digits[0][:40]), tmp_path / "r.json"
+    monkeypatch.setattr("diffussm_cli.files.whole_file", refuse)
+    result = run("eval", samples, *REFERENCE, "--metrics", "is", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["metrics"]["is"] > 1
+    assert f"warning: the result cannot be kept in {str(samples / 'results.json')!r}: Read-only file" in result.stderr
+    asked = run("eval", samples, *REFERENCE, "--metrics", "is", "--json", "--out", out)
+    assert json.loads(asked.stdout) == json.loads(result.stdout)
+    assert line_of(asked).startswith(f"diffussm: error: --out: cannot write {str(out)!r}: Read-only file system")
+
+
+def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("DIFFUSSM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    result = run("eval", save(tmp_path / "s", digits[0][:40]), *REFERENCE, "--metrics", "is")
+    assert result.exit_code == 0, result.output
+    assert "warning: features are not kept: there is no home folder; --cache FOLDER keeps them" in result.stderr
+
+
+def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path):
+    words = "digits was chosen for grey 28x28 images, and it knows handwritten digits only"
+    one, two = save(tmp_path / "1", digits[0][:40]), save(tmp_path / "2", digits[0][40:80])
+    for arguments, warned in {
+        ("--reference", two): True,
+        ("--reference", two, "--extractor", "digits"): False,
+        REFERENCE: False,
+    }.items():
+        found = measure(one, *arguments, "--metrics", "is")["warnings"]
+        assert any(words in w for w in found) == warned, arguments
+    assert words in run("eval", "--make-ref", one, tmp_path / "r.npz").stderr
+    assert words not in run("eval", "--make-ref", "builtin:mnist/held-out", tmp_path / "r.npz").stderr
+
+
+def test_names_are_printed_as_they_are(digits, tmp_path, monkeypatch):
+    """Though they read as rich's markup or as an emoji."""
+    (tmp_path / "a[b]:smile:[").mkdir()
+    samples, reference = (tmp_path / "a[b]:smile:[" / name for name in ("red]", "blue]"))
+    save(samples, digits[0][:40])
+    save(reference, digits[0][40:80])
+    (samples / "meta.json").write_text(json.dumps({"run": "[/x]", "sampler": "ddim"}))
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run("eval", samples, "--reference", reference, "--metrics", "is")
+    assert shown.exit_code == 0, shown.output
+    assert f"against {reference}" in shown.stdout
+    assert "run [/x], sampler ddim" in shown.stderr
+
+
+LONG = "x" * 250  # a name that is allowed, but not with what an unfinished file has before it
 MISTAKES = {
     "nothing": ([], "eval: name SAMPLES"),
     "no reference": (["PICTURES"], "--reference: name an .npz of ADM"),
@@ -173,6 +278,17 @@ MISTAKES = {
     "info": (["--ref-info", "TEXT"], "cannot be read as .npz"),
     "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "no folder '/dev/null' for x"),
     "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "no folder 'none' for x.npz"),
+    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "eval: cannot write 'xxx"),
+    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "eval: cannot write 'xxx"),
+    "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
+    "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
+    "resolution": (["PICTURES", *REFERENCE, "--resolution", "99999"], "--resolution: '99999' must be a number of"),
+    "as many as atoms": (["PICTURES", *REFERENCE, "--num", str(10**20)], "--num"),
+    "nothing wide": (["FLAT", *REFERENCE], "arr_0 is (2, 0, 28, 3) of uint8, not images"),
+    "negative": (["NEGATIVE", *REFERENCE], "NEGATIVE.npz: arr_0.npy holds an array in an order or shape"),
+    "empty statistics": (["PICTURES", "--reference", "NOTHING"], "mu and sigma are (0,) and (0, 0), not (d,) and"),
+    "integer statistics": (["PICTURES", "--reference", "INTEGERS"], "mu and sigma are int64 and int64, not floating"),
+    "odd extractor": (["PICTURES", "--reference", "ODD"], "extractor is (2, 2) of float64, not a name"),
 }
 
 
@@ -188,6 +304,21 @@ def things(tmp_path_factory, digits):
     np.savez(made["FLOAT"], np.zeros((2, 28, 28, 1)))
     np.savez(made["LABELS"], y=np.zeros(2))
     made["TEXT"].write_text("text")
+    arrays = {
+        "FLAT": {"arr_0": np.zeros((2, 0, 28, 3), np.uint8)},
+        "NOTHING": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
+        "INTEGERS": {"mu": np.zeros(64, int), "sigma": np.zeros((64, 64), int)},
+        "ODD": {"mu": np.zeros(64), "sigma": np.eye(64), "extractor": np.zeros((2, 2))},
+    }
+    for name, content in arrays.items():
+        np.savez(root / f"{name}.npz", **content)
+        made[name] = root / f"{name}.npz"
+    made["NEGATIVE"], made["PIPE"] = root / "NEGATIVE.npz", root / "PIPE.npz"
+    with zipfile.ZipFile(made["NEGATIVE"], "w") as archive, archive.open("arr_0.npy", "w") as file:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (-2, -28, 28, 1)}
+        np.lib.format.write_array_header_1_0(file, shape)
+        file.write(bytes(2 * 28 * 28))
+    os.mkfifo(made["PIPE"])
     return {k: str(v) for k, v in made.items()}
 
 

@@ -1,5 +1,8 @@
-"""Presets travel with the wheel."""
+"""Presets travel with the wheel, and its dependencies are declared."""
 
+import ast
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -37,3 +40,18 @@ def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_pa
     command = [sys.executable, "-m", "diffussm_cli", "profile", "--preset", "digits", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert '"tokens": 64' in done.stdout, done.stderr
+
+
+def test_what_the_package_imports_is_declared():
+    """As a dependency, or in an extra, whose packages are imported where they are used."""
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [r for name, extra in project["optional-dependencies"].items() if name != "test" for r in extra]
+    declared = {re.match(r"[\w-]+", r)[0].replace("_", "-") for r in project["dependencies"] + extras}
+    providers = importlib.metadata.packages_distributions()
+    for path in (ROOT / "diffussm_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in {n.partition(".")[0] for n in names} - set(sys.stdlib_module_names) - {"diffussm_cli"}:
+                found = {d.lower().replace("_", "-") for d in providers.get(name, [])}
+                assert found & declared, f"{path} imports {name}, which pyproject.toml does not declare"

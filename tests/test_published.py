@@ -1,5 +1,6 @@
 """DiT's published files: a .pt of the official names and shapes becomes a model that samples."""
 
+import argparse
 import pickle
 
 import pytest
@@ -39,10 +40,21 @@ def official(model: DiT) -> dict:
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_published_file_is_a_run(tmp_path, model, wrapped):
-    path, state = tmp_path / "DiT-S-2.pt", official(model)
-    torch.save({"ema": state, "model": {}} if wrapped else state, path)
+def training_checkpoint(model: DiT) -> dict:
+    """What DiT's own training writes: averaged weights, weights, optimiser and the options of its command line."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-4)
+    sum(p.sum() for group in optimizer.param_groups for p in group["params"]).backward()
+    optimizer.step()
+    options = argparse.Namespace(data_path="/data", model="DiT-S/2", image_size=256, global_seed=0, vae="ema")
+    weights = {k: v + 1 for k, v in official(model).items()}
+    return {"model": weights, "ema": official(model), "opt": optimizer.state_dict(), "args": options}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("made", [official, training_checkpoint])
+def test_a_published_file_is_a_run(tmp_path, model, made, zipped):
+    path = tmp_path / "DiT-S-2.pt"
+    torch.save(made(model), path, _use_new_zipfile_serialization=zipped)
     trained = runs.find_run(path)
     m, d = trained.config.model, trained.config.data
     assert (m.backbone, m.depth, m.heads, m.patch_size, m.num_classes, m.learn_sigma) == ("dit", 2, 6, 2, 7, True)
@@ -64,6 +76,20 @@ def broken(state, how):
         state["x_embedder.proj.weight"] = torch.zeros(100, 4, 2, 2)
     if how == "more than tensors":
         state["arguments"] = {"lr": 1}
+    if how == "a number for weights":
+        state["ema"] = 3
+    if how == "numbers for names":
+        state = {1: torch.zeros(1)}
+    if how == "a tensor":
+        state = torch.zeros(3)
+    if how == "no images":
+        state["pos_embed"] = torch.zeros(())
+    if how == "no classes":
+        state["y_embedder.embedding_table.weight"] = torch.zeros(0, 384)
+    if how == "more than is stored":
+        state["y_embedder.embedding_table.weight"] = torch.zeros(1, 384).expand(1 << 40, 384)
+    if how == "a billion blocks":
+        state["blocks.1000000000.attn.qkv.weight"] = torch.zeros(1)
     return state
 
 
@@ -75,6 +101,13 @@ def broken(state, how):
         ("other positions", "positions"),
         ("odd width", "not a checkpoint of DiT"),
         ("more than tensors", "more than tensors"),
+        ("a number for weights", "more than tensors"),
+        ("numbers for names", "not a checkpoint of DiT"),
+        ("a tensor", "not a checkpoint of DiT"),
+        ("no images", "not a checkpoint of DiT"),
+        ("no classes", "not a checkpoint of DiT"),
+        ("a billion blocks", "is in only one of the two"),
+        ("more than is stored", "more than tensors"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, model, how, message):

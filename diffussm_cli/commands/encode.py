@@ -1,7 +1,6 @@
 """`diffussm encode`."""
 
 import contextlib
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from diffussm_cli.commands.options import bar
+from diffussm_cli.commands.options import bar, make_console
 from diffussm_cli.errors import ConfigError, DataError
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
@@ -31,10 +30,11 @@ def encode(
     ] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the VAE.")] = "fp32",
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Encode the mirrored images too.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images encoded at a time.")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images a file.")] = 4096,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that decode images. Default: one a core, at most 16.")
+        int | None,
+        typer.Option(min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Make the first skipped file an error.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -57,6 +57,8 @@ def encode(
         raise ConfigError("encode: name SOURCE and TARGET, as: diffussm encode images/ latents/")
     else:
         size = parse_resolution(resolution)
+        if size[0] % MULTIPLE or size[1] % MULTIPLE:
+            raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
         how = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
         fill(source, target, size, vae or DEFAULT_VAE, how, processes(workers), strict, device)
 
@@ -76,13 +78,11 @@ def fill(
     Raises:
         DiffussmError: before the VAE is loaded, where it can be known by then.
     """
-    from rich.console import Console
-
     from diffussm_cli.data import encoding, listing
     from diffussm_cli.data.vae import read_facts
     from diffussm_cli.distributed import read_share
 
-    console, share = Console(stderr=True), read_share()
+    console, share = make_console(), read_share()
     with console.status("listing"):
         found = listing.list_source(source)
     if strict and found.ignored:
@@ -96,7 +96,7 @@ def fill(
         manifest = encoding.begin(target, found, settings, share)
         encoder = encoding.Encoder(found, settings, target, loaded, workers, strict)
         if manifest.complete:
-            console.print(f"{target} is complete already", soft_wrap=True)
+            console.print(f"{target} is complete already")
         else:
             todo = encoding.unfinished(target, settings, share)
             run(console, encoding.encode(encoder, share), sum(len(settings.span(i)) for i in todo))
@@ -106,14 +106,12 @@ def fill(
 
 def mend(store: Path, source: Path, vae: str | None, workers: int, device: str = "auto") -> None:
     """Encode the damaged shards of a store again. Raises DiffussmError."""
-    from rich.console import Console
-
     from diffussm_cli.data import encoding, listing
     from diffussm_cli.data.latents import read_manifest
     from diffussm_cli.data.vae import read_facts
     from diffussm_cli.distributed import ALONE
 
-    console, share = Console(stderr=True), ALONE
+    console, share = make_console(), ALONE
     old = read_manifest(store, "--repair").settings
     with console.status("checking"):
         shards = encoding.damaged_shards(store)
@@ -127,17 +125,15 @@ def mend(store: Path, source: Path, vae: str | None, workers: int, device: str =
         encoding.refuse_difference(store, old, new, found)
         encoder = encoding.Encoder(found, old, store, loaded, workers)
         run(console, encoding.repair(encoder, shards), sum(len(old.span(i)) for i in shards))
-    console.print(f"{len(shards)} shards of {store} encoded again", soft_wrap=True)
+    console.print(f"{len(shards)} shards of {store} encoded again")
 
 
 def check(store: Path) -> None:
     """Check every file of a store. Raises DataError naming the damaged ones."""
-    from rich.console import Console
-
     from diffussm_cli.data.latents import verify
 
     damaged, files = [], 0
-    with Console(stderr=True).status("checking"):
+    with make_console().status("checking"):
         for name, problem in verify(store):
             files += 1
             if problem:
@@ -182,19 +178,18 @@ def make_settings(found, resolution: tuple[int, int], vae, how: dict):
 
 
 def processes(workers: int | None) -> int:
-    """The number of processes that decode, one a core by default."""
-    return min(16, os.cpu_count() or 1) if workers is None else workers
+    """The number of processes that decode, by default one per core of this process."""
+    from diffussm_cli.distributed import own_cores
+
+    return min(16, own_cores()) if workers is None else workers
 
 
 def parse_resolution(text: str) -> tuple[int, int]:
     """`256` or `256x384` (height x width). Raises ConfigError."""
-    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
     if not found:
-        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384")
-    height, width = int(found[1]), int(found[2] or found[1])
-    if height % MULTIPLE or width % MULTIPLE:
-        raise ConfigError(f"--resolution: {text} must be a multiple of {MULTIPLE}")
-    return height, width
+        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384, up to 9999")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def run(console, steps: Iterator, total: int) -> None:
@@ -217,10 +212,10 @@ def summarise(console, target: Path, found, settings) -> None:
     skipped = sum(s.skipped for s in read_manifest(target, "TARGET").shards)
     kept = f"{settings.images - skipped} images"
     classes = f" of {len(found.class_names)} classes" if found.class_names else ""
-    console.print(f"{kept}{classes} in {target}", soft_wrap=True)
+    console.print(f"{kept}{classes} in {target}")
     if skipped or found.ignored:
         reasons = f"reasons in {target / SKIPPED}"
         console.print(
             f"skipped: {skipped} unreadable images, {len(found.ignored)} other files; {reasons}", soft_wrap=True
         )
-    console.print(f"check them: diffussm encode --verify {shlex.quote(str(target))}", soft_wrap=True)
+    console.print(f"check them: diffussm encode --verify {shlex.quote(str(target))}")

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.options import bar, parse_classes, sampling_request
-from diffussm_cli.errors import ConfigError, DataError, RunError
+from diffussm_cli.commands.options import bar, make_console, parse_classes, sampling_request, warn
+from diffussm_cli.errors import ConfigError, DataError, RunError, reason
+from diffussm_cli.files import PARTIAL
 
 AUTO = "auto"
 META_SHOWN = (
@@ -52,7 +53,9 @@ def evaluate(
     resolution: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as ADM does.")
     ] = None,
-    num: Annotated[int, typer.Option("--num", "-n", min=2, help="Of a run: how many images to draw.")] = 50_000,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Of a run: how many images to draw.")
+    ] = 50_000,
     classes: options.Classes = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
@@ -60,7 +63,7 @@ def evaluate(
     guidance: options.Guidance = None,
     guidance_channels: options.GuidanceChannels = None,
     guidance_interval: options.GuidanceInterval = None,
-    precision: options.Precision = "fp32",
+    precision: options.Precision = "auto",
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     cache: Annotated[
@@ -91,13 +94,16 @@ def evaluate(
     from diffussm_cli.evaluation.evaluate import parse_metrics
     from diffussm_cli.evaluation.reference import reference_of
 
-    for path in (target, out):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
     chosen, size = parse_metrics(metrics), parse_size(resolution)
-    store = (cache or default_cache()) if keep else None
+    for path in (target, out):
+        if path is not None:
+            check_writable(path)
     share = read_share()
-    bench = Bench(extractor, extractor_weights, batch_size, device, store, share)
+    bench = Bench(extractor, extractor_weights, batch_size, device, share)
+    if keep:
+        bench.cache = cache or default_cache()
+        if bench.cache is None:
+            warn(bench.console, "features are not kept: there is no home folder; --cache FOLDER keeps them")
     with meeting(share):
         if make_ref:
             make_reference(bench, samples, target, size, ref_images, seed)
@@ -115,21 +121,22 @@ def evaluate(
         result = compare(bench, images, reference, size, chosen, adm_half, facts)
     if share.rank == 0:
         result |= {"samples": samples}
-        write(result, out or results_path(samples))
-        show(result, as_json)
+        show(bench.console, result, as_json)
+        write(bench.console, result, out, results_path(samples))
 
 
 class Bench:
     """Extractor, cache and console of one evaluation; the extractor is chosen when the images are known."""
 
-    def __init__(self, name: str, weights: Path | None, batch_size: int, device: str, cache: Path | None, share):
-        from rich.console import Console
+    cache: Path | None = None  # where features are kept
 
+    def __init__(self, name: str, weights: Path | None, batch_size: int, device: str, share):
         from diffussm_cli.device import keep_freed_memory, pick_device
 
         keep_freed_memory()
-        self.name, self.weights, self.batch_size, self.cache, self.share = name, weights, batch_size, cache, share
-        self.device, self.console = pick_device(device), Console(stderr=True)
+        self.name, self.weights, self.batch_size, self.share = name, weights, batch_size, share
+        self.device, self.console = pick_device(device), make_console(quiet=share.rank > 0)
+        self.asked = name
         self._extractor = None
 
     @property
@@ -148,7 +155,8 @@ class Bench:
         from diffussm_cli.evaluation.sets import open_images, probe
 
         if self.name == AUTO:
-            self.name = usual_extractor(*probe(path, option))
+            found, grey = probe(path, option)
+            self.name = usual_extractor(size or found, grey)
         return open_images(path, self.extractor.channels, size, option)
 
     def draw(self, trained, how, classes, seeds: range, precision: str):
@@ -157,31 +165,35 @@ class Bench:
         from diffussm_cli.evaluation.features import usual_extractor
         from diffussm_cli.samples import Sampler
 
-        sampler = Sampler(trained, how, classes, self.batch_size, precision, str(self.device))
+        with self.console.status("loading the run"):
+            sampler = Sampler(trained, how, classes, self.batch_size, precision, str(self.device))
+            facts = sampler.facts(seeds)
         if sampler.warning:
             raise DataError(f"eval: {sampler.warning}")
         data = trained.config.data
         if self.name == AUTO:
             self.name = usual_extractor(data.size, data.is_grey)
-        facts = sampler.facts(seeds)
         return Drawn(sampler, seeds, self.extractor.channels, facts), facts
 
     def gather(self, images, what: str):
         """Features of a set, from the cache or under a bar; the finished Gathering."""
         from diffussm_cli.evaluation.gathering import Gathering
 
-        work = Gathering(images, self.extractor, self.batch_size, self.cache)
-        with bar(self.console, len(work.part(self.share)), what) as advance:
-            for n in work.run(self.share):
+        extractor = self.extractor
+        with self.console.status("looking for kept features"):
+            work = Gathering(images, extractor, self.batch_size, self.cache, self.share)
+        with bar(self.console, len(work.part), what) as advance:
+            for n in work.run():
                 advance(n)
         if work.warning:
-            self.console.print(f"warning: {work.warning}", style="bold", markup=False, soft_wrap=True)
+            warn(self.console, work.warning)
         return work
 
 
 def compare(bench: Bench, images, reference: str, size, metrics, half: bool, facts: dict[str, Any]) -> dict[str, Any]:
     """Every metric of a set against a reference, with warnings; `facts` are of its meta.json. Raises DiffussmError."""
     from diffussm_cli.evaluation.evaluate import evaluate, needs_images, warnings
+    from diffussm_cli.evaluation.features import doubts
     from diffussm_cli.evaluation.reference import check_extractor, open_reference
 
     against = open_reference(reference, bench.extractor, size)
@@ -196,11 +208,11 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool, fac
         for name, value in evaluate(gathered, against, metrics, half):
             found[name] = value
             status.update(f"metrics: {', '.join(found)}")
-        remarks = warnings(images, gathered, against, metrics)
+        remarks = doubts(bench.asked, bench.name, reference) + warnings(images, gathered, against, metrics)
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are figures of previews")
     for remark in remarks:
-        bench.console.print(f"warning: {remark}", style="bold", markup=False, soft_wrap=True)
+        warn(bench.console, remark)
     counts = {"num": len(images), "reference_images": against.gathered and len(against.gathered.pool)}
     return {
         "metrics": found,
@@ -215,6 +227,7 @@ def compare(bench: Bench, images, reference: str, size, metrics, half: bool, fac
 
 def make_reference(bench: Bench, images: str, target: Path, size, count: int, seed: int) -> None:
     """Write a reference file. Raises DiffussmError."""
+    from diffussm_cli.evaluation.features import doubts
     from diffussm_cli.evaluation.reference import write_reference
 
     if target.suffix != ".npz":
@@ -224,7 +237,9 @@ def make_reference(bench: Bench, images: str, target: Path, size, count: int, se
         with bench.console.status("writing"):
             kept = write_reference(target, work, count, seed)
         n, height, width = len(work.images), *work.images.size
-        bench.console.print(f"statistics of {n:,} images of {height}x{width}, {kept:,} of them kept", soft_wrap=True)
+        for remark in doubts(bench.asked, bench.name, images):
+            warn(bench.console, remark)
+        bench.console.print(f"statistics of {n:,} images of {height}x{width}, {kept:,} of them kept")
         typer.echo(target)
 
 
@@ -241,7 +256,7 @@ def find_trained_at(samples: str):
     from diffussm_cli import published, runs
 
     path = Path(samples)
-    known = any((path / name).exists() for name in (runs.CONFIG, runs.EMA, runs.MODEL))
+    known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
     if known or path.suffix == published.SUFFIX:
         return runs.find_run(path)
     return None
@@ -271,24 +286,47 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return None if text is None else parse_resolution(text)
 
 
-def default_cache() -> Path:
-    """Below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+def default_cache() -> Path | None:
+    """Below the user's cache folder; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+    except RuntimeError:
+        return None
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigError if a file cannot be written, before hours of work go into it."""
+    if not os.path.isdir(path.absolute().parent):
+        raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
+    if os.path.isdir(path):
+        raise ConfigError(f"eval: cannot write {str(path)!r}: it is a folder")
+    probe = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise ConfigError(f"eval: cannot write {str(path)!r}: {e.strerror}") from e
 
 
 # ------------------------------------------------------------------------------------------------- showing
-def write(result: dict[str, Any], path: Path) -> None:
-    """The result as a file. Raises RunError."""
+def write(console, result: dict[str, Any], out: Path | None, usual: Path) -> None:
+    """The result as a file: where it was asked for, or in the usual place if that can be written.
+
+    Raises:
+        RunError: if it cannot be written where it was asked for.
+    """
     from diffussm_cli.files import whole_file
 
     try:
-        with whole_file(path) as file:
+        with whole_file(out or usual) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
     except OSError as e:
-        raise RunError(f"--out: cannot write {str(path)!r}: {e.strerror}") from e
+        if out is not None:
+            raise RunError(f"--out: cannot write {str(out)!r}: {reason(e)}") from e
+        warn(console, f"the result cannot be kept in {str(usual)!r}: {reason(e)}; --out FILE names another place")
 
 
-def show(result: dict[str, Any], as_json: bool) -> None:
+def show(console, result: dict[str, Any], as_json: bool) -> None:
     """One JSON object, or a table on stdout and how the samples were made on stderr."""
     from rich.console import Console
     from rich.table import Table
@@ -298,10 +336,12 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         return
     facts = {k: result["meta"][k] for k in META_SHOWN if result["meta"].get(k) is not None}
     if facts:
-        Console(stderr=True).print(", ".join(f"{k} {v}" for k, v in facts.items()), soft_wrap=True, highlight=False)
-    table = Table("metric", "value", title=f"{result['num']:,} samples against {result['reference']}")
+        console.print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    table = Table("metric", "value")
     found = dict(result["metrics"])
     error = found.pop("kid_error", None)
     for name, value in found.items():
         table.add_row(name, f"{value:.6g}" + (f" ± {error:.2g}" if name == "kid" else ""))
-    Console().print(table)
+    stdout = Console(markup=False, emoji=False, highlight=False)
+    stdout.print(f"{result['num']:,} samples against {result['reference']}", soft_wrap=True)
+    stdout.print(table)

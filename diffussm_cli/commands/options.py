@@ -12,6 +12,8 @@ import typer
 from diffussm_cli.config import Config, SampleConfig, check_sampling
 from diffussm_cli.errors import ConfigError
 
+MAX_IMAGES = 10**6  # images in one request
+
 Classes = Annotated[
     str | None, typer.Option(help="Labels in turn, as 3,7 or 0-9. Default: random, drawn from each seed.")
 ]
@@ -87,6 +89,19 @@ def find_trained(run: Path | None):
     if root is None:
         raise RunError("RUN: no run in runs/; train one first: diffussm train")
     return runs.find_run(root)
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+def make_console(quiet: bool = False):
+    """A console on stderr that prints text as it is: a name of a file may read as rich's markup or as an emoji."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def warn(console, text: str) -> None:
+    """A warning, in bold."""
+    console.print(f"warning: {text}", style="bold", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

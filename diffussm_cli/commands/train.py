@@ -130,8 +130,9 @@ def run_training(config: Config, root: Path, resume: bool = False, share=None, f
             return 0
         where = f"{trainer.device}" + (f", {share.of} processes ({config.train.parallel})" if share.of > 1 else "")
         console.print(f"[bold]{root}[/]  {parameters(trainer.model)} parameters on {where}, {precision(trainer)}")
-        if trainer.decoding and trainer.decoding.warning:
-            console.print(f"warning: {trainer.decoding.warning}", style="bold", markup=False, soft_wrap=True)
+        warnings = [trainer.decoding.warning] if trainer.decoding and trainer.decoding.warning else []
+        for warning in warnings + (trainer.scoring.warnings if trainer.scoring else []):
+            console.print(f"warning: {warning}", style="bold", markup=False, soft_wrap=True)
         writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if share.rank == 0 else None
         asked = stack.enter_context(stop_on_signal())
         show = stack.enter_context(progress(console, trainer))

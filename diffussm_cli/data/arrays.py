@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -9,12 +10,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.lib import format as npy
 
-from diffussm_cli.errors import DataError
+from diffussm_cli.errors import DataError, reason
 from diffussm_cli.files import whole_file
 
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 SMALL, MOST_PACKED = 1 << 26, 200  # bytes that may be packed at will; how many times more may be packed at most
-DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError)
+DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error)
 
 
 class Rows(NamedTuple):
@@ -39,11 +40,11 @@ class Rows(NamedTuple):
                         raise EOFError("it ends too early")
                     yield np.frombuffer(content, self.dtype).reshape(n, *self.shape[1:])
         except DAMAGED as e:
-            raise DataError(f"{self.path}: {self.name} cannot be read: {e}") from e
+            raise DataError(f"{self.path}: {self.name} cannot be read: {reason(e)}") from e
 
     def whole(self) -> np.ndarray:
         """All of a small array. Raises DataError."""
-        return np.concatenate(list(self.read(0, self.shape[0])))
+        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])])
 
 
 def open_npz(path: Path) -> dict[str, Rows]:
@@ -54,12 +55,14 @@ def open_npz(path: Path) -> dict[str, Rows]:
     """
     found = {}
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 with archive.open(info) as file:
                     shape, fortran, dtype = _header(file)
                     size = file.tell() + dtype.itemsize * math.prod(shape)
-                if dtype.hasobject or fortran or not shape:
+                if dtype.hasobject or fortran or min(shape, default=-1) < 0:
                     kind = "objects" if dtype.hasobject else "an array in an order or shape that is not read"
                     raise DataError(f"{path}: {info.filename} holds {kind}")
                 if size != info.file_size:
@@ -73,8 +76,7 @@ def open_npz(path: Path) -> dict[str, Rows]:
                 name = info.filename.removesuffix(".npy")
                 found[name] = Rows(path, name, shape, dtype)
     except DAMAGED as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise DataError(f"{path}: cannot be read as .npz: {reason}") from e
+        raise DataError(f"{path}: cannot be read as .npz: {reason(e)}") from e
     return found
 
 

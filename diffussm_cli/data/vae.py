@@ -10,17 +10,18 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import Config
-from diffussm_cli.errors import DataError
+from diffussm_cli.device import full_float32
+from diffussm_cli.errors import DataError, reason
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
@@ -44,7 +45,7 @@ class VAE:
 
     def __init__(self, model: nn.Module, facts: VAEFacts, device: torch.device, dtype: torch.dtype):
         self.facts, self.device, self.dtype = facts, device, dtype
-        self.weights_sha256 = _weights_sha256(model)
+        self.weights_sha256 = weights_sha256(model)
         self.model = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift))
 
@@ -58,10 +59,12 @@ class VAE:
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
         x = images.to(self.device, self.dtype)
+        with full_float32():
+            found = self.model.encode(x)
         if self.facts.kind == "AutoencoderTiny":
-            mean = self.model.encode(x).latents.float()
+            mean = found.latents.float()
             return mean, torch.zeros_like(mean)
-        mean, logvar = self.model.encode(x).latent_dist.parameters.float().chunk(2, dim=1)
+        mean, logvar = found.latent_dist.parameters.float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     @torch.no_grad()
@@ -77,7 +80,8 @@ class VAE:
         else:
             self.model.disable_tiling()
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
-        parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
+        with full_float32():
+            parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
         return torch.cat([part.float().cpu() for part in parts])
 
 
@@ -94,7 +98,7 @@ def read_facts(name: str) -> VAEFacts:
     import diffusers
 
     where = _where(name)
-    values = _load(name, lambda: diffusers.AutoencoderKL.load_config(**where))
+    values = _load(name, lambda: _reach_hub(**where) or diffusers.AutoencoderKL.load_config(**where))
     kind = values.get("_class_name")
     if kind not in KINDS:
         raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
@@ -107,7 +111,7 @@ def read_facts(name: str) -> VAEFacts:
         scale = tuple(float(c.scaling_factor / std) for std in stds)
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
     except Exception as e:  # whatever a constructor says of values that do not fit together
-        raise DataError(f"--vae: the config of {name!r} is damaged: {_reason(e)}") from e
+        raise DataError(f"--vae: the config of {name!r} is damaged: {reason(e)}") from e
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
         raise DataError(f"--vae: {name!r} is not between RGB images and {C} channels")
     plain = {k: v for k, v in values.items() if not k.startswith("_")}
@@ -133,12 +137,23 @@ def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.f
 
 def _where(name: str) -> dict[str, str]:
     """A name as `from_pretrained` takes it. Raises DataError for what is neither a folder nor a hub name."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # unlike Path's, no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
     if not found:
         raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as stabilityai/sd-vae-ft-ema")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
+
+
+def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
+    """Raises at once if the hub is needed and does not answer; diffusers would ask it again and again for 23 s."""
+    import huggingface_hub as hub
+
+    repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
+    if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
+        return
+    with contextlib.suppress(hub.errors.HfHubHTTPError):  # it does answer; what it says is diffusers' to tell
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
 def _load(name: str, call: Callable[[], Any]) -> Any:
@@ -147,11 +162,11 @@ def _load(name: str, call: Callable[[], Any]) -> Any:
         with _quiet():
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
-        if Path(name).is_dir():
-            raise DataError(f"--vae: cannot load the folder {name!r}: {_reason(e)}") from e
+        if os.path.isdir(name):
+            raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
         raise DataError(
             f"--vae: cannot load {name!r} from the hub: download its config.json and "
-            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({_reason(_origin(e))})"
+            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(_origin(e))})"
         ) from e
 
 
@@ -178,16 +193,12 @@ def _origin(e: BaseException) -> BaseException:
     return e
 
 
-def _reason(e: BaseException) -> str:
-    return f"{(str(e).strip().splitlines() or [type(e).__name__])[0]:.200}"
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    """Hash of names, shapes and float32 values, whatever file they came from."""
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of the names, shapes and bytes of all tensors, whatever file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
     return digest.hexdigest()
 
 

@@ -3,8 +3,9 @@
 B batch   pool features (B, d)   spatial features (B, s), of sFID   logits (B, K), of the Inception Score
 """
 
+import hashlib
 import importlib
-import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.data.source import BUILTIN
+from diffussm_cli.data.vae import weights_sha256
+from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.files import sha256
 
 NAMES = ("inception", "digits")
@@ -35,7 +38,7 @@ class Extractor(Protocol):
     channels: int
 
     def __call__(self, images: Tensor) -> Features:
-        """Of uint8 images (B, channels, H, W)."""
+        """Of uint8 images (B, channels, H, W) on any device."""
 
 
 class Inception:
@@ -48,21 +51,22 @@ class Inception:
     channels = 3
 
     def __init__(self, weights: Path | None, device: torch.device):
-        module = _optional("torch_fidelity.feature_extractor_inceptionv3", "inception", "torch-fidelity")
+        import torch_fidelity.feature_extractor_inceptionv3 as module
+
         path = weights or _download(module.URL_INCEPTION_V3)
-        _refuse_code(path)
+        digest = _checked_sha256(path, module.URL_INCEPTION_V3)
         try:
             network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
         except (RuntimeError, AttributeError, TypeError) as e:
             raise DataError(f"--extractor-weights: {path} holds no Inception of torch-fidelity") from e
-        self.network = network.to(device)
-        self.identity = f"inception-{sha256(path)[:16]}"
+        self.network, self.device = network.to(device), device
+        self.identity = f"inception-{digest[:16]}"
         self._spatial: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        pool, logits = self.network(images)
+        pool, logits = self.network(images.to(self.device))
         spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
         return Features(pool, spatial.permute(0, 2, 3, 1).flatten(1).float(), logits)
 
@@ -75,14 +79,14 @@ class Digits:
     def __init__(self, device: torch.device):
         from diffussm_cli.evaluation import digits
 
-        self.network = digits.load_digits().to(device)
+        self.network, self.device = digits.load_digits().to(device), device
         self.identity = f"digits-{digits.weights_sha256()[:16]}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         if images.shape[2:] != (28, 28):
             raise ConfigError(f"--extractor: digits sees 28x28 images, not {images.shape[2]}x{images.shape[3]}")
-        return Features(*self.network(images))
+        return Features(*self.network(images.to(self.device)))
 
 
 class Own:
@@ -94,12 +98,12 @@ class Own:
     channels = 3
 
     def __init__(self, network: nn.Module, identity: str, device: torch.device):
-        self.network, self.identity = network.to(device), identity
+        self.network, self.identity, self.device = network.to(device), identity, device
         self.channels = getattr(network, "channels", 3)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
-        found = self.network(images)
+        found = self.network(images.to(self.device))
         return Features(found) if isinstance(found, Tensor) else Features(*found)
 
 
@@ -109,6 +113,16 @@ AUTO = "auto"
 def usual_extractor(size: tuple[int, int], grey: bool) -> str:
     """What `auto` stands for: digits for grey images of 28x28, else inception."""
     return "digits" if tuple(size) == (28, 28) and grey else "inception"
+
+
+def doubts(asked: str, used: str, compared_with: str) -> list[str]:
+    """What is to be said of the extractor that stands for `asked`, by the name of what samples are compared with."""
+    if asked != AUTO or used != "digits" or compared_with.startswith(BUILTIN):
+        return []
+    return [
+        "the extractor digits was chosen for grey 28x28 images, and it knows handwritten digits only; for other "
+        "pictures choose inception"
+    ]
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
@@ -128,8 +142,8 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Digits(device)
     if name.endswith((".pt", ".pt2")):
         return Own(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
-    if ":" in name:
-        return Own(_call_factory(name), name, device)
+    if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        return Own(*_call_factory(name), device)
     raise ConfigError(f"--extractor: {name!r} must be {', '.join(NAMES)}, a .pt2 file, or package.module:factory")
 
 
@@ -143,30 +157,31 @@ def _load_file(path: Path) -> nn.Module:
             warnings.simplefilter("ignore")  # TorchScript is on its way out, and says so
             return torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, "cpu").eval()
     except (RuntimeError, ValueError, OSError, KeyError) as e:
-        raise DataError(f"--extractor: {path} cannot be loaded: {str(e).splitlines()[0]}") from e
+        raise DataError(f"--extractor: {path} cannot be loaded: {reason(e)}") from e
 
 
-def _call_factory(name: str) -> nn.Module:
+def _call_factory(name: str) -> tuple[nn.Module, str]:
+    """The network of a factory, and its identity: name, weights, and source file, which may hold its preprocessing."""
     module, _, factory = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), factory)()
+        source = importlib.import_module(module)
+        make = getattr(source, factory)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
-
-
-def _optional(module: str, name: str, package: str):
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        raise ConfigError(f"--extractor: {name} needs {package}: pip install 'diffussm[eval]'") from e
+    network = make()
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"--extractor: {name!r} gives a {type(network).__name__}, not a torch.nn.Module")
+    code = getattr(source, "__file__", None)
+    parts = (name, weights_sha256(network), sha256(Path(code)) if code else "")
+    return network, f"factory-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _download(url: str) -> Path:
     """Where torch keeps the file; fetched if it is not there."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
         except (OSError, RuntimeError) as e:
             raise DataError(
@@ -176,9 +191,24 @@ def _download(url: str) -> Path:
     return path
 
 
-def _refuse_code(path: Path) -> None:
-    """torch-fidelity unpickles the file; so it must hold tensors and nothing else."""
+def _checked_sha256(path: Path, url: str) -> str:
+    """Hash of a weights file, checked to be the published one if it has its name, and to hold nothing but tensors.
+
+    torch-fidelity unpickles the file, so code in it would run.
+    """
+    name = url.rpartition("/")[2]
+    expected = Path(name).stem.rpartition("-")[2]  # torch.hub's rule
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as e:
-        raise DataError(f"--extractor-weights: {path} cannot be read as weights: {str(e).splitlines()[0]}") from e
+        digest = sha256(path)
+        if path.name == name and not digest.startswith(expected):
+            raise DataError(
+                f"--extractor-weights: {path} is damaged: its sha256 begins with {digest[: len(expected)]}; "
+                f"delete it to download it again"
+            )
+        torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as e:  # whatever torch says of a damaged pickle
+        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
+        raise DataError(f"--extractor-weights: {path} cannot be read as weights: {why}") from e
+    return digest

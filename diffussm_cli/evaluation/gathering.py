@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from diffussm_cli.device import full_float32
 from diffussm_cli.distributed import ALONE, Share, gather
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
@@ -61,38 +62,50 @@ PARTS = ("spatial.", "classes.")
 
 
 class Gathering:
-    """The work on one set. `run` it; then every process finds the whole in `result`; `warning` is for the user."""
+    """The work on one set. `run` it; then every process finds the whole in `result`; `warning` is for the user.
 
-    def __init__(self, images: ImageSet, extractor: Extractor, batch_size: int = 64, cache: Path | None = None):
-        self.images, self.extractor, self.batch_size = images, extractor, batch_size
+    Kept features are used only if every process of the job has them: the caches of several machines may differ.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        extractor: Extractor,
+        batch_size: int = 64,
+        cache: Path | None = None,
+        share: Share = ALONE,
+    ):
+        self.images, self.extractor, self.batch_size, self.share = images, extractor, batch_size, share
         self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
-        self.result = _read(self.file) if self.file else None
+        kept = _read(self.file) if self.file else None
+        self.result = kept if all(gather(kept is not None, share)) else None
         self.warning: str | None = None
 
-    def run(self, share: Share = ALONE) -> Iterator[int]:
+    def run(self) -> Iterator[int]:
         """Yields the number of images done since the last time. Raises DataError."""
         if self.result is not None:
             return
-        part, places = Collector(len(self.images)), self.part(share)
-        at = places.start
-        for batch in self.images.read(places, self.batch_size) if places else ():
-            part.add(at, self.extractor(batch))
+        part, at = Collector(len(self.images)), self.part.start
+        for batch in self.images.read(self.part, self.batch_size) if self.part else ():
+            with full_float32():
+                part.add(at, self.extractor(batch))
             at += len(batch)
             yield len(batch)
-        first, *others = [Gathered.of(t) for t in gather(part.gathered(), share) if t]
+        first, *others = [Gathered.of(t) for t in gather(part.gathered(), self.share) if t]
         for other in others:
             first = first.joined(other)
         self.result = first
-        if self.file and share.rank == 0:
+        if self.file and self.share.rank == 0:
             try:
                 _write(self.file, first)
             except OSError as e:  # hours of features are worth more than their keeping
                 self.warning = f"--cache: features cannot be kept in {str(self.file.parent)!r}: {e.strerror}"
 
-    def part(self, share: Share) -> range:
-        """The images of one process: a row of neighbours."""
-        n = 0 if self.result is not None else len(self.images)
-        return range(n * share.rank // share.of, n * (share.rank + 1) // share.of)
+    @property
+    def part(self) -> range:
+        """The images of this process, which are neighbours; none once there is a result."""
+        n, (rank, of) = 0 if self.result is not None else len(self.images), self.share
+        return range(n * rank // of, n * (rank + 1) // of)
 
 
 class Collector:
@@ -117,11 +130,10 @@ class Collector:
 
 
 def _read(path: Path) -> Gathered | None:
-    """What was kept; a damaged file is made anew."""
+    """What was kept; None where there is nothing or it cannot be read, and `_write` puts a new file there."""
     try:
         return Gathered.of(load_file(path)) if path.is_file() else None
-    except (SafetensorError, KeyError, TypeError):
-        path.unlink()
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -132,7 +132,7 @@ class SplitSums:
     def add(self, first: int, logits: Tensor, split: int = SPLIT) -> None:
         """Logits (n, K) of images first, first + 1, ..."""
         place = (first + torch.arange(len(logits))) // split
-        log_p = logits.double().cpu().log_softmax(-1)
+        log_p = logits.cpu().double().log_softmax(-1)  # MPS has no float64
         p = log_p.exp()
         self.n.index_add_(0, place, torch.ones(len(p), dtype=torch.float64))
         self.negentropy.index_add_(0, place, (p * log_p).sum(-1))

@@ -23,6 +23,7 @@ from diffussm_cli.evaluation.sets import IMAGES, ImageSet, image_rows, open_imag
 
 POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 EXTRACTOR = "extractor"  # ours: which weights the statistics are of, as bytes
+MAX_NAME = 256
 RECALL_IMAGES = 10_000
 BLOCK = 64
 
@@ -72,10 +73,9 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     if IMAGES not in arrays and not set(POOL) <= set(arrays):
         has = ", ".join(sorted(arrays)) or "nothing"
         raise DataError(f"--reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}")
-    if EXTRACTOR in arrays:
-        made_with = arrays[EXTRACTOR].whole().tobytes().decode(errors="replace")
-        if made_with != extractor.identity:
-            raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
+    made_with = _made_with(arrays)
+    if made_with not in (None, extractor.identity):
+        raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
     images = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
     return Reference(
         path,
@@ -86,12 +86,26 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     )
 
 
+def _made_with(arrays: dict[str, Rows]) -> str | None:
+    """The identity of the extractor that a reference names, if it names one. Raises DataError."""
+    name = arrays.get(EXTRACTOR)
+    if name is None:
+        return None
+    if name.dtype != np.uint8 or len(name.shape) != 1 or name.shape[0] > MAX_NAME:
+        raise DataError(f"{name.path}: {EXTRACTOR} is {name.shape} of {name.dtype}, not a name")
+    return name.whole().tobytes().decode(errors="replace")
+
+
 def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics | None:
     if not set(names) <= set(arrays):
         return None
     mean, covariance = (arrays[name] for name in names)
     d = mean.shape[0]
-    if mean.shape != (d,) or covariance.shape != (d, d) or {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
+    if {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
+        raise DataError(
+            f"{mean.path}: {names[0]} and {names[1]} are {mean.dtype} and {covariance.dtype}, not floating-point"
+        )
+    if not d or mean.shape != (d,) or covariance.shape != (d, d):
         raise DataError(
             f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
         )
@@ -113,9 +127,7 @@ def describe(path: Path) -> dict[str, Any]:
     for kind, names in {"pool": POOL, "spatial": SPATIAL}.items():
         statistics = _statistics(arrays, names)
         found[f"{kind}_features"] = len(statistics[0]) if statistics else None
-    made_with = arrays.get(EXTRACTOR)
-    found["extractor"] = made_with and made_with.whole().tobytes().decode(errors="replace")
-    return found
+    return found | {"extractor": _made_with(arrays)}
 
 
 # ------------------------------------------------------------------------------------------------- making

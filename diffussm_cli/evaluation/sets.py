@@ -4,24 +4,24 @@ B batch   C channels, those of the extractor   H x W pixels
 """
 
 import hashlib
-import io
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
-from PIL import ImageOps
 from torch import Tensor
 
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
-from diffussm_cli.data.images import open_image
 from diffussm_cli.data.latents import MANIFEST
-from diffussm_cli.data.listing import Listing, list_source, read_content, read_entry
+from diffussm_cli.data.listing import Listing, list_source, read_entry
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.device import helpers
+from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import sha256
 
@@ -68,7 +68,7 @@ def open_images(path: str, channels: int, size: tuple[int, int] | None = None, o
 
 class _Folder:
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, option: str):
-        if (path / MANIFEST).is_file():
+        if os.path.isfile(path / MANIFEST):  # unlike Path's, no error for a name that is too long
             raise DataError(f"{option}: {path} holds latents; name the folder of images that they were made from")
         self.name, self.channels = str(path), channels
         listing = list_source(path, option)
@@ -80,18 +80,15 @@ class _Folder:
         self.cropped, self.size = size is not None, size or first
         self.labels = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
-        self._pool = helpers(min(8, os.cpu_count() or 1))
+        self._pool = helpers(min(8, own_cores()))
 
     def __len__(self) -> int:
         return len(self.listing.entries)
 
     def _first(self) -> tuple[tuple[int, int], bool]:
         """Size of the first image, and whether it is grey."""
-        first = self.listing.entries[0]
-        path = Path(first.name)
-        with open_image(path, io.BytesIO(read_content(self.listing.root, first))) as image:
-            upright = ImageOps.exif_transpose(image)
-            return (upright.height, upright.width), image.mode in ("1", "L", "I;16")
+        image = read_entry(self.listing.root, self.listing.entries[0], None)
+        return image.shape[:2], is_grey(image)
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
@@ -105,12 +102,13 @@ class _Folder:
 
     def _read_one(self, i: int) -> Tensor:
         entry = self.listing.entries[i]
-        wanted = self.size if self.cropped else None
-        array = read_entry(self.listing.root, entry, wanted, self.channels)
+        array = read_entry(self.listing.root, entry, self.size if self.cropped else None)
+        if self.channels == 1:
+            _refuse_colour(array, f"{self.name}: {entry.name}")
         if array.shape[:2] != self.size:
             has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
             raise DataError(f"{self.name}: {entry.name} is {has}, but the first image {first}; --resolution crops them")
-        return torch.from_numpy(array.copy()).permute(2, 0, 1)
+        return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)
 
     def sha256(self) -> str:
         crop = self.size if self.cropped else None
@@ -132,8 +130,6 @@ class _Npz:
             raise ConfigError(
                 f"--resolution: {path} holds images of {self.size[0]}x{self.size[1]}, which are not cropped"
             )
-        if channels == 1 and self.rows.shape[3] == 3:
-            raise DataError(f"{path}: holds images of 3 channels, but the extractor sees one")
         labels = arrays.get(LABELS)
         fits = labels is not None and labels.shape == self.rows.shape[:1] and labels.dtype.kind in "iu"
         self.labels = labels.whole().tolist() if fits else None
@@ -146,21 +142,35 @@ class _Npz:
         for block in self.rows.read(at, places[-1] + 1, batch_size):
             chosen = [i for i in range(len(block)) if at + i in wanted]
             at += len(block)
-            images = torch.from_numpy(block[chosen]).permute(0, 3, 1, 2)
+            if self.channels == 1:
+                for i in chosen:
+                    _refuse_colour(block[i], f"{self.path}: image {at - len(block) + i} of {IMAGES}")
+            images = torch.from_numpy(block[chosen][..., : self.channels]).permute(0, 3, 1, 2)
             yield images.expand(-1, self.channels, -1, -1)
 
     def sha256(self) -> str:
         return f"{self.channels}-{sha256(self.path)}"
 
 
+def is_grey(image: np.ndarray) -> bool:
+    """Whether the channels (..., C) of an image are equal, as they are where a grey one was stored in colour."""
+    return bool((image == image[..., :1]).all())
+
+
+def _refuse_colour(image: np.ndarray, name: str) -> None:
+    """Raises DataError for an image in colour."""
+    if not is_grey(image):
+        raise DataError(f"{name} is in colour, but the extractor sees grey images only; take --extractor inception")
+
+
 def image_rows(rows: Rows) -> Rows:
     """An array that holds images, uint8 NHWC. Raises DataError."""
-    n, *shape = rows.shape
+    _, *shape = rows.shape
     if rows.dtype.kind == "f":
         raise DataError(
             f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: write floor(clamp(127.5 x + 128, 0, 255))"
         )
-    if rows.dtype.str != "|u1" or len(shape) != 3 or shape[2] not in (1, 3) or not n:
+    if rows.dtype.str != "|u1" or len(shape) != 3 or shape[2] not in (1, 3) or not math.prod(rows.shape):
         raise DataError(f"{rows.path}: {rows.name} is {rows.shape} of {rows.dtype}, not images (n, H, W, 3) of uint8")
     return rows
 
@@ -192,6 +202,6 @@ def probe(path: str, option: str = "SAMPLES") -> tuple[tuple[int, int], bool]:
         return _Builtin(path, 1).size, True
     if path.endswith(".npz"):
         images = _Npz(Path(path), 3, None)
-        return images.size, images.rows.shape[3] == 1
+        return images.size, is_grey(next(images.rows.read(0, 1)))
     images = _Folder(Path(path), 3, None, option)
     return images.size, images.grey

@@ -15,7 +15,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.evaluate import USUAL, evaluate
-from diffussm_cli.evaluation.features import AUTO, load_extractor, usual_extractor
+from diffussm_cli.evaluation.features import AUTO, doubts, load_extractor, usual_extractor
 from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.reference import check_extractor, open_reference, reference_of
 from diffussm_cli.generation import generate, labels_of
@@ -24,7 +24,11 @@ BATCH = 64
 
 
 class Scoring:
-    """Extractor and reference of `config.eval`, ready. Raises DiffussmError where there is none."""
+    """Extractor and reference of `config.eval`, ready; `warnings` are for the user.
+
+    Raises:
+        DiffussmError: where there is none.
+    """
 
     def __init__(self, config: Config, root: Path, process: GaussianDiffusion, decoding: Decoding, dtype: torch.dtype):
         if decoding.warning:
@@ -35,6 +39,7 @@ class Scoring:
         self.config, self.root, self.process, self.decoding, self.dtype = config, root, process, decoding, dtype
         name = usual_extractor(data.size, data.is_grey) if config.eval.extractor == AUTO else config.eval.extractor
         self.extractor = load_extractor(name, None, process.signal.device)
+        self.warnings = doubts(config.eval.extractor, name, path)
         self.reference = open_reference(path, self.extractor, data.size if not path.endswith(".npz") else None)
         self.metrics = [m for m in USUAL if self.reference.images or m in ("fid", "sfid", "is")]
 
@@ -59,8 +64,8 @@ class Scoring:
         return values
 
     def _gather(self, images, share: Share):
-        work = Gathering(images, self.extractor, BATCH)
-        for _ in work.run(share):
+        work = Gathering(images, self.extractor, BATCH, share=share)
+        for _ in work.run():
             pass
         return work.result
 

@@ -20,6 +20,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import load_vae, read_facts
 from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.files import sha256
 from tests.conftest import save_vae
 
 SIZE = (16, 24)
@@ -270,6 +271,12 @@ BAD_MANIFESTS = {
     "fraction": lambda v: json.dumps(v | {"settings": v["settings"] | {"shard_size": 1.5}}),
     "no size": lambda v: json.dumps(v | {"settings": v["settings"] | {"downsample": 0}}),
     "infinite scale": lambda v: json.dumps(v | {"settings": v["settings"] | {"scale": [float("inf")] * 4}}),
+    "infinitely many skipped": lambda v: json.dumps(v | {"shards": [{"sha256": "", "skipped": float("inf")}] * 3}),
+    "a number for a name": lambda v: json.dumps(v | {"settings": v["settings"] | {"vae": 5}}),
+    "a list for a hash": lambda v: json.dumps(v | {"settings": v["settings"] | {"source_sha256": []}}),
+    "numbers for classes": lambda v: json.dumps(v | {"settings": v["settings"] | {"class_names": [1, 2]}}),
+    "text for yes": lambda v: json.dumps(v | {"settings": v["settings"] | {"flip": "no"}}),
+    "another precision": lambda v: json.dumps(v | {"settings": v["settings"] | {"precision": "fp8"}}),
     "fewer shards than it says": lambda v: json.dumps(v | {"shards": v["shards"][1:]}),
 }
 
@@ -314,6 +321,22 @@ def test_repair_of_skipped_alone_reads_its_shards_again(whole, copy):
     list(encoding.repair(dataclasses.replace(whole, store=copy), [1]))
     assert (copy / "skipped.jsonl").read_bytes() == (whole.store / "skipped.jsonl").read_bytes()
     assert [problem for _, problem in verify(copy)] == [None] * 5
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[]", '{"index": 99}', '{"index": "x"}', "{}"])
+def test_repair_needs_a_readable_list_of_what_was_skipped(whole, copy, text):
+    """One that has the hash of the manifest, and yet is none."""
+    (copy / "skipped.jsonl").write_text(text)
+    values = json.loads((copy / "manifest.json").read_text())
+    values["skipped_sha256"] = sha256(copy / "skipped.jsonl")
+    (copy / "manifest.json").write_text(json.dumps(values))
+    damage(copy / "shard-00002.safetensors", -9)
+    with pytest.raises(DataError, match=r"skipped.jsonl: damaged; delete it and repair again"):
+        list(encoding.repair(dataclasses.replace(whole, store=copy), encoding.damaged_shards(copy)))
+    (copy / "skipped.jsonl").unlink()
+    list(encoding.repair(dataclasses.replace(whole, store=copy), encoding.damaged_shards(copy)))
+    for path in whole.store.iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_mapping_is_read_only(whole):

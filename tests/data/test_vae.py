@@ -1,15 +1,20 @@
 """The autoencoder: what is read from its config, encoding and decoding, and what is said without it."""
 
 import json
+import re
+import unittest.mock
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data import vae
 from diffussm_cli.data.vae import load_vae, open_decoding, preview, read_facts
 from diffussm_cli.errors import DataError
-from tests.conftest import save_vae
+from tests.conftest import float32_arithmetic, save_vae
 
 CPU = torch.device("cpu")
 
@@ -35,6 +40,78 @@ def test_old_configs_have_the_defaults_of_their_kind(tmp_path):
     path.write_text(json.dumps(values))
     facts = read_facts(str(tmp_path))
     assert (facts.scale[0], facts.shift[0]) == (0.18215, 0.0)
+
+
+def as_on_the_hub(folder, **changes):
+    """A small VAE in the format of stabilityai/sd-vae-ft-ema: written by diffusers 0.4, weights in two formats."""
+    save_vae(folder, block_out_channels=(4, 8, 8, 8), scaling_factor=0.18215, shift_factor=None, **changes)
+    values = json.loads((folder / "config.json").read_text())
+    old = ["act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block"]
+    old += ["norm_num_groups", "out_channels", "sample_size", "up_block_types"]
+    old_values = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2"} | {k: values[k] for k in old}
+    (folder / "config.json").write_text(json.dumps(old_values, indent=2))
+    weights, names = folder / "diffusion_pytorch_model.safetensors", {}
+    for name in load_file(weights):
+        names[name] = re.sub(r"\.to_([qkv])\.", lambda m: {"q": ".query.", "k": ".key.", "v": ".value."}[m[1]], name)
+        names[name] = names[name].replace(".to_out.0.", ".proj_attn.")
+    save_file({names[k]: v for k, v in load_file(weights).items()}, weights)
+    assert {n.split(".")[4] for n in names.values() if ".attentions." in n} == {
+        *("group_norm", "query", "key", "value", "proj_attn")
+    }
+    torch.save(Attack(folder / "owned"), folder / "diffusion_pytorch_model.bin")
+    return folder
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_the_vae_of_the_hub_is_read_in_its_old_format(tmp_path):
+    old, new = as_on_the_hub(tmp_path / "old"), save_vae(tmp_path / "new", block_out_channels=(4, 8, 8, 8))
+    facts = read_facts(str(old))
+    assert (facts.kind, facts.channels, facts.downsample) == ("AutoencoderKL", 4, 8)
+    assert (facts.scale, facts.shift) == ((0.18215,) * 4, (0.0,) * 4)
+    v, same_weights = loaded(old), loaded(new)
+    assert v.weights_sha256 == same_weights.weights_sha256
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    for ours, theirs in zip(v.encode(images), same_weights.encode(images)):
+        assert torch.equal(ours, theirs)
+    assert v.decode(torch.randn(1, 4, 4, 4)).shape == (1, 3, 32, 32)
+    (old / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"cannot load the folder .*safetensors"):
+        loaded(old)
+    assert not (old / "owned").exists()  # the pickle beside them is not read
+
+
+def test_encoding_and_decoding_are_in_full_float32(tmp_path, monkeypatch):
+    v, before, seen = loaded(save_vae(tmp_path)), float32_arithmetic(), []
+    for name in ("encode", "decode"):
+        own = getattr(v.model, name)
+        monkeypatch.setattr(v.model, name, lambda x, own=own: seen.append(float32_arithmetic()) or own(x))
+    v.decode(v.encode(torch.zeros(1, 3, 8, 8))[0])
+    assert not before["convolutions"]  # torch's default
+    assert seen == [{"products": True, "convolutions": True}] * 2
+    assert float32_arithmetic() == before
+
+
+def test_weights_are_hashed_as_they_are_stored():
+    """Those of a network in half precision too, which numpy cannot hold."""
+    networks = [torch.nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    with torch.no_grad():
+        for p in [*networks[0].parameters(), *networks[1].parameters()]:
+            p.fill_(1)
+    hashes = [vae.weights_sha256(n) for n in networks]
+    assert hashes[0] != hashes[1]
+    assert hashes[0] == vae.weights_sha256(networks[0])
+    with torch.no_grad():
+        networks[0].bias[1] = 2
+    assert hashes[0] != vae.weights_sha256(networks[0])
 
 
 @pytest.mark.parametrize("channels", [4, 16])
@@ -116,8 +193,6 @@ def test_bad_folders_are_named(tmp_path):
 
 
 def test_incomplete_weights_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     weights = save_vae(tmp_path) / "diffusion_pytorch_model.safetensors"
     kept = load_file(weights)
     del kept["decoder.conv_in.bias"]
@@ -126,9 +201,22 @@ def test_incomplete_weights_are_refused(tmp_path):
         loaded(tmp_path)
 
 
+def answering(monkeypatch, answer):
+    """Requests for what is on the hub end in `answer`; gives the list of the addresses."""
+    asked = []
+
+    def head(url, **options):
+        asked.append(url)
+        answer()
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", head)
+    return asked
+
+
 def test_hub_names_may_have_a_subfolder(monkeypatch):
     import diffusers
 
+    answering(monkeypatch, lambda: None)
     asked = []
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: asked.append(where) or {})
     for name in ("owner/name", "owner/name/vae"):
@@ -145,6 +233,8 @@ def test_names_that_are_neither_folder_nor_hub():
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
         read_facts("./vae")
+    with pytest.raises(DataError, match="no folder 'xxx"):  # from a manifest, say: longer than a name may be
+        read_facts("x" * 300)
 
 
 def without_network(monkeypatch):
@@ -153,6 +243,7 @@ def without_network(monkeypatch):
     def unreachable(*args, **options):
         raise OSError("it does not appear to have a file named config.json") from OSError("Name not known\nby anyone")
 
+    answering(monkeypatch, lambda: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
 
 
@@ -164,6 +255,37 @@ def test_without_network_one_line_says_what_to_do(monkeypatch):
         "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub: download its config.json and "
         "diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER (Name not known)"
     )
+
+
+def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+    """Its client would repeat the request for 23 seconds; where it answers, though with an error, it may."""
+    import diffusers
+
+    def fail():
+        raise OSError("Name not known")
+
+    def say_404():
+        raise HfHubHTTPError("404 for this file", response=unittest.mock.Mock())
+
+    loaded_by = []
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: loaded_by.append(where) or {})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    asked = answering(monkeypatch, fail)
+    with pytest.raises(DataError, match="cannot load 'owner/name/vae' from the hub: .* .Name not known."):
+        read_facts("owner/name/vae")
+    assert [a.partition("owner")[2] for a in asked] == ["/name/resolve/main/vae/config.json"]
+    assert loaded_by == []
+    answering(monkeypatch, say_404)
+    with pytest.raises(DataError, match="holds None"):
+        read_facts("owner/name/vae")
+    kept = tmp_path / "models--owner--name"
+    for name, text in {"refs/main": "abc", "snapshots/abc/vae/config.json": "{}"}.items():
+        (kept / name).parent.mkdir(parents=True)
+        (kept / name).write_text(text)
+    asked = answering(monkeypatch, fail)
+    with pytest.raises(DataError, match="holds None"):
+        read_facts("owner/name/vae")
+    assert asked == []
 
 
 def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):

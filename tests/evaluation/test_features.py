@@ -1,11 +1,14 @@
 """Extractors: the right layers in the right order, and one line where something is missing."""
 
+import hashlib
+import importlib
 import sys
 import types
 import warnings
 
 import pytest
 import torch
+import torch_fidelity.feature_extractor_inceptionv3 as inception
 from torch import nn
 
 from diffussm_cli.data import builtin
@@ -21,12 +24,26 @@ def images(n=2, side=40, channels=3):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """An Inception with random weights, in torch-fidelity's format."""
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    """An Inception with random weights in a file like the published one: torch's old format, hash in its name."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(random_state(module), path)
-    return path
+    path = tmp_path_factory.mktemp("hub") / "checkpoints" / "inception.pth"
+    path.parent.mkdir()
+    torch.save(random_state(inception), path, _use_new_zipfile_serialization=False)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return path.rename(path.with_name(f"weights-inception-2015-12-05-{digest[:8]}.pth"))
+
+
+@pytest.fixture
+def hub(weights, monkeypatch):
+    """torch.hub's folder holds the weights, their URL names them, and nothing can be downloaded."""
+
+    def refuse(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"https://host/v0.2.0/{weights.name}")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(weights.parent.parent))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return weights
 
 
 def random_state(module):
@@ -47,7 +64,6 @@ def random_state(module):
     return {k: v.clone() for k, v in kept.items()}
 
 
-@pytest.mark.slow
 def test_inception_gives_the_layers_of_adm(weights):
     """Against a forward written out: layers, their order, shapes, resize."""
     extractor = load_extractor("inception", weights, CPU)
@@ -73,23 +89,37 @@ def test_inception_gives_the_layers_of_adm(weights):
     assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
 
 
-def test_inception_without_network_says_where_the_file_goes(tmp_path, monkeypatch):
-    pytest.importorskip("torch_fidelity")
+def test_inception_is_read_from_the_file_as_it_is_published(hub):
+    """Its name, the hash in it, and its format are those of the release of torch-fidelity."""
+    assert inception.URL_INCEPTION_V3.endswith(hub.name)
+    extractor = load_extractor("inception", None, CPU)
+    assert extractor.identity == f"inception-{hashlib.sha256(hub.read_bytes()).hexdigest()[:16]}"
+    state = torch.load(hub, weights_only=True)
+    assert torch.equal(extractor.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"])
+
+
+def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    short = tmp_path / "checkpoints" / hub.name
+    short.write_bytes(b"x" * 1000)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    for weights in (None, short):
+        with pytest.raises(DataError, match=f"{hub.name} is damaged: .* delete it to download it again"):
+            load_extractor("inception", weights, CPU)
 
-    def refuse(*_, **__):
-        raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+def test_inception_without_network_says_where_the_file_goes(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"):
         load_extractor("inception", None, CPU)
 
 
 def test_wrong_weights_are_one_line(tmp_path):
-    pytest.importorskip("torch_fidelity")
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(DataError, match="text.pth cannot be read as weights"):
         load_extractor("inception", tmp_path / "text.pth", CPU)
+    with pytest.raises(DataError, match="none.pth cannot be read as weights: No such file or directory"):
+        load_extractor("inception", tmp_path / "none.pth", CPU)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(DataError, match="other.pth holds no Inception"):
         load_extractor("inception", tmp_path / "other.pth", CPU)
@@ -102,9 +132,9 @@ class Attack:
         return (print, ("run",))
 
 
-def test_weights_that_hold_code_are_refused(tmp_path, capsys):
-    pytest.importorskip("torch_fidelity")
-    torch.save({"a": Attack()}, tmp_path / "evil.pth")
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_weights_that_hold_code_are_refused(tmp_path, capsys, zipped):
+    torch.save({"a": Attack()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(DataError, match="cannot be read as weights"):
         load_extractor("inception", tmp_path / "evil.pth", CPU)
     assert capsys.readouterr().out == ""
@@ -139,6 +169,22 @@ class Mean(nn.Module):
         return x.float().mean((2, 3))
 
 
+class Reached(Exception):
+    """Carries where the input of a network lies."""
+
+
+@pytest.mark.parametrize("name", ["inception", "digits", "mine:make"])
+def test_images_are_moved_to_the_device_of_the_network(name, hub, monkeypatch):
+    def look(_, inputs):
+        raise Reached(inputs[0].device.type)
+
+    provide(monkeypatch, Mean)
+    extractor = load_extractor(name, None, torch.device("meta"))
+    extractor.network.register_forward_pre_hook(look)
+    with pytest.raises(Reached, match="meta"):
+        extractor(images(side=28, channels=extractor.channels))
+
+
 def test_own_network_from_a_file(tmp_path):
     torch.export.save(torch.export.export(Mean(), (images(),)), tmp_path / "own.pt2")
     with warnings.catch_warnings():
@@ -150,11 +196,48 @@ def test_own_network_from_a_file(tmp_path):
         assert extractor(images()).logits is None
 
 
-def test_own_network_from_a_factory(monkeypatch):
+def provide(monkeypatch, make):
+    """A module `mine` of the user with a factory `make`."""
     module = types.ModuleType("mine")
-    module.make = Mean
+    module.make = make
     monkeypatch.setitem(sys.modules, "mine", module)
+
+
+def test_own_network_from_a_factory(monkeypatch):
+    provide(monkeypatch, Mean)
     assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
+    provide(monkeypatch, lambda: len)
+    with pytest.raises(ConfigError, match="'mine:make' gives a builtin_function_or_method, not a torch.nn.Module"):
+        load_extractor("mine:make", None, CPU)
+
+
+FACTORY = """
+import os
+import torch
+
+def make():
+    network = torch.nn.Linear(2, 2, dtype=getattr(torch, os.environ["DTYPE"]))
+    for p in network.parameters():
+        torch.nn.init.constant_(p, float(os.environ["VALUE"]))
+    return network
+"""
+
+
+def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch):
+    """Features are kept by this identity: another network under the same name must not find them."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def identity(value, dtype="float32", text=FACTORY):
+        monkeypatch.setenv("VALUE", value)
+        monkeypatch.setenv("DTYPE", dtype)
+        (tmp_path / "theirs.py").write_text(text)
+        sys.modules.pop("theirs", None)
+        importlib.invalidate_caches()
+        return load_extractor("theirs:make", None, CPU).identity
+
+    found = [identity("1"), identity("2"), identity("2", "bfloat16"), identity("1", text=FACTORY + "# resized\n")]
+    assert len(set(found)) == 4
+    assert identity("1") == found[0]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +246,9 @@ def test_own_network_from_a_factory(monkeypatch):
         ("vgg", "'vgg' must be inception, digits"),
         ("no.pt2", "no file 'no.pt2'"),
         ("nothing:here", "cannot be imported"),
+        (":", "':' must be inception, digits"),
+        ("..mine:make", "'..mine:make' must be inception, digits"),
+        ("mine:", "'mine:' must be inception, digits"),
     ],
 )
 def test_unknown_extractors(name, words):

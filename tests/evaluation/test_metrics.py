@@ -36,6 +36,21 @@ def test_distance_equals_adm(adm, kind, name):
     assert distance(adm[f"gen_{kind}"], adm[f"ref_{kind}"]) == pytest.approx(adm[name].item(), rel=1e-6)
 
 
+class OnMPS(torch.Tensor):
+    """A tensor of a device without float64, until it is copied to the CPU."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def double(self):
+        raise TypeError("MPS has no float64")
+
+
+def test_probabilities_are_summed_on_the_cpu():
+    logits = normal(20, 5)
+    assert inception_score(logits.as_subclass(OnMPS)) == inception_score(logits)
+
+
 @pytest.mark.parametrize("split", [5000, 1000])
 def test_inception_score_equals_adm(adm, split):
     logits = adm["gen_pool"] @ adm["logit_weight"]

@@ -1,17 +1,25 @@
 """Sets of images and reference files: what goes in comes out, whoever made it, and bad ones are one line."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import evaluate as ev
-from diffussm_cli.evaluation.features import load_extractor
+from diffussm_cli.evaluation import gathering
+from diffussm_cli.evaluation.features import Features, load_extractor
 from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
+from tests.conftest import float32_arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +98,6 @@ BAD = {
     "flat": ({"arr_0": np.zeros((2, 784), np.uint8)}, "not images \\(n, H, W, 3\\) of uint8"),
     "NCHW": ({"arr_0": np.zeros((2, 3, 28, 28), np.uint8)}, "not images"),
     "labels only": ({"labels": np.zeros(2, np.int64)}, "holds no arr_0, only labels"),
-    "colours": ({"arr_0": np.zeros((2, 28, 28, 3), np.uint8)}, "3 channels, but the extractor sees one"),
 }
 
 
@@ -125,6 +132,14 @@ def test_features_are_kept_by_content(pictures, tmp_path, digits):
     assert len(list(cache.iterdir())) == 2
 
 
+def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
+    """A name that is too long stands for a folder that may not be entered: tests may run as root."""
+    work, done = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
+    assert done == 12
+    assert work.warning.startswith("--cache: features cannot be kept in 'xxx")
+    assert work.warning.endswith("File name too long")
+
+
 def test_batch_size_changes_nothing(pictures, digits):
     images = open_images(str(pictures), 1)
     one, many = (Gathering(images, digits, size) for size in (1, 64))
@@ -132,6 +147,64 @@ def test_batch_size_changes_nothing(pictures, digits):
         list(work.run())
     for name, value in one.result.tensors().items():
         torch.testing.assert_close(value, many.result.tensors()[name], rtol=1e-5, atol=1e-5)
+
+
+class Recorder:
+    """An extractor of one channel that notes the arithmetic of convolutions while it is called."""
+
+    identity, channels = "recorder", 1
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(float32_arithmetic())
+        return Features(images.float().mean((2, 3)))
+
+
+def test_features_are_extracted_in_full_float32(pictures):
+    extractor, before = Recorder(), float32_arithmetic()
+    gathered(open_images(str(pictures), 1), extractor)
+    assert not before["convolutions"]  # torch's default
+    assert extractor.seen == [{"products": True, "convolutions": True}] * 3
+    assert float32_arithmetic() == before
+
+
+class Job:
+    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their calls."""
+
+    def __init__(self):
+        self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(self, value, share):
+        self.said[share.rank] = value
+        self.meeting.wait()
+        found = list(self.said)
+        self.meeting.wait()
+        return found
+
+
+def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_path, digits, monkeypatch):
+    """One process has the reference's features in its own cache and the other has not: both gather both sets."""
+    reference = open_images(str(pictures), 1)
+    samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
+    gathered(reference, digits, tmp_path / "0")
+    alone = [gathered(images, digits)[0].result.pool for images in (reference, samples)]
+    monkeypatch.setattr(gathering, "gather", Job().gather)
+    monkeypatch.setattr(gathering, "full_float32", contextlib.nullcontext)  # of the process: threads would disturb it
+
+    def of_rank(rank):
+        found = []
+        for images in (reference, samples):
+            work = Gathering(images, digits, 5, tmp_path / str(rank), Share(rank, 2))
+            list(work.run())
+            found.append(work.result.pool)
+        return found
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(of_rank, (0, 1)))
+    for own in found:
+        torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ references

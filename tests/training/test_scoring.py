@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
@@ -12,6 +13,7 @@ from diffussm_cli.errors import ConfigError
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
+from tests.test_cli import run
 
 EVERY = ["eval.every=2", "eval.images=16", "eval.steps=2", "train.log_every=4"]
 
@@ -31,12 +33,12 @@ def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkey
     scores = iter([5.0, 3.0, 4.0])
     monkeypatch.setattr("diffussm_cli.training.scoring.evaluate", lambda *_: [("fid", next(scores))])
     settings = config("train.steps=6")
-    run = trainer(settings, tmp_path / "run")
+    training = trainer(settings, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
     records, weights = [], {}
-    for record in run.run():
+    for record in training.run():
         records.append(record)
-        weights[record["step"]] = {k: v.clone() for k, v in run.ema.model.state_dict().items()}
+        weights[record["step"]] = {k: v.clone() for k, v in training.ema.model.state_dict().items()}
     assert {r["step"]: r.get("eval/fid") for r in records} == {2: 5.0, 4: 3.0, 6: 4.0}
     best = runs.find_run(tmp_path / "run" / "best")
     kept = runs.read_tensors(best.weights)
@@ -63,12 +65,27 @@ def test_a_real_score_does_not_disturb_training(config, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_no_reference_is_an_error_before_training(config, tmp_path):
-    from PIL import Image
-
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def pictures_in(folder):
+    """Eight grey pictures of the size of digits, which are none."""
+    folder.mkdir()
     for i in range(8):
-        Image.new("L", (28, 28), i).save(pictures / f"{i}.png")
+        Image.new("L", (28, 28), i).save(folder / f"{i}.png")
+    return folder
+
+
+def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path):
+    pictures = pictures_in(tmp_path / "pictures")
+    other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").scoring
+    assert "digits was chosen for grey 28x28 images, and it knows handwritten digits only" in other.warnings[0]
+    assert trainer(config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2").scoring.warnings == []
+    assert trainer(config(), tmp_path / "3").scoring.warnings == []
+    settings = [part for v in [*TINY, *EVERY, "train.steps=2", f"eval.reference={pictures}"] for part in ("--set", v)]
+    shown = run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings)
+    assert shown.exit_code == 0, shown.output
+    assert f"warning: {other.warnings[0]}" in shown.stderr
+
+
+def test_no_reference_is_an_error_before_training(config, tmp_path):
+    pictures = pictures_in(tmp_path / "pictures")
     with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
         trainer(config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"), tmp_path / "run")
