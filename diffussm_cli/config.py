@@ -202,7 +202,10 @@ def preset_text(name: str) -> str:
 def read_text(path: Path, option: str) -> str:
     """A small text file, or a ConfigError that names the option it was given by."""
     with reading(f"{option}: cannot read {str(path)!r}", ConfigError):
-        if path.stat().st_size > MAX_YAML_BYTES:
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{option}: {path} is not a regular file")
+        if size > MAX_YAML_BYTES:
             raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration")
         return path.read_text(encoding="utf-8")
 

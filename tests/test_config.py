@@ -194,6 +194,9 @@ def test_missing_huge_and_binary_preset_files(tmp_path):
     (tmp_path / "huge.yaml").write_bytes(b"#" * (2 << 20))
     with pytest.raises(ConfigError, match="larger than"):
         load_config(str(tmp_path / "huge.yaml"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(str(tmp_path / "pipe.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not text"):
         load_config(str(tmp_path / "binary.yaml"))

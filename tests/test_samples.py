@@ -157,7 +157,7 @@ def test_npz_holds_the_images_in_order(whole):
 
 
 def command(trained, out, *more):
-    arguments = ["sample", trained.root, "--seed", 5, "--batch-size", 3, "--out", out, *more]
+    arguments = ["sample", trained.root, "--seed", 5, "--batch-size", 3, "--precision", "fp32", "--out", out, *more]
     return ["-m", "diffussm_cli", *map(str, arguments)]
 
 

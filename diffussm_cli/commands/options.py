@@ -175,8 +175,8 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people, to two digits or so."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} seconds"
+    """A length of time for people, to two digits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -72,7 +72,8 @@ def draw(console, folder, grid: Path, npz: bool = False) -> None:
             if share.rank == 0:
                 folder.begin()
             gather(None, share)
-            batches = folder.missing(share)
+            with console.status("looking for what is there"):
+                batches = folder.missing(share)
             gather(None, share)  # all have looked before one draws
             with bar(console, sum(map(len, batches))) as advance:
                 for n in folder.draw(batches):
