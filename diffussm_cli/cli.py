@@ -1,6 +1,6 @@
 """The `diffussm` program: its commands and the one place where errors become a line and an exit code. No torch here."""
 
-import errno
+import contextlib
 import sys
 from typing import Annotated, Any
 
@@ -10,21 +10,23 @@ from typer.core import TyperGroup
 from diffussm_cli import __version__
 from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.eval import evaluate
+from diffussm_cli.commands.options import Command, WithExamples
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import TrainCommand, train
-from diffussm_cli.errors import DiffussmError
+from diffussm_cli.errors import DiffussmError, system_reason
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 UsageError = typer.BadParameter.__bases__[0]  # current Typer carries its own click
 
 
-class ErrorBoundary(TyperGroup):
+class ErrorBoundary(WithExamples, TyperGroup):
     """What a user can fix is one line on stderr and exit code 1; anything else keeps its traceback."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)
+        with contextlib.suppress(AttributeError):  # not every stand-in for stdout has encodings
+            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell
         try:
             code = super().main(*args, standalone_mode=False, **kwargs)
         except UsageError as e:
@@ -40,10 +42,11 @@ class ErrorBoundary(TyperGroup):
         except DiffussmError as e:
             raise typer.Exit(_refuse(_one_line(str(e)))) from e
         except OSError as e:
-            if e.errno not in DISK_ERRORS:
+            reason = system_reason(e)
+            if reason is None:
                 raise
             place = f"{e.filename}: " if e.filename else ""
-            raise typer.Exit(_refuse(f"{place}{e.strerror}; what was saved before is intact")) from e
+            raise typer.Exit(_refuse(_one_line(f"{place}{reason}"))) from e
 
 
 def _refuse(message: str) -> int:
@@ -52,15 +55,61 @@ def _refuse(message: str) -> int:
 
 
 def _one_line(message: str) -> str:
-    return " ".join(message.split())
+    """Without what a terminal would obey: names of files come from strangers."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
 
 
-app = typer.Typer(cls=ErrorBoundary, add_completion=False, pretty_exceptions_enable=False)
-app.command()(encode)
-app.command(cls=TrainCommand)(train)
-app.command()(sample)
-app.command("eval")(evaluate)
-app.command()(profile)
+class Train(Command, TrainCommand):
+    """`train`, whose `--resume` may stand without a value."""
+
+
+EXAMPLES = {
+    "diffussm": """
+  diffussm train                                   digits on this machine, in minutes
+  diffussm train --list                            the presets and what they cost
+  diffussm sample --num 100 --classes 0-9          draw from the newest run
+  diffussm eval runs/mnist --num 5000              FID and more
+""",
+    "encode": """
+  diffussm encode photos/ latents/photos --resolution 256
+  diffussm encode --verify latents/photos
+  diffussm encode --repair photos/ latents/photos
+""",
+    "train": """
+  diffussm train                                   the preset mnist, without a download
+  diffussm train --list                            the presets and what they cost
+  diffussm train --data faces/ --set model.num_classes=0 --set data.resolution=32 --set data.channels=3
+  torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume auto
+""",
+    "sample": """
+  diffussm sample                                  40 images of the newest run
+  diffussm sample runs/mnist --num 100 --classes 0-9
+  diffussm sample runs/mnist --num 20 --classes 3 --sampler dpmpp --steps 25 --guidance 2 --out threes/
+  diffussm sample DiT-XL-2-256x256.pt --guidance 1.5 --guidance-channels 3
+""",
+    "eval": """
+  diffussm eval runs/mnist --num 5000
+  diffussm eval images/ --reference VIRTUAL_imagenet256_labeled.npz
+  diffussm eval --make-ref church/ church.npz --resolution 256
+""",
+    "profile": """
+  diffussm profile --resolution 256,512            DiffuSSM-XL beside DiT-XL
+  diffussm profile --models s/2 --sweep M=1,2,4 P=1,2
+  diffussm profile --preset mnist --estimate       how long a training takes here
+""",
+}
+
+app = typer.Typer(
+    cls=ErrorBoundary, epilog=f"Examples:{EXAMPLES['diffussm']}", add_completion=False, pretty_exceptions_enable=False
+)
+for name, cls, function in (
+    ("encode", Command, encode),
+    ("train", Train, train),
+    ("sample", Command, sample),
+    ("eval", Command, evaluate),
+    ("profile", Command, profile),
+):
+    app.command(name, cls=cls, epilog=f"Examples:{EXAMPLES[name]}")(function)
 
 
 @app.callback(invoke_without_command=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -14,14 +15,25 @@ from typing import Any, Literal
 
 import yaml
 
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, reading
 
 MAX_YAML_BYTES = 1 << 20
 DEFAULT_PRESET = "mnist"
+BUILTIN = "builtin:"  # how `data.path` names a data set that a Python package carries
+# The bounds of the fields are generous: what is outside them is a slip of the finger or a hostile file.
+MANY = 10**8  # steps
+MAX_SEED = 2**62
+MAX_BATCH = 2**16
+MAX_SIDE = 2**14  # pixels
+SMALLEST = 1e-9  # of a number other than 0
+MAX_PARAMETERS = 10**11
+MAX_VALUES = 2**31  # in one tensor of one image
+MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; less is 0 in float32
+MAX_NAME = 255  # bytes, of a file
 
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
-    """A field with its help and its bounds: `least`, `above`, `most`."""
+    """A field with its help and its bounds: `least`, `above`, `most`, `below`."""
     return field(default=default, metadata={"help": help, **bounds})
 
 
@@ -30,15 +42,15 @@ class ModelConfig:
     """The backbone and its sizes, by the paper's letters (arXiv 2311.18257)."""
 
     backbone: Literal["diffussm", "dit"] = _option("diffussm", "DiffuSSM, or the DiT baseline")
-    hidden_size: int = _option(1152, "D", least=4)
-    depth: int = _option(29, "number of blocks", least=1)
-    patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1)
-    compression: int = _option(2, "M, tokens that share a position between hourglasses", least=1)
-    d_state: int = _option(64, "N, state size of S4D; of no effect in a DiT", least=2)
-    heads: int = _option(16, "attention heads of a DiT; of no effect in a DiffuSSM", least=1)
-    num_classes: int = _option(1000, "0: unconditional", least=0)
+    hidden_size: int = _option(1152, "D", least=4, most=2**14)
+    depth: int = _option(29, "number of blocks", least=1, most=1000)
+    patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
+    compression: int = _option(2, "M, tokens that share a position between hourglasses", least=1, most=256)
+    d_state: int = _option(64, "N, state size of S4D; of no effect in a DiT", least=2, most=4096)
+    heads: int = _option(16, "attention heads of a DiT; of no effect in a DiffuSSM", least=1, most=256)
+    num_classes: int = _option(1000, "0: unconditional", least=0, most=10**6)
     learn_sigma: bool = _option(True, "learn the covariance too")
-    label_std: float = _option(0.02, "standard deviation of the label table at the start", above=0)
+    label_std: float = _option(0.02, "standard deviation of the label table at the start", above=0, most=100)
 
 
 @dataclass(frozen=True)
@@ -47,8 +59,8 @@ class DataConfig:
 
     path: str = _option("", "builtin:mnist, builtin:digits, a folder of images, or a folder of encoded latents")
     resolution: int | str = _option(256, "N or HxW, in pixels")
-    channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1)
-    downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1)
+    channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)
+    downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
     vae: str | None = _option(None, "hub name or folder of the VAE behind the latents; none for pixels")
     flip: bool = _option(False, "mirror at random")
     class_names: tuple[str, ...] = _option((), "found in the data, recorded with the run")
@@ -77,43 +89,45 @@ class DataConfig:
 class DiffusionConfig:
     """ADM's process: linear variances from beta_start to beta_end over T steps."""
 
-    timesteps: int = _option(1000, "T", least=2)
-    beta_start: float = _option(1e-4, "first variance", above=0)
-    beta_end: float = _option(0.02, "last variance", above=0)
+    timesteps: int = _option(1000, "T", least=2, most=10_000)
+    beta_start: float = _option(1e-4, "first variance", above=0, most=0.999)
+    beta_end: float = _option(0.02, "last variance", above=0, most=0.999)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The recipe. Defaults are the paper's."""
 
-    steps: int = _option(400_000, "optimiser steps", least=1)
-    batch_size: int = _option(256, "images an optimiser step, over all accumulated parts", least=1)
-    accumulate: int = _option(1, "parts that the batch is computed in", least=1)
-    lr: float = _option(1e-4, "learning rate", above=0)
-    ssm_lr: float = _option(1e-3, "cap on the learning rate of the SSM's parameters", above=0)
-    warmup_steps: int = _option(0, "steps of linear warm-up", least=0)
+    steps: int = _option(400_000, "optimiser steps", least=1, most=MANY)
+    batch_size: int = _option(256, "images an optimiser step, over all accumulated parts", least=1, most=MAX_BATCH)
+    accumulate: int = _option(1, "parts that the batch is computed in", least=1, most=MAX_BATCH)
+    lr: float = _option(1e-4, "learning rate", above=0, most=10)
+    ssm_lr: float = _option(1e-3, "cap on the learning rate of the SSM's parameters", above=0, most=10)
+    warmup_steps: int = _option(0, "steps of linear warm-up", least=0, most=MANY)
     lr_decay: Literal["constant", "linear", "cosine"] = _option("constant", "course of the learning rate after warm-up")
-    weight_decay: float = _option(0.0, "AdamW's, on matrices only", least=0)
-    beta2: float = _option(0.999, "AdamW's second-moment decay", above=0, most=1)
-    grad_clip: float = _option(0.0, "largest gradient norm; 0: no clipping", least=0)
-    ema: float = _option(0.9999, "decay of the averaged weights", least=0, most=1)
-    mse_weight_cap: float = _option(1.0, "noise MSE counts min(1 + 1/SNR, this) times; 1: the paper's", least=1)
+    weight_decay: float = _option(0.0, "AdamW's, on matrices only", least=0, most=100)
+    beta2: float = _option(0.999, "AdamW's second-moment decay", above=0, below=1)
+    grad_clip: float = _option(0.0, "largest gradient norm; 0: no clipping", least=0, most=1e6)
+    ema: float = _option(0.9999, "decay of the averaged weights", least=0, below=1)
+    mse_weight_cap: float = _option(
+        1.0, "noise MSE counts min(1 + 1/SNR, this) times; 1: the paper's", least=1, most=1e6
+    )
     label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
-    seed: int = _option(0, "of everything random", least=0, most=2**62)
+    seed: int = _option(0, "of everything random", least=0, most=MAX_SEED)
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "bf16 where the hardware has it, or as told")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
     compile: bool = _option(False, "torch.compile the model")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
-    checkpoint_every: int = _option(5000, "steps between checkpoints", least=1)
-    keep_checkpoints: int = _option(2, "newest checkpoints kept", least=1)
-    keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0: none", least=0)
+    checkpoint_every: int = _option(5000, "steps between checkpoints", least=1, most=MANY)
+    keep_checkpoints: int = _option(2, "newest checkpoints kept", least=1, most=MANY)
+    keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0: none", least=0, most=MANY)
     async_checkpoint: bool = _option(True, "write checkpoints beside training, from a copy in memory")
-    max_bad_steps: int = _option(10, "steps without a finite loss in a row that end training", least=1)
+    max_bad_steps: int = _option(10, "steps without a finite loss in a row that end training", least=1, most=MANY)
     parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes each hold the model, or a part of it")
-    sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0)
-    sample_images: int = _option(40, "images in a preview grid", least=1)
-    sample_steps: int = _option(25, "DDIM steps of a preview", least=1)
-    log_every: int = _option(100, "steps between records", least=1)
+    sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
+    sample_images: int = _option(40, "images in a preview grid", least=1, most=10_000)
+    sample_steps: int = _option(25, "DDIM steps of a preview", least=1, most=10_000)
+    log_every: int = _option(100, "steps between records", least=1, most=MANY)
 
 
 @dataclass(frozen=True)
@@ -121,8 +135,8 @@ class SampleConfig:
     """How images are drawn; the defaults of `diffussm sample` and the last grid of a training run."""
 
     sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = _option("ddpm", "see diffusion/sampling.py")
-    steps: int = _option(250, "denoising steps", least=1)
-    guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0)
+    steps: int = _option(250, "denoising steps", least=1, most=10_000)
+    guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0, most=1000)
     guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or DiT's first three")
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
@@ -132,9 +146,11 @@ class SampleConfig:
 class EvalConfig:
     """How a run is measured, by `diffussm eval RUN` and while it trains."""
 
-    every: int = _option(0, "steps between evaluations of the averaged weights in training; 0: none", least=0)
-    images: int = _option(5000, "images drawn for each of them", least=16)
-    steps: int = _option(50, "most denoising steps of these, by the sampler of the run", least=1)
+    every: int = _option(
+        0, "steps between evaluations of the averaged weights in training; 0: none", least=0, most=MANY
+    )
+    images: int = _option(5000, "images drawn for each of them", least=16, most=10**6)
+    steps: int = _option(50, "most denoising steps of these, by the sampler of the run", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; none: a built-in data set itself")
     extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for 28x28 pixels")
 
@@ -176,7 +192,7 @@ def preset_text(name: str) -> str:
         ConfigError: if there is no such preset or file.
     """
     if name in preset_names():
-        return (_presets() / f"{name}.yaml").read_text()
+        return (_presets() / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_text(path, "--preset")
@@ -185,29 +201,38 @@ def preset_text(name: str) -> str:
 
 def read_text(path: Path, option: str) -> str:
     """A small text file, or a ConfigError that names the option it was given by."""
-    try:
-        if path.stat().st_size > MAX_YAML_BYTES:
+    with reading(f"{option}: cannot read {str(path)!r}", ConfigError):
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe would be waited for
+            raise ConfigError(f"{option}: {path} is not a regular file")
+        if size > MAX_YAML_BYTES:
             raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration")
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "it is not text"
-        raise ConfigError(f"{option}: cannot read {str(path)!r}: {reason}") from e
+        return path.read_text(encoding="utf-8")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases: nine lines of them can ask for a terabyte."""
+    """Safe YAML without aliases (nine lines of them can ask for a terabyte) and without a key that stands twice."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node, deep=False):
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        seen = set()
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
 
 def parse_yaml(text: str, where: str) -> Any:
     """YAML by a safe loader; `where` names the file or option in the error."""
     try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as e:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as e:  # `!!bool x` is a KeyError
         mark = getattr(e, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or str(e).split("\n")[0] or type(e).__name__
@@ -293,7 +318,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         text = str(value)
         if text not in options:
-            raise ConfigError(f"{name}: {value!r} must be one of {', '.join(options)}{nearest(text, options)}")
+            raise ConfigError(f"{name}: {value!r} is not a choice{nearest(text, options)}")
         return text
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v]
@@ -330,12 +355,31 @@ def _as_number(value: Any, kind: type) -> int | float | None:
 
 
 def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
+    if isinstance(value, str):
+        check_text(value, name)
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        raise ConfigError(f"{name}: {value} is too small to have an effect; it must be at least {SMALLEST}")
     if "least" in bounds and value < bounds["least"]:
         raise ConfigError(f"{name}: {value} must be at least {bounds['least']}")
     if "above" in bounds and value <= bounds["above"]:
         raise ConfigError(f"{name}: {value} must be greater than {bounds['above']}")
     if "most" in bounds and value > bounds["most"]:
         raise ConfigError(f"{name}: {value} must be at most {bounds['most']}")
+    if "below" in bounds and value >= bounds["below"]:
+        raise ConfigError(f"{name}: {value} must be less than {bounds['below']}")
+
+
+def check_text(text: str | os.PathLike, name: str) -> None:
+    """Raises ConfigError for text that cannot name a file: with a NUL byte, not in UTF-8, or a path too long."""
+    path = os.fspath(text)
+    try:
+        parts = path.encode().split(b"/")
+    except UnicodeEncodeError as e:
+        raise ConfigError(f"{name}: {path!r} is not text in UTF-8; rename it") from e
+    if "\0" in path:
+        raise ConfigError(f"{name}: {path!r} holds a NUL byte")
+    if isinstance(text, os.PathLike) and max(map(len, parts)) > MAX_NAME:
+        raise ConfigError(f"{name}: {path!r:.40}... has a name of more than {MAX_NAME} bytes")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -355,8 +399,8 @@ def check(config: Config) -> None:
     m, d, t, s = config.model, config.data, config.train, config.sample
     if not isinstance(d.resolution, int) and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", d.resolution):
         raise ConfigError(f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, as 256 or 256x384")
-    if min(d.size) < 1:
-        raise ConfigError(f"data.resolution: {d.resolution} must be at least 1")
+    if not 1 <= min(d.size) <= max(d.size) <= MAX_SIDE:
+        raise ConfigError(f"data.resolution: {d.resolution} must be from 1 to {MAX_SIDE}")
     if any(side % d.downsample for side in d.size):
         raise ConfigError(f"data.resolution: {d.resolution} must be a multiple of data.downsample {d.downsample}")
     if d.vae is None and d.downsample != 1:
@@ -379,9 +423,42 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
     if t.batch_size % t.accumulate:
         raise ConfigError(f"train.accumulate: {t.accumulate} must divide train.batch_size {t.batch_size}")
-    if config.diffusion.beta_end >= 1 or config.diffusion.beta_end < config.diffusion.beta_start:
-        raise ConfigError(f"diffusion.beta_end: {config.diffusion.beta_end} must lie between beta_start and 1")
+    if d.path.startswith(BUILTIN) and d.vae is not None:
+        raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
+    _check_size(config)
+    _check_schedule(config.diffusion)
     check_sampling(s, config)
+
+
+def _check_size(config: Config) -> None:
+    """Raises ConfigError for sizes that are fine one by one and absurd together, before anything is built."""
+    m, d = config.model, config.data
+    D, taps = m.hidden_size, d.channels * m.patch_size**2
+    tokens = math.prod(d.grid) // m.patch_size**2
+    block = (16 + m.compression) * D**2 + 8 * D * m.d_state
+    parameters = m.depth * block + m.num_classes * D + 3 * m.compression * taps * D  # to a few percent
+    if parameters > MAX_PARAMETERS:
+        raise ConfigError(
+            f"model.hidden_size: {D} with model.depth {m.depth} makes about {parameters:.1e} parameters; "
+            f"at most {MAX_PARAMETERS:.0e}"
+        )
+    if tokens * max(D, taps) > MAX_VALUES:
+        raise ConfigError(
+            f"data.resolution: {d.resolution} makes {tokens:,} tokens of {max(D, taps):,} values; take a larger "
+            "model.patch_size or data.downsample"
+        )
+
+
+def _check_schedule(d: DiffusionConfig) -> None:
+    """Raises ConfigError for a process whose end float32 cannot hold."""
+    if d.beta_end < d.beta_start:
+        raise ConfigError(f"diffusion.beta_end: {d.beta_end} must be at least diffusion.beta_start {d.beta_start}")
+    step = (d.beta_end - d.beta_start) / (d.timesteps - 1)
+    if sum(math.log1p(-(d.beta_start + i * step)) for i in range(d.timesteps)) < MIN_SIGNAL:
+        raise ConfigError(
+            f"diffusion.timesteps: {d.timesteps} with variances up to {d.beta_end} leave nothing of the image; "
+            "lower diffusion.beta_end"
+        )
 
 
 def check_sampling(s: SampleConfig, config: Config) -> None:

@@ -47,7 +47,8 @@ def generate(
 
 def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
     """The labels that `generate` draws for seeds of a model with that many classes."""
-    return [_label(torch.Generator().manual_seed(seed), num_classes) for seed in seeds]
+    generator = torch.Generator()
+    return [_label(generator.manual_seed(seed), num_classes) for seed in seeds]
 
 
 def _label(generator: torch.Generator, num_classes: int) -> int:

@@ -6,6 +6,7 @@ interruptions. meta.json comes first and says what is being drawn; `complete` in
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +22,14 @@ from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png, to_uint8
 from diffussm_cli.data.vae import open_decoding
-from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import RunError, reading
 from diffussm_cli.files import sha256, whole_file
 from diffussm_cli.generation import cast_products, generate, labels_of
 
-META, GRID, NPZ = "meta.json", "grid.png", "samples.npz"
+IMAGES, META, GRID, NPZ = "images", "meta.json", "grid.png", "samples.npz"
 PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
 GRID_IMAGES = 100
 READ = 256  # images read back at a time
@@ -84,9 +85,15 @@ class Sampler:
         return [self.classes[i % len(self.classes)] for i in range(len(seeds))] if self.classes else labels_of(seeds, n)
 
     def draw(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch."""
-        for drawn in generate(self.model, self.process, self.how, seeds, labels, self.batch_size, self.dtype):
-            yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))
+        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch. Raises RunError if memory does not do."""
+        batches = generate(self.model, self.process, self.how, seeds, labels, self.batch_size, self.dtype)
+        try:
+            for drawn in batches:
+                yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; take fewer") from e
 
     def facts(self, seeds: range) -> dict[str, Any]:
         """What decides these images, for meta.json."""
@@ -138,7 +145,9 @@ class SampleFolder:
         """The batches of this process of which an image is still to be drawn."""
         size = self.sampler.batch_size
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
-        wanting = [batch for batch in every if not all(self.file(seed).is_file() for seed in batch)]
+        with os.scandir(self.path) as entries:  # a look at each of a million names would take half a minute
+            there = {entry.name for entry in entries if entry.is_file()}
+        wanting = [batch for batch in every if not all(file_name(seed) in there for seed in batch)]
         return wanting[share.rank :: share.of]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
@@ -169,18 +178,30 @@ class SampleFolder:
         return arrays | ({"arr_1": ((len(labels),), np.int64, [np.array(labels)])} if labels else {})
 
     def read(self, seeds: range) -> Iterator[np.ndarray]:
-        """Images read back, uint8 (n, H, W, C), up to 256 at a time."""
-        channels = 1 if self.sampler.trained.config.data.is_grey else 3
+        """Images read back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image of another size."""
         for i in range(0, len(seeds), READ):
-            yield np.stack([read_image(self.file(seed), None, channels) for seed in seeds[i : i + READ]])
+            yield np.stack([self._image(seed) for seed in seeds[i : i + READ]])
+
+    def _image(self, seed: int) -> np.ndarray:
+        data = self.sampler.trained.config.data
+        image = read_image(self.file(seed), None, 1 if data.is_grey else 3)
+        if image.shape[:2] != data.size:
+            size = f"{image.shape[0]}x{image.shape[1]}"
+            raise RunError(f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again")
+        return image
 
     def file(self, seed: int) -> Path:
         """The PNG of a seed."""
-        return self.path / f"{seed:06d}.png"
+        return self.path / file_name(seed)
 
     def _write_meta(self, complete: bool) -> None:
         with whole_file(self.path / META) as file:
             file.write((json.dumps(self.facts | {"complete": complete}, indent=1) + "\n").encode())
+
+
+def file_name(seed: int) -> str:
+    """Of the image of a seed."""
+    return f"{seed:06d}.png"
 
 
 def refuse_others(folder: Path, facts: dict[str, Any]) -> None:
@@ -201,7 +222,7 @@ def refuse_others(folder: Path, facts: dict[str, Any]) -> None:
 def free_folder(root: Path, facts: dict[str, Any]) -> Path:
     """The first of ROOT/images, ROOT/images-2, ... that is free or holds images of the same request."""
     for i in range(1, 10_000):
-        folder = root / ("images" if i == 1 else f"images-{i}")
+        folder = root / (IMAGES if i == 1 else f"{IMAGES}-{i}")
         try:
             refuse_others(folder, facts)
         except RunError:
@@ -212,10 +233,9 @@ def free_folder(root: Path, facts: dict[str, Any]) -> Path:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a folder of samples. Raises RunError."""
-    try:
-        found = json.loads((folder / META).read_text())
-    except (OSError, ValueError) as e:
-        raise RunError(f"{folder / META}: cannot be read: {e}; delete the folder to draw its images again") from e
+    path, remedy = folder / META, "; delete the folder to draw its images again"
+    with reading(f"{path}: cannot be read", RunError, remedy):
+        found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise RunError(f"{folder / META}: holds no facts about samples; delete the folder to draw its images again")
+        raise RunError(f"{path}: holds no facts about samples{remedy}")
     return found

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffussm_cli import runs
+from diffussm_cli import device, runs
 from diffussm_cli.cli import app
+from diffussm_cli.commands import options
+from diffussm_cli.config import config_from_dict, preset_names
 from diffussm_cli.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
@@ -111,6 +114,19 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_list_shows_every_preset_with_its_cost():
+    """By hand: mnist takes 4,000 steps of 16 at the 160 images/s of its header; nobody has run xl-256."""
+    result = run("train", "--list")
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    shown = {row[0]: " ".join(row[1:]) for row in rows}
+    assert sorted(shown) == preset_names()
+    assert shown["mnist"] == "builtin:mnist 196 0.6 M 0.1 GiB 6.7 min yes"
+    assert re.fullmatch(r"latents/imagenet-256 1,024 673.1 M \d+.\d GiB unknown no", shown["xl-256"])
+    assert shown["mnist-full"].endswith("58 min begun")
+    assert next(iter(shown)) == "digits"  # the cheapest first
+    assert "diffussm profile --preset NAME --estimate" in result.stderr
+
+
 def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
     def full(self, record):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
@@ -185,6 +201,25 @@ MISTAKES = {
     "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "euler"], "'euler' is not one of"),
+    "name too long": (["train", "--out", "x" * 300], "--out: 'xxx"),
+    "folder too long": (["encode", "a", "b/" + "x" * 300], "TARGET: 'b/xxx"),
+    "run too long": (["sample", "x" * 300], "RUN: 'xxx"),
+    "samples too long": (["eval", "x" * 300], "xxx"),
+    "no UTF-8": (["train", "--out", "o_caf\udce9"], r"--out: 'o_caf\udce9' is not text in UTF-8"),
+    "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not text in UTF-8"),
+    "NUL": (["train", "--data", "a\0b"], r"--data: 'a\x00b' holds a NUL byte"),
+    "NUL in a field": (["train", "--set", r'data.path="a\0b"'], r"data.path: 'a\x00b' holds a NUL byte"),
+    "no such folder": (["train", "--preset", "digits", "--out", "/proc/nope/x"], "/proc/nope: No such file"),
+    "too many images": (
+        ["sample", "x", "--num", "10000000"],
+        "Invalid value for '--num'",
+    ),
+    "seed": (["sample", "x", "--seed", str(2**63)], "Invalid value for '--seed'"),
+    "batch size": (["train", "--set", "train.batch_size=99999999999999999999"], "train.batch_size: 9999"),
+    "class names": (
+        ["train", "--preset", "digits", "--set", "data.class_names=x"],
+        "data.class_names: 'x', ... are not the classes of builtin:digits; leave the field out",
+    ),
 }
 
 
@@ -197,8 +232,14 @@ def test_mistakes_get_one_line(arguments, words, tmp_path, monkeypatch):
 
 SAMPLE_MISTAKES = {
     "class out of range": (["--classes", "3,10"], "--classes: '3,10' must name labels from 0 to 9"),
-    "class by name": (["--classes", "cat"], "--classes: 'cat' must be whole numbers"),
+    "class by name": (["--classes", "cat"], "--classes: the run has no class 'cat'; valid: 0, 1, 2"),
     "class range backwards": (["--classes", "5-3"], "--classes: '5-3' must name labels"),
+    "class range without end": (["--classes", "0-999999999"], "--classes: '0-999999999' must name labels from 0 to 9"),
+    "class numbers beyond reading": (["--classes", "9" * 5000], "--classes: the run has no class"),
+    "no class": (["--classes", ""], "--classes: '' must name labels from 0 to 9"),
+    "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
+    "guidance that is none": (["--guidance", "nan"], "guidance"),
+    "guidance too strong": (["--guidance", "1e6"], "sample.guidance: 1000000.0 must be at most 1000"),
     "too many steps": (["--steps", "1001"], "steps: 1001 must be at most"),
     "interval": (["--guidance-interval", "9,1"], "must be LO,HI"),
     "out is a file": (["--out", "/dev/null/x"], "--out: cannot write"),
@@ -208,6 +249,129 @@ SAMPLE_MISTAKES = {
 @pytest.mark.parametrize(("arguments", "words"), SAMPLE_MISTAKES.values(), ids=SAMPLE_MISTAKES)
 def test_wrong_sampling_requests(trained, arguments, words):
     assert words in line_of(run("sample", trained, "--num", 1, *arguments))
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("owl", [1]),
+        ("owl,cat,owl", [1, 0, 1]),
+        ("t-shirt, 0-1", [2, 0, 1]),
+        ('"cats, dogs",owl', [3, 1]),
+        ("3-4", [3, 4]),  # a range, although a class has this name
+        ("4", [4]),
+    ],
+)
+def test_classes_by_name_by_label_and_by_range(text, labels):
+    names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
+    config = config_from_dict({}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"})
+    assert options.parse_classes(text, config) == tuple(labels)
+
+
+def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
+    """A name of a folder is neither markup nor an emoji, and one that the terminal cannot spell is escaped."""
+    monkeypatch.chdir(tmp_path)
+    out = "o_[/b]/:cat: \u2603"
+    arguments = ["sample", str(trained), "--num", "1", "--steps", "1", "--out", out]
+    result = CliRunner(charset="latin-1").invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert r"in 'o_[/b]/:cat: \u2603'" in result.stderr
+    assert result.stdout.strip() == r"o_[/b]/:cat: \u2603/grid.png"
+
+
+def test_sample_says_which_run_and_which_folder_it_takes(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained)
+    first = run("sample", "--num", 1, "--steps", 1)
+    assert "the newest run: runs/mine (finished)" in first.stderr
+    assert "another request" not in first.stderr
+    second = run("sample", "--num", 1, "--steps", 2)
+    assert "runs/mine/images holds images of another request; these go to runs/mine/images-2" in second.stderr
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_sample_takes_bf16_where_the_hardware_has_it(trained, tmp_path, monkeypatch, fast, precision):
+    monkeypatch.setattr(device, "has_bf16", lambda device: fast)
+    assert run("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "meta.json").read_text())["precision"] == precision
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "\x1b[31mred"), r"\x1b[31mred: Permission denied"),
+        (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory"),
+        (OSError(errno.EMFILE, "Too many open files", "a/b"), "a/b: Too many open files"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; what was saved before is intact"),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, error, line):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(runs, "find_run", fail)
+    assert line_of(run("sample", "x")) == f"diffussm: error: {line}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("a library's own"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        ValueError("ours"),
+        UnicodeEncodeError("ascii", "x", 0, 1, "ours"),
+        KeyError("ours"),
+    ],
+    ids=repr,
+)
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, error):
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(runs, "find_run", fail)
+    with pytest.raises(type(error)):
+        run("sample", "x")
+
+
+@pytest.mark.parametrize("command", [[], ["encode"], ["train"], ["sample"], ["eval"], ["profile"]], ids=" ".join)
+def test_help_ends_with_examples(command):
+    """Two to four a command, a line each, of options that there are."""
+    shown = run(*command, "--help").stdout
+    examples = shown.partition("Examples:\n")[2].splitlines()
+    lines = [line.split("   ")[0].split() for line in (e.strip() for e in examples) if line]
+    assert 2 <= len(lines) <= 4
+    for words in lines:
+        assert "diffussm" in words or "diffussm_cli" in words
+        name = words[1 + next(i for i, w in enumerate(words) if w in ("diffussm", "diffussm_cli"))]
+        assert not command or command == [name]
+        helped = run(name, "--help").stdout
+        own = words[words.index(name) :]
+        assert all(w in helped for w in own if w.startswith("--"))
+
+
+def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
+    """After the first part and once; nothing where it is short."""
+    for seconds, words in ((1.0, ""), (36.0, "image: 990 more will take about 59 min\n")):
+        clock = iter([0.0, seconds, 2 * seconds])
+        monkeypatch.setattr(options.time, "perf_counter", lambda clock=clock: next(clock))
+        with options.bar(options.make_console(), 1000 if words else 30) as advance:
+            advance(10)
+            advance(10)
+        monkeypatch.undo()
+        said = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "more" in line]
+        assert said == ([words] if words else [])
+    lengths = {
+        13: "13 s",
+        89: "89 s",
+        90: "1.5 min",
+        5000: "83 min",
+        8000: "2.2 h",
+        200_000: "2.3 days",
+        9e6: "104 days",
+    }
+    assert {seconds: options.duration(seconds) for seconds in lengths} == lengths
 
 
 def test_out_that_is_taken_or_a_file(trained, tmp_path):

@@ -1,8 +1,17 @@
 """Presets, overrides and the lines that wrong ones get."""
 
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
 import pytest
 
+from diffussm_cli import config as module
 from diffussm_cli.config import (
+    SECTIONS,
+    check_text,
     config_from_dict,
     field_names,
     load_config,
@@ -68,8 +77,11 @@ WRONG = {
     "train.steps=1.5": "train.steps: 1.5 must be a whole number",
     "train.steps=0": "train.steps: 0 must be at least 1",
     "train.compile=1": "train.compile: 1 must be true or false",
-    "train.ema=1.5": "train.ema: 1.5 must be at most 1",
+    "train.ema=1.5": "train.ema: 1.5 must be less than 1",
+    "train.ema=1": "train.ema: 1.0 must be less than 1",
+    "train.beta2=1": "train.beta2: 1.0 must be less than 1",
     "train.lr_decay=cosin": "did you mean 'cosine'?",
+    "train.precision=false": "train.precision: False is not a choice; valid: auto, fp32, bf16",
     "train.accumulate=3": "train.accumulate: 3 must divide train.batch_size 32",
     "train.lr=[": "--set train.lr: not valid YAML",
     "train.lr=&a [*a]": "--set train.lr: not valid YAML",
@@ -81,7 +93,13 @@ WRONG = {
     "model.d_state=7": "model.d_state: 7 must be even",
     "sample.steps=2000": "sample.steps: 2000 must be at most diffusion.timesteps 1000",
     "sample.guidance_interval=5": "must be LO,HI",
-    "diffusion.beta_end=2": "diffusion.beta_end: 2.0 must lie between beta_start and 1",
+    "diffusion.beta_end=2": "diffusion.beta_end: 2.0 must be at most 0.999",
+    "diffusion.beta_end=1e-5": "diffusion.beta_end: 1e-05 must be at least diffusion.beta_start 0.0001",
+    "diffusion.beta_end=0.9": "diffusion.timesteps: 1000 with variances up to 0.9 leave nothing of the image",
+    "data.resolution=16777216": "data.resolution: 16777216 must be from 1 to 16384",
+    "data.vae=vae": "data.vae: 'vae' given, but builtin:digits holds pixels; leave it out",
+    'data.path="a\\0b"': "data.path: 'a\\x00b' holds a NUL byte",
+    'data.path="\\ud800"': "data.path: '\\ud800' is not text in UTF-8",
 }
 
 
@@ -91,6 +109,52 @@ def test_wrong_overrides_get_one_line(override, message):
         load_config("digits", [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+HINTS = {f"{s}.{name}": hint for s, cls in SECTIONS.items() for name, hint in typing.get_type_hints(cls).items()}
+NUMBERS = [name for name, hint in HINTS.items() if {int, float} & {hint, *typing.get_args(hint)}]
+ABSURD = ["1" + 20 * "0", "1e300", "-1", "-1e300", "1e-300", ".nan", ".inf", "-.inf"]
+
+
+def test_the_table_of_numbers_holds_every_field():
+    assert set(HINTS) == set(field_names())
+    assert {"train.lr", "model.depth", "data.resolution", "sample.guidance_interval"} <= set(NUMBERS)
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+def test_no_field_takes_an_absurd_number(field):
+    """Huge, negative, next to zero or no number at all: one line each, naming the field."""
+    for value in ABSURD:
+        with pytest.raises(ConfigError) as error:
+            load_config("xl-256", [f"{field}={value}"])
+        assert str(error.value).startswith(f"{field}: "), value
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.depth=1000", "model.hidden_size=16384"], "model.hidden_size: 16384 with model.depth 1000 makes about"),
+        (["model.num_classes=1000000", "model.hidden_size=16384", "model.depth=20"], "parameters; at most 1e"),
+        (["data.resolution=16384", "data.channels=64"], "data.resolution: 16384 makes 268,435,456 tokens of 64 values"),
+    ],
+)
+def test_sizes_that_are_absurd_together_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("digits", ["data.path=x", *overrides])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_bound_on_parameters_is_on_a_good_estimate(name, monkeypatch):
+    """It needs no torch: a bound well above the truth takes a preset, one well below refuses it."""
+    from diffussm_cli.profiling.flops import cost
+
+    truth = cost(load_config(name)).parameters
+    monkeypatch.setattr(module, "MAX_PARAMETERS", 1.5 * truth)
+    load_config(name)
+    monkeypatch.setattr(module, "MAX_PARAMETERS", truth / 1.5)
+    with pytest.raises(ConfigError, match="makes about"):
+        load_config(name)
 
 
 def test_guidance_without_classes_is_refused():
@@ -107,6 +171,12 @@ def test_guidance_without_classes_is_refused():
         ("train: {lr: 1", "not valid YAML"),
         ("a: &x [1]\ntrain: *x", "aliases"),
         ("train: !!python/object/apply:os.system [echo]", "not valid YAML"),
+        ("train:\n  lr: 1\n  steps: 2\n  lr: 3", "not valid YAML in line 4: 'lr' is given twice"),
+        ("train: {}\ntrain: {}", "not valid YAML in line 2: 'train' is given twice"),
+        ('train: {steps: !!int ""}', "not valid YAML"),
+        ("train: {compile: !!bool x}", "not valid YAML"),
+        ("train: {steps: !!timestamp x}", "not valid YAML"),
+        ("train: !!map [1]", "not valid YAML"),
     ],
 )
 def test_wrong_preset_files(tmp_path, text, message):
@@ -124,6 +194,26 @@ def test_missing_huge_and_binary_preset_files(tmp_path):
     (tmp_path / "huge.yaml").write_bytes(b"#" * (2 << 20))
     with pytest.raises(ConfigError, match="larger than"):
         load_config(str(tmp_path / "huge.yaml"))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        load_config(str(tmp_path / "pipe.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not text"):
         load_config(str(tmp_path / "binary.yaml"))
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("data: {path: x, class_names: [katt, sk\u00f6ldpadda]}\n".encode())
+    code = f"from diffussm_cli.config import *; print(ascii(read_text(Path({str(path)!r}), '--preset')))"
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | locale)
+    assert done.returncode == 0, done.stderr
+    assert r"sk\xf6ldpadda" in done.stdout
+
+
+def test_text_that_cannot_name_a_file():
+    check_text(Path("a" * 255) / "b", "--out")
+    check_text("3," * 1000, "--classes")  # no path: as long as it likes
+    with pytest.raises(ConfigError, match="--out: .* has a name of more than 255 bytes"):
+        check_text(Path("x") / ("\u00e9" * 128), "--out")

@@ -67,10 +67,16 @@ def test_a_huge_configuration_is_not_read(trained):
 
 
 def test_a_configuration_cannot_ask_for_absurd_memory(trained):
-    """Sizes are compared with the weights on the meta device, before memory is taken for them."""
+    """Absurd sizes are out of bounds; others are compared with the weights before memory is taken for them."""
     path = trained / "final" / "config.yaml"
-    path.write_text(path.read_text().replace("hidden_size: 16", "hidden_size: 16000000"))
-    assert "weights of another model" in line_of(run("sample", trained, "-n", 1))
+    text = path.read_text()
+    for was, now, words in (
+        ("hidden_size: 16", "hidden_size: 16000", "weights of another model"),
+        ("hidden_size: 16", "hidden_size: 16000000", "model.hidden_size: 16000000 must be at most"),
+        ("depth: 2", "depth: 1000000000", "model.depth: 1000000000 must be at most"),
+    ):
+        path.write_text(text.replace(was, now))
+        assert words in line_of(run("sample", trained, "-n", 1))
 
 
 def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from diffussm_cli import runs
+from diffussm_cli import runs, samples
 from diffussm_cli.config import config_from_dict, to_dict
 from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import Share
@@ -120,9 +121,30 @@ def test_foreign_images_and_a_damaged_meta_are_refused(trained, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "mine.png")
     with pytest.raises(RunError, match="holds images without meta.json"):
         request(trained, tmp_path).begin()
-    (tmp_path / META).write_text("{")
-    with pytest.raises(RunError, match="meta.json: cannot be read"):
-        request(trained, tmp_path).begin()
+    for damaged in (b"{", b"[" * 100_000, b"\xff\xfe", b"\0"):
+        (tmp_path / META).write_bytes(damaged)
+        with pytest.raises(RunError, match="meta.json: cannot be read: .*; delete the folder to draw"):
+            request(trained, tmp_path).begin()
+
+
+def test_an_image_of_another_size_is_named(trained, tmp_path):
+    folder = request(trained, tmp_path)
+    draw(folder)
+    Image.new("L", (16, 8)).save(folder.file(6))
+    with pytest.raises(RunError, match="000006.png: is 8x16, not an image of this run; delete it to draw it again"):
+        draw(folder)
+
+
+def test_memory_that_does_not_do_is_one_line(trained, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    folder = request(trained, tmp_path)
+    folder.begin()
+    monkeypatch.setattr(samples, "generate", fail)
+    with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; take fewer"):
+        list(folder.draw(folder.missing()))
 
 
 def test_npz_holds_the_images_in_order(whole):
@@ -135,7 +157,7 @@ def test_npz_holds_the_images_in_order(whole):
 
 
 def command(trained, out, *more):
-    arguments = ["sample", trained.root, "--seed", 5, "--batch-size", 3, "--out", out, *more]
+    arguments = ["sample", trained.root, "--seed", 5, "--batch-size", 3, "--precision", "fp32", "--out", out, *more]
     return ["-m", "diffussm_cli", *map(str, arguments)]
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from diffussm_cli.commands.presets import show_presets
 from diffussm_cli.config import (
     DEFAULT_PRESET,
     Config,
@@ -67,6 +68,9 @@ def train(
     eval_every: Annotated[
         int | None, typer.Option(min=0, metavar="STEPS", help="Measure FID and more that often; keep the best weights.")
     ] = None,
+    list_presets: Annotated[
+        bool, typer.Option("--list", help="Print the presets with their data, size, memory and time, and stop.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and stop.")
     ] = False,
@@ -75,6 +79,9 @@ def train(
 
     Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM; after the last two a checkpoint is saved.
     """
+    if list_presets:
+        show_presets()
+        return
     fields = {"data.path": data, "eval.every": eval_every}
     fields = {k: v for k, v in fields.items() if v is not None}
     if resume not in (NEVER, NEWEST, AUTO):

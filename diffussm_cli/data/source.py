@@ -10,10 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.errors import ConfigError, DataError
-
-BUILTIN = "builtin:"
 
 
 class Source(Protocol):
@@ -57,6 +55,12 @@ def open_source(config: Config) -> Source:
 
 
 def _check_classes(config: Config, source: Source) -> None:
+    given = config.data.class_names
+    if given and given != source.class_names:
+        raise ConfigError(
+            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; leave the field out, they "
+            "are found in the data"
+        )
     wanted, found = config.model.num_classes, len(source.class_names)
     if wanted and wanted != found:
         has = f"has {found} class folders" if found else "has no class folders"
