@@ -1,5 +1,6 @@
 """Shared fixtures: golden values, a tiny configuration and a run trained with it."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,28 @@ TINY = [
 ]
 
 
-def golden(name: str) -> dict[str, torch.Tensor]:
-    """Arrays of a golden file by name."""
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="run models, sampling, training and evaluation there, as cuda")
+
+
+def pytest_configure(config):
+    os.environ["DIFFUSSM_DEVICE"] = config.getoption("--device")  # what `auto` means, in child processes too
+
+
+def device() -> torch.device:
+    """Where the suite runs: `pytest --device cuda`."""
+    return torch.device(os.environ["DIFFUSSM_DEVICE"])
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Seeded normal numbers on the device of the suite, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device())
+
+
+def golden(name: str, where: torch.device | None = None) -> dict[str, torch.Tensor]:
+    """Arrays of a golden file by name, on the device of the suite or another."""
     with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as arrays:
-        return {k: torch.from_numpy(arrays[k]) for k in arrays}
+        return {k: torch.from_numpy(arrays[k]).to(where or device()) for k in arrays}
 
 
 def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -56,7 +75,7 @@ def fill(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
         for name, p in model.named_parameters():
             if ".s4d." not in name:
                 p.copy_(std * torch.randn(p.shape, generator=generator))
-    return model
+    return model.to(device())
 
 
 def save_vae(folder: Path, seed: int = 0, **changes) -> Path:

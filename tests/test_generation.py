@@ -10,7 +10,7 @@ from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.generation import generate, labels_of
 from diffussm_cli.model import DiffuSSM
-from tests.conftest import fill
+from tests.conftest import device, fill
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model():
 
 def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
     how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
-    drawn = list(generate(model, GaussianDiffusion(), how, seeds, labels, batch_size, dtype))
+    drawn = list(generate(model, GaussianDiffusion(device=device()), how, seeds, labels, batch_size, dtype))
     return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
 
 
@@ -94,6 +94,6 @@ def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
 def test_unconditional_model():
     model = fill(DiffuSSM(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
     how = SampleConfig(sampler="ddim", steps=3)
-    (drawn,) = generate(model, GaussianDiffusion(), how, [4, 5])
+    (drawn,) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
     assert drawn.labels is None
     assert drawn.images.shape == (2, 1, 8, 8)

@@ -96,7 +96,7 @@ def test_digits_extractor(pretended):
 
 
 def test_vae(pretended, tmp_path, monkeypatch):
-    monkeypatch.setattr(vae_module, "_weights_sha256", lambda model: "")  # of values
+    monkeypatch.setattr(vae_module, "weights_sha256", lambda model: "")  # of values
     facts = read_facts(str(save_vae(tmp_path / "vae")))
     with pretended:
         model = AutoencoderKL.from_config(AutoencoderKL.load_config(tmp_path / "vae"))

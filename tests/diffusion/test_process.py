@@ -7,7 +7,7 @@ import torch
 
 from diffussm_cli.diffusion.losses import discretised_log_likelihood, gaussian_kl, training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from tests.conftest import golden, relative
+from tests.conftest import device, golden, relative
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +19,13 @@ def g():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_losses_equal_adm(g, name, dtype):
     x_0, x_t, noise, output = (g[k].to(dtype) for k in ("x0", "x_t", "noise", "model_output"))
-    ours = training_losses(GaussianDiffusion(), output, x_0, x_t, g["t"], noise)[name]
+    ours = training_losses(GaussianDiffusion(device=device()), output, x_0, x_t, g["t"], noise)[name]
     tolerance = 1e-5 if dtype == torch.float64 or name == "mse" else 1e-3  # float32 cancels in the bound's small terms
     torch.testing.assert_close(ours.double(), g[name], rtol=tolerance, atol=1e-9 if dtype == torch.float64 else 1e-6)
 
 
 def test_process_equals_adm(g):
-    process = GaussianDiffusion()
+    process = GaussianDiffusion(device=device())
     p = process.p_mean_variance(g["model_output"], g["x_t"], g["t"])
     mean, log_variance = process.q_posterior(g["x0"], g["x_t"], g["t"])
     assert relative(process.q_sample(g["x0"], g["t"], g["noise"]), g["x_t"]) < 1e-5
@@ -38,7 +38,7 @@ def test_process_equals_adm(g):
 
 def test_bound_does_not_move_the_mean(g):
     output = g["model_output"].clone().requires_grad_()
-    process = GaussianDiffusion()
+    process = GaussianDiffusion(device=device())
     losses = training_losses(process, output, g["x0"], g["x_t"], g["t"], g["noise"])
     (vb,) = torch.autograd.grad(losses["vb"].sum(), output, retain_graph=True)
     (mse,) = torch.autograd.grad(losses["mse"].sum(), output)
@@ -49,20 +49,23 @@ def test_bound_does_not_move_the_mean(g):
 
 
 def test_without_learned_covariance_the_loss_is_the_noise(g):
-    losses = training_losses(GaussianDiffusion(), g["model_output"][:, :4], g["x0"], g["x_t"], g["t"], g["noise"])
+    losses = training_losses(
+        GaussianDiffusion(device=device()), g["model_output"][:, :4], g["x0"], g["x_t"], g["t"], g["noise"]
+    )
     assert losses.keys() == {"mse", "loss"}
     torch.testing.assert_close(losses["loss"], g["mse"], rtol=1e-6, atol=0)
 
 
 def test_noisy_timesteps_weigh_as_velocity_up_to_the_cap(g):
-    process = GaussianDiffusion()
+    process = GaussianDiffusion(device=device())
     arguments = (g["model_output"], g["x0"], g["x_t"], g["t"], g["noise"])
     plain, weighted = training_losses(process, *arguments), training_losses(process, *arguments, weight_cap=20.0)
-    expected = (1 / process.alpha_bar64[g["t"]]).clamp(max=20) * plain["mse"] + plain["vb"]
+    alpha_bar = process.alpha_bar64.to(device())[g["t"]]
+    expected = (1 / alpha_bar).clamp(max=20) * plain["mse"] + plain["vb"]
     torch.testing.assert_close(weighted["loss"], expected, rtol=1e-5, atol=0)
     assert torch.equal(weighted["mse"], plain["mse"])
 
-    abar = process.alpha_bar64[g["t"]].view(-1, 1, 1, 1)  # the weight is that of v = signal eps - noise x_0
+    abar = alpha_bar.view(-1, 1, 1, 1)  # the weight is that of v = signal eps - noise x_0
     eps = g["model_output"][:, :4]
     x_0 = (g["x_t"] - (1 - abar).sqrt() * eps) / abar.sqrt()
     v, true_v = (abar.sqrt() * e - (1 - abar).sqrt() * x for e, x in ((eps, x_0), (g["noise"], g["x0"])))
@@ -72,7 +75,7 @@ def test_noisy_timesteps_weigh_as_velocity_up_to_the_cap(g):
 
 
 def test_prediction_of_noise_and_image_are_inverse(g):
-    process = GaussianDiffusion()
+    process = GaussianDiffusion(device=device())
     x_0 = process.predict_x_0(g["x_t"], g["t"], g["noise"])
     torch.testing.assert_close(process.predict_noise(g["x_t"], g["t"], x_0), g["noise"], rtol=1e-4, atol=1e-4)
     assert relative(x_0, g["x0"]) < 1e-4

@@ -8,9 +8,9 @@ from diffusers.schedulers import scheduling_ddpm
 
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, respaced_timesteps, sample
-from tests.conftest import golden, relative
+from tests.conftest import device, golden, randn, relative
 
-PROCESS = GaussianDiffusion()
+PROCESS = GaussianDiffusion(device=device())
 VARIANCE = 0.25  # of the data
 
 
@@ -51,8 +51,7 @@ def test_respacing_ends_and_bounds():
 def ode_error(name, steps):
     """Distance of a solver's end from the exact probability flow, which only rescales Gaussian data."""
     scheduler = make_scheduler(name, PROCESS, steps, learned_covariance=True)
-    generator = torch.Generator().manual_seed(0)
-    x_T = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    x_T = randn(4, 1, 8, 8, dtype=torch.float64)
     abar = PROCESS.alpha_bar64[int(scheduler.timesteps[0])]
     exact = x_T * (VARIANCE / (VARIANCE * abar + 1 - abar)).sqrt()
     return relative(sample(gaussian_denoiser, scheduler, x_T), exact)
@@ -85,7 +84,7 @@ def test_every_sampler_takes_four_channels_with_and_without_covariance(name, lea
         return gaussian_denoiser(x, t) if learned else gaussian_denoiser(x, t)[:, :4]
 
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), torch.randn(2, 4, 3, 5), generators)
+    x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), randn(2, 4, 3, 5), generators)
     assert x.shape == (2, 4, 3, 5)
     assert torch.isfinite(x).all()
 
@@ -103,7 +102,7 @@ class CountingModel:
 
 
 def test_guidance_by_hand_all_channels_and_three():
-    x, y = torch.zeros(2, 4, 1, 1), torch.tensor([3.0, 5.0])
+    x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3.0, 5.0], device=device())
     everything = guided(CountingModel(), y, null_class=1, scale=1.5)(x, 7)
     assert everything[:, :4, 0, 0].tolist() == [[1 + 1.5 * 2] * 4, [1 + 1.5 * 4] * 4]
     assert everything[:, 4:, 0, 0].tolist() == [[30] * 4, [50] * 4]  # the covariance of the label itself
@@ -112,7 +111,7 @@ def test_guidance_by_hand_all_channels_and_three():
 
 
 def test_guidance_costs_one_forward_where_it_does_nothing():
-    x, y = torch.zeros(2, 4, 1, 1), torch.tensor([3, 5])
+    x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3, 5], device=device())
     model = CountingModel()
     guided(model, y, 1, scale=1)(x, 500)
     assert model.calls == [2]
@@ -124,10 +123,11 @@ def test_guidance_costs_one_forward_where_it_does_nothing():
 
 
 def test_clipping_bounds_the_predicted_image():
-    x, t = 3 * torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), 400
-    raw = PROCESS.predict_x_0(x, torch.tensor([t, t]), gaussian_denoiser(x, t)[:, :1])
+    x, t = 3 * randn(2, 1, 4, 4, seed=1, dtype=torch.float64), 400
+    steps = torch.tensor([t, t], device=device())
+    raw = PROCESS.predict_x_0(x, steps, gaussian_denoiser(x, t)[:, :1])
     output = clipped(gaussian_denoiser, PROCESS)(x, t)
-    x_0 = PROCESS.predict_x_0(x, torch.tensor([t, t]), output[:, :1])
+    x_0 = PROCESS.predict_x_0(x, steps, output[:, :1])
     assert raw.abs().max() > 1
     torch.testing.assert_close(x_0, raw.clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert torch.equal(output[:, 1:], gaussian_denoiser(x, t)[:, 1:])

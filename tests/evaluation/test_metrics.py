@@ -16,10 +16,12 @@ from diffussm_cli.evaluation.metrics import (
 )
 from tests.conftest import golden
 
+CPU = torch.device("cpu")  # where metrics are computed, whatever device the features come from
+
 
 @pytest.fixture(scope="module")
 def adm():
-    return golden("adm_metrics")
+    return golden("adm_metrics", CPU)
 
 
 def distance(a, b):
@@ -81,7 +83,7 @@ def test_half_falls_back_where_float16_overflows():
 
 @pytest.mark.parametrize("d", [5, 20, 61, 512, 2048])
 def test_half_sum_rounds_as_tensorflow_does(d):
-    sums = golden("adm_half")
+    sums = golden("adm_half", CPU)
     assert torch.equal(metrics._half_sum(sums[f"x{d}"].square()), sums[f"n{d}"])
 
 
