@@ -1,0 +1,65 @@
+"""What only a CUDA device can show: `pytest --device cuda`. `test_pretended_gpu.py` sees part of it without one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffussm_cli.data.source import open_source
+from diffussm_cli.model.s4d import S4D
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.record import Meter
+from tests.conftest import device, randn
+from tests.training.test_parallel import JOB, SETTINGS
+
+pytestmark = pytest.mark.skipif(device().type != "cuda", reason="needs pytest --device cuda")
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path):
+    config = tiny("train.precision=bf16", "train.grad_clip=1", "train.accumulate=2")
+    return Trainer(config, open_source(config), tmp_path)
+
+
+def test_transforms_are_float32_under_bfloat16_autocast(monkeypatch):
+    """At powers of two cuFFT takes bfloat16 without a word, where the CPU's autocast promotes it."""
+    seen, rfft = set(), torch.fft.rfft
+    monkeypatch.setattr(torch.fft, "rfft", lambda x, *a, **k: seen.add(x.dtype) or rfft(x, *a, **k))
+    layer, u = S4D(16, 8).to(device()), randn(2, 16, 64)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(u.bfloat16())
+    assert seen == {torch.float32}
+    assert y.dtype == torch.bfloat16
+
+
+def test_an_update_does_not_wait_for_the_device(trainer):
+    meter = Meter(trainer.config.diffusion.timesteps, trainer.device)
+    batch = make_batch(trainer.source, trainer.config, 0)
+    trainer.update(batch, meter)  # the first one makes the optimiser's state
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.update(batch, meter)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_previews_leave_nothing_on_the_device(trainer):
+    list(trainer.run(lambda: trainer.step == 2))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    trainer.preview(last=False)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_one_process_under_torchrun_meets_by_nccl(parallel, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(JOB)]
+    command += [str(tmp_path), "none", *SETTINGS, f"train.parallel={parallel}", "train.device=cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(JOB.parents[2])})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "averaged.safetensors").is_file()
