@@ -236,6 +236,7 @@ SAMPLE_MISTAKES = {
     "class range backwards": (["--classes", "5-3"], "--classes: '5-3' must name labels"),
     "class range without end": (["--classes", "0-999999999"], "--classes: '0-999999999' must name labels from 0 to 9"),
     "class numbers beyond reading": (["--classes", "9" * 5000], "--classes: the run has no class"),
+    "classes in lines": (["--classes", "3\n7"], r"--classes: '3\n7' must be labels or names between commas"),
     "no class": (["--classes", ""], "--classes: '' must name labels from 0 to 9"),
     "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
     "guidance that is none": (["--guidance", "nan"], "guidance"),

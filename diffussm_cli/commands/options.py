@@ -105,8 +105,12 @@ def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
     n, names = config.model.num_classes, config.data.class_names
     if not n:
         raise ConfigError(f"--classes: {text!r} given, but the model is unconditional")
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error as e:
+        raise ConfigError(f"--classes: {text!r:.80} must be labels or names between commas: {e}") from e
     labels: list[int] = []
-    for part in next(csv.reader([text], skipinitialspace=True), []):
+    for part in parts:
         span = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
         if span:
             first, last = int(span[1]), int(span[2] or span[1])
