@@ -24,9 +24,9 @@ class RunError(DiffussmError):
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, or its name if it says nothing."""
-    said = getattr(error, "strerror", None) or str(error).strip()
-    return f"{(said.splitlines() or [type(error).__name__])[0]:.200}"
+    """The first line of what an error says, and the second after a colon; its name if it says nothing."""
+    said = getattr(error, "strerror", None) or str(error).strip().replace(":\n", ":")
+    return f"{' '.join((said.splitlines() or [type(error).__name__])[0].split()):.200}"
 
 
 def system_reason(error: OSError) -> str | None:

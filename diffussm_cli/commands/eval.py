@@ -303,7 +303,7 @@ def check_writable(path: Path) -> None:
     probe = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # perhaps by a process of another machine
     except OSError as e:
         raise ConfigError(f"eval: cannot write {str(path)!r}: {e.strerror}") from e
 

@@ -199,6 +199,9 @@ def test_incomplete_weights_are_refused(tmp_path):
     save_file(kept, weights)
     with pytest.raises(DataError, match="the weights of .* lack decoder.conv_in.bias"):
         loaded(tmp_path)
+    save_file(kept | {"decoder.conv_in.bias": torch.zeros(3)}, weights)
+    with pytest.raises(DataError, match="cannot load the folder .* size mismatch for decoder.conv_in.bias"):
+        loaded(tmp_path)
 
 
 def answering(monkeypatch, answer):
