@@ -23,7 +23,7 @@ USUAL = METRICS[:-1]
 PUBLISHED_SAMPLES = 50_000
 
 
-def evaluate(
+def evaluate_features(
     samples: Gathered, reference: Reference, metrics: Sequence[str] = USUAL, half: bool = False
 ) -> Iterator[tuple[str, float]]:
     """Yield names and values; KID with `kid_error` after it.
@@ -77,6 +77,18 @@ def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
     if reference.spatial is None:
         wanted |= {"sfid"}
     return bool(wanted & set(metrics))
+
+
+def possible(metrics: Sequence[str], samples: Gathered, reference: Reference, lenient: bool) -> Sequence[str]:
+    """The metrics themselves, or if `lenient` those that these features and this reference can give."""
+    if not lenient:
+        return metrics
+    missing = set() if samples.classes is not None else {"is"}
+    if samples.spatial is None or reference.spatial is None:
+        missing |= {"sfid"}
+    if reference.gathered is None:
+        missing |= {"precision", "recall", "kid"}
+    return [m for m in metrics if m not in missing]
 
 
 def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Sequence[str]) -> list[str]:

@@ -26,7 +26,6 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.files import sha256
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
-GRID = "grid.png"  # what `sample` writes beside the images
 HELD_OUT = "/held-out"  # after the name of a built-in set: the part that is not trained on
 LOSSY = (".jpg", ".jpeg", ".webp")
 

@@ -1,13 +1,13 @@
-"""A folder of samples: one PNG a seed, a grid, meta.json, on request an .npz; drawn by one process or several.
+"""A folder of samples: one PNG per seed, a grid, meta.json, and an .npz on request; written by one process or several.
 
-Seeds are drawn in the same batches whoever draws them, so that images depend neither on the number of processes nor on
-interruptions. meta.json comes first and says what is being drawn; `complete` in it is true when all is there.
+Seeds are drawn in the same batches whoever draws them, so that the images depend neither on the number of processes nor
+on interruptions. meta.json is written first and says what is being drawn; `complete` in it becomes true at the end.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,21 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
 
-from diffussm_cli import __version__, published, runs
-from diffussm_cli.config import SampleConfig
+from diffussm_cli import __version__, published
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.data.images import read_image, save_grid, save_png, to_uint8
-from diffussm_cli.data.vae import open_decoding
-from diffussm_cli.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.data.images import GRID, read_image, save_grid, save_png
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import RunError, reading
 from diffussm_cli.files import sha256, whole_file
-from diffussm_cli.generation import cast_products, generate, labels_of
+from diffussm_cli.runs import TrainedRun
+from diffussm_cli.sampling.sampler import Sampler
 
-IMAGES, META, GRID, NPZ = "images", "meta.json", "grid.png", "samples.npz"
+IMAGES, META, NPZ = "images", "meta.json", "samples.npz"
 PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
 GRID_IMAGES = 100
 READ = 256  # images read back at a time
-# What of meta.json must be the same when more is drawn into a folder.
+# The facts of meta.json that must not change when more images are drawn into a folder.
 FIXED = (
     "weights_sha256",
     "sampler",
@@ -50,86 +46,40 @@ FIXED = (
 )
 
 
-class Sampler:
-    """A trained run, ready to draw. `warning` is for the user.
-
-    Args:
-        how: sampler, steps and guidance.
-        classes: labels in turn, from the first seed on; if empty, each seed draws its own.
-    """
-
-    def __init__(
-        self,
-        trained: runs.TrainedRun,
-        how: SampleConfig,
-        classes: Sequence[int] = (),
-        batch_size: int = 64,
-        precision: str = "fp32",
-        device: str = "auto",
-    ):
-        keep_freed_memory()
-        self.trained, self.how, self.classes, self.batch_size = trained, how, tuple(classes), batch_size
-        self.device = pick_device(device)
-        self.dtype = pick_dtype(precision, self.device)
-        self.model = runs.load_model(trained).to(self.device)
-        cast_products(self.model, self.dtype)
-        self.decoding = open_decoding(trained.config, self.device)
-        self.warning = self.decoding.warning
-        self.process = GaussianDiffusion.from_config(trained.config.diffusion, self.device)
-
-    def labels(self, seeds: range) -> list[int] | None:
-        """The label of each seed, of seeds from the first one on; None for an unconditional model."""
-        n = self.trained.config.model.num_classes
-        if not n:
-            return None
-        return [self.classes[i % len(self.classes)] for i in range(len(seeds))] if self.classes else labels_of(seeds, n)
-
-    def draw(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch. Raises RunError if memory does not do."""
-        batches = generate(self.model, self.process, self.how, seeds, labels, self.batch_size, self.dtype)
-        try:
-            for drawn in batches:
-                yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))
-        except RuntimeError as e:
-            if not is_out_of_memory(e):
-                raise
-            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; take fewer") from e
-
-    def facts(self, seeds: range) -> dict[str, Any]:
-        """What decides these images, for meta.json."""
-        trained, config = self.trained, self.trained.config
-        foreign = trained.weights.suffix == published.SUFFIX
-        finished = None if foreign else config.train.steps
-        return {
-            "run": str(trained.root),
-            "weights": trained.weights.name,
-            "weights_sha256": sha256(trained.weights),
-            "step": finished if trained.step is None else trained.step,
-            "ema": None if foreign else config.train.ema,
-            **dataclasses.asdict(self.how),
-            "guidance_interval": list(self.how.guidance_interval) or None,
-            "first_seed": seeds.start,
-            "num": len(seeds),
-            "classes": list(self.classes) or None,
-            "labels": self.labels(seeds),
-            "class_names": list(config.data.class_names) or None,
-            "null_class": config.model.num_classes or None,
-            "pixel_rule": PIXEL_RULE,
-            **self.decoding.record,
-            "precision": str(self.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
-        }
+def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
+    """What decides the images of these seeds, for meta.json."""
+    config, foreign = trained.config, trained.weights.suffix == published.SUFFIX
+    finished = None if foreign else config.train.steps
+    return {
+        "run": str(trained.root),
+        "weights": trained.weights.name,
+        "weights_sha256": sha256(trained.weights),
+        "step": finished if trained.step is None else trained.step,
+        "ema": None if foreign else config.train.ema,
+        **dataclasses.asdict(sampler.sampling),
+        "guidance_interval": list(sampler.sampling.guidance_interval) or None,
+        "first_seed": seeds.start,
+        "num": len(seeds),
+        "classes": list(classes) or None,
+        "labels": sampler.labels(seeds, classes),
+        "class_names": list(config.data.class_names) or None,
+        "null_class": config.model.num_classes or None,
+        "pixel_rule": PIXEL_RULE,
+        **sampler.decoding.record,
+        "precision": str(sampler.dtype).removeprefix("torch."),
+        "device": sampler.device.type,
+        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """Where the images of a request go; `facts` are the sampler's for these seeds. Errors of the disk are OSError."""
+    """Where the images of a request go; `facts` are those of `sample_facts`. A full disk raises OSError."""
 
     path: Path
     sampler: Sampler
     seeds: range
-    facts: dict[str, Any]
+    facts: Mapping[str, Any]
 
     def begin(self) -> None:
         """Say in meta.json what is being drawn.
@@ -138,11 +88,11 @@ class SampleFolder:
             RunError: if the folder holds images of another request.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        refuse_others(self.path, self.facts)
+        check_same_request(self.path, self.facts)
         self._write_meta(complete=False)
 
     def missing(self, share: Share = ALONE) -> list[range]:
-        """The batches of this process of which an image is still to be drawn."""
+        """The batches of this process that still lack an image."""
         size = self.sampler.batch_size
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
         with os.scandir(self.path) as entries:  # a look at each of a million names would take half a minute
@@ -151,7 +101,7 @@ class SampleFolder:
         return wanting[share.rank :: share.of]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
-        """Draw and write what batches lack, yielding the number of seeds done; every file appears whole."""
+        """Draw and write the images that the batches lack; yields the number of seeds done. Every file appears whole."""
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]
@@ -163,7 +113,7 @@ class SampleFolder:
                 yield len(seeds)
 
     def finish(self, grid: Path, npz: bool) -> None:
-        """Grid of the first images, .npz of all on request, and meta.json."""
+        """Write the grid of the first images, the .npz of all if asked for, and the final meta.json."""
         shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
         save_grid(shown, grid, columns=10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5)))
@@ -183,7 +133,7 @@ class SampleFolder:
             yield np.stack([self._image(seed) for seed in seeds[i : i + READ]])
 
     def _image(self, seed: int) -> np.ndarray:
-        data = self.sampler.trained.config.data
+        data = self.sampler.config.data
         image = read_image(self.file(seed), None, 1 if data.is_grey else 3)
         if image.shape[:2] != data.size:
             size = f"{image.shape[0]}x{image.shape[1]}"
@@ -196,15 +146,15 @@ class SampleFolder:
 
     def _write_meta(self, complete: bool) -> None:
         with whole_file(self.path / META) as file:
-            file.write((json.dumps(self.facts | {"complete": complete}, indent=1) + "\n").encode())
+            file.write((json.dumps({**self.facts, "complete": complete}, indent=1) + "\n").encode())
 
 
 def file_name(seed: int) -> str:
-    """Of the image of a seed."""
+    """The file name of the image of a seed."""
     return f"{seed:06d}.png"
 
 
-def refuse_others(folder: Path, facts: dict[str, Any]) -> None:
+def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raises RunError if `folder` holds images that were drawn in another way."""
     if not (folder / META).is_file():
         if any(folder.glob("*.png")):
@@ -219,12 +169,12 @@ def refuse_others(folder: Path, facts: dict[str, Any]) -> None:
             )
 
 
-def free_folder(root: Path, facts: dict[str, Any]) -> Path:
+def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
     """The first of ROOT/images, ROOT/images-2, ... that is free or holds images of the same request."""
     for i in range(1, 10_000):
         folder = root / (IMAGES if i == 1 else f"{IMAGES}-{i}")
         try:
-            refuse_others(folder, facts)
+            check_same_request(folder, facts)
         except RunError:
             continue
         return folder

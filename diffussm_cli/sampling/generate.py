@@ -1,9 +1,8 @@
-"""Seeds to images. Image i is a function of seed i (and its class) alone: one CPU generator an image.
+"""From seeds to images in model space. Image i depends on seed i and its class alone: one CPU generator per image.
 
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
-from diffussm_cli.model.block import HourglassLinear
+from diffussm_cli.sampling.precision import in_precision
 
 
 class Drawn(NamedTuple):
@@ -27,22 +26,23 @@ class Drawn(NamedTuple):
 def generate(
     model: nn.Module,
     process: GaussianDiffusion,
-    how: SampleConfig,
+    sampling: SampleConfig,
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Drawn]:
-    """Draw one image a seed, batch by batch.
+    """Draw one image per seed, batch by batch.
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
-        labels: one a seed; without them each is drawn uniformly from its seed's generator (`labels_of`).
-        dtype: of autocast; float32 for none.
+        sampling: sampler, steps and guidance.
+        labels: one per seed; without them each is drawn uniformly by the generator of its seed (`labels_of`).
+        dtype: of autocast; float32 means none.
     """
     for start in range(0, len(seeds), batch_size):
         chosen = slice(start, start + batch_size)
-        yield _draw(model, process, how, seeds[chosen], labels and labels[chosen], dtype)
+        yield _draw(model, process, sampling, seeds[chosen], labels and labels[chosen], dtype)
 
 
 def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
@@ -55,7 +55,7 @@ def _label(generator: torch.Generator, num_classes: int) -> int:
     return int(torch.randint(max(1, num_classes), (), generator=generator))
 
 
-def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
+def _draw(model, process, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
     device = process.signal.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [_label(g, model.num_classes) for g in generators]
@@ -63,44 +63,19 @@ def _draw(model, process, how: SampleConfig, seeds, wanted, dtype) -> Drawn:
     shape = (model.in_channels, *model.input_size)
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)
-    scheduler = make_scheduler(how.sampler, process, how.steps, model.learn_sigma)
+    scheduler = make_scheduler(sampling.sampler, process, sampling.steps, model.learn_sigma)
     with torch.no_grad(), in_precision(model, dtype):
-        images = sample(make_denoiser(model, process, how, y), scheduler, x, generators)
+        images = sample(make_denoiser(model, process, sampling, y), scheduler, x, generators)
     return Drawn(list(seeds), labels, images.float().cpu())
 
 
-@contextlib.contextmanager
-def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to `dtype`, unless it is float32, with the weights of products cast once and not at each call."""
-    whole = [(p, p.data) for p in _product_parameters(model)]
-    try:
-        cast_products(model, dtype)
-        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
-            yield
-    finally:
-        for p, data in whole:
-            p.data = data
-
-
-def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """For good what `in_precision` does for a while. No result under autocast to `dtype` changes; float32 is none."""
-    if dtype != torch.float32:
-        for p in _product_parameters(model):
-            p.data = p.data.to(dtype)
-
-
-def _product_parameters(model: nn.Module) -> list[nn.Parameter]:
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | HourglassLinear)]
-    return [p for layer in layers for p in layer.parameters(recurse=False)]
-
-
 def _solver_dtype(device: torch.device) -> torch.dtype:
-    """Of x_t outside the network: at t near T noise and image differ 150-fold in size, where float32 loses digits."""
+    """The dtype of x_t between the steps: near t = T noise is 150 times larger than the image, and float32 loses digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def make_denoiser(model, process: GaussianDiffusion, how: SampleConfig, y: Tensor | None) -> Denoiser:
-    """The model with its labels, guidance and clipping, as a sampling request wants them."""
+def make_denoiser(model, process: GaussianDiffusion, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
+    """Wrap the model with its labels, guidance and clipping as `sampling` asks for."""
 
     def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return model(x.float(), t, y).to(x.dtype)
@@ -108,7 +83,7 @@ def make_denoiser(model, process: GaussianDiffusion, how: SampleConfig, y: Tenso
     if y is None:
         denoise = labelled(predict, None)
     else:
-        channels = None if how.guidance_channels == "all" else int(how.guidance_channels)
-        interval = how.guidance_interval or None
-        denoise = guided(predict, y, model.null_class, how.guidance, channels, interval)
-    return clipped(denoise, process) if how.clip else denoise
+        channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
+        interval = sampling.guidance_interval or None
+        denoise = guided(predict, y, model.null_class, sampling.guidance, channels, interval)
+    return clipped(denoise, process) if sampling.clip else denoise
