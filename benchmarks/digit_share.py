@@ -19,7 +19,7 @@ from diffussm_cli.data import builtin
 from diffussm_cli.data.images import to_uint8
 from diffussm_cli.device import keep_freed_memory
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.generation import generate
+from diffussm_cli.sampling.generate import generate
 
 
 def main() -> None:

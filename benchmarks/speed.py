@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import load_config
 from diffussm_cli.device import keep_freed_memory
-from diffussm_cli.generation import cast_products
 from diffussm_cli.model import s4d
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
 from diffussm_cli.profiling import latency
 from diffussm_cli.profiling.flops import cost
+from diffussm_cli.sampling.precision import cast_products
 
 D, N, M = 1152, 64, 2  # of XL
 

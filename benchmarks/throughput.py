@@ -21,8 +21,9 @@ from diffussm_cli.config import Config, load_config
 from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share, meeting, read_share
-from diffussm_cli.generation import cast_products, generate
 from diffussm_cli.profiling import latency
+from diffussm_cli.sampling.generate import generate
+from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import batches
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.plan import Noise

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config, config_from_dict
+from diffussm_cli.config import DEFAULT_VAE, Config, config_from_dict
 from diffussm_cli.errors import ConfigError, RunError, reason
 from diffussm_cli.model import build_model
 
 SUFFIX = ".pt"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L, XL
-VAE, DOWNSAMPLE = "stabilityai/sd-vae-ft-ema", 8
+DOWNSAMPLE = 8
 NAMES = {
     r"x_embedder\.proj\.(\w+)": r"patch_in.\1",
     r"t_embedder\.mlp\.(\d)\.(\w+)": r"t_embed.mlp.\1.\2",
@@ -50,7 +50,7 @@ def published_config(path: Path) -> Config:
             "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
         }
         side = math.isqrt(state["pos_embed"].shape[1]) * P
-        data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": VAE}
+        data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": DEFAULT_VAE}
         return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
     except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
         raise RunError(f"RUN: {path} is not a checkpoint of DiT: {reason(e)} does not fit") from e

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from diffussm_cli import generation
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.generation import generate, labels_of
 from diffussm_cli.model import DiffuSSM
+from diffussm_cli.sampling import generate as generation
+from diffussm_cli.sampling.generate import generate, labels_of
 from tests.conftest import device, fill
 
 

@@ -8,7 +8,7 @@ import torch
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, parse_yaml
-from diffussm_cli.data.latents import Manifest, read_manifest
+from diffussm_cli.data.latents.manifest import Manifest, read_manifest
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from tests.conftest import TINY

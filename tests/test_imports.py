@@ -17,14 +17,13 @@ ROWS = [
     {"commands"},
     {"training"},
     {"evaluation", "profiling"},
-    {"samples"},
-    {"generation"},
+    {"sampling"},
     {"runs"},
     {"published"},
     {"model", "diffusion", "data"},
     {"device", "distributed"},
     {"config"},
-    {"errors", "files", "presets", ""},
+    {"errors", "events", "files", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 

@@ -12,13 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from diffussm_cli import runs, samples
+from diffussm_cli import runs
 from diffussm_cli.config import config_from_dict, to_dict
 from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import Share
 from diffussm_cli.errors import RunError
 from diffussm_cli.files import PARTIAL
-from diffussm_cli.samples import META, SampleFolder, Sampler, free_folder
+from diffussm_cli.sampling import folder as samples
+from diffussm_cli.sampling import open_sampler
+from diffussm_cli.sampling import sampler as sampler_module
+from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
 from diffussm_cli.training.loop import Trainer
 from tests.conftest import TINY, fill
 
@@ -38,8 +41,8 @@ def trained(tmp_path_factory):
 
 def request(trained, path, num=7, batch_size=3, seed=5, classes=(), **changes):
     how = config_from_dict(to_dict(trained.config), "", fields={f"sample.{k}": v for k, v in changes.items()}).sample
-    sampler, seeds = Sampler(trained, how, classes, batch_size), range(seed, seed + num)
-    return SampleFolder(path, sampler, seeds, sampler.facts(seeds))
+    sampler, seeds = open_sampler(trained, how, batch_size, "fp32"), range(seed, seed + num)
+    return SampleFolder(path, sampler, seeds, sample_facts(trained, sampler, seeds, classes))
 
 
 def draw(folder, npz=False):
@@ -142,7 +145,7 @@ def test_memory_that_does_not_do_is_one_line(trained, tmp_path, monkeypatch):
 
     folder = request(trained, tmp_path)
     folder.begin()
-    monkeypatch.setattr(samples, "generate", fail)
+    monkeypatch.setattr(sampler_module, "generate", fail)
     with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; take fewer"):
         list(folder.draw(folder.missing()))
 

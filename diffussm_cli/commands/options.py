@@ -121,3 +121,11 @@ def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
     if not labels:
         raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")
     return tuple(labels)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`256` or `256x384` as (height, width). Raises ConfigError."""
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not found:
+        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384, up to 9999")
+    return int(found[1]), int(found[2] or found[1])

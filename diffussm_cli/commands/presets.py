@@ -2,7 +2,7 @@
 
 import re
 
-from diffussm_cli.commands.options import duration, make_console
+from diffussm_cli.commands.console import duration, make_console
 from diffussm_cli.config import Config, load_config, preset_names, preset_text
 
 UNRUN = "Nobody has run this preset to its end"  # in the header of a preset, until someone has

@@ -36,7 +36,9 @@ def open_source(config: Config) -> Source:
     Raises:
         DataError, ConfigError: if it is missing, empty or does not fit the model.
     """
-    from diffussm_cli.data import builtin, images, latents
+    from diffussm_cli.data import builtin, images
+    from diffussm_cli.data.latents.manifest import MANIFEST
+    from diffussm_cli.data.latents.reading import LatentStore
 
     d = config.data
     if d.path.startswith(BUILTIN):
@@ -44,9 +46,9 @@ def open_source(config: Config) -> Source:
     elif not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
     elif d.vae is not None:
-        if not (Path(d.path) / latents.MANIFEST).is_file():
+        if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
-        source = latents.LatentStore(Path(d.path), d.flip)
+        source = LatentStore(Path(d.path), d.flip)
         _check_latents(config, source.settings)
     else:
         source = images.ImageFolder(Path(d.path), d.size, d.channels, d.flip)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
-from diffussm_cli.data.latents import MANIFEST
+from diffussm_cli.data.images import GRID
+from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import Listing, list_source, read_entry
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.device import helpers

@@ -26,10 +26,11 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.device import is_out_of_memory, keep_freed_memory
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
-from diffussm_cli.generation import cast_products, make_denoiser
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d import S4D
 from diffussm_cli.profiling.flops import cost
+from diffussm_cli.sampling.generate import make_denoiser
+from diffussm_cli.sampling.precision import cast_products
 
 FORWARD, TRAINING, GUIDED = "forward", "forward+backward", "guided step"
 KINDS = (FORWARD, TRAINING, GUIDED)

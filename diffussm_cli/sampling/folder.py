@@ -18,7 +18,7 @@ import torch
 
 from diffussm_cli import __version__, published
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.data.images import GRID, read_image, save_grid, save_png
+from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import RunError, reading
 from diffussm_cli.files import sha256, whole_file
@@ -101,7 +101,7 @@ class SampleFolder:
         return wanting[share.rank :: share.of]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
-        """Draw and write the images that the batches lack; yields the number of seeds done. Every file appears whole."""
+        """Draw and write the images that the batches lack; yields the number of seeds done."""
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]

@@ -70,7 +70,7 @@ def _draw(model, process, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of x_t between the steps: near t = T noise is 150 times larger than the image, and float32 loses digits."""
+    """The dtype of x_t between steps: near t = T noise is 150 times larger than the image, and float32 loses digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

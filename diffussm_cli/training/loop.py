@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config, SampleConfig
-from diffussm_cli.data.images import save_grid, to_uint8
+from diffussm_cli.data.images import save_grid
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
@@ -24,8 +24,8 @@ from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share, any_of, others, smallest, total
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.generation import generate
 from diffussm_cli.model import build_model
+from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_checkpoint
 from diffussm_cli.training.ema import EMA
@@ -61,7 +61,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, t)
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
-        self.scoring = Scoring(config, root, self.process, self.decoding, self.dtype) if config.eval.every else None
+        self.scoring = (
+            Scoring(config, root, self.device, self.decoding, self.dtype, share) if config.eval.every else None
+        )
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.step = 0
@@ -102,7 +104,7 @@ class Trainer:
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
                 with meter.paused():
-                    yield record | (self.scoring.score(self.averaged(), self.step, self.share) if scores else {})
+                    yield record | (self.scoring.score(self.averaged(), self.step) if scores else {})
             with meter.paused():
                 if t.sample_every and (last or self.step % t.sample_every == 0):
                     self.preview(last)
@@ -240,13 +242,13 @@ class Trainer:
         return isinstance(self.model, FSDPModule)
 
 
-def draw_grid(trainer: Trainer, model: nn.Module, how: SampleConfig, path: Path) -> Path:
-    """Images of seeds 0, 1, ... with one class a column (at most ten), written to `path`."""
-    n, classes = trainer.config.train.sample_images, trainer.config.model.num_classes
+def draw_grid(trainer: Trainer, model: nn.Module, sampling: SampleConfig, path: Path) -> Path:
+    """Images of seeds 0, 1, ... with one class per column (at most ten), written to `path`."""
+    config = trainer.config
+    n, classes = config.train.sample_images, config.model.num_classes
     columns = min(10, classes or n)
-    labels = [i % columns for i in range(n)] if classes else None
-    drawn = generate(model, trainer.process, how, range(n), labels, dtype=trainer.dtype)
+    sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
+    drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [trainer.decoding.decode(d.images) for d in drawn]
-    save_grid(to_uint8(torch.cat(images)), path, columns)
+    save_grid(torch.cat([images for _, images in drawn]), path, columns)
     return path

@@ -1,7 +1,7 @@
 """Writing a store of latents: shard by shard, by one process or several, to the same bytes whatever interrupts it.
 
-A shard is done when it has its name; its hash and skipped images wait in shard-NNNNN.json until all shards are there
-and the manifest takes them in. Each shard is cut into the same batches whoever encodes it.
+A shard is done when it has its name. Its hash and its skipped images wait in shard-NNNNN.json until all shards are
+there and the manifest takes them in. Each shard is cut into the same batches whoever encodes it.
 
 B batch   C channels   H x W grid
 """
@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +21,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffussm_cli.config import DEFAULT_VAE
 from diffussm_cli.data.images import to_model_space
-from diffussm_cli.data.latents import (
+from diffussm_cli.data.latents.manifest import (
     LISTING,
     MANIFEST,
     SKIPPED,
     Manifest,
     ShardRecord,
     StoreSettings,
-    empty_shard,
     first_difference,
-    header,
     manifest_text,
     read_manifest,
     shard_name,
-    verify,
 )
-from diffussm_cli.data.listing import Listing, read_entry
-from diffussm_cli.data.vae import VAE, VAEFacts
-from diffussm_cli.device import helpers, is_out_of_memory
-from diffussm_cli.distributed import ALONE, Share
+from diffussm_cli.data.latents.shard import empty_shard, header
+from diffussm_cli.data.listing import Listing, list_source, read_entry
+from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
+from diffussm_cli.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.distributed import ALONE, Share, own_cores, read_share
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.events import Event, Message, Progress, Result, Stage
 from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
 
 LOCK = ".lock"
+
+
 POLL_SECONDS = 0.2
 
 
@@ -221,7 +223,7 @@ def begin(store: Path, listing: Listing, settings: StoreSettings, share: Share) 
         time.sleep(POLL_SECONDS)
     if (store / MANIFEST).exists():
         manifest = read_manifest(store, "TARGET")
-        refuse_difference(store, manifest.settings, settings, listing)
+        check_same_request(store, manifest.settings, settings, listing)
         return manifest
     manifest = Manifest(settings)
     try:
@@ -234,7 +236,7 @@ def begin(store: Path, listing: Listing, settings: StoreSettings, share: Share) 
     return manifest
 
 
-def refuse_difference(store: Path, old: StoreSettings, new: StoreSettings, listing: Listing) -> None:
+def check_same_request(store: Path, old: StoreSettings, new: StoreSettings, listing: Listing) -> None:
     """Raises DataError naming the first setting, or file of the source, that differs."""
     if old.source_sha256 != new.source_sha256:
         raise DataError(f"TARGET: {str(store)!r} was begun with another SOURCE: {_first_change(store, listing)}")
@@ -258,7 +260,7 @@ def _first_change(store: Path, listing: Listing) -> str:
 
 def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]]) -> Manifest:
     """Once all shards are there: skipped.jsonl, the complete manifest, and the records removed. Raises DataError."""
-    records = [_read_record(store, shard) for shard in range(settings.shards)]
+    records = [read_record(store, shard) for shard in range(settings.shards)]
     return write_manifest(store, settings, records, ignored)
 
 
@@ -286,7 +288,7 @@ def _tidy(store: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _read_record(store: Path, shard: int) -> dict:
+def read_record(store: Path, shard: int) -> dict:
     path = _record_path(store, shard)
     try:
         record = json.loads(path.read_bytes())
@@ -297,7 +299,61 @@ def _read_record(store: Path, shard: int) -> dict:
         raise DataError(f"{path}: damaged; delete {shard_name(shard)} and run the same command again") from e
 
 
-# -------------------------------------------------------------------------------------------- whole courses
+# ------------------------------------------------------------------------------------------------ a whole store
+def encode_images(
+    source: Path | str,
+    target: Path | str,
+    resolution: tuple[int, int] = (256, 256),
+    vae: str = DEFAULT_VAE,
+    *,
+    precision: str = "fp32",
+    flip: bool = True,
+    batch_size: int = 64,
+    shard_size: int = 4096,
+    workers: int | None = None,
+    strict: bool = False,
+    device: str = "auto",
+) -> Iterator[Event]:
+    """Encode a source into a store. The same call continues where it was interrupted; under torchrun shards are shared.
+
+    Args:
+        source: one folder per class, a flat folder, or tar shards.
+        resolution: (height, width) in pixels; images are cropped as ADM does.
+        vae: a hub name or a folder.
+        flip: also encode the mirror image of every image.
+        workers: number of processes that decode images; by default one per core of this process, at most 16.
+        strict: raise for the first file that cannot be used, instead of listing it.
+
+    Yields:
+        events; the last one is a Result with the manifest, on the first process.
+
+    Raises:
+        DiffussmError: before the VAE is loaded where possible.
+    """
+    source, target, share = Path(source), Path(target), read_share()
+    yield Stage("listing")
+    listing = list_source(source)
+    if strict and listing.ignored:
+        raise DataError(f"--strict: {listing.ignored[0][0]}: {listing.ignored[0][1]}")
+    with open_store(target, source, share):
+        yield Stage("loading the VAE")
+        facts = read_facts(vae)
+        check_resolution(resolution, facts)
+        loaded = load_vae_on(facts, precision, device)
+        options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
+        settings = make_settings(listing, resolution, loaded, options)
+        if begin(target, listing, settings, share).complete:
+            yield Message(f"{target} is complete already")
+        else:
+            encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict)
+            todo = unfinished(target, settings, share)
+            yield from progress(encode(encoder, share), sum(len(settings.span(i)) for i in todo))
+    if share.rank == 0:
+        manifest = read_manifest(target, "TARGET")
+        yield from _summary(target, manifest, listing)
+        yield Result(manifest)
+
+
 def encode(encoder: Encoder, share: Share) -> Iterator[Step]:
     """Write the shards of a share that are missing; rank 0 then waits for the others and writes the manifest.
 
@@ -313,41 +369,55 @@ def encode(encoder: Encoder, share: Share) -> Iterator[Step]:
         finish(store, settings, encoder.listing.ignored)
 
 
-def damaged_shards(store: Path) -> list[int]:
-    """Shards to encode again. A damaged skipped.jsonl needs those that have something to tell."""
-    manifest = read_manifest(store, "--repair")
-    wrong = {name for name, problem in verify(store) if problem}
-    retold = [SKIPPED in wrong and record.skipped > 0 for record in manifest.shards]
-    return [i for i, again in enumerate(retold) if again or shard_name(i) in wrong]
+def progress(steps: Iterator[Step], total: int) -> Iterator[Event]:
+    """The steps of an encoder as events."""
+    done = skipped = 0
+    yield Progress(0, total)
+    with contextlib.closing(steps):
+        for step in steps:
+            done, skipped = done + step.images, skipped + step.skipped
+            yield Progress(done, total, news=f"{skipped} skipped")
 
 
-def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
-    """Encode damaged shards of a finished store again, in place. Raises DataError.
-
-    On the machine that wrote them they get their old bytes; where rounding differs, the manifest takes the new hashes.
-    """
-    store, settings = encoder.store, encoder.settings
-    manifest = read_manifest(store, "--repair")
-    records = [{"sha256": s.sha256, "skipped": []} for s in manifest.shards]
-    if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards):
-        _read_skipped(store, settings.shard_size, records)
-    yield from encoder.write(shards)
-    for i in shards:
-        records[i] = _read_record(store, i)
-    with whole_file(store / LISTING) as file:
-        file.writelines(encoder.listing.text())
-    write_manifest(store, settings, records, encoder.listing.ignored)
+def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Event]:
+    """Counts, and where the reasons are."""
+    skipped = sum(s.skipped for s in manifest.shards)
+    classes = f" of {len(listing.class_names)} classes" if listing.class_names else ""
+    yield Message(f"{manifest.settings.images - skipped} images{classes} in {store}")
+    if skipped or listing.ignored:
+        reasons = f"reasons in {store / SKIPPED}"
+        yield Message(f"skipped: {skipped} unreadable images, {len(listing.ignored)} other files; {reasons}")
 
 
-def _read_skipped(store: Path, shard_size: int, records: list[dict]) -> None:
-    """Take what was skipped into the records of its shards. Raises DataError."""
-    try:
-        for line in (store / SKIPPED).read_text(encoding="utf-8").splitlines():
-            skipped = json.loads(line)
-            if skipped["index"] is not None:
-                records[skipped["index"] // shard_size]["skipped"].append(skipped)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
-        raise DataError(f"{store / SKIPPED}: damaged; delete it and repair again") from e
+def load_vae_on(facts: VAEFacts, precision: str, device: str) -> VAE:
+    """The VAE on the device of this process. Raises DiffussmError."""
+    keep_freed_memory()
+    where = pick_device(device)
+    return load_vae(facts, where, pick_dtype(precision, where))
+
+
+def make_settings(listing: Listing, resolution: tuple[int, int], vae: VAE, options: Mapping[str, Any]) -> StoreSettings:
+    """The settings of a store that holds a source; `options` are the fields that the user chooses."""
+    facts = vae.facts
+    values = {
+        "source_sha256": listing.sha256(),
+        "images": len(listing.entries),
+        "class_names": listing.class_names,
+        "resolution": resolution,
+        "vae": facts.name,
+        "vae_config_sha256": facts.config_sha256,
+        "vae_weights_sha256": vae.weights_sha256,
+        "channels": facts.channels,
+        "downsample": facts.downsample,
+        "scale": facts.scale,
+        "shift": facts.shift,
+    }
+    return StoreSettings(**values | options)
+
+
+def decoding_processes(workers: int | None) -> int:
+    """The number of processes that decode images, by default one per core of this process."""
+    return min(16, own_cores()) if workers is None else workers
 
 
 # -------------------------------------------------------------------------------------------- before work

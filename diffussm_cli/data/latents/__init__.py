@@ -1,0 +1,1 @@
+"""Latents of a VAE on disk: encoded once, checked, repaired, and read by training."""
