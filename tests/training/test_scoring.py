@@ -31,7 +31,7 @@ def trainer(config, root):
 
 def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr("diffussm_cli.training.scoring.evaluate", lambda *_: [("fid", next(scores))])
+    monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
     settings = config("train.steps=6")
     training = trainer(settings, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
