@@ -1,8 +1,10 @@
 """Where and in what precision to compute, chosen from names."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -41,6 +43,26 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, products and convolutions of float32 tensors keep all 24 bits, whatever is allowed for the rest.
+
+    By default torch computes float32 convolutions in TensorFloat-32 (11 bits) on NVIDIA GPUs.
+    """
+    b = torch.backends
+    with contextlib.ExitStack() as stack:
+        if hasattr(b, "fp32_precision"):  # since torch 2.9, which warns or fails if the older switches are read as well
+            for switch in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv):
+                stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
+                switch.fp32_precision = "ieee"
+        else:
+            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            stack.callback(setattr, b.cudnn, "allow_tf32", b.cudnn.allow_tf32)
+            torch.set_float32_matmul_precision("highest")
+            b.cudnn.allow_tf32 = False
+        yield
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
