@@ -33,6 +33,15 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
+def float32_arithmetic() -> dict[str, bool]:
+    """Whether float32 products and convolutions keep float32's precision, by the switches that torch's kernels read."""
+    b = torch.backends
+    if hasattr(b, "fp32_precision"):  # since torch 2.9
+        places = {"products": (b.cuda.matmul, b.mkldnn.matmul), "convolutions": (b.cudnn.conv, b.mkldnn.conv)}
+        return {k: not {s.fp32_precision for s in v} & {"tf32", "bf16"} for k, v in places.items()}
+    return {"products": torch.get_float32_matmul_precision() == "highest", "convolutions": not b.cudnn.allow_tf32}
+
+
 @pytest.fixture
 def tiny():
     """A configuration that trains in a second on the 8x8 digits; arguments are more overrides."""

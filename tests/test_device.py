@@ -1,5 +1,6 @@
 """Devices and precisions by name."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.training.loop import Trainer
+from tests.conftest import float32_arithmetic
 
 CPU = torch.device("cpu")
 
@@ -65,27 +67,19 @@ def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkey
     assert 0 < records[-1]["loss"] < 10
 
 
-def arithmetic():
-    """What float32 products and convolutions are computed in, as torch's kernels read it."""
-    b = torch.backends
-    if hasattr(b, "fp32_precision"):
-        return [s.fp32_precision for s in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul)]
-    return [torch.get_float32_matmul_precision(), b.cudnn.allow_tf32]
-
-
 @pytest.mark.parametrize("older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"])
 def test_full_float32_inside_a_block_and_as_before_after_it(monkeypatch, older):
     torch.set_float32_matmul_precision("medium")
-    before = arithmetic()
+    before = float32_arithmetic()
     try:
         if older:
             monkeypatch.delattr(type(torch.backends), "fp32_precision", raising=False)
-        with pytest.raises(KeyError), full_float32():
+        with contextlib.suppress(KeyError), full_float32():
             monkeypatch.undo()
-            inside = arithmetic()
+            inside = float32_arithmetic()
             raise KeyError
-        assert not {"tf32", "bf16", "medium", True} & set(inside)
-        assert arithmetic() == before
+        assert inside == dict.fromkeys(before, True)
+        assert float32_arithmetic() == before == {"products": False, "convolutions": False}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffussm_cli.device import full_float32
+
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
 KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
 
@@ -52,7 +54,7 @@ def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L:
         C_bar = torch.complex(2 * re[rows], 2 * im[rows])
         outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
         inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
-        with _full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+        with _full_float32():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
             torch.bmm(_pairs(outer), _pairs(inner).mT, out=K[rows])
     K[:, 0, 0] += skip
     return K.flatten(1)[:, :L]
@@ -82,7 +84,7 @@ class Modes(torch.autograd.Function):
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
         for rows in _row_slices(re, T):
             outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
-            with _no_autocast(x.device), _full_float32_products():
+            with _no_autocast(x.device), _full_float32():
                 over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
                 over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
                 W0 = _complex(over_b.sum(-2))
@@ -152,18 +154,9 @@ def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor,
     return bre * zre - bim * zim, bre * zim + bim * zre
 
 
-@contextlib.contextmanager
-def _full_float32_products():
-    """TensorFloat-32 (or bfloat16 passes on CPUs) off for the kernel product, whatever the user chose for the rest."""
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest" or torch.compiler.is_compiling():
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _full_float32() -> contextlib.AbstractContextManager:
+    """For products of the kernel. In compiled code the user's choice holds: it cannot change global switches."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else full_float32()
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:

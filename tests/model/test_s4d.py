@@ -16,7 +16,7 @@ from diffussm_cli.model.s4d import (
     s4d_kernel_naive,
     s4d_recurrence,
 )
-from tests.conftest import golden, relative
+from tests.conftest import float32_arithmetic, golden, relative
 
 SSM_NAMES = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
@@ -269,26 +269,36 @@ def test_gradients_taken_under_autocast_keep_their_bits():
         assert torch.equal(a, b)
 
 
+@pytest.fixture(params=["by the old switch", "by the new switch"])
+def reduced_precision(request):
+    """Products of float32 allowed in TensorFloat-32, and the switches back as they were afterwards."""
+    if request.param == "by the old switch":
+        torch.set_float32_matmul_precision("medium")
+    elif hasattr(torch.backends, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        pytest.skip("this torch has one switch only")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("reduced_precision")
 def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     inside = []
 
     def spied(original):
         def spy(*arguments, **named):
-            inside.append(torch.get_float32_matmul_precision())
+            inside.append(float32_arithmetic()["products"])
             return original(*arguments, **named)
 
         return spy
 
     for owner, name in ((torch, "bmm"), (torch.Tensor, "__matmul__")):
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        layer(dtype=torch.float32).taps(16).sum().backward()
-        assert inside == ["highest"] * 5  # one, and four in the backward pass
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert not float32_arithmetic()["products"]
+    layer(dtype=torch.float32).taps(16).sum().backward()
+    assert inside == [True] * 5  # one, and four in the backward pass
+    assert not float32_arithmetic()["products"]
 
 
 def test_frozen_kernels_are_built_once():
