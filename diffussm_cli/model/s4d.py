@@ -331,7 +331,7 @@ class S4D(nn.Module):
 
     Without gradients the spectra are kept until a parameter changes, so that sampling builds them once and not at each
     denoising step. They take 16 D (L + 1) bytes a layer and length or a little more, and beyond KEEP_BYTES they are
-    made slice by slice instead, so that memory stays bounded; `builds` counts constructions.
+    made slice by slice instead, so that memory stays bounded. Compiled code makes them at each call.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -345,7 +345,6 @@ class S4D(nn.Module):
         self.B = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.C = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.D_skip = nn.Parameter(torch.empty(2, D))
-        self.builds = 0
         self._kept: dict[int, tuple[tuple, Tensor]] = {}
         self.reset_parameters()
 
@@ -365,13 +364,12 @@ class S4D(nn.Module):
         with _no_autocast(u.device):
             if torch.is_grad_enabled():
                 return Convolution.apply(u, self.taps(L))
-            if 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
+            if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
     def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
         """The kernels of both directions, skip included, (2, d, L), of all channels or a slice of them."""
-        self.builds += 1
         parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
         log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
         with _no_autocast(log_dt.device):

@@ -110,16 +110,16 @@ def test_slices_change_nothing(monkeypatch, J, M, numbers):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-9, atol=1e-11)
 
 
-def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch):
+def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_built):
     s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
     with torch.no_grad():
         expected = s4d(u)
         monkeypatch.setattr(s4d_module, "KEEP_BYTES", 16 * 6 * 33)
         monkeypatch.setattr(s4d_module, "SLICE", {True: 2 * 33 * 4, False: 1})
         s4d.eval()
-        before = s4d.builds
+        kernels_built.clear()
         torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
-    assert s4d.builds == before + 2  # 4 channels and 2
+    assert kernels_built == [33, 33]  # of 4 channels and of 2
     assert not s4d._kept
 
 
@@ -301,18 +301,18 @@ def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     assert not float32_arithmetic()["products"]
 
 
-def test_frozen_kernels_are_built_once():
+def test_frozen_kernels_are_built_once(kernels_built):
     s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
     with torch.no_grad():
         for _ in range(5):
             s4d(u)
-        assert s4d.builds == 1
+        assert kernels_built == [16]
         s4d(torch.randn(1, 6, 20))
         s4d(u)
-        assert s4d.builds == 2  # one a length
+        assert kernels_built == [16, 20]  # one per length
     s4d(u)
     s4d(u)
-    assert s4d.builds == 4  # training builds at each step
+    assert kernels_built == [16, 20, 16, 16]  # training builds at each step
 
 
 def sgd_step(s4d, u):
