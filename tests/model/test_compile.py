@@ -61,6 +61,7 @@ COURSE = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, where a graph breaks
 @pytest.mark.parametrize(
     ("make", "course"),
     [(MODELS["diffussm"], COURSE), (MODELS["dit"], COURSE), (CHECKPOINTED, COURSE[:2])],
