@@ -1,6 +1,6 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory] [--device cuda]
+    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory compiled] [--device cuda]
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -28,6 +29,10 @@ from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
 from diffussm_cli.profiling import latency
 from diffussm_cli.profiling.flops import cost
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.plan import Noise
+from diffussm_cli.training.record import Meter
 
 D, N, M = 1152, 64, 2  # of XL
 
@@ -305,7 +310,41 @@ def memory(device: torch.device) -> dict:
     return {"peak_gib": (latency.peak_bytes(four, latency.FORWARD, latency.Setting(device)) + weights) / 2**30}
 
 
-ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory)}
+def compiled(device: torch.device) -> dict:
+    """Training steps by torch.compile against eager ones: `mnist` at its batch of 16, XL's block at 4 x 1024 tokens."""
+    calls = {}
+    for name in ("compiled", "eager"):
+        config = load_config(
+            "mnist", ["train.sample_every=0", f"train.device={device}", f"train.compile={name == 'compiled'}"]
+        )
+        source = Noise(config)
+        trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
+        meter = Meter(config.diffusion.timesteps, device)
+        calls[name] = lambda trainer=trainer, batch=batch, meter=meter: trainer.update(batch, meter)
+    results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
+    results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
+    x, c = torch.randn(4, 1024 // M, D, device=device), torch.randn(4, D, device=device)
+    for name in calls:
+        model = make_block(device)
+        if name == "compiled":
+            model.compile()
+
+        def train(model=model) -> None:
+            model(x, c).square().mean().backward()
+            model.zero_grad()
+
+        calls[name] = train
+    return results | {"block": _first_call(calls["compiled"]) | in_turn(calls, device, 9)}
+
+
+def _first_call(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the first call, in which a model is compiled."""
+    start = time.perf_counter()
+    call()
+    return {"first_call_s": time.perf_counter() - start}
+
+
+ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled)}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,25 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile has no compiler to call: of C for a GPU's launchers, of C++ for a CPU."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        language, variable, usual = "C++", "CXX", "g++"
+        with contextlib.suppress(RuntimeError):  # InvalidCxxCompiler is one
+            get_cpp_compiler()
+            return
+    else:
+        language, variable, usual = "C", "CC", "gcc"
+        if os.environ.get(variable) or shutil.which("gcc") or shutil.which("clang"):
+            return
+    raise ConfigError(
+        f"train.compile: torch.compile needs a {language} compiler and finds none; install {usual}, "
+        f"name yours in the environment variable {variable}, or set train.compile=false"
+    )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Devices and precisions by name."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 
 from diffussm_cli import device
 from diffussm_cli.data.source import open_source
-from diffussm_cli.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.training.loop import Trainer
+from tests.conftest import float32_arithmetic
 
 CPU = torch.device("cpu")
 
@@ -63,6 +65,24 @@ def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkey
     assert inside == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert 0 < records[-1]["loss"] < 10
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"])
+def test_full_float32_inside_a_block_and_as_before_after_it(monkeypatch, older):
+    torch.set_float32_matmul_precision("medium")
+    before = float32_arithmetic()
+    try:
+        if older:
+            monkeypatch.delattr(type(torch.backends), "fp32_precision", raising=False)
+        with contextlib.suppress(KeyError), full_float32():
+            monkeypatch.undo()
+            inside = float32_arithmetic()
+            raise KeyError
+        assert inside == dict.fromkeys(before, True)
+        assert float32_arithmetic() == before == {"products": False, "convolutions": False}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_out_of_memory_is_recognised():

@@ -65,10 +65,10 @@ def profile(
 
     from rich.console import Console
 
-    from diffussm_cli.profiling import figures
-
     console = Console(stderr=True)
     if figure:
+        from diffussm_cli.profiling import figures
+
         figures.check_path(figure)
     if paper:
         show_paper(as_json)

@@ -1,7 +1,6 @@
-"""The network: published size, block by formula, shapes, gradients everywhere, compile, checkpointing."""
+"""The network: published size, block by formula, shapes, gradients everywhere, checkpointing."""
 
 import copy
-import shutil
 import types
 
 import pytest
@@ -193,17 +192,18 @@ def test_labels_and_time_reach_the_output():
     assert not torch.equal(out, model(x, t + 1, y))
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_nothing(kernels_built):
     plain, recomputed = tiny(), tiny(gradient_checkpointing=True)
     recomputed.load_state_dict(plain.state_dict())
-    results = []
+    results, built = [], []
     for model in (plain, recomputed):
         x, t, y = inputs()
         model(x, t, y).square().sum().backward()
         results.append([p.grad for p in model.parameters()])
+        built.append(len(kernels_built))
     for a, b in zip(*results):
         assert torch.equal(a, b)
-    assert recomputed.blocks[0].s4d.builds == 2 * plain.blocks[0].s4d.builds  # it did recompute
+    assert built == [2, 2 + 4]  # it did recompute
 
 
 def test_low_precision_model_runs_and_is_close():
@@ -213,25 +213,6 @@ def test_low_precision_model_runs_and_is_close():
     low = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16(), t, y)
     assert low.dtype == torch.bfloat16
     assert float((low - exact).norm() / exact.norm()) < 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
-def test_compiled_model_equals_eager_with_gradients():
-    eager = tiny()
-    compiled = copy.deepcopy(eager)
-    compiled.compile()
-    x, t, y = inputs()
-    for model in (eager, compiled):
-        model(x, t, y).square().sum().backward()
-    torch.testing.assert_close(compiled(x, t, y), eager(x, t, y), rtol=1e-4, atol=1e-5)
-    for (name, a), b in zip(eager.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    with torch.no_grad():
-        eager.eval(), compiled.eval()
-        torch.testing.assert_close(compiled(x, t, y), eager(x, t, y), rtol=1e-4, atol=1e-5)
-    assert compiled.state_dict().keys() == eager.state_dict().keys()
 
 
 def test_optimiser_groups_hold_every_parameter_once():

@@ -16,7 +16,7 @@ from diffussm_cli.model.s4d import (
     s4d_kernel_naive,
     s4d_recurrence,
 )
-from tests.conftest import golden, relative
+from tests.conftest import float32_arithmetic, golden, relative
 
 SSM_NAMES = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
@@ -110,16 +110,16 @@ def test_slices_change_nothing(monkeypatch, J, M, numbers):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-9, atol=1e-11)
 
 
-def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch):
+def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_built):
     s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
     with torch.no_grad():
         expected = s4d(u)
         monkeypatch.setattr(s4d_module, "KEEP_BYTES", 16 * 6 * 33)
         monkeypatch.setattr(s4d_module, "SLICE", {True: 2 * 33 * 4, False: 1})
         s4d.eval()
-        before = s4d.builds
+        kernels_built.clear()
         torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
-    assert s4d.builds == before + 2  # 4 channels and 2
+    assert kernels_built == [33, 33]  # of 4 channels and of 2
     assert not s4d._kept
 
 
@@ -269,40 +269,50 @@ def test_gradients_taken_under_autocast_keep_their_bits():
         assert torch.equal(a, b)
 
 
+@pytest.fixture(params=["by the old switch", "by the new switch"])
+def reduced_precision(request):
+    """Products of float32 allowed in TensorFloat-32, and the switches back as they were afterwards."""
+    if request.param == "by the old switch":
+        torch.set_float32_matmul_precision("medium")
+    elif hasattr(torch.backends, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        pytest.skip("this torch has one switch only")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("reduced_precision")
 def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     inside = []
 
     def spied(original):
         def spy(*arguments, **named):
-            inside.append(torch.get_float32_matmul_precision())
+            inside.append(float32_arithmetic()["products"])
             return original(*arguments, **named)
 
         return spy
 
     for owner, name in ((torch, "bmm"), (torch.Tensor, "__matmul__")):
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        layer(dtype=torch.float32).taps(16).sum().backward()
-        assert inside == ["highest"] * 5  # one, and four in the backward pass
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert not float32_arithmetic()["products"]
+    layer(dtype=torch.float32).taps(16).sum().backward()
+    assert inside == [True] * 5  # one, and four in the backward pass
+    assert not float32_arithmetic()["products"]
 
 
-def test_frozen_kernels_are_built_once():
+def test_frozen_kernels_are_built_once(kernels_built):
     s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
     with torch.no_grad():
         for _ in range(5):
             s4d(u)
-        assert s4d.builds == 1
+        assert kernels_built == [16]
         s4d(torch.randn(1, 6, 20))
         s4d(u)
-        assert s4d.builds == 2  # one a length
+        assert kernels_built == [16, 20]  # one per length
     s4d(u)
     s4d(u)
-    assert s4d.builds == 4  # training builds at each step
+    assert kernels_built == [16, 20, 16, 16]  # training builds at each step
 
 
 def sgd_step(s4d, u):
