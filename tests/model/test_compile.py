@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from diffussm_cli.model import DiffuSSM, DiT
-from tests.conftest import fill
+from tests.conftest import device, fill
 
 SIZES = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 2, "num_classes": 3}
 MODELS = {
@@ -21,7 +21,8 @@ CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)
 def inputs(B):
     generator = torch.Generator().manual_seed(B)
     x = torch.randn(B, 2, 4, 4, generator=generator)
-    return x, torch.randint(1000, (B,), generator=generator), torch.randint(3, (B,), generator=generator)
+    t, y = (torch.randint(high, (B,), generator=generator) for high in (1000, 3))
+    return x.to(device()), t.to(device()), y.to(device())
 
 
 def train_step(model, B):
