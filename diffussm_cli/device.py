@@ -16,6 +16,8 @@ from diffussm_cli.errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU; of several processes on a machine each takes its own CUDA device.
 
+    A CUDA device becomes the current one, which is what NCCL and FSDP use.
+
     Raises:
         ConfigError: for a device that is not there.
     """
@@ -25,9 +27,11 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -43,7 +47,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether products of bfloat16 run on hardware made for them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def check_compiler(device: torch.device) -> None:

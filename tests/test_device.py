@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,32 @@ def test_devices_by_name():
     for name in ("tpu", "cuda:99", "meta-ish"):
         with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:-1", "cuda:99999999999999999999", "", "hpu", "mps:7"])
+def test_what_cannot_compute_here_is_one_line(name):
+    with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "current"),
+    [("cuda", "3", "cuda:3"), ("auto", "2", "cuda:2"), ("cuda:1", "3", "cuda:1"), ("cuda", None, None)],
+)
+def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, current):
+    """NCCL, FSDP and events use the current device, whichever the tensors are on."""
+    chosen, zeros = [], torch.zeros
+    for probe in ("zeros", "empty"):
+        monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    device = pick_device(name)
+    assert device.type == "cuda"
+    assert chosen == ([torch.device(current)] if current else [])
+    assert not current or device == torch.device(current)
 
 
 def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
@@ -53,6 +80,13 @@ def test_bf16_only_where_hardware_has_it(monkeypatch):
         assert pick_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
     with pytest.raises(ConfigError, match="bf16 has no hardware support on this cpu"):
         pick_dtype("bf16", CPU)
+
+
+def test_a_torch_without_onednn_has_no_bf16(monkeypatch):
+    """As on Apple's processors."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    assert not device.has_bf16(CPU)
 
 
 def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
