@@ -1,6 +1,6 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory compiled] [--device cuda]
+    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory compiled] [--device cuda] [--toy]
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -35,6 +35,7 @@ from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
 
 D, N, M = 1152, 64, 2  # of XL
+SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
 
 
 class TextbookS4D(nn.Module):
@@ -66,8 +67,8 @@ def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeat
     }
 
 
-def make_block(device: torch.device, width: int = D) -> DiffuSSMBlock:
-    block = DiffuSSMBlock(width, M, N).to(device)
+def make_block(device: torch.device) -> DiffuSSMBlock:
+    block = DiffuSSMBlock(D, M, N).to(device)
     for name, p in block.named_parameters():
         if "s4d" not in name:
             nn.init.normal_(p, std=0.02)
@@ -77,7 +78,7 @@ def make_block(device: torch.device, width: int = D) -> DiffuSSMBlock:
 def kernel(device: torch.device) -> dict:
     """One direction of XL's kernel: two-level against the definition, and both against float64."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         s = S4D(D, N).to(device)
         parameters = [p[:1].detach() for p in (s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C)]
         exact = s4d_kernel(*(p.double() for p in parameters), L)
@@ -110,7 +111,7 @@ def _peak_mib(call: Callable[[], object]) -> float:
 def step(device: torch.device) -> dict:
     """Kernels forward and backward beside a training step of the block at batch 8."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         block, s = make_block(device), S4D(D, N).to(device)
         x, c = torch.randn(8, L // M, D, device=device), torch.randn(8, D, device=device)
 
@@ -128,7 +129,7 @@ def step(device: torch.device) -> dict:
 
 def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix products alone."""
-    L = 4096
+    L = LONG
     model, x, c = make_block(device), torch.randn(1, L // M, D, device=device), torch.randn(1, D, device=device)
     shapes = [(D, D)] + [(D, D)] * M + [(2 * D, 2 * D // M)] * M + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
     weights = [torch.randn(o, i, device=device, dtype=dtype) * 0.02 for i, o in shapes]
@@ -176,7 +177,7 @@ KINDS = {  # of the operators that do work themselves; what is not named is elem
 
 def parts(device: torch.device) -> dict:
     """Shares of time in XL's block at L = 4096 and one image by kind of work, of which making the kernels is one."""
-    x, c = torch.randn(1, 4096 // M, D, device=device), torch.randn(1, D, device=device)
+    x, c = torch.randn(1, LONG // M, D, device=device), torch.randn(1, D, device=device)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = make_block(device)
@@ -246,7 +247,7 @@ def _kind(event) -> str:
 def public(device: torch.device) -> dict:
     """The block with its S4D layer and with the textbook one, forward + backward at batch 4."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         ours, textbook = make_block(device), make_block(device)
         textbook.s4d = TextbookS4D(textbook.s4d)
         x, c = torch.randn(4, L // M, D, device=device), torch.randn(4, D, device=device)
@@ -323,7 +324,7 @@ def compiled(device: torch.device) -> dict:
         calls[name] = lambda trainer=trainer, batch=batch, meter=meter: trainer.update(batch, meter)
     results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
     results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
-    x, c = torch.randn(4, 1024 // M, D, device=device), torch.randn(4, D, device=device)
+    x, c = torch.randn(4, SHORT // M, D, device=device), torch.randn(4, D, device=device)
     for name in calls:
         model = make_block(device)
         if name == "compiled":
@@ -351,7 +352,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=list(ROWS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that a row runs")
     arguments = parser.parse_args()
+    if arguments.toy:
+        global D, SHORT, LONG
+        D, SHORT, LONG = 32, 64, 128
     keep_freed_memory()
     torch.manual_seed(0)
     for name in arguments.rows:

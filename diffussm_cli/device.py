@@ -14,7 +14,9 @@ from diffussm_cli.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; of several processes on a machine each takes its own CUDA device.
+    """`auto` is CUDA, then Apple's MPS, then the CPU, unless the environment variable DIFFUSSM_DEVICE names another.
+
+    Of several processes on a machine each takes its own CUDA device.
 
     A CUDA device becomes the current one, which is what NCCL and FSDP use.
 
@@ -22,7 +24,8 @@ def pick_device(name: str) -> torch.device:
         ConfigError: for a device that is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = os.environ.get("DIFFUSSM_DEVICE") or found
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
