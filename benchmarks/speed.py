@@ -1,6 +1,8 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory compiled] [--device cuda] [--toy]
+    python benchmarks/speed.py [ROW ...] [--device cuda] [--toy]
+
+Rows: kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled; all of them by default.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
