@@ -22,6 +22,10 @@ CPU = torch.device("cpu")
 def test_devices_by_name():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFUSSM_DEVICE", "tpu")
+        with pytest.raises(ConfigError, match="device: 'tpu' is not available here"):
+            pick_device("auto")
     for name in ("tpu", "cuda:99", "meta-ish"):
         with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
             pick_device(name)
@@ -41,7 +45,8 @@ def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, cu
     """NCCL, FSDP and events use the current device, whichever the tensors are on."""
     chosen, zeros = [], torch.zeros
     for probe in ("zeros", "empty"):
-        monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
+        monkeypatch.delenv("DIFFUSSM_DEVICE")
+    monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
