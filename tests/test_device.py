@@ -45,11 +45,11 @@ def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, cu
     """NCCL, FSDP and events use the current device, whichever the tensors are on."""
     chosen, zeros = [], torch.zeros
     for probe in ("zeros", "empty"):
-        monkeypatch.delenv("DIFFUSSM_DEVICE")
-    monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
+        monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for variable in ("LOCAL_RANK", "DIFFUSSM_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
     if local_rank:
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     device = pick_device(name)
