@@ -1,6 +1,8 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [kernel step block block_bf16 parts public saved length memory] [--device cuda]
+    python benchmarks/speed.py [ROW ...] [--device cuda] [--toy]
+
+Rows: kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled; all of them by default.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -13,6 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -28,8 +31,13 @@ from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
 from diffussm_cli.profiling import latency
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.sampling.precision import cast_products
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.plan import Noise
+from diffussm_cli.training.record import Meter
 
 D, N, M = 1152, 64, 2  # of XL
+SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
 
 
 class TextbookS4D(nn.Module):
@@ -61,8 +69,8 @@ def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeat
     }
 
 
-def make_block(device: torch.device, width: int = D) -> DiffuSSMBlock:
-    block = DiffuSSMBlock(width, M, N).to(device)
+def make_block(device: torch.device) -> DiffuSSMBlock:
+    block = DiffuSSMBlock(D, M, N).to(device)
     for name, p in block.named_parameters():
         if "s4d" not in name:
             nn.init.normal_(p, std=0.02)
@@ -72,7 +80,7 @@ def make_block(device: torch.device, width: int = D) -> DiffuSSMBlock:
 def kernel(device: torch.device) -> dict:
     """One direction of XL's kernel: two-level against the definition, and both against float64."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         s = S4D(D, N).to(device)
         parameters = [p[:1].detach() for p in (s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C)]
         exact = s4d_kernel(*(p.double() for p in parameters), L)
@@ -105,7 +113,7 @@ def _peak_mib(call: Callable[[], object]) -> float:
 def step(device: torch.device) -> dict:
     """Kernels forward and backward beside a training step of the block at batch 8."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         block, s = make_block(device), S4D(D, N).to(device)
         x, c = torch.randn(8, L // M, D, device=device), torch.randn(8, D, device=device)
 
@@ -123,7 +131,7 @@ def step(device: torch.device) -> dict:
 
 def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
     """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix products alone."""
-    L = 4096
+    L = LONG
     model, x, c = make_block(device), torch.randn(1, L // M, D, device=device), torch.randn(1, D, device=device)
     shapes = [(D, D)] + [(D, D)] * M + [(2 * D, 2 * D // M)] * M + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
     weights = [torch.randn(o, i, device=device, dtype=dtype) * 0.02 for i, o in shapes]
@@ -171,7 +179,7 @@ KINDS = {  # of the operators that do work themselves; what is not named is elem
 
 def parts(device: torch.device) -> dict:
     """Shares of time in XL's block at L = 4096 and one image by kind of work, of which making the kernels is one."""
-    x, c = torch.randn(1, 4096 // M, D, device=device), torch.randn(1, D, device=device)
+    x, c = torch.randn(1, LONG // M, D, device=device), torch.randn(1, D, device=device)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = make_block(device)
@@ -241,7 +249,7 @@ def _kind(event) -> str:
 def public(device: torch.device) -> dict:
     """The block with its S4D layer and with the textbook one, forward + backward at batch 4."""
     results = {}
-    for L in (1024, 4096):
+    for L in (SHORT, LONG):
         ours, textbook = make_block(device), make_block(device)
         textbook.s4d = TextbookS4D(textbook.s4d)
         x, c = torch.randn(4, L // M, D, device=device), torch.randn(4, D, device=device)
@@ -305,14 +313,52 @@ def memory(device: torch.device) -> dict:
     return {"peak_gib": (latency.peak_bytes(four, latency.FORWARD, latency.Setting(device)) + weights) / 2**30}
 
 
-ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory)}
+def compiled(device: torch.device) -> dict:
+    """Training steps by torch.compile against eager ones: `mnist` at its batch of 16, XL's block at 4 x 1024 tokens."""
+    calls = {}
+    for name in ("compiled", "eager"):
+        config = load_config(
+            "mnist", ["train.sample_every=0", f"train.device={device}", f"train.compile={name == 'compiled'}"]
+        )
+        source = Noise(config)
+        trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
+        meter = Meter(config.diffusion.timesteps, device)
+        calls[name] = lambda trainer=trainer, batch=batch, meter=meter: trainer.update(batch, meter)
+    results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
+    results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
+    x, c = torch.randn(4, SHORT // M, D, device=device), torch.randn(4, D, device=device)
+    for name in calls:
+        model = make_block(device)
+        if name == "compiled":
+            model.compile()
+
+        def train(model=model) -> None:
+            model(x, c).square().mean().backward()
+            model.zero_grad()
+
+        calls[name] = train
+    return results | {"block": _first_call(calls["compiled"]) | in_turn(calls, device, 9)}
+
+
+def _first_call(call: Callable[[], object]) -> dict[str, float]:
+    """Seconds of the first call, in which a model is compiled."""
+    start = time.perf_counter()
+    call()
+    return {"first_call_s": time.perf_counter() - start}
+
+
+ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=list(ROWS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that a row runs")
     arguments = parser.parse_args()
+    if arguments.toy:
+        global D, SHORT, LONG
+        D, SHORT, LONG = 32, 64, 128
     keep_freed_memory()
     torch.manual_seed(0)
     for name in arguments.rows:

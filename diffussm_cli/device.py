@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +14,27 @@ from diffussm_cli.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU; of several processes on a machine each takes its own CUDA device.
+    """`auto` is CUDA, then Apple's MPS, then the CPU, unless the environment variable DIFFUSSM_DEVICE names another.
+
+    Of several processes on a machine each takes its own CUDA device.
+
+    A CUDA device becomes the current one, which is what NCCL and FSDP use.
 
     Raises:
         ConfigError: for a device that is not there.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = os.environ.get("DIFFUSSM_DEVICE") or found
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -42,7 +50,27 @@ def has_bf16(device: torch.device) -> bool:
     """Whether products of bfloat16 run on hardware made for them."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile has no compiler to call: of C for a GPU's launchers, of C++ for a CPU."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        language, variable, usual = "C++", "CXX", "g++"
+        with contextlib.suppress(RuntimeError):  # InvalidCxxCompiler is one
+            get_cpp_compiler()
+            return
+    else:
+        language, variable, usual = "C", "CC", "gcc"
+        if os.environ.get(variable) or shutil.which("gcc") or shutil.which("clang"):
+            return
+    raise ConfigError(
+        f"train.compile: torch.compile needs a {language} compiler and finds none; install {usual}, "
+        f"name yours in the environment variable {variable}, or set train.compile=false"
+    )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.model import s4d
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = [
@@ -66,6 +67,19 @@ def tiny():
     """A configuration that trains in a second on the 8x8 digits; arguments are more overrides."""
     pytest.importorskip("sklearn")
     return lambda *overrides: load_config("digits", [*TINY, *overrides])
+
+
+@pytest.fixture
+def kernels_built(monkeypatch):
+    """Lengths of the SSM kernels that are constructed from here on, in a list."""
+    built, original = [], s4d.s4d_kernel
+
+    def counted(*arguments):
+        built.append(arguments[5])
+        return original(*arguments)
+
+    monkeypatch.setattr(s4d, "s4d_kernel", counted)
+    return built
 
 
 def fill(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:

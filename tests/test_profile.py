@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
@@ -108,6 +109,15 @@ def test_estimate_takes_fewer_images_where_memory_is_short(monkeypatch):
     assert 1 <= planning.plan(config, 8 << 30).measured_images < 64
 
 
+def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
+    given = []
+    monkeypatch.setattr("diffussm_cli.device.pick_device", lambda name: torch.device("cuda", int(name[-1])))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
+    monkeypatch.setattr(planning, "plan", lambda config, available: given.append(available) or planning.Plan(1, 1, 1))
+    profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")
+    assert given == [3 << 30]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -130,7 +140,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_estimate_of_what_can_never_fit(monkeypatch):
-    monkeypatch.setattr("diffussm_cli.profiling.latency.available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr("diffussm_cli.profiling.latency.available_bytes", lambda device: 1 << 30)
     line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line

@@ -65,10 +65,10 @@ def profile(
 
     from rich.console import Console
 
-    from diffussm_cli.profiling import figures
-
     console = Console(stderr=True)
     if figure:
+        from diffussm_cli.profiling import figures
+
         figures.check_path(figure)
     if paper:
         show_paper(as_json)
@@ -211,12 +211,13 @@ def exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 def add_estimates(console, result: dict, configs: Sequence[Config]) -> None:
     """Put what training would take into the result."""
+    from diffussm_cli.device import pick_device
     from diffussm_cli.profiling.latency import available_bytes
     from diffussm_cli.training.plan import plan
 
     for entry, config in zip(result["models"], configs):
         with console.status(f"one step of {entry['name']}"):
-            entry["training"] = plan(config, available_bytes())._asdict()
+            entry["training"] = plan(config, available_bytes(pick_device(config.train.device)))._asdict()
 
 
 # ------------------------------------------------------------------------------------------------------ showing

@@ -137,6 +137,8 @@ def run_training(config: Config, root: Path, resume: bool = False, share=None, f
             return 0
         where = f"{trainer.device}" + (f", {share.of} processes ({config.train.parallel})" if share.of > 1 else "")
         console.print(f"[bold]{root}[/]  {parameters(trainer.model)} parameters on {where}, {precision(trainer)}")
+        if config.train.compile:
+            console.print("compiling: the first step takes one to several minutes, without a sign of progress")
         warnings = [trainer.decoding.warning] if trainer.decoding and trainer.decoding.warning else []
         for warning in warnings + (trainer.scoring.warnings if trainer.scoring else []):
             console.print(f"warning: {warning}", style="bold", markup=False, soft_wrap=True)

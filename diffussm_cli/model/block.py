@@ -62,6 +62,8 @@ class HourglassLinear(nn.Module):
 
 def gelu(x: Tensor) -> Tensor:
     """F.gelu, on numbers as they lie in memory: on a CPU it is twice as fast when they are in order."""
+    if torch.compiler.is_compiling():  # it chooses the order of loops by itself
+        return F.gelu(x)
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(i) for i in range(x.ndim)]
     return F.gelu(x.permute(order)).permute(back)

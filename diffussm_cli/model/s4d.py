@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from diffussm_cli.device import full_float32
+
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
 KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
 
@@ -52,7 +54,7 @@ def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L:
         C_bar = torch.complex(2 * re[rows], 2 * im[rows])
         outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
         inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
-        with _full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+        with _full_float32():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
             torch.bmm(_pairs(outer), _pairs(inner).mT, out=K[rows])
     K[:, 0, 0] += skip
     return K.flatten(1)[:, :L]
@@ -82,7 +84,7 @@ class Modes(torch.autograd.Function):
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
         for rows in _row_slices(re, T):
             outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
-            with _no_autocast(x.device), _full_float32_products():
+            with _no_autocast(x.device), _full_float32():
                 over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
                 over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
                 W0 = _complex(over_b.sum(-2))
@@ -152,18 +154,9 @@ def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor,
     return bre * zre - bim * zim, bre * zim + bim * zre
 
 
-@contextlib.contextmanager
-def _full_float32_products():
-    """TensorFloat-32 (or bfloat16 passes on CPUs) off for the kernel product, whatever the user chose for the rest."""
-    precision = torch.get_float32_matmul_precision()
-    if precision == "highest" or torch.compiler.is_compiling():
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def _full_float32() -> contextlib.AbstractContextManager:
+    """For products of the kernel. In compiled code the user's choice holds: it cannot change global switches."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else full_float32()
 
 
 def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -338,7 +331,7 @@ class S4D(nn.Module):
 
     Without gradients the spectra are kept until a parameter changes, so that sampling builds them once and not at each
     denoising step. They take 16 D (L + 1) bytes a layer and length or a little more, and beyond KEEP_BYTES they are
-    made slice by slice instead, so that memory stays bounded; `builds` counts constructions.
+    made slice by slice instead, so that memory stays bounded. Compiled code makes them at each call.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -352,7 +345,6 @@ class S4D(nn.Module):
         self.B = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.C = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.D_skip = nn.Parameter(torch.empty(2, D))
-        self.builds = 0
         self._kept: dict[int, tuple[tuple, Tensor]] = {}
         self.reset_parameters()
 
@@ -372,13 +364,12 @@ class S4D(nn.Module):
         with _no_autocast(u.device):
             if torch.is_grad_enabled():
                 return Convolution.apply(u, self.taps(L))
-            if 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
+            if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
     def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
         """The kernels of both directions, skip included, (2, d, L), of all channels or a slice of them."""
-        self.builds += 1
         parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
         log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
         with _no_autocast(log_dt.device):

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import Config
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d import S4D
-from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs
+from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, with_one_block
 
 # Elementwise work on real numbers, and what only looks up or moves values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
@@ -30,22 +29,25 @@ NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_r
 def count(config: Config) -> dict[str, float]:
     """Gflops of one image by kind: products, attention, FFT, spectra; and `kernels`, of one weight update.
 
-    Traced on the meta device, so that size costs no memory.
+    One block is traced, with what is outside of the blocks, and counted as often as there are blocks; on the meta
+    device, so that size costs no memory.
 
     Raises:
         ConfigError: if the model holds an operator that nobody counts.
     """
+    model = with_one_block(config).eval()
+    tokens = math.prod(config.data.grid) // config.model.patch_size**2
     with torch.device("meta"):
-        model = build_model(config).eval()
-        x = torch.empty(1, config.data.channels, *config.data.grid)
-        t = torch.zeros(1, dtype=torch.long)
-    everything = _trace(model, (x, t, t) if config.model.num_classes else (x, t))
+        x, t = torch.empty(1, config.data.channels, *config.data.grid), torch.zeros(1, dtype=torch.long)
+        sequence = torch.empty(1, tokens)
+    everything, block = _trace(model, (x, t, t) if config.model.num_classes else (x, t), "blocks.0")
     model.eval()  # forgets the kernels
-    kernels = _trace(
-        _Kernels(model), (torch.empty(1, math.prod(config.data.grid) // config.model.patch_size**2, device="meta"),)
-    )
+    kernels, _ = _trace(_Kernels(model), (sequence,))
+    block.subtract(kernels)
     everything.subtract(kernels)
-    everything["kernels"] = kernels.total()
+    for kind, macs in block.items():
+        everything[kind] += (config.model.depth - 1) * macs
+    everything["kernels"] = config.model.depth * kernels.total()
     return {kind: macs / 1e9 for kind, macs in everything.items() if macs}
 
 
@@ -61,18 +63,18 @@ class _Kernels(nn.Module):
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...]) -> Counter:
-    """Multiply-adds by kind of one call."""
+def _trace(model: nn.Module, inputs: tuple[Tensor, ...], part: str = "") -> tuple[Counter, Counter]:
+    """Multiply-adds by kind of one call, and of one of its submodules."""
     fvcore = _fvcore()
     analysis = fvcore.FlopCountAnalysis(model, inputs)
     analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False)
     for operator, handle in _handles(fvcore.jit_handles).items():
         analysis.set_op_handle(f"aten::{operator}", handle)
-    counted = Counter(analysis.by_operator())
+    counted = analysis.by_module_and_operator()
     unknown = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - NOT_COUNTED
     if unknown:
         raise ConfigError(f"profile: nobody counts {', '.join(sorted(unknown))}; add them to profiling/count.py")
-    return counted
+    return Counter(counted[""]), Counter(counted[part])
 
 
 def _fvcore() -> types.ModuleType:

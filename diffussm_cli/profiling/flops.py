@@ -7,13 +7,15 @@ Transforms and complex products are put into it at two real operations to a mult
 numbers (activations, norms, gates) is not counted, as in the literature. `count.py` counts the same from a trace.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig
-from diffussm_cli.model import build_model
+from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.s4d import fft_length, levels
 
 COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
@@ -45,11 +47,9 @@ class Cost:
 
 
 def cost(config: Config, name: str | None = None) -> Cost:
-    """The cost of a configuration, under its preset's name or another; builds the model on the meta device only."""
-    with torch.device("meta"):
-        model = build_model(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    m, t = config.model, config.train
+    """The cost of a configuration, under its preset's name or another; builds one block, on the meta device."""
+    model, m, t = with_one_block(config), config.model, config.train
+    parameters = _numbers(model) + (m.depth - 1) * _numbers(model.blocks[0])
     H, W = config.data.grid
     L = H * W // m.patch_size**2
     blocks, kernel = _dit_block(m, L) if m.backbone == "dit" else _diffussm_block(m, L)
@@ -67,6 +67,17 @@ def cost(config: Config, name: str | None = None) -> Cost:
         training_images=t.steps * t.batch_size,
         training_bytes=training_bytes(config, parameters),
     )
+
+
+def with_one_block(config: Config) -> Backbone:
+    """The model of a configuration on the meta device, with one of its blocks, which are all alike."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:

@@ -149,9 +149,9 @@ def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
             torch.mps.synchronize()
         return 1e3 * (time.perf_counter() - start)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
+    start.record(torch.cuda.current_stream(device))
     call()
-    end.record()
+    end.record(torch.cuda.current_stream(device))
     end.synchronize()
     return start.elapsed_time(end)
 
@@ -172,15 +172,10 @@ def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with _ssm_named(model), profile(activities=activities) as profiler:
         call()
-    self_time, whole_time = (
-        ("self_device_time_total", "device_time_total")
-        if device.type == "cuda"
-        else (
-            "self_cpu_time_total",
-            "cpu_time_total",
-        )
-    )
-    events = profiler.key_averages()
+    unit = "device" if device.type == "cuda" else "cpu"
+    self_time, whole_time = f"self_{unit}_time_total", f"{unit}_time_total"
+    # Kernels on a GPU have entries of their own; their time is in those of the operators already.
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
     total = sum(getattr(e, self_time) for e in events)
     named = {"products": 0.0, "attention": 0.0, "SSM": 0.0}
     for e in events:
@@ -263,8 +258,10 @@ def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: i
     return None if before is None else resident_peak() - before
 
 
-def available_bytes() -> int | None:
-    """Memory that may be used without harm to others, where the system says so (Linux)."""
+def available_bytes(device: torch.device | None = None) -> int | None:
+    """Free memory of a CUDA device; else of the machine, where the system says so (Linux)."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 

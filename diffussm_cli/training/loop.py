@@ -31,7 +31,7 @@ from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_che
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
-from diffussm_cli.training.parallel import last_part_only, norm_of, replicate, shard, whole
+from diffussm_cli.training.parallel import compile_model, last_part_only, norm_of, replicate, shard, whole
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.scoring import Scoring
 
@@ -56,7 +56,7 @@ class Trainer:
         self.model = build_model(config, t.gradient_checkpointing).to(self.device)
         self.ema = EMA(self.model, t.ema)
         if t.compile:
-            self.model.compile()
+            compile_model(self.model, self.device)
         self.forward = self._distribute()
         self.optimizer = make_optimizer(self.model, t)
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)

@@ -11,8 +11,20 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from diffussm_cli.device import check_compiler
 from diffussm_cli.distributed import Share
 from diffussm_cli.model.s4d import S4D
+
+
+def compile_model(model: nn.Module, device: torch.device) -> None:
+    """Have the forward and backward pass of a model compiled at its first call. Raises ConfigError without a compiler.
+
+    To be called before `replicate` or `shard`, and after copies of the model are made.
+    """
+    check_compiler(device)
+    if torch.__version__ < (2, 7):  # there DDP's graph splitter refuses graphs that hold a torch.autograd.Function
+        torch._dynamo.config.optimize_ddp = False
+    model.compile()
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:

@@ -1,7 +1,6 @@
-"""The network: published size, block by formula, shapes, gradients everywhere, compile, checkpointing."""
+"""The network: published size, block by formula, shapes, gradients everywhere, checkpointing."""
 
 import copy
-import shutil
 import types
 
 import pytest
@@ -15,7 +14,7 @@ from diffussm_cli.model.block import DiffuSSMBlock, gelu
 from diffussm_cli.model.embeddings import patchify, position_table, unpatchify
 from diffussm_cli.model.s4d import s4d_recurrence
 from diffussm_cli.training.optimizer import parameter_groups
-from tests.conftest import fill
+from tests.conftest import device, fill, randn
 
 
 def tiny(**changes):
@@ -26,7 +25,8 @@ def tiny(**changes):
 def inputs(B=2, C=2, H=8, W=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(B, C, H, W, generator=generator, dtype=dtype)
-    return x, torch.randint(1000, (B,), generator=generator), torch.randint(3, (B,), generator=generator)
+    t, y = (torch.randint(high, (B,), generator=generator) for high in (1000, 3))
+    return x.to(device()), t.to(device()), y.to(device())
 
 
 def test_xl_256_has_the_published_size_part_by_part():
@@ -50,11 +50,11 @@ def test_block_equals_the_formula_token_by_token(M):
     torch.manual_seed(0)
     B, J, D = 2, 6, 8
     block = fill(DiffuSSMBlock(D, M, 4), 0.5).double()
-    x, c = torch.randn(B, J, D, dtype=torch.float64), torch.randn(B, D, dtype=torch.float64)
+    x, c = randn(B, J, D, dtype=torch.float64), randn(B, D, seed=1, dtype=torch.float64)
 
     shift, scale = block.norm.adaLN(F.silu(c)).chunk(2, dim=-1)
     I = F.layer_norm(x, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]  # noqa: E741
-    U = torch.empty(B, J * M, D, dtype=torch.float64)
+    U = torch.empty(B, J * M, D, dtype=torch.float64, device=device())
     for token in range(J * M):
         j, k = divmod(token, M)
         U[:, token] = F.gelu(F.gelu(block.W0(I[:, j])) @ block.W_up.weight[k].T + block.W_up.bias[k])
@@ -64,7 +64,7 @@ def test_block_equals_the_formula_token_by_token(M):
         y = s4d_recurrence(u, *ssm)
         directions.append(y if d == 0 else y.flip(-1))
     Y = torch.cat(directions, dim=1).mT  # (B, L, 2D)
-    O = torch.empty(B, J, D, dtype=torch.float64)  # noqa: E741
+    O = torch.empty(B, J, D, dtype=torch.float64, device=device())  # noqa: E741
 
     def linear(layer, v):
         return v @ layer.weight.T + layer.bias
@@ -84,7 +84,7 @@ def test_nothing_is_transposed_between_the_products(monkeypatch):
         return F.gelu(x)
 
     block = fill(DiffuSSMBlock(8, 2, 4), 0.5)
-    x, c = torch.randn(3, 6, 8), torch.randn(3, 8)
+    x, c = randn(3, 6, 8), randn(3, 8)
     h = block.norm(x, c)
     u = block.W_up.open(h)
     y = block.s4d(u)
@@ -98,7 +98,7 @@ def test_nothing_is_transposed_between_the_products(monkeypatch):
 
 
 def test_gelu_keeps_the_layout():
-    x = torch.randn(2, 3, 4, 5).permute(2, 0, 3, 1)
+    x = randn(2, 3, 4, 5).permute(2, 0, 3, 1)
     torch.testing.assert_close(gelu(x), F.gelu(x))
     assert gelu(x).stride() == x.stride()
 
@@ -115,9 +115,9 @@ def test_gelu_keeps_the_layout():
     ],
 )
 def test_any_grid_patch_compression_and_channels(H, W, C, P, M, classes, sigma):
-    model = DiffuSSM((H, W), C, P, 12, 1, M, 4, classes, learn_sigma=sigma)
-    y = torch.zeros(2, dtype=torch.long) if classes else None
-    out = model(torch.randn(2, C, H, W), torch.tensor([0, 999]), y)
+    model = DiffuSSM((H, W), C, P, 12, 1, M, 4, classes, learn_sigma=sigma).to(device())
+    y = torch.zeros(2, dtype=torch.long, device=device()) if classes else None
+    out = model(randn(2, C, H, W), torch.tensor([0, 999], device=device()), y)
     assert out.shape == (2, 2 * C if sigma else C, H, W)
     assert torch.equal(out, torch.zeros_like(out))  # as DiT: the output layer starts at zero
 
@@ -193,17 +193,18 @@ def test_labels_and_time_reach_the_output():
     assert not torch.equal(out, model(x, t + 1, y))
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_gradient_checkpointing_changes_nothing(kernels_built):
     plain, recomputed = tiny(), tiny(gradient_checkpointing=True)
     recomputed.load_state_dict(plain.state_dict())
-    results = []
+    results, built = [], []
     for model in (plain, recomputed):
         x, t, y = inputs()
         model(x, t, y).square().sum().backward()
         results.append([p.grad for p in model.parameters()])
+        built.append(len(kernels_built))
     for a, b in zip(*results):
         assert torch.equal(a, b)
-    assert recomputed.blocks[0].s4d.builds == 2 * plain.blocks[0].s4d.builds  # it did recompute
+    assert built == [2, 2 + 4]  # it did recompute
 
 
 def test_low_precision_model_runs_and_is_close():
@@ -213,25 +214,6 @@ def test_low_precision_model_runs_and_is_close():
     low = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16(), t, y)
     assert low.dtype == torch.bfloat16
     assert float((low - exact).norm() / exact.norm()) < 0.05
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
-def test_compiled_model_equals_eager_with_gradients():
-    eager = tiny()
-    compiled = copy.deepcopy(eager)
-    compiled.compile()
-    x, t, y = inputs()
-    for model in (eager, compiled):
-        model(x, t, y).square().sum().backward()
-    torch.testing.assert_close(compiled(x, t, y), eager(x, t, y), rtol=1e-4, atol=1e-5)
-    for (name, a), b in zip(eager.named_parameters(), compiled.parameters()):
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
-    with torch.no_grad():
-        eager.eval(), compiled.eval()
-        torch.testing.assert_close(compiled(x, t, y), eager(x, t, y), rtol=1e-4, atol=1e-5)
-    assert compiled.state_dict().keys() == eager.state_dict().keys()
 
 
 def test_optimiser_groups_hold_every_parameter_once():

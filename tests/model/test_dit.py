@@ -6,12 +6,12 @@ from torch import nn
 
 from diffussm_cli.model import DiT
 from diffussm_cli.model.dit import Attention
-from tests.conftest import fill, relative
+from tests.conftest import device, fill, randn, relative
 
 
 def tiny(**changes):
     sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "heads": 4, "num_classes": 5}
-    return DiT(**sizes | changes)
+    return DiT(**sizes | changes).to(device())
 
 
 def test_xl_2_has_dits_size_part_by_part():
@@ -47,7 +47,7 @@ def in_diffusers(model: DiT):
         sample_size=model.input_size[0],
         patch_size=model.patch_size,
         num_embeds_ada_norm=model.num_classes,
-    ).double()
+    ).to(device(), torch.double)
     copies = {theirs.proj_out_1: model.norm_out.adaLN, theirs.proj_out_2: model.patch_out}
     for block, own in zip(theirs.transformer_blocks, model.blocks):
         embedder = block.norm1.emb
@@ -77,7 +77,7 @@ def in_diffusers(model: DiT):
 @pytest.mark.parametrize("patch", [1, 2])
 def test_equals_diffusers(patch):
     model = fill(tiny(patch_size=patch)).double().eval()
-    x, t, y = torch.randn(3, 4, 8, 8).double(), torch.tensor([0, 500, 999]), torch.tensor([0, 4, 5])
+    x, t, y = randn(3, 4, 8, 8).double(), *(torch.tensor(v, device=device()) for v in ([0, 500, 999], [0, 4, 5]))
     with torch.no_grad():
         expected = in_diffusers(model)(x, timestep=t, class_labels=y).sample
         assert relative(model(x, t, y), expected) < 1e-5  # float32 sines of up to 999 rad
@@ -87,14 +87,14 @@ def test_hourglass_attention_equals_the_loop_over_tokens():
     """Every token has its own place's q, k, v; every place its own slice of the output."""
     torch.manual_seed(0)
     B, J, D, M, heads = 2, 3, 8, 2, 2
-    layer = Attention(D, M, heads).double()
+    layer = Attention(D, M, heads).to(device(), torch.double)
     for p in layer.parameters():
         nn.init.normal_(p)
-    x = torch.randn(B, J, D, dtype=torch.double)
+    x = randn(B, J, D, dtype=torch.double)
     W, b = layer.qkv.weight.view(M, 3 * D, D), layer.qkv.bias.view(M, 3 * D)
     qkv = torch.stack([x[:, i // M] @ W[i % M].T + b[i % M] for i in range(J * M)], 1)  # (B, L, 3D)
     q, k, v = qkv.view(B, J * M, 3, heads, D // heads).unbind(2)
-    y = torch.empty(B, J * M, heads, D // heads, dtype=torch.double)
+    y = torch.empty(B, J * M, heads, D // heads, dtype=torch.double, device=device())
     for h in range(heads):
         weights = torch.softmax(q[:, :, h] @ k[:, :, h].mT / (D // heads) ** 0.5, -1)
         y[:, :, h] = weights @ v[:, :, h]
@@ -106,8 +106,8 @@ def test_hourglass_attention_equals_the_loop_over_tokens():
 @pytest.mark.parametrize("changes", [{}, {"compression": 2}, {"num_classes": 0, "learn_sigma": False}], ids=str)
 def test_every_parameter_gets_a_gradient(changes):
     model = fill(tiny(**changes))
-    y = torch.tensor([0, 1]) if model.num_classes else None
-    model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), y).square().mean().backward()
+    y = torch.tensor([0, 1], device=device()) if model.num_classes else None
+    model(randn(2, 4, 8, 8), torch.tensor([3, 900], device=device()), y).square().mean().backward()
     rows = model.y_embed.weight.grad.abs().sum(1) if model.num_classes else None
     assert rows is None or rows.count_nonzero() == 2
     for name, p in model.named_parameters():
@@ -117,10 +117,11 @@ def test_every_parameter_gets_a_gradient(changes):
 
 def test_blocks_start_as_identities():
     model = tiny()
-    x, c = torch.randn(2, 16, 32), torch.randn(2, 32)
+    x, c = randn(2, 16, 32), randn(2, 32)
     for block in model.blocks:
         torch.testing.assert_close(block(x, c), x)
-    assert not model(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([1])).any()
+    t, y = (torch.tensor([v], device=device()) for v in (5, 1))
+    assert not model(randn(1, 4, 8, 8), t, y).any()
 
 
 def test_sizes_that_do_not_divide_are_named():

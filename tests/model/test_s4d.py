@@ -16,7 +16,7 @@ from diffussm_cli.model.s4d import (
     s4d_kernel_naive,
     s4d_recurrence,
 )
-from tests.conftest import golden, relative
+from tests.conftest import device, float32_arithmetic, golden, randn, relative
 
 SSM_NAMES = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
@@ -30,7 +30,7 @@ def golden_parameters(dtype):
 
 def layer(D=6, N=8, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    return S4D(D, N).to(dtype)
+    return S4D(D, N).to(device(), dtype)
 
 
 def parameters(s4d, direction):
@@ -60,7 +60,7 @@ def test_two_level_kernel_equals_definition_with_gradients(L):
     for kernel in (s4d_kernel, s4d_kernel_naive):
         s4d = layer()
         K = kernel(*parameters(s4d, 0), L)
-        weight = torch.linspace(-1, 1, L, dtype=torch.float64).cos()
+        weight = torch.linspace(-1, 1, L, dtype=torch.float64, device=device()).cos()
         gradients.append(
             torch.autograd.grad((K * weight).sum(), [s4d.log_dt, s4d.log_A_real, s4d.A_imag, s4d.B, s4d.C])
         )
@@ -72,7 +72,7 @@ def test_two_level_kernel_equals_definition_with_gradients(L):
 
 @pytest.mark.parametrize("L", [1, 2, 5, 31, 64, 100])
 def test_layer_equals_recurrence_in_both_directions(L):
-    s4d, u = layer(), torch.randn(3, 6, L, dtype=torch.float64)
+    s4d, u = layer(), randn(3, 6, L, dtype=torch.float64)
     forward, backward = s4d(u).chunk(2, dim=1)
     expected = s4d_recurrence(u, *parameters(s4d, 0), s4d.D_skip[0])
     reversed_ = s4d_recurrence(u.flip(-1), *parameters(s4d, 1), s4d.D_skip[1]).flip(-1)
@@ -82,9 +82,8 @@ def test_layer_equals_recurrence_in_both_directions(L):
 
 @pytest.mark.parametrize("L", [1, 2, 9, 16])
 def test_convolution_by_hand_has_the_gradients_of_autograd(L):
-    generator = torch.Generator().manual_seed(0)
-    u, K = (torch.randn(s, 3, L, generator=generator, dtype=torch.float64, requires_grad=True) for s in (4, 2))
-    weight = torch.randn(4, 6, L, generator=generator, dtype=torch.float64)
+    u, K = (randn(s, 3, L, seed=s, dtype=torch.float64).requires_grad_() for s in (4, 2))
+    weight = randn(4, 6, L, dtype=torch.float64)
     results = []
     for y in (Convolution.apply(u[..., None], K)[..., 0], convolve(u, kernel_spectra(K))):
         results.append((y, *torch.autograd.grad((y * weight).sum(), (u, K))))
@@ -97,7 +96,7 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
 def test_slices_change_nothing(monkeypatch, J, M, numbers):
     """Whatever the slices, and with tokens in planes: the convolution of the tokens in order, and its gradients."""
     monkeypatch.setattr(s4d_module, "SLICE", {True: numbers, False: numbers})
-    s4d, planes = layer(), torch.randn(2, M, 6, J, dtype=torch.float64, requires_grad=True)
+    s4d, planes = layer(), randn(2, M, 6, J, dtype=torch.float64).requires_grad_()
     u = planes.permute(0, 2, 3, 1)  # (B, D, J, M)
     K = s4d.taps(J * M)
     expected = convolve(u.flatten(2), kernel_spectra(K)).unflatten(2, (J, M))
@@ -110,16 +109,16 @@ def test_slices_change_nothing(monkeypatch, J, M, numbers):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-9, atol=1e-11)
 
 
-def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch):
-    s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
+def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_built):
+    s4d, u = layer(), randn(2, 6, 33, dtype=torch.float64)
     with torch.no_grad():
         expected = s4d(u)
         monkeypatch.setattr(s4d_module, "KEEP_BYTES", 16 * 6 * 33)
         monkeypatch.setattr(s4d_module, "SLICE", {True: 2 * 33 * 4, False: 1})
         s4d.eval()
-        before = s4d.builds
+        kernels_built.clear()
         torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
-    assert s4d.builds == before + 2  # 4 channels and 2
+    assert kernels_built == [33, 33]  # of 4 channels and of 2
     assert not s4d._kept
 
 
@@ -131,10 +130,10 @@ def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone():
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: found.update({t.data_ptr(): t.numel() * t.element_size() // 4}) or t, lambda t: t
         ):
-            s4d(torch.randn(1, 64, L))
+            s4d(randn(1, 64, L))
         return sum(found.values())
 
-    s4d = S4D(64, 64)
+    s4d = S4D(64, 64).to(device())
     assert kept(4096) - kept(256) == pytest.approx(3 * 64 * (4096 - 256), rel=0.02)
 
 
@@ -147,9 +146,9 @@ def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, number
         dt, re, im = (torch.rand(s, generator=generator, dtype=torch.float64) for s in ((2, 3), (2, 3, 4), (2, 3, 4)))
         B, C = torch.randn(2, 2, 3, 4, 2, generator=generator, dtype=torch.float64)
         skip = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-        *arguments, skip = (t.detach().requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip))
-        weight = torch.randn(2, 3, L, generator=generator, dtype=torch.float64)
-        naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (torch.arange(L) == 0)
+        *arguments, skip = (t.detach().to(device()).requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip))
+        weight = randn(2, 3, L, dtype=torch.float64)
+        naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (torch.arange(L, device=device()) == 0)
         ours = s4d_kernel(*arguments, L, skip)
         torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
         gradients = (torch.autograd.grad((K * weight).sum(), [*arguments, skip]) for K in (ours, naive))
@@ -161,14 +160,14 @@ def test_no_kernel_holds_denormal_numbers():
     """On which a CPU is a hundred times slower: at the start of training half of the modes decay that far."""
     torch.manual_seed(0)
     with torch.no_grad():
-        K = S4D(64, 64).taps(4096)
+        K = S4D(64, 64).to(device()).taps(4096)
         bound = torch.finfo(K.dtype).tiny
         assert not ((K != 0) & (K.abs() < bound)).any()
         assert (K == 0).any()  # some did decay
 
 
 def test_reversal_swaps_directions():
-    s4d, u = layer(), torch.randn(2, 6, 33, dtype=torch.float64)
+    s4d, u = layer(), randn(2, 6, 33, dtype=torch.float64)
     forward, backward = s4d(u).chunk(2, dim=1)
     with torch.no_grad():
         for p in s4d.parameters():
@@ -180,7 +179,7 @@ def test_reversal_swaps_directions():
 
 def test_float32_kernel_error_at_the_start_of_training():
     torch.manual_seed(0)
-    s4d, exact = S4D(128, 64), S4D(128, 64).double()
+    s4d, exact = S4D(128, 64).to(device()), S4D(128, 64).double().to(device())
     torch.nn.init.zeros_(s4d.D_skip)  # it is as large as the kernel, and has no error
     exact.load_state_dict(s4d.state_dict())
     error = (s4d.taps(4096) - exact.taps(4096)).norm(dim=-1) / exact.taps(4096).norm(dim=-1)
@@ -214,7 +213,7 @@ def test_start_is_s4d_lin():
 CASTS = {
     "to bfloat16": lambda m: m.to(torch.bfloat16),
     "half": lambda m: m.half(),
-    "to device and dtype": lambda m: m.to("cpu", torch.float16),
+    "to device and dtype": lambda m: m.to(device(), torch.float16),
     "type": lambda m: m.type(torch.bfloat16),
 }
 
@@ -240,10 +239,10 @@ def test_spectra_and_transforms_are_float32_under_autocast(monkeypatch):
             return original(x, *args, **kwargs)
 
         monkeypatch.setattr(torch.fft, name, spy)
-    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
+    s4d, u = layer(dtype=torch.float32), randn(2, 6, 32)
     exact = s4d(u)
     seen.clear()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16):
         y = s4d(u.bfloat16())
         K = s4d.taps(32)
     assert seen == {"rfft": {torch.float32}, "irfft": {torch.complex64}}
@@ -253,56 +252,66 @@ def test_spectra_and_transforms_are_float32_under_autocast(monkeypatch):
 
 
 def test_kernel_under_autocast_keeps_its_bits():
-    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
-    with torch.autocast("cpu", torch.bfloat16):
+    s4d, u = layer(dtype=torch.float32), randn(2, 6, 32)
+    with torch.autocast(device().type, torch.bfloat16):
         cast = s4d(u)  # float32 in, float32 out: nothing may be rounded
     assert torch.equal(cast, s4d(u))
 
 
 def test_gradients_taken_under_autocast_keep_their_bits():
-    s4d, u = layer(dtype=torch.float32), torch.randn(2, 6, 32)
+    s4d, u = layer(dtype=torch.float32), randn(2, 6, 32)
     gradients = torch.autograd.grad(s4d(u).square().sum(), list(s4d.parameters()))
     loss = s4d(u).square().sum()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device().type, torch.bfloat16):
         cast = torch.autograd.grad(loss, list(s4d.parameters()))
     for a, b in zip(cast, gradients):
         assert torch.equal(a, b)
 
 
+@pytest.fixture(params=["by the old switch", "by the new switch"])
+def reduced_precision(request):
+    """Products of float32 allowed in TensorFloat-32, and the switches back as they were afterwards."""
+    if request.param == "by the old switch":
+        torch.set_float32_matmul_precision("medium")
+    elif hasattr(torch.backends, "fp32_precision"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        pytest.skip("this torch has one switch only")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("reduced_precision")
 def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     inside = []
 
     def spied(original):
         def spy(*arguments, **named):
-            inside.append(torch.get_float32_matmul_precision())
+            inside.append(float32_arithmetic()["products"])
             return original(*arguments, **named)
 
         return spy
 
     for owner, name in ((torch, "bmm"), (torch.Tensor, "__matmul__")):
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        layer(dtype=torch.float32).taps(16).sum().backward()
-        assert inside == ["highest"] * 5  # one, and four in the backward pass
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    assert not float32_arithmetic()["products"]
+    layer(dtype=torch.float32).taps(16).sum().backward()
+    assert inside == [True] * 5  # one, and four in the backward pass
+    assert not float32_arithmetic()["products"]
 
 
-def test_frozen_kernels_are_built_once():
-    s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
+def test_frozen_kernels_are_built_once(kernels_built):
+    s4d, u = layer(dtype=torch.float32), randn(1, 6, 16)
     with torch.no_grad():
         for _ in range(5):
             s4d(u)
-        assert s4d.builds == 1
-        s4d(torch.randn(1, 6, 20))
+        assert kernels_built == [16]
+        s4d(randn(1, 6, 20))
         s4d(u)
-        assert s4d.builds == 2  # one a length
+        assert kernels_built == [16, 20]  # one per length
     s4d(u)
     s4d(u)
-    assert s4d.builds == 4  # training builds at each step
+    assert kernels_built == [16, 20, 16, 16]  # training builds at each step
 
 
 def sgd_step(s4d, u):
@@ -315,7 +324,7 @@ CHANGES = {
     "optimiser step": sgd_step,
     "load_state_dict": lambda s4d, u: s4d.load_state_dict(layer(dtype=torch.float32, seed=1).state_dict()),
     "move there and back": lambda s4d, u: (
-        s4d.to("meta").to_empty(device="cpu").load_state_dict(layer(dtype=torch.float32, seed=1).state_dict())
+        s4d.to("meta").to_empty(device=device()).load_state_dict(layer(dtype=torch.float32, seed=1).state_dict())
     ),
     "foreach update": lambda s4d, u: torch._foreach_mul_([p.detach() for p in s4d.parameters()], 1.5),
 }
@@ -323,11 +332,11 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_kept_kernels_follow_the_weights(change):
-    s4d, u = layer(dtype=torch.float32), torch.randn(1, 6, 16)
+    s4d, u = layer(dtype=torch.float32), randn(1, 6, 16)
     with torch.no_grad():
         before = s4d(u)
         change(s4d, u)
-        fresh = S4D(6, 8)
+        fresh = S4D(6, 8).to(device())
         fresh.load_state_dict(s4d.state_dict())
         assert torch.equal(s4d(u), fresh(u))
         assert not torch.equal(s4d(u), before)

@@ -1,7 +1,12 @@
 """The measuring itself: who takes turns, what is scaled, what the shares are. No time is asserted."""
 
+import contextlib
+import types
+
 import pytest
 import torch
+import torch.profiler
+from torch.autograd import DeviceType
 
 from diffussm_cli.config import load_config
 from diffussm_cli.profiling import latency
@@ -58,6 +63,54 @@ def test_shares_add_up_and_know_the_ssm():
     assert parts["SSM"] > 0
     assert parts["attention"] == 0
     assert not model.blocks[0].s4d._forward_hooks
+
+
+def test_shares_on_a_gpu_count_each_kernel_once(monkeypatch):
+    """There a profile lists time twice: under the operator, and under the kernel or range that it ran on the device."""
+    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
+
+    def event(key, own, whole, kind):
+        times = {"self_device_time_total": own, "device_time_total": whole}
+        return types.SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=9, cpu_time_total=9, **times)
+
+    events = [event("aten::addmm", 60, 60, cpu), event("aten::gelu", 20, 20, cpu), event(latency.SSM, 0, 20, cpu)]
+    events += [event("aten::_fft_r2c", 20, 20, cpu), event("cudaLaunchKernel", 0, 0, cpu)]
+    events += [event("gemm_kernel", 60, 60, gpu), event("gelu_kernel", 20, 20, gpu), event("fft_kernel", 20, 20, gpu)]
+    events += [event(latency.SSM, 20, 20, gpu)]
+    profiler = types.SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
+    parts = latency.shares(torch.nn.Linear(1, 1), lambda: None, torch.device("cuda"))
+    assert parts == pytest.approx({"products": 0.6, "attention": 0, "SSM": 0.2, "rest": 0.2})
+
+
+def test_events_are_recorded_on_the_device_that_is_measured(monkeypatch):
+    """Not on the current device, whose stream would be empty."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            recorded.append(stream)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 3.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert latency._milliseconds(lambda: recorded.append("call"), torch.device("cuda:1")) == 3.5
+    assert recorded == ["stream of cuda:1", "call", "stream of cuda:1"]
+
+
+def test_memory_of_a_gpu_is_what_is_free_there(monkeypatch):
+    free = {torch.device("cuda:1"): 5 << 30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 << 30))
+    assert latency.available_bytes(torch.device("cuda:1")) == 5 << 30
+    assert latency.available_bytes(CPU) != 5 << 30
 
 
 @pytest.mark.slow

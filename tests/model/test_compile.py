@@ -1,0 +1,81 @@
+"""torch.compile: one graph of the whole model, made once, with the values and gradients of eager execution."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from diffussm_cli.model import DiffuSSM, DiT
+from tests.conftest import device, fill
+
+SIZES = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "depth": 2, "num_classes": 3}
+MODELS = {
+    "diffussm": lambda: DiffuSSM(d_state=4, **SIZES),
+    "dit": lambda: DiT(heads=2, **SIZES),
+}
+CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
+
+
+def inputs(B):
+    generator = torch.Generator().manual_seed(B)
+    x = torch.randn(B, 2, 4, 4, generator=generator)
+    t, y = (torch.randint(high, (B,), generator=generator) for high in (1000, 3))
+    return x.to(device()), t.to(device()), y.to(device())
+
+
+def train_step(model, B):
+    """A step of plain gradient descent; the output and the gradients."""
+    output = model.train()(*inputs(B))
+    output.square().mean().backward()
+    gradients = [p.grad for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.sub_(0.1 * p.grad)
+            p.grad = None
+    return output.detach(), gradients
+
+
+@torch.no_grad()
+def evaluate(model, B):
+    return model.eval()(*inputs(B)), []
+
+
+def assert_equal(compiled, eager):
+    (ours, our_gradients), (theirs, their_gradients) = compiled, eager
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for a, b in zip(our_gradients, their_gradients):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# What is called in turn with which batch size, and how many graphs have been compiled afterwards.
+COURSE = [
+    (train_step, 4, 1),
+    (train_step, 4, 1),  # the parameters have changed
+    (evaluate, 4, 2),  # without gradients it is another program
+    (train_step, 4, 2),
+    (evaluate, 4, 2),
+    (train_step, 6, 3),  # one for all batch sizes
+    (train_step, 7, 3),
+    (train_step, 4, 3),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, where a graph breaks
+@pytest.mark.parametrize(
+    ("make", "course"),
+    [(MODELS["diffussm"], COURSE), (MODELS["dit"], COURSE), (CHECKPOINTED, COURSE[:2])],
+    ids=["diffussm", "dit", "checkpointed"],
+)
+def test_one_graph_for_all_layers_and_steps(make, course):
+    """No graph break; nothing is compiled again but for gradients or none, and once for another batch size."""
+    torch._dynamo.reset()
+    counters.clear()
+    eager = fill(make())
+    compiled, backend = copy.deepcopy(eager), CompileCounterWithBackend("eager")
+    compiled.compile(backend=backend)
+    for call, B, graphs in course:
+        assert_equal(call(compiled, B), call(eager, B))
+        assert not counters["graph_break"]
+        assert backend.frame_count == graphs, (call.__name__, B)

@@ -1,0 +1,96 @@
+"""`train.compile=true`: the course of eager training, several processes, and one line where a compiler is missing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.distributed
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.torch_version import TorchVersion
+
+from diffussm_cli import runs
+from diffussm_cli.device import check_compiler
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.model import DiffuSSM
+from diffussm_cli.training import parallel
+from tests.test_cli import SETTINGS, line_of, run
+
+CPU = torch.device("cpu")
+COMPILED = [*SETTINGS, "--set", "train.compile=true", "--set", "train.precision=fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
+def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
+    """Losses, gradient norms and, by the optimiser's first moments, the gradients of every parameter."""
+    settings = [*COMPILED, "--set", "model.depth=1", "--set", "train.log_every=1"]
+    results = {}
+    for name in ("compiled", "eager"):
+        out = tmp_path / name
+        more = [] if name == "compiled" else ["--set", "train.compile=false"]
+        result = run("train", "--preset", "digits", "--out", out, *settings, *more)
+        assert result.exit_code == 0, result.output
+        assert ("compiling: the first step takes" in result.stderr) == (name == "compiled")
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        moments = runs.read_tensors(runs.checkpoints(out)[-1] / runs.OPTIMIZER)
+        results[name] = records, {k: v for k, v in moments.items() if k.endswith("/exp_avg")}
+        weights = runs.read_tensors(out / "final" / runs.MODEL)
+        assert not any("_orig_mod" in key for key in weights)
+    (records, moments), (expected, expected_moments) = results.values()
+    for ours, theirs in zip(records, expected, strict=True):
+        assert [ours[k] for k in ("step", "loss", "grad_norm")] == pytest.approx(
+            [theirs[k] for k in ("step", "loss", "grad_norm")], rel=1e-3
+        )
+    for name, moment in moments.items():
+        difference = (moment - expected_moments[name]).norm() / expected_moments[name].norm()
+        assert difference < 1e-2, name
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_copies_in_several_processes_compile_into_one_graph_each():
+    torch._dynamo.reset()
+    counters.clear()
+    backend = CompileCounterWithBackend("eager")
+    model = DiffuSSM(4, 1, hidden_size=16, depth=2, d_state=4, num_classes=0)
+    model.compile(backend=backend)
+    copy = parallel.replicate(model, CPU)
+    for _ in range(2):
+        copy(torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
+    assert backend.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize(("version", "split"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.10.1", True)])
+def test_graphs_are_not_split_for_ddp_where_torch_cannot(monkeypatch, version, split):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        parallel.compile_model(torch.nn.Linear(1, 1), CPU)
+        assert torch._dynamo.config.optimize_ddp == split
+
+
+def test_without_a_compiler_one_line_before_anything_is_written(tmp_path):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        line = line_of(run("train", "--preset", "digits", "--out", tmp_path / "run", *COMPILED))
+    assert "train.compile: torch.compile needs a C++ compiler" in line
+    assert "train.compile=false" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_needs_a_c_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C compiler"):
+        check_compiler(torch.device("cuda"))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    check_compiler(torch.device("cuda"))
