@@ -59,7 +59,8 @@ def test_paper():
     assert len(rows["training"]) == 4
 
 
-def test_latency_of_every_kind(tmp_path):
+def test_latency_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "peak_bytes", lambda *_: 3 << 20)  # has tests of its own, in fresh processes
     figure = tmp_path / "figure.png"
     out = json.loads(
         profile("--preset", "digits", "--latency", "--repeats", "1", "--batch-size", "2", "--json", "--figure", figure)
@@ -70,6 +71,7 @@ def test_latency_of_every_kind(tmp_path):
         assert found["median_ms"] > 0
         assert found["images_per_second"] == pytest.approx(2e3 / found["median_ms"])
         assert not found["scaled"]
+        assert found["peak_bytes"] == 3 << 20
     assert out["setting"]["batch_size"] == 2
     with Image.open(figure) as image:
         assert min(image.size) > 500
