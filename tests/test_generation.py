@@ -58,6 +58,18 @@ def test_kernels_are_built_once_for_all_steps_and_batches(kernels_built):
     assert kernels_built == [64, 64]  # one for each of two blocks
 
 
+def test_no_kernel_is_kept_when_drawing_ends():
+    """They would stay in a GPU's memory after each preview of a training run."""
+    model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+    batches = generate(model, GaussianDiffusion(), SampleConfig(sampler="ddim", steps=2), range(4), batch_size=2)
+    next(batches)
+    assert all(b.s4d._kept for b in model.blocks)
+    batches.close()  # as a reader that stops early does
+    assert not any(b.s4d._kept for b in model.blocks)
+    draw(model, range(2))
+    assert not any(b.s4d._kept for b in model.blocks)
+
+
 def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     """Bit for bit, for a while and for good; in between weights are as they were."""
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}

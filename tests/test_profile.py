@@ -1,5 +1,6 @@
 """`diffussm profile` as a user meets it."""
 
+import errno
 import json
 
 import pytest
@@ -58,7 +59,8 @@ def test_paper():
     assert len(rows["training"]) == 4
 
 
-def test_latency_of_every_kind(tmp_path):
+def test_latency_of_every_kind(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "peak_bytes", lambda *_: 3 << 20)  # has tests of its own, in fresh processes
     figure = tmp_path / "figure.png"
     out = json.loads(
         profile("--preset", "digits", "--latency", "--repeats", "1", "--batch-size", "2", "--json", "--figure", figure)
@@ -69,6 +71,7 @@ def test_latency_of_every_kind(tmp_path):
         assert found["median_ms"] > 0
         assert found["images_per_second"] == pytest.approx(2e3 / found["median_ms"])
         assert not found["scaled"]
+        assert found["peak_bytes"] == 3 << 20
     assert out["setting"]["batch_size"] == 2
     with Image.open(figure) as image:
         assert min(image.size) > 500
@@ -116,6 +119,30 @@ def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     monkeypatch.setattr(planning, "plan", lambda config, available: given.append(available) or planning.Plan(1, 1, 1))
     profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")
     assert given == [3 << 30]
+
+
+def test_plan_of_a_job_is_that_of_each_process(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    alone = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    shared = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
+    assert "memory to train, by formula" in alone
+    assert "memory of each of 8 processes" in shared
+    assert alone != shared
+
+
+def test_a_figure_that_cannot_be_written_is_named_and_costs_no_result(tmp_path, monkeypatch):
+    """A full disk, which tells no name."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    path = tmp_path / "figure.png"
+    result = run("profile", "--preset", "digits", "--no-count", "--json", "--figure", path)
+    assert f"--figure: cannot write {str(path)!r}: No space left on device" in line_of(result)
+    assert json.loads(result.stdout)["models"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,13 @@ def profile(
         add_latency(console, result, configs, kinds, setting)
     if estimate:
         add_estimates(console, result, configs)
-    if figure:
-        figures.draw(panels(result, configs), figure)
-        console.print(f"figure in {figure}", soft_wrap=True)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
         show(result)
+    if figure:
+        figures.draw(panels(result, configs), figure)
+        console.print(f"figure in {figure}", soft_wrap=True, markup=False)
 
 
 def choose(
@@ -267,7 +267,8 @@ def table(models: Sequence[dict], setting: dict | None = None, memory: bool = Fa
         _measured_rows(row, kind, setting)
     row("one step of the batch", lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "")
     row("to train", lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "")
-    row("memory to train, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
+    of = f"memory of each of {models[0]['processes']} processes" if models[0]["processes"] > 1 else "memory to train"
+    row(f"{of}, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
     return grid
 
 

@@ -300,10 +300,11 @@ def show_plan(config: Config) -> None:
 
     from diffussm_cli.commands.profile import table
     from diffussm_cli.commands.profile import to_dict as cost_dict
+    from diffussm_cli.distributed import read_share
     from diffussm_cli.profiling.flops import cost
 
     typer.echo(to_yaml(config), nl=False)
-    Console(stderr=True).print(table([cost_dict(cost(config))], memory=True))
+    Console(stderr=True).print(table([cost_dict(cost(config, processes=read_share().of))], memory=True))
 
 
 def parameters(model) -> str:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import TimestepEmbedding, patchify, position_table, unpatchify
+from diffussm_cli.model.s4d import S4D
 
 
 class Backbone(nn.Module):
@@ -111,6 +112,12 @@ class Backbone(nn.Module):
     def fill_position(self) -> None:
         """Compute the one tensor that is in no state dict; needed after `to_empty` of a model built on "meta"."""
         self.position = self.positions(*self.input_size).to(self.position)
+
+    def forget_kernels(self) -> None:
+        """Free the spectra of SSM kernels that sampling keeps from step to step: 0.55 GB for XL at 256, 8.8 at 1024."""
+        for module in self.modules():
+            if isinstance(module, S4D):
+                module.forget_kernels()
 
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and torch.is_grad_enabled()

@@ -382,17 +382,21 @@ class S4D(nn.Module):
             self._kept[L] = (state, kernel_spectra(self.taps(L)))
         return self._kept[L][1]
 
-    def train(self, mode: bool = True) -> "S4D":
+    def forget_kernels(self) -> None:
+        """Free the spectra that are kept."""
         self._kept.clear()
+
+    def train(self, mode: bool = True) -> "S4D":
+        self.forget_kernels()
         return super().train(mode)
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._kept.clear()
+        self.forget_kernels()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True) -> "S4D":
         """What `.to`, `.cuda`, `.half` and their kin call: the device changes, precision stays at least float32."""
-        self._kept.clear()
+        self.forget_kernels()
 
         def keep_precision(t: Tensor) -> Tensor:
             wanted = fn(t.new_empty(0))

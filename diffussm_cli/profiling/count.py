@@ -41,7 +41,7 @@ def count(config: Config) -> dict[str, float]:
         x, t = torch.empty(1, config.data.channels, *config.data.grid), torch.zeros(1, dtype=torch.long)
         sequence = torch.empty(1, tokens)
     everything, block = _trace(model, (x, t, t) if config.model.num_classes else (x, t), "blocks.0")
-    model.eval()  # forgets the kernels
+    model.forget_kernels()
     kernels, _ = _trace(_Kernels(model), (sequence,))
     block.subtract(kernels)
     everything.subtract(kernels)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.files import whole_file
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.models import display_name, named_model
 
@@ -45,7 +46,11 @@ def figure_3() -> Curves:
 
 
 def draw(panels: Mapping[str, Curves], path: Path) -> None:
-    """One log-log panel a title, `quantity` of each curve against resolution, labelled at its end."""
+    """One log-log panel a title, `quantity` of each curve against resolution, labelled at its end.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,8 +70,13 @@ def draw(panels: Mapping[str, Curves], path: Path) -> None:
         axis.spines["bottom"].set_bounds(ticks[0], ticks[-1])
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     figure.tight_layout()
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format=path.suffix.removeprefix("."), dpi=160)
+    except OSError as e:
+        raise ConfigError(f"--figure: cannot write {str(path)!r}: {e.strerror}") from e
+    finally:
+        pyplot.close(figure)
 
 
 def _draw_panel(axis, curves: Curves) -> None:

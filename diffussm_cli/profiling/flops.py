@@ -23,7 +23,10 @@ COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image through one model. `parts` are Gflops by name; `kernel_gflops` is paid once a weight update."""
+    """Cost of one image through one model. `parts` are Gflops by name; `kernel_gflops` is paid once a weight update.
+
+    `training_bytes` is the memory of each of the `processes` that train it together.
+    """
 
     name: str
     resolution: tuple[int, int]
@@ -34,6 +37,7 @@ class Cost:
     kernel_gflops: float
     training_images: int
     training_bytes: int
+    processes: int
 
     @property
     def gflops(self) -> float:
@@ -46,8 +50,12 @@ class Cost:
         return self.gflops * self.training_images
 
 
-def cost(config: Config, name: str | None = None) -> Cost:
-    """The cost of a configuration, under its preset's name or another; builds one block, on the meta device."""
+def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
+    """The cost of a configuration, under its preset's name or another; builds one block, on the meta device.
+
+    Args:
+        processes: that share the batch of a training step and, with `train.parallel=fsdp`, the parameters.
+    """
     model, m, t = with_one_block(config), config.model, config.train
     parameters = _numbers(model) + (m.depth - 1) * _numbers(model.blocks[0])
     H, W = config.data.grid
@@ -65,7 +73,8 @@ def cost(config: Config, name: str | None = None) -> Cost:
         parts={part: macs / 1e9 for part, macs in parts.items()},
         kernel_gflops=m.depth * kernel / 1e9,
         training_images=t.steps * t.batch_size,
-        training_bytes=training_bytes(config, parameters),
+        training_bytes=training_bytes(config, parameters, processes),
+        processes=processes,
     )
 
 
@@ -119,8 +128,11 @@ def fft_macs(n: int) -> float:
     return 5 / 2 * n * math.log2(n) / 2
 
 
-def training_bytes(config: Config, parameters: int) -> int:
+def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, kept activations, work space.
+
+    Of each process, where several share the batch. By FSDP they share the parameters too, and each gathers weights and
+    gradients of two blocks at a time; otherwise each has all of them.
 
     Activations are those that eager autograd keeps for one part of the batch, in float32 unless `train.precision` is
     bf16, and the kernels; two blocks more are what a backward pass works in. Peaks measured on a CPU lay within 25%
@@ -129,7 +141,7 @@ def training_bytes(config: Config, parameters: int) -> int:
     m, t = config.model, config.train
     H, W = config.data.grid
     L = H * W // m.patch_size**2
-    B, D, M = t.batch_size // t.accumulate, m.hidden_size, m.compression
+    B, D, M = max(1, t.batch_size // t.accumulate // processes), m.hidden_size, m.compression
     wide, narrow = 4, 2 if t.precision == "bf16" else 4
     kernels = 0
     if m.backbone == "dit":
@@ -142,4 +154,7 @@ def training_bytes(config: Config, parameters: int) -> int:
     a_part = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
-    return int(parameters * 5 * 4 + blocks * (a_part + kernels) + kept + 2 * a_part)
+    state = parameters * 5 * 4
+    if t.parallel == "fsdp" and processes > 1:
+        state = state / processes + 2 * parameters / m.depth * 2 * 4
+    return int(state + blocks * (a_part + kernels) + kept + 2 * a_part)

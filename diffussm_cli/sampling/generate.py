@@ -32,7 +32,7 @@ def generate(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Drawn]:
-    """Draw one image per seed, batch by batch.
+    """Draw one image per seed, batch by batch. Afterwards the model keeps no kernels.
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
@@ -40,9 +40,12 @@ def generate(
         labels: one per seed; without them each is drawn uniformly by the generator of its seed (`labels_of`).
         dtype: of autocast; float32 means none.
     """
-    for start in range(0, len(seeds), batch_size):
-        chosen = slice(start, start + batch_size)
-        yield _draw(model, process, sampling, seeds[chosen], labels and labels[chosen], dtype)
+    try:
+        for start in range(0, len(seeds), batch_size):
+            chosen = slice(start, start + batch_size)
+            yield _draw(model, process, sampling, seeds[chosen], labels and labels[chosen], dtype)
+    finally:
+        model.forget_kernels()
 
 
 def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:

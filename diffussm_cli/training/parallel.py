@@ -19,7 +19,8 @@ from diffussm_cli.model.s4d import S4D
 def compile_model(model: nn.Module, device: torch.device) -> None:
     """Have the forward and backward pass of a model compiled at its first call. Raises ConfigError without a compiler.
 
-    To be called before `replicate` or `shard`, and after copies of the model are made.
+    To be called before `replicate` or `shard`, and after copies of the model are made. The whole model is one graph; of
+    a model that is held in parts each unit is one, as FSDP2 gathers its parameters in between.
     """
     check_compiler(device)
     if torch.__version__ < (2, 7):  # there DDP's graph splitter refuses graphs that hold a torch.autograd.Function

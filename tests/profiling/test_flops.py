@@ -103,3 +103,17 @@ def test_training_compute_of_the_paper():
     assert abs(rows["dit-xl-256"].difference) < 3e-3
     assert abs(rows["dit-xl-512"].difference) < 3e-3
     assert "2.5 times" in paper.sentence()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "share_of_parameters", "share_of_rest"),
+    [([], 1, 1, 1), ([], 8, 1, 1 / 8), (["train.parallel=fsdp"], 8, 1 / 8, 1 / 8), (["train.parallel=fsdp"], 1, 1, 1)],
+    ids=str,
+)
+def test_memory_of_training_is_that_of_one_process(overrides, processes, share_of_parameters, share_of_rest):
+    """Weights, gradients, moments and EMA are whole in copies and divided by FSDP; the batch is always divided."""
+    config = load_config("s-256", ["train.precision=fp32", *overrides])
+    whole = cost(load_config("s-256", ["train.precision=fp32"]))
+    state = 5 * 4 * whole.parameters
+    expected = state * share_of_parameters + (whole.training_bytes - state) * share_of_rest
+    assert cost(config, processes=processes).training_bytes == pytest.approx(expected, rel=0.03)

@@ -1,5 +1,6 @@
 """`train.compile=true`: the course of eager training, several processes, and one line where a compiler is missing."""
 
+import copy
 import json
 import shutil
 
@@ -12,9 +13,11 @@ from torch.torch_version import TorchVersion
 
 from diffussm_cli import runs
 from diffussm_cli.device import check_compiler
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.training import parallel
+from tests.conftest import fill
 from tests.test_cli import SETTINGS, line_of, run
 
 CPU = torch.device("cpu")
@@ -26,7 +29,7 @@ COMPILED = [*SETTINGS, "--set", "train.compile=true", "--set", "train.precision=
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
 def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
     """Losses, gradient norms and, by the optimiser's first moments, the gradients of every parameter."""
-    settings = [*COMPILED, "--set", "model.depth=1", "--set", "train.log_every=1"]
+    settings = [*COMPILED, "--set", "model.depth=1", "--set", "train.log_every=1", "--set", "train.sample_every=4"]
     results = {}
     for name in ("compiled", "eager"):
         out = tmp_path / name
@@ -37,6 +40,7 @@ def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         moments = runs.read_tensors(runs.checkpoints(out)[-1] / runs.OPTIMIZER)
         results[name] = records, {k: v for k, v in moments.items() if k.endswith("/exp_avg")}
+        assert list((out / "samples").glob("*.png"))
         weights = runs.read_tensors(out / "final" / runs.MODEL)
         assert not any("_orig_mod" in key for key in weights)
     (records, moments), (expected, expected_moments) = results.values()
@@ -58,17 +62,29 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_copies_in_several_processes_compile_into_one_graph_each():
+@pytest.mark.filterwarnings("ignore")  # FSDP2's, of views
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_models_of_several_processes_are_compiled_once(kind):
+    """A copy is one graph; a model held in parts has breaks where FSDP2 gathers a unit."""
     torch._dynamo.reset()
     counters.clear()
     backend = CompileCounterWithBackend("eager")
-    model = DiffuSSM(4, 1, hidden_size=16, depth=2, d_state=4, num_classes=0)
+    model = fill(DiffuSSM(4, 1, hidden_size=16, depth=2, d_state=4, num_classes=0))
+    eager = copy.deepcopy(model)
     model.compile(backend=backend)
-    copy = parallel.replicate(model, CPU)
+    if kind == "fsdp":
+        parallel.shard(model, Share(0, 1), CPU, torch.float32)
+    forward = parallel.replicate(model, CPU) if kind == "ddp" else model
+    graphs = []
     for _ in range(2):
-        copy(torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
-    assert backend.frame_count == 1
-    assert not counters["graph_break"]
+        for network in (eager, forward):
+            network.zero_grad()
+            network(torch.ones(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
+        graphs.append(backend.frame_count)
+        for ours, theirs in zip(model.parameters(), eager.parameters()):
+            torch.testing.assert_close(parallel.whole(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
+    assert graphs[0] == graphs[1]
+    assert kind == "fsdp" or (graphs[0] == 1 and not counters["graph_break"])
 
 
 @pytest.mark.parametrize(("version", "split"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.10.1", True)])
