@@ -23,7 +23,7 @@ from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images
-from diffussm_cli.profiling.latency import resident_peak
+from diffussm_cli.profiling.memory import resident_peak
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from diffussm_cli.config import Config, load_config
 from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share, meeting, read_share
-from diffussm_cli.profiling import latency
+from diffussm_cli.profiling import memory, work
 from diffussm_cli.sampling.generate import generate
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import batches
@@ -59,7 +59,7 @@ def sample(config: Config, images: int, steps: int) -> dict:
     """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the second."""
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
-    model = latency.build(config, latency.Setting(device), config.model.depth).eval()
+    model = work.build(config, work.Setting(device), config.model.depth).eval()
     cast_products(model, dtype)
     process = GaussianDiffusion.from_config(config.diffusion, device)
     guidance = 1.5 if config.model.num_classes else 1.0
@@ -81,7 +81,7 @@ def sample(config: Config, images: int, steps: int) -> dict:
 
 def peak_bytes(device: torch.device) -> int | None:
     """Peak memory of the allocator on CUDA, of this process elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else latency.resident_peak()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.resident_peak()
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What DiffuSSM-XL and DiT-XL/2 cost at two resolutions: parameters and Gflops of one forward pass of one image.
 
-    python examples/costs.py
+python examples/costs.py
 """
 
 from diffussm_cli.profiling import cost, named_model

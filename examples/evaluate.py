@@ -1,6 +1,6 @@
 """Compare a folder of images with another by FID, KID and more.
 
-    python examples/evaluate.py images/ real-images/
+python examples/evaluate.py images/ real-images/
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Draw ten images, one per class, from a run of examples/train.py.
 
-    python examples/sample.py runs/example images/
+python examples/sample.py runs/example images/
 """
 
 import sys

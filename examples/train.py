@@ -1,6 +1,6 @@
 """Train a small model on the 8x8 digits of scikit-learn. About ten seconds on a CPU.
 
-    python examples/train.py runs/example
+python examples/train.py runs/example
 """
 
 import sys

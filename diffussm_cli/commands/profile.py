@@ -142,7 +142,7 @@ def make_setting(console, precision: str, device: str, batch_size: int, repeats:
     import torch
 
     from diffussm_cli.device import has_bf16, keep_freed_memory, pick_device, pick_dtype
-    from diffussm_cli.profiling.latency import Setting
+    from diffussm_cli.profiling.work import Setting
 
     keep_freed_memory()
     where = pick_device(device)
@@ -156,14 +156,14 @@ def make_setting(console, precision: str, device: str, batch_size: int, repeats:
 
 def add_latency(console, result: dict, configs: Sequence[Config], kinds: Sequence[str], setting) -> None:
     """Put time and memory into the result, resolution by resolution, and the exponents of time against L."""
-    from diffussm_cli.profiling import latency
+    from diffussm_cli.profiling import timing
 
     for (size, kind), group in itertools.groupby(
         [((c.data.size, k), i) for k in kinds for i, c in enumerate(configs)], key=lambda item: item[0]
     ):
         places = [i for _, i in group]
         with console.status(f"measuring {kind} at {size[0]}x{size[1]}"):
-            found = latency.measure([configs[i] for i in places], kind, setting)
+            found = timing.measure([configs[i] for i in places], kind, setting)
         for i, measured in zip(places, found):
             entry = result["models"][i]
             if measured is None:
@@ -196,7 +196,7 @@ def describe(measured, config: Config) -> dict[str, Any]:
 
 def exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:
     """The exponent of forward time against L by model, where two lengths or more were measured."""
-    from diffussm_cli.profiling.latency import exponent
+    from diffussm_cli.profiling.timing import exponent
 
     points: dict[tuple[str, str], dict[int, float]] = {}
     for m in models:
@@ -212,7 +212,7 @@ def exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:
 def add_estimates(console, result: dict, configs: Sequence[Config]) -> None:
     """Put what training would take into the result."""
     from diffussm_cli.device import pick_device
-    from diffussm_cli.profiling.latency import available_bytes
+    from diffussm_cli.profiling.memory import available_bytes
     from diffussm_cli.training.plan import plan
 
     for entry, config in zip(result["models"], configs):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 
 
 class ShiftScaleNorm(nn.Module):

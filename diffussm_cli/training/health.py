@@ -7,7 +7,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.parallel import local
 
 SPIKE, WINDOW, LEAST = 3.0, 20, 5  # times the median of the last records, of how many, and of how many at least

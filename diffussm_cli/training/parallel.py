@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffussm_cli.device import check_compiler
 from diffussm_cli.distributed import Share
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from diffussm_cli.model import DiffuSSM, build_model
 from diffussm_cli.model import block as block_module
 from diffussm_cli.model.block import DiffuSSMBlock, gelu
 from diffussm_cli.model.embeddings import patchify, position_table, unpatchify
-from diffussm_cli.model.s4d import s4d_recurrence
+from diffussm_cli.model.s4d.reference import s4d_recurrence
 from diffussm_cli.training.optimizer import parameter_groups
 from tests.conftest import device, fill, randn
 
