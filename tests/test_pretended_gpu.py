@@ -21,8 +21,8 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.features import load_extractor
 from diffussm_cli.generation import make_denoiser
 from diffussm_cli.model import build_model
-from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training import loop
+from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
 from tests.conftest import save_vae
