@@ -51,6 +51,7 @@ class DataConfig:
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1)
     vae: str | None = _option(None, "hub name or folder of the VAE behind the latents; none for pixels")
     flip: bool = _option(False, "mirror at random")
+    skip_unreadable: bool = _option(False, "leave out images that cannot be read when a run begins")
     class_names: tuple[str, ...] = _option((), "found in the data, recorded with the run")
 
     @property
@@ -176,7 +177,7 @@ def preset_text(name: str) -> str:
         ConfigError: if there is no such preset or file.
     """
     if name in preset_names():
-        return (_presets() / f"{name}.yaml").read_text()
+        return (_presets() / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return read_text(path, "--preset")
@@ -188,7 +189,7 @@ def read_text(path: Path, option: str) -> str:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration")
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not text"
         raise ConfigError(f"{option}: cannot read {str(path)!r}: {reason}") from e

@@ -213,7 +213,7 @@ def free_folder(root: Path, facts: dict[str, Any]) -> Path:
 def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a folder of samples. Raises RunError."""
     try:
-        found = json.loads((folder / META).read_text())
+        found = json.loads((folder / META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise RunError(f"{folder / META}: cannot be read: {e}; delete the folder to draw its images again") from e
     if not isinstance(found, dict):

@@ -156,8 +156,9 @@ def test_profile_json():
 def test_resume_goes_on_and_refuses_drift(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "digits", "--out", root, *SETTINGS).exit_code == 0
-    finished = line_of(run("train", "--resume", "--out", root))
-    assert "is at step 4 and train.steps is 4; nothing to do" in finished
+    finished = run("train", "--resume", "--out", root)
+    assert finished.exit_code == 0
+    assert "is at step 4 and train.steps is 4; nothing to do" in finished.stderr
     longer = run("train", "--resume", "--out", root, "--set", "train.steps=6")
     assert longer.exit_code == 0, longer.output
     steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
@@ -181,7 +182,7 @@ MISTAKES = {
     "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
-    "nothing to resume": (["train", "--resume"], "--resume: no run of mnist in runs/"),
+    "value of resume": (["train", "--resume=yes"], "--resume: 'yes' must be auto, or nothing"),
     "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "euler"], "'euler' is not one of"),
