@@ -42,9 +42,8 @@ from diffussm_cli.data.vae import VAE, VAEFacts
 from diffussm_cli.device import helpers, is_out_of_memory
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
+from diffussm_cli.files import LOCK, PARTIAL, content, locked, sha256, whole_file
 
-LOCK = ".lock"
 POLL_SECONDS = 0.2
 
 
@@ -373,7 +372,7 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
         try:
             lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
             store.mkdir(parents=True, exist_ok=True)
-            if _held(store) and not _held(store) & {MANIFEST, LISTING}:
+            if content(store) and not content(store) & {MANIFEST, LISTING}:
                 raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
             stack.enter_context(locked(lock))
         except BlockingIOError as e:
@@ -385,11 +384,6 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if made and not _held(store):  # nothing came of it
-                    lock.unlink()
+                if made and not content(store):  # nothing came of it
+                    lock.unlink(missing_ok=True)
                     store.rmdir()
-
-
-def _held(store: Path) -> set[str]:
-    """Names of what a store holds, locks and unfinished files aside."""
-    return {p.name for p in store.iterdir() if not p.name.startswith((LOCK, PARTIAL))}

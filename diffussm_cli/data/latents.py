@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.data.images import EVERYTHING, coins
+from diffussm_cli.data.images import coins
 from diffussm_cli.errors import DataError
-from diffussm_cli.files import sha256
+from diffussm_cli.files import sha256, tensors_header
 
 MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
 FORMAT = 1
@@ -178,13 +178,8 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
 
 def header(settings: StoreSettings, shard: int) -> bytes:
     """The bytes before the tensors of a shard: length and JSON, as safetensors has them."""
-    entries, end = {}, 0
-    for name, (dtype, shape) in layout(settings, shard).items():
-        start, end = end, end + SAFETENSORS[dtype].itemsize * math.prod(shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    tensors = layout(settings, shard).items()
+    return tensors_header({n: (t, shape, SAFETENSORS[t].itemsize * math.prod(shape)) for n, (t, shape) in tensors})
 
 
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
@@ -266,15 +261,12 @@ class LatentStore:
             mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
-        n, chosen = len(indices), indices[part]
-        mirrored = coins(n, self.flip, generator)[part]
-        mean, std = self.moments(chosen, mirrored.numpy() if self.flip else None)
-        z = torch.randn(n, *mean.shape[1:], generator=generator)[part].mul_(std).add_(mean)
-        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(chosen))]
+        mirrored = coins(self.flip, generators)
+        mean, std = self.moments(indices, mirrored.numpy() if self.flip else None)
+        z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).mul_(std).add_(mean)
+        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(indices))]
 
 
 # --------------------------------------------------------------------------------------------- verifying

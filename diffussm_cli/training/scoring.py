@@ -58,9 +58,9 @@ class Scoring:
         metrics = [m for m in self.metrics if m != "is" or found.classes is not None]
         metrics = [m for m in metrics if m != "sfid" or (found.spatial is not None and self.reference.spatial)]
         values = {f"eval/{name}": value for name, value in evaluate(found, self.reference, metrics)}
-        best = self.root / "best"
+        best = self.root / runs.BEST
         if values["eval/fid"] < runs.read_metrics(best).get("eval/fid", float("inf")):
-            runs.write_weights(best, self.config, model.state_dict(), {"step": step, **values})
+            runs.write_weights(best, self.config, model.state_dict(), step, {"step": step, **values})
         return values
 
     def _gather(self, images, share: Share):
