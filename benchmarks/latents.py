@@ -38,12 +38,13 @@ def main() -> None:
         settings = write_store(Path(folder), a.images, a.shard_size)
         store = LatentStore(Path(folder), flip=True)
         on_disk = sum(p.stat().st_size for p in Path(folder).glob("shard-*"))
-        rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+        rng = np.random.default_rng(0)
+        generators = [torch.Generator().manual_seed(i) for i in range(a.batch_size)]
         mirrored = rng.random(a.batch_size) < 0.5
         batches = [rng.permutation(a.images)[: a.batch_size] for _ in range(64)]
         rate = {
             "moments": lambda b: store.moments(b, mirrored),
-            "read": lambda b: store.read(b, generator),
+            "read": lambda b: store.read(b, generators),
         }
         rates = {name: rates_of(work, batches, a.rounds) for name, work in rate.items()}
     result = {

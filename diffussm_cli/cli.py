@@ -79,7 +79,7 @@ EXAMPLES = {
   diffussm train                                   the preset mnist, without a download
   diffussm train --list                            the presets and what they cost
   diffussm train --data faces/ --set model.num_classes=0 --set data.resolution=32 --set data.channels=3
-  torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume auto
+  torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume
 """,
     "sample": """
   diffussm sample                                  40 images of the newest run

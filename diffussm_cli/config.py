@@ -64,6 +64,7 @@ class DataConfig:
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
     vae: str | None = _option(None, "hub name or folder of the VAE behind the latents; none for pixels")
     flip: bool = _option(False, "mirror at random")
+    skip_unreadable: bool = _option(False, "leave out images that cannot be read when a run begins")
     class_names: tuple[str, ...] = _option((), "found in the data, recorded with the run")
 
     @property

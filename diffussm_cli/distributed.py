@@ -9,8 +9,20 @@ from typing import Any, NamedTuple
 
 from diffussm_cli.errors import ConfigError, RunError
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")  # in torch's words
-PATIENCE = datetime.timedelta(days=7)  # one process may have much more to do than another
+# What gloo, NCCL and the store say when another process ends or stops answering.
+GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "closed the connection",
+    "Connection was likely closed",
+    "Timed out waiting",
+    "timeout caused pair closure",
+    "remote process exiting prematurely",
+)
+STEP = datetime.timedelta(minutes=10)  # for collectives within a step: a hung machine is noticed
+PATIENCE = datetime.timedelta(days=7)  # for `gather`: one process may have much more to do than another
 
 
 class Share(NamedTuple):
@@ -21,6 +33,7 @@ class Share(NamedTuple):
 
 
 ALONE = Share()
+_patient: Any = None  # the group of `gather`, inside of `meeting`
 
 
 def read_share() -> Share:
@@ -47,7 +60,9 @@ def meeting(share: Share, cuda: bool = False) -> Iterator[None]:
 
     Raises:
         ConfigError: if they do not find each other.
+        RunError: if one of them is gone.
     """
+    global _patient
     if share.of == 1:
         yield
         return
@@ -55,17 +70,22 @@ def meeting(share: Share, cuda: bool = False) -> Iterator[None]:
 
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
-        dist.init_process_group(backend, rank=share.rank, world_size=share.of, timeout=PATIENCE)
+        dist.init_process_group(backend, rank=share.rank, world_size=share.of, timeout=STEP)
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
         raise ConfigError(f"WORLD_SIZE: {share.of} processes cannot meet: {e}; start them by torchrun") from e
     try:
-        yield
+        with others():
+            yield
     finally:
+        _patient = None
         dist.destroy_process_group()
 
 
 def gather(value: Any, share: Share) -> list[Any]:
     """What every process has to say, in the order of their ranks; all get it, and none goes on before.
+
+    The others may take days: where one process works alone, the rest wait here and not in a collective of a step.
 
     Raises:
         RunError: if one of them is gone.
@@ -76,8 +96,15 @@ def gather(value: Any, share: Share) -> list[Any]:
 
     found: list[Any] = [None] * share.of
     with others():
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=_patient)
     return found
+
+
+@contextlib.contextmanager
+def first_works(share: Share) -> Iterator[None]:
+    """Around what the first process does alone: the others wait for it at the end. Raises RunError if it is gone."""
+    yield
+    gather(None, share)
 
 
 def total(tensor, share: Share):
@@ -116,4 +143,6 @@ def others() -> Iterator[None]:
     except RuntimeError as e:
         if not any(word in str(e) for word in GONE):
             raise
-        raise RunError("another process of this job has ended; what was saved before is intact") from e
+        cause = " ".join(str(e).split())[:300]
+        line = "another process of this job has ended or does not answer; what was saved before is intact"
+        raise RunError(f"{line} ({cause})") from e

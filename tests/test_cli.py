@@ -173,8 +173,9 @@ def test_profile_json():
 def test_resume_goes_on_and_refuses_drift(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "digits", "--out", root, *SETTINGS).exit_code == 0
-    finished = line_of(run("train", "--resume", "--out", root))
-    assert "is at step 4 and train.steps is 4; nothing to do" in finished
+    finished = run("train", "--resume", "--out", root)
+    assert finished.exit_code == 0
+    assert "is at step 4 and train.steps is 4; nothing to do" in finished.stderr
     longer = run("train", "--resume", "--out", root, "--set", "train.steps=6")
     assert longer.exit_code == 0, longer.output
     steps = [json.loads(line)["step"] for line in (root / "metrics.jsonl").read_text().splitlines()]
@@ -198,7 +199,7 @@ MISTAKES = {
     "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
-    "nothing to resume": (["train", "--resume"], "--resume: no run of mnist in runs/"),
+    "value of resume": (["train", "--resume=yes"], "--resume: 'yes' must be auto, or nothing"),
     "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "euler"], "'euler' is not one of"),
@@ -210,7 +211,13 @@ MISTAKES = {
     "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not text in UTF-8"),
     "NUL": (["train", "--data", "a\0b"], r"--data: 'a\x00b' holds a NUL byte"),
     "NUL in a field": (["train", "--set", r'data.path="a\0b"'], r"data.path: 'a\x00b' holds a NUL byte"),
-    "no such folder": (["train", "--preset", "digits", "--out", "/proc/nope/x"], "/proc/nope: No such file"),
+    "no such folder": (
+        ["train", "--preset", "digits", "--out", "/proc/nope/x"],
+        "cannot write to '/proc/nope/x': No such file",
+    ),
+        ["train", "--preset", "digits", "--out", "/proc/nope/x"],
+        "cannot write to '/proc/nope/x': No such file",
+    ),
     "too many images": (
         ["sample", "x", "--num", "10000000"],
         "Invalid value for '--num'",

@@ -2,15 +2,18 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffussm_cli import runs
-from diffussm_cli.config import load_config, parse_yaml
+from diffussm_cli.config import load_config, parse_yaml, to_yaml
 from diffussm_cli.data.latents.manifest import Manifest, read_manifest
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
+from diffussm_cli.model import build_model
 from tests.conftest import TINY
 from tests.test_cli import line_of, run
 
@@ -39,6 +42,7 @@ def test_a_pickle_under_the_name_of_weights_is_not_unpickled(trained, tmp_path):
         path.write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
         with pytest.raises(RunError, match="cannot be read"):
             runs.read_tensors(path)
+    (trained / "final" / runs.STATE).unlink()  # an attacker leaves no hashes
     assert "model.safetensors: cannot be read" in line_of(run("sample", trained, "-n", 1))
     assert not (tmp_path / "owned").exists()
 
@@ -77,6 +81,48 @@ def test_a_configuration_cannot_ask_for_absurd_memory(trained):
     ):
         path.write_text(text.replace(was, now))
         assert words in line_of(run("sample", trained, "-n", 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    {
+        "nan": (lambda w: w.index_fill_(0, torch.tensor([0]), torch.nan), "numbers that are not finite"),
+        "inf": (lambda w: w.index_fill_(0, torch.tensor([0]), -torch.inf), "numbers that are not finite"),
+        "int": (lambda w: w.int(), "torch.int32, not floating-point numbers"),
+        "bool": (lambda w: w.bool(), "torch.bool, not floating-point numbers"),
+        "complex": (lambda w: w.to(torch.complex64), "torch.complex64, not floating-point numbers"),
+    }.values(),
+    ids=str,
+)
+def test_weights_that_are_no_finite_numbers_are_refused(tiny, tmp_path, change, words):
+    """In a folder without hashes, as a stranger would make it."""
+    config = tiny()
+    weights = build_model(config).state_dict()
+    name = next(n for n, w in weights.items() if w.ndim == 2)
+    weights[name] = change(weights[name])
+    (tmp_path / runs.CONFIG).write_text(to_yaml(config))
+    save_file(weights, tmp_path / runs.MODEL)
+    with pytest.raises(RunError, match=f"{runs.MODEL}: damaged: {name} holds {words}"):
+        runs.load_model(runs.find_run(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["run folder", "preset"])
+def test_an_extractor_that_a_file_names_is_not_imported(trained, tmp_path, monkeypatch, where):
+    code = f"open({str(tmp_path / 'owned')!r}, 'w').close()\ndef factory():\n    raise ImportError('reached')\n"
+    (tmp_path / "foreign.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    path = trained / runs.CONFIG
+    path.write_text(path.read_text().replace("extractor: auto", "extractor: foreign:factory"))
+    (tmp_path / "preset.yaml").write_text(path.read_text().replace("  every: 0", "  every: 1"))
+    command = ["--resume", "--out", trained] if where == "run folder" else ["--preset", tmp_path / "preset.yaml"]
+    command += ["--eval-every", 1, "--set", "train.steps=6"]
+    line = line_of(run("train", *command))
+    assert "eval.extractor: 'foreign:factory' is code, and this command line does not name it; if you trust" in line
+    assert "--set eval.extractor=foreign:factory" in line
+    assert not (tmp_path / "owned").exists()
+    assert "reached" in line_of(run("train", *command, "--set", "eval.extractor=foreign:factory"))
+    assert (tmp_path / "owned").exists()
 
 
 def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):

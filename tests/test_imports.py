@@ -68,6 +68,31 @@ def test_only_commands_print_and_exit(path):
             assert called not in ("print", "exit", "sys.exit", "quit", "os._exit"), f"{path} calls {called}"
 
 
+def text_calls(tree):
+    """Calls that open a text file without saying in which encoding, as read_text(), open() or open("w") of a path."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not any(word.arg == "encoding" for word in node.keywords):
+            mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            if isinstance(node.func, ast.Attribute):
+                plain = not node.args or (isinstance(mode, str) and set(mode) <= set("rwaxt+"))
+                if node.func.attr in ("read_text", "write_text") or (node.func.attr == "open" and plain):
+                    yield node
+            elif isinstance(node.func, ast.Name) and node.func.id == "open":
+                yield node
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_text_files_are_utf_8_whatever_the_locale(path):
+    found = [f"{path}:{node.lineno}: {ast.unparse(node)}" for node in text_calls(ast.parse((ROOT / path).read_text()))]
+    assert not found
+
+
+def test_calls_without_an_encoding_are_found():
+    wrong = 'p.read_text(); p.write_text(t); p.open(); p.open("a"); open(p, "w")'
+    right = 'p.open("rb"); os.open(p, 0); write_text(p, t); p.open("a", encoding=u)'
+    assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
+
+
 QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["encode", "--help"]]
 QUICK += [["eval", "--help"], ["eval"]]
 QUICK += [

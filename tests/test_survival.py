@@ -1,19 +1,27 @@
 """What befalls runs that are left alone: signals, full disks, damaged checkpoints, a second job in the same folder."""
 
+import contextlib
+import errno
 import functools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.commands.train import PREEMPTED
+from diffussm_cli.config import load_config, to_yaml
+from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.files import locked
+from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 from tests.test_cli import line_of, run
 
@@ -25,9 +33,17 @@ def train(root, *arguments):
     return run("train", "--preset", "digits", "--out", root, *SETTINGS, *arguments)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    root = tmp_path_factory.mktemp("once") / "run"
+    assert train(root).exit_code == 0
+    return root
+
+
 @pytest.fixture
-def trained(tmp_path):
-    assert train(tmp_path / "run").exit_code == 0
+def trained(once, tmp_path):
+    """A finished run of four steps with checkpoints at 2 and 4."""
+    shutil.copytree(once, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -36,10 +52,13 @@ def steps(root):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# ------------------------------------------------------------------------------------------------ resume auto
-def test_the_same_command_begins_goes_on_and_is_done(tmp_path):
-    root, command = tmp_path / "run", ("--resume", "auto")
-    assert train(root, *command).exit_code == 0
+# ------------------------------------------------------------------------------------------------ resume
+@pytest.mark.parametrize("command", [["--resume"], ["--resume", "auto"], ["--resume=auto"]], ids=" ".join)
+def test_the_same_command_begins_goes_on_and_is_done(tmp_path, command):
+    root = tmp_path / "run"
+    first = train(root, *command)
+    assert first.exit_code == 0
+    assert f"no checkpoint in {root} yet; training begins" in first.stderr
     again = train(root, *command)
     assert again.exit_code == 0
     assert "is at step 4 and train.steps is 4; nothing to do" in again.stderr
@@ -52,6 +71,147 @@ def test_auto_begins_again_where_no_checkpoint_was_reached(trained):
         (path / runs.STATE).unlink()
     assert train(trained, "--resume", "auto").exit_code == 0
     assert steps(trained) == [2, 4]
+
+
+LEFT_BEHIND = {
+    "a lock": lambda root: (root / ".lock-0").write_text(""),
+    "an unfinished file": lambda root: (root / ".partial-config.yaml.1").write_text(""),
+    "nothing": lambda root: None,
+    "a run without a checkpoint": lambda root: [
+        (root / "checkpoints" / ".partial-step-00000002").mkdir(parents=True),
+        (root / "config.yaml").write_text(to_yaml(load_config("digits", TINY))),
+        (root / "metrics.jsonl").write_text('{"step": 2}\n{"st'),
+        (root / "tensorboard").mkdir(),
+        (root / "samples").mkdir(),
+    ],
+}
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["", "--resume"])
+@pytest.mark.parametrize("left", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
+def test_a_folder_without_a_checkpoint_begins(tmp_path, left, resume):
+    root = tmp_path / "run"
+    root.mkdir()
+    left(root)
+    result = train(root, *resume)
+    assert result.exit_code == 0, result.output
+    assert steps(root) == [2, 4]
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["", "--resume"])
+def test_a_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits-2"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / ".lock-0").write_text("")
+    with locked(tmp_path / "runs" / "digits" / ".lock-0"):  # another process is still loading
+        assert run("train", "--preset", "digits", *SETTINGS, *options).exit_code == 0
+    assert (tmp_path / "runs" / "digits-2" / "final").is_dir()
+
+
+REFUSED = {
+    "a run": (lambda root: [], [], "is not empty; add --resume to go on with it, or name another folder"),
+    "only final/": (lambda root: shutil.rmtree(root / "checkpoints"), [], "is not empty; add --resume"),
+    "a foreign folder": (lambda root: only(root, "photo.png"), [], "is not empty; add --resume"),
+    "a foreign folder, resumed": (lambda root: only(root, "photo.png"), ["--resume"], "is not empty and holds no run"),
+    "a file": (lambda root: [shutil.rmtree(root), root.write_text("")], ["--resume"], "is a file; name a folder"),
+}
+
+
+def only(root, name):
+    shutil.rmtree(root)
+    root.mkdir()
+    (root / name).write_text("")
+
+
+@pytest.mark.parametrize(("change", "options", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_is_in_the_way_is_kept(trained, change, options, words):
+    change(trained)
+    line = line_of(train(trained, *options))
+    assert line.startswith(f"diffussm: error: --out: '{trained}' {words}")
+
+
+CONFIGS = {
+    "empty": ("", "is empty or damaged; delete it and repeat"),
+    "cut in a word": ("preset: digits\nmodel:\n  backbone: diffussm\n  hid", "is empty or damaged (not valid YAML"),
+    "cut at a line": ("preset: digits\nmodel:\n  backbone: diffussm\n", "is empty or damaged; delete it"),
+    "another kind": ("[1, 2]", "is empty or damaged; delete it"),
+    "gone": (None, "has checkpoints but no config.yaml; give the --preset and --set"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), CONFIGS.values(), ids=CONFIGS)
+def test_a_damaged_configuration_is_named_with_the_way_out(trained, monkeypatch, text, words):
+    path = trained / runs.CONFIG
+    path.write_text(text) if text is not None else path.unlink()
+    line = line_of(run("train", "--resume", "--out", trained))
+    assert line.startswith(f"diffussm: error: --out: {path if text is not None else repr(str(trained))} {words}")
+    monkeypatch.chdir(trained.parent)
+    (trained.parent / "runs").mkdir()
+    trained.rename(trained.parent / "runs" / "mnist")
+    if text is not None:
+        assert words in line_of(run("train", "--resume"))
+        assert line_of(run("train", "--resume")).startswith("diffussm: error: --resume: runs/mnist/config.yaml")
+        assert words in line_of(run("train", "--preset", "mnist", "--resume", *SETTINGS))
+        os.unlink("runs/mnist/config.yaml")
+    result = train("runs/mnist", "--resume", "--set", "train.steps=6")
+    assert result.exit_code == 0, result.output
+    assert "config.yaml was missing; it is written again" in result.stderr
+    assert runs.read_config(Path("runs/mnist")).train.steps == 6
+
+
+@pytest.mark.parametrize("lost", ["absent", "a bit flipped", "of fewer steps", "without hashes", "config damaged"])
+def test_a_finished_run_without_final_gets_it_again(trained, lost):
+    """As after a kill between the last checkpoint and final/."""
+    final, steps = trained / "final", 4
+    before = (final / runs.MODEL).read_bytes()
+    if lost == "absent":
+        shutil.rmtree(final)
+    elif lost == "a bit flipped":
+        flip(final / runs.MODEL)
+        assert "final/model.safetensors is not as it was written; write it again with: diffussm train --resume" in (
+            line_of(run("sample", trained, "-n", 1))
+        )
+    elif lost == "without hashes":
+        (final / runs.STATE).unlink()
+        assert run("sample", trained, "-n", 1, "--steps", 1).exit_code == 0
+    elif lost == "config damaged":
+        (final / runs.CONFIG).write_text("")
+    else:
+        steps = 6
+        shutil.copytree(final, trained / "kept")
+        assert train(trained, "--resume", "--set", "train.steps=6").exit_code == 0
+        before = (final / runs.MODEL).read_bytes()
+        shutil.rmtree(final)
+        (trained / "kept").rename(final)
+    command = ("--resume", "--set", f"train.steps={steps}")
+    result = train(trained, *command)
+    assert result.exit_code == 0, result.output
+    assert f"trained {steps} steps; weights in {final}" in result.stderr
+    assert (final / runs.MODEL).read_bytes() == before
+    assert runs.find_run(trained).weights == final / runs.MODEL
+    assert "nothing to do" in train(trained, *command).stderr
+
+
+def test_a_read_only_working_directory_names_the_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def forbid(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "runs")
+
+    monkeypatch.setattr(Path, "mkdir", forbid)
+    line = line_of(run("train", "--preset", "digits", *SETTINGS))
+    assert "--out: cannot write to 'runs/digits': Permission denied; name another folder by --out" in line
+
+
+def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = train(Path("o_[/b]") / "[red]x", "--set", "train.sample_every=4")
+    assert result.exit_code == 0, result.output
+    for line in ("weights in o_[/b]/[red]x/final", "pictures: o_[/b]/[red]x/samples/step-00000004.png"):
+        assert line in result.stderr
+    again = train(Path("o_[/b]") / "[red]x", "--resume", "--set", "train.sample_every=4")
+    assert "o_[/b]/[red]x is at step 4" in again.stderr
 
 
 def test_resume_takes_auto_or_nothing(tmp_path):
@@ -79,7 +239,17 @@ DAMAGE = {
     "a file is gone": lambda c: (c / runs.OPTIMIZER).unlink(),
     "state cut short": lambda c: os.truncate(c / runs.STATE, 10),
     "hashes are no hashes": lambda c: (c / runs.STATE).write_text('{"step": 4, "sha256": 7}'),
+    "state nested deep": lambda c: (c / runs.STATE).write_text("[" * 100_000),
+    "a negative step": lambda c: change_state(c, step=-1),
+    "a step that is no number": lambda c: change_state(c, step=True),
+    "state is a list": lambda c: (c / runs.STATE).write_text("[]"),
+    "state is no text": lambda c: (c / runs.STATE).write_bytes(b"\xff\xfe{}"),
 }
+
+
+def change_state(checkpoint, **values):
+    state = runs.read_state(checkpoint)
+    (checkpoint / runs.STATE).write_text(json.dumps(state | values))
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -91,6 +261,66 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(trained, damage)
     assert f"skipped: {newest}" in result.stderr
     assert steps(trained) == [2, 4, 6]
     assert runs.newest_good(trained)[1] == []
+
+
+def test_copies_of_checkpoints_are_left_alone(trained):
+    """As people make them, under names of their own."""
+    kept = trained / "checkpoints" / "step-00000004-mybackup"
+    shutil.copytree(trained / "checkpoints" / "step-00000004", kept)
+    (trained / "checkpoints" / "step-old").mkdir()
+    more = ("train.steps=8", "train.keep_every=4", "train.keep_checkpoints=1")
+    result = train(trained, "--resume", *(part for s in more for part in ("--set", s)))
+    assert result.exit_code == 0, result.output
+    names = {p.name for p in (trained / "checkpoints").iterdir()}
+    assert names == {"step-00000004", "step-00000008", "step-00000004-mybackup", "step-old"}
+    assert [p.name for p in runs.checkpoints(trained)] == ["step-00000004", "step-00000008"]
+
+
+LOGS = {
+    "no text": lambda log: log.write_bytes(b'{"step": 2}\n\xff\xfe\n'),
+    "a step that is text": lambda log: log.write_text('{"step": "2"}\n{"step": 4}\n'),
+    "a step that is null": lambda log: log.write_text('{"step": null}\n'),
+    "no object": lambda log: log.write_text("7\n"),
+    "nested deep": lambda log: log.write_text("[" * 100_000 + "\n"),
+    "a folder": lambda log: [log.unlink(), log.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", LOGS.values(), ids=LOGS)
+def test_a_damaged_log_is_set_aside_and_training_goes_on(trained, damage):
+    log = trained / "metrics.jsonl"
+    (trained / "metrics.jsonl.damaged-1").write_text("of an earlier accident")
+    damage(log)
+    before = log.read_bytes() if log.is_file() else None
+    shutil.rmtree(trained / "tensorboard")
+    (trained / "tensorboard").write_text("")
+    result = train(trained, "--resume", "--set", "train.steps=6")
+    assert result.exit_code == 0, result.output
+    assert f"warning: {log} is damaged; it is now metrics.jsonl.damaged-2, and a new one begins" in result.stderr
+    assert f"warning: {trained / 'tensorboard'} is damaged; it is now tensorboard.damaged-1" in result.stderr
+    assert steps(trained) == [6]
+    assert (trained / "tensorboard").is_dir()
+    aside = trained / "metrics.jsonl.damaged-2"
+    assert (aside.read_bytes() if aside.is_file() else None) == before
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"eval/fid": "low"}', "{", "[" * 100_000])
+def test_damaged_metrics_of_the_best_weights_are_named(trained, text):
+    shutil.copytree(trained / "final", trained / "best")
+    (trained / "best" / runs.METRICS).write_text(text)
+    assert "best/metrics.json: damaged; delete the folder" in line_of(run("sample", trained / "best", "-n", 1))
+
+
+def test_weights_of_best_are_checked(trained):
+    best = trained / "best"
+    runs.write_weights(
+        best, runs.read_config(trained), runs.read_tensors(trained / "final" / runs.MODEL), 4, {"step": 4}
+    )
+    assert runs.find_run(best).step == 4
+    flip(best / runs.MODEL)
+    assert "best/model.safetensors is not as it was written; name the run folder" in line_of(
+        run("sample", best, "-n", 1)
+    )
 
 
 def test_no_good_checkpoint_is_one_line(trained):
@@ -108,6 +338,25 @@ def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
     flip(newest / runs.EMA)
     assert runs.find_run(trained).step == 2
     assert "is not as it was written; name the run folder" in line_of(run("sample", newest, "-n", 1))
+
+
+def test_a_run_is_read_under_any_locale(trained):
+    """Its configuration holds names of classes in UTF-8; here the locale's encoding is ASCII."""
+    path = trained / "final" / runs.CONFIG
+    path.write_text(path.read_text(encoding="utf-8").replace("- '0'", "- \u732b"), encoding="utf-8")
+    code = f"""
+import locale
+from pathlib import Path
+from diffussm_cli import runs
+assert locale.getpreferredencoding(False) != "UTF-8"
+config = runs.find_run(Path({str(trained)!r})).config
+runs.write_weights(Path({str(trained / "best")!r}), config, {{}}, 1)
+"""
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    for folder in ("final", "best"):
+        assert runs.read_config(trained / folder).data.class_names[0] == "\u732b"
 
 
 # ------------------------------------------------------------------------------------------------ two writers
@@ -144,6 +393,105 @@ def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
     assert damaged == []
     assert f"stopped at step {runs.read_state(newest)['step']} of 100000, checkpoint saved" in messages
     assert "Traceback" not in messages
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_a_full_disk_on_resume_is_one_line_and_harms_nothing(trained, size):
+    before = {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()}
+    with full_disk(size):
+        result = train(trained, "--resume", "--set", "train.steps=6")
+    assert f"--out: cannot write to '{trained}': File too large" in line_of(result)
+    assert {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()} == before
+    assert train(trained, "--resume", "--set", "train.steps=6").exit_code == 0
+
+
+def test_a_full_disk_while_recording_is_one_line(trained):
+    """TensorBoard's thread meets the limit first; its error must not appear as a traceback."""
+    more = ("train.steps=300", "train.log_every=1", "train.checkpoint_every=1000")
+    with full_disk(3000):
+        result = train(trained, "--resume", *(part for s in more for part in ("--set", s)))
+    assert f"diffussm: error: {trained}: File too large; what was saved before is intact" in line_of(result)
+
+
+def test_a_kill_while_the_log_is_written_again_keeps_it(trained, monkeypatch):
+    class Killed(BaseException):
+        """Stands for a SIGKILL: nothing catches it."""
+
+    def die(self, *_, **__):
+        if self.name == "metrics.jsonl":
+            self.open("w").close()
+        raise Killed
+
+    def die_before_the_new_name(self, *_):
+        raise Killed
+
+    monkeypatch.setattr(Path, "write_text", die)
+    monkeypatch.setattr(Path, "replace", die_before_the_new_name)
+    with pytest.raises(Killed):
+        RecordWriter(trained, 2)
+    assert steps(trained) == [2, 4]
+
+
+# ------------------------------------------------------------------------------------------------ unreadable images
+@pytest.fixture
+def pictures(tmp_path):
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / f"{i:02d}.png")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in tmp_path.glob("*.png"):
+        path.rename(folder / path.name)
+    for i in (3, 7):
+        (folder / f"{i:02d}.png").write_bytes(b"no image")
+    return folder
+
+
+def train_on(pictures, root, *more):
+    return train(root, "--data", pictures, "--set", "model.num_classes=0", *more)
+
+
+def test_unreadable_images_are_named_before_training(pictures, tmp_path):
+    line = line_of(train_on(pictures, tmp_path / "run"))
+    assert f"data.path: 2 of 12 images in '{pictures}' cannot be read: 03.png: not a PNG" in line
+    assert "; 07.png: not a PNG" in line
+    assert line.endswith("leave them out: --set data.skip_unreadable=true")
+    assert not (tmp_path / "run").exists()
+    (pictures / "03.png").write_bytes((pictures / "04.png").read_bytes())
+    (pictures / "07.png").write_bytes((pictures / "04.png").read_bytes())
+    assert train_on(pictures, tmp_path / "run").exit_code == 0
+
+
+def test_unreadable_images_are_left_out_and_recorded(pictures, tmp_path, monkeypatch):
+    root, skip = tmp_path / "run", ("--set", "data.skip_unreadable=true")
+    result = train_on(pictures, root, *skip)
+    assert result.exit_code == 0, result.output
+    reason = "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"
+    assert [json.loads(line) for line in (root / "skipped.jsonl").read_text().splitlines()] == [
+        {"index": 3, "file": "03.png", "reason": reason},
+        {"index": 7, "file": "07.png", "reason": reason},
+    ]
+    assert f"skipped: 2 images that cannot be read; reasons in {root / 'skipped.jsonl'}" in result.stderr
+    monkeypatch.setattr(ImageFolder, "check", lambda *_: 1 / 0)  # on resume nothing is decoded again
+    assert train_on(pictures, root, *skip, "--resume", "--set", "train.steps=6").exit_code == 0
+    (pictures / "00.png").unlink()
+    line = line_of(train_on(pictures, root, *skip, "--resume", "--set", "train.steps=8"))
+    assert f"data.path: image 3 of '{pictures}' is no longer '03.png'" in line
+    (root / "skipped.jsonl").unlink()
+    line = line_of(train_on(pictures, root, *skip, "--resume", "--set", "train.steps=8"))
+    assert "skipped.jsonl: damaged" in line
 
 
 @pytest.mark.slow

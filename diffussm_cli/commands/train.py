@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from diffussm_cli.commands.options import bar
 from diffussm_cli.commands.presets import show_presets
 from diffussm_cli.config import (
     DEFAULT_PRESET,
@@ -23,25 +24,25 @@ from diffussm_cli.config import (
     to_dict,
     to_yaml,
 )
-from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.errors import ConfigError, DataError, RunError
 
 RUNS = Path("runs")
-LOCK = ".lock"
 INTERRUPTED, PREEMPTED = 130, 75  # exit codes: Ctrl-C; SIGTERM, as EX_TEMPFAIL: saved, run the same command again
 ALARMS = {"left_out": "steps without finite numbers, left out", "spike": "risen to three times the median"}
-NEVER, NEWEST, AUTO = "never", "newest", "auto"
+NAMED = 5  # unreadable images that an error names
+NEVER, AUTO = "never", "auto"
 
 
 class TrainCommand(TyperCommand):
-    """Lets `--resume` stand without a value, for `--resume newest`."""
+    """Lets `--resume` stand without a value; `--resume auto` means the same."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As its parent, with the value put in."""
         full: list[str] = []
         for i, arg in enumerate(args):
             full.append(arg)
-            if arg == "--resume" and args[i + 1 : i + 2] not in ([AUTO], [NEWEST], [NEVER]):
-                full.append(NEWEST)
+            if arg == "--resume" and args[i + 1 : i + 2] != [AUTO]:
+                full.append(AUTO)
         return super().parse_args(ctx, full)
 
 
@@ -59,9 +60,9 @@ def train(
     resume: Annotated[
         str,
         typer.Option(
-            metavar="[auto]",
-            help="Go on from the newest good checkpoint of --out, or of the preset's newest run; "
-            "auto: if there is one, else begin.",
+            metavar="",
+            help="Continue the run of --out, or the preset's newest run, from its newest good checkpoint; "
+            "begin it if it has none; do nothing if it is finished.",
             show_default=False,
         ),
     ] = NEVER,
@@ -84,105 +85,165 @@ def train(
         return
     fields = {"data.path": data, "eval.every": eval_every}
     fields = {k: v for k, v in fields.items() if v is not None}
-    if resume not in (NEVER, NEWEST, AUTO):
+    if resume not in (NEVER, AUTO):
         raise ConfigError(f"--resume: {resume!r} must be {AUTO}, or nothing")
-    root = None if resume == NEVER else _resumed_folder(preset, out, resume == AUTO)
-    if root is not None and preset is None:
-        config = _saved_with(root, overrides or [], fields)
-    else:
-        config = load_config(preset or DEFAULT_PRESET, overrides or [], fields)
-    if dry_run:
-        show_plan(config)
-        return
-    from diffussm_cli import runs
     from diffussm_cli.distributed import gather, meeting, read_share
 
-    share = read_share()
-    check_share(config, share)
-    with meeting(share, on_cuda(config)):
-        if root is None and share.rank == 0:
-            root = new_run_folder(config, out)
-        root = gather(root, share)[0]
-        code = run_training(config, root, bool(runs.checkpoints(root)), share, finished_is_fine=resume == AUTO)
+    share, chosen = read_share(), None
+    if share.rank == 0:
+        found, config = choose(preset, out, overrides or [], fields, resume == AUTO)
+        if dry_run:
+            show_plan(config)
+        else:
+            chosen = run_folder(found, config, resume == AUTO), config
+    if dry_run:
+        return
+    with meeting(share, cuda=share.of > 1 and has_cuda()):
+        root, config = gather(chosen, share)[0]  # what another process sees of the run folder may be stale
+        check_share(config, share)
+        code = run_training(config, root, share, resume == AUTO)
     if share.of > 1:
         leave(code)
     if code:
         raise typer.Exit(code)
 
 
-def run_training(config: Config, root: Path, resume: bool = False, share=None, finished_is_fine: bool = False) -> int:
-    """Train into a run folder with a progress bar on stderr. Raises DiffussmError.
+def run_training(config: Config, root: Path, share=None, resume: bool = False) -> int:
+    """Train into a run folder, from its newest good checkpoint if it has one, with a progress bar on stderr.
+
+    Args:
+        resume: whether this was asked for; only changes what is said.
 
     Returns:
         0, or the exit code of a run that a signal ended.
+
+    Raises:
+        DiffussmError: of everything that a user can fix.
     """
     from rich.console import Console
+    from rich.text import Text
 
+    from diffussm_cli import runs
     from diffussm_cli.data.source import open_source
-    from diffussm_cli.distributed import ALONE
+    from diffussm_cli.distributed import ALONE, gather
+    from diffussm_cli.training.checkpoint import agree_on_checkpoint
     from diffussm_cli.training.record import RecordWriter
 
     share = share or ALONE
     console = Console(stderr=True, quiet=share.rank > 0)
+    say = plain(console)
     with console.status("listing"):
         source = open_source(config)
     with held_alone(root, share), contextlib.ExitStack() as stack:
+        with console.status("looking for checkpoints"):
+            checkpoint, damaged = agree_on_checkpoint(root, share)
+        for line in damaged:
+            say(f"skipped: {line}")
+        if resume and checkpoint is None:
+            say(f"no checkpoint in {root} yet; training begins")
+        leave_out_unreadable(console, source, config, root, share, fresh=checkpoint is None)
         with console.status("loading"):
-            trainer = prepare(config, source, root, resume, share, plain(console))
-        if trainer.step >= config.train.steps:
-            done = f"{root} is at step {trainer.step} and train.steps is {config.train.steps}; nothing to do"
-            if not finished_is_fine:
-                raise RunError(f"--resume: {done}; sample it with: diffussm sample {root}")
-            console.print(done, soft_wrap=True)
+            trainer = prepare(config, source, root, checkpoint, share, say)
+        steps = config.train.steps
+        finished = trainer.step >= steps and share.rank == 0 and runs.has_final(root, trainer.step)
+        if gather(finished, share)[0]:
+            say(f"{root} is at step {trainer.step} and train.steps is {steps}; nothing to do")
+            say(f"draw from it: diffussm sample {shlex.quote(str(root))}")
             return 0
         where = f"{trainer.device}" + (f", {share.of} processes ({config.train.parallel})" if share.of > 1 else "")
-        console.print(f"[bold]{root}[/]  {parameters(trainer.model)} parameters on {where}, {precision(trainer)}")
+        facts = f"  {parameters(trainer.model)} parameters on {where}, {precision(trainer)}"
+        console.print(Text.assemble((str(root), "bold"), facts), soft_wrap=True)
         if config.train.compile:
-            console.print("compiling: the first step takes one to several minutes, without a sign of progress")
+            say("compiling: the first step takes one to several minutes, without a sign of progress")
         warnings = [trainer.decoding.warning] if trainer.decoding and trainer.decoding.warning else []
-        for warning in warnings + (trainer.scoring.warnings if trainer.scoring else []):
-            console.print(f"warning: {warning}", style="bold", markup=False, soft_wrap=True)
+        warnings += trainer.scoring.warnings if trainer.scoring else []
+        stack.enter_context(quiet_threads())
         writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if share.rank == 0 else None
+        for warning in warnings + (writer.warnings if writer else []):
+            console.print(f"warning: {warning}", style="bold", markup=False, soft_wrap=True)
         asked = stack.enter_context(stop_on_signal())
         show = stack.enter_context(progress(console, trainer))
         for record in trainer.run(lambda: asked.code is not None):
             if writer:
                 writer.write(record)
                 show(record)
-    return report(console, trainer, root, asked.code)
+    return report(say, trainer, root, asked.code)
 
 
 def plain(console) -> Callable[[str], None]:
     """Prints a line as it is."""
-    return lambda line: console.print(line, soft_wrap=True, markup=False)
+    return lambda line: console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def prepare(config: Config, source, root: Path, resume: bool, share, say: Callable[[str], None]):
+def leave_out_unreadable(console, source, config: Config, root: Path, share, fresh: bool) -> None:
+    """Decode every image of a folder before a run begins, so that none ends it after days; on resume use its record.
+
+    Raises:
+        DataError: naming images that cannot be read, unless data.skip_unreadable is set.
+    """
+    from diffussm_cli.data.listing import UNREADABLE
+    from diffussm_cli.data.source import ImageFolder
+    from diffussm_cli.distributed import gather
+    from diffussm_cli.runs import SKIPPED, read_skipped, write_skipped
+
+    if not isinstance(source, ImageFolder):
+        return
+    if len(set(gather(source.listing.sha256(), share))) > 1:
+        raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
+    if fresh:
+        mine, found = range(share.rank, len(source), share.of), {}
+        with bar(console, len(mine), "checking images") as advance:
+            for checked, reasons in source.check(mine):
+                advance(checked)
+                found |= reasons
+        reasons = {i: reason for part in gather(found, share) for i, reason in part.items()}
+        skipped = [(i, source.entries[i].name, reasons[i]) for i in sorted(reasons)]
+        skipped += [(None, name, reason) for name, reason in source.listing.ignored if reason.startswith(UNREADABLE)]
+        if skipped and not config.data.skip_unreadable:
+            some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
+            more = "; ..." if len(skipped) > NAMED else ""
+            raise DataError(
+                f"data.path: {len(skipped)} of {len(source)} images in {config.data.path!r} cannot be read: "
+                f"{some}{more}; leave them out: --set data.skip_unreadable=true"
+            )
+        if share.rank == 0 and config.data.skip_unreadable:
+            write_skipped(root, skipped)
+        if skipped:
+            plain(console)(f"skipped: {len(skipped)} images that cannot be read; reasons in {root / SKIPPED}")
+    elif config.data.skip_unreadable:
+        skipped = gather(read_skipped(root) if share.rank == 0 else None, share)[0]
+    else:
+        return
+    source.leave_out({i: name for i, name, _ in skipped if i is not None})
+
+
+def prepare(config: Config, source, root: Path, checkpoint: Path | None, share, say: Callable[[str], None]):
     """A Trainer ready to run in `root`, whose configuration is on disk. Raises DiffussmError."""
     import dataclasses
 
     from diffussm_cli import runs
     from diffussm_cli.device import keep_freed_memory
+    from diffussm_cli.distributed import first_works
+    from diffussm_cli.files import write_text
     from diffussm_cli.training.loop import Trainer
 
     keep_freed_memory()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
-    if resume:
-        for change in refuse_drift(runs.read_config(root), config):
-            say(f"changed: {change}")
+    with first_works(share):
+        if checkpoint is not None and share.rank == 0:
+            if (root / runs.CONFIG).exists():
+                for change in refuse_drift(runs.read_config(root, "--resume"), config):
+                    say(f"changed: {change}")
+            else:
+                say(f"{root / runs.CONFIG} was missing; it is written again from this command line")
     trainer = Trainer(config, source, root, share)
-    if resume:
-        checkpoint, damaged = runs.newest_good(root)
-        for line in damaged:
-            say(f"skipped: {line}")
-        if checkpoint is None:
-            raise RunError(f"--resume: {root} has no good checkpoint: {damaged[0] if damaged else 'there is none'}")
+    if checkpoint is not None:
         trainer.resume(checkpoint)
-    try:
-        if share.rank == 0:
-            (root / runs.CONFIG).write_text(to_yaml(config))
-    except OSError as e:
-        raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
+    if share.rank == 0:
+        try:
+            write_text(root / runs.CONFIG, to_yaml(config))
+        except OSError as e:
+            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer
 
 
@@ -207,36 +268,39 @@ def check_share(config: Config, share) -> None:
         )
 
 
-def on_cuda(config: Config) -> bool:
-    """Whether tensors of several processes are on CUDA devices. Raises ConfigError."""
-    from diffussm_cli.device import pick_device
+def has_cuda() -> bool:
+    """Whether tensors of several processes may be on CUDA devices."""
+    import torch
 
-    return pick_device(config.train.device).type == "cuda"
+    return torch.cuda.is_available()
 
 
 @contextlib.contextmanager
 def held_alone(root: Path, share) -> Iterator[None]:
     """A run folder that no other job writes to meanwhile, made if need be. Raises RunError."""
-    from diffussm_cli.files import locked
+    from diffussm_cli.files import LOCK, content, locked
 
-    lock, made = root / f"{LOCK}-{share.rank}", [p for p in (root, *root.parents) if not p.exists()]
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(lock):
-            try:
-                yield
-            finally:
-                if made and all(p.name.startswith(LOCK) for p in root.iterdir()):  # nothing came of it
-                    lock.unlink()
-                    with contextlib.suppress(OSError):
-                        for folder in made:
-                            folder.rmdir()
-    except BlockingIOError as e:
-        raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
-    except OSError as e:
-        if str(e.filename) not in (str(root), str(lock)):
-            raise
-        raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
+    lock, made = root / f"{LOCK}-{share.rank}", []
+
+    def tidy() -> None:
+        with contextlib.suppress(OSError):
+            if made and not content(root):  # nothing came of it
+                lock.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+
+    with contextlib.ExitStack() as stack:
+        try:
+            made += [p for p in (root, *root.parents) if not p.exists()]
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock))
+        except BlockingIOError as e:
+            raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
+        except OSError as e:
+            tidy()
+            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; name another folder by --out") from e
+        stack.callback(tidy)
+        yield
 
 
 def refuse_drift(saved: Config, config: Config) -> list[str]:
@@ -258,39 +322,79 @@ def refuse_drift(saved: Config, config: Config) -> list[str]:
     return [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
 
 
-def new_run_folder(config: Config, out: Path | None) -> Path:
-    """Where a fresh run goes: `out`, which must hold none yet, or the first free runs/PRESET[-N]. Raises RunError."""
-    if out is None:
-        names = [config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000))]
-        return next(RUNS / n for n in names if not (RUNS / n).exists())
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out: {str(out)!r} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise RunError(f"--out: {str(out)!r} is not empty; add --resume to go on with it, or name another folder")
-    return out
+def choose(
+    preset: str | None, out: Path | None, overrides: list[str], fields: dict[str, Any], resume: bool
+) -> tuple[Path | None, Config]:
+    """The run folder that was asked for, if any, and the configuration. Raises ConfigError, RunError."""
+    root, saved = out, None
+    if resume:
+        from diffussm_cli import runs
+
+        root = out or runs.newest_run(RUNS, Path(preset or DEFAULT_PRESET).stem)
+        if root is not None and preset is None:
+            saved = _saved_with(root, "--out" if out else "--resume", overrides, fields)
+    config = saved or load_config(preset or DEFAULT_PRESET, overrides, fields)
+    refuse_foreign_code(config, overrides)
+    return root, config
 
 
-def _resumed_folder(preset: str | None, out: Path | None, auto: bool) -> Path | None:
-    """The run to go on with; with `auto` one that has no checkpoint yet too, or None to begin. Raises RunError."""
+def _saved_with(root: Path, option: str, overrides: list[str], fields: dict[str, Any]) -> Config | None:
+    """The configuration of a run with changes, or None of a run that has not begun. Raises RunError, ConfigError."""
     from diffussm_cli import runs
 
-    name = Path(preset or DEFAULT_PRESET).stem
-    root = out or runs.newest_run(RUNS, name)
-    if root is not None and root.is_dir() and runs.checkpoints(root):
-        return root
-    if auto:  # a run that was stopped before its first checkpoint begins again in its folder
-        return root if root is not None and (root / runs.CONFIG).is_file() else None
+    if (root / runs.CONFIG).exists():
+        return config_from_dict(to_dict(runs.read_config(root, option)), str(root), overrides, fields)
+    if runs.checkpoints(root):
+        raise RunError(
+            f"{option}: {str(root)!r} has checkpoints but no {runs.CONFIG}; "
+            "give the --preset and --set that the run was made with"
+        )
+    return None
+
+
+def refuse_foreign_code(config: Config, overrides: list[str]) -> None:
+    """Raises ConfigError for code that a file wants to run: a run folder or a YAML file may come from a stranger."""
+    given = any(override.partition("=")[0].strip() == "eval.extractor" for override in overrides)
+    if not config.eval.every or given:
+        return
+    from diffussm_cli.evaluation import features
+
+    name = config.eval.extractor
+    if name not in (features.AUTO, *features.NAMES):
+        raise ConfigError(
+            f"eval.extractor: {name!r} is code, and this command line does not name it; "
+            f"if you trust it: --set eval.extractor={shlex.quote(name)}"
+        )
+
+
+def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
+    """`root`, or the first of runs/PRESET, runs/PRESET-2, ... that holds nothing and that no process is about to fill.
+
+    Raises:
+        RunError: if a run cannot begin there, or with `resume` go on.
+    """
+    from diffussm_cli import runs
+    from diffussm_cli.files import LOCK, content, locked
+
     if root is None:
-        raise RunError(f"--resume: no run of {name} in {RUNS}/; name its folder by --out")
-    if not root.is_dir():
-        raise RunError(f"--resume: no run folder {str(root)!r}")
-    raise RunError(f"--resume: {str(root)!r} holds no complete checkpoint; start again without --resume")
-
-
-def _saved_with(root: Path, overrides: list[str], fields: dict[str, Any]) -> Config:
-    from diffussm_cli import runs
-
-    return config_from_dict(to_dict(runs.read_config(root)), str(root), overrides, fields)
+        names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
+        for folder in (RUNS / name for name in names):
+            if not folder.exists():
+                return folder
+            if folder.is_dir() and not content(folder):
+                with contextlib.suppress(OSError), locked(folder / f"{LOCK}-0"):
+                    return folder
+        raise RunError(f"--out: {RUNS}/ holds {len(names)} runs of {config.preset}; name a folder")
+    if root.exists() and not root.is_dir():
+        raise RunError(f"--out: {str(root)!r} is a file; name a folder")
+    held = content(root) if root.exists() else set()
+    begun = bool(runs.checkpoints(root) or held & {runs.FINAL, runs.BEST})
+    foreign = held - runs.BEFORE_CHECKPOINTS
+    if resume and foreign and not begun and runs.CONFIG not in held:
+        raise RunError(f"--out: {str(root)!r} is not empty and holds no run; name another folder")
+    if not resume and (begun or foreign):
+        raise RunError(f"--out: {str(root)!r} is not empty; add --resume to go on with it, or name another folder")
+    return root
 
 
 # ------------------------------------------------------------------------------------------------- showing
@@ -345,6 +449,17 @@ def stop_on_signal() -> Iterator[Asked]:
 
 
 @contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """An OSError of TensorBoard's thread is raised again by the next record; Python would show its traceback too."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextlib.contextmanager
 def progress(console, trainer) -> Iterator[Callable[[dict], None]]:
     """A bar on stderr with rate, loss and remaining time, moved by records."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -372,16 +487,18 @@ def progress(console, trainer) -> Iterator[Callable[[dict], None]]:
         yield show
 
 
-def report(console, trainer, root: Path, code: int | None) -> int:
+def report(say: Callable[[str], None], trainer, root: Path, code: int | None) -> int:
     """What came of it and what to do next; the exit code."""
+    from diffussm_cli import runs
+
     folder, steps = shlex.quote(str(root)), trainer.config.train.steps
     if trainer.step < steps:
-        console.print(f"stopped at step {trainer.step} of {steps}, checkpoint saved; go on with:")
-        console.print(f"  diffussm train --resume --out {folder}", soft_wrap=True, highlight=False)
+        say(f"stopped at step {trainer.step} of {steps}, checkpoint saved; go on with:")
+        say(f"  diffussm train --resume --out {folder}")
         return code or PREEMPTED  # of another process's signal
-    pictures = sorted((root / "samples").glob("step-*.png"))
-    console.print(f"trained {steps} steps; weights in {root / 'final'}", soft_wrap=True)
+    pictures = sorted((root / runs.SAMPLES).glob("step-*.png"))
+    say(f"trained {steps} steps; weights in {root / runs.FINAL}")
     if pictures:
-        console.print(f"pictures: {pictures[-1]}", soft_wrap=True)
-    console.print(f"draw more: diffussm sample {folder}", soft_wrap=True)
+        say(f"pictures: {pictures[-1]}")
+    say(f"draw more: diffussm sample {folder}")
     return 0

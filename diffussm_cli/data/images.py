@@ -1,12 +1,10 @@
-"""Images on disk: listed, opened with care, cropped as ADM does, written as PNG and as grids.
+"""Images on disk: opened with care, cropped as ADM does, written as PNG and as grids.
 
-Arrays are uint8; a folder of class folders gives labels in the sorted order of their names. Every picture becomes
-upright RGB or grey of 8 bits: 16-bit values are scaled, alpha is laid on white, CMYK, palettes and others are converted
-by Pillow without colour profiles, of an animation the first frame counts.
+Arrays are uint8. Every picture becomes upright RGB or grey of 8 bits: 16-bit values are scaled, alpha is laid on white,
+CMYK, palettes and others are converted by Pillow without colour profiles, of an animation the first frame counts.
 """
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,69 +15,15 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffussm_cli.device import helpers
 from diffussm_cli.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 1 << 26
 GRID = "grid.png"  # a picture of many images beside them; not one of them
-EVERYTHING = slice(None)
 # What Pillow's decoders raise when a file is damaged.
 DECODING = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, MemoryError)
 DECODING += (struct.error, Image.DecompressionBombError)
-
-
-class ImageFolder:
-    """A folder of images, or of one folder a class, as a training source; files are decoded as they are read."""
-
-    def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
-        if channels not in (1, 3):
-            raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
-        self.size, self.channels, self.flip = size, channels, flip
-        self.files, self.labels, self.class_names = list_images(root)
-        self._pool = helpers(min(8, os.cpu_count() or 1))
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
-    ) -> tuple[Tensor, Tensor]:
-        mirrored, chosen = coins(len(indices), self.flip, generator)[part], indices[part]
-        arrays = list(self._pool.map(lambda i: read_image(self.files[i], self.size, self.channels), chosen))
-        images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-        return to_model_space(images, mirrored), torch.tensor([self.labels[i] for i in chosen])
-
-
-def list_images(root: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Files, labels and class names below a folder, sorted by name; a flat folder has no class names and labels 0.
-
-    Raises:
-        DataError: if the folder is missing, unreadable or holds no image.
-    """
-    try:
-        entries = sorted(root.iterdir())
-    except OSError as e:
-        raise DataError(f"data.path: cannot read the folder {str(root)!r}: {e.strerror}") from e
-    classes = [p for p in entries if p.is_dir() and not p.name.startswith(".")]
-    files, labels = [], []
-    for label, folder in enumerate(classes):
-        found = [p for p in sorted(folder.rglob("*")) if _is_image(p)]
-        if not found:
-            raise DataError(f"data.path: the class folder {str(folder)!r} holds no image")
-        files += found
-        labels += [label] * len(found)
-    if not classes:
-        files = [p for p in entries if _is_image(p)]
-        labels = [0] * len(files)
-    if not files:
-        raise DataError(f"data.path: no image in {str(root)!r} (looked for {', '.join(SUFFIXES)})")
-    return files, labels, tuple(p.name for p in classes)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 @contextlib.contextmanager
@@ -147,9 +91,11 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 # ----------------------------------------------------------------------------------------------- model space
-def coins(n: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Which of n images are to be mirrored, bool (n,): each with probability 1/2 if `flip`, else none."""
-    return torch.rand(n, generator=generator) < 0.5 if flip else torch.zeros(n, dtype=torch.bool)
+def coins(flip: bool, generators: Sequence[torch.Generator]) -> Tensor:
+    """Which images are to be mirrored, one per generator, bool (B,): each with probability 1/2 if `flip`, else none."""
+    if not flip:
+        return torch.zeros(len(generators), dtype=torch.bool)
+    return torch.cat([torch.rand(1, generator=g) for g in generators]) < 0.5
 
 
 def to_model_space(pixels: Tensor, mirrored: Tensor | None = None) -> Tensor:
@@ -172,7 +118,7 @@ def save_png(pixels: Tensor, path: Path | BinaryIO) -> None:
     Image.fromarray(array).save(path, "PNG")
 
 
-def save_grid(pixels: Tensor, path: Path, columns: int, gap: int = 2, smallest: int = 56) -> None:
+def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, gap: int = 2, smallest: int = 56) -> None:
     """uint8 (n, C, H, W) as one picture, row by row; images under `smallest` pixels are enlarged whole times."""
     n, C, H, W = pixels.shape
     rows, times = -(-n // columns), max(1, smallest // max(H, W))

@@ -1,4 +1,4 @@
-"""What `encode` reads: every file of a source, in an order that is fixed, each with its place or the reason why not.
+"""The images of a folder or archive, in an order that is fixed; every other file with the reason why it is none.
 
 Three layouts: one folder a class; a flat folder (no classes); WebDataset shards (*.tar), where the label of KEY.jpg
 stands in KEY.cls as a whole number, and .json and .txt beside it are left alone. Tar members are read where they lie.
@@ -23,6 +23,7 @@ from diffussm_cli.errors import DataError
 
 MAX_FILE_BYTES = 1 << 28
 MAX_CLASS = 1 << 20
+UNREADABLE = "cannot be read"
 COMPANIONS = (".cls", ".json", ".txt")
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 
@@ -115,7 +116,7 @@ def _list_folder(root: Path) -> Listing:
     except OSError as e:
         raise DataError(f"cannot read the folder {str(root)!r}: {e.strerror}") from e
     ignored: list[tuple[str, str]] = []
-    folders = {n for n in names if not n.startswith(".") and (root / n).is_dir()}
+    folders = {n for n in names if not n.startswith(".") and os.path.isdir(root / n)}
     classes = [n for n in sorted(folders) if not _leads_back(root / n, root, ignored)]
     files = [n for n in names if n not in folders]
     archives = [n for n in files if _is_archive(n)]
@@ -146,7 +147,8 @@ def _list_classes(root: Path, classes: list[str], ignored: list[tuple[str, str]]
     for label, name in enumerate(classes):
         found = list(_entries(root, _files_below(root, name, ignored), label, ignored))
         if not found:
-            raise DataError(f"the class folder {str(root / name)!r} holds no image")
+            unreadable = next((reason for n, reason in ignored if n == name), "holds no image")
+            raise DataError(f"the class folder {str(root / name)!r} {unreadable}")
         entries += found
     return entries
 
@@ -156,7 +158,7 @@ def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> lis
     found: list[str] = []
 
     def unreadable(e: OSError) -> None:
-        ignored.append((os.path.relpath(e.filename, root), f"a folder that cannot be read: {e.strerror}"))
+        ignored.append((os.path.relpath(e.filename, root), f"{UNREADABLE}: {e.strerror}"))
 
     for parent, folders, names in os.walk(root / folder, onerror=unreadable):
         below = os.path.relpath(parent, root)
@@ -174,24 +176,22 @@ def _entries(root: Path, names: list[str], label: int, ignored: list[tuple[str, 
         path = root / name
         if path.name.startswith("."):
             ignored.append((name, "a hidden file"))
-        elif path.suffix.lower() in SUFFIXES or _begins_as_image(path):
-            yield Entry(name, label, _size(path))
+            continue
+        try:
+            found = path.stat()
+        except OSError:
+            found = None  # a broken link: an image that cannot be read, if its name says so
+        if found and not stat.S_ISREG(found.st_mode):
+            ignored.append((name, "not a regular file"))
+        elif path.suffix.lower() in SUFFIXES or (found and _begins_as_image(path)):
+            yield Entry(name, label, found.st_size if found else -1)
         else:
             ignored.append((name, "no image by its name or first bytes"))
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
 def _begins_as_image(path: Path) -> bool:
-    """Whether a file of another name begins as an image does; pipes and devices are not opened."""
+    """Whether a regular file of another name begins as an image does."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return False
         with path.open("rb") as file:
             head = file.read(12)
     except OSError:

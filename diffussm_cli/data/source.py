@@ -3,31 +3,84 @@
 B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   labels (B,) int64
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.data.images import coins, to_model_space
+from diffussm_cli.data.listing import list_source, read_entry
+from diffussm_cli.device import helpers
+from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
+
+AT_ONCE = 256  # images that are handed to the threads together
 
 
 class Source(Protocol):
-    """Images by index. What chance there is comes from the generator, so that a step can be repeated.
-
-    It is drawn for all indices though only `part` of them be read, so that processes which share a batch agree.
-    """
+    """Images by index. All chance comes from the generators, one per image, so that a step can be repeated."""
 
     class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, H, W) and labels (B,) of indices[part]."""
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) and labels (B,) of images, each with its own generator."""
+
+
+class ImageFolder:
+    """A folder of images as a training source, in any layout of `list_source`; files are decoded as they are read."""
+
+    def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
+        if channels not in (1, 3):
+            raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
+        self.size, self.channels, self.flip = size, channels, flip
+        self.listing = list_source(root, "data.path")
+        self.entries, self.class_names = self.listing.entries, self.listing.class_names
+        self._pool = helpers(min(8, own_cores()))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(np.stack(list(self._pool.map(self._decode, indices)))).permute(0, 3, 1, 2)
+        labels = torch.tensor([self.entries[i].label for i in indices])
+        return to_model_space(images, coins(self.flip, generators)), labels
+
+    def _decode(self, i: int) -> np.ndarray:
+        return read_entry(self.listing.root, self.entries[i], self.size, self.channels)
+
+    def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
+        """Decode images once; yields how many were decoded since the last time, and by index why some cannot be."""
+        for start in range(0, len(indices), AT_ONCE):
+            block = indices[start : start + AT_ONCE]
+            yield len(block), {i: reason for i, reason in zip(block, self._pool.map(self._reason, block)) if reason}
+
+    def _reason(self, i: int) -> str | None:
+        try:
+            self._decode(i)
+        except DataError as e:
+            return str(e).removeprefix(f"{Path(self.entries[i].name)}: ")
+        return None
+
+    def leave_out(self, names: Mapping[int, str]) -> None:
+        """Take images out of the set, each given by its index and name.
+
+        Raises:
+            DataError: if a name is not that of the index, or a class is left without an image.
+        """
+        for i, name in names.items():
+            if not 0 <= i < len(self.listing.entries) or self.listing.entries[i].name != name:
+                raise DataError(f"data.path: image {i} of {str(self.listing.root)!r} is no longer {name!r}")
+        self.entries = [e for i, e in enumerate(self.listing.entries) if i not in names]
+        lost = {e.label for e in self.listing.entries} - {e.label for e in self.entries}
+        for label in lost:
+            folder = self.listing.root / (self.class_names[label] if self.class_names else "")
+            raise DataError(f"data.path: {str(folder)!r} holds no image that can be read")
 
 
 def open_source(config: Config) -> Source:
@@ -36,7 +89,7 @@ def open_source(config: Config) -> Source:
     Raises:
         DataError, ConfigError: if it is missing, empty or does not fit the model.
     """
-    from diffussm_cli.data import builtin, images
+    from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
     from diffussm_cli.data.latents.reading import LatentStore
 
@@ -51,7 +104,7 @@ def open_source(config: Config) -> Source:
         source = LatentStore(Path(d.path), d.flip)
         _check_latents(config, source.settings)
     else:
-        source = images.ImageFolder(Path(d.path), d.size, d.channels, d.flip)
+        source = ImageFolder(Path(d.path), d.size, d.channels, d.flip)
     _check_classes(config, source)
     return source
 
@@ -65,7 +118,8 @@ def _check_classes(config: Config, source: Source) -> None:
         )
     wanted, found = config.model.num_classes, len(source.class_names)
     if wanted and wanted != found:
-        has = f"has {found} class folders" if found else "has no class folders"
+        kind = "classes" if config.data.path.startswith(BUILTIN) else "class folders"
+        has = f"has {found or 'no'} {kind}"
         raise ConfigError(f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}")
 
 

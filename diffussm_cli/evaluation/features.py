@@ -168,7 +168,10 @@ def _call_factory(name: str) -> tuple[nn.Module, str]:
         make = getattr(source, factory)
     except (ImportError, AttributeError) as e:
         raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
-    network = make()
+    try:
+        network = make()
+    except ImportError as e:  # of a package that it needs
+        raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
     if not isinstance(network, nn.Module):
         raise ConfigError(f"--extractor: {name!r} gives a {type(network).__name__}, not a torch.nn.Module")
     code = getattr(source, "__file__", None)

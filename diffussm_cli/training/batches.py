@@ -4,7 +4,9 @@ B global batch, of which each process takes its part   C channels   H x W grid
 """
 
 import functools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,8 @@ from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
 from diffussm_cli.device import helpers
 from diffussm_cli.distributed import ALONE, Share
+
+PREFETCH = 3  # batches
 
 
 @dataclass(frozen=True)
@@ -28,32 +32,47 @@ class Batch:
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
         """Images start..stop on a device."""
-        tensors = (self.x_0, self.t, self.noise, self.y)
-        return Batch(*(v if v is None else v[start:stop].to(device, non_blocking=True) for v in tensors))
+        return self.each(lambda tensor: tensor[start:stop].to(device, non_blocking=True))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """With every tensor changed."""
+        return Batch(*(v if v is None else change(v) for v in (self.x_0, self.t, self.noise, self.y)))
 
 
-def batches(source: Source, config: Config, start: int, share: Share = ALONE) -> Iterator[Batch]:
-    """Batches of steps start, start + 1, ..., the next one made in a thread while this one is used."""
+def batches(source: Source, config: Config, start: int, share: Share = ALONE, pinned: bool = False) -> Iterator[Batch]:
+    """Batches of steps start, start + 1, ..., made in a thread, up to PREFETCH of them ahead.
+
+    Args:
+        pinned: in page-locked memory, from which a CUDA device copies without a wait.
+    """
     with helpers() as worker:
-        following = worker.submit(make_batch, source, config, start, share)
-        for step in range(start, config.train.steps):
-            batch = following.result()
-            if step + 1 < config.train.steps:
-                following = worker.submit(make_batch, source, config, step + 1, share)
-            yield batch
+        waiting: deque[Future] = deque()
+        try:
+            for step in range(start, config.train.steps):
+                while len(waiting) < PREFETCH and step + len(waiting) < config.train.steps:
+                    waiting.append(worker.submit(make_batch, source, config, step + len(waiting), share, pinned))
+                yield waiting.popleft().result()
+        finally:
+            for batch in waiting:
+                batch.cancel()
 
 
-def make_batch(source: Source, config: Config, step: int, share: Share = ALONE) -> Batch:
-    """One process's part of the batch of optimiser step `step` (0, 1, ...)."""
+def make_batch(source: Source, config: Config, step: int, share: Share = ALONE, pinned: bool = False) -> Batch:
+    """One process's part of the batch of optimiser step `step` (0, 1, ...).
+
+    Everything random about an image is a function of (seed, step, its place in the batch), whoever draws it.
+    """
     seed, B = config.train.seed, config.train.batch_size
-    generator = torch.Generator().manual_seed(mixed_seed(seed, step))
-    part = slice(B * share.rank // share.of, B * (share.rank + 1) // share.of)
-    x_0, labels = source.read(indices_at(seed, step * B, B, len(source)), generator, part)
-    t = torch.randint(config.diffusion.timesteps, (B,), generator=generator)[part]
-    dropped = (torch.rand(B, generator=generator) < config.train.label_dropout)[part]
-    noise = torch.randn(B, *x_0.shape[1:], generator=generator)[part]
+    places = range(B)[B * share.rank // share.of : B * (share.rank + 1) // share.of]
+    indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop]
+    generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
+    x_0, labels = source.read(indices, generators)
+    t = torch.cat([torch.randint(config.diffusion.timesteps, (1,), generator=g) for g in generators])
+    dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
+    noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
     classes = config.model.num_classes
-    return Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None)
+    batch = Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None)
+    return batch.each(Tensor.pin_memory) if pinned else batch
 
 
 def indices_at(seed: int, position: int, count: int, n: int) -> np.ndarray:
@@ -73,6 +92,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def mixed_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers, without the collisions of a sum."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def image_seeds(seed: int, step: int, count: int) -> list[int]:
+    """One 63-bit seed for each image of a batch, without the collisions of a sum."""
+    states = np.random.SeedSequence([seed, step]).generate_state(count, np.uint64)
+    return (states >> np.uint64(1)).tolist()

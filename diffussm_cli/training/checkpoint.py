@@ -4,7 +4,6 @@ A checkpoint appears under its name when it is complete and on disk. What a late
 hashes, and the one before is taken.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import TrainConfig
 from diffussm_cli.device import helpers
+from diffussm_cli.distributed import Share, gather
 from diffussm_cli.errors import RunError
-from diffussm_cli.files import PARTIAL, sha256
+from diffussm_cli.files import PARTIAL
 from diffussm_cli.runs import (
     CHECKPOINTS,
     EMA,
@@ -26,10 +26,14 @@ from diffussm_cli.runs import (
     STATE,
     checkpoint_name,
     checkpoints,
+    damage,
+    newest_good,
     read_state,
     read_tensors,
     refuse_others,
+    step_of,
     whole_folder,
+    write_state,
     write_tensors,
 )
 from diffussm_cli.training.parallel import as_held, fill, whole
@@ -69,17 +73,14 @@ class CheckpointWriter:
     def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
         path = self.root / CHECKPOINTS / checkpoint_name(state["step"])
         with whole_folder(path) as folder:
-            hashes = {}
-            for name, content in tensors.items():
-                write_tensors(content, folder / name)
-                hashes[name] = sha256(folder / name)
-            (folder / STATE).write_text(json.dumps(state | {"sha256": hashes}))
+            hashes = {name: write_tensors(content, folder / name) for name, content in tensors.items()}
+            write_state(folder, state | {"sha256": hashes})
         self._remove_old(path.parent)
 
     def _remove_old(self, folder: Path) -> None:
         every, kept = self.config.keep_every, set(checkpoints(self.root)[-self.config.keep_checkpoints :])
         for old in checkpoints(self.root):
-            for_good = every and int(old.name.removeprefix("step-")) % every == 0
+            for_good = every and step_of(old) % every == 0
             if old not in kept and not for_good:
                 shutil.rmtree(old)
         for debris in folder.glob(f"{PARTIAL}*"):
@@ -102,6 +103,38 @@ def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, 
             if keep:
                 found[file][name] = complete if complete is tensor else complete.cpu()
     return found
+
+
+def agree_on_checkpoint(root: Path, share: Share) -> tuple[Path | None, list[str]]:
+    """The newest good checkpoint by the judgement of the first process, and what is wrong with newer ones.
+
+    The first process alone decides: another one may see a stale state of a shared file system.
+
+    Raises:
+        RunError: if there are checkpoints but no good one, or another process does not see the same bytes.
+    """
+    name, state, damaged = None, None, []
+    if share.rank == 0 and checkpoints(root):
+        newest, damaged = newest_good(root)
+        if newest is None:
+            raise RunError(
+                f"--resume: {root} has no good checkpoint: {damaged[0]}; name another --out to begin a new run"
+            )
+        name, state = newest.name, read_state(newest)
+    name, state = gather((name, state), share)[0]
+    if name is None:
+        return None, damaged
+    path = root / CHECKPOINTS / name
+    for rank, wrong in enumerate(gather(_difference(path, state) if share.rank else None, share)):
+        if wrong:
+            raise RunError(f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}")
+    return path, damaged
+
+
+def _difference(path: Path, state: dict[str, Any]) -> str | None:
+    """What makes a checkpoint another one than that of a state, or None."""
+    wrong = damage(path, (MODEL, EMA, OPTIMIZER))
+    return wrong or (None if read_state(path) == state else f"{path / STATE} differs")
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

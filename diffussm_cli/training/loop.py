@@ -22,8 +22,9 @@ from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.distributed import ALONE, Share, any_of, others, smallest, total
+from diffussm_cli.distributed import ALONE, Share, any_of, first_works, others, smallest, total
 from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.files import whole_file
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches
@@ -35,7 +36,8 @@ from diffussm_cli.training.parallel import compile_model, last_part_only, norm_o
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.scoring import Scoring
 
-RANDOMNESS = "a function of (seed, step)"  # all there is to say of random generators in a checkpoint
+# All there is to say of random generators in a checkpoint.
+RANDOMNESS = "a function of (seed, step, place in the batch)"
 
 Record = dict[str, Any]
 
@@ -103,26 +105,30 @@ class Trainer:
             scores = bool(every) and (last or self.step % every == 0)
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
-                with meter.paused():
+                with meter.paused(), first_works(self.share):
                     yield record | (self.scoring.score(self.averaged(), self.step) if scores else {})
-            with meter.paused():
-                if t.sample_every and (last or self.step % t.sample_every == 0):
-                    self.preview(last)
-                if last or stopped or self.step % t.checkpoint_every == 0:
-                    self.save()
+            previews = bool(t.sample_every) and (last or self.step % t.sample_every == 0)
+            saves = last or stopped or self.step % t.checkpoint_every == 0
+            if previews or saves:
+                with meter.paused(), first_works(self.share):
+                    if previews:
+                        self.preview(last)
+                    if saves:
+                        self.save()
             if stopped and not last:
                 self.writer.finish()
                 return
-        self.writer.finish()
-        weights = self.averaged().state_dict()
-        if self.share.rank == 0:
-            runs.write_weights(self.root / "final", self.config, weights)
+        with first_works(self.share):
+            self.writer.finish()
+            weights = self.averaged().state_dict()
+            if self.share.rank == 0:
+                runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
         start = self.step
         try:
-            yield from batches(self.source, self.config, start, self.share)
+            yield from batches(self.source, self.config, start, self.share, pinned=self.device.type == "cuda")
         except DataError:
             if self.step > start and self.share.of == 1:  # of several, the others are not at this point
                 self.save()
@@ -190,7 +196,7 @@ class Trainer:
             return None
         if not last:
             how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
-        return draw_grid(self, model, how, self.root / "samples" / f"step-{self.step:08d}.png")
+        return draw_grid(self, model, how, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
 
     def save(self) -> None:
         """Write a checkpoint of this step, or begin to. Raises RunError."""
@@ -250,5 +256,6 @@ def draw_grid(trainer: Trainer, model: nn.Module, sampling: SampleConfig, path: 
     sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
     drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_grid(torch.cat([images for _, images in drawn]), path, columns)
+    with whole_file(path) as file:
+        save_grid(torch.cat([images for _, images in drawn]), file, columns)
     return path

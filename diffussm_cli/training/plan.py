@@ -36,12 +36,9 @@ class Noise:
     def __len__(self) -> int:
         return 1 << 20
 
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = slice(None)
-    ) -> tuple[Tensor, Tensor]:
-        indices = indices[part]
-        labels = torch.randint(self.classes, (len(indices),), generator=generator)
-        return torch.randn(len(indices), *self.shape, generator=generator), labels
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        labels = torch.as_tensor(indices) % self.classes
+        return torch.stack([torch.randn(self.shape, generator=g) for g in generators]), labels
 
 
 def plan(config: Config, available: int | None) -> Plan:

@@ -1,8 +1,10 @@
 """What the loop measures between two records, and where records go: metrics.jsonl and TensorBoard."""
 
 import contextlib
+import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.distributed import ALONE, Share, total
+from diffussm_cli.files import write_text
+from diffussm_cli.runs import BOARD, LOG
 
 QUARTERS = 4
 
@@ -36,7 +40,7 @@ class Meter:
         quarter = torch.nn.functional.one_hot(t * QUARTERS // self.T, QUARTERS).float()  # (B, 4)
         part = {name: loss.detach().float().sum() for name, loss in losses.items()}
         part |= {"quarters": losses["mse"].detach().float() @ quarter, "in_quarters": quarter.sum(0)}
-        self._parts.append(part | {"images": torch.tensor(float(len(t)), device=self.device)})
+        self._parts.append(part | {"images": torch.full((), float(len(t)), device=self.device)})
         self.images += len(t)
 
     def end_step(self, norm: Tensor, bad: Tensor) -> None:
@@ -71,33 +75,59 @@ class Meter:
 
 
 class RecordWriter:
-    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, what lies beyond `step` is dropped."""
+    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, what lies beyond `step` is dropped.
+
+    What is damaged is renamed, and a new log begins; `warnings` says so to the user.
+    """
 
     def __init__(self, root: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        path = root / "metrics.jsonl"
-        kept = [line for line in path.read_text().splitlines() if _step(line) <= step] if path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(root / "tensorboard"), purge_step=step + 1)
+        path, board, self.root, self.warnings = root / LOG, root / BOARD, root, []
+        try:
+            kept = _lines_up_to(step, path.read_bytes()) if os.path.lexists(path) else []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            kept = []
+            self._set_aside(path)
+        if os.path.lexists(board) and not board.is_dir():
+            self._set_aside(board)
+        write_text(path, "".join(line + "\n" for line in kept))
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(str(board), purge_step=step + 1)
+
+    def _set_aside(self, path: Path) -> None:
+        names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        path.rename(aside)
+        self.warnings.append(f"{path} is damaged; it is now {aside.name}, and a new one begins")
 
     def write(self, record: dict) -> None:
+        """Raises OSError, naming the run folder, of this record or of what TensorBoard's thread wrote before."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps(plain) + "\n")
-        self.file.flush()
-        for name, value in plain.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+        with self._named():
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
+            for name, value in plain.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        with self._named(), contextlib.closing(self.board):
+            self.file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:  # a full disk names no file
+            e.filename = e.filename or str(self.root)
+            raise
 
 
-def _step(line: str) -> int:
-    """The step of a line; a line cut short by a kill counts as beyond all."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return 1 << 62
+def _lines_up_to(step: int, content: bytes) -> list[str]:
+    """The records up to a step; a last line cut short by a kill is dropped. Raises ValueError, KeyError, TypeError."""
+    *lines, last = content.decode().split("\n")
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        kept += [last] if json.loads(last)["step"] <= step else []
+    return kept

@@ -63,7 +63,7 @@ class Scoring:
         images = self.session.draw(sampler, seeds, sampler.labels(seeds), "averaged weights")
         measured, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in measured.items()}
-        best = self.root / "best"
+        best = self.root / runs.BEST
         if values and values["eval/fid"] < runs.read_metrics(best).get("eval/fid", float("inf")):
-            runs.write_weights(best, config, model.state_dict(), {"step": step, **values})
+            runs.write_weights(best, config, model.state_dict(), step, {"step": step, **values})
         return values

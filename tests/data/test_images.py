@@ -6,16 +6,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli.data import images
-from diffussm_cli.data.images import (
-    ImageFolder,
-    centre_crop,
-    coins,
-    list_images,
-    read_image,
-    save_grid,
-    to_model_space,
-    to_uint8,
-)
+from diffussm_cli.data.images import centre_crop, coins, read_image, save_grid, to_model_space, to_uint8
 from diffussm_cli.errors import DataError
 
 
@@ -26,40 +17,17 @@ def write(path, width=8, height=8, mode="RGB", **options):
     return path
 
 
-def generator():
-    return torch.Generator().manual_seed(0)
+def generators(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-def test_class_folders_are_sorted_and_numbered(tmp_path):
-    for name in ("b/2.png", "a/1.png", "b/sub/1.jpg", "a/notes.txt", ".hidden/3.png"):
-        path = tmp_path / name
-        write(path) if path.suffix != ".txt" else path.write_text("no image")
-    files, labels, names = list_images(tmp_path)
-    assert [f.relative_to(tmp_path).as_posix() for f in files] == ["a/1.png", "b/2.png", "b/sub/1.jpg"]
-    assert (labels, names) == ([0, 1, 1], ("a", "b"))
-
-
-def test_flat_folder_has_no_classes(tmp_path):
-    write(tmp_path / "1.png")
-    assert list_images(tmp_path)[1:] == ([0], ())
-
-
-def test_folder_reads_in_any_order(tmp_path):
-    for i in range(3):
-        Image.fromarray(np.full((6, 9, 3), 100 * i, np.uint8)).save(tmp_path / f"{i}.png")
-    source = ImageFolder(tmp_path, (4, 6), 3)
-    x, labels = source.read([2, 0], generator())
-    assert x.shape == (2, 3, 4, 6)
-    torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([200 / 127.5 - 1, -1.0]))
-    assert labels.tolist() == [0, 0]
-
-
-def test_flips_follow_the_generator():
+def test_flips_follow_the_generators():
     x = torch.arange(2, dtype=torch.uint8).repeat(64, 1, 1, 1)
-    once, again = (to_model_space(x, coins(len(x), True, generator())) for _ in range(2))
+    once, again = (to_model_space(x, coins(True, generators(64))) for _ in range(2))
     assert torch.equal(once, again)
     mirrored = once[:, 0, 0, 0] > once[:, 0, 0, 1]
     assert 16 < mirrored.sum() < 48
+    assert not coins(False, generators(64)).any()
     assert torch.equal(to_model_space(x), x / 127.5 - 1)
 
 
@@ -115,19 +83,6 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
         read_image(good, (8, 8), 3)
     with pytest.raises(DataError, match="none.png"):
         read_image(tmp_path / "none.png", (8, 8), 3)
-
-
-def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        list_images(tmp_path / "none")
-    with pytest.raises(DataError, match="no image in"):
-        list_images(tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="Not a directory"):
-        list_images(tmp_path / "file")
-    (tmp_path / "class").mkdir()
-    with pytest.raises(DataError, match="class folder .* holds no image"):
-        list_images(tmp_path)
 
 
 def test_pixel_rule():

@@ -1,5 +1,6 @@
 """What a source holds, in which order, and what becomes of files that are no images."""
 
+import errno
 import io
 import os
 import tarfile
@@ -140,6 +141,23 @@ def test_sources_without_images(tmp_path):
         list_source(tmp_path)
 
 
+def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch):
+    write(tmp_path, **{"a/1.png": None, "a/sub/2.png": None, "b/1.png": None})
+    scandir = os.scandir
+
+    def forbid(path):
+        if os.path.basename(path) in forbidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    forbidden = ["sub"]
+    assert ("a/sub", "cannot be read: Permission denied") in list_source(tmp_path).ignored
+    forbidden = ["b"]
+    with pytest.raises(DataError, match=r"SOURCE: the class folder '.*b' cannot be read: Permission denied"):
+        list_source(tmp_path)
+
+
 def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
     jpg = io.BytesIO()
     picture(64, 64).save(jpg, "JPEG")
@@ -150,9 +168,10 @@ def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     found = list_source(tmp_path)
-    assert names(found) == sorted([*files, "loop.png", "gone.png", "pipe.png", "huge.png"])
+    assert names(found) == sorted([*files, "loop.png", "gone.png", "huge.png"])
+    assert found.ignored == [("pipe.png", "not a regular file")]
     reasons = {}
-    for entry in found.entries:
+    for entry in [*found.entries, listing.Entry("pipe.png", 0, 1)]:  # it may become a pipe later
         try:
             assert read_entry(tmp_path, entry, (8, 8)).shape == (8, 8, 3)
         except DataError as e:

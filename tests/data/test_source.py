@@ -1,6 +1,8 @@
 """Built-in sets, and how a configuration is matched with its data."""
 
 import importlib
+import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from PIL import Image
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data import builtin
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.listing import list_source
+from diffussm_cli.data.source import ImageFolder, open_source
 from diffussm_cli.errors import ConfigError, DataError
 
 
@@ -69,3 +72,83 @@ def test_missing_data_says_what_to_do():
         open_source(load_config("digits", ["data.path=''"]))
     with pytest.raises(DataError, match="data.channels: 4 must be 1 or 3"):
         open_source(load_config("digits", ["data.path=x", "data.channels=4"]))
+
+
+# ------------------------------------------------------------------------------------------------ folders of images
+def generators(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
+def write(path, pixels=0, size=(9, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (pixels,) * 3).save(path)
+
+
+def test_folder_reads_in_any_order(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.png", 100 * i)
+    source = ImageFolder(tmp_path, (4, 6), 3)
+    x, labels = source.read([2, 0], generators(2))
+    assert x.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(x[:, 0, 0, 0], torch.tensor([200 / 127.5 - 1, -1.0]))
+    assert labels.tolist() == [0, 0]
+
+
+def test_class_folders_are_sorted_and_numbered(tmp_path):
+    for name in ("b/2.png", "a/1.png", "b/sub/1.jpg", ".hidden/3.png"):
+        write(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    source = ImageFolder(tmp_path, (4, 6), 3)
+    assert [e.name for e in source.entries] == ["a/1.png", "b/2.png", "b/sub/1.jpg"]
+    assert source.class_names == ("a", "b")
+    assert source.read(range(3), generators(3))[1].tolist() == [0, 1, 1]
+
+
+def test_bad_folders_are_named(tmp_path):
+    def refused(path, words):
+        with pytest.raises(DataError, match=words):
+            ImageFolder(path, (4, 6), 3)
+
+    refused(tmp_path / "none", "data.path: cannot read .*No such file")
+    refused(tmp_path, "data.path: no image in")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "Not a directory")
+    (tmp_path / "class").mkdir()
+    refused(tmp_path, "class folder .* holds no image")
+
+
+def test_training_and_encoding_list_the_same_files(tmp_path):
+    """Images by their first bytes, in tar shards, and nothing but regular files: a named pipe would be waited for."""
+    write(tmp_path / "data" / "1.png")
+    (tmp_path / "data" / "photo").write_bytes((tmp_path / "data" / "1.png").read_bytes())
+    os.mkfifo(tmp_path / "data" / "z.png")
+    source = ImageFolder(tmp_path / "data", (4, 6), 3)
+    assert source.entries == list_source(tmp_path / "data").entries
+    assert [e.name for e in source.entries] == ["1.png", "photo"]
+    assert source.read([0, 1], generators(2))[0].shape == (2, 3, 4, 6)
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
+        tar.add(tmp_path / "data" / "1.png", "x.png")
+    assert ImageFolder(tmp_path / "shards", (4, 6), 3).read([0], generators(1))[0].shape == (1, 3, 4, 6)
+
+
+def test_unreadable_images_are_found_and_left_out(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png"):
+        write(tmp_path / name)
+    (tmp_path / "a" / "2.png").write_bytes(b"text")
+    source = ImageFolder(tmp_path, (4, 6), 3)
+    found = list(source.check(range(3)))
+    assert sum(n for n, _ in found) == 3
+    assert found[0][1] == {1: "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"}
+    with pytest.raises(DataError, match=r"image 1 of .* is no longer 'a/3.png'"):
+        source.leave_out({1: "a/3.png"})
+    source.leave_out({1: "a/2.png"})
+    assert [e.name for e in source.entries] == ["a/1.png", "b/1.png"]
+    with pytest.raises(DataError, match=r"data.path: '.*b' holds no image that can be read"):
+        source.leave_out({2: "b/1.png"})
+
+
+def test_a_builtin_set_has_classes_and_no_folders():
+    pytest.importorskip("sklearn")
+    with pytest.raises(ConfigError, match="num_classes: 11, but builtin:digits has 10 classes; --set"):
+        open_source(load_config("digits", ["model.num_classes=11"]))

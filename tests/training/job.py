@@ -3,29 +3,36 @@
 torchrun --nproc-per-node 2 job.py OUT FAULT OVERRIDE...
 """
 
+import datetime
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from diffussm_cli import runs
+from diffussm_cli import distributed, runs
 from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import meeting, read_share
 from diffussm_cli.errors import DiffussmError
+from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.loop import Trainer
 
 
 def main(out: Path, fault: str, overrides: list[str]) -> None:
     torch.set_num_threads(1)
     share, config = read_share(), load_config("digits", overrides)
+    if fault == "roots":
+        out = out / str(share.rank)
+    if fault == "slow":
+        distributed.STEP = datetime.timedelta(seconds=2)
     with meeting(share):
         trainer = Trainer(config, open_source(config), out, share)
-        newest, _ = runs.newest_good(out)
+        newest, _ = agree_on_checkpoint(out, share)
         if newest is not None:
             trainer.resume(newest)
         records = list(trainer.run(inject(trainer, fault)))
@@ -48,7 +55,13 @@ def inject(trainer: Trainer, fault: str):
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
+    def slow_preview(last):
+        if trainer.share.rank == 0:
+            time.sleep(5)
+
     trainer.losses = faulty
+    if fault == "slow":
+        trainer.preview = slow_preview
     return lambda: here and fault == "stop" and trainer.step == 3
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import Share
-from diffussm_cli.training.batches import batches, indices_at, make_batch, mixed_seed
+from diffussm_cli.training import batches as module
+from diffussm_cli.training.batches import batches, image_seeds, indices_at, make_batch
 
 
 def same(a, b):
@@ -56,9 +57,9 @@ def test_timesteps_cover_all_and_noise_is_normal(tiny):
     assert abs(float(batch.noise.std()) - 1) < 0.01
 
 
-def test_mixed_seeds_do_not_collide():
-    seeds = {mixed_seed(a, b) for a in range(50) for b in range(50)}
-    assert len(seeds) == 2500
+def test_seeds_of_images_do_not_collide():
+    seeds = [s for a in range(10) for b in range(10) for s in image_seeds(a, b, 25)]
+    assert len(set(seeds)) == len(seeds) == 2500
     assert all(0 <= s < 2**63 for s in seeds)
 
 
@@ -74,3 +75,36 @@ def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
         assert [len(p.t) for p in parts] == [4, 4]
         for name in ("x_0", "t", "noise", *(["y"] if config.model.num_classes else [])):
             assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+
+
+def test_a_process_draws_only_its_own_part(tiny, monkeypatch):
+    """Of a batch of 8 on two processes, no more than 4 images are read, and noise is drawn for no more than 4."""
+    config = tiny("data.flip=true")
+    source, drawn, randn = open_source(config), [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **k: drawn.append(randn(*shape, **k)) or drawn[-1])
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda indices, generators: drawn_for(read, indices, generators, 4))
+    make_batch(source, config, 0, Share(1, 2))
+    assert sum(x.numel() for x in drawn) == 4 * 64
+
+
+def drawn_for(read, indices, generators, n):
+    assert len(indices) == len(generators) == n
+    return read(indices, generators)
+
+
+def test_batches_are_made_ahead(tiny, monkeypatch):
+    """While one is used, several are made; the last ones are not asked for beyond the end."""
+    config = tiny("train.steps=5")
+    made = []
+    make = module.make_batch
+    monkeypatch.setattr(module, "make_batch", lambda *a: made.append(a[2]) or make(*a))
+    stream = batches(open_source(config), config, 0)
+    next(stream)
+    stream.close()  # waits for the thread
+    assert made[0] == 0
+    assert len(made) <= module.PREFETCH
+    assert module.PREFETCH > 1
+    made.clear()
+    assert len(list(batches(open_source(config), config, 2))) == 3
+    assert made == [2, 3, 4]

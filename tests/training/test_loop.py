@@ -4,15 +4,25 @@ import dataclasses
 import errno
 import json
 import math
+import re
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
+from diffussm_cli.distributed import Share
 from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.files import sha256
 from diffussm_cli.training import checkpoint
+from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.optimizer import lr_factor
@@ -111,6 +121,72 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
     assert again.step == 2
 
 
+def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
+    """Not by reading gigabytes back: after SIGTERM seconds count. And the files are safetensors to everyone."""
+    monkeypatch.setattr("diffussm_cli.runs.sha256", lambda _: 1 / 0)
+    t = trainer(tiny("train.steps=2"), tmp_path)
+    list(t.run())
+    monkeypatch.undo()
+    newest, damaged = runs.newest_good(tmp_path)
+    assert (newest.name, damaged) == ("step-00000002", [])
+    saved = load_file(newest / runs.MODEL)
+    assert saved.keys() == t.model.state_dict().keys()
+    assert all(torch.equal(v, saved[k]) for k, v in t.model.state_dict().items())
+    mixed = {"a": torch.arange(3.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0).double()}
+    digest = runs.write_tensors(mixed, tmp_path / "mixed.safetensors")
+    assert digest == sha256(tmp_path / "mixed.safetensors")
+    read = load_file(tmp_path / "mixed.safetensors")
+    assert all(torch.equal(v, read[k]) and v.dtype == read[k].dtype for k, v in mixed.items())
+
+
+@pytest.mark.parametrize("other", ["the same", "another step", "a stale file", "nothing"])
+def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypatch, other):
+    """The second process looks at another root, as on a shared file system that shows it an old state."""
+    roots = [tmp_path / "0", tmp_path / "1"]
+    list(trainer(tiny(), roots[0]).run())
+    shutil.copytree(roots[0], roots[1])
+    newest = runs.checkpoints(roots[1])[-1]
+    if other == "another step":
+        (newest / runs.STATE).write_text((newest / runs.STATE).read_text().replace('"step": 4', '"step": 2'))
+    elif other == "a stale file":
+        shutil.copy(runs.checkpoints(roots[1])[0] / runs.EMA, newest / runs.EMA)
+    elif other == "nothing":
+        shutil.rmtree(roots[1])
+    first, said = trained_by(2, roots, monkeypatch)
+    if other == "the same":
+        assert [path.name for path, _ in first] == ["step-00000004"] * 2
+    else:
+        assert all(re.search("process 1 does not see the checkpoint of process 0 in .*step-00000004", s) for s in said)
+
+
+def test_a_process_that_sees_no_run_begins_when_the_first_does(tiny, tmp_path, monkeypatch):
+    """And not from a checkpoint that it alone sees."""
+    roots = [tmp_path / "0", tmp_path / "1"]
+    roots[0].mkdir()
+    list(trainer(tiny(), roots[1]).run())
+    first, _ = trained_by(2, roots, monkeypatch)
+    assert first == [(None, [])] * 2
+
+
+def trained_by(n, roots, monkeypatch):
+    """What `agree_on_checkpoint` gives to each of n processes, here threads, and what they raise."""
+    barrier, board = threading.Barrier(n, timeout=60), [None] * n
+
+    def gather(value, share):
+        board[share.rank] = value
+        barrier.wait()
+        found = list(board)
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(checkpoint, "gather", gather)
+    with ThreadPoolExecutor(n) as pool:
+        futures = [pool.submit(checkpoint.agree_on_checkpoint, roots[i], Share(i, n)) for i in range(n)]
+    errors = [f.exception() for f in futures]
+    assert all(e is None or isinstance(e, RunError) for e in errors), errors
+    return [f.result() for f in futures if f.exception() is None], [str(e) for e in errors if e]
+
+
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, background):
     t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
@@ -167,6 +243,42 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
         list(t.run())
     for k, v in weights(t).items():
         assert torch.equal(v, before[k]), k
+
+
+def test_a_step_does_not_wait_for_the_device(tiny, tmp_path, monkeypatch):
+    """torch.tensor of a Python number, and `item`, copy between host and device and wait for it."""
+    t = trainer(tiny("train.accumulate=2", "train.grad_clip=1"), tmp_path)
+    meter, batch = Meter(1000, t.device), make_batch(t.source, t.config, 0)
+    t.update(batch, meter)  # the optimiser makes its state
+
+    def wait(*_, **__):
+        raise AssertionError("waits for the device")
+
+    for owner, name in ((torch, "tensor"), (torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu")):
+        monkeypatch.setattr(owner, name, wait)
+    t.update(batch, meter)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_batches_for_cuda_are_page_locked(tiny, tmp_path, monkeypatch, kind):
+    t, pinned = trainer(tiny(), tmp_path), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    t.device = torch.device(kind)
+    next(t._batches())
+    assert pinned[:4] == ([(8, 1, 8, 8), (8,), (8, 1, 8, 8), (8,)] if kind == "cuda" else [])
+
+
+def test_a_kill_while_a_preview_is_written_leaves_none(tiny, tmp_path, monkeypatch):
+    t = trainer(tiny("train.sample_every=2", "train.sample_images=2"), tmp_path)
+
+    def die(image, file, *_, **__):
+        file.write(b"half") if hasattr(file, "write") else Path(file).write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(Image.Image, "save", die)
+    with pytest.raises(Killed):
+        list(t.run())
+    assert not list((tmp_path / "samples").glob("step-*"))
 
 
 def test_too_large_a_batch_is_one_line(tiny, tmp_path):

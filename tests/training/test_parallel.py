@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,10 +96,29 @@ def test_nan_on_one_of_two_is_left_out_by_both(tmp_path, parallel):
 def test_a_dead_process_ends_the_job_with_one_line(tmp_path):
     done = job(tmp_path / "run", 2, fault="die", check=False)
     assert done.returncode != 0
+    assert re.search(r"^another process of this job has ended; .*\(.*Connection.*\)$", done.stderr, re.M), done.stderr
     newest, damaged = runs.newest_good(tmp_path / "run")
     assert (newest.name, damaged) == ("step-00000002", [])
     rest, _ = job(tmp_path / "run", 2)
     assert [r["step"] for r in rest] == [3, 4, 5, 6]
+
+
+def test_the_others_wait_for_the_first_however_long_it_draws(tmp_path):
+    """Two seconds of patience within a step, a preview of five."""
+    records, _ = job(tmp_path / "run", 2, "train.sample_every=3", fault="slow")
+    assert records[-1]["step"] == 6
+
+
+def test_two_roots_do_not_diverge(tmp_path):
+    """The second process has no checkpoint in its own root: the job ends, and nothing is written."""
+    out = tmp_path / "run"
+    job(out, 1, "train.steps=2")
+    for rank in range(2):
+        shutil.copytree(out, tmp_path / "both" / str(rank), ignore=shutil.ignore_patterns("*.json" * rank or "x"))
+    done = job(tmp_path / "both", 2, fault="roots", check=False)
+    assert done.returncode != 0
+    assert "process 1 does not see the checkpoint of process 0" in done.stderr
+    assert [p.name for p in runs.checkpoints(tmp_path / "both" / "0")] == ["step-00000002"]
 
 
 def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_path):

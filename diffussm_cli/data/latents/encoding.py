@@ -42,10 +42,7 @@ from diffussm_cli.device import helpers, is_out_of_memory, keep_freed_memory, pi
 from diffussm_cli.distributed import ALONE, Share, own_cores, read_share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
-from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
-
-LOCK = ".lock"
-
+from diffussm_cli.files import LOCK, PARTIAL, content, locked, sha256, whole_file
 
 POLL_SECONDS = 0.2
 
@@ -443,7 +440,7 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
         try:
             lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
             store.mkdir(parents=True, exist_ok=True)
-            if _held(store) and not _held(store) & {MANIFEST, LISTING}:
+            if content(store) and not content(store) & {MANIFEST, LISTING}:
                 raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
             stack.enter_context(locked(lock))
         except BlockingIOError as e:
@@ -455,11 +452,6 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if made and not _held(store):  # nothing came of it
-                    lock.unlink()
+                if made and not content(store):  # nothing came of it
+                    lock.unlink(missing_ok=True)
                     store.rmdir()
-
-
-def _held(store: Path) -> set[str]:
-    """Names of what a store holds, locks and unfinished files aside."""
-    return {p.name for p in store.iterdir() if not p.name.startswith((LOCK, PARTIAL))}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.data.images import EVERYTHING, coins
+from diffussm_cli.data.images import coins
 from diffussm_cli.data.latents.manifest import SKIPPED, read_manifest
 from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.errors import DataError
@@ -64,12 +64,9 @@ class LatentStore:
             mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
-    def read(
-        self, indices: Sequence[int], generator: torch.Generator, part: slice = EVERYTHING
-    ) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
-        n, chosen = len(indices), indices[part]
-        mirrored = coins(n, self.flip, generator)[part]
-        mean, std = self.moments(chosen, mirrored.numpy() if self.flip else None)
-        z = torch.randn(n, *mean.shape[1:], generator=generator)[part].mul_(std).add_(mean)
-        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(chosen))]
+        mirrored = coins(self.flip, generators)
+        mean, std = self.moments(indices, mirrored.numpy() if self.flip else None)
+        z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).mul_(std).add_(mean)
+        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(indices))]

@@ -3,7 +3,6 @@
 C channels   H x W grid   S images of a shard
 """
 
-import json
 import math
 import mmap
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 
 from diffussm_cli.data.latents.manifest import StoreSettings, shard_name
 from diffussm_cli.errors import DataError
+from diffussm_cli.files import tensors_header
 
 SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 
@@ -32,13 +32,8 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
 
 def header(settings: StoreSettings, shard: int) -> bytes:
     """The bytes before the tensors of a shard: length and JSON, as safetensors has them."""
-    entries, end = {}, 0
-    for name, (dtype, shape) in layout(settings, shard).items():
-        start, end = end, end + SAFETENSORS[dtype].itemsize * math.prod(shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    tensors = layout(settings, shard).items()
+    return tensors_header({n: (t, shape, SAFETENSORS[t].itemsize * math.prod(shape)) for n, (t, shape) in tensors})
 
 
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
