@@ -33,11 +33,11 @@ from diffussm_cli.model.s4d.reference import s4d_kernel_naive
 from diffussm_cli.profiling import timing, work
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.memory import peak_bytes
+from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.loop import Trainer
-from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image

@@ -22,12 +22,12 @@ from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.distributed import ALONE, Share, meeting, read_share
 from diffussm_cli.profiling import memory, work
+from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.generate import generate
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.loop import Trainer
-from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 WARM_UP = 3  # training steps that are not counted
 

@@ -18,8 +18,8 @@ from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
 from diffussm_cli.device import keep_freed_memory
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 
 def timed(function: Callable, clock: Counter, name: str) -> Callable:

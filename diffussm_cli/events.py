@@ -44,6 +44,14 @@ class Warned(Event):
 
 
 @dataclass(frozen=True)
+class TrainingRecord(Event):
+    """What training measured since the last record; `steps` is the number of steps of the whole training."""
+
+    record: dict[str, Any]
+    steps: int
+
+
+@dataclass(frozen=True)
 class Result(Event):
     """What came of it; the last event of a session."""
 

@@ -215,9 +215,6 @@ MISTAKES = {
         ["train", "--preset", "digits", "--out", "/proc/nope/x"],
         "cannot write to '/proc/nope/x': No such file",
     ),
-        ["train", "--preset", "digits", "--out", "/proc/nope/x"],
-        "cannot write to '/proc/nope/x': No such file",
-    ),
     "too many images": (
         ["sample", "x", "--num", "10000000"],
         "Invalid value for '--num'",

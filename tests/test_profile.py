@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.profiling import plan as planning
 from diffussm_cli.profiling import timing
-from diffussm_cli.training import plan as planning
 from tests.test_cli import line_of, run
 
 

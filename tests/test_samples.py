@@ -21,7 +21,7 @@ from diffussm_cli.files import PARTIAL
 from diffussm_cli.sampling import open_sampler
 from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
-from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY, fill
 
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.commands.train import PREEMPTED
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.files import locked
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.stopping import PREEMPTED
 from tests.conftest import TINY
 from tests.test_cli import line_of, run
 

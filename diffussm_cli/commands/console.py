@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
 
 LONG = 60  # seconds; work that takes longer says so at its beginning
+ALARMS = {"left_out": "steps without finite numbers, left out", "spike": "risen to three times the median"}
 
 
 def make_console(quiet: bool = False):
@@ -40,6 +41,9 @@ def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None 
             if isinstance(event, Stage):
                 shown.stage(event.text)
                 continue
+            if isinstance(event, TrainingRecord):
+                shown.record(event)
+                continue
             shown.close()
             if isinstance(event, Message):
                 console.print(event.text)
@@ -57,7 +61,7 @@ class _Shown:
 
     def __init__(self, console):
         self.console, self._open = console, contextlib.ExitStack()
-        self._status = self._advance = None
+        self._status = self._advance = self._steps = None
         self._unit, self._done = "", 0
 
     def stage(self, text: str) -> None:
@@ -76,9 +80,21 @@ class _Shown:
         self._advance(event.done - self._done, event.news)
         self._done = event.done
 
+    def record(self, event: TrainingRecord) -> None:
+        record, step = event.record, event.record["step"]
+        news = f"loss {record['loss']:.4f}  {record['images_per_second']:.1f} images/s"
+        news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
+        if self._steps is None:
+            self.close()
+            self._steps = self._open.enter_context(_step_bar(self.console, event))
+        for name, words in ALARMS.items():
+            if name in record:
+                self.console.print(f"warning: step {step}: {words}: {record[name]}")
+        self._steps(step, news)
+
     def close(self) -> None:
         self._open.close()
-        self._status = self._advance = None
+        self._status = self._advance = self._steps = None
 
 
 @contextlib.contextmanager
@@ -108,6 +124,32 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
             progress.update(task, advance=n, news=f"{done / elapsed:.1f}/s  {news}")
 
         yield advance
+
+
+@contextlib.contextmanager
+def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr with loss, rate and remaining time of a training; without a terminal, a line per record."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    news_column = TextColumn("{task.fields[news]}", markup=False)
+    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
+        start, begun, announced = time.perf_counter(), first.record["step"], False
+
+        def show(step: int, news: str) -> None:
+            nonlocal announced
+            progress.update(task, completed=step, news=news)
+            if console.is_terminal:
+                return
+            console.print(f"step {step}/{first.steps}  {news}")
+            if not announced and step > begun:
+                announced = True
+                rest = (time.perf_counter() - start) / (step - begun) * (first.steps - step)
+                if rest > LONG:
+                    console.print(f"{first.steps - step:,} more steps will take about {duration(rest)}")
+
+        yield show
 
 
 def duration(seconds: float) -> str:

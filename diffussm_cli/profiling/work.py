@@ -30,6 +30,7 @@ class Setting:
     batch_size: int = 1
     repeats: int = 5
     depth: int | None = None  # measure that many blocks and scale to all
+    compiled: bool = False  # by torch.compile
 
 
 # --------------------------------------------------------------------------------------------------- the work
@@ -46,6 +47,8 @@ def build(config: Config, setting: Setting, depth: int) -> nn.Module:
         for module in model.modules():
             if isinstance(module, S4D):
                 module.reset_parameters()
+    if setting.compiled:
+        model.compile()
     return model
 
 

@@ -20,7 +20,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.distributed import meeting, read_share
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.trainer import Trainer
 
 
 def main(out: Path, fault: str, overrides: list[str]) -> None:

@@ -10,8 +10,8 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.test_cli import run
 

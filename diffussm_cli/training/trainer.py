@@ -70,6 +70,19 @@ class Trainer:
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.step = 0
 
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training begins."""
+        decoding = [self.decoding.warning] if self.decoding and self.decoding.warning else []
+        return decoding + (self.scoring.warnings if self.scoring else [])
+
+    def summary(self) -> str:
+        """Size, place and arithmetic of this training in one line."""
+        t, n = self.config.train, sum(p.numel() for p in self.model.parameters())
+        where = f"{self.device}" + (f", {self.share.of} processes ({t.parallel})" if self.share.of > 1 else "")
+        arithmetic = str(self.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
+        return f"{n:,} parameters on {where}, {arithmetic}"
+
     def _distribute(self) -> nn.Module:
         """What to call for a forward pass."""
         if self.share.of == 1:

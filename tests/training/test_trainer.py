@@ -24,9 +24,9 @@ from diffussm_cli.files import sha256
 from diffussm_cli.training import checkpoint
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.ema import EMA
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.optimizer import lr_factor
 from diffussm_cli.training.record import Meter, RecordWriter
+from diffussm_cli.training.trainer import Trainer
 
 
 def trainer(config, root):

@@ -13,8 +13,8 @@ from diffussm_cli.config import Config, EvalConfig
 from diffussm_cli.errors import RunError
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 
 class Plan(NamedTuple):
