@@ -237,6 +237,7 @@ DAMAGE = {
     "bit flipped in the optimiser": lambda c: flip(c / runs.OPTIMIZER),
     "truncated": lambda c: os.truncate(c / runs.EMA, 1000),
     "a file is gone": lambda c: (c / runs.OPTIMIZER).unlink(),
+    "a pipe": lambda c: [(c / runs.EMA).unlink(), os.mkfifo(c / runs.EMA)],
     "state cut short": lambda c: os.truncate(c / runs.STATE, 10),
     "hashes are no hashes": lambda c: (c / runs.STATE).write_text('{"step": 4, "sha256": 7}'),
     "state nested deep": lambda c: (c / runs.STATE).write_text("[" * 100_000),
@@ -283,6 +284,7 @@ LOGS = {
     "no object": lambda log: log.write_text("7\n"),
     "nested deep": lambda log: log.write_text("[" * 100_000 + "\n"),
     "a folder": lambda log: [log.unlink(), log.mkdir()],
+    "a pipe": lambda log: [log.unlink(), os.mkfifo(log)],
 }
 
 
