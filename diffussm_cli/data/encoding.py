@@ -42,8 +42,9 @@ from diffussm_cli.data.vae import VAE, VAEFacts
 from diffussm_cli.device import helpers, is_out_of_memory
 from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import LOCK, PARTIAL, content, locked, sha256, whole_file
+from diffussm_cli.files import PARTIAL, locked, sha256, whole_file
 
+LOCK = ".lock"
 POLL_SECONDS = 0.2
 
 
@@ -368,6 +369,7 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
     """
     if store.resolve().is_relative_to(source.resolve()):
         raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
+<<<<<<< HEAD
     with contextlib.ExitStack() as stack:
         try:
             lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
@@ -387,3 +389,27 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
                 if made and not content(store):  # nothing came of it
                     lock.unlink(missing_ok=True)
                     store.rmdir()
+=======
+    lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        if _held(store) and not _held(store) & {MANIFEST, LISTING}:
+            raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
+        with locked(lock):
+            try:
+                yield
+            finally:
+                if made and not _held(store):  # nothing came of it
+                    lock.unlink()
+                    with contextlib.suppress(OSError):
+                        store.rmdir()
+    except BlockingIOError as e:
+        raise DataError(f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first") from e
+    except OSError as e:
+        raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
+
+
+def _held(store: Path) -> set[str]:
+    """Names of what a store holds, locks and unfinished files aside."""
+    return {p.name for p in store.iterdir() if not p.name.startswith((LOCK, PARTIAL))}
+>>>>>>> wt-c
