@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,9 @@ def content(folder: Path) -> set[str]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks."""
+    """Hash of a file, read in blocks. Raises OSError, also for what is no regular file: a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

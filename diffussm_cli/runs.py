@@ -315,6 +315,8 @@ def read_skipped(root: Path) -> list[tuple[int | None, str, str]]:
     """What `write_skipped` wrote. Raises RunError."""
     path = root / SKIPPED
     try:
+        if not path.is_file():
+            raise ValueError
         lines = path.read_text(encoding="utf-8").splitlines()
         skipped = [(s["index"], s["file"], s["reason"]) for s in map(json.loads, lines)]
         if not all(i is None or type(i) is int for i, _, _ in skipped):

@@ -210,7 +210,10 @@ MISTAKES = {
     "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not text in UTF-8"),
     "NUL": (["train", "--data", "a\0b"], r"--data: 'a\x00b' holds a NUL byte"),
     "NUL in a field": (["train", "--set", r'data.path="a\0b"'], r"data.path: 'a\x00b' holds a NUL byte"),
-    "no such folder": (["train", "--preset", "digits", "--out", "/proc/nope/x"], "cannot write to '/proc/nope/x': No such file"),
+    "no such folder": (
+        ["train", "--preset", "digits", "--out", "/proc/nope/x"],
+        "cannot write to '/proc/nope/x': No such file",
+    ),
     "too many images": (
         ["sample", "x", "--num", "10000000"],
         "Invalid value for '--num'",

@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     config = load_config("digits", TINY)
     root = tmp_path_factory.mktemp("run")
     trainer = Trainer(config, open_source(config), root)
-    runs.write_weights(root / "final", config, fill(trainer.ema.model).state_dict())
+    runs.write_weights(root / "final", config, fill(trainer.ema.model).state_dict(), 0)
     return runs.find_run(root)
 
 

@@ -188,7 +188,7 @@ def leave_out_unreadable(console, source, config: Config, root: Path, share, fre
 
     if not isinstance(source, ImageFolder):
         return
-    if len(set(gather(source.listing.sha256(), share))) > 1:
+    if share.of > 1 and len(set(gather(source.listing.sha256(), share))) > 1:
         raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
     if fresh:
         mine, found = range(share.rank, len(source), share.of), {}
@@ -236,6 +236,7 @@ def prepare(config: Config, source, root: Path, checkpoint: Path | None, share, 
                     say(f"changed: {change}")
             else:
                 say(f"{root / runs.CONFIG} was missing; it is written again from this command line")
+            runs.read_metrics(root / runs.BEST)  # named now if damaged, not at the next evaluation
     trainer = Trainer(config, source, root, share)
     if checkpoint is not None:
         trainer.resume(checkpoint)

@@ -155,5 +155,8 @@ def _restore_optimizer(
         entries = {k: saved.get(f"{name}/{k}") for k in KINDS}
         if any(v is None or (k != "step" and v.shape != p.shape) for k, v in entries.items()):
             raise RunError(f"{path / OPTIMIZER}: optimiser state of another model: {name} does not fit")
-        moments = {k: as_held(v, p) for k, v in entries.items() if k != "step"}
+        if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
+            raise RunError(f"{path / OPTIMIZER}: damaged: {name} holds numbers that are not finite")
+        # A clone, because the tensor is a map of the file, which later goes with its checkpoint.
+        moments = {k: as_held(v.clone(), p) for k, v in entries.items() if k != "step"}
         optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}

@@ -84,10 +84,13 @@ class RecordWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         path, board, self.root, self.warnings = root / LOG, root / BOARD, root, []
-        try:
-            kept = _lines_up_to(step, path.read_bytes()) if os.path.lexists(path) else []
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            kept = []
+        kept: list[str] = []
+        if path.is_file():
+            try:
+                kept = _lines_up_to(step, path.read_bytes())
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                self._set_aside(path)
+        elif os.path.lexists(path):  # a folder, or a pipe that would be waited for
             self._set_aside(path)
         if os.path.lexists(board) and not board.is_dir():
             self._set_aside(board)

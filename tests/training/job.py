@@ -1,6 +1,6 @@
-"""What the tests of several processes start by torchrun: one job, its records and weights to a file.
+"""What the tests of several processes start by torchrun: jobs one after another, each with its records and weights.
 
-torchrun --nproc-per-node 2 job.py OUT FAULT OVERRIDE...
+torchrun --nproc-per-node 2 job.py JOBS.json, where JOBS.json holds [[OUT, FAULT, [OVERRIDE, ...]], ...]
 """
 
 import datetime
@@ -17,34 +17,30 @@ from diffussm_cli import distributed, runs
 from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import meeting, read_share
+from diffussm_cli.distributed import ALONE, Share, meeting, read_share
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.loop import Trainer
 
+PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first process
 
-def main(out: Path, fault: str, overrides: list[str]) -> None:
-    torch.set_num_threads(1)
-    share, config = read_share(), load_config("digits", overrides)
-    if fault == "roots":
-        out = out / str(share.rank)
-    if fault == "slow":
-        distributed.STEP = datetime.timedelta(seconds=2)
-    with meeting(share):
-        trainer = Trainer(config, open_source(config), out, share)
-        newest, _ = agree_on_checkpoint(out, share)
-        if newest is not None:
-            trainer.resume(newest)
-        records = list(trainer.run(inject(trainer, fault)))
-        weights = trainer.averaged().state_dict()
+
+def train(out: Path, fault: str, overrides: list[str], share: Share = ALONE) -> None:
+    """One job: from the newest checkpoint in `out`, if there is one; records.json and averaged.safetensors are left."""
+    config = load_config("digits", overrides)
+    trainer = Trainer(config, open_source(config), out, share)
+    newest, _ = agree_on_checkpoint(out, share)
+    if newest is not None:
+        trainer.resume(newest)
+    records = list(trainer.run(inject(trainer, fault)))
+    weights = trainer.averaged().state_dict()
     if share.rank == 0:
         (out / "records.json").write_text(json.dumps(records))
         runs.write_tensors(weights, out / "averaged.safetensors")
-    leave(0)
 
 
 def inject(trainer: Trainer, fault: str):
-    """The fault, in the second process; gives what `run` asks whether to stop."""
+    """The fault, in the second process or in the preview of the first; gives what `run` asks whether to stop."""
     here, losses = trainer.share.rank == 1, trainer.losses
 
     def faulty(part):
@@ -55,18 +51,21 @@ def inject(trainer: Trainer, fault: str):
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    def slow_preview(last):
-        if trainer.share.rank == 0:
-            time.sleep(5)
-
     trainer.losses = faulty
     if fault == "slow":
-        trainer.preview = slow_preview
+        trainer.preview = lambda last: here or time.sleep(SLOW)
     return lambda: here and fault == "stop" and trainer.step == 3
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    if any(fault == "slow" for _, fault, _ in jobs):
+        distributed.STEP = datetime.timedelta(seconds=PATIENCE)
     try:
-        main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+        with meeting(read_share()):
+            for out, fault, overrides in jobs:
+                train(Path(out), fault, overrides, read_share())
+        leave(0)
     except DiffussmError as e:
         sys.exit(str(e))

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +12,62 @@ import torch
 
 from diffussm_cli import runs
 from tests.conftest import TINY
+from tests.training.job import train
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.slow
 JOB = Path(__file__).parent / "job.py"
 SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1"]
+WAYS = {
+    "ddp": ["train.parallel=ddp"],
+    "fsdp": ["train.parallel=fsdp"],
+    "accumulated": ["train.accumulate=4"],
+    "all": ["train.parallel=fsdp", "train.accumulate=2", "train.gradient_checkpointing=true"],
+}
 
 
-def job(out, processes=2, *overrides, fault="none", check=True):
-    out.mkdir(exist_ok=True)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *torchrun, JOB, out, fault, *SETTINGS, *overrides]
+def start(folder, jobs):
+    """Jobs by two processes in one start, which takes longer than the jobs: name in `folder` to fault and overrides."""
+    listed = []
+    for name, (fault, overrides) in jobs.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        listed.append([str(folder / name), fault, [*SETTINGS, *overrides]])
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(JOB.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
-    if check:
-        assert done.returncode == 0, done.stderr
-        return json.loads((out / "records.json").read_text()), runs.read_tensors(out / "averaged.safetensors")
-    return done
+    command = [sys.executable, *torchrun, str(JOB), str(folder / "jobs.json")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def outcome(folder):
+    """Records and averaged weights of a job."""
+    return json.loads((folder / "records.json").read_text()), runs.read_tensors(folder / "averaged.safetensors")
+
+
+def by_one(folder, *overrides):
+    """The outcome of a job by this process alone."""
+    folder.mkdir(exist_ok=True)
+    train(folder, "none", [*SETTINGS, *overrides])
+    return outcome(folder)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return job(tmp_path_factory.mktemp("alone"), 1)
+    return by_one(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A folder with what two processes did: each way, stopped, gone on with, and with a loss that is no number."""
+    folder = tmp_path_factory.mktemp("together")
+    jobs = {name: ("none", overrides) for name, overrides in WAYS.items()}
+    for name in ("ddp", "fsdp"):
+        by_one(folder / f"back-{name}", "train.steps=4")
+        jobs |= {f"{fault}-{name}": (fault, WAYS[name]) for fault in ("stop", "nan")}
+        jobs[f"back-{name}"] = ("none", WAYS[name])
+    done = start(folder, jobs)
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 def same_course(found, expected):
@@ -47,78 +80,52 @@ def same_course(found, expected):
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        ["train.parallel=ddp"],
-        ["train.parallel=fsdp"],
-        ["train.accumulate=4"],
-        ["train.parallel=fsdp", "train.accumulate=2", "train.gradient_checkpointing=true"],
-    ],
-    ids=lambda how: " ".join(how),
-)
-def test_two_processes_train_as_one(alone, tmp_path, how):
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(alone, together, way):
     """Loss, its parts, norms, update sizes and time scales of every step, and the averaged weights."""
-    same_course(job(tmp_path / "two", 2, *how), alone)
+    same_course(outcome(together / way), alone)
 
 
 def test_one_process_in_eight_parts_trains_as_one(alone, tmp_path):
-    same_course(job(tmp_path / "eight", 1, "train.accumulate=8"), alone)
+    same_course(by_one(tmp_path / "eight", "train.accumulate=8"), alone)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_checkpoint_of_two_is_one_of_one(alone, tmp_path, parallel):
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_checkpoint_of_two_is_one_of_one(alone, together, way):
     """Two processes stop at step 3 though only the second is asked to; one goes on, and the other way round."""
-    out = tmp_path / "run"
-    records, _ = job(out, 2, f"train.parallel={parallel}", fault="stop")
+    stopped = together / f"stop-{way}"
+    records, _ = outcome(stopped)
     assert records[-1]["step"] == 3
-    assert [p.name for p in runs.checkpoints(out)] == ["step-00000002", "step-00000003"]
-    rest, weights = job(out, 1)
+    assert [p.name for p in runs.checkpoints(stopped)] == ["step-00000002", "step-00000003"]
+    rest, weights = by_one(stopped)
     same_course((records + rest, weights), alone)
-    back = tmp_path / "back"
-    job(back, 1, "train.steps=4")
-    rest, weights = job(back, 2, f"train.parallel={parallel}")
+    rest, weights = outcome(together / f"back-{way}")
     same_course((alone[0][:4] + rest, weights), alone)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_nan_on_one_of_two_is_left_out_by_both(tmp_path, parallel):
-    records, weights = job(tmp_path / "run", 2, f"train.parallel={parallel}", fault="nan")
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_nan_on_one_of_two_is_left_out_by_both(together, way):
+    records, weights = outcome(together / f"nan-{way}")
     assert [r.get("left_out") for r in records] == [None, None, [3], None, None, None]
     assert records[2]["left_out_images"] == [16]
     assert records[2]["update/matrices"] == pytest.approx(records[1]["update/matrices"], rel=0.2)
     assert all(torch.isfinite(w).all() for w in weights.values())
-    for path in runs.checkpoints(tmp_path / "run"):
+    for path in runs.checkpoints(together / f"nan-{way}"):
         for file in (runs.MODEL, runs.EMA, runs.OPTIMIZER):
             assert all(torch.isfinite(v).all() for v in runs.read_tensors(path / file).values())
 
 
-def test_a_dead_process_ends_the_job_with_one_line(tmp_path):
-    done = job(tmp_path / "run", 2, fault="die", check=False)
+def test_patience_and_its_end(tmp_path):
+    """The others wait for what the first process does alone longer than for a step; a dead one ends the job at once."""
+    done = start(tmp_path, {"slow": ("slow", ["train.sample_every=3"]), "die": ("die", [])})
     assert done.returncode != 0
-    assert re.search(r"^another process of this job has ended; .*\(.*Connection.*\)$", done.stderr, re.M), done.stderr
-    newest, damaged = runs.newest_good(tmp_path / "run")
-    assert (newest.name, damaged) == ("step-00000002", [])
-    rest, _ = job(tmp_path / "run", 2)
-    assert [r["step"] for r in rest] == [3, 4, 5, 6]
-
-
-def test_the_others_wait_for_the_first_however_long_it_draws(tmp_path):
-    """Two seconds of patience within a step, a preview of five."""
-    records, _ = job(tmp_path / "run", 2, "train.sample_every=3", fault="slow")
+    records, _ = outcome(tmp_path / "slow")
     assert records[-1]["step"] == 6
-
-
-def test_two_roots_do_not_diverge(tmp_path):
-    """The second process has no checkpoint in its own root: the job ends, and nothing is written."""
-    out = tmp_path / "run"
-    job(out, 1, "train.steps=2")
-    for rank in range(2):
-        shutil.copytree(out, tmp_path / "both" / str(rank), ignore=shutil.ignore_patterns("*.json" * rank or "x"))
-    done = job(tmp_path / "both", 2, fault="roots", check=False)
-    assert done.returncode != 0
-    assert "process 1 does not see the checkpoint of process 0" in done.stderr
-    assert [p.name for p in runs.checkpoints(tmp_path / "both" / "0")] == ["step-00000002"]
+    assert re.search(r"^another process of this job has ended .*\(.*Connection.*\)$", done.stderr, re.M), done.stderr
+    newest, damaged = runs.newest_good(tmp_path / "die")
+    assert (newest.name, damaged) == ("step-00000002", [])
+    rest, _ = by_one(tmp_path / "die")
+    assert [r["step"] for r in rest] == [3, 4, 5, 6]
 
 
 def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_path):
