@@ -33,6 +33,7 @@ from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.files import PARTIAL, sha256, sync, tensors_header, write_text
 from diffussm_cli.model import build_model
 
+RUNS = Path("runs")
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
@@ -61,12 +62,17 @@ class TrainedRun:
 
 
 # ------------------------------------------------------------------------------------------------- reading
-def find_run(path: Path) -> TrainedRun:
+def find_run(path: Path | None) -> TrainedRun:
     """The averaged weights under a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
+
+    Without a path, those of the newest run in runs/.
 
     Raises:
         RunError: if there is none.
     """
+    path = path or newest_run(RUNS)
+    if path is None:
+        raise RunError(f"RUN: no run in {RUNS}/; train one first: diffussm train")
     if path.suffix == published.SUFFIX and path.is_file():
         return TrainedRun(path.with_suffix(""), published.published_config(path), path, None)
     if not path.is_dir():

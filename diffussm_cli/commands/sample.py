@@ -42,10 +42,10 @@ def sample(
     The same command continues where it was interrupted. Under torchrun the processes share the work.
     """
     from diffussm_cli.distributed import read_share
-    from diffussm_cli.runs import find_run, newest_run
+    from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 
-    console, trained = make_console(quiet=read_share().rank > 0), find_run(run or newest_run())
+    console, trained = make_console(quiet=read_share().rank > 0), find_run(run)
     if run is None:
         console.print(f"the newest run: {trained.label}")
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)

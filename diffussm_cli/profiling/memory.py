@@ -77,7 +77,7 @@ def resident_peak() -> int | None:
 def _kilobytes(path: Path, field: str) -> int | None:
     if not path.is_file():
         return None
-    fields = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    fields = dict(line.split(":", 1) for line in path.read_text(encoding="utf-8").splitlines() if ":" in line)
     return 1024 * int(fields[field].split()[0])
 
 

@@ -10,6 +10,7 @@ import torch
 
 from diffussm_cli.config import Config, load_config
 from diffussm_cli.device import check_compiler, has_bf16, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.distributed import read_share
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message, Result, Stage
 from diffussm_cli.profiling import timing
@@ -96,7 +97,7 @@ def make_setting(
 
 def cost_entry(config: Config, name: str | None = None) -> dict[str, Any]:
     """The cost of a configuration by formula, as plain values."""
-    c = cost(config, name)
+    c = cost(config, name, processes=read_share().of)
     return dataclasses.asdict(c) | {"gflops": c.gflops, "flops": 2e9 * c.gflops, "training_gflops": c.training_gflops}
 
 

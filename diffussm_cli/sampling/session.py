@@ -1,5 +1,6 @@
 """Drawing from a trained run into a folder, as `diffussm sample` does it."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -71,5 +72,5 @@ def sample(
         gather(None, share)
         if share.rank == 0:
             folder.finish(grid, npz)
-    yield Message(f"{num} images of {trained.label} in {path}")
+    yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     yield Result(grid)

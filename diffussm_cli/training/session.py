@@ -28,7 +28,6 @@ from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.trainer import Trainer
 
-RUNS = Path("runs")
 NAMED = 5  # unreadable images that an error names
 
 
@@ -128,7 +127,7 @@ def choose(
     """The run folder that was asked for, if any, and the configuration. Raises ConfigError, RunError."""
     root = out
     if resume and root is None:
-        root = runs.newest_run(RUNS, config.preset if config else Path(preset or DEFAULT_PRESET).stem)
+        root = runs.newest_run(runs.RUNS, config.preset if config else Path(preset or DEFAULT_PRESET).stem)
     if config is None and resume and root is not None and preset is None:
         config = _saved_config(root, "--out" if out else "--resume", overrides, fields)
     config = config or load_config(preset or DEFAULT_PRESET, overrides, fields)
@@ -167,13 +166,13 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
     """
     if root is None:
         names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
-        for folder in (RUNS / name for name in names):
+        for folder in (runs.RUNS / name for name in names):
             if not folder.exists():
                 return folder
             if folder.is_dir() and not content(folder):
                 with contextlib.suppress(OSError), locked(folder / f"{LOCK}-0"):
                     return folder
-        raise RunError(f"--out: {RUNS}/ holds {len(names)} runs of {config.preset}; name a folder")
+        raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; name a folder")
     if root.exists() and not root.is_dir():
         raise RunError(f"--out: {str(root)!r} is a file; name a folder")
     held = content(root) if root.exists() else set()
@@ -230,7 +229,7 @@ def leave_out_unreadable(
     """
     if not isinstance(source, ImageFolder):
         return
-    if len(set(gather(source.listing.sha256(), share))) > 1:
+    if share.of > 1 and len(set(gather(source.listing.sha256(), share))) > 1:
         raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
     if fresh:
         skipped = yield from _unreadable(source, share)
@@ -279,6 +278,7 @@ def _prepare(
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
                 yield Message(f"{root / runs.CONFIG} was missing; it is written again from this command line")
+            runs.read_metrics(root / runs.BEST)  # named now if damaged, not at the next evaluation
     trainer = Trainer(config, source, root, share)
     if checkpoint is not None:
         trainer.resume(checkpoint)
