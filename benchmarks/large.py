@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.profiling.memory import resident_peak
 from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.training.batches import make_batch

@@ -21,7 +21,7 @@ from diffussm_cli.data.latents import shard as shards
 from diffussm_cli.data.latents.manifest import StoreSettings
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Entry, Listing
-from diffussm_cli.distributed import Share
+from diffussm_cli.machine.processes import Share
 
 IMAGENET = 1_281_167
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import load_config
-from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model import s4d
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d.kernel import s4d_kernel

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import Config, load_config
-from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.distributed import ALONE, Share, meeting, read_share
+from diffussm_cli.machine.device import keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.processes import ALONE, Share, meeting, read_share
 from diffussm_cli.profiling import memory, work
 from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.generate import generate

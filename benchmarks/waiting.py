@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.training.batches import batches
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.trainer import Trainer

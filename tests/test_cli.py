@@ -15,12 +15,13 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffussm_cli import device, runs
+from diffussm_cli import runs
 from diffussm_cli.cli import app
 from diffussm_cli.commands import console
 from diffussm_cli.commands.options import parse_classes
 from diffussm_cli.config import config_from_dict, preset_names
-from diffussm_cli.files import PARTIAL, sha256
+from diffussm_cli.machine import device
+from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffussm_cli import device
 from diffussm_cli.data.source import open_source
-from diffussm_cli.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine import device
+from diffussm_cli.machine.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import float32_arithmetic
 

@@ -5,9 +5,9 @@ import datetime
 import pytest
 import torch.distributed as dist
 
-from diffussm_cli import distributed
-from diffussm_cli.distributed import Share, first_works, gather, meeting, others
 from diffussm_cli.errors import RunError
+from diffussm_cli.machine import processes as distributed
+from diffussm_cli.machine.processes import Share, first_works, gather, meeting, others
 
 LOST = {
     "gloo": "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:36431",

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents.encoding import decoding_processes
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.distributed import ALONE
 from diffussm_cli.errors import DataError
+from diffussm_cli.machine.processes import ALONE
 from tests.conftest import TINY, save_vae
 from tests.test_cli import line_of, run
 

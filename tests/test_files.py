@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from diffussm_cli.files import content, locked, whole_file, write_text
+from diffussm_cli.machine.files import content, locked, whole_file, write_text
 from tests.test_cli import line_of, run
 
 

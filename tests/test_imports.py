@@ -20,11 +20,9 @@ ROWS = [
     {"evaluation"},
     {"sampling"},
     {"runs"},
-    {"published"},
     {"model", "diffusion", "data"},
-    {"device", "distributed"},
-    {"config"},
-    {"errors", "events", "files", "presets", ""},
+    {"config", "machine"},
+    {"errors", "events", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 

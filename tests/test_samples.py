@@ -15,9 +15,9 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.config import config_from_dict, to_dict
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import RunError
-from diffussm_cli.files import PARTIAL
+from diffussm_cli.machine.files import PARTIAL
+from diffussm_cli.machine.processes import Share
 from diffussm_cli.sampling import open_sampler
 from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts

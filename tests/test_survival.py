@@ -19,7 +19,7 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import ImageFolder
-from diffussm_cli.files import locked
+from diffussm_cli.machine.files import locked
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.stopping import PREEMPTED
 from tests.conftest import TINY

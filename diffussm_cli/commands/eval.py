@@ -91,9 +91,9 @@ def evaluate(
         raise ConfigError("eval: name SAMPLES, as: diffussm eval images/ --reference REF.npz")
     if (target is not None) != make_ref:
         raise ConfigError("eval: --make-ref IMAGES REF.npz takes two names, the evaluation one")
-    from diffussm_cli.distributed import read_share
     from diffussm_cli.evaluation import session
     from diffussm_cli.evaluation.evaluate import parse_metrics
+    from diffussm_cli.machine.processes import read_share
 
     console, chosen = make_console(quiet=read_share().rank > 0), parse_metrics(metrics)
     common = {

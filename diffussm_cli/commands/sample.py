@@ -41,7 +41,7 @@ def sample(
 
     The same command continues where it was interrupted. Under torchrun the processes share the work.
     """
-    from diffussm_cli.distributed import read_share
+    from diffussm_cli.machine.processes import read_share
     from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 

@@ -74,7 +74,7 @@ def train(
         raise ConfigError(f"--resume: {resume!r} must be {AUTO}, or nothing")
     if preset is not None or resume == NEVER:  # mistakes are answered before torch is imported
         load_config(preset or DEFAULT_PRESET, overrides or [], fields)
-    from diffussm_cli.distributed import read_share
+    from diffussm_cli.machine.processes import read_share
     from diffussm_cli.training import session
     from diffussm_cli.training.stopping import stop_on_signal
 

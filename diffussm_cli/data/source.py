@@ -14,9 +14,9 @@ from torch import Tensor
 from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.processes import own_cores
 
 AT_ONCE = 256  # images that are handed to the threads together
 

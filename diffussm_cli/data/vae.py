@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import DEFAULT_VAE, Config
-from diffussm_cli.device import full_float32
 from diffussm_cli.errors import DataError, reason
+from diffussm_cli.machine.device import full_float32
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side

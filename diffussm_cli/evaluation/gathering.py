@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffussm_cli.device import full_float32
-from diffussm_cli.distributed import ALONE, Share, gather
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.sets import ImageSet
-from diffussm_cli.files import whole_file
+from diffussm_cli.machine.device import full_float32
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.machine.processes import ALONE, Share, gather
 
 
 @dataclass

@@ -6,10 +6,8 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli import published, runs
+from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig
-from diffussm_cli.device import keep_freed_memory, pick_device
-from diffussm_cli.distributed import ALONE, Share, meeting, read_share
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.evaluate import USUAL, evaluate_features, needs_images, possible, warnings
@@ -18,7 +16,10 @@ from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
 from diffussm_cli.evaluation.sets import ImageSet, open_images, probe
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
-from diffussm_cli.files import PARTIAL, whole_file
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
+from diffussm_cli.machine.files import PARTIAL, whole_file
+from diffussm_cli.machine.processes import ALONE, Share, meeting, read_share
+from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.sampling.folder import META, read_meta, sample_facts
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
@@ -255,7 +256,7 @@ def find_run_at(samples: str | Path) -> runs.TrainedRun | None:
     """The trained run at a path, or None if it is no run; then it should be images."""
     path = Path(samples)
     known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
-    return runs.find_run(path) if known or path.suffix == published.SUFFIX else None
+    return runs.find_run(path) if known or path.suffix == dit_checkpoint.SUFFIX else None
 
 
 def read_facts(samples: str | Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import Config
-from diffussm_cli.device import is_out_of_memory, keep_freed_memory
+from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory
 from diffussm_cli.model import build_model
 from diffussm_cli.profiling.work import Setting, build, workload
 

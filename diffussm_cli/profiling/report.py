@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from diffussm_cli.config import Config, load_config
-from diffussm_cli.device import check_compiler, has_bf16, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.distributed import read_share
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message, Result, Stage
+from diffussm_cli.machine.device import check_compiler, has_bf16, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.processes import read_share
 from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.count import count
 from diffussm_cli.profiling.figures import figure_3

@@ -16,13 +16,13 @@ import diffusers
 import numpy as np
 import torch
 
-from diffussm_cli import __version__, published
+from diffussm_cli import __version__
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
-from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import RunError, reading
-from diffussm_cli.files import sha256, whole_file
-from diffussm_cli.runs import TrainedRun
+from diffussm_cli.machine.files import sha256, whole_file
+from diffussm_cli.machine.processes import ALONE, Share
+from diffussm_cli.runs import TrainedRun, dit_checkpoint
 from diffussm_cli.sampling.sampler import Sampler
 
 IMAGES, META, NPZ = "images", "meta.json", "samples.npz"
@@ -48,7 +48,7 @@ FIXED = (
 
 def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
     """What decides the images of these seeds, for meta.json."""
-    config, foreign = trained.config, trained.weights.suffix == published.SUFFIX
+    config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
     finished = None if foreign else config.train.steps
     return {
         "run": str(trained.root),

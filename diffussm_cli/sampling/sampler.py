@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.vae import Decoding, open_decoding
-from diffussm_cli.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.errors import RunError
+from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.runs import TrainedRun, load_model
 from diffussm_cli.sampling.generate import generate, labels_of
 from diffussm_cli.sampling.precision import cast_products

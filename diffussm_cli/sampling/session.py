@@ -6,9 +6,9 @@ from pathlib import Path
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
-from diffussm_cli.distributed import gather, meeting, read_share
 from diffussm_cli.errors import writing
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.machine.processes import gather, meeting, read_share
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
 from diffussm_cli.sampling.sampler import open_sampler

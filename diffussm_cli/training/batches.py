@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import ALONE, Share
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.processes import ALONE, Share
 
 PREFETCH = 3  # batches
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import TrainConfig
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import Share, gather
 from diffussm_cli.errors import RunError
-from diffussm_cli.files import PARTIAL
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.files import PARTIAL
+from diffussm_cli.machine.processes import Share, gather
 from diffussm_cli.runs import (
     CHECKPOINTS,
     EMA,

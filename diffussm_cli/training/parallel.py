@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffussm_cli.device import check_compiler
-from diffussm_cli.distributed import Share
+from diffussm_cli.machine.device import check_compiler
+from diffussm_cli.machine.processes import Share
 from diffussm_cli.model.s4d.layer import S4D
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffussm_cli.distributed import ALONE, Share, total
-from diffussm_cli.files import write_text
+from diffussm_cli.machine.files import write_text
+from diffussm_cli.machine.processes import ALONE, Share, total
 from diffussm_cli.runs import BOARD, LOG
 
 QUARTERS = 4

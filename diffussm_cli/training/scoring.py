@@ -9,13 +9,13 @@ from torch import nn
 from diffussm_cli import runs
 from diffussm_cli.config import Config
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.distributed import ALONE, Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.evaluate import USUAL
 from diffussm_cli.evaluation.features import doubts
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.events import finish
+from diffussm_cli.machine.processes import ALONE, Share
 from diffussm_cli.sampling.sampler import Sampler
 
 

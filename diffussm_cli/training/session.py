@@ -18,12 +18,12 @@ from diffussm_cli import runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
 from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Source, open_source
-from diffussm_cli.device import keep_freed_memory
-from diffussm_cli.distributed import Share, first_works, gather, meeting, read_share
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
-from diffussm_cli.files import LOCK, content, locked, write_text
+from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.machine.files import LOCK, content, locked, write_text
+from diffussm_cli.machine.processes import Share, first_works, gather, meeting, read_share
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.trainer import Trainer

@@ -19,12 +19,12 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import save_grid
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
-from diffussm_cli.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.distributed import ALONE, Share, any_of, first_works, others, smallest, total
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.files import whole_file
+from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.machine.processes import ALONE, Share, any_of, first_works, others, smallest, total
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches

@@ -20,9 +20,9 @@ from diffussm_cli.data.latents.repair import verify
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import load_vae, read_facts
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import sha256
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.processes import Share
 from tests.conftest import save_vae
 
 SIZE = (16, 24)

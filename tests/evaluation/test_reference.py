@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import evaluate as ev
 from diffussm_cli.evaluation import gathering
@@ -19,6 +18,7 @@ from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
+from diffussm_cli.machine.processes import Share
 from tests.conftest import float32_arithmetic
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 
-from diffussm_cli import distributed, runs
+from diffussm_cli import runs
 from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import ALONE, Share, meeting, read_share
 from diffussm_cli.errors import DiffussmError
+from diffussm_cli.machine import processes as distributed
+from diffussm_cli.machine.processes import ALONE, Share, meeting, read_share
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.trainer import Trainer
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import Share
+from diffussm_cli.machine.processes import Share
 from diffussm_cli.training import batches as module
 from diffussm_cli.training.batches import batches, image_seeds, indices_at, make_batch
 

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
 from diffussm_cli import runs
-from diffussm_cli.device import check_compiler
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine.device import check_compiler
+from diffussm_cli.machine.processes import Share
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.training import parallel
 from tests.conftest import fill

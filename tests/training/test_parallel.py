@@ -132,7 +132,7 @@ def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_p
     """FSDP2 over one process: what the modules hold while they compute."""
     import torch.distributed as dist
 
-    from diffussm_cli.distributed import Share
+    from diffussm_cli.machine.processes import Share
     from diffussm_cli.model import DiffuSSM
     from diffussm_cli.training.parallel import shard, views_are_fine
 

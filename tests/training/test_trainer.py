@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.files import sha256
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.processes import Share
 from diffussm_cli.training import checkpoint
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.ema import EMA

@@ -38,11 +38,11 @@ from diffussm_cli.data.latents.manifest import (
 from diffussm_cli.data.latents.shard import empty_shard, header
 from diffussm_cli.data.listing import Listing, list_source, read_entry
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
-from diffussm_cli.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.distributed import ALONE, Share, own_cores, read_share
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
-from diffussm_cli.files import LOCK, PARTIAL, content, locked, sha256, whole_file
+from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file
+from diffussm_cli.machine.processes import ALONE, Share, own_cores, read_share
 
 POLL_SECONDS = 0.2
 

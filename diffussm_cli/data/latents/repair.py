@@ -21,10 +21,10 @@ from diffussm_cli.data.latents.manifest import LISTING, SKIPPED, ShardRecord, St
 from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.vae import read_facts
-from diffussm_cli.distributed import ALONE
 from diffussm_cli.errors import DataError
 from diffussm_cli.events import Event, Message, Result, Stage
-from diffussm_cli.files import sha256, whole_file
+from diffussm_cli.machine.files import sha256, whole_file
+from diffussm_cli.machine.processes import ALONE
 
 
 # --------------------------------------------------------------------------------------------- verifying

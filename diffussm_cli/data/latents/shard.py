@@ -12,7 +12,7 @@ import numpy as np
 
 from diffussm_cli.data.latents.manifest import StoreSettings, shard_name
 from diffussm_cli.errors import DataError
-from diffussm_cli.files import tensors_header
+from diffussm_cli.machine.files import tensors_header
 
 SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from diffussm_cli.device import full_float32
+from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
 
