@@ -114,7 +114,7 @@ def test_estimate_takes_fewer_images_where_memory_is_short(monkeypatch):
 
 def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     given = []
-    monkeypatch.setattr("diffussm_cli.device.pick_device", lambda name: torch.device("cuda", int(name[-1])))
+    monkeypatch.setattr("diffussm_cli.machine.device.pick_device", lambda name: torch.device("cuda", int(name[-1])))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
     monkeypatch.setattr(planning, "plan", lambda config, available: given.append(available) or planning.Plan(1, 1, 1))
     profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")

@@ -62,7 +62,7 @@ def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
     """In a fresh process: there the number of the main thread is not decided yet."""
     code = """
 import torch
-from diffussm_cli.device import helpers
+from diffussm_cli.machine.device import helpers
 with helpers(2) as pool:
     print(*pool.map(lambda _: torch.get_num_threads(), range(4)))
 print(torch.get_num_threads())
@@ -73,7 +73,7 @@ print(torch.get_num_threads())
 
 def test_no_pool_of_threads_is_made_elsewhere():
     """A thread that shares the cores with the one that computes slows it down."""
-    root = Path(device.__file__).parent
+    root = Path(device.__file__).parents[1]
     made = {p.name for p in root.rglob("*.py") for word in ("ThreadPoolExecutor(", "Thread(") if word in p.read_text()}
     assert made == {"device.py"}
 
