@@ -21,7 +21,7 @@ from diffussm_cli.data.latents import shard as shards
 from diffussm_cli.data.latents.manifest import StoreSettings
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Entry, Listing
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 
 IMAGENET = 1_281_167
 
@@ -72,7 +72,7 @@ def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
     """Random moments in the format of a store."""
     settings = make_settings(images, 32, shard_size)
     listing = Listing(folder, [Entry(str(i), 0, 0) for i in range(images)], (), [])
-    encoding.begin(folder, listing, settings, Share())
+    encoding.begin(folder, listing, settings, World())
     rng = np.random.default_rng(0)
     for shard in range(settings.shards):
         arrays = shards.empty_shard(settings, shard)

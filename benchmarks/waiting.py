@@ -59,9 +59,9 @@ def main() -> None:
             update(wait(following), meter)
         total = time.perf_counter() - start
     outside = total - clock["update"] + clock["record"]
-    share = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
-    share |= {"seconds_a_step": total / a.steps}
-    print(json.dumps({**share, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
+    world = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
+    world |= {"seconds_a_step": total / a.steps}
+    print(json.dumps({**world, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
 
 
 if __name__ == "__main__":

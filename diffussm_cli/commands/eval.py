@@ -93,9 +93,9 @@ def evaluate(
         raise ConfigError("eval: --make-ref IMAGES REF.npz takes two names, the evaluation one")
     from diffussm_cli.evaluation import session
     from diffussm_cli.evaluation.evaluate import parse_metrics
-    from diffussm_cli.machine.processes import read_share
+    from diffussm_cli.machine.processes import read_world
 
-    console, chosen = make_console(quiet=read_share().rank > 0), parse_metrics(metrics)
+    console, chosen = make_console(quiet=read_world().rank > 0), parse_metrics(metrics)
     common = {
         "extractor": extractor,
         "extractor_weights": extractor_weights,

@@ -41,11 +41,11 @@ def sample(
 
     The same command continues where it was interrupted. Under torchrun the processes share the work.
     """
-    from diffussm_cli.machine.processes import read_share
+    from diffussm_cli.machine.processes import read_world
     from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 
-    console, trained = make_console(quiet=read_share().rank > 0), find_run(run)
+    console, trained = make_console(quiet=read_world().rank > 0), find_run(run)
     if run is None:
         console.print(f"the newest run: {trained.label}")
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
@@ -56,5 +56,5 @@ def sample(
     except KeyboardInterrupt:
         console.print("interrupted; finished images are kept, and the same command continues from there")
         raise
-    if read_share().rank == 0:
+    if read_world().rank == 0:
         typer.echo(found)

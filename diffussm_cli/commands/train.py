@@ -74,7 +74,7 @@ def train(
         raise ConfigError(f"--resume: {resume!r} must be {AUTO}, or nothing")
     if preset is not None or resume == NEVER:  # mistakes are answered before torch is imported
         load_config(preset or DEFAULT_PRESET, overrides or [], fields)
-    from diffussm_cli.machine.processes import read_share
+    from diffussm_cli.machine.processes import read_world
     from diffussm_cli.training import session
     from diffussm_cli.training.stopping import stop_on_signal
 
@@ -82,12 +82,12 @@ def train(
     if dry_run:
         show_plan(session.choose(None, out, **request)[1])
         return
-    share = read_share()
-    console = make_console(quiet=share.rank > 0)
+    world = read_world()
+    console = make_console(quiet=world.rank > 0)
     with stop_on_signal() as stop:
         found = follow(console, session.train(out=out, stop=lambda: stop.code is not None, **request))
     code = report(console, found, stop.code)
-    if share.of > 1:
+    if world.size > 1:
         leave(code)
     if code:
         raise typer.Exit(code)

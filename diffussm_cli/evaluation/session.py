@@ -18,7 +18,7 @@ from diffussm_cli.evaluation.sets import ImageSet, open_images, probe
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, whole_file
-from diffussm_cli.machine.processes import ALONE, Share, meeting, read_share
+from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.sampling.folder import META, read_meta, sample_facts
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
@@ -44,11 +44,11 @@ class EvaluationSession:
         device: str = "auto",
         batch_size: int = 64,
         cache: Path | None = None,
-        share: Share = ALONE,
+        world: World = ALONE,
     ):
         keep_freed_memory()
         self.asked, self.name, self.weights = extractor, extractor, weights
-        self.device, self.batch_size, self.cache, self.share = pick_device(device), batch_size, cache, share
+        self.device, self.batch_size, self.cache, self.world = pick_device(device), batch_size, cache, world
         self._extractor: Extractor | None = None
 
     @property
@@ -98,7 +98,7 @@ class EvaluationSession:
         yield Stage("loading the extractor")
         extractor = self.extractor
         yield Stage("looking for kept features")
-        work = Gathering(images, extractor, self.batch_size, self.cache, self.share)
+        work = Gathering(images, extractor, self.batch_size, self.cache, self.world)
         done, total = 0, len(work.part)
         yield Progress(0, total, what)
         for n in work.run():
@@ -130,7 +130,7 @@ class EvaluationSession:
         found = (yield from self.features(images, "samples")).result
         check_extractor(against, found.pool.shape[1], self.extractor)
         values: dict[str, float] = {}
-        if self.share.rank == 0:
+        if self.world.rank == 0:
             yield Stage("metrics")
             for name, value in evaluate_features(found, against, possible(metrics, found, against, lenient), half):
                 values[name] = value
@@ -177,9 +177,9 @@ def evaluate(
     """
     if out is not None:
         check_writable(out)
-    share = read_share()
-    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, share)
-    with meeting(share):
+    world = read_world()
+    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
+    with process_group(world):
         trained, size = find_run_at(samples), None
         if trained is None:
             images, facts = session.open(str(samples)), read_facts(samples)
@@ -193,7 +193,7 @@ def evaluate(
             raise ConfigError("--reference: name an .npz of ADM, one of --make-ref, or a folder of real images")
         against = session.reference(reference, resolution, size)
         values, gathered = yield from session.compare(images, against, metrics, half)
-    if share.rank:
+    if world.rank:
         return
     remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)
     if facts.get("decoded_by") == "linear preview":
@@ -238,11 +238,11 @@ def make_reference(
     if target.suffix != ".npz":
         raise ConfigError(f"--make-ref: {str(target)!r} must end in .npz")
     check_writable(target)
-    share = read_share()
-    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, share)
-    with meeting(share):
+    world = read_world()
+    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
+    with process_group(world):
         work = yield from session.features(session.open(str(images), resolution), "image")
-    if share.rank == 0:
+    if world.rank == 0:
         yield Stage("writing")
         kept = write_reference(target, work, count, seed)
         yield from map(Warned, doubts(session.asked, session.name, str(images)))

@@ -12,7 +12,7 @@ from diffussm_cli.config import Config, load_config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message, Result, Stage
 from diffussm_cli.machine.device import check_compiler, has_bf16, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.machine.processes import read_share
+from diffussm_cli.machine.processes import read_world
 from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.count import count
 from diffussm_cli.profiling.figures import figure_3
@@ -97,7 +97,7 @@ def make_setting(
 
 def cost_entry(config: Config, name: str | None = None) -> dict[str, Any]:
     """The cost of a configuration by formula, as plain values."""
-    c = cost(config, name, processes=read_share().of)
+    c = cost(config, name, processes=read_world().size)
     return dataclasses.asdict(c) | {"gflops": c.gflops, "flops": 2e9 * c.gflops, "training_gflops": c.training_gflops}
 
 

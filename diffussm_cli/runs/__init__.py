@@ -38,10 +38,10 @@ from diffussm_cli.runs.metadata import (
 from diffussm_cli.runs.weights import (
     DTYPES,
     TrainedRun,
+    check_weights_match,
     find_run,
     load_model,
     read_tensors,
-    refuse_others,
     write_tensors,
     write_weights,
 )
@@ -64,6 +64,7 @@ __all__ = [
     "SKIPPED",
     "STATE",
     "TrainedRun",
+    "check_weights_match",
     "checkpoint_name",
     "checkpoints",
     "damage",
@@ -77,7 +78,6 @@ __all__ = [
     "read_skipped",
     "read_state",
     "read_tensors",
-    "refuse_others",
     "step_of",
     "whole_folder",
     "write_skipped",

@@ -90,14 +90,14 @@ def load_model(trained: TrainedRun) -> nn.Module:
     with torch.device("meta"):
         model = build_model(trained.config)
     weights = read_tensors(trained.weights)
-    refuse_others(model.state_dict(), weights, trained.weights)  # before memory is taken for what a file asks for
+    check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is taken for what a file asks for
     model = model.to_empty(device="cpu")
     model.fill_position()
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
-def refuse_others(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+def check_weights_match(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
     """Raises RunError for weights of other names or shapes than a model's own, or that are no finite numbers."""
     wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
     if wrong:

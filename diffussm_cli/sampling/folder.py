@@ -21,7 +21,7 @@ from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.errors import RunError, reading
 from diffussm_cli.machine.files import sha256, whole_file
-from diffussm_cli.machine.processes import ALONE, Share
+from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
 from diffussm_cli.sampling.sampler import Sampler
 
@@ -91,14 +91,14 @@ class SampleFolder:
         check_same_request(self.path, self.facts)
         self._write_meta(complete=False)
 
-    def missing(self, share: Share = ALONE) -> list[range]:
+    def missing(self, world: World = ALONE) -> list[range]:
         """The batches of this process that still lack an image."""
         size = self.sampler.batch_size
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
         with os.scandir(self.path) as entries:  # a look at each of a million names would take half a minute
             there = {entry.name for entry in entries if entry.is_file()}
         wanting = [batch for batch in every if not all(file_name(seed) in there for seed in batch)]
-        return wanting[share.rank :: share.of]
+        return wanting[world.rank :: world.size]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
         """Draw and write the images that the batches lack; yields the number of seeds done."""

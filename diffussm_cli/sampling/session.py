@@ -8,7 +8,7 @@ from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
 from diffussm_cli.errors import writing
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
-from diffussm_cli.machine.processes import gather, meeting, read_share
+from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
 from diffussm_cli.sampling.sampler import open_sampler
@@ -47,7 +47,7 @@ def sample(
         DiffussmError: before anything is drawn where possible.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
-    share, seeds = read_share(), range(seed, seed + num)
+    world, seeds = read_world(), range(seed, seed + num)
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes)
@@ -57,20 +57,20 @@ def sample(
     if sampler.decoding.warning:
         yield Warned(sampler.decoding.warning)
     folder, grid = SampleFolder(path, sampler, seeds, facts), grid or path / GRID
-    with writing(f"--out: cannot write to {str(path)!r}"), meeting(share):
-        if share.rank == 0:
+    with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
+        if world.rank == 0:
             folder.begin()
-        gather(None, share)
+        gather(None, world)
         yield Stage("looking for finished images")
-        batches, done = folder.missing(share), 0
-        gather(None, share)  # every process looks before one draws
+        batches, done = folder.missing(world), 0
+        gather(None, world)  # every process looks before one draws
         total = sum(map(len, batches))
         yield Progress(0, total)
         for n in folder.draw(batches):
             done += n
             yield Progress(done, total)
-        gather(None, share)
-        if share.rank == 0:
+        gather(None, world)
+        if world.rank == 0:
             folder.finish(grid, npz)
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     yield Result(grid)

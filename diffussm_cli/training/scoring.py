@@ -15,7 +15,7 @@ from diffussm_cli.evaluation.features import doubts
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.events import finish
-from diffussm_cli.machine.processes import ALONE, Share
+from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.sampling.sampler import Sampler
 
 
@@ -33,15 +33,15 @@ class Scoring:
         device: torch.device,
         decoding: Decoding,
         dtype: torch.dtype,
-        share: Share = ALONE,
+        world: World = ALONE,
     ):
         if decoding.warning:
             raise DataError(f"eval.every: {decoding.warning}")
         path = reference_of(config)
         if path is None:
             raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images")
-        self.config, self.root, self.decoding, self.dtype, self.share = config, root, decoding, dtype, share
-        self.session = EvaluationSession(config.eval.extractor, device=str(device), share=share)
+        self.config, self.root, self.decoding, self.dtype, self.world = config, root, decoding, dtype, world
+        self.session = EvaluationSession(config.eval.extractor, device=str(device), world=world)
         self.session.choose(config.data.size, config.data.is_grey)
         self.warnings = doubts(self.session.asked, self.session.name, path)
         self.reference = self.session.reference(path, None, config.data.size)

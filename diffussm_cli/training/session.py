@@ -23,7 +23,7 @@ from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.machine.files import LOCK, content, locked, write_text
-from diffussm_cli.machine.processes import Share, first_works, gather, meeting, read_share
+from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.trainer import Trainer
@@ -72,33 +72,33 @@ def train(
     Raises:
         DiffussmError: of everything that a user can fix, before anything is built where possible.
     """
-    share, chosen = read_share(), None
-    if share.rank == 0:
+    world, chosen = read_world(), None
+    if world.rank == 0:
         found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
         chosen = run_folder(found, config, resume), config
-    with meeting(share, cuda=share.of > 1 and torch.cuda.is_available()):
-        root, config = gather(chosen, share)[0]  # what another process sees of the run folder may be stale
-        check_batch(config, share)
-        yield from _train_in(root, config, resume, share, stop)
+    with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
+        root, config = gather(chosen, world)[0]  # what another process sees of the run folder may be stale
+        check_batch(config, world)
+        yield from _train_in(root, config, resume, world, stop)
 
 
 def _train_in(
-    root: Path, config: Config, resume: bool, share: Share, stop: Callable[[], bool]
+    root: Path, config: Config, resume: bool, world: World, stop: Callable[[], bool]
 ) -> Generator[Event, None, None]:
     yield Stage("listing")
     source = open_source(config)
-    with held_alone(root, share), contextlib.ExitStack() as stack:
+    with held_alone(root, world), contextlib.ExitStack() as stack:
         yield Stage("looking for checkpoints")
-        checkpoint, damaged = agree_on_checkpoint(root, share)
+        checkpoint, damaged = agree_on_checkpoint(root, world)
         yield from (Message(f"skipped: {line}") for line in damaged)
         if resume and checkpoint is None:
             yield Message(f"no checkpoint in {root} yet; training begins")
-        yield from leave_out_unreadable(source, config, root, share, fresh=checkpoint is None)
+        yield from leave_out_unreadable(source, config, root, world, fresh=checkpoint is None)
         yield Stage("loading")
-        trainer = yield from _prepare(config, source, root, checkpoint, share)
+        trainer = yield from _prepare(config, source, root, checkpoint, world)
         steps = config.train.steps
-        complete = trainer.step >= steps and share.rank == 0 and runs.has_final(root, trainer.step)
-        if gather(complete, share)[0]:
+        complete = trainer.step >= steps and world.rank == 0 and runs.has_final(root, trainer.step)
+        if gather(complete, world)[0]:
             yield Message(f"{root} is at step {trainer.step} and train.steps is {steps}; nothing to do")
             yield Result(TrainingResult(root, trainer.step, steps, was_finished=True))
             return
@@ -106,7 +106,7 @@ def _train_in(
         if config.train.compile:
             yield Message("compiling: the first step takes one to several minutes, without a sign of progress")
         stack.enter_context(_quiet_threads())
-        writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if share.rank == 0 else None
+        writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
         for record in trainer.run(stop):
             if writer:
@@ -185,20 +185,20 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
     return root
 
 
-def check_batch(config: Config, share: Share) -> None:
+def check_batch(config: Config, world: World) -> None:
     """Raises ConfigError for a batch that the processes cannot share equally."""
     t = config.train
-    if t.batch_size % (share.of * t.accumulate):
+    if t.batch_size % (world.size * t.accumulate):
         raise ConfigError(
-            f"train.batch_size: {t.batch_size} cannot be shared by {share.of} processes in {t.accumulate} part(s) "
-            f"each; take a multiple of {share.of * t.accumulate}"
+            f"train.batch_size: {t.batch_size} cannot be shared by {world.size} processes in {t.accumulate} part(s) "
+            f"each; take a multiple of {world.size * t.accumulate}"
         )
 
 
 @contextlib.contextmanager
-def held_alone(root: Path, share: Share) -> Iterator[None]:
+def held_alone(root: Path, world: World) -> Iterator[None]:
     """Hold a run folder so that no other job writes to it meanwhile; make it if need be. Raises RunError."""
-    lock = root / f"{LOCK}-{share.rank}"
+    lock = root / f"{LOCK}-{world.rank}"
     with contextlib.ExitStack() as stack:
         try:
             made = [p for p in (root, *root.parents) if not p.exists()]
@@ -220,7 +220,7 @@ def held_alone(root: Path, share: Share) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------- before the loop
 def leave_out_unreadable(
-    source: Source, config: Config, root: Path, share: Share, fresh: bool
+    source: Source, config: Config, root: Path, world: World, fresh: bool
 ) -> Generator[Event, None, None]:
     """Decode every image of a folder before a run begins, so that none ends it after days; on resume use its record.
 
@@ -229,10 +229,10 @@ def leave_out_unreadable(
     """
     if not isinstance(source, ImageFolder):
         return
-    if share.of > 1 and len(set(gather(source.listing.sha256(), share))) > 1:
+    if world.size > 1 and len(set(gather(source.listing.sha256(), world))) > 1:
         raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
     if fresh:
-        skipped = yield from _unreadable(source, share)
+        skipped = yield from _unreadable(source, world)
         if skipped and not config.data.skip_unreadable:
             some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
             more = "; ..." if len(skipped) > NAMED else ""
@@ -240,49 +240,49 @@ def leave_out_unreadable(
                 f"data.path: {len(skipped)} of {len(source)} images in {config.data.path!r} cannot be read: "
                 f"{some}{more}; leave them out: --set data.skip_unreadable=true"
             )
-        if share.rank == 0 and config.data.skip_unreadable:
+        if world.rank == 0 and config.data.skip_unreadable:
             runs.write_skipped(root, skipped)
         if skipped:
             place = root / runs.SKIPPED
             yield Message(f"skipped: {len(skipped)} images that cannot be read; reasons in {place}")
     elif config.data.skip_unreadable:
-        skipped = gather(runs.read_skipped(root) if share.rank == 0 else None, share)[0]
+        skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
     else:
         return
     source.leave_out({i: name for i, name, _ in skipped if i is not None})
 
 
-def _unreadable(source: ImageFolder, share: Share) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
+def _unreadable(source: ImageFolder, world: World) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
     """Index, name and reason of every image that cannot be read, found by all processes together."""
-    mine, found, done = range(share.rank, len(source), share.of), {}, 0
+    mine, found, done = range(world.rank, len(source), world.size), {}, 0
     yield Progress(0, len(mine), "checking images")
     for checked, reasons in source.check(mine):
         done += checked
         found |= reasons
         yield Progress(done, len(mine), "checking images")
-    reasons = {i: reason for part in gather(found, share) for i, reason in part.items()}
+    reasons = {i: reason for part in gather(found, world) for i, reason in part.items()}
     skipped: list[tuple[int | None, str, str]] = [(i, source.entries[i].name, reasons[i]) for i in sorted(reasons)]
     return skipped + [(None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)]
 
 
 def _prepare(
-    config: Config, source: Source, root: Path, checkpoint: Path | None, share: Share
+    config: Config, source: Source, root: Path, checkpoint: Path | None, world: World
 ) -> Generator[Event, None, Trainer]:
     """A Trainer ready to run in `root`, whose configuration is on disk. Raises DiffussmError."""
     keep_freed_memory()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
-    with first_works(share):
-        if checkpoint is not None and share.rank == 0:
+    with first_works(world):
+        if checkpoint is not None and world.rank == 0:
             if (root / runs.CONFIG).exists():
                 changes = check_unchanged(runs.read_config(root, "--resume"), config)
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
                 yield Message(f"{root / runs.CONFIG} was missing; it is written again from this command line")
             runs.read_metrics(root / runs.BEST)  # named now if damaged, not at the next evaluation
-    trainer = Trainer(config, source, root, share)
+    trainer = Trainer(config, source, root, world)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    if share.rank == 0:
+    if world.rank == 0:
         try:
             write_text(root / runs.CONFIG, to_yaml(config))
         except OSError as e:

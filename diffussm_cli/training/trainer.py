@@ -24,7 +24,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
-from diffussm_cli.machine.processes import ALONE, Share, any_of, first_works, others, smallest, total
+from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches
@@ -32,7 +32,7 @@ from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_che
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
-from diffussm_cli.training.parallel import compile_model, last_part_only, norm_of, replicate, shard, whole
+from diffussm_cli.training.parallel import compile_model, full_tensor, last_part_only, norm_of, replicate, shard
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.scoring import Scoring
 
@@ -49,9 +49,9 @@ class Trainer:
     `decoding` is what previews are decoded with (None where there are none); its `warning` is for the user.
     """
 
-    def __init__(self, config: Config, source: Source, root: Path, share: Share = ALONE):
+    def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
         t = config.train
-        self.config, self.source, self.root, self.share = config, source, root, share
+        self.config, self.source, self.root, self.world = config, source, root, world
         self.device = pick_device(t.device)
         self.dtype = pick_dtype(t.precision, self.device)
         torch.manual_seed(t.seed)
@@ -64,7 +64,7 @@ class Trainer:
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
         self.scoring = (
-            Scoring(config, root, self.device, self.decoding, self.dtype, share) if config.eval.every else None
+            Scoring(config, root, self.device, self.decoding, self.dtype, world) if config.eval.every else None
         )
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
@@ -79,18 +79,18 @@ class Trainer:
     def summary(self) -> str:
         """Size, place and arithmetic of this training in one line."""
         t, n = self.config.train, sum(p.numel() for p in self.model.parameters())
-        where = f"{self.device}" + (f", {self.share.of} processes ({t.parallel})" if self.share.of > 1 else "")
+        where = f"{self.device}" + (f", {self.world.size} processes ({t.parallel})" if self.world.size > 1 else "")
         arithmetic = str(self.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
         return f"{n:,} parameters on {where}, {arithmetic}"
 
     def _distribute(self) -> nn.Module:
         """What to call for a forward pass."""
-        if self.share.of == 1:
+        if self.world.size == 1:
             return self.model
         if self.config.train.parallel == "ddp":
             return replicate(self.model, self.device)
         for model in (self.model, self.ema.model):
-            shard(model, self.share, self.device, self.dtype)
+            shard(model, self.world, self.device, self.dtype)
         return self.model
 
     def resume(self, checkpoint: Path) -> None:
@@ -109,21 +109,21 @@ class Trainer:
             DataError: if an image cannot be read; a checkpoint is written first.
         """
         t, every = self.config.train, self.config.eval.every
-        meter = Meter(self.config.diffusion.timesteps, self.device, self.share)
+        meter = Meter(self.config.diffusion.timesteps, self.device, self.world)
         for batch in self._batches():
             self._update_in_memory(batch, meter)
             self.writer.check()
             self.step += 1
-            last, stopped = self.step == t.steps, any_of(stop(), self.share)
+            last, stopped = self.step == t.steps, any_of(stop(), self.world)
             scores = bool(every) and (last or self.step % every == 0)
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
-                with meter.paused(), first_works(self.share):
+                with meter.paused(), first_works(self.world):
                     yield record | (self.scoring.score(self.averaged(), self.step) if scores else {})
             previews = bool(t.sample_every) and (last or self.step % t.sample_every == 0)
             saves = last or stopped or self.step % t.checkpoint_every == 0
             if previews or saves:
-                with meter.paused(), first_works(self.share):
+                with meter.paused(), first_works(self.world):
                     if previews:
                         self.preview(last)
                     if saves:
@@ -131,26 +131,26 @@ class Trainer:
             if stopped and not last:
                 self.writer.finish()
                 return
-        with first_works(self.share):
+        with first_works(self.world):
             self.writer.finish()
             weights = self.averaged().state_dict()
-            if self.share.rank == 0:
+            if self.world.rank == 0:
                 runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
         start = self.step
         try:
-            yield from batches(self.source, self.config, start, self.share, pinned=self.device.type == "cuda")
+            yield from batches(self.source, self.config, start, self.world, pinned=self.device.type == "cuda")
         except DataError:
-            if self.step > start and self.share.of == 1:  # of several, the others are not at this point
+            if self.step > start and self.world.size == 1:  # of several, the others are not at this point
                 self.save()
                 self.writer.finish()
             raise
 
     def _update_in_memory(self, batch: Batch, meter: Meter) -> None:
         try:
-            with others() if self.share.of > 1 else contextlib.nullcontext():
+            with peer_errors() if self.world.size > 1 else contextlib.nullcontext():
                 self.update(batch, meter)
         except RuntimeError as e:
             if not is_out_of_memory(e):
@@ -163,7 +163,7 @@ class Trainer:
 
     def update(self, batch: Batch, meter: Meter) -> None:
         """One optimiser step on a batch, in `accumulate` parts; left out by all if loss or gradient are not finite."""
-        t, own = self.config.train, self.config.train.batch_size // self.share.of
+        t, own = self.config.train, self.config.train.batch_size // self.world.size
         size, bad = own // t.accumulate, torch.zeros((), device=self.device)
         self.model.train()
         for start in range(0, own, size):
@@ -177,7 +177,7 @@ class Trainer:
         norm = norm_of(p.grad for p in self.model.parameters() if p.grad is not None)
         if t.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
-        bad = (total(bad + ~torch.isfinite(norm), self.share) > 0).float()
+        bad = (total(bad + ~torch.isfinite(norm), self.world) > 0).float()
         self.bad_steps.add(bad)
         meter.end_step(norm, bad)
         set_lr(self.optimizer, lr_factor(t, self.step))
@@ -199,13 +199,13 @@ class Trainer:
         if not isinstance(self.ema.model, FSDPModule):
             return self.ema.model
         model = build_model(self.config).to(self.device)
-        model.load_state_dict({k: whole(v) for k, v in self.ema.model.state_dict().items()})
+        model.load_state_dict({k: full_tensor(v) for k, v in self.ema.model.state_dict().items()})
         return model.eval().requires_grad_(False)
 
     def preview(self, last: bool) -> Path | None:
         """A grid from the averaged weights at fixed seeds, by the first process; the last one as `sample` draws it."""
         t, how, model = self.config.train, self.config.sample, self.averaged()
-        if self.share.rank:
+        if self.world.rank:
             return None
         if not last:
             how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
@@ -213,7 +213,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this step, or begin to. Raises RunError."""
-        t, first = self.config.train, self.share.rank == 0
+        t, first = self.config.train, self.world.rank == 0
         tensors = collect(self.model, self.ema.model, self.optimizer, keep=first)
         epoch, position = divmod(self.step * t.batch_size, len(self.source))
         state = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
@@ -249,10 +249,10 @@ class Trainer:
         """How far each group of weights moved in the last step, for their size; the range of the SSM's time scales."""
         found = {}
         for name, sums in update_ratios(self.optimizer).items():
-            moved, size = total(sums, self.share if self._in_parts else ALONE).tolist()
+            moved, size = total(sums, self.world if self._in_parts else ALONE).tolist()
             found[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
         for name, ends in time_scales(self.model).items():
-            least, most = smallest(ends, self.share if self._in_parts else ALONE).exp().tolist()
+            least, most = smallest(ends, self.world if self._in_parts else ALONE).exp().tolist()
             found |= {f"ssm/{name}_min": least, f"ssm/{name}_max": 1 / most}
         return found
 

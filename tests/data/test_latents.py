@@ -22,7 +22,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.files import sha256
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 from tests.conftest import save_vae
 
 SIZE = (16, 24)
@@ -55,8 +55,8 @@ def make_encoder(folder, flip=True, workers=0):
 
 def write_store(encoder):
     encoder.store.mkdir(exist_ok=True)
-    encoding.begin(encoder.store, encoder.listing, encoder.settings, Share())
-    list(encoding.encode(encoder, Share()))
+    encoding.begin(encoder.store, encoder.listing, encoder.settings, World())
+    list(encoding.encode(encoder, World()))
     return encoder.store
 
 

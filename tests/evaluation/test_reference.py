@@ -18,7 +18,7 @@ from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 from tests.conftest import float32_arithmetic
 
 
@@ -176,8 +176,8 @@ class Job:
     def __init__(self):
         self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
 
-    def gather(self, value, share):
-        self.said[share.rank] = value
+    def gather(self, value, world):
+        self.said[world.rank] = value
         self.meeting.wait()
         found = list(self.said)
         self.meeting.wait()
@@ -196,7 +196,7 @@ def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_pat
     def of_rank(rank):
         found = []
         for images in (reference, samples):
-            work = Gathering(images, digits, 5, tmp_path / str(rank), Share(rank, 2))
+            work = Gathering(images, digits, 5, tmp_path / str(rank), World(rank, 2))
             list(work.run())
             found.append(work.result.pool)
         return found

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine import processes as distributed
-from diffussm_cli.machine.processes import Share, first_works, gather, meeting, others
+from diffussm_cli.machine.processes import World, first_works, gather, peer_errors, process_group
 
 LOST = {
     "gloo": "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:36431",
@@ -26,7 +26,7 @@ OURS = [
 
 @pytest.mark.parametrize("message", LOST.values(), ids=LOST)
 def test_a_lost_connection_is_a_line_that_keeps_its_cause(message):
-    with pytest.raises(RunError, match="another process of this job has ended") as caught, others():
+    with pytest.raises(RunError, match="another process of this job has ended") as caught, peer_errors():
         raise RuntimeError(message)
     assert message.split()[-3:] == str(caught.value).rstrip(")").split()[-3:]
     assert "\n" not in str(caught.value)
@@ -34,7 +34,7 @@ def test_a_lost_connection_is_a_line_that_keeps_its_cause(message):
 
 @pytest.mark.parametrize("message", OURS)
 def test_other_errors_of_gloo_and_nccl_keep_their_traceback(message):
-    with pytest.raises(RuntimeError, match=message[:20]), others():
+    with pytest.raises(RuntimeError, match=message[:20]), peer_errors():
         raise RuntimeError(message)
 
 
@@ -44,9 +44,9 @@ def test_only_gather_waits_for_days(monkeypatch):
     monkeypatch.setattr(dist, "new_group", lambda backend, timeout: groups.append((backend, timeout)) or "patient")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, value, group: waited.append(group))
-    with meeting(Share(0, 2), cuda=True):
-        gather(1, Share(0, 2))
-        with first_works(Share(0, 2)):
+    with process_group(World(0, 2), cuda=True):
+        gather(1, World(0, 2))
+        with first_works(World(0, 2)):
             assert waited == ["patient"]
     assert waited == ["patient", "patient"]
     assert groups[0] == ("cpu:gloo,cuda:nccl", datetime.timedelta(minutes=10))

@@ -17,7 +17,7 @@ from diffussm_cli.config import config_from_dict, to_dict
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import PARTIAL
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 from diffussm_cli.sampling import open_sampler
 from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
@@ -79,10 +79,10 @@ def test_missing_images_are_drawn_again_the_same(trained, whole, tmp_path):
 def test_processes_share_the_batches(trained, whole, tmp_path):
     folder = request(trained, tmp_path)
     folder.begin()
-    shares = [folder.missing(Share(rank, 2)) for rank in (0, 1)]
-    assert [[list(b) for b in share] for share in shares] == [[[5, 6, 7], [11]], [[8, 9, 10]]]
-    for share in shares:
-        list(folder.draw(share))
+    shares = [folder.missing(World(rank, 2)) for rank in (0, 1)]
+    assert [[list(b) for b in world] for world in shares] == [[[5, 6, 7], [11]], [[8, 9, 10]]]
+    for world in shares:
+        list(folder.draw(world))
     assert contents(tmp_path) == contents(whole)
 
 

@@ -14,7 +14,7 @@ from torch.torch_version import TorchVersion
 from diffussm_cli import runs
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.device import check_compiler
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.training import parallel
 from tests.conftest import fill
@@ -73,7 +73,7 @@ def test_models_of_several_processes_are_compiled_once(kind):
     eager = copy.deepcopy(model)
     model.compile(backend=backend)
     if kind == "fsdp":
-        parallel.shard(model, Share(0, 1), CPU, torch.float32)
+        parallel.shard(model, World(0, 1), CPU, torch.float32)
     forward = parallel.replicate(model, CPU) if kind == "ddp" else model
     graphs = []
     for _ in range(2):

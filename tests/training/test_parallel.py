@@ -132,14 +132,14 @@ def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_p
     """FSDP2 over one process: what the modules hold while they compute."""
     import torch.distributed as dist
 
-    from diffussm_cli.machine.processes import Share
+    from diffussm_cli.machine.processes import World
     from diffussm_cli.model import DiffuSSM
     from diffussm_cli.training.parallel import shard, views_are_fine
 
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         model, seen = DiffuSSM(8, 1, 1, 16, 1, 2, 4, 5), {}
-        shard(model, Share(), torch.device("cpu"), torch.bfloat16)
+        shard(model, World(), torch.device("cpu"), torch.bfloat16)
         block = model.blocks[0]
         for name, module in (
             ("ssm", block.s4d),

@@ -20,7 +20,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.files import sha256
-from diffussm_cli.machine.processes import Share
+from diffussm_cli.machine.processes import World
 from diffussm_cli.training import checkpoint
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.ema import EMA
@@ -172,8 +172,8 @@ def trained_by(n, roots, monkeypatch):
     """What `agree_on_checkpoint` gives to each of n processes, here threads, and what they raise."""
     barrier, board = threading.Barrier(n, timeout=60), [None] * n
 
-    def gather(value, share):
-        board[share.rank] = value
+    def gather(value, world):
+        board[world.rank] = value
         barrier.wait()
         found = list(board)
         barrier.wait()
@@ -181,7 +181,7 @@ def trained_by(n, roots, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "gather", gather)
     with ThreadPoolExecutor(n) as pool:
-        futures = [pool.submit(checkpoint.agree_on_checkpoint, roots[i], Share(i, n)) for i in range(n)]
+        futures = [pool.submit(checkpoint.agree_on_checkpoint, roots[i], World(i, n)) for i in range(n)]
     errors = [f.exception() for f in futures]
     assert all(e is None or isinstance(e, RunError) for e in errors), errors
     return [f.result() for f in futures if f.exception() is None], [str(e) for e in errors if e]

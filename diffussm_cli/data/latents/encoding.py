@@ -42,7 +42,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
 from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file
-from diffussm_cli.machine.processes import ALONE, Share, own_cores, read_share
+from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
 
 POLL_SECONDS = 0.2
 
@@ -203,20 +203,20 @@ def _unwritable(store: Path, e: OSError) -> DataError:
     )
 
 
-def unfinished(store: Path, settings: StoreSettings, share: Share) -> list[int]:
+def unfinished(store: Path, settings: StoreSettings, world: World) -> list[int]:
     """The shards of a share that are still to be written."""
-    mine = range(share.rank, settings.shards, share.of)
+    mine = range(world.rank, settings.shards, world.size)
     missing = [i for i in mine if not ((store / shard_name(i)).exists() and _record_path(store, i).exists())]
     return [] if missing and read_manifest(store, "TARGET").complete else missing  # then the records were taken in
 
 
-def begin(store: Path, listing: Listing, settings: StoreSettings, share: Share) -> Manifest:
+def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) -> Manifest:
     """Take up a store; rank 0 starts one, and the others wait for it.
 
     Raises:
         DataError: if it was begun with other settings, naming the first difference.
     """
-    while share.rank and not (store / MANIFEST).exists():
+    while world.rank and not (store / MANIFEST).exists():
         time.sleep(POLL_SECONDS)
     if (store / MANIFEST).exists():
         manifest = read_manifest(store, "TARGET")
@@ -327,39 +327,39 @@ def encode_images(
     Raises:
         DiffussmError: before the VAE is loaded where possible.
     """
-    source, target, share = Path(source), Path(target), read_share()
+    source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
     listing = list_source(source)
     if strict and listing.ignored:
         raise DataError(f"--strict: {listing.ignored[0][0]}: {listing.ignored[0][1]}")
-    with open_store(target, source, share):
+    with open_store(target, source, world):
         yield Stage("loading the VAE")
         facts = read_facts(vae)
         check_resolution(resolution, facts)
         loaded = load_vae_on(facts, precision, device)
         options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
         settings = make_settings(listing, resolution, loaded, options)
-        if begin(target, listing, settings, share).complete:
+        if begin(target, listing, settings, world).complete:
             yield Message(f"{target} is complete already")
         else:
             encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict)
-            todo = unfinished(target, settings, share)
-            yield from progress(encode(encoder, share), sum(len(settings.span(i)) for i in todo))
-    if share.rank == 0:
+            todo = unfinished(target, settings, world)
+            yield from progress(encode(encoder, world), sum(len(settings.span(i)) for i in todo))
+    if world.rank == 0:
         manifest = read_manifest(target, "TARGET")
         yield from _summary(target, manifest, listing)
         yield Result(manifest)
 
 
-def encode(encoder: Encoder, share: Share) -> Iterator[Step]:
+def encode(encoder: Encoder, world: World) -> Iterator[Step]:
     """Write the shards of a share that are missing; rank 0 then waits for the others and writes the manifest.
 
     Raises:
         DataError: if the store cannot be written, or at the first skipped image if `strict`.
     """
     store, settings = encoder.store, encoder.settings
-    yield from encoder.write(unfinished(store, settings, share))
-    if share.rank == 0:
+    yield from encoder.write(unfinished(store, settings, world))
+    if world.rank == 0:
         while unfinished(store, settings, ALONE):
             time.sleep(POLL_SECONDS)
             yield Step(0, 0)
@@ -428,7 +428,7 @@ def check_resolution(resolution: tuple[int, int], facts: VAEFacts) -> None:
 
 
 @contextlib.contextmanager
-def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
+def open_store(store: Path, source: Path, world: World) -> Iterator[None]:
     """A folder to write to, held by this process alone (by one process a rank).
 
     Raises:
@@ -438,7 +438,7 @@ def open_store(store: Path, source: Path, share: Share) -> Iterator[None]:
         raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
     with contextlib.ExitStack() as stack:
         try:
-            lock, made = store / f"{LOCK}-{share.rank}", not store.exists()
+            lock, made = store / f"{LOCK}-{world.rank}", not store.exists()
             store.mkdir(parents=True, exist_ok=True)
             if content(store) and not content(store) & {MANIFEST, LISTING}:
                 raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
