@@ -17,7 +17,7 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.evaluation.evaluate import METRICS, evaluate
+from diffussm_cli.evaluation.comparison import METRICS, evaluate
 from diffussm_cli.evaluation.features import Inception
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.metrics import Moments, SplitSums

@@ -92,7 +92,7 @@ def evaluate(
     if (target is not None) != make_ref:
         raise ConfigError("eval: --make-ref IMAGES REF.npz takes two names, the evaluation one")
     from diffussm_cli.evaluation import session
-    from diffussm_cli.evaluation.evaluate import parse_metrics
+    from diffussm_cli.evaluation.comparison import parse_metrics
     from diffussm_cli.machine.processes import read_world
 
     console, chosen = make_console(quiet=read_world().rank > 0), parse_metrics(metrics)

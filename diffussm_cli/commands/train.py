@@ -76,7 +76,7 @@ def train(
         load_config(preset or DEFAULT_PRESET, overrides or [], fields)
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.training import session
-    from diffussm_cli.training.stopping import stop_on_signal
+    from diffussm_cli.training.stopping import StopRequest
 
     request = {"resume": resume == AUTO, "preset": preset, "overrides": overrides or [], "fields": fields}
     if dry_run:
@@ -84,8 +84,8 @@ def train(
         return
     world = read_world()
     console = make_console(quiet=world.rank > 0)
-    with stop_on_signal() as stop:
-        found = follow(console, session.train(out=out, stop=lambda: stop.code is not None, **request))
+    stop = StopRequest()
+    found = follow(console, stop.watch(session.train(out=out, stop=stop, **request)))
     code = report(console, found, stop.code)
     if world.size > 1:
         leave(code)

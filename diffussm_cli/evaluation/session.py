@@ -9,8 +9,8 @@ from typing import Any
 from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
+from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
-from diffussm_cli.evaluation.evaluate import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.features import AUTO, Extractor, doubts, load_extractor, usual_extractor
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference

@@ -10,7 +10,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import Config
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation.evaluate import USUAL
+from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.evaluation.features import doubts
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession

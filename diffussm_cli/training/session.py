@@ -26,6 +26,7 @@ from diffussm_cli.machine.files import LOCK, content, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
 NAMED = 5  # unreadable images that an error names
@@ -108,6 +109,7 @@ def _train_in(
         stack.enter_context(_quiet_threads())
         writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
+        yield TRAINING
         for record in trainer.run(stop):
             if writer:
                 writer.write(record)
@@ -198,24 +200,27 @@ def check_batch(config: Config, world: World) -> None:
 @contextlib.contextmanager
 def held_alone(root: Path, world: World) -> Iterator[None]:
     """Hold a run folder so that no other job writes to it meanwhile; make it if need be. Raises RunError."""
-    lock = root / f"{LOCK}-{world.rank}"
+    lock, made = root / f"{LOCK}-{world.rank}", []
+
+    def tidy() -> None:
+        with contextlib.suppress(OSError):
+            if made and not content(root):  # nothing came of it
+                lock.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+
     with contextlib.ExitStack() as stack:
         try:
-            made = [p for p in (root, *root.parents) if not p.exists()]
+            made += [p for p in (root, *root.parents) if not p.exists()]
             root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(lock))
         except BlockingIOError as e:
             raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
         except OSError as e:
+            tidy()
             raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; name another folder by --out") from e
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and not content(root):  # nothing came of it
-                    lock.unlink(missing_ok=True)
-                    for folder in made:
-                        folder.rmdir()
+        stack.callback(tidy)
+        yield
 
 
 # ------------------------------------------------------------------------------------------------- before the loop

@@ -3,34 +3,48 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from diffussm_cli.events import Event, Stage
+
 INTERRUPTED, PREEMPTED = 130, 75  # exit codes: Ctrl-C; SIGTERM, as EX_TEMPFAIL: saved, run the same command again
+TRAINING = Stage("training")  # what a session yields before its first step
 
 
 class StopRequest:
-    """Whether a signal has asked for an end, as the exit code that it will have."""
+    """Whether a signal has asked for an end; `code` is the exit code that it stands for."""
 
     code: int | None = None
 
+    def __call__(self) -> bool:
+        return self.code is not None
 
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Ctrl-C and SIGTERM ask the loop to finish its step; a second Ctrl-C interrupts at once."""
-    request = StopRequest()
-    codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events of a session; from the first step on, a signal asks instead of ending the process.
 
-    def ask(number: int, _: Any) -> None:
-        request.code = codes[number]
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        Ctrl-C and SIGTERM let the loop finish its step and save a checkpoint; a second Ctrl-C interrupts at once.
+        """
+        with contextlib.ExitStack() as stack:
+            for event in events:
+                if event == TRAINING:
+                    stack.enter_context(self._handlers())
+                yield event
 
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    previous = {number: signal.signal(number, ask) for number in codes}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    @contextlib.contextmanager
+    def _handlers(self) -> Iterator[None]:
+        codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+
+        def ask(number: int, _: Any) -> None:
+            self.code = codes[number]
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, ask) for number in codes}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation import evaluate as ev
+from diffussm_cli.evaluation import comparison as ev
 from diffussm_cli.evaluation import gathering
 from diffussm_cli.evaluation.features import Features, load_extractor
 from diffussm_cli.evaluation.gathering import Gathering
@@ -235,13 +235,13 @@ def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
     reference = open_reference(str(tmp_path / "ref.npz"), digits)
     assert not ev.needs_images(["fid", "sfid", "is"], reference)
     assert ev.needs_images(["recall"], reference)
-    found = dict(ev.evaluate(work.result, reference, ["fid", "sfid"]))
+    found = dict(ev.evaluate_features(work.result, reference, ["fid", "sfid"]))
     assert abs(found["fid"]) < 1e-6
     assert abs(found["sfid"]) < 1e-4  # its covariance has a trace of thousands
     with pytest.raises(DataError, match="holds statistics only; precision, recall and kid need its images"):
-        dict(ev.evaluate(work.result, reference, ["recall"]))
+        dict(ev.evaluate_features(work.result, reference, ["recall"]))
     reference.complete(gathered(reference.images, digits)[0].result)
-    assert abs(dict(ev.evaluate(work.result, reference, ["fid"]))["fid"]) < 1e-6
+    assert abs(dict(ev.evaluate_features(work.result, reference, ["fid"]))["fid"]) < 1e-6
 
 
 def test_adm_file_without_extractor_is_taken(tmp_path, digits):

@@ -9,6 +9,7 @@ from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling import generate as generation
+from diffussm_cli.sampling import precision
 from diffussm_cli.sampling.generate import generate, labels_of
 from tests.conftest import device, fill
 
@@ -74,7 +75,7 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     """Bit for bit, for a while and for good; in between weights are as they were."""
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "cast_products", lambda model, dtype: None)
+        patch.setattr(precision, "cast_products", lambda model, dtype: None)
         autocast, _ = draw(model, range(3), dtype=torch.bfloat16)
     cast, _ = draw(model, range(3), dtype=torch.bfloat16)
     assert torch.equal(cast, autocast)
@@ -83,7 +84,7 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
         assert p.data_ptr() == before[name][0]
         assert torch.equal(p, before[name][1])
     for_good = copy.deepcopy(model)
-    generation.cast_products(for_good, torch.bfloat16)
+    precision.cast_products(for_good, torch.bfloat16)
     assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {torch.bfloat16}
     assert {p.dtype for b in for_good.blocks for p in b.s4d.parameters()} == {torch.float32}
     assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16)[0], cast)

@@ -123,7 +123,7 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
 
 def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
     """Not by reading gigabytes back: after SIGTERM seconds count. And the files are safetensors to everyone."""
-    monkeypatch.setattr("diffussm_cli.runs.sha256", lambda _: 1 / 0)
+    monkeypatch.setattr("diffussm_cli.runs.checkpoints.sha256", lambda _: 1 / 0)
     t = trainer(tiny("train.steps=2"), tmp_path)
     list(t.run())
     monkeypatch.undo()
