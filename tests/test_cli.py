@@ -408,7 +408,7 @@ def start(root, *settings):
 
 def wait_for_checkpoint(root, process):
     deadline = time.time() + 120
-    while not runs.checkpoints(root):
+    while not runs.list_checkpoints(root):
         assert process.poll() is None, process.stderr.read()
         assert time.time() < deadline
         time.sleep(0.02)

@@ -129,7 +129,7 @@ def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):
     """Names of files come from us, never from state.json."""
     secret = tmp_path / "secret"
     secret.write_text("x")
-    newest = runs.checkpoints(trained)[-1]
+    newest = runs.list_checkpoints(trained)[-1]
     state = json.loads((newest / runs.STATE).read_text())
     state["sha256"] = {"../../../secret": "0", **state["sha256"]}
     (newest / runs.STATE).write_text(json.dumps(state))

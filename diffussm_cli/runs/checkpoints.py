@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import PARTIAL, sha256, sync
-from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, checkpoints
+from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, list_checkpoints
 from diffussm_cli.runs.metadata import read_config, read_state
 
 
@@ -23,7 +23,7 @@ def has_final(root: Path, step: int) -> bool:
 def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> tuple[Path | None, list[str]]:
     """The newest checkpoint of a run whose `files` are as they were written, and what is wrong with newer ones."""
     damaged = []
-    for path in reversed(checkpoints(root)):
+    for path in reversed(list_checkpoints(root)):
         wrong = damage(path, files)
         if wrong is None:
             return path, damaged

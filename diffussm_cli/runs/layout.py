@@ -45,7 +45,7 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def checkpoints(root: Path) -> list[Path]:
+def list_checkpoints(root: Path) -> list[Path]:
     """Checkpoints of a run that were completed, oldest first; a folder counts only under its final name."""
     named = (p for p in (root / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
     return sorted((p for p in named if (p / STATE).is_file()), key=step_of)

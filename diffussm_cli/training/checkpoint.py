@@ -26,8 +26,8 @@ from diffussm_cli.runs import (
     STATE,
     check_weights_match,
     checkpoint_name,
-    checkpoints,
     damage,
+    list_checkpoints,
     newest_good,
     read_state,
     read_tensors,
@@ -78,8 +78,8 @@ class CheckpointWriter:
         self._remove_old(path.parent)
 
     def _remove_old(self, folder: Path) -> None:
-        every, kept = self.config.keep_every, set(checkpoints(self.root)[-self.config.keep_checkpoints :])
-        for old in checkpoints(self.root):
+        every, kept = self.config.keep_every, set(list_checkpoints(self.root)[-self.config.keep_checkpoints :])
+        for old in list_checkpoints(self.root):
             for_good = every and step_of(old) % every == 0
             if old not in kept and not for_good:
                 shutil.rmtree(old)
@@ -114,7 +114,7 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
         RunError: if there are checkpoints but no good one, or another process does not see the same bytes.
     """
     name, state, damaged = None, None, []
-    if world.rank == 0 and checkpoints(root):
+    if world.rank == 0 and list_checkpoints(root):
         newest, damaged = newest_good(root)
         if newest is None:
             raise RunError(

@@ -141,7 +141,7 @@ def _saved_config(root: Path, option: str, overrides: Sequence[str], fields: Map
     """The configuration of a run with changes, or None of a run that has not begun. Raises RunError, ConfigError."""
     if (root / runs.CONFIG).exists():
         return config_from_dict(to_dict(runs.read_config(root, option)), str(root), overrides, fields)
-    if runs.checkpoints(root):
+    if runs.list_checkpoints(root):
         raise RunError(
             f"{option}: {str(root)!r} has checkpoints but no {runs.CONFIG}; "
             "give the --preset and --set that the run was made with"
@@ -178,7 +178,7 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
     if root.exists() and not root.is_dir():
         raise RunError(f"--out: {str(root)!r} is a file; name a folder")
     held = content(root) if root.exists() else set()
-    begun = bool(runs.checkpoints(root) or held & {runs.FINAL, runs.BEST})
+    begun = bool(runs.list_checkpoints(root) or held & {runs.FINAL, runs.BEST})
     foreign = held - runs.BEFORE_CHECKPOINTS
     if resume and foreign and not begun and runs.CONFIG not in held:
         raise RunError(f"--out: {str(root)!r} is not empty and holds no run; name another folder")

@@ -38,7 +38,7 @@ def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
         assert result.exit_code == 0, result.output
         assert ("compiling: the first step takes" in result.stderr) == (name == "compiled")
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        moments = runs.read_tensors(runs.checkpoints(out)[-1] / runs.OPTIMIZER)
+        moments = runs.read_tensors(runs.list_checkpoints(out)[-1] / runs.OPTIMIZER)
         results[name] = records, {k: v for k, v in moments.items() if k.endswith("/exp_avg")}
         assert list((out / "samples").glob("*.png"))
         weights = runs.read_tensors(out / "final" / runs.MODEL)

@@ -79,7 +79,7 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     config = tiny("train.sample_every=2", "train.sample_images=4")
     t = trainer(config, tmp_path)
     list(t.run())
-    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
     trained = runs.find_run(tmp_path)
     model = runs.load_model(trained)
@@ -145,11 +145,11 @@ def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypa
     roots = [tmp_path / "0", tmp_path / "1"]
     list(trainer(tiny(), roots[0]).run())
     shutil.copytree(roots[0], roots[1])
-    newest = runs.checkpoints(roots[1])[-1]
+    newest = runs.list_checkpoints(roots[1])[-1]
     if other == "another step":
         (newest / runs.STATE).write_text((newest / runs.STATE).read_text().replace('"step": 4', '"step": 2'))
     elif other == "a stale file":
-        shutil.copy(runs.checkpoints(roots[1])[0] / runs.EMA, newest / runs.EMA)
+        shutil.copy(runs.list_checkpoints(roots[1])[0] / runs.EMA, newest / runs.EMA)
     elif other == "nothing":
         shutil.rmtree(roots[1])
     first, said = trained_by(2, roots, monkeypatch)
@@ -301,7 +301,7 @@ def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     t.source.read = fail_at_the_third
     with pytest.raises(DataError, match="3.png"):
         list(t.run())
-    assert [p.name for p in runs.checkpoints(tmp_path)] == ["step-00000002"]
+    assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
 def test_ema_decay_warms_up_and_averages():
