@@ -25,6 +25,7 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     check_compiler(device)
     if torch.__version__ < (2, 7):  # there DDP's graph splitter refuses graphs that hold a torch.autograd.Function
         torch._dynamo.config.optimize_ddp = False
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
     model.compile()
 
 
