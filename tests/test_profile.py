@@ -114,9 +114,12 @@ def test_estimate_takes_fewer_images_where_memory_is_short(monkeypatch):
 
 def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     given = []
-    monkeypatch.setattr("diffussm_cli.machine.device.pick_device", lambda name: torch.device("cuda", int(name[-1])))
+    monkeypatch.setattr("diffussm_cli.profiling.report.pick_device", lambda name: torch.device("cuda", int(name[-1])))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
-    monkeypatch.setattr(planning, "plan", lambda config, available: given.append(available) or planning.Plan(1, 1, 1))
+    monkeypatch.setattr(
+        "diffussm_cli.profiling.report.plan",
+        lambda config, available: given.append(available) or planning.Plan(1, 1, 1),
+    )
     profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")
     assert given == [3 << 30]
 
@@ -167,7 +170,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_estimate_of_what_can_never_fit(monkeypatch):
-    monkeypatch.setattr("diffussm_cli.profiling.memory.available_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("diffussm_cli.profiling.report.available_bytes", lambda device: 1 << 30)
     line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line

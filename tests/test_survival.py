@@ -110,7 +110,7 @@ def test_a_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
 
 
 REFUSED = {
-    "a run": (lambda root: [], [], "is not empty; add --resume to go on with it, or name another folder"),
+    "a run": (lambda root: [], [], "is not empty; add --resume to continue it, or name another folder"),
     "only final/": (lambda root: shutil.rmtree(root / "checkpoints"), [], "is not empty; add --resume"),
     "a foreign folder": (lambda root: only(root, "photo.png"), [], "is not empty; add --resume"),
     "a foreign folder, resumed": (lambda root: only(root, "photo.png"), ["--resume"], "is not empty and holds no run"),

@@ -30,6 +30,7 @@ from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
 NAMED = 5  # unreadable images that an error names
+COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def test_models_of_several_processes_are_compiled_once(kind):
             network(torch.ones(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
         graphs.append(backend.frame_count)
         for ours, theirs in zip(model.parameters(), eager.parameters()):
-            torch.testing.assert_close(parallel.whole(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(parallel.full_tensor(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
     assert graphs[0] == graphs[1]
     assert kind == "fsdp" or (graphs[0] == 1 and not counters["graph_break"])
 

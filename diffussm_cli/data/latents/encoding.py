@@ -199,7 +199,7 @@ def _record_path(store: Path, shard: int) -> Path:
 def _unwritable(store: Path, e: OSError) -> DataError:
     return DataError(
         f"TARGET: cannot write to {str(store)!r}: {e.strerror}; finished shards are kept, "
-        f"and the same command goes on from there"
+        f"and the same command continues from there"
     )
 
 
