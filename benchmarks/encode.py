@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffussm_cli.commands.encode import make_settings
-from diffussm_cli.data import encoding, listing
+from diffussm_cli.data.latents import encoding, listing
+from diffussm_cli.data.latents.encoding import make_settings
 from diffussm_cli.data.vae import load_vae, read_facts
-from diffussm_cli.device import keep_freed_memory, pick_device
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
 
 
 def main() -> None:

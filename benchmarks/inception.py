@@ -17,13 +17,13 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.evaluation.evaluate import METRICS, evaluate
+from diffussm_cli.evaluation.comparison import METRICS, evaluate
 from diffussm_cli.evaluation.features import Inception
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images
-from diffussm_cli.profiling.latency import resident_peak
+from diffussm_cli.profiling.memory import resident_peak
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.device import keep_freed_memory
-from diffussm_cli.profiling.latency import resident_peak
+from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.profiling.memory import resident_peak
+from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect
-from diffussm_cli.training.loop import Trainer
-from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 
 def main() -> None:

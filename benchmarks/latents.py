@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffussm_cli.data import encoding, latents
-from diffussm_cli.data.latents import LatentStore, StoreSettings
+from diffussm_cli.data.latents import encoding
+from diffussm_cli.data.latents import shard as shards
+from diffussm_cli.data.latents.manifest import StoreSettings
+from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Entry, Listing
-from diffussm_cli.distributed import Share
+from diffussm_cli.machine.processes import World
 
 IMAGENET = 1_281_167
 
@@ -70,10 +72,10 @@ def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
     """Random moments in the format of a store."""
     settings = make_settings(images, 32, shard_size)
     listing = Listing(folder, [Entry(str(i), 0, 0) for i in range(images)], (), [])
-    encoding.begin(folder, listing, settings, Share())
+    encoding.begin(folder, listing, settings, World())
     rng = np.random.default_rng(0)
     for shard in range(settings.shards):
-        arrays = latents.empty_shard(settings, shard)
+        arrays = shards.empty_shard(settings, shard)
         for name in arrays:
             if name.startswith(("mean", "std")):
                 arrays[name][:] = rng.standard_normal(arrays[name].shape, np.float32)
@@ -98,9 +100,9 @@ def bytes_of(settings: StoreSettings) -> int:
     """What all shards take, by the layout."""
     tensors = 0
     for shard in range(settings.shards):
-        tensors += len(latents.header(settings, shard))
-        for dtype, shape in latents.layout(settings, shard).values():
-            tensors += latents.SAFETENSORS[dtype].itemsize * int(np.prod(shape))
+        tensors += len(shards.header(settings, shard))
+        for dtype, shape in shards.layout(settings, shard).values():
+            tensors += shards.SAFETENSORS[dtype].itemsize * int(np.prod(shape))
     return tensors
 
 

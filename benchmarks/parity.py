@@ -22,7 +22,8 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
 from diffussm_cli.evaluation.metrics import inception_score, precision_recall
 from diffussm_cli.model import build_model
-from diffussm_cli.model.s4d import convolve, kernel_spectra, s4d_kernel
+from diffussm_cli.model.s4d.convolution import convolve, kernel_spectra
+from diffussm_cli.model.s4d.kernel import s4d_kernel
 from tests.conftest import fill, golden, relative
 from tests.diffusion.test_sampling import gaussian_denoiser
 from tests.evaluation.test_metrics import distance

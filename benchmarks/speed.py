@@ -24,17 +24,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import load_config
-from diffussm_cli.device import keep_freed_memory
-from diffussm_cli.generation import cast_products
+from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model import s4d
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.s4d import S4D, s4d_kernel, s4d_kernel_naive
-from diffussm_cli.profiling import latency
+from diffussm_cli.model.s4d.kernel import s4d_kernel
+from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.s4d.reference import s4d_kernel_naive
+from diffussm_cli.profiling import timing, work
 from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.memory import peak_bytes
+from diffussm_cli.profiling.plan import Noise
+from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.loop import Trainer
-from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
@@ -60,8 +63,8 @@ class TextbookS4D(nn.Module):
 
 def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Medians in milliseconds, and every ratio to the last one."""
-    setting = latency.Setting(device, repeats=repeats)
-    times = latency.take_turns(list(calls.values()), setting)
+    setting = work.Setting(device, repeats=repeats)
+    times = timing.take_turns(list(calls.values()), setting)
     found = {name: statistics.median(taken) for name, taken in zip(calls, times)}
     reference = list(found.values())[-1]
     return {f"{name}_ms": t for name, t in found.items()} | {
@@ -171,7 +174,7 @@ def block_bf16(device: torch.device) -> dict:
 
 
 KINDS = {  # of the operators that do work themselves; what is not named is elementwise
-    "products": latency.PRODUCTS,
+    "products": timing.PRODUCTS,
     "FFT": ("_fft_r2c", "_fft_c2r"),
     "copies": ("copy_", "fill_", "cat", "constant_pad_nd"),
 }
@@ -288,19 +291,19 @@ def saved(device: torch.device) -> dict:
 
 def length(device: torch.device) -> dict:
     """Time of two blocks of S against L, 1k to 64k tokens, and the exponent of the fit."""
-    setting, lengths = latency.Setting(device, repeats=3), (32, 64, 128, 256)
+    setting, lengths = work.Setting(device, repeats=3), (32, 64, 128, 256)
     config = load_config("s-256", ["model.depth=2"])
-    model = latency.build(config, setting, 2).eval()
+    model = work.build(config, setting, 2).eval()
     t, y = torch.tensor([500], device=device), torch.tensor([1], device=device)
 
     def forward(side: int) -> None:
         with torch.no_grad():
             model(torch.randn(1, 4, side, side, device=device), t, y)
 
-    times = latency.take_turns([lambda side=side: forward(side) for side in lengths], setting)
+    times = timing.take_turns([lambda side=side: forward(side) for side in lengths], setting)
     medians = [statistics.median(taken) for taken in times]
     tokens = [side**2 for side in lengths]
-    return {"tokens": tokens, "ms": medians, "exponent": latency.exponent(tokens, medians)}
+    return {"tokens": tokens, "ms": medians, "exponent": timing.exponent(tokens, medians)}
 
 
 def memory(device: torch.device) -> dict:
@@ -310,7 +313,7 @@ def memory(device: torch.device) -> dict:
     """
     whole, four = (load_config("xl-256", ["data.resolution=2048", f"model.depth={n}"]) for n in (29, 4))
     weights = 4 * (cost(whole).parameters - cost(four).parameters)
-    return {"peak_gib": (latency.peak_bytes(four, latency.FORWARD, latency.Setting(device)) + weights) / 2**30}
+    return {"peak_gib": (peak_bytes(four, work.FORWARD, work.Setting(device)) + weights) / 2**30}
 
 
 def compiled(device: torch.device) -> dict:

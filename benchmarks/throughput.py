@@ -18,27 +18,28 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import Config, load_config
-from diffussm_cli.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.distributed import ALONE, Share, meeting, read_share
-from diffussm_cli.generation import cast_products, generate
-from diffussm_cli.profiling import latency
+from diffussm_cli.machine.device import keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
+from diffussm_cli.profiling import memory, work
+from diffussm_cli.profiling.plan import Noise
+from diffussm_cli.sampling.generate import generate
+from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.loop import Trainer
-from diffussm_cli.training.plan import Noise
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 WARM_UP = 3  # training steps that are not counted
 
 
-def train(config: Config, steps: int, share: Share = ALONE) -> dict:
+def train(config: Config, steps: int, world: World = ALONE) -> dict:
     """Run `steps` optimiser steps as training does: batches are made in a thread while the model computes."""
     train = dataclasses.replace(config.train, steps=WARM_UP + steps, sample_every=0)
     config = dataclasses.replace(config, train=train)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Noise(config), Path(folder), share)
-        meter = Meter(config.diffusion.timesteps, trainer.device, share)
-        for step, batch in enumerate(batches(trainer.source, config, 0, share)):
+        trainer = Trainer(config, Noise(config), Path(folder), world)
+        meter = Meter(config.diffusion.timesteps, trainer.device, world)
+        for step, batch in enumerate(batches(trainer.source, config, 0, world)):
             if step == WARM_UP:
                 trainer.bad_steps.flush(step)  # waits for the device
                 start = time.perf_counter()
@@ -58,7 +59,7 @@ def sample(config: Config, images: int, steps: int) -> dict:
     """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the second."""
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
-    model = latency.build(config, latency.Setting(device), config.model.depth).eval()
+    model = work.build(config, work.Setting(device), config.model.depth).eval()
     cast_products(model, dtype)
     process = GaussianDiffusion.from_config(config.diffusion, device)
     guidance = 1.5 if config.model.num_classes else 1.0
@@ -80,7 +81,7 @@ def sample(config: Config, images: int, steps: int) -> dict:
 
 def peak_bytes(device: torch.device) -> int | None:
     """Peak memory of the allocator on CUDA, of this process elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else latency.resident_peak()
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.resident_peak()
 
 
 def main() -> None:
@@ -92,12 +93,12 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     a = parser.parse_args()
     keep_freed_memory()
-    config, share = load_config(a.preset, a.overrides), read_share()
+    config, world = load_config(a.preset, a.overrides), read_world()
     device = pick_device(config.train.device)
-    with meeting(share, device.type == "cuda"):
-        found = train(config, a.steps, share) if a.work == "train" else sample(config, a.images, a.steps)
-    if share.rank == 0:
-        facts = {"preset": a.preset, "processes": share.of, "device": str(device)}
+    with process_group(world, device.type == "cuda"):
+        found = train(config, a.steps, world) if a.work == "train" else sample(config, a.images, a.steps)
+    if world.rank == 0:
+        facts = {"preset": a.preset, "processes": world.size, "device": str(device)}
         print(json.dumps({**facts, **found, "peak_bytes": peak_bytes(device)}))
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 
 
 def timed(function: Callable, clock: Counter, name: str) -> Callable:
@@ -59,9 +59,9 @@ def main() -> None:
             update(wait(following), meter)
         total = time.perf_counter() - start
     outside = total - clock["update"] + clock["record"]
-    share = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
-    share |= {"seconds_a_step": total / a.steps}
-    print(json.dumps({**share, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
+    world = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
+    world |= {"seconds_a_step": total / a.steps}
+    print(json.dumps({**world, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
 
 
 if __name__ == "__main__":

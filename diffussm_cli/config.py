@@ -19,6 +19,7 @@ from diffussm_cli.errors import ConfigError, reading
 
 MAX_YAML_BYTES = 1 << 20
 DEFAULT_PRESET = "mnist"
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 BUILTIN = "builtin:"  # how `data.path` names a data set that a Python package carries
 # The bounds of the fields are generous: what is outside them is a slip of the finger or a hostile file.
 MANY = 10**8  # steps

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.model import s4d
+from diffussm_cli.model.s4d import layer
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = [
@@ -72,13 +72,13 @@ def tiny():
 @pytest.fixture
 def kernels_built(monkeypatch):
     """Lengths of the SSM kernels that are constructed from here on, in a list."""
-    built, original = [], s4d.s4d_kernel
+    built, original = [], layer.s4d_kernel
 
     def counted(*arguments):
         built.append(arguments[5])
         return original(*arguments)
 
-    monkeypatch.setattr(s4d, "s4d_kernel", counted)
+    monkeypatch.setattr(layer, "s4d_kernel", counted)
     return built
 
 

@@ -15,11 +15,13 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from diffussm_cli import device, runs
+from diffussm_cli import runs
 from diffussm_cli.cli import app
-from diffussm_cli.commands import options
+from diffussm_cli.commands import console
+from diffussm_cli.commands.options import parse_classes
 from diffussm_cli.config import config_from_dict, preset_names
-from diffussm_cli.files import PARTIAL, sha256
+from diffussm_cli.machine import device
+from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
 
@@ -270,7 +272,7 @@ def test_wrong_sampling_requests(trained, arguments, words):
 def test_classes_by_name_by_label_and_by_range(text, labels):
     names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
     config = config_from_dict({}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"})
-    assert options.parse_classes(text, config) == tuple(labels)
+    assert parse_classes(text, config) == tuple(labels)
 
 
 def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
@@ -360,8 +362,8 @@ def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
     """After the first part and once; nothing where it is short."""
     for seconds, words in ((1.0, ""), (36.0, "image: 990 more will take about 59 min\n")):
         clock = iter([0.0, seconds, 2 * seconds])
-        monkeypatch.setattr(options.time, "perf_counter", lambda clock=clock: next(clock))
-        with options.bar(options.make_console(), 1000 if words else 30) as advance:
+        monkeypatch.setattr(console.time, "perf_counter", lambda clock=clock: next(clock))
+        with console.bar(console.make_console(), 1000 if words else 30) as advance:
             advance(10)
             advance(10)
         monkeypatch.undo()
@@ -376,7 +378,7 @@ def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
         200_000: "2.3 days",
         9e6: "104 days",
     }
-    assert {seconds: options.duration(seconds) for seconds in lengths} == lengths
+    assert {seconds: console.duration(seconds) for seconds in lengths} == lengths
 
 
 def test_out_that_is_taken_or_a_file(trained, tmp_path):
@@ -406,7 +408,7 @@ def start(root, *settings):
 
 def wait_for_checkpoint(root, process):
     deadline = time.time() + 120
-    while not runs.checkpoints(root):
+    while not runs.list_checkpoints(root):
         assert process.poll() is None, process.stderr.read()
         assert time.time() < deadline
         time.sleep(0.02)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from diffussm_cli.data.source import open_source
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 from tests.conftest import device, randn
 from tests.training.test_parallel import JOB, SETTINGS
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffussm_cli.commands.encode import processes
-from diffussm_cli.data import encoding
+from diffussm_cli.data.latents import encoding
+from diffussm_cli.data.latents.encoding import decoding_processes
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.distributed import ALONE
 from diffussm_cli.errors import DataError
+from diffussm_cli.machine.processes import ALONE
 from tests.conftest import TINY, save_vae
 from tests.test_cli import line_of, run
 
@@ -124,8 +124,8 @@ def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, local, expec
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert processes(None) == expected
-    assert processes(5) == 5
+    assert decoding_processes(None) == expected
+    assert decoding_processes(5) == 5
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypa
 
     monkeypatch.setattr(encoding, "whole_file", full)
     line = line_of(run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS))
-    assert "No space left on device; finished shards are kept, and the same command goes on from there" in line
+    assert "No space left on device; finished shards are kept, and the same command continues from there" in line
     monkeypatch.setattr(encoding, "whole_file", whole)
     assert run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
     assert files(tmp_path / "store") == files(store)
@@ -386,7 +386,7 @@ def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
     monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", interrupted)
     result = run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS)
     assert result.exit_code == 130
-    assert "interrupted; finished shards are kept, and the same command goes on from there" in result.stderr
+    assert "interrupted; finished shards are kept, and the same command continues from there" in result.stderr
 
 
 def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):

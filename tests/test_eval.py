@@ -128,7 +128,7 @@ def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypat
     settings = [part for override in TINY for part in ("--set", override)]
     assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings).exit_code == 0
     for has, name in {True: "bfloat16", False: "float32"}.items():
-        monkeypatch.setattr("diffussm_cli.device.has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device, has=has: has)
         measured = measure(tmp_path / "run", "-n", 4, "--steps", 1, "--metrics", "is", "--out", tmp_path / "r.json")
         assert measured["meta"]["precision"] == name
 
@@ -208,7 +208,7 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     samples, out = save(tmp_path / "s", digits[0][:40]), tmp_path / "r.json"
-    monkeypatch.setattr("diffussm_cli.files.whole_file", refuse)
+    monkeypatch.setattr("diffussm_cli.evaluation.session.whole_file", refuse)
     result = run("eval", samples, *REFERENCE, "--metrics", "is", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["metrics"]["is"] > 1

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, parse_yaml, to_yaml
-from diffussm_cli.data.latents import Manifest, read_manifest
+from diffussm_cli.data.latents.manifest import Manifest, read_manifest
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.model import build_model
@@ -129,7 +129,7 @@ def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):
     """Names of files come from us, never from state.json."""
     secret = tmp_path / "secret"
     secret.write_text("x")
-    newest = runs.checkpoints(trained)[-1]
+    newest = runs.list_checkpoints(trained)[-1]
     state = json.loads((newest / runs.STATE).read_text())
     state["sha256"] = {"../../../secret": "0", **state["sha256"]}
     (newest / runs.STATE).write_text(json.dumps(state))

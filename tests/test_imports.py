@@ -15,16 +15,14 @@ ROWS = [
     {"__main__"},
     {"cli"},
     {"commands"},
+    {"profiling"},
     {"training"},
-    {"evaluation", "profiling"},
-    {"samples"},
-    {"generation"},
+    {"evaluation"},
+    {"sampling"},
     {"runs"},
-    {"published"},
     {"model", "diffusion", "data"},
-    {"device", "distributed"},
-    {"config"},
-    {"errors", "files", "presets", ""},
+    {"config", "machine"},
+    {"errors", "events", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 

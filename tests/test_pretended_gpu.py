@@ -19,12 +19,12 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import read_facts
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.features import load_extractor
-from diffussm_cli.generation import make_denoiser
 from diffussm_cli.model import build_model
-from diffussm_cli.training import loop
+from diffussm_cli.sampling.generate import make_denoiser
+from diffussm_cli.training import trainer as trainer_module
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
 from tests.conftest import save_vae
 
 CUDA = torch.device("cuda", 0)
@@ -85,7 +85,9 @@ def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny,
             p.grad = torch.zeros_like(p)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(loop, "pick_device", lambda name: torch.device(name))  # it asks the device for a value
+    monkeypatch.setattr(
+        trainer_module, "pick_device", lambda name: torch.device(name)
+    )  # it asks the device for a value
     with pretended:
         trainer = Trainer(config, source, tmp_path)
         meter = Meter(config.diffusion.timesteps, trainer.device)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
-from diffussm_cli.profiling import latency
-from diffussm_cli.training import plan as planning
+from diffussm_cli.profiling import plan as planning
+from diffussm_cli.profiling import timing
 from tests.test_cli import line_of, run
 
 
@@ -60,7 +60,7 @@ def test_paper():
 
 
 def test_latency_of_every_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency, "peak_bytes", lambda *_: 3 << 20)  # has tests of its own, in fresh processes
+    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 3 << 20)  # has tests of its own, in fresh processes
     figure = tmp_path / "figure.png"
     out = json.loads(
         profile("--preset", "digits", "--latency", "--repeats", "1", "--batch-size", "2", "--json", "--figure", figure)
@@ -78,7 +78,7 @@ def test_latency_of_every_kind(tmp_path, monkeypatch):
 
 
 def test_latency_table_says_what_was_scaled_and_how_time_grows(monkeypatch):
-    monkeypatch.setattr(latency, "peak_bytes", lambda *_: 3 << 30)
+    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 3 << 30)
     out = profile(
         *("--models", "s,dit-s/2", "--resolution", "64,128", "--latency", "--work", "forward"),
         *("--repeats", "1", "--depth", "1", "--no-count"),
@@ -114,9 +114,12 @@ def test_estimate_takes_fewer_images_where_memory_is_short(monkeypatch):
 
 def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     given = []
-    monkeypatch.setattr("diffussm_cli.device.pick_device", lambda name: torch.device("cuda", int(name[-1])))
+    monkeypatch.setattr("diffussm_cli.profiling.report.pick_device", lambda name: torch.device("cuda", int(name[-1])))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
-    monkeypatch.setattr(planning, "plan", lambda config, available: given.append(available) or planning.Plan(1, 1, 1))
+    monkeypatch.setattr(
+        "diffussm_cli.profiling.report.plan",
+        lambda config, available: given.append(available) or planning.Plan(1, 1, 1),
+    )
     profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")
     assert given == [3 << 30]
 
@@ -167,7 +170,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_estimate_of_what_can_never_fit(monkeypatch):
-    monkeypatch.setattr("diffussm_cli.profiling.latency.available_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("diffussm_cli.profiling.report.available_bytes", lambda device: 1 << 30)
     line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.commands.train import PREEMPTED
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import ImageFolder
-from diffussm_cli.files import locked
+from diffussm_cli.machine.files import locked
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.stopping import PREEMPTED
 from tests.conftest import TINY
 from tests.test_cli import line_of, run
 
@@ -67,7 +67,7 @@ def test_the_same_command_begins_goes_on_and_is_done(tmp_path, command):
 
 
 def test_auto_begins_again_where_no_checkpoint_was_reached(trained):
-    for path in runs.checkpoints(trained):
+    for path in runs.list_checkpoints(trained):
         (path / runs.STATE).unlink()
     assert train(trained, "--resume", "auto").exit_code == 0
     assert steps(trained) == [2, 4]
@@ -110,7 +110,7 @@ def test_a_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
 
 
 REFUSED = {
-    "a run": (lambda root: [], [], "is not empty; add --resume to go on with it, or name another folder"),
+    "a run": (lambda root: [], [], "is not empty; add --resume to continue it, or name another folder"),
     "only final/": (lambda root: shutil.rmtree(root / "checkpoints"), [], "is not empty; add --resume"),
     "a foreign folder": (lambda root: only(root, "photo.png"), [], "is not empty; add --resume"),
     "a foreign folder, resumed": (lambda root: only(root, "photo.png"), ["--resume"], "is not empty and holds no run"),
@@ -255,7 +255,7 @@ def change_state(checkpoint, **values):
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(trained, damage):
-    newest = runs.checkpoints(trained)[-1]
+    newest = runs.list_checkpoints(trained)[-1]
     damage(newest)
     result = train(trained, "--resume", "--set", "train.steps=6")
     assert result.exit_code == 0, result.output
@@ -274,7 +274,7 @@ def test_copies_of_checkpoints_are_left_alone(trained):
     assert result.exit_code == 0, result.output
     names = {p.name for p in (trained / "checkpoints").iterdir()}
     assert names == {"step-00000004", "step-00000008", "step-00000004-mybackup", "step-old"}
-    assert [p.name for p in runs.checkpoints(trained)] == ["step-00000004", "step-00000008"]
+    assert [p.name for p in runs.list_checkpoints(trained)] == ["step-00000004", "step-00000008"]
 
 
 LOGS = {
@@ -330,7 +330,7 @@ def test_weights_of_best_are_checked(trained):
 
 def test_optimiser_state_that_is_not_finite_is_refused(trained):
     """With hashes that fit, as a stranger would make them."""
-    newest = runs.checkpoints(trained)[-1]
+    newest = runs.list_checkpoints(trained)[-1]
     state, tensors = runs.read_state(newest), runs.read_tensors(newest / runs.OPTIMIZER)
     name = next(n for n in tensors if n.endswith("/exp_avg"))
     tensors = {n: t * float("nan") if n == name else t.clone() for n, t in tensors.items()}
@@ -341,7 +341,7 @@ def test_optimiser_state_that_is_not_finite_is_refused(trained):
 
 
 def test_no_good_checkpoint_is_one_line(trained):
-    for path in runs.checkpoints(trained):
+    for path in runs.list_checkpoints(trained):
         flip(path / runs.MODEL)
     assert "has no good checkpoint:" in line_of(train(trained, "--resume", "--set", "train.steps=6"))
     assert "is not as it was written" in line_of(train(trained, "--resume", "--set", "train.steps=6"))
@@ -351,7 +351,7 @@ def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
     for file in (trained / "final").iterdir():
         file.unlink()
     (trained / "final").rmdir()
-    newest = runs.checkpoints(trained)[-1]
+    newest = runs.list_checkpoints(trained)[-1]
     flip(newest / runs.EMA)
     assert runs.find_run(trained).step == 2
     assert "is not as it was written; name the run folder" in line_of(run("sample", newest, "-n", 1))
@@ -402,7 +402,7 @@ def wait_for(condition, process):
 def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
     root = tmp_path / "run"
     process = start(root, "train.steps=100000", "train.checkpoint_every=20")
-    wait_for(lambda: runs.checkpoints(root), process)
+    wait_for(lambda: runs.list_checkpoints(root), process)
     process.send_signal(signal.SIGTERM)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == PREEMPTED

@@ -1,12 +1,8 @@
-"""Options that several commands share, how a command checks them, and what it shows on stderr."""
+"""Options that several commands share, and how a command checks and reads them."""
 
-import contextlib
 import csv
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -16,7 +12,6 @@ from diffussm_cli.config import MAX_SEED, Config, SampleConfig, check_text, conf
 from diffussm_cli.errors import ConfigError
 
 MAX_IMAGES = 10**6  # images in one request
-LONG = 60  # seconds; work that takes longer says so at its beginning
 
 Classes = Annotated[
     str | None,
@@ -128,59 +123,9 @@ def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def find_trained(run: Path | None):
-    """A trained run by its folder, the newest one by default. Raises RunError."""
-    from diffussm_cli import runs
-    from diffussm_cli.errors import RunError
-
-    root = run or runs.newest_run(Path("runs"))
-    if root is None:
-        raise RunError("RUN: no run in runs/; train one first: diffussm train")
-    return runs.find_run(root)
-
-
-# ------------------------------------------------------------------------------------------------- what is shown
-def make_console(quiet: bool = False):
-    """A console on stderr that prints text as it is: a name of a file may read as rich's markup or as an emoji."""
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def warn(console, text: str) -> None:
-    """A warning, in bold."""
-    console.print(f"warning: {text}", style="bold", markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None]]:
-    """A bar on stderr with rate and remaining time, moved by numbers of images, with news at its end.
-
-    After the first move a line says how long the rest takes, if that is long: a log shows no bar.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    news_column = TextColumn("{task.fields[news]}", markup=False)
-    start, done = time.perf_counter(), 0
-    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
-        task = progress.add_task("", total=total, news="")
-
-        def advance(n: int, news: str = "") -> None:
-            nonlocal done
-            first, done = done == 0, done + n
-            elapsed = time.perf_counter() - start
-            rest = elapsed / done * (total - done) if done else 0.0
-            if first and rest > LONG:
-                console.print(f"{what}: {total - done:,} more will take about {duration(rest)}")
-            progress.update(task, advance=n, news=f"{done / elapsed:.1f}/s  {news}")
-
-        yield advance
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people, to two digits."""
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    return f"{seconds:.0f} s"
+def parse_size(text: str) -> tuple[int, int]:
+    """`256` or `256x384` as (height, width). Raises ConfigError."""
+    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not found:
+        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384, up to 9999")
+    return int(found[1]), int(found[2] or found[1])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from diffussm_cli.errors import DataError, reason
-from diffussm_cli.files import whole_file
+from diffussm_cli.machine.files import whole_file
 
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 SMALL, MOST_PACKED = 1 << 26, 200  # bytes that may be packed at will; how many times more may be packed at most

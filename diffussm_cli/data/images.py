@@ -20,6 +20,7 @@ from diffussm_cli.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 1 << 26
+GRID = "grid.png"  # a picture of many images beside them; not one of them
 # What Pillow's decoders raise when a file is damaged.
 DECODING = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, MemoryError)
 DECODING += (struct.error, Image.DecompressionBombError)

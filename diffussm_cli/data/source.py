@@ -14,9 +14,9 @@ from torch import Tensor
 from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.processes import own_cores
 
 AT_ONCE = 256  # images that are handed to the threads together
 
@@ -89,7 +89,9 @@ def open_source(config: Config) -> Source:
     Raises:
         DataError, ConfigError: if it is missing, empty or does not fit the model.
     """
-    from diffussm_cli.data import builtin, latents
+    from diffussm_cli.data import builtin
+    from diffussm_cli.data.latents.manifest import MANIFEST
+    from diffussm_cli.data.latents.reading import LatentStore
 
     d = config.data
     if d.path.startswith(BUILTIN):
@@ -97,9 +99,9 @@ def open_source(config: Config) -> Source:
     elif not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
     elif d.vae is not None:
-        if not (Path(d.path) / latents.MANIFEST).is_file():
+        if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
-        source = latents.LatentStore(Path(d.path), d.flip)
+        source = LatentStore(Path(d.path), d.flip)
         _check_latents(config, source.settings)
     else:
         source = ImageFolder(Path(d.path), d.size, d.channels, d.flip)

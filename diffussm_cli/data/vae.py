@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.config import Config
-from diffussm_cli.device import full_float32
+from diffussm_cli.config import DEFAULT_VAE, Config
 from diffussm_cli.errors import DataError, reason
+from diffussm_cli.machine.device import full_float32
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
@@ -141,7 +141,7 @@ def _where(name: str) -> dict[str, str]:
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
     if not found:
-        raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as stabilityai/sd-vae-ft-ema")
+        raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as {DEFAULT_VAE}")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
 
 

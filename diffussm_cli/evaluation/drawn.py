@@ -1,27 +1,42 @@
-"""The images of a run as a set to evaluate: drawn when they are read, never written."""
+"""The images of a model as a set to evaluate: drawn when they are read, never written."""
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.samples import FIXED, Sampler
+from diffussm_cli.sampling.folder import FIXED
+from diffussm_cli.sampling.sampler import Sampler
 
 
-class Drawn:
-    """An ImageSet of seeds; `facts` are the sampler's for them."""
+class DrawnImages:
+    """An ImageSet of seeds.
+
+    Args:
+        labels: one per seed; None for an unconditional model.
+        channels: those of the extractor.
+        facts: what decides the images, as `sample_facts` gives it; features can be kept only with them.
+    """
 
     lossy = False
 
-    def __init__(self, sampler: Sampler, seeds: range, channels: int, facts: dict[str, Any]):
-        data = sampler.trained.config.data
+    def __init__(
+        self,
+        sampler: Sampler,
+        seeds: range,
+        labels: Sequence[int] | None,
+        channels: int,
+        name: str,
+        facts: Mapping[str, Any] | None = None,
+    ):
+        data = sampler.config.data
         if channels == 1 and not data.is_grey:
             raise ConfigError("--extractor: this one sees one channel, and the run draws colours")
-        self.sampler, self.seeds, self.channels, self.facts = sampler, seeds, channels, facts
-        self.name, self.size, self.labels = str(sampler.trained.root), data.size, facts["labels"]
+        self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
+        self.name, self.size, self.facts = name, data.size, facts
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -34,6 +49,7 @@ class Drawn:
                 yield images.expand(-1, self.channels, -1, -1)
 
     def sha256(self) -> str:
-        """Of what decides the images: weights, sampler, seeds."""
+        """Hash of what decides the images: weights, sampler, seeds."""
+        assert self.facts is not None, "only images whose facts are known can be told apart"
         facts = {k: self.facts[k] for k in (*FIXED, "num")} | {"channels": self.channels}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

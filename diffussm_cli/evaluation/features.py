@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
-from diffussm_cli.files import sha256
+from diffussm_cli.machine.files import sha256
 
 NAMES = ("inception", "digits")
 SPATIAL_CHANNELS = 7  # of the 192 of Mixed_6d.branch1x1

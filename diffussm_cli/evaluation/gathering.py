@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffussm_cli.device import full_float32
-from diffussm_cli.distributed import ALONE, Share, gather
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.sets import ImageSet
-from diffussm_cli.files import whole_file
+from diffussm_cli.machine.device import full_float32
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.machine.processes import ALONE, World, gather
 
 
 @dataclass
@@ -73,12 +73,12 @@ class Gathering:
         extractor: Extractor,
         batch_size: int = 64,
         cache: Path | None = None,
-        share: Share = ALONE,
+        world: World = ALONE,
     ):
-        self.images, self.extractor, self.batch_size, self.share = images, extractor, batch_size, share
+        self.images, self.extractor, self.batch_size, self.world = images, extractor, batch_size, world
         self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
         kept = _read(self.file) if self.file else None
-        self.result = kept if all(gather(kept is not None, share)) else None
+        self.result = kept if all(gather(kept is not None, world)) else None
         self.warning: str | None = None
 
     def run(self) -> Iterator[int]:
@@ -91,11 +91,11 @@ class Gathering:
                 part.add(at, self.extractor(batch))
             at += len(batch)
             yield len(batch)
-        first, *others = [Gathered.of(t) for t in gather(part.gathered(), self.share) if t]
+        first, *others = [Gathered.of(t) for t in gather(part.gathered(), self.world) if t]
         for other in others:
             first = first.joined(other)
         self.result = first
-        if self.file and self.share.rank == 0:
+        if self.file and self.world.rank == 0:
             try:
                 _write(self.file, first)
             except OSError as e:  # hours of features are worth more than their keeping
@@ -104,7 +104,7 @@ class Gathering:
     @property
     def part(self) -> range:
         """The images of this process, which are neighbours; none once there is a result."""
-        n, (rank, of) = 0 if self.result is not None else len(self.images), self.share
+        n, (rank, of) = 0 if self.result is not None else len(self.images), self.world
         return range(n * rank // of, n * (rank + 1) // of)
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
-from diffussm_cli.data.latents import MANIFEST
+from diffussm_cli.data.images import GRID
+from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import Listing, list_source, read_entry
 from diffussm_cli.data.source import BUILTIN
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import own_cores
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import sha256
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.processes import own_cores
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
-GRID = "grid.png"  # what `sample` writes beside the images
 HELD_OUT = "/held-out"  # after the name of a built-in set: the part that is not trained on
 LOSSY = (".jpg", ".jpeg", ".webp")
 

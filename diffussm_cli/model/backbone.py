@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import TimestepEmbedding, patchify, position_table, unpatchify
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 
 
 class Backbone(nn.Module):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 
 
 class ShiftScaleNorm(nn.Module):
@@ -47,13 +47,13 @@ class HourglassLinear(nn.Module):
             nn.init.xavier_uniform_(matrix)
         nn.init.zeros_(self.bias)
 
-    def open(self, x: Tensor) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:
         """Every position becomes its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M, out, B, J)."""
         columns = x.flatten(0, 1).mT  # (in, B J)
         tokens = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), columns)  # (M out, B J)
         return tokens.view(*self.bias.shape, *x.shape[:2]).permute(2, 1, 3, 0)
 
-    def close(self, y: Tensor) -> Tensor:
+    def contract(self, y: Tensor) -> Tensor:
         """Tokens go back side by side into their position: y (B, in, J, M) -> (B, J, M out), channels first too."""
         columns = y.permute(3, 1, 0, 2)  # (M, in, B, J), as it lies in memory
         places = torch.baddbmm(self.bias[..., None], self.weight, columns.flatten(2))  # (M, out, B J)
@@ -89,8 +89,8 @@ class DiffuSSMBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         h = self.norm(x, c)  # I (B, J, D)
-        u = gelu(self.W_up.open(gelu(self.W0(h))))  # U (B, D, J, M)
+        u = gelu(self.W_up.expand(gelu(self.W0(h))))  # U (B, D, J, M)
         y = self.s4d(u)  # Y (B, 2D, J, M)
-        z = gelu(self.W_down.close(y))  # I' (B, J, 2D)
+        z = gelu(self.W_down.contract(y))  # I' (B, J, 2D)
         gated = gelu(self.W2(z)) * gelu(self.W1(h))  # (B, J, 2D)
         return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; flat, as torch adds the bias of more by itself

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import Config
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, with_one_block
 
 # Elementwise work on real numbers, and what only looks up or moves values.

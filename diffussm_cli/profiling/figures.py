@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.files import whole_file
+from diffussm_cli.machine.files import whole_file
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.models import display_name, named_model
 

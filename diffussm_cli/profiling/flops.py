@@ -16,7 +16,8 @@ from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.model import Backbone, build_model
-from diffussm_cli.model.s4d import fft_length, levels
+from diffussm_cli.model.s4d.convolution import fft_length
+from diffussm_cli.model.s4d.kernel import levels
 
 COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
 

@@ -1,1 +1,7 @@
-"""The training loop and what it keeps."""
+"""Training runs: the session, the loop, and what they keep."""
+
+from diffussm_cli.events import TrainingRecord
+from diffussm_cli.training.session import TrainingResult, train
+from diffussm_cli.training.trainer import Trainer
+
+__all__ = ["Trainer", "TrainingRecord", "TrainingResult", "train"]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import ALONE, Share
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.processes import ALONE, World
 
 PREFETCH = 3  # batches
 
@@ -39,7 +39,7 @@ class Batch:
         return Batch(*(v if v is None else change(v) for v in (self.x_0, self.t, self.noise, self.y)))
 
 
-def batches(source: Source, config: Config, start: int, share: Share = ALONE, pinned: bool = False) -> Iterator[Batch]:
+def batches(source: Source, config: Config, start: int, world: World = ALONE, pinned: bool = False) -> Iterator[Batch]:
     """Batches of steps start, start + 1, ..., made in a thread, up to PREFETCH of them ahead.
 
     Args:
@@ -50,20 +50,20 @@ def batches(source: Source, config: Config, start: int, share: Share = ALONE, pi
         try:
             for step in range(start, config.train.steps):
                 while len(waiting) < PREFETCH and step + len(waiting) < config.train.steps:
-                    waiting.append(worker.submit(make_batch, source, config, step + len(waiting), share, pinned))
+                    waiting.append(worker.submit(make_batch, source, config, step + len(waiting), world, pinned))
                 yield waiting.popleft().result()
         finally:
             for batch in waiting:
                 batch.cancel()
 
 
-def make_batch(source: Source, config: Config, step: int, share: Share = ALONE, pinned: bool = False) -> Batch:
+def make_batch(source: Source, config: Config, step: int, world: World = ALONE, pinned: bool = False) -> Batch:
     """One process's part of the batch of optimiser step `step` (0, 1, ...).
 
     Everything random about an image is a function of (seed, step, its place in the batch), whoever draws it.
     """
     seed, B = config.train.seed, config.train.batch_size
-    places = range(B)[B * share.rank // share.of : B * (share.rank + 1) // share.of]
+    places = range(B)[B * world.rank // world.size : B * (world.rank + 1) // world.size]
     indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop]
     generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
     x_0, labels = source.read(indices, generators)

@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.config import TrainConfig
-from diffussm_cli.device import helpers
-from diffussm_cli.distributed import Share, gather
 from diffussm_cli.errors import RunError
-from diffussm_cli.files import PARTIAL
+from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.files import PARTIAL
+from diffussm_cli.machine.processes import World, gather
 from diffussm_cli.runs import (
     CHECKPOINTS,
     EMA,
     MODEL,
     OPTIMIZER,
     STATE,
+    check_weights_match,
     checkpoint_name,
-    checkpoints,
     damage,
+    list_checkpoints,
     newest_good,
     read_state,
     read_tensors,
-    refuse_others,
     step_of,
     whole_folder,
     write_state,
     write_tensors,
 )
-from diffussm_cli.training.parallel import as_held, fill, whole
+from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 KINDS = ("step", "exp_avg", "exp_avg_sq")
@@ -78,8 +78,8 @@ class CheckpointWriter:
         self._remove_old(path.parent)
 
     def _remove_old(self, folder: Path) -> None:
-        every, kept = self.config.keep_every, set(checkpoints(self.root)[-self.config.keep_checkpoints :])
-        for old in checkpoints(self.root):
+        every, kept = self.config.keep_every, set(list_checkpoints(self.root)[-self.config.keep_checkpoints :])
+        for old in list_checkpoints(self.root):
             for_good = every and step_of(old) % every == 0
             if old not in kept and not for_good:
                 shutil.rmtree(old)
@@ -99,13 +99,13 @@ def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, 
     found: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
-            complete = whole(tensor)
+            complete = full_tensor(tensor)
             if keep:
                 found[file][name] = complete if complete is tensor else complete.cpu()
     return found
 
 
-def agree_on_checkpoint(root: Path, share: Share) -> tuple[Path | None, list[str]]:
+def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest good checkpoint by the judgement of the first process, and what is wrong with newer ones.
 
     The first process alone decides: another one may see a stale state of a shared file system.
@@ -114,18 +114,18 @@ def agree_on_checkpoint(root: Path, share: Share) -> tuple[Path | None, list[str
         RunError: if there are checkpoints but no good one, or another process does not see the same bytes.
     """
     name, state, damaged = None, None, []
-    if share.rank == 0 and checkpoints(root):
+    if world.rank == 0 and list_checkpoints(root):
         newest, damaged = newest_good(root)
         if newest is None:
             raise RunError(
                 f"--resume: {root} has no good checkpoint: {damaged[0]}; name another --out to begin a new run"
             )
         name, state = newest.name, read_state(newest)
-    name, state = gather((name, state), share)[0]
+    name, state = gather((name, state), world)[0]
     if name is None:
         return None, damaged
     path = root / CHECKPOINTS / name
-    for rank, wrong in enumerate(gather(_difference(path, state) if share.rank else None, share)):
+    for rank, wrong in enumerate(gather(_difference(path, state) if world.rank else None, world)):
         if wrong:
             raise RunError(f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}")
     return path, damaged
@@ -142,8 +142,8 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: tor
     state = read_state(path)
     for network, name in ((model, MODEL), (ema, EMA)):
         weights = read_tensors(path / name)
-        refuse_others(network.state_dict(), weights, path / name)
-        fill(network, weights)
+        check_weights_match(network.state_dict(), weights, path / name)
+        load_full(network, weights)
     _restore_optimizer(model, optimizer, read_tensors(path / OPTIMIZER), path)
     return state
 
@@ -158,5 +158,5 @@ def _restore_optimizer(
         if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
             raise RunError(f"{path / OPTIMIZER}: damaged: {name} holds numbers that are not finite")
         # A clone, because the tensor is a map of the file, which later goes with its checkpoint.
-        moments = {k: as_held(v.clone(), p) for k, v in entries.items() if k != "step"}
+        moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}
         optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from diffussm_cli.training.parallel import local
+from diffussm_cli.training.parallel import local_shards
 
 
 class EMA:
@@ -24,4 +24,5 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        torch._foreach_lerp_(local(self.model.parameters()), local(model.parameters()), 1 - self.decay_at(step))
+        averaged, current = local_shards(self.model.parameters()), local_shards(model.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))

@@ -7,8 +7,8 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d import S4D
-from diffussm_cli.training.parallel import local
+from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.training.parallel import local_shards
 
 SPIKE, WINDOW, LEAST = 3.0, 20, 5  # times the median of the last records, of how many, and of how many at least
 
@@ -63,7 +63,7 @@ def update_ratios(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
             state = optimizer.state[p]
             if not state:
                 continue
-            w, m, v = local((p, state["exp_avg"], state["exp_avg_sq"]))
+            w, m, v = local_shards((p, state["exp_avg"], state["exp_avg_sq"]))
             n = state["step"].to(w.device).clamp(min=1)
             update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group["weight_decay"] * w
             sums += torch.stack([(group["lr"] * update).square().sum(), w.square().sum()])
@@ -76,7 +76,7 @@ def time_scales(model: nn.Module) -> dict[str, Tensor]:
     """Smallest and largest dt and -Re A of all SSMs, of this process's parts, as [min, -max] of log: (2,)."""
     found = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
-        values = local(getattr(m, name) for m in model.modules() if isinstance(m, S4D))
+        values = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, S4D))
         if values:
             held = torch.cat([v.reshape(-1) for v in values])
             none = torch.full((2,), math.inf, device=held.device)

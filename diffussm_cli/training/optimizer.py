@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import TrainConfig
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.model.s4d.layer import S4D
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

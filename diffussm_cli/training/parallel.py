@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffussm_cli.device import check_compiler
-from diffussm_cli.distributed import Share
-from diffussm_cli.model.s4d import S4D
+from diffussm_cli.machine.device import check_compiler
+from diffussm_cli.machine.processes import World
+from diffussm_cli.model.s4d.layer import S4D
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
@@ -35,12 +35,12 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
-def shard(model: nn.Module, share: Share, device: torch.device, dtype: torch.dtype) -> None:
+def shard(model: nn.Module, world: World, device: torch.device, dtype: torch.dtype) -> None:
     """Split a model's parameters over all processes (FSDP2), a unit a block.
 
     Dense layers are gathered in `dtype`; the SSM is a unit of its own, in float32 whatever `dtype` is.
     """
-    mesh = init_device_mesh(device.type, (share.of,))
+    mesh = init_device_mesh(device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
@@ -75,24 +75,24 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of one that is held in parts; then every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process holds of tensors."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def as_held(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device of another, in parts if that one is."""
     value = value.to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def load_full(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Whole weights by name into a model, held in parts or not."""
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(as_held(weights[name].to(p.dtype), p))
+            p.copy_(shard_like(weights[name].to(p.dtype), p))

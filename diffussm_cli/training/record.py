@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffussm_cli.distributed import ALONE, Share, total
-from diffussm_cli.files import write_text
+from diffussm_cli.machine.files import write_text
+from diffussm_cli.machine.processes import ALONE, World, total
 from diffussm_cli.runs import BOARD, LOG
 
 QUARTERS = 4
@@ -25,8 +25,8 @@ class Meter:
     A step that is left out leaves no trace in them.
     """
 
-    def __init__(self, T: int, device: torch.device, share: Share = ALONE):
-        self.T, self.device, self.share = T, device, share
+    def __init__(self, T: int, device: torch.device, world: World = ALONE):
+        self.T, self.device, self.world = T, device, world
         self._restart()
 
     def _restart(self) -> None:
@@ -61,7 +61,7 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Starts anew."""
-        together = total(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.share)
+        together = total(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)
         sums = dict(zip(self._sums, together.split([v.numel() for v in self._sums.values()])))
         images, steps = sums.pop("images"), sums.pop("steps")
         quarters = (sums.pop("quarters") / sums.pop("in_quarters")).tolist()
@@ -69,7 +69,7 @@ class Meter:
         means = {name: (value / images).item() for name, value in sums.items()}
         means |= {f"mse_q{i + 1}": q for i, q in enumerate(quarters) if q == q}  # an empty quarter has no mean
         seconds = time.perf_counter() - self.since - self.pause
-        means |= {"grad_norm": norm, "images_per_second": self.images * self.share.of / seconds}
+        means |= {"grad_norm": norm, "images_per_second": self.images * self.world.size / seconds}
         self._restart()
         return means
 

@@ -11,16 +11,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffussm_cli.config import load_config
-from diffussm_cli.data import encoding, latents
-from diffussm_cli.data.encoding import Encoder
 from diffussm_cli.data.images import read_image, to_model_space
-from diffussm_cli.data.latents import LatentStore, StoreSettings, read_manifest, verify
+from diffussm_cli.data.latents import encoding, repair, shard
+from diffussm_cli.data.latents.encoding import Encoder
+from diffussm_cli.data.latents.manifest import StoreSettings, read_manifest
+from diffussm_cli.data.latents.reading import LatentStore
+from diffussm_cli.data.latents.repair import verify
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import load_vae, read_facts
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.files import sha256
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.processes import World
 from tests.conftest import save_vae
 
 SIZE = (16, 24)
@@ -53,8 +55,8 @@ def make_encoder(folder, flip=True, workers=0):
 
 def write_store(encoder):
     encoder.store.mkdir(exist_ok=True)
-    encoding.begin(encoder.store, encoder.listing, encoder.settings, Share())
-    list(encoding.encode(encoder, Share()))
+    encoding.begin(encoder.store, encoder.listing, encoder.settings, World())
+    list(encoding.encode(encoder, World()))
     return encoder.store
 
 
@@ -249,7 +251,7 @@ def test_training_refuses_damaged_shards(copy):
 
 
 def test_labels_must_have_a_class(copy, whole):
-    label = len(latents.header(whole.settings, 0)) + 4 * 8  # after the header and the indices
+    label = len(shard.header(whole.settings, 0)) + 4 * 8  # after the header and the indices
     damage(copy / "shard-00000.safetensors", label + 1)
     with pytest.raises(DataError, match="holds labels without a class; diffussm encode --verify"):
         LatentStore(copy, flip=True)
@@ -307,9 +309,9 @@ def test_repair_restores_the_bytes(whole, copy):
     damage(copy / "skipped.jsonl", 5)
     damage(copy / "listing.jsonl", 5)
     (copy / "shard-00002.safetensors").unlink()
-    shards = encoding.damaged_shards(copy)
+    shards = repair.damaged_shards(copy)
     assert shards == [1, 2]
-    list(encoding.repair(dataclasses.replace(whole, store=copy), shards))
+    list(repair.repair(dataclasses.replace(whole, store=copy), shards))
     for path in whole.store.iterdir():
         assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
     assert len(list(copy.iterdir())) == len(list(whole.store.iterdir()))
@@ -317,8 +319,8 @@ def test_repair_restores_the_bytes(whole, copy):
 
 def test_repair_of_skipped_alone_reads_its_shards_again(whole, copy):
     damage(copy / "skipped.jsonl", 5)
-    assert encoding.damaged_shards(copy) == [1]
-    list(encoding.repair(dataclasses.replace(whole, store=copy), [1]))
+    assert repair.damaged_shards(copy) == [1]
+    list(repair.repair(dataclasses.replace(whole, store=copy), [1]))
     assert (copy / "skipped.jsonl").read_bytes() == (whole.store / "skipped.jsonl").read_bytes()
     assert [problem for _, problem in verify(copy)] == [None] * 5
 
@@ -332,15 +334,15 @@ def test_repair_needs_a_readable_list_of_what_was_skipped(whole, copy, text):
     (copy / "manifest.json").write_text(json.dumps(values))
     damage(copy / "shard-00002.safetensors", -9)
     with pytest.raises(DataError, match=r"skipped.jsonl: damaged; delete it and repair again"):
-        list(encoding.repair(dataclasses.replace(whole, store=copy), encoding.damaged_shards(copy)))
+        list(repair.repair(dataclasses.replace(whole, store=copy), repair.damaged_shards(copy)))
     (copy / "skipped.jsonl").unlink()
-    list(encoding.repair(dataclasses.replace(whole, store=copy), encoding.damaged_shards(copy)))
+    list(repair.repair(dataclasses.replace(whole, store=copy), repair.damaged_shards(copy)))
     for path in whole.store.iterdir():
         assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_mapping_is_read_only(whole):
-    views = latents.map_shard(whole.store, whole.settings, 0)
+    views = shard.map_shard(whole.store, whole.settings, 0)
     with pytest.raises(ValueError, match="read-only"):
         views["mean"][0] = 0
 

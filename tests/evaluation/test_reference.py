@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation import evaluate as ev
+from diffussm_cli.evaluation import comparison as ev
 from diffussm_cli.evaluation import gathering
 from diffussm_cli.evaluation.features import Features, load_extractor
 from diffussm_cli.evaluation.gathering import Gathering
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.reference import describe, open_reference, write_reference
 from diffussm_cli.evaluation.sets import open_images, probe
+from diffussm_cli.machine.processes import World
 from tests.conftest import float32_arithmetic
 
 
@@ -176,8 +176,8 @@ class Job:
     def __init__(self):
         self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
 
-    def gather(self, value, share):
-        self.said[share.rank] = value
+    def gather(self, value, world):
+        self.said[world.rank] = value
         self.meeting.wait()
         found = list(self.said)
         self.meeting.wait()
@@ -196,7 +196,7 @@ def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_pat
     def of_rank(rank):
         found = []
         for images in (reference, samples):
-            work = Gathering(images, digits, 5, tmp_path / str(rank), Share(rank, 2))
+            work = Gathering(images, digits, 5, tmp_path / str(rank), World(rank, 2))
             list(work.run())
             found.append(work.result.pool)
         return found
@@ -235,13 +235,13 @@ def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
     reference = open_reference(str(tmp_path / "ref.npz"), digits)
     assert not ev.needs_images(["fid", "sfid", "is"], reference)
     assert ev.needs_images(["recall"], reference)
-    found = dict(ev.evaluate(work.result, reference, ["fid", "sfid"]))
+    found = dict(ev.evaluate_features(work.result, reference, ["fid", "sfid"]))
     assert abs(found["fid"]) < 1e-6
     assert abs(found["sfid"]) < 1e-4  # its covariance has a trace of thousands
     with pytest.raises(DataError, match="holds statistics only; precision, recall and kid need its images"):
-        dict(ev.evaluate(work.result, reference, ["recall"]))
+        dict(ev.evaluate_features(work.result, reference, ["recall"]))
     reference.complete(gathered(reference.images, digits)[0].result)
-    assert abs(dict(ev.evaluate(work.result, reference, ["fid"]))["fid"]) < 1e-6
+    assert abs(dict(ev.evaluate_features(work.result, reference, ["fid"]))["fid"]) < 1e-6
 
 
 def test_adm_file_without_extractor_is_taken(tmp_path, digits):

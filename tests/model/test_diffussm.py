@@ -12,7 +12,7 @@ from diffussm_cli.model import DiffuSSM, build_model
 from diffussm_cli.model import block as block_module
 from diffussm_cli.model.block import DiffuSSMBlock, gelu
 from diffussm_cli.model.embeddings import patchify, position_table, unpatchify
-from diffussm_cli.model.s4d import s4d_recurrence
+from diffussm_cli.model.s4d.reference import s4d_recurrence
 from diffussm_cli.training.optimizer import parameter_groups
 from tests.conftest import device, fill, randn
 
@@ -86,11 +86,11 @@ def test_nothing_is_transposed_between_the_products(monkeypatch):
     block = fill(DiffuSSMBlock(8, 2, 4), 0.5)
     x, c = randn(3, 6, 8), randn(3, 8)
     h = block.norm(x, c)
-    u = block.W_up.open(h)
+    u = block.W_up.expand(h)
     y = block.s4d(u)
     assert u.permute(3, 1, 0, 2).is_contiguous()  # (M, D, B, J)
     assert y.permute(3, 1, 0, 2).is_contiguous()  # (M, 2D, B, J)
-    for v in (block.W_down.close(y), block.W1(h)):
+    for v in (block.W_down.contract(y), block.W1(h)):
         assert v.permute(2, 0, 1).is_contiguous()  # (channels, B, J)
     monkeypatch.setattr(block_module, "F", types.SimpleNamespace(gelu=spy, silu=F.silu))
     block(x, c)

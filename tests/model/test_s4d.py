@@ -5,17 +5,12 @@ import math
 import pytest
 import torch
 
-from diffussm_cli.model import s4d as s4d_module
-from diffussm_cli.model.s4d import (
-    S4D,
-    Convolution,
-    convolve,
-    fft_length,
-    kernel_spectra,
-    s4d_kernel,
-    s4d_kernel_naive,
-    s4d_recurrence,
-)
+from diffussm_cli.model.s4d import layer as layer_module
+from diffussm_cli.model.s4d import numerics
+from diffussm_cli.model.s4d.convolution import Convolution, convolve, fft_length, kernel_spectra
+from diffussm_cli.model.s4d.kernel import s4d_kernel
+from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.s4d.reference import s4d_kernel_naive, s4d_recurrence
 from tests.conftest import device, float32_arithmetic, golden, randn, relative
 
 SSM_NAMES = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
@@ -95,7 +90,7 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
 @pytest.mark.parametrize("numbers", [1, 50, 1 << 20])
 def test_slices_change_nothing(monkeypatch, J, M, numbers):
     """Whatever the slices, and with tokens in planes: the convolution of the tokens in order, and its gradients."""
-    monkeypatch.setattr(s4d_module, "SLICE", {True: numbers, False: numbers})
+    monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     s4d, planes = layer(), randn(2, M, 6, J, dtype=torch.float64).requires_grad_()
     u = planes.permute(0, 2, 3, 1)  # (B, D, J, M)
     K = s4d.taps(J * M)
@@ -113,8 +108,8 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_
     s4d, u = layer(), randn(2, 6, 33, dtype=torch.float64)
     with torch.no_grad():
         expected = s4d(u)
-        monkeypatch.setattr(s4d_module, "KEEP_BYTES", 16 * 6 * 33)
-        monkeypatch.setattr(s4d_module, "SLICE", {True: 2 * 33 * 4, False: 1})
+        monkeypatch.setattr(layer_module, "KEEP_BYTES", 16 * 6 * 33)
+        monkeypatch.setattr(numerics, "SLICE", {True: 2 * 33 * 4, False: 1})
         s4d.eval()
         kernels_built.clear()
         torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
@@ -140,7 +135,7 @@ def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone():
 @pytest.mark.parametrize("numbers", [1, 100, 1 << 20])
 def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, numbers):
     """Of every argument, at lengths that are squares and that are not, whatever the slices of rows."""
-    monkeypatch.setattr(s4d_module, "SLICE", {True: numbers, False: numbers})
+    monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     generator = torch.Generator().manual_seed(0)
     for L in (1, 16, 23):
         dt, re, im = (torch.rand(s, generator=generator, dtype=torch.float64) for s in ((2, 3), (2, 3, 4), (2, 3, 4)))

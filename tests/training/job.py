@@ -13,35 +13,36 @@ from pathlib import Path
 
 import torch
 
-from diffussm_cli import distributed, runs
+from diffussm_cli import runs
 from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import ALONE, Share, meeting, read_share
 from diffussm_cli.errors import DiffussmError
+from diffussm_cli.machine import processes as distributed
+from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.trainer import Trainer
 
 PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first process
 
 
-def train(out: Path, fault: str, overrides: list[str], share: Share = ALONE) -> None:
+def train(out: Path, fault: str, overrides: list[str], world: World = ALONE) -> None:
     """One job: from the newest checkpoint in `out`, if there is one; records.json and averaged.safetensors are left."""
     config = load_config("digits", overrides)
-    trainer = Trainer(config, open_source(config), out, share)
-    newest, _ = agree_on_checkpoint(out, share)
+    trainer = Trainer(config, open_source(config), out, world)
+    newest, _ = agree_on_checkpoint(out, world)
     if newest is not None:
         trainer.resume(newest)
     records = list(trainer.run(inject(trainer, fault)))
     weights = trainer.averaged().state_dict()
-    if share.rank == 0:
+    if world.rank == 0:
         (out / "records.json").write_text(json.dumps(records))
         runs.write_tensors(weights, out / "averaged.safetensors")
 
 
 def inject(trainer: Trainer, fault: str):
     """The fault, in the second process or in the preview of the first; gives what `run` asks whether to stop."""
-    here, losses = trainer.share.rank == 1, trainer.losses
+    here, losses = trainer.world.rank == 1, trainer.losses
 
     def faulty(part):
         found = losses(part)
@@ -63,9 +64,9 @@ if __name__ == "__main__":
     if any(fault == "slow" for _, fault, _ in jobs):
         distributed.STEP = datetime.timedelta(seconds=PATIENCE)
     try:
-        with meeting(read_share()):
+        with process_group(read_world()):
             for out, fault, overrides in jobs:
-                train(Path(out), fault, overrides, read_share())
+                train(Path(out), fault, overrides, read_world())
         leave(0)
     except DiffussmError as e:
         sys.exit(str(e))

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli.data.source import open_source
-from diffussm_cli.distributed import Share
+from diffussm_cli.machine.processes import World
 from diffussm_cli.training import batches as module
 from diffussm_cli.training.batches import batches, image_seeds, indices_at, make_batch
 
@@ -71,7 +71,7 @@ def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
         config = tiny("data.flip=true", *more)
         source = open_source(config)
         whole = make_batch(source, config, 1)
-        parts = [make_batch(source, config, 1, Share(rank, 2)) for rank in range(2)]
+        parts = [make_batch(source, config, 1, World(rank, 2)) for rank in range(2)]
         assert [len(p.t) for p in parts] == [4, 4]
         for name in ("x_0", "t", "noise", *(["y"] if config.model.num_classes else [])):
             assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
@@ -84,7 +84,7 @@ def test_a_process_draws_only_its_own_part(tiny, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *shape, **k: drawn.append(randn(*shape, **k)) or drawn[-1])
     read = source.read
     monkeypatch.setattr(source, "read", lambda indices, generators: drawn_for(read, indices, generators, 4))
-    make_batch(source, config, 0, Share(1, 2))
+    make_batch(source, config, 0, World(1, 2))
     assert sum(x.numel() for x in drawn) == 4 * 64
 
 

@@ -12,9 +12,9 @@ from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
 from diffussm_cli import runs
-from diffussm_cli.device import check_compiler
-from diffussm_cli.distributed import Share
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine.device import check_compiler
+from diffussm_cli.machine.processes import World
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.training import parallel
 from tests.conftest import fill
@@ -38,7 +38,7 @@ def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
         assert result.exit_code == 0, result.output
         assert ("compiling: the first step takes" in result.stderr) == (name == "compiled")
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        moments = runs.read_tensors(runs.checkpoints(out)[-1] / runs.OPTIMIZER)
+        moments = runs.read_tensors(runs.list_checkpoints(out)[-1] / runs.OPTIMIZER)
         results[name] = records, {k: v for k, v in moments.items() if k.endswith("/exp_avg")}
         assert list((out / "samples").glob("*.png"))
         weights = runs.read_tensors(out / "final" / runs.MODEL)
@@ -73,7 +73,7 @@ def test_models_of_several_processes_are_compiled_once(kind):
     eager = copy.deepcopy(model)
     model.compile(backend=backend)
     if kind == "fsdp":
-        parallel.shard(model, Share(0, 1), CPU, torch.float32)
+        parallel.shard(model, World(0, 1), CPU, torch.float32)
     forward = parallel.replicate(model, CPU) if kind == "ddp" else model
     graphs = []
     for _ in range(2):
@@ -82,7 +82,7 @@ def test_models_of_several_processes_are_compiled_once(kind):
             network(torch.ones(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
         graphs.append(backend.frame_count)
         for ours, theirs in zip(model.parameters(), eager.parameters()):
-            torch.testing.assert_close(parallel.whole(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(parallel.full_tensor(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
     assert graphs[0] == graphs[1]
     assert kind == "fsdp" or (graphs[0] == 1 and not counters["graph_break"])
 

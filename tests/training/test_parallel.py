@@ -96,7 +96,7 @@ def test_a_checkpoint_of_two_is_one_of_one(alone, together, way):
     stopped = together / f"stop-{way}"
     records, _ = outcome(stopped)
     assert records[-1]["step"] == 3
-    assert [p.name for p in runs.checkpoints(stopped)] == ["step-00000002", "step-00000003"]
+    assert [p.name for p in runs.list_checkpoints(stopped)] == ["step-00000002", "step-00000003"]
     rest, weights = by_one(stopped)
     same_course((records + rest, weights), alone)
     rest, weights = outcome(together / f"back-{way}")
@@ -110,7 +110,7 @@ def test_nan_on_one_of_two_is_left_out_by_both(together, way):
     assert records[2]["left_out_images"] == [16]
     assert records[2]["update/matrices"] == pytest.approx(records[1]["update/matrices"], rel=0.2)
     assert all(torch.isfinite(w).all() for w in weights.values())
-    for path in runs.checkpoints(together / f"nan-{way}"):
+    for path in runs.list_checkpoints(together / f"nan-{way}"):
         for file in (runs.MODEL, runs.EMA, runs.OPTIMIZER):
             assert all(torch.isfinite(v).all() for v in runs.read_tensors(path / file).values())
 
@@ -132,14 +132,14 @@ def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_p
     """FSDP2 over one process: what the modules hold while they compute."""
     import torch.distributed as dist
 
-    from diffussm_cli.distributed import Share
+    from diffussm_cli.machine.processes import World
     from diffussm_cli.model import DiffuSSM
     from diffussm_cli.training.parallel import shard, views_are_fine
 
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         model, seen = DiffuSSM(8, 1, 1, 16, 1, 2, 4, 5), {}
-        shard(model, Share(), torch.device("cpu"), torch.bfloat16)
+        shard(model, World(), torch.device("cpu"), torch.bfloat16)
         block = model.blocks[0]
         for name, module in (
             ("ssm", block.s4d),

@@ -10,8 +10,8 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.test_cli import run
 
@@ -31,7 +31,7 @@ def trainer(config, root):
 
 def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr("diffussm_cli.training.scoring.evaluate", lambda *_: [("fid", next(scores))])
+    monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
     settings = config("train.steps=6")
     training = trainer(settings, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))

@@ -1,0 +1,160 @@
+"""What commands show on stderr: lines as they are, and the events of a session as they come."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
+
+LONG = 60  # seconds; work that takes longer says so at its beginning
+ALARMS = {"left_out": "steps without finite numbers, left out", "spike": "risen to three times the median"}
+
+
+def make_console(quiet: bool = False):
+    """A console on stderr that prints text as it is: a name of a file may read as rich's markup or as an emoji."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def warn(console, text: str) -> None:
+    """Print a warning, in bold."""
+    console.print(f"warning: {text}", style="bold", markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None = None) -> Any:
+    """Show the events of a session: a spinner for a stage, a bar for progress, lines for messages and warnings.
+
+    Args:
+        view: called with the value of a Result as soon as it is there.
+
+    Returns:
+        The value of the Result, or None.
+    """
+    found, shown = None, _Shown(console)
+    with contextlib.closing(shown):
+        for event in events:
+            if isinstance(event, Progress):
+                shown.progress(event)
+                continue
+            if isinstance(event, Stage):
+                shown.stage(event.text)
+                continue
+            if isinstance(event, TrainingRecord):
+                shown.record(event)
+                continue
+            shown.close()
+            if isinstance(event, Message):
+                console.print(event.text)
+            elif isinstance(event, Warned):
+                warn(console, event.text)
+            elif isinstance(event, Result):
+                found = event.value
+                if view is not None:
+                    view(found)
+    return found
+
+
+class _Shown:
+    """What moves on the console now: nothing, a spinner or a bar."""
+
+    def __init__(self, console):
+        self.console, self._open = console, contextlib.ExitStack()
+        self._status = self._advance = self._steps = None
+        self._unit, self._done = "", 0
+
+    def stage(self, text: str) -> None:
+        if self._status is None:
+            self.close()
+            self._status = self._open.enter_context(self.console.status(""))
+        from rich.text import Text
+
+        self._status.update(Text(text))
+
+    def progress(self, event: Progress) -> None:
+        if self._advance is None or event.unit != self._unit or event.done < self._done:
+            self.close()
+            self._unit, self._done = event.unit, 0
+            self._advance = self._open.enter_context(bar(self.console, event.total, event.unit))
+        self._advance(event.done - self._done, event.news)
+        self._done = event.done
+
+    def record(self, event: TrainingRecord) -> None:
+        record, step = event.record, event.record["step"]
+        news = f"loss {record['loss']:.4f}  {record['images_per_second']:.1f} images/s"
+        news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
+        if self._steps is None:
+            self.close()
+            self._steps = self._open.enter_context(_step_bar(self.console, event))
+        for name, words in ALARMS.items():
+            if name in record:
+                self.console.print(f"warning: step {step}: {words}: {record[name]}")
+        self._steps(step, news)
+
+    def close(self) -> None:
+        self._open.close()
+        self._status = self._advance = self._steps = None
+
+
+@contextlib.contextmanager
+def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None]]:
+    """A bar on stderr with rate and remaining time; the function it gives moves it and shows news at its end.
+
+    After the first move a line says how long the rest takes, if that is long: a log shows no bar.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    news_column = TextColumn("{task.fields[news]}", markup=False)
+    start, done = time.perf_counter(), 0
+    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=total, news="")
+
+        def advance(n: int, news: str = "") -> None:
+            nonlocal start, done
+            if n == 0 and done == 0:  # the work begins now
+                start = time.perf_counter()
+                return
+            first, done = done == 0, done + n
+            elapsed = time.perf_counter() - start
+            rest = elapsed / done * (total - done) if done else 0.0
+            if first and rest > LONG:
+                console.print(f"{what}: {total - done:,} more will take about {duration(rest)}")
+            progress.update(task, advance=n, news=f"{done / elapsed:.1f}/s  {news}")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr with loss, rate and remaining time of a training; without a terminal, a line per record."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    news_column = TextColumn("{task.fields[news]}", markup=False)
+    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
+        task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
+        start, begun, announced = time.perf_counter(), first.record["step"], False
+
+        def show(step: int, news: str) -> None:
+            nonlocal announced
+            progress.update(task, completed=step, news=news)
+            if console.is_terminal:
+                return
+            console.print(f"step {step}/{first.steps}  {news}")
+            if not announced and step > begun:
+                announced = True
+                rest = (time.perf_counter() - start) / (step - begun) * (first.steps - step)
+                if rest > LONG:
+                    console.print(f"{first.steps - step:,} more steps will take about {duration(rest)}")
+
+        yield show
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people, to two digits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,160 @@
+"""Tables that commands show on stdout."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from diffussm_cli.commands.console import duration, make_console
+
+NAMES_WIDTH, MODEL_WIDTH = 32, 16  # of the columns of a cost table, in characters
+
+
+def metrics_table(result: dict[str, Any]) -> None:
+    """The metrics of an evaluation, one per row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value")
+    found = dict(result["metrics"])
+    error = found.pop("kid_error", None)
+    for name, value in found.items():
+        table.add_row(name, f"{value:.6g}" + (f" ± {error:.2g}" if name == "kid" else ""))
+    stdout = Console(markup=False, emoji=False, highlight=False)
+    stdout.print(f"{result['num']:,} samples against {result['reference']}", soft_wrap=True)
+    stdout.print(table)
+
+
+def presets_table(rows: Sequence) -> None:
+    """The presets, one per row, and on stderr what the columns mean."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in ("preset", "data", "tokens", "parameters", "memory", "time", "run"):
+        table.add_column(name, justify="left" if name in ("preset", "data") else "right", no_wrap=True)
+    for row in rows:
+        c, memory = row.cost, f"{row.cost.training_bytes / 2**30:,.1f} GiB"
+        time = "unknown" if row.seconds is None else duration(row.seconds)
+        table.add_row(row.name, row.data, f"{c.tokens:,}", f"{c.parameters / 1e6:,.1f} M", memory, time, row.run)
+    Console().print(table)
+    make_console().print(
+        "memory: by formula, for the whole batch on one device; train.accumulate divides it\n"
+        "time: of the training, at the rate in the preset's header, on one or two CPU cores\n"
+        "run: by us, with this code, to its end\n"
+        "time on this machine: diffussm profile --preset NAME --estimate"
+    )
+
+
+def show_costs(result: dict[str, Any]) -> None:
+    """Tables on stdout."""
+    from rich.console import Console
+
+    console = Console()
+    wide = MODEL_WIDTH + (16 if "setting" in result else 0)
+    columns = max(1, (console.width - NAMES_WIDTH) // wide)
+    for _, group in itertools.groupby(result["models"], key=lambda m: m["resolution"]):
+        models = list(group)
+        for start in range(0, len(models), columns):
+            console.print(cost_table(models[start : start + columns], result.get("setting")))
+    for name, fits in result.get("exponents", {}).items():
+        for kind, slope in fits.items():
+            console.print(f"{name}: {kind} grows with L to the power of {slope:.2f}", highlight=False)
+
+
+def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool = False):
+    """Models of one resolution side by side; `memory` for the estimate of what training takes."""
+    from rich.table import Table
+
+    height, width = models[0]["resolution"]
+    title = f"one image of {height}x{width}; Gflops are 1e9 multiply-adds (FLOPs: twice that)"
+    grid = Table(title=title, title_justify="left")
+    grid.add_column()
+    for m in models:
+        grid.add_column(m["name"], justify="right")
+
+    def row(name: str, cell) -> None:
+        cells = [cell(m) for m in models]
+        if any(cells):
+            grid.add_row(name, *cells)
+
+    row("parameters", lambda m: f"{m['parameters']:,}")
+    row("tokens L", lambda m: f"{m['tokens']:,}")
+    row("positions J", lambda m: f"{m['positions']:,}")
+    row("Gflops", lambda m: f"{m['gflops']:.4g}")
+    for part in dict.fromkeys(part for m in models for part in m["parts"]):
+        row(f"  {part}", lambda m, part=part: f"{m['parts'][part]:.4g}" if part in m["parts"] else "")
+    row("Gflops counted by a trace", _counted)
+    row("SSM kernels, once an update", lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "")
+    row("images to train on", lambda m: f"{m['training_images'] / 1e6:,.4g} M")
+    row("Gflops to train", lambda m: f"{m['training_gflops']:.3g}")
+    for kind in dict.fromkeys(kind for m in models for kind in m.get("measured", {})):
+        _measured_rows(row, kind, setting)
+    row("one step of the batch", lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "")
+    row("to train", lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "")
+    of = f"memory of each of {models[0]['processes']} processes" if models[0]["processes"] > 1 else "memory to train"
+    row(f"{of}, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
+    return grid
+
+
+def _counted(m: dict) -> str:
+    if "counted" not in m:
+        return ""
+    return f"{sum(v for kind, v in m['counted'].items() if kind != 'kernels'):.4g}"
+
+
+def _measured_rows(row, kind: str, setting: dict) -> None:
+    def cell(form):
+        return lambda m: form(m["measured"][kind]) if kind in m.get("measured", {}) else ""
+
+    row(f"{kind}, {setting['precision']}, batch {setting['batch_size']}", cell(_time))
+    row("  images a second", cell(lambda v: f"{v['images_per_second']:.3g}"))
+    row("  of a large product's rate", cell(lambda v: f"{v['of_product_rate']:.0%}"))
+    row("  peak memory", cell(lambda v: _gib(v["peak_bytes"]) if v["peak_bytes"] is not None else "unknown"))
+    for share in ("products", "attention", "SSM", "rest"):
+        row(f"  time in {share}", cell(lambda v, s=share: f"{v['shares'][s]:.0%}" if v["shares"].get(s) else ""))
+
+
+def _time(v: dict) -> str:
+    scaled = f", {v['blocks_measured']} blocks scaled" if v["scaled"] else ""
+    return f"{v['median_ms']:.4g} ms ({v['low_ms']:.4g} to {v['high_ms']:.4g}{scaled})"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def paper_tables(as_json: bool) -> None:
+    """Published figures beside ours."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from diffussm_cli.profiling import paper
+
+    dit, training = list(paper.dit_rows()), list(paper.training_rows())
+    if as_json:
+        rows = {
+            "dit": [r._asdict() | {"difference": r.difference} for r in dit],
+            "training": [r._asdict() | {"ours": r.ours, "difference": r.difference} for r in training],
+        }
+        typer.echo(json.dumps(rows | {"sentence": paper.sentence()}, indent=1))
+        return
+    console = Console()
+    grid = Table(
+        "", "published", "ours", "difference", box=SIMPLE_HEAD, title="Gflops of DiT (arXiv 2212.09748, table 4)"
+    )
+    for r in dit:
+        grid.add_row(r.name, f"{r.published:.2f}", f"{r.ours:.3f}", f"{r.difference:+.2%}")
+    console.print(grid)
+    grid = Table(box=SIMPLE_HEAD, title="total training Gflops (arXiv 2311.18257): images x forward")
+    grid.add_column(no_wrap=True)
+    for name in ("images", "printed", "ours", "differ by", "a forward, implied", "a forward, ours"):
+        grid.add_column(name, justify="right")
+    for r in training:
+        cells = (f"{r.images / 1e6:.0f} M", f"{r.printed:.3g}", f"{r.ours:.3g}", f"{r.difference:+.1%}")
+        grid.add_row(r.name, *cells, f"{r.implied:.1f}", f"{r.forward:.1f}")
+    console.print(grid)
+    console.print(paper.sentence(), highlight=False)

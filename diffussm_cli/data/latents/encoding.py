@@ -1,0 +1,457 @@
+"""Writing a store of latents: shard by shard, by one process or several, to the same bytes whatever interrupts it.
+
+A shard is done when it has its name. Its hash and its skipped images wait in shard-NNNNN.json until all shards are
+there and the manifest takes them in. Each shard is cut into the same batches whoever encodes it.
+
+B batch   C channels   H x W grid
+"""
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffussm_cli.config import DEFAULT_VAE
+from diffussm_cli.data.images import to_model_space
+from diffussm_cli.data.latents.manifest import (
+    LISTING,
+    MANIFEST,
+    SKIPPED,
+    Manifest,
+    ShardRecord,
+    StoreSettings,
+    first_difference,
+    manifest_text,
+    read_manifest,
+    shard_name,
+)
+from diffussm_cli.data.latents.shard import empty_shard, header
+from diffussm_cli.data.listing import Listing, list_source, read_entry
+from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.events import Event, Message, Progress, Result, Stage
+from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file
+from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
+
+POLL_SECONDS = 0.2
+
+
+class Step(NamedTuple):
+    """What happened since the last one."""
+
+    images: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """All that turns places of a source into shards."""
+
+    listing: Listing
+    settings: StoreSettings
+    store: Path
+    vae: VAE
+    workers: int
+    strict: bool = False
+
+    def write(self, shards: Sequence[int]) -> Iterator[Step]:
+        """Encode and write shards in order. Raises DataError; what is finished stays."""
+        batches = iter(_loader(self, shards))
+        with helpers() as writer:  # one shard is written while the next one is encoded
+            written: Future | None = None
+            for shard in shards:
+                arrays, skipped = empty_shard(self.settings, shard), []
+                for span in _batch_spans(self.settings, shard):
+                    missed = self._encode(span, arrays, *_next(batches))
+                    skipped += missed
+                    yield Step(len(span), len(missed))
+                if written:
+                    written.result()
+                written = writer.submit(write_shard, self.store, self.settings, shard, arrays, skipped)
+            if written:
+                written.result()
+
+    def _encode(self, span: range, arrays: dict, pixels: np.ndarray, reasons: dict[int, str]) -> list[dict]:
+        """One batch into its rows of a shard; gives the skipped ones."""
+        first = span.start % self.settings.shard_size
+        rows = slice(first, first + len(span))
+        on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
+        images = to_model_space(on_device)
+        moments = {"": self._moments(images)}
+        if self.settings.flip:
+            moments["_mirrored"] = self._moments(images.flip(-1))
+        for suffix, pair in moments.items():
+            half = [m.to(torch.float16) for m in pair]
+            finite = torch.stack([_all_finite(m) for m in half]).all(0).cpu().numpy()
+            reasons |= {i: "its latents are not finite in float16" for i, f in zip(span, finite) if not f}
+            for name, values in zip(("mean", "std"), half):
+                arrays[name + suffix][rows] = values.cpu().numpy()
+        readable = np.array([i not in reasons for i in span])
+        for name in arrays:
+            if name.startswith(("mean", "std")):
+                arrays[name][rows][~readable] = 0
+        arrays["readable"][rows], arrays["index"][rows] = readable, span
+        arrays["label"][rows] = [self.listing.entries[i].label for i in span]
+        skipped = [{"index": i, "file": self.listing.entries[i].name, "reason": reasons[i]} for i in sorted(reasons)]
+        if skipped and self.strict:
+            raise DataError(f"--strict: {skipped[0]['file']}: {skipped[0]['reason']}")
+        return skipped
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.vae.encode(images)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            size = self.settings.batch_size
+            raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; take less") from e
+
+
+def _all_finite(moments: Tensor) -> Tensor:
+    """(B, ...) to (B,)."""
+    return moments.isfinite().flatten(1).all(1)
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+class _Batches(Dataset):
+    """Batches of decoded pixels (B, height, width, 3) with the reasons of those that could not be had, by place."""
+
+    def __init__(self, listing: Listing, resolution: tuple[int, int], spans: list[range]):
+        self.root, self.resolution, self.spans = listing.root, resolution, spans
+        self.entries = [[listing.entries[i] for i in span] for span in spans]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str]]:
+        span, entries, reasons = self.spans[k], self.entries[k], {}
+        pixels = np.zeros((len(span), *self.resolution, 3), np.uint8)
+        for row, (place, entry) in enumerate(zip(span, entries)):
+            try:
+                pixels[row] = read_entry(self.root, entry, self.resolution)
+            except DataError as e:
+                reasons[place] = str(e).removeprefix(f"{Path(entry.name)}: ")
+        return pixels, reasons
+
+
+def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
+    """Batches in order, decoded in fresh processes, which know nothing of threads and devices here."""
+    spans = [span for shard in shards for span in _batch_spans(encoder.settings, shard)]
+    batches = _Batches(encoder.listing, encoder.settings.resolution, spans)
+    workers = min(encoder.workers, len(spans))
+    context = "spawn" if workers else None
+    return DataLoader(
+        batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, multiprocessing_context=context
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Keeps arrays arrays: they travel through pipes, as containers often have little shared memory."""
+    return batch
+
+
+def _next(batches: Iterator) -> Any:
+    try:
+        return next(batches)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise DataError("--workers: a process that decodes images was killed, perhaps for memory; take fewer") from e
+
+
+def _batch_spans(settings: StoreSettings, shard: int) -> list[range]:
+    span = settings.span(shard)
+    return [span[i : i + settings.batch_size] for i in range(0, len(span), settings.batch_size)]
+
+
+# ------------------------------------------------------------------------------------------------- writing
+def write_shard(store: Path, settings: StoreSettings, shard: int, arrays: dict, skipped: list[dict]) -> None:
+    """One shard with its record; the record first, so that a shard never lacks it. Raises DataError."""
+    path = store / shard_name(shard)
+    try:
+        with whole_file(path) as file:
+            file.write(header(settings, shard))
+            for array in arrays.values():
+                file.write(memoryview(array).cast("B"))
+            file.flush()
+            record = {"sha256": sha256(Path(file.name)), "skipped": skipped}
+            with whole_file(_record_path(store, shard)) as note:
+                note.write(json.dumps(record).encode())
+    except OSError as e:
+        raise _unwritable(store, e) from e
+
+
+def _record_path(store: Path, shard: int) -> Path:
+    return store / f"shard-{shard:05d}.json"
+
+
+def _unwritable(store: Path, e: OSError) -> DataError:
+    return DataError(
+        f"TARGET: cannot write to {str(store)!r}: {e.strerror}; finished shards are kept, "
+        f"and the same command continues from there"
+    )
+
+
+def unfinished(store: Path, settings: StoreSettings, world: World) -> list[int]:
+    """The shards of a share that are still to be written."""
+    mine = range(world.rank, settings.shards, world.size)
+    missing = [i for i in mine if not ((store / shard_name(i)).exists() and _record_path(store, i).exists())]
+    return [] if missing and read_manifest(store, "TARGET").complete else missing  # then the records were taken in
+
+
+def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) -> Manifest:
+    """Take up a store; rank 0 starts one, and the others wait for it.
+
+    Raises:
+        DataError: if it was begun with other settings, naming the first difference.
+    """
+    while world.rank and not (store / MANIFEST).exists():
+        time.sleep(POLL_SECONDS)
+    if (store / MANIFEST).exists():
+        manifest = read_manifest(store, "TARGET")
+        check_same_request(store, manifest.settings, settings, listing)
+        return manifest
+    manifest = Manifest(settings)
+    try:
+        with whole_file(store / LISTING) as file:
+            file.writelines(listing.text())
+        with whole_file(store / MANIFEST) as file:
+            file.write(manifest_text(manifest).encode())
+    except OSError as e:
+        raise _unwritable(store, e) from e
+    return manifest
+
+
+def check_same_request(store: Path, old: StoreSettings, new: StoreSettings, listing: Listing) -> None:
+    """Raises DataError naming the first setting, or file of the source, that differs."""
+    if old.source_sha256 != new.source_sha256:
+        raise DataError(f"TARGET: {str(store)!r} was begun with another SOURCE: {_first_change(store, listing)}")
+    difference = first_difference(old, new)
+    if difference:
+        raise DataError(f"TARGET: {str(store)!r} was begun with other settings: {difference}; use another TARGET")
+
+
+def _first_change(store: Path, listing: Listing) -> str:
+    """The first line in which two listings differ."""
+    try:
+        with (store / LISTING).open("rb") as old:
+            for place, lines in enumerate(itertools.zip_longest(old, listing.text(), fillvalue=b"nothing")):
+                if lines[0] != lines[1]:
+                    was, now = (line.decode(errors="replace").strip()[:120] for line in lines)
+                    return f"image {place} was {was} and is now {now} (name, label, bytes)"
+    except OSError as e:
+        return f"its {LISTING} cannot be read: {e.strerror}"
+    return f"its {LISTING} was changed"
+
+
+def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]]) -> Manifest:
+    """Once all shards are there: skipped.jsonl, the complete manifest, and the records removed. Raises DataError."""
+    records = [read_record(store, shard) for shard in range(settings.shards)]
+    return write_manifest(store, settings, records, ignored)
+
+
+def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ignored: list) -> Manifest:
+    """skipped.jsonl and manifest.json from what is known of each shard. Raises DataError."""
+    others = [{"index": None, "file": name, "reason": reason} for name, reason in ignored]
+    lines = [json.dumps(s) + "\n" for record in records for s in record["skipped"]]
+    lines += [json.dumps(o) + "\n" for o in others]
+    try:
+        with whole_file(store / SKIPPED) as file:
+            file.write("".join(lines).encode())
+        shards = tuple(ShardRecord(r["sha256"], len(r["skipped"])) for r in records)
+        manifest = Manifest(settings, shards, sha256(store / SKIPPED))
+        with whole_file(store / MANIFEST) as file:
+            file.write(manifest_text(manifest).encode())
+        _tidy(store)
+    except OSError as e:
+        raise _unwritable(store, e) from e
+    return manifest
+
+
+def _tidy(store: Path) -> None:
+    """Remove the records that the manifest has taken in, and what killed processes left."""
+    for path in [*store.glob("shard-*.json"), *store.glob(f"{PARTIAL}*")]:
+        path.unlink(missing_ok=True)
+
+
+def read_record(store: Path, shard: int) -> dict:
+    path = _record_path(store, shard)
+    try:
+        record = json.loads(path.read_bytes())
+        assert isinstance(record["sha256"], str)
+        assert isinstance(record["skipped"], list)
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+        raise DataError(f"{path}: damaged; delete {shard_name(shard)} and run the same command again") from e
+
+
+# ------------------------------------------------------------------------------------------------ a whole store
+def encode_images(
+    source: Path | str,
+    target: Path | str,
+    resolution: tuple[int, int] = (256, 256),
+    vae: str = DEFAULT_VAE,
+    *,
+    precision: str = "fp32",
+    flip: bool = True,
+    batch_size: int = 64,
+    shard_size: int = 4096,
+    workers: int | None = None,
+    strict: bool = False,
+    device: str = "auto",
+) -> Iterator[Event]:
+    """Encode a source into a store. The same call continues where it was interrupted; under torchrun shards are shared.
+
+    Args:
+        source: one folder per class, a flat folder, or tar shards.
+        resolution: (height, width) in pixels; images are cropped as ADM does.
+        vae: a hub name or a folder.
+        flip: also encode the mirror image of every image.
+        workers: number of processes that decode images; by default one per core of this process, at most 16.
+        strict: raise for the first file that cannot be used, instead of listing it.
+
+    Yields:
+        events; the last one is a Result with the manifest, on the first process.
+
+    Raises:
+        DiffussmError: before the VAE is loaded where possible.
+    """
+    source, target, world = Path(source), Path(target), read_world()
+    yield Stage("listing")
+    listing = list_source(source)
+    if strict and listing.ignored:
+        raise DataError(f"--strict: {listing.ignored[0][0]}: {listing.ignored[0][1]}")
+    with open_store(target, source, world):
+        yield Stage("loading the VAE")
+        facts = read_facts(vae)
+        check_resolution(resolution, facts)
+        loaded = load_vae_on(facts, precision, device)
+        options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
+        settings = make_settings(listing, resolution, loaded, options)
+        if begin(target, listing, settings, world).complete:
+            yield Message(f"{target} is complete already")
+        else:
+            encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict)
+            todo = unfinished(target, settings, world)
+            yield from progress(encode(encoder, world), sum(len(settings.span(i)) for i in todo))
+    if world.rank == 0:
+        manifest = read_manifest(target, "TARGET")
+        yield from _summary(target, manifest, listing)
+        yield Result(manifest)
+
+
+def encode(encoder: Encoder, world: World) -> Iterator[Step]:
+    """Write the shards of a share that are missing; rank 0 then waits for the others and writes the manifest.
+
+    Raises:
+        DataError: if the store cannot be written, or at the first skipped image if `strict`.
+    """
+    store, settings = encoder.store, encoder.settings
+    yield from encoder.write(unfinished(store, settings, world))
+    if world.rank == 0:
+        while unfinished(store, settings, ALONE):
+            time.sleep(POLL_SECONDS)
+            yield Step(0, 0)
+        finish(store, settings, encoder.listing.ignored)
+
+
+def progress(steps: Iterator[Step], total: int) -> Iterator[Event]:
+    """The steps of an encoder as events."""
+    done = skipped = 0
+    yield Progress(0, total)
+    with contextlib.closing(steps):
+        for step in steps:
+            done, skipped = done + step.images, skipped + step.skipped
+            yield Progress(done, total, news=f"{skipped} skipped")
+
+
+def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Event]:
+    """Counts, and where the reasons are."""
+    skipped = sum(s.skipped for s in manifest.shards)
+    classes = f" of {len(listing.class_names)} classes" if listing.class_names else ""
+    yield Message(f"{manifest.settings.images - skipped} images{classes} in {store}")
+    if skipped or listing.ignored:
+        reasons = f"reasons in {store / SKIPPED}"
+        yield Message(f"skipped: {skipped} unreadable images, {len(listing.ignored)} other files; {reasons}")
+
+
+def load_vae_on(facts: VAEFacts, precision: str, device: str) -> VAE:
+    """The VAE on the device of this process. Raises DiffussmError."""
+    keep_freed_memory()
+    where = pick_device(device)
+    return load_vae(facts, where, pick_dtype(precision, where))
+
+
+def make_settings(listing: Listing, resolution: tuple[int, int], vae: VAE, options: Mapping[str, Any]) -> StoreSettings:
+    """The settings of a store that holds a source; `options` are the fields that the user chooses."""
+    facts = vae.facts
+    values = {
+        "source_sha256": listing.sha256(),
+        "images": len(listing.entries),
+        "class_names": listing.class_names,
+        "resolution": resolution,
+        "vae": facts.name,
+        "vae_config_sha256": facts.config_sha256,
+        "vae_weights_sha256": vae.weights_sha256,
+        "channels": facts.channels,
+        "downsample": facts.downsample,
+        "scale": facts.scale,
+        "shift": facts.shift,
+    }
+    return StoreSettings(**values | options)
+
+
+def decoding_processes(workers: int | None) -> int:
+    """The number of processes that decode images, by default one per core of this process."""
+    return min(16, own_cores()) if workers is None else workers
+
+
+# -------------------------------------------------------------------------------------------- before work
+def check_resolution(resolution: tuple[int, int], facts: VAEFacts) -> None:
+    """Raises ConfigError for a resolution that the VAE cannot take."""
+    if any(side % facts.downsample for side in resolution):
+        height, width = resolution
+        raise ConfigError(
+            f"--resolution: {height}x{width} must be a multiple of {facts.downsample}, the downsampling of {facts.name}"
+        )
+
+
+@contextlib.contextmanager
+def open_store(store: Path, source: Path, world: World) -> Iterator[None]:
+    """A folder to write to, held by this process alone (by one process a rank).
+
+    Raises:
+        DataError: if it cannot be written, holds something else, or another process works on it.
+    """
+    if store.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
+    with contextlib.ExitStack() as stack:
+        try:
+            lock, made = store / f"{LOCK}-{world.rank}", not store.exists()
+            store.mkdir(parents=True, exist_ok=True)
+            if content(store) and not content(store) & {MANIFEST, LISTING}:
+                raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
+            stack.enter_context(locked(lock))
+        except BlockingIOError as e:
+            message = f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first"
+            raise DataError(message) from e
+        except OSError as e:
+            raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and not content(store):  # nothing came of it
+                    lock.unlink(missing_ok=True)
+                    store.rmdir()

@@ -1,0 +1,159 @@
+"""What a store of latents is: its settings and the manifest that records the hash of every file.
+
+STORE/manifest.json           what the latents are and the hash of every other file
+STORE/listing.jsonl           one line per image of the source: name, label, bytes
+STORE/skipped.jsonl           images that could not be read and files that are no images, with the reason
+STORE/shard-NNNNN.safetensors images N * shard_size .. of the source: mean and standard deviation of the posterior
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffussm_cli.errors import DataError
+
+MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
+
+
+FORMAT = 1
+
+
+MAX_MANIFEST_BYTES = 1 << 28
+
+
+PRECISIONS = ("fp32", "bf16")  # of the VAE
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """All that decides the bytes of a store, device and library versions aside."""
+
+    source_sha256: str  # of listing.jsonl
+    images: int
+    class_names: tuple[str, ...]
+    resolution: tuple[int, int]  # height, width in pixels
+    vae: str
+    vae_config_sha256: str
+    vae_weights_sha256: str
+    channels: int
+    downsample: int
+    scale: tuple[float, ...]  # one a channel; model space is (z - shift) * scale
+    shift: tuple[float, ...]
+    flip: bool
+    precision: str
+    batch_size: int
+    shard_size: int
+
+    @property
+    def shards(self) -> int:
+        """Their number."""
+        return -(-self.images // self.shard_size)
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        height, width = self.resolution
+        return self.channels, height // self.downsample, width // self.downsample
+
+    def span(self, shard: int) -> range:
+        """Places in the source that a shard covers."""
+        return range(shard * self.shard_size, min(self.images, (shard + 1) * self.shard_size))
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of a shard."""
+
+    sha256: str
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json; `shards` is empty while the store is being written."""
+
+    settings: StoreSettings
+    shards: tuple[ShardRecord, ...] = ()
+    skipped_sha256: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return len(self.shards) == self.settings.shards
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+# ---------------------------------------------------------------------------------------------- manifest
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as JSON, with what else a reader of the file wants to know."""
+    import diffusers
+
+    from diffussm_cli import __version__
+
+    skipped = sum(s.skipped for s in manifest.shards)
+    values = {
+        "format": FORMAT,
+        "complete": manifest.complete,
+        "settings": dataclasses.asdict(manifest.settings),
+        "dtype": "float16",
+        "crop": "ADM: halve by boxes, resize bicubically, cut the middle",
+        "counts": {"images": manifest.settings.images - skipped, "skipped": skipped},
+        "skipped_sha256": manifest.skipped_sha256,
+        "shards": [{"file": shard_name(i), **dataclasses.asdict(s)} for i, s in enumerate(manifest.shards)],
+        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def read_manifest(store: Path, option: str) -> Manifest:
+    """The manifest of a store; `option` is what the folder was given by.
+
+    Raises:
+        DataError: if it is missing, damaged or of another format.
+    """
+    path = store / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError
+        values = json.loads(path.read_bytes())
+        if values["format"] != FORMAT:
+            raise DataError(f"{option}: {path} has format {values['format']}, this version reads {FORMAT}")
+        shards = tuple(ShardRecord(str(s["sha256"]), int(s["skipped"])) for s in values["shards"])
+        manifest = Manifest(_settings(values["settings"]), shards, str(values["skipped_sha256"]))
+        if manifest.complete is not values["complete"]:
+            raise ValueError
+        return manifest
+    except OSError as e:
+        raise DataError(f"{option}: cannot read {str(path)!r}: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
+        raise DataError(f"{option}: {path} is damaged; run the command that made the store in an empty folder") from e
+
+
+def _settings(values: dict[str, Any]) -> StoreSettings:
+    """Checked, so that nothing a manifest says can ask for absurd memory. Raises ValueError, KeyError, TypeError."""
+    lists = {k: tuple(values[k]) for k in ("class_names", "resolution", "scale", "shift")}
+    s = StoreSettings(**{**values, **lists})
+    whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
+    sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
+    numbers = all(isinstance(v, float) and math.isfinite(v) for v in (*s.scale, *s.shift))
+    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, *s.class_names)
+    texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
+    if not sizes_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:
+        raise ValueError
+    return s
+
+
+def first_difference(old: StoreSettings, new: StoreSettings) -> str | None:
+    """`name was X and is now Y` of the first setting that differs."""
+    for field in dataclasses.fields(StoreSettings):
+        was, now = getattr(old, field.name), getattr(new, field.name)
+        if was != now:
+            return f"{field.name} was {was!r:.80} and is now {now!r:.80}"
+    return None

@@ -1,0 +1,153 @@
+"""Finding damage in a store, and encoding the damaged shards again."""
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffussm_cli.data.latents.encoding import (
+    Encoder,
+    Step,
+    check_same_request,
+    decoding_processes,
+    load_vae_on,
+    make_settings,
+    open_store,
+    progress,
+    read_record,
+    write_manifest,
+)
+from diffussm_cli.data.latents.manifest import LISTING, SKIPPED, ShardRecord, StoreSettings, read_manifest, shard_name
+from diffussm_cli.data.latents.shard import map_shard
+from diffussm_cli.data.listing import list_source
+from diffussm_cli.data.vae import read_facts
+from diffussm_cli.errors import DataError
+from diffussm_cli.events import Event, Message, Result, Stage
+from diffussm_cli.machine.files import sha256, whole_file
+from diffussm_cli.machine.processes import ALONE
+
+
+# --------------------------------------------------------------------------------------------- verifying
+def verify(store: Path) -> Iterator[tuple[str, str | None]]:
+    """Check every file of a finished store; yields (file name, what is wrong with it or None).
+
+    Raises:
+        DataError: if there is no finished store.
+    """
+    manifest = read_manifest(store, "--verify")
+    if not manifest.complete:
+        raise DataError(f"--verify: {str(store)!r} is not finished; run the same diffussm encode command again")
+    yield LISTING, _wrong_hash(store / LISTING, manifest.settings.source_sha256)
+    yield SKIPPED, _wrong_hash(store / SKIPPED, manifest.skipped_sha256)
+    for i, record in enumerate(manifest.shards):
+        yield shard_name(i), _wrong_shard(store, manifest.settings, i, record)
+
+
+def _wrong_hash(path: Path, expected: str) -> str | None:
+    try:
+        return None if sha256(path) == expected else "its sha256 is not that of the manifest"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+
+
+def _wrong_shard(store: Path, settings: StoreSettings, shard: int, record: ShardRecord) -> str | None:
+    wrong = _wrong_hash(store / shard_name(shard), record.sha256)
+    if wrong is None:
+        try:
+            map_shard(store, settings, shard)
+        except DataError as e:
+            return str(e)
+    return wrong
+
+
+def damaged_shards(store: Path) -> list[int]:
+    """Shards to encode again. A damaged skipped.jsonl needs those that have something to tell."""
+    manifest = read_manifest(store, "--repair")
+    wrong = {name for name, problem in verify(store) if problem}
+    retold = [SKIPPED in wrong and record.skipped > 0 for record in manifest.shards]
+    return [i for i, again in enumerate(retold) if again or shard_name(i) in wrong]
+
+
+def repair_store(
+    store: Path | str,
+    source: Path | str,
+    vae: str | None = None,
+    *,
+    workers: int | None = None,
+    device: str = "auto",
+) -> Iterator[Event]:
+    """Encode the damaged shards of a finished store again, in place.
+
+    Args:
+        source: the images that the store was made from.
+        vae: its VAE by another name or folder.
+
+    Yields:
+        events; the last one is a Result with the numbers of the shards.
+
+    Raises:
+        DiffussmError: if the source or the VAE is another one.
+    """
+    store, source = Path(store), Path(source)
+    old = read_manifest(store, "--repair").settings
+    yield Stage("checking")
+    shards = damaged_shards(store)
+    yield Stage("listing")
+    listing = list_source(source)
+    with open_store(store, source, ALONE):
+        yield Stage("loading the VAE")
+        loaded = load_vae_on(read_facts(vae or old.vae), old.precision, device)
+        kept = {name: getattr(old, name) for name in ("precision", "flip", "batch_size", "shard_size", "vae")}
+        check_same_request(store, old, make_settings(listing, old.resolution, loaded, kept), listing)
+        encoder = Encoder(listing, old, store, loaded, decoding_processes(workers))
+        yield from progress(repair(encoder, shards), sum(len(old.span(i)) for i in shards))
+    yield Message(f"{len(shards)} shards of {store} encoded again")
+    yield Result(shards)
+
+
+def verify_store(store: Path | str) -> Iterator[Event]:
+    """Check every file of a finished store against its hash.
+
+    Yields:
+        events; the last one is a Result with the number of files.
+
+    Raises:
+        DataError: naming the damaged files.
+    """
+    yield Stage("checking")
+    checked = list(verify(Path(store)))
+    damaged = [f"{name} ({problem})" for name, problem in checked if problem]
+    if damaged:
+        some = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
+        remedy = f"diffussm encode --repair SOURCE {shlex.quote(str(store))}"
+        raise DataError(f"--verify: {len(damaged)} of {len(checked)} files are damaged: {some}; repair with: {remedy}")
+    yield Result(len(checked))
+
+
+def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
+    """Encode damaged shards of a finished store again, in place. Raises DataError.
+
+    On the machine that wrote them they get their old bytes; where rounding differs, the manifest takes the new hashes.
+    """
+    store, settings = encoder.store, encoder.settings
+    manifest = read_manifest(store, "--repair")
+    records = [{"sha256": s.sha256, "skipped": []} for s in manifest.shards]
+    if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards):
+        _read_skipped(store, settings.shard_size, records)
+    yield from encoder.write(shards)
+    for i in shards:
+        records[i] = read_record(store, i)
+    with whole_file(store / LISTING) as file:
+        file.writelines(encoder.listing.text())
+    write_manifest(store, settings, records, encoder.listing.ignored)
+
+
+def _read_skipped(store: Path, shard_size: int, records: list[dict]) -> None:
+    """Take what was skipped into the records of its shards. Raises DataError."""
+    try:
+        for line in (store / SKIPPED).read_text(encoding="utf-8").splitlines():
+            skipped = json.loads(line)
+            if skipped["index"] is not None:
+                records[skipped["index"] // shard_size]["skipped"].append(skipped)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
+        raise DataError(f"{store / SKIPPED}: damaged; delete it and repair again") from e

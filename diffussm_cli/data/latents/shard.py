@@ -1,0 +1,68 @@
+"""The bytes of one shard: a safetensors file whose layout follows from the settings of the store.
+
+C channels   H x W grid   S images of a shard
+"""
+
+import math
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from diffussm_cli.data.latents.manifest import StoreSettings, shard_name
+from diffussm_cli.errors import DataError
+from diffussm_cli.machine.files import tensors_header
+
+SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
+
+
+# ----------------------------------------------------------------------------------------------- layout
+def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors of a shard in the order of the file: name to safetensors dtype and shape.
+
+    `index` is the place in the source; where `readable` is 0 the image was skipped and its latents are zeros.
+    Means and deviations are in the VAE's units; `_mirrored` are those of the mirrored image.
+    """
+    S = len(settings.span(shard))
+    moments = ["mean", "std", *(["mean_mirrored", "std_mirrored"] if settings.flip else [])]
+    latents = dict.fromkeys(moments, ("F16", (S, *settings.latent)))
+    return {"index": ("I64", (S,)), "label": ("I64", (S,)), **latents, "readable": ("U8", (S,))}
+
+
+def header(settings: StoreSettings, shard: int) -> bytes:
+    """The bytes before the tensors of a shard: length and JSON, as safetensors has them."""
+    tensors = layout(settings, shard).items()
+    return tensors_header({n: (t, shape, SAFETENSORS[t].itemsize * math.prod(shape)) for n, (t, shape) in tensors})
+
+
+def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
+    """Arrays of a shard, all zeros."""
+    return {name: np.zeros(shape, SAFETENSORS[dtype]) for name, (dtype, shape) in layout(settings, shard).items()}
+
+
+def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
+    """Read-only views of a shard's tensors in its memory map.
+
+    Raises:
+        DataError: if the file is missing, or has another header or size than the manifest asks for.
+    """
+    path, expected = store / shard_name(shard), header(settings, shard)
+    tensors = layout(settings, shard)
+    try:
+        with path.open("rb") as file:
+            if file.read(len(expected)) != expected:
+                raise DataError(f"{path}: header differs from the manifest; find the damage: diffussm encode --verify")
+            keep_no_handle = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep_no_handle)
+    except OSError as e:
+        raise DataError(f"{path}: cannot be read: {e.strerror}") from e
+    views, start = {}, len(expected)
+    if len(data) != start + sum(SAFETENSORS[t].itemsize * math.prod(shape) for t, shape in tensors.values()):
+        raise DataError(f"{path}: is {len(data)} bytes long, not as the manifest says; diffussm encode --verify")
+    if hasattr(mmap, "MADV_RANDOM"):
+        data.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next image lies elsewhere
+    for name, (dtype, shape) in tensors.items():
+        views[name] = np.frombuffer(data, SAFETENSORS[dtype], math.prod(shape), start).reshape(shape)
+        start += views[name].nbytes
+    return views

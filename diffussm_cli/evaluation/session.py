@@ -1,0 +1,306 @@
+"""One way to measure images against a reference: `diffussm eval` and training both use it."""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffussm_cli import runs
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.errors import ConfigError, DataError, RunError, reason
+from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
+from diffussm_cli.evaluation.drawn import DrawnImages
+from diffussm_cli.evaluation.features import AUTO, Extractor, doubts, load_extractor, usual_extractor
+from diffussm_cli.evaluation.gathering import Gathered, Gathering
+from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
+from diffussm_cli.evaluation.sets import ImageSet, open_images, probe
+from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
+from diffussm_cli.machine.files import PARTIAL, whole_file
+from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
+from diffussm_cli.runs import dit_checkpoint
+from diffussm_cli.sampling.folder import META, read_meta, sample_facts
+from diffussm_cli.sampling.sampler import Sampler, open_sampler
+
+RESULTS = "results.json"
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+class EvaluationSession:
+    """An extractor, the features that were kept, and the comparison of image sets with references.
+
+    Args:
+        extractor: a name of `load_extractor`, or `auto`: chosen by the first images that are opened.
+        weights: a file with the weights of `inception`, in place of a download.
+        cache: the folder where features are kept; None keeps none.
+    """
+
+    def __init__(
+        self,
+        extractor: str = AUTO,
+        weights: Path | None = None,
+        device: str = "auto",
+        batch_size: int = 64,
+        cache: Path | None = None,
+        world: World = ALONE,
+    ):
+        keep_freed_memory()
+        self.asked, self.name, self.weights = extractor, extractor, weights
+        self.device, self.batch_size, self.cache, self.world = pick_device(device), batch_size, cache, world
+        self._extractor: Extractor | None = None
+
+    @property
+    def extractor(self) -> Extractor:
+        """Loaded at first use. Raises DiffussmError."""
+        if self._extractor is None:
+            self._extractor = load_extractor(self.name, self.weights, self.device)
+        return self._extractor
+
+    def choose(self, size: Size, grey: bool) -> None:
+        """Decide what `auto` stands for, by the images that are measured."""
+        if self.name == AUTO:
+            self.name = usual_extractor(size, grey)
+
+    def open(self, path: str, size: Size | None = None, option: str = "SAMPLES") -> ImageSet:
+        """A set of images as the extractor sees it, cropped to `size` if given. Raises DiffussmError."""
+        if self.name == AUTO:
+            found, grey = probe(path, option)
+            self.choose(size or found, grey)
+        return open_images(path, self.extractor.channels, size, option)
+
+    def draw(
+        self,
+        sampler: Sampler,
+        seeds: range,
+        labels: Sequence[int] | None,
+        name: str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> DrawnImages:
+        """The images of a model, drawn when they are read. Raises DiffussmError."""
+        data = sampler.config.data
+        if sampler.decoding.warning:
+            raise DataError(f"eval: {sampler.decoding.warning}")
+        self.choose(data.size, data.is_grey)
+        return DrawnImages(sampler, seeds, labels, self.extractor.channels, name, facts)
+
+    def reference(self, path: str, size: Size | None, of_run: Size | None = None) -> Reference:
+        """A reference, its images cropped to `size`, or to the size of the run if they are a folder.
+
+        Raises:
+            DiffussmError: if it cannot be read or was made with another extractor.
+        """
+        return open_reference(path, self.extractor, size or (None if path.endswith(".npz") else of_run))
+
+    def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
+        """Take the features of a set, or find those that were kept. Returns the finished Gathering."""
+        yield Stage("loading the extractor")
+        extractor = self.extractor
+        yield Stage("looking for kept features")
+        work = Gathering(images, extractor, self.batch_size, self.cache, self.world)
+        done, total = 0, len(work.part)
+        yield Progress(0, total, what)
+        for n in work.run():
+            done += n
+            yield Progress(done, total, what)
+        if work.warning:
+            yield Warned(work.warning)
+        return work
+
+    def compare(
+        self,
+        images: ImageSet,
+        against: Reference,
+        metrics: Sequence[str] = USUAL,
+        half: bool = False,
+        lenient: bool = False,
+    ) -> Generator[Event, None, tuple[dict[str, float], Gathered]]:
+        """Every metric of a set, and the features that it came from; empty metrics on other processes than the first.
+
+        Args:
+            half: precision and recall in ADM's float16.
+            lenient: leave out metrics that this extractor or reference cannot give, instead of raising.
+
+        Raises:
+            DataError, ConfigError: if reference and extractor do not fit, or a metric cannot be had.
+        """
+        if against.images is not None and against.gathered is None and needs_images(metrics, against):
+            against.complete((yield from self.features(against.images, "reference")).result)
+        found = (yield from self.features(images, "samples")).result
+        check_extractor(against, found.pool.shape[1], self.extractor)
+        values: dict[str, float] = {}
+        if self.world.rank == 0:
+            yield Stage("metrics")
+            for name, value in evaluate_features(found, against, possible(metrics, found, against, lenient), half):
+                values[name] = value
+                yield Stage(f"metrics: {', '.join(values)}")
+        return values, found
+
+
+# ------------------------------------------------------------------------------------------------- whole evaluations
+def evaluate(
+    samples: str | Path,
+    reference: str | None = None,
+    metrics: Sequence[str] = USUAL,
+    *,
+    extractor: str = AUTO,
+    extractor_weights: Path | None = None,
+    half: bool = False,
+    resolution: Size | None = None,
+    num: int = 50_000,
+    seed: int = 0,
+    classes: Sequence[int] = (),
+    sampling: SampleConfig | None = None,
+    precision: str = "auto",
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: Path | None = None,
+    out: Path | None = None,
+) -> Iterator[Event]:
+    """Measure samples, or images drawn from a run, by ADM's protocol.
+
+    Args:
+        samples: a folder of PNG, an .npz, or a run.
+        reference: an .npz of ADM or of `make_reference`, or images; by default that of the run.
+        half: precision and recall in float16, as ADM's evaluator computes them.
+        resolution: (H, W) to crop the reference images to; by default that of the run.
+        num, seed, classes, sampling, precision: of the images drawn from a run.
+        cache: the folder where features are kept; None keeps none.
+        out: where the result goes; by default beside the samples, and a warning if that fails.
+
+    Yields:
+        events; a Result holds the metrics and what they were made of.
+
+    Raises:
+        DiffussmError: before long work where possible.
+    """
+    if out is not None:
+        check_writable(out)
+    world = read_world()
+    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
+    with process_group(world):
+        trained, size = find_run_at(samples), None
+        if trained is None:
+            images, facts = session.open(str(samples)), read_facts(samples)
+        else:
+            yield Stage("loading the run")
+            sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
+            facts = sample_facts(trained, sampler, seeds, classes)
+            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts)
+            reference, size = reference or reference_of(trained.config), trained.config.data.size
+        if reference is None:
+            raise ConfigError("--reference: name an .npz of ADM, one of --make-ref, or a folder of real images")
+        against = session.reference(reference, resolution, size)
+        values, gathered = yield from session.compare(images, against, metrics, half)
+    if world.rank:
+        return
+    remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)
+    if facts.get("decoded_by") == "linear preview":
+        remarks.append("samples were drawn without their VAE: these are figures of previews")
+    yield from map(Warned, remarks)
+    result = {
+        "metrics": values,
+        "num": len(images),
+        "reference_images": against.gathered and len(against.gathered.pool),
+        "reference": reference,
+        "extractor": session.extractor.identity,
+        "adm_half": half,
+        "warnings": remarks,
+        "meta": dict(facts),
+        "samples": str(samples),
+    }
+    yield Result(result)
+    yield from _keep(result, out, results_path(Path(samples)))
+
+
+def make_reference(
+    images: str | Path,
+    target: Path,
+    *,
+    extractor: str = AUTO,
+    extractor_weights: Path | None = None,
+    resolution: Size | None = None,
+    count: int = 10_000,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+    cache: Path | None = None,
+) -> Iterator[Event]:
+    """Write the reference file of a set of images, with `count` of them for recall; ADM's evaluator reads it too.
+
+    Yields:
+        events; the last one is a Result with the path of the file.
+
+    Raises:
+        DiffussmError: if the images cannot be read or the file cannot be written.
+    """
+    if target.suffix != ".npz":
+        raise ConfigError(f"--make-ref: {str(target)!r} must end in .npz")
+    check_writable(target)
+    world = read_world()
+    session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
+    with process_group(world):
+        work = yield from session.features(session.open(str(images), resolution), "image")
+    if world.rank == 0:
+        yield Stage("writing")
+        kept = write_reference(target, work, count, seed)
+        yield from map(Warned, doubts(session.asked, session.name, str(images)))
+        height, width = work.images.size
+        yield Message(f"statistics of {len(work.images):,} images of {height}x{width}, {kept:,} of them kept")
+        yield Result(target)
+
+
+# ------------------------------------------------------------------------------------------------- files
+def find_run_at(samples: str | Path) -> runs.TrainedRun | None:
+    """The trained run at a path, or None if it is no run; then it should be images."""
+    path = Path(samples)
+    known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
+    return runs.find_run(path) if known or path.suffix == dit_checkpoint.SUFFIX else None
+
+
+def read_facts(samples: str | Path) -> dict[str, Any]:
+    """The meta.json beside samples; empty if there is none. Raises RunError."""
+    path = Path(samples)
+    folder = path.parent if path.suffix == ".npz" else path
+    return read_meta(folder) if (folder / META).is_file() else {}
+
+
+def results_path(samples: Path) -> Path:
+    """Where a result is kept by default: beside the samples."""
+    if samples.is_dir():
+        return samples / RESULTS
+    return samples.with_suffix(f".{RESULTS}") if samples.exists() else Path(RESULTS)
+
+
+def default_cache() -> Path | None:
+    """A folder below the user's cache folder; None for a user without a home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+    except RuntimeError:
+        return None
+
+
+def check_writable(path: Path) -> None:
+    """Raises ConfigError if a file cannot be written, before hours of work go into it."""
+    if not os.path.isdir(path.absolute().parent):
+        raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
+    if os.path.isdir(path):
+        raise ConfigError(f"eval: cannot write {str(path)!r}: it is a folder")
+    trial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    try:
+        trial.touch()
+        trial.unlink(missing_ok=True)  # perhaps removed by a process on another machine
+    except OSError as e:
+        raise ConfigError(f"eval: cannot write {str(path)!r}: {e.strerror}") from e
+
+
+def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
+    """Write a result where it was asked for, or in the usual place if that can be written. Raises RunError."""
+    try:
+        with whole_file(out or usual) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+    except OSError as e:
+        if out is not None:
+            raise RunError(f"--out: cannot write {str(out)!r}: {reason(e)}") from e
+        yield Warned(f"the result cannot be kept in {str(usual)!r}: {reason(e)}; --out FILE names another place")

@@ -1,0 +1,140 @@
+"""The kernel of S4D from its parameters, in two levels, and its gradient.
+
+D channels   L taps   N state size: N/2 complex modes   R rows: the channels of both directions   l = a T + b
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of
+
+
+# ------------------------------------------------------------------------------------------------ the kernel
+def s4d_kernel(
+    dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int, D_skip: Tensor | None = None
+) -> Tensor:
+    """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as a batched real matrix product.
+
+    With l = aT + b the Vandermonde sum over L columns factors into exp(dt A aT) and exp(dt A b), each about sqrt(L)
+    wide, and each of these is made of two tables in the same way. `s4d_kernel_naive` is the same sum written out.
+
+    Args:
+        dt: step sizes, (..., D).
+        A_real, A_imag: the N/2 poles, (..., D, N/2), A_real < 0.
+        B, C: input and output vectors as (real, imaginary) pairs, (..., D, N/2, 2).
+        L: number of taps.
+        D_skip: added to the tap at lag 0, (..., D).
+
+    Returns:
+        K, (..., D, L), in the dtype of `dt`.
+    """
+    x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
+    re, im = _discretise(x, y, A_real, A_imag, B, C)
+    modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): a row for each channel
+    skip = torch.zeros_like(dt) if D_skip is None else D_skip
+    sum_of_modes = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
+    return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
+
+
+def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
+    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L)."""
+    A, T = levels(L)
+    K = re.new_empty(len(re), A, T)
+    for rows in _row_slices(re, T):
+        C_bar = torch.complex(2 * re[rows], 2 * im[rows])
+        outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
+        inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
+        with full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+            torch.bmm(_pairs(outer), _pairs(inner).mT, out=K[rows])
+    K[:, 0, 0] += skip
+    return K.flatten(1)[:, :L]
+
+
+class Modes(torch.autograd.Function):
+    """`_sum_of_modes` that keeps nothing but its arguments for the backward pass.
+
+    With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
+    and -2 Im (C_bar W_1) for x and y. As l = aT + b, both sums are taken over one level by a product, then the other.
+    """
+
+    @staticmethod
+    def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
+        ctx.save_for_backward(re, im, x, y)
+        return _sum_of_modes(re, im, x, y, skip, L)
+
+    @staticmethod
+    def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
+        re, im, x, y = ctx.saved_tensors
+        A, T = levels(dK.shape[-1])
+        if dK.shape[-1] < A * T:
+            dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1]))
+        dK = dK.unflatten(-1, (A, T))
+        a = torch.arange(A, device=x.device, dtype=x.dtype) * T
+        b = torch.arange(T, device=x.device, dtype=x.dtype)
+        gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
+        for rows in _row_slices(re, T):
+            outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
+            with no_autocast(x.device), full_float32_products():
+                over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
+                over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
+                W0 = _complex(over_b.sum(-2))
+                W1 = _complex(a @ over_b + b @ over_a)
+            C_bar_W1 = torch.complex(re[rows], im[rows]) * W1
+            gradients[:, rows] = 2 * torch.stack([W0.real, -W0.imag, C_bar_W1.real, -C_bar_W1.imag])
+        return *gradients, dK[:, 0, 0], None
+
+
+def levels(L: int) -> tuple[int, int]:
+    """A and T of l = aT + b, 0 <= a < A and 0 <= b < T: T a power of two of about sqrt(L)."""
+    T = 1 << math.ceil(math.log2(L) / 2)
+    return math.ceil(L / T), T
+
+
+def _row_slices(re: Tensor, T: int) -> list[slice]:
+    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; one on a GPU, or when compiled."""
+    rows, half_N = re.shape
+    return slices_of(rows, half_N * T, re.device)
+
+
+def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
+    """exp((x + iy) step l), l = 0..count-1: (R, N/2) -> (R, count, N/2), by products of two short tables."""
+    p = math.ceil(math.sqrt(count))
+    fine = _exponentials(x, y, p, step)  # (R, p, N/2)
+    coarse = _exponentials(x, y, math.ceil(count / p), p * step)
+    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
+
+
+def _exponentials(x: Tensor, y: Tensor, count: int, step: int) -> Tensor:
+    """As `_powers`, each by exp, cos and sin; but 0 below a bound under which a product of four might be denormal.
+
+    A CPU takes a hundred times as long for a denormal number, and half of the modes decay that far in 4096 tokens.
+    """
+    l = torch.arange(count, device=x.device, dtype=x.dtype)[:, None] * step  # noqa: E741
+    decay, angle = torch.exp(x[:, None] * l), y[:, None] * l
+    decay = torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
+    return torch.complex(decay * torch.cos(angle), decay * torch.sin(angle))
+
+
+def _pairs(z: Tensor) -> Tensor:
+    """(..., n) complex -> (..., 2n) real, without a copy."""
+    return torch.view_as_real(z).flatten(-2)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    """(..., 2n) real -> (..., n) complex, without a copy."""
+    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
+
+
+def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D, N/2).
+
+    exp - 1 by expm1: plain subtraction costs 4e-5 at small dt.
+    """
+    half_sin = torch.sin(y / 2)
+    zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)  # exp(x + iy) - 1
+    square = A_real**2 + A_imag**2
+    zre, zim = (zre * A_real + zim * A_imag) / square, (zim * A_real - zre * A_imag) / square
+    bre, bim = B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1], B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0]
+    return bre * zre - bim * zim, bre * zim + bim * zre

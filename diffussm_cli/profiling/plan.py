@@ -1,0 +1,88 @@
+"""What a run will take on this machine, from one measured optimiser step."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffussm_cli.config import Config, EvalConfig
+from diffussm_cli.errors import RunError
+from diffussm_cli.profiling.flops import cost
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.record import Meter
+from diffussm_cli.training.trainer import Trainer
+
+
+class Plan(NamedTuple):
+    """Seconds of an optimiser step of the whole batch, and of the training; images in the step that was measured."""
+
+    step_seconds: float
+    seconds: float
+    measured_images: int
+
+
+class Noise:
+    """A source of random images, so that no data is needed."""
+
+    def __init__(self, config: Config):
+        self.shape = (config.data.channels, *config.data.grid)
+        self.classes = max(1, config.model.num_classes)
+        self.class_names = tuple(str(i) for i in range(config.model.num_classes))
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        labels = torch.as_tensor(indices) % self.classes
+        return torch.stack([torch.randn(self.shape, generator=g) for g in generators]), labels
+
+
+def plan(config: Config, available: int | None) -> Plan:
+    """Measure an optimiser step on as many images as fit into `available` bytes, and reckon the run from it.
+
+    A step costs a + b images; a and b come from a step of one part and a step of two.
+
+    Raises:
+        RunError: if not even one image fits.
+    """
+    images = _images_that_fit(config, available)
+    one, two = (_step_seconds(config, images, parts) for parts in (1, 2))
+    batch = config.train.batch_size
+    step = one + max(0.0, two - one) * (batch / images - 1)
+    return Plan(step, step * config.train.steps, images)
+
+
+def _images_that_fit(config: Config, available: int | None) -> int:
+    images = config.train.batch_size // config.train.accumulate
+    while available is not None and cost(_with_batch(config, images, 1)).training_bytes > available:
+        if images == 1:
+            raise RunError(
+                f"--estimate: one image of {config.preset} takes about "
+                f"{cost(_with_batch(config, 1, 1)).training_bytes / 2**30:.0f} GiB, more than is free here; "
+                "set train.gradient_checkpointing=true, or measure on a larger machine"
+            )
+        images //= 2
+    return images
+
+
+def _with_batch(config: Config, images: int, parts: int) -> Config:
+    train = dataclasses.replace(config.train, batch_size=images * parts, accumulate=parts, sample_every=0)
+    return dataclasses.replace(config, train=train, eval=EvalConfig())
+
+
+def _step_seconds(config: Config, images: int, parts: int) -> float:
+    """The second of two steps: the first one makes the optimiser's state."""
+    small = _with_batch(config, images, parts)
+    source = Noise(small)
+    trainer = Trainer(small, source, Path("unused"))
+    meter = Meter(small.diffusion.timesteps, trainer.device)
+    for step in range(2):
+        batch = make_batch(source, small, step)
+        start = time.perf_counter()
+        trainer.update(batch, meter)
+        trainer.bad_steps.flush(step)  # waits for the device
+    return time.perf_counter() - start

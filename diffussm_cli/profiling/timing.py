@@ -1,0 +1,186 @@
+"""Measured time of models on this machine.
+
+Models take turns (A B A B ...) in one process, so that a drift of the machine affects all of them alike. Each figure is
+a median with its quartiles. A large matrix product takes its turn among them: the Gflops of a model divided by its time
+are given as a fraction of the rate of that product.
+"""
+
+import contextlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from diffussm_cli.config import Config
+from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.memory import peak_bytes
+from diffussm_cli.profiling.work import FORWARD, GUIDED, TRAINING, Setting, build, product, workload
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear")  # in place or not
+
+
+ATTENTION = "scaled_dot_product"
+
+
+SSM = "S4D"
+
+
+class Timing(NamedTuple):
+    """Milliseconds of one call: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model at one kind of work. `shares` are of time: products, attention, SSM, rest (forward only)."""
+
+    time: Timing
+    rate: float  # multiply-adds a second over the rate of a large matrix product
+    images_per_second: float
+    peak_bytes: int | None
+    shares: dict[str, float]
+    blocks: int  # measured; fewer than the model has: scaled
+
+
+# --------------------------------------------------------------------------------------------------- the clock
+def take_turns(calls: Sequence[Callable[[], None]], setting: Setting) -> list[list[float]]:
+    """Milliseconds of every repeat of each call, after one warm-up each, in turn."""
+    for call in calls:
+        call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(setting.repeats):
+        for call, taken in zip(calls, times):
+            taken.append(_milliseconds(call, setting.device))
+    return times
+
+
+def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        if device.type == "mps":
+            torch.mps.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record(torch.cuda.current_stream(device))
+    call()
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def summary(times: Sequence[float]) -> Timing:
+    """Median and quartiles."""
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0])
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Timing(statistics.median(times), low, high)
+
+
+# ------------------------------------------------------------------------------------------- where time goes
+def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """Shares of one call's time in matrix products, fused attention, the SSM, and the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with _ssm_named(model), profile(activities=activities) as profiler:
+        call()
+    unit = "device" if device.type == "cuda" else "cpu"
+    self_time, whole_time = f"self_{unit}_time_total", f"{unit}_time_total"
+    # Kernels on a GPU have entries of their own; their time is in those of the operators already.
+    events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+    total = sum(getattr(e, self_time) for e in events)
+    named = {"products": 0.0, "attention": 0.0, "SSM": 0.0}
+    for e in events:
+        name = e.key.removeprefix("aten::").removesuffix("_")
+        if e.key == SSM:
+            named["SSM"] += getattr(e, whole_time)
+        elif name in PRODUCTS:
+            named["products"] += getattr(e, self_time)
+        elif ATTENTION in name:
+            named["attention"] += getattr(e, self_time)
+    found = {kind: seconds / total for kind, seconds in named.items()}
+    return found | {"rest": 1 - sum(found.values())}
+
+
+@contextlib.contextmanager
+def _ssm_named(model: nn.Module) -> Iterator[None]:
+    """Profiles show S4D layers as one range."""
+    ranges, hooks = [], []
+
+    def enter(*_) -> None:
+        ranges.append(torch.profiler.record_function(SSM))
+        ranges[-1].__enter__()
+
+    def leave(*_) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    for module in model.modules():
+        if isinstance(module, S4D):
+            hooks += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ------------------------------------------------------------------------------------------------- everything
+def measure(configs: Sequence[Config], kind: str, setting: Setting) -> list[Measured | None]:
+    """Time and memory of several models at one kind of work, in turn; None for one that does not fit into memory."""
+    peaks = [_fits(config, kind, setting) for config in configs]
+    models = [_Model(config, kind, setting) if fits else None for config, (fits, _) in zip(configs, peaks)]
+    reference, macs = product(setting)
+    calls = [reference, *(call for model in models if model for call in model.calls)]
+    times = iter(take_turns(calls, setting))
+    best = macs / summary(next(times)).median
+    return [m and m.result(times, best, peak) for m, (_, peak) in zip(models, peaks)]
+
+
+def _fits(config: Config, kind: str, setting: Setting) -> tuple[bool, int | None]:
+    try:
+        return True, peak_bytes(config, kind, setting)
+    except MemoryError:
+        return False, None
+
+
+class _Model:
+    """A model in the row of those that take turns; beside one of fewer blocks, the same without any."""
+
+    def __init__(self, config: Config, kind: str, setting: Setting):
+        self.config, self.kind, self.setting = config, kind, setting
+        self.blocks = min(setting.depth or config.model.depth, config.model.depth)
+        depths = [self.blocks] if self.blocks == config.model.depth else [self.blocks, 0]
+        self.models = [build(config, setting, depth) for depth in depths]
+        self.calls = [workload(model, config, kind, setting) for model in self.models]
+
+    def result(self, times: Iterator[list[float]], best: float, peak: int | None) -> Measured:
+        """What came of it; `best` in multiply-adds a millisecond."""
+        time = summary(self._whole([next(times) for _ in self.calls]))
+        B = self.setting.batch_size
+        per_image = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if self.config.model.num_classes else 1}[self.kind]
+        macs = cost(self.config).gflops * 1e9 * per_image * B
+        parts = shares(self.models[0], self.calls[0], self.setting.device) if self.kind == FORWARD else {}
+        return Measured(time, macs / time.median / best, 1e3 * B / time.median, peak, parts, self.blocks)
+
+    def _whole(self, found: list[list[float]]) -> list[float]:
+        """Times of all blocks, repeat by repeat, from those of some blocks and of none."""
+        if len(found) == 1:
+            return found[0]
+        times = self.config.model.depth / self.blocks
+        return [shell + (some - shell) * times for some, shell in zip(*found)]
+
+
+def exponent(lengths: Sequence[int], times: Sequence[float]) -> float:
+    """The slope of log(time) against log(L) by least squares."""
+    x, y = ([math.log(v) for v in values] for values in (lengths, times))
+    return statistics.linear_regression(x, y).slope

@@ -1,0 +1,76 @@
+"""Folders of weights that are complete: how they are written whole, and how damage is found."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffussm_cli.errors import RunError
+from diffussm_cli.machine.files import PARTIAL, sha256, sync
+from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, list_checkpoints
+from diffussm_cli.runs.metadata import read_config, read_state
+
+
+def has_final(root: Path, step: int) -> bool:
+    """Whether `final/` is complete, as it was written, and of this step."""
+    try:
+        read_config(root / FINAL)
+        return damage(root / FINAL, [MODEL]) is None and read_state(root / FINAL)["step"] == step
+    except RunError:
+        return False
+
+
+def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose `files` are as they were written, and what is wrong with newer ones."""
+    damaged = []
+    for path in reversed(list_checkpoints(root)):
+        wrong = damage(path, files)
+        if wrong is None:
+            return path, damaged
+        damaged.append(wrong)
+    return None, damaged
+
+
+def damage(checkpoint: Path, files: Sequence[str]) -> str | None:
+    """What is wrong with a checkpoint in words, or None."""
+    try:
+        hashes = read_state(checkpoint)["sha256"]
+        for name in files:
+            if sha256(checkpoint / name) != hashes[name]:
+                return f"{checkpoint / name} is not as it was written"
+    except RunError as e:
+        return str(e)
+    except OSError as e:
+        return f"{e.filename}: {e.strerror}"
+    except (KeyError, TypeError):
+        return f"{checkpoint / STATE} holds no hashes"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- writing
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name complete and on disk, or not at all.
+
+    Raises:
+        RunError: if it cannot be written; what was there before is untouched.
+    """
+    temporary, replaced = (path.with_name(f"{PARTIAL}{path.name}{end}") for end in ("", ".old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        temporary.rename(path)
+        sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is intact") from e

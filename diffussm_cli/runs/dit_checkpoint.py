@@ -1,0 +1,98 @@
+"""DiT's published checkpoints (a state dict in a .pt file), read as one of our models with a configuration.
+
+The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt; a training checkpoint with the
+averaged weights under `ema` is read as well.
+"""
+
+import argparse
+import math
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffussm_cli.config import DEFAULT_VAE, Config, config_from_dict
+from diffussm_cli.errors import ConfigError, RunError, reason
+from diffussm_cli.model import build_model
+
+SUFFIX = ".pt"
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L, XL
+DOWNSAMPLE = 8
+NAMES = {
+    r"x_embedder\.proj\.(\w+)": r"patch_in.\1",
+    r"t_embedder\.mlp\.(\d)\.(\w+)": r"t_embed.mlp.\1.\2",
+    r"y_embedder\.embedding_table\.weight": r"y_embed.weight",
+    r"blocks\.(\d+)\.attn\.(qkv|proj)\.(\w+)": r"blocks.\1.attention.\2.\3",
+    r"blocks\.(\d+)\.mlp\.fc1\.(\w+)": r"blocks.\1.mlp.0.\2",
+    r"blocks\.(\d+)\.mlp\.fc2\.(\w+)": r"blocks.\1.mlp.2.\2",
+    r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)": r"blocks.\1.adaLN.\2",
+    r"final_layer\.linear\.(\w+)": r"patch_out.\1",
+    r"final_layer\.adaLN_modulation\.1\.(\w+)": r"norm_out.adaLN.\1",
+}
+
+
+def published_config(path: Path) -> Config:
+    """The configuration that the shapes in a published checkpoint imply. Raises RunError."""
+    state = _read(path)
+    try:
+        D, C, P, _ = state["x_embedder.proj.weight"].shape
+        values = {
+            "backbone": "dit",
+            "hidden_size": D,
+            "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+            "heads": HEADS[D],
+            "patch_size": P,
+            "compression": 1,
+            "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
+            "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
+        }
+        side = math.isqrt(state["pos_embed"].shape[1]) * P
+        data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": DEFAULT_VAE}
+        return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
+    except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
+        raise RunError(f"RUN: {path} is not a checkpoint of DiT: {reason(e)} does not fit") from e
+
+
+def published_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a published checkpoint under the names of `model.DiT`. Raises RunError."""
+    config, state = published_config(path), _read(path)
+    with torch.device("meta"):
+        model = build_model(config)
+    expected, found = model.positions(*model.input_size), state.pop("pos_embed")[0]
+    if found.shape != expected.shape or (found - expected).abs().max() > 1e-5:
+        raise RunError(f"{path}: its positions are not DiT's sines and cosines")
+    weights = {_our_name(name, path): tensor for name, tensor in state.items()}
+    weights["patch_in.weight"] = weights["patch_in.weight"].flatten(1)
+    for name in weights:
+        if ".attention.proj." in name:
+            weights[name] = weights[name][None]  # the only place of M = 1
+    return weights
+
+
+def _our_name(name: str, path: Path) -> str:
+    for pattern, ours in NAMES.items():
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, ours, name)
+    raise RunError(f"{path}: {name} is no part of a DiT")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in DiT's training checkpoints
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # whatever torch says of a damaged pickle
+        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
+        raise RunError(f"RUN: {path} cannot be read as a state dict: {why}") from e
+    state = state.get("ema", state) if isinstance(state, dict) else {}
+    if not isinstance(state, dict) or not all(_is_stored(v) for v in state.values()):
+        raise RunError(f"RUN: {path} holds more than tensors; it is not a checkpoint of DiT")
+    return dict(state)
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all in the file; a view may claim to be of any size."""
+    plain = isinstance(value, Tensor) and value.layout == torch.strided
+    return plain and value.nbytes <= value.untyped_storage().nbytes()

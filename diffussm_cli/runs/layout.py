@@ -1,0 +1,56 @@
+"""The names of everything in a run folder, and the list of its checkpoints.
+
+RUN/config.yaml                      the resolved configuration
+RUN/metrics.jsonl, RUN/tensorboard/  records of training
+RUN/samples/step-*.png               previews
+RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
+RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
+RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
+RUN/best/                            the same at the lowest FID, with metrics.json
+
+state.json holds the step and the hashes of the weights beside it.
+"""
+
+import re
+from pathlib import Path
+
+RUNS = Path("runs")
+
+
+CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
+
+
+EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
+
+
+CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
+
+
+LOG, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+
+
+BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # what a run may hold by its first one
+
+
+def newest_run(folder: Path, name: str | None = None) -> Path | None:
+    """The run below `folder` whose configuration was written last; with a name, of NAME, NAME-2, NAME-3, ... only."""
+    runs = [p.parent for p in folder.glob(f"*/{CONFIG}")]
+    if name is not None:
+        runs = [p for p in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)]
+    return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime, default=None)
+
+
+def checkpoint_name(step: int) -> str:
+    """The folder of a step; names sort as steps do."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Checkpoints of a run that were completed, oldest first; a folder counts only under its final name."""
+    named = (p for p in (root / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    return sorted((p for p in named if (p / STATE).is_file()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint by its name."""
+    return int(checkpoint.name.removeprefix("step-"))

@@ -1,0 +1,191 @@
+"""A folder of samples: one PNG per seed, a grid, meta.json, and an .npz on request; written by one process or several.
+
+Seeds are drawn in the same batches whoever draws them, so that the images depend neither on the number of processes nor
+on interruptions. meta.json is written first and says what is being drawn; `complete` in it becomes true at the end.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from diffussm_cli import __version__
+from diffussm_cli.data.arrays import write_npz
+from diffussm_cli.data.images import read_image, save_grid, save_png
+from diffussm_cli.errors import RunError, reading
+from diffussm_cli.machine.files import sha256, whole_file
+from diffussm_cli.machine.processes import ALONE, World
+from diffussm_cli.runs import TrainedRun, dit_checkpoint
+from diffussm_cli.sampling.sampler import Sampler
+
+IMAGES, META, NPZ = "images", "meta.json", "samples.npz"
+PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
+GRID_IMAGES = 100
+READ = 256  # images read back at a time
+# The facts of meta.json that must not change when more images are drawn into a folder.
+FIXED = (
+    "weights_sha256",
+    "sampler",
+    "steps",
+    "guidance",
+    "guidance_channels",
+    "guidance_interval",
+    "clip",
+    "first_seed",
+    "classes",
+    "vae",
+    "decoded_by",
+    "precision",
+)
+
+
+def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
+    """What decides the images of these seeds, for meta.json."""
+    config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
+    finished = None if foreign else config.train.steps
+    return {
+        "run": str(trained.root),
+        "weights": trained.weights.name,
+        "weights_sha256": sha256(trained.weights),
+        "step": finished if trained.step is None else trained.step,
+        "ema": None if foreign else config.train.ema,
+        **dataclasses.asdict(sampler.sampling),
+        "guidance_interval": list(sampler.sampling.guidance_interval) or None,
+        "first_seed": seeds.start,
+        "num": len(seeds),
+        "classes": list(classes) or None,
+        "labels": sampler.labels(seeds, classes),
+        "class_names": list(config.data.class_names) or None,
+        "null_class": config.model.num_classes or None,
+        "pixel_rule": PIXEL_RULE,
+        **sampler.decoding.record,
+        "precision": str(sampler.dtype).removeprefix("torch."),
+        "device": sampler.device.type,
+        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """Where the images of a request go; `facts` are those of `sample_facts`. A full disk raises OSError."""
+
+    path: Path
+    sampler: Sampler
+    seeds: range
+    facts: Mapping[str, Any]
+
+    def begin(self) -> None:
+        """Say in meta.json what is being drawn.
+
+        Raises:
+            RunError: if the folder holds images of another request.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        check_same_request(self.path, self.facts)
+        self._write_meta(complete=False)
+
+    def missing(self, world: World = ALONE) -> list[range]:
+        """The batches of this process that still lack an image."""
+        size = self.sampler.batch_size
+        every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
+        with os.scandir(self.path) as entries:  # a look at each of a million names would take half a minute
+            there = {entry.name for entry in entries if entry.is_file()}
+        wanting = [batch for batch in every if not all(file_name(seed) in there for seed in batch)]
+        return wanting[world.rank :: world.size]
+
+    def draw(self, batches: Sequence[range]) -> Iterator[int]:
+        """Draw and write the images that the batches lack; yields the number of seeds done."""
+        labels = self.facts["labels"]
+        for batch in batches:
+            own = labels and [labels[seed - self.seeds.start] for seed in batch]
+            for seeds, images in self.sampler.draw(batch, own):
+                for seed, image in zip(seeds, images):
+                    if not self.file(seed).is_file():
+                        with whole_file(self.file(seed), durable=False) as file:
+                            save_png(image, file)
+                yield len(seeds)
+
+    def finish(self, grid: Path, npz: bool) -> None:
+        """Write the grid of the first images, the .npz of all if asked for, and the final meta.json."""
+        shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
+        grid.parent.mkdir(parents=True, exist_ok=True)
+        save_grid(shown, grid, columns=10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5)))
+        if npz:
+            write_npz(self.path / NPZ, self._arrays(shown.permute(0, 2, 3, 1).shape[1:]))
+        self._write_meta(complete=True)
+
+    def _arrays(self, shape: Sequence[int]) -> dict[str, tuple]:
+        """Images in NHWC as `arr_0`, as the ADM evaluation reads them, and labels as `arr_1` if there are any."""
+        labels = self.facts["labels"]
+        arrays = {"arr_0": ((len(self.seeds), *shape), np.uint8, self.read(self.seeds))}
+        return arrays | ({"arr_1": ((len(labels),), np.int64, [np.array(labels)])} if labels else {})
+
+    def read(self, seeds: range) -> Iterator[np.ndarray]:
+        """Images read back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image of another size."""
+        for i in range(0, len(seeds), READ):
+            yield np.stack([self._image(seed) for seed in seeds[i : i + READ]])
+
+    def _image(self, seed: int) -> np.ndarray:
+        data = self.sampler.config.data
+        image = read_image(self.file(seed), None, 1 if data.is_grey else 3)
+        if image.shape[:2] != data.size:
+            size = f"{image.shape[0]}x{image.shape[1]}"
+            raise RunError(f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again")
+        return image
+
+    def file(self, seed: int) -> Path:
+        """The PNG of a seed."""
+        return self.path / file_name(seed)
+
+    def _write_meta(self, complete: bool) -> None:
+        with whole_file(self.path / META) as file:
+            file.write((json.dumps({**self.facts, "complete": complete}, indent=1) + "\n").encode())
+
+
+def file_name(seed: int) -> str:
+    """The file name of the image of a seed."""
+    return f"{seed:06d}.png"
+
+
+def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raises RunError if `folder` holds images that were drawn in another way."""
+    if not (folder / META).is_file():
+        if any(folder.glob("*.png")):
+            raise RunError(f"--out: {str(folder)!r} holds images without {META}; name another folder")
+        return
+    before = read_meta(folder)
+    for key in FIXED:
+        if before.get(key) != facts[key]:
+            raise RunError(
+                f"--out: {str(folder)!r} holds images of another request: {key} was {before.get(key)!r} and is now "
+                f"{facts[key]!r}; name another folder"
+            )
+
+
+def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
+    """The first of ROOT/images, ROOT/images-2, ... that is free or holds images of the same request."""
+    for i in range(1, 10_000):
+        folder = root / (IMAGES if i == 1 else f"{IMAGES}-{i}")
+        try:
+            check_same_request(folder, facts)
+        except RunError:
+            continue
+        return folder
+    raise RunError(f"--out: {str(root)!r} is full of folders of images; name one")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json of a folder of samples. Raises RunError."""
+    path, remedy = folder / META, "; delete the folder to draw its images again"
+    with reading(f"{path}: cannot be read", RunError, remedy):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: holds no facts about samples{remedy}")
+    return found

@@ -1,0 +1,92 @@
+"""From seeds to images in model space. Image i depends on seed i and its class alone: one CPU generator per image.
+
+B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+from diffussm_cli.sampling.precision import in_precision
+
+
+class Drawn(NamedTuple):
+    """A batch of finished images."""
+
+    seeds: list[int]
+    labels: list[int] | None  # None for an unconditional model
+    images: Tensor  # (B, C, H, W), on the CPU
+
+
+def generate(
+    model: nn.Module,
+    process: GaussianDiffusion,
+    sampling: SampleConfig,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None = None,
+    batch_size: int = 64,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Drawn]:
+    """Draw one image per seed, batch by batch. Afterwards the model keeps no kernels.
+
+    Args:
+        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
+        sampling: sampler, steps and guidance.
+        labels: one per seed; without them each is drawn uniformly by the generator of its seed (`labels_of`).
+        dtype: of autocast; float32 means none.
+    """
+    try:
+        for start in range(0, len(seeds), batch_size):
+            chosen = slice(start, start + batch_size)
+            yield _draw(model, process, sampling, seeds[chosen], labels and labels[chosen], dtype)
+    finally:
+        model.forget_kernels()
+
+
+def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
+    """The labels that `generate` draws for seeds of a model with that many classes."""
+    generator = torch.Generator()
+    return [_label(generator.manual_seed(seed), num_classes) for seed in seeds]
+
+
+def _label(generator: torch.Generator, num_classes: int) -> int:
+    return int(torch.randint(max(1, num_classes), (), generator=generator))
+
+
+def _draw(model, process, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
+    device = process.signal.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    drawn = [_label(g, model.num_classes) for g in generators]
+    labels = None if not model.num_classes else drawn if wanted is None else list(wanted)
+    shape = (model.in_channels, *model.input_size)
+    x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
+    y = None if labels is None else torch.tensor(labels, device=device)
+    scheduler = make_scheduler(sampling.sampler, process, sampling.steps, model.learn_sigma)
+    with torch.no_grad(), in_precision(model, dtype):
+        images = sample(make_denoiser(model, process, sampling, y), scheduler, x, generators)
+    return Drawn(list(seeds), labels, images.float().cpu())
+
+
+def _solver_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of x_t between steps: near t = T noise is 150 times larger than the image, and float32 loses digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def make_denoiser(model, process: GaussianDiffusion, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
+    """Wrap the model with its labels, guidance and clipping as `sampling` asks for."""
+
+    def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        return model(x.float(), t, y).to(x.dtype)
+
+    if y is None:
+        denoise = labelled(predict, None)
+    else:
+        channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
+        interval = sampling.guidance_interval or None
+        denoise = guided(predict, y, model.null_class, sampling.guidance, channels, interval)
+    return clipped(denoise, process) if sampling.clip else denoise

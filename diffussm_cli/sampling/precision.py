@@ -1,0 +1,38 @@
+"""The precision of the matrix products while images are drawn."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from diffussm_cli.model.block import HourglassLinear
+
+
+@contextlib.contextmanager
+def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast to `dtype` unless it is float32, with the weights of matrix products cast once and not at each call."""
+    parameters = _product_parameters(model)
+    originals = [p.data for p in parameters]
+    try:
+        cast_products(model, dtype)
+        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        for p, data in zip(parameters, originals):
+            p.data = data
+
+
+def cast_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Permanently cast the weights of matrix products to `dtype`.
+
+    Results under autocast to `dtype` do not change; a no-op for float32.
+    """
+    if dtype != torch.float32:
+        for p in _product_parameters(model):
+            p.data = p.data.to(dtype)
+
+
+def _product_parameters(model: nn.Module) -> list[nn.Parameter]:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | HourglassLinear)]
+    return [p for layer in layers for p in layer.parameters(recurse=False)]

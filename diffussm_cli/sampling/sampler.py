@@ -1,0 +1,86 @@
+"""A model that is ready to draw: from seeds to decoded 8-bit images. Sampling, previews and evaluation all use it."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.data.images import to_uint8
+from diffussm_cli.data.vae import Decoding, open_decoding
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.errors import RunError
+from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.runs import TrainedRun, load_model
+from diffussm_cli.sampling.generate import generate, labels_of
+from diffussm_cli.sampling.precision import cast_products
+
+
+class Sampler:
+    """Draws images by seed.
+
+    Args:
+        model: in eval mode, on the device that computes.
+        config: of the run that the model belongs to.
+        sampling: sampler, steps and guidance.
+        decoding: how latents become images.
+        batch_size: number of images at a time.
+        dtype: of autocast; float32 means none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        sampling: SampleConfig,
+        decoding: Decoding,
+        batch_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
+        self.batch_size, self.dtype = batch_size, dtype
+        self.device = next(model.parameters()).device
+        self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
+
+    def labels(self, seeds: range, classes: Sequence[int] = ()) -> list[int] | None:
+        """The label of each seed: `classes` in turn, or drawn by each seed; None for an unconditional model."""
+        n = self.config.model.num_classes
+        if not n:
+            return None
+        return [classes[i % len(classes)] for i in range(len(seeds))] if classes else labels_of(seeds, n)
+
+    def draw(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch.
+
+        Raises:
+            RunError: if the images do not fit into memory.
+        """
+        batches = generate(self.model, self.process, self.sampling, seeds, labels, self.batch_size, self.dtype)
+        try:
+            for drawn in batches:
+                yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; take fewer") from e
+
+
+def open_sampler(
+    trained: TrainedRun,
+    sampling: SampleConfig | None = None,
+    batch_size: int = 64,
+    precision: str = "auto",
+    device: str = "auto",
+) -> Sampler:
+    """The sampler of a trained run, with the run's own sampling settings by default.
+
+    Raises:
+        DiffussmError: if the weights cannot be read or the device is not available.
+    """
+    keep_freed_memory()
+    where = pick_device(device)
+    dtype = pick_dtype(precision, where)
+    model = load_model(trained).to(where)
+    cast_products(model, dtype)
+    decoding = open_decoding(trained.config, where)
+    return Sampler(model, trained.config, sampling or trained.config.sample, decoding, batch_size, dtype)

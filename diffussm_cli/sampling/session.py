@@ -1,0 +1,76 @@
+"""Drawing from a trained run into a folder, as `diffussm sample` does it."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.data.images import GRID
+from diffussm_cli.errors import writing
+from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.machine.processes import gather, process_group, read_world
+from diffussm_cli.runs import TrainedRun, find_run
+from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
+from diffussm_cli.sampling.sampler import open_sampler
+
+
+def sample(
+    run: Path | str | TrainedRun,
+    out: Path | str | None = None,
+    num: int = 40,
+    *,
+    seed: int = 0,
+    classes: Sequence[int] = (),
+    sampling: SampleConfig | None = None,
+    batch_size: int = 64,
+    precision: str = "auto",
+    device: str = "auto",
+    grid: Path | None = None,
+    npz: bool = False,
+) -> Iterator[Event]:
+    """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call continues where it was interrupted.
+
+    Under torchrun the processes share the work.
+
+    Args:
+        run: a run folder, its `final/` or `best/`, a checkpoint, or a published DiT.
+        out: the folder; by default RUN/images, numbered if that holds images of another request.
+        classes: labels in turn; if empty, each seed draws its own.
+        sampling: sampler, steps and guidance; the run's own by default.
+        grid: the file of the grid; OUT/grid.png by default.
+        npz: also write samples.npz.
+
+    Yields:
+        events; the last one is a Result with the path of the grid.
+
+    Raises:
+        DiffussmError: before anything is drawn where possible.
+    """
+    trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
+    world, seeds = read_world(), range(seed, seed + num)
+    yield Stage("loading")
+    sampler = open_sampler(trained, sampling, batch_size, precision, device)
+    facts = sample_facts(trained, sampler, seeds, classes)
+    path = Path(out) if out is not None else free_folder(trained.root, facts)
+    if out is None and path.name != IMAGES:
+        yield Message(f"{trained.root / IMAGES} holds images of another request; these go to {path}")
+    if sampler.decoding.warning:
+        yield Warned(sampler.decoding.warning)
+    folder, grid = SampleFolder(path, sampler, seeds, facts), grid or path / GRID
+    with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
+        if world.rank == 0:
+            folder.begin()
+        gather(None, world)
+        yield Stage("looking for finished images")
+        batches, done = folder.missing(world), 0
+        gather(None, world)  # every process looks before one draws
+        total = sum(map(len, batches))
+        yield Progress(0, total)
+        for n in folder.draw(batches):
+            done += n
+            yield Progress(done, total)
+        gather(None, world)
+        if world.rank == 0:
+            folder.finish(grid, npz)
+    yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
+    yield Result(grid)

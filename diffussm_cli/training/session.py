@@ -1,0 +1,328 @@
+"""A training run from beginning to end: its folder, its lock, its configuration, resuming, and the loop.
+
+`diffussm train` shows the events of `train`; a notebook may use it alike, and leaves the same run folder.
+"""
+
+import contextlib
+import dataclasses
+import shlex
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
+from diffussm_cli.data.listing import UNREADABLE
+from diffussm_cli.data.source import ImageFolder, Source, open_source
+from diffussm_cli.errors import ConfigError, DataError, RunError
+from diffussm_cli.evaluation import features
+from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
+from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.machine.files import LOCK, content, locked, write_text
+from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
+from diffussm_cli.training.checkpoint import agree_on_checkpoint
+from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.stopping import TRAINING
+from diffussm_cli.training.trainer import Trainer
+
+NAMED = 5  # unreadable images that an error names
+COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a training ended: `step` of `steps`; fewer if it was asked to stop."""
+
+    root: Path
+    step: int
+    steps: int
+    was_finished: bool = False  # before it began
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.steps
+
+
+def train(
+    config: Config | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Event]:
+    """Train a model into a run folder that describes itself. Under torchrun, on all its processes.
+
+    Args:
+        config: what to train. Without it `preset` is loaded with `overrides` and `fields` (as `load_config` takes
+            them), or with `resume` and no preset the run's own configuration.
+        out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
+        resume: continue the run of `out`, or the preset's newest run, from its newest good checkpoint if it has one;
+            otherwise begin it. A finished run is left as it is.
+        stop: asked after every step; when it is true, a checkpoint is written and the training ends.
+
+    Yields:
+        events, a TrainingRecord every `train.log_every` steps; the last one is a Result with a TrainingResult.
+
+    Raises:
+        DiffussmError: of everything that a user can fix, before anything is built where possible.
+    """
+    world, chosen = read_world(), None
+    if world.rank == 0:
+        found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
+        chosen = run_folder(found, config, resume), config
+    with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
+        root, config = gather(chosen, world)[0]  # what another process sees of the run folder may be stale
+        check_batch(config, world)
+        yield from _train_in(root, config, resume, world, stop)
+
+
+def _train_in(
+    root: Path, config: Config, resume: bool, world: World, stop: Callable[[], bool]
+) -> Generator[Event, None, None]:
+    yield Stage("listing")
+    source = open_source(config)
+    with held_alone(root, world), contextlib.ExitStack() as stack:
+        yield Stage("looking for checkpoints")
+        checkpoint, damaged = agree_on_checkpoint(root, world)
+        yield from (Message(f"skipped: {line}") for line in damaged)
+        if resume and checkpoint is None:
+            yield Message(f"no checkpoint in {root} yet; training begins")
+        yield from leave_out_unreadable(source, config, root, world, fresh=checkpoint is None)
+        yield Stage("loading")
+        trainer = yield from _prepare(config, source, root, checkpoint, world)
+        steps = config.train.steps
+        complete = trainer.step >= steps and world.rank == 0 and runs.has_final(root, trainer.step)
+        if gather(complete, world)[0]:
+            yield Message(f"{root} is at step {trainer.step} and train.steps is {steps}; nothing to do")
+            yield Result(TrainingResult(root, trainer.step, steps, was_finished=True))
+            return
+        yield Message(f"{root}  {trainer.summary()}")
+        if config.train.compile:
+            yield Message(
+                "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
+            )
+        stack.enter_context(_quiet_threads())
+        writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
+        yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
+        yield TRAINING
+        for record in trainer.run(stop):
+            if writer:
+                writer.write(record)
+            yield TrainingRecord(record, steps)
+    yield Result(TrainingResult(root, trainer.step, steps))
+
+
+# ------------------------------------------------------------------------------------------------- what and where
+def choose(
+    config: Config | None,
+    out: Path | None,
+    resume: bool = False,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
+    fields: Mapping[str, Any] | None = None,
+) -> tuple[Path | None, Config]:
+    """The run folder that was asked for, if any, and the configuration. Raises ConfigError, RunError."""
+    root = out
+    if resume and root is None:
+        root = runs.newest_run(runs.RUNS, config.preset if config else Path(preset or DEFAULT_PRESET).stem)
+    if config is None and resume and root is not None and preset is None:
+        config = _saved_config(root, "--out" if out else "--resume", overrides, fields)
+    config = config or load_config(preset or DEFAULT_PRESET, overrides, fields)
+    check_extractor_is_named(config, overrides)
+    return root, config
+
+
+def _saved_config(root: Path, option: str, overrides: Sequence[str], fields: Mapping[str, Any] | None) -> Config | None:
+    """The configuration of a run with changes, or None of a run that has not begun. Raises RunError, ConfigError."""
+    if (root / runs.CONFIG).exists():
+        return config_from_dict(to_dict(runs.read_config(root, option)), str(root), overrides, fields)
+    if runs.list_checkpoints(root):
+        raise RunError(
+            f"{option}: {str(root)!r} has checkpoints but no {runs.CONFIG}; "
+            "give the --preset and --set that the run was made with"
+        )
+    return None
+
+
+def check_extractor_is_named(config: Config, overrides: Sequence[str]) -> None:
+    """Raises ConfigError for code that a file wants to run: a run folder or a YAML file may come from a stranger."""
+    given = any(override.partition("=")[0].strip() == "eval.extractor" for override in overrides)
+    name = config.eval.extractor
+    if config.eval.every and not given and name not in (features.AUTO, *features.NAMES):
+        raise ConfigError(
+            f"eval.extractor: {name!r} is code, and this command line does not name it; "
+            f"if you trust it: --set eval.extractor={shlex.quote(name)}"
+        )
+
+
+def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
+    """`root`, or the first of runs/PRESET, runs/PRESET-2, ... that holds nothing and that no process is about to fill.
+
+    Raises:
+        RunError: if a run cannot begin there, or with `resume` continue.
+    """
+    if root is None:
+        names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
+        for folder in (runs.RUNS / name for name in names):
+            if not folder.exists():
+                return folder
+            if folder.is_dir() and not content(folder):
+                with contextlib.suppress(OSError), locked(folder / f"{LOCK}-0"):
+                    return folder
+        raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; name a folder")
+    if root.exists() and not root.is_dir():
+        raise RunError(f"--out: {str(root)!r} is a file; name a folder")
+    held = content(root) if root.exists() else set()
+    begun = bool(runs.list_checkpoints(root) or held & {runs.FINAL, runs.BEST})
+    foreign = held - runs.BEFORE_CHECKPOINTS
+    if resume and foreign and not begun and runs.CONFIG not in held:
+        raise RunError(f"--out: {str(root)!r} is not empty and holds no run; name another folder")
+    if not resume and (begun or foreign):
+        raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or name another folder")
+    return root
+
+
+def check_batch(config: Config, world: World) -> None:
+    """Raises ConfigError for a batch that the processes cannot share equally."""
+    t = config.train
+    if t.batch_size % (world.size * t.accumulate):
+        raise ConfigError(
+            f"train.batch_size: {t.batch_size} cannot be shared by {world.size} processes in {t.accumulate} part(s) "
+            f"each; take a multiple of {world.size * t.accumulate}"
+        )
+
+
+@contextlib.contextmanager
+def held_alone(root: Path, world: World) -> Iterator[None]:
+    """Hold a run folder so that no other job writes to it meanwhile; make it if need be. Raises RunError."""
+    lock, made = root / f"{LOCK}-{world.rank}", []
+
+    def tidy() -> None:
+        with contextlib.suppress(OSError):
+            if made and not content(root):  # nothing came of it
+                lock.unlink(missing_ok=True)
+                for folder in made:
+                    folder.rmdir()
+
+    with contextlib.ExitStack() as stack:
+        try:
+            made += [p for p in (root, *root.parents) if not p.exists()]
+            root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock))
+        except BlockingIOError as e:
+            raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
+        except OSError as e:
+            tidy()
+            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; name another folder by --out") from e
+        stack.callback(tidy)
+        yield
+
+
+# ------------------------------------------------------------------------------------------------- before the loop
+def leave_out_unreadable(
+    source: Source, config: Config, root: Path, world: World, fresh: bool
+) -> Generator[Event, None, None]:
+    """Decode every image of a folder before a run begins, so that none ends it after days; on resume use its record.
+
+    Raises:
+        DataError: naming images that cannot be read, unless data.skip_unreadable is set.
+    """
+    if not isinstance(source, ImageFolder):
+        return
+    if world.size > 1 and len(set(gather(source.listing.sha256(), world))) > 1:
+        raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
+    if fresh:
+        skipped = yield from _unreadable(source, world)
+        if skipped and not config.data.skip_unreadable:
+            some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
+            more = "; ..." if len(skipped) > NAMED else ""
+            raise DataError(
+                f"data.path: {len(skipped)} of {len(source)} images in {config.data.path!r} cannot be read: "
+                f"{some}{more}; leave them out: --set data.skip_unreadable=true"
+            )
+        if world.rank == 0 and config.data.skip_unreadable:
+            runs.write_skipped(root, skipped)
+        if skipped:
+            place = root / runs.SKIPPED
+            yield Message(f"skipped: {len(skipped)} images that cannot be read; reasons in {place}")
+    elif config.data.skip_unreadable:
+        skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
+    else:
+        return
+    source.leave_out({i: name for i, name, _ in skipped if i is not None})
+
+
+def _unreadable(source: ImageFolder, world: World) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
+    """Index, name and reason of every image that cannot be read, found by all processes together."""
+    mine, found, done = range(world.rank, len(source), world.size), {}, 0
+    yield Progress(0, len(mine), "checking images")
+    for checked, reasons in source.check(mine):
+        done += checked
+        found |= reasons
+        yield Progress(done, len(mine), "checking images")
+    reasons = {i: reason for part in gather(found, world) for i, reason in part.items()}
+    skipped: list[tuple[int | None, str, str]] = [(i, source.entries[i].name, reasons[i]) for i in sorted(reasons)]
+    return skipped + [(None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)]
+
+
+def _prepare(
+    config: Config, source: Source, root: Path, checkpoint: Path | None, world: World
+) -> Generator[Event, None, Trainer]:
+    """A Trainer ready to run in `root`, whose configuration is on disk. Raises DiffussmError."""
+    keep_freed_memory()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
+    with first_works(world):
+        if checkpoint is not None and world.rank == 0:
+            if (root / runs.CONFIG).exists():
+                changes = check_unchanged(runs.read_config(root, "--resume"), config)
+                yield from (Message(f"changed: {change}") for change in changes)
+            else:
+                yield Message(f"{root / runs.CONFIG} was missing; it is written again from this command line")
+            runs.read_metrics(root / runs.BEST)  # named now if damaged, not at the next evaluation
+    trainer = Trainer(config, source, root, world)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    if world.rank == 0:
+        try:
+            write_text(root / runs.CONFIG, to_yaml(config))
+        except OSError as e:
+            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
+    return trainer
+
+
+def check_unchanged(saved: Config, config: Config) -> list[str]:
+    """Resuming must not change what the run is; gives the harmless changes, one per line.
+
+    Raises:
+        ConfigError: naming the first difference in model, data, diffusion, batch or seed.
+    """
+    old, new = to_dict(saved), to_dict(config)
+    fixed = [(s, f) for s in ("model", "data", "diffusion") for f in new[s]]
+    for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:
+        was, now = old[section][name], new[section][name]
+        if was != now:
+            raise ConfigError(
+                f"--resume: {section}.{name} was {was!r} and is now {now!r}; without --preset and --set the run's own "
+                "values are taken, with another --out a new run begins"
+            )
+    values = [(s, f, old[s][f], new[s][f]) for s in ("train", "sample", "eval") for f in new[s]]
+    return [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """An OSError of TensorBoard's thread is raised again by the next record; Python would show its traceback too."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before

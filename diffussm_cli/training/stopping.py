@@ -1,0 +1,50 @@
+"""A training that is asked to stop by a signal."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from diffussm_cli.events import Event, Stage
+
+INTERRUPTED, PREEMPTED = 130, 75  # exit codes: Ctrl-C; SIGTERM, as EX_TEMPFAIL: saved, run the same command again
+TRAINING = Stage("training")  # what a session yields before its first step
+
+
+class StopRequest:
+    """Whether a signal has asked for an end; `code` is the exit code that it stands for."""
+
+    code: int | None = None
+
+    def __call__(self) -> bool:
+        return self.code is not None
+
+    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events of a session; from the first step on, a signal asks instead of ending the process.
+
+        Ctrl-C and SIGTERM let the loop finish its step and save a checkpoint; a second Ctrl-C interrupts at once.
+        """
+        with contextlib.ExitStack() as stack:
+            for event in events:
+                if event == TRAINING:
+                    stack.enter_context(self._handlers())
+                yield event
+
+    @contextlib.contextmanager
+    def _handlers(self) -> Iterator[None]:
+        codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+
+        def ask(number: int, _: Any) -> None:
+            self.code = codes[number]
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, ask) for number in codes}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

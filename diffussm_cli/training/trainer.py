@@ -1,0 +1,274 @@
+"""The training loop: steps in, records out. Prints nothing; what a record is shown as is the command's business.
+
+B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from diffussm_cli import runs
+from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.data.images import save_grid
+from diffussm_cli.data.source import Source
+from diffussm_cli.data.vae import open_decoding
+from diffussm_cli.diffusion.losses import training_losses
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
+from diffussm_cli.model import build_model
+from diffussm_cli.sampling.sampler import Sampler
+from diffussm_cli.training.batches import Batch, batches
+from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_checkpoint
+from diffussm_cli.training.ema import EMA
+from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
+from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
+from diffussm_cli.training.parallel import compile_model, full_tensor, last_part_only, norm_of, replicate, shard
+from diffussm_cli.training.record import Meter
+from diffussm_cli.training.scoring import Scoring
+
+# All there is to say of random generators in a checkpoint.
+RANDOMNESS = "a function of (seed, step, place in the batch)"
+
+Record = dict[str, Any]
+
+
+class Trainer:
+    """A model in training, with all that a checkpoint holds. `run` is the loop.
+
+    Of several processes each has a Trainer with its share: the same model (or its part), its part of every batch.
+    `decoding` is what previews are decoded with (None where there are none); its `warning` is for the user.
+    """
+
+    def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
+        t = config.train
+        self.config, self.source, self.root, self.world = config, source, root, world
+        self.device = pick_device(t.device)
+        self.dtype = pick_dtype(t.precision, self.device)
+        torch.manual_seed(t.seed)
+        self.model = build_model(config, t.gradient_checkpointing).to(self.device)
+        self.ema = EMA(self.model, t.ema)
+        if t.compile:
+            compile_model(self.model, self.device)
+        self.forward = self._distribute()
+        self.optimizer = make_optimizer(self.model, t)
+        self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
+        self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
+        self.scoring = (
+            Scoring(config, root, self.device, self.decoding, self.dtype, world) if config.eval.every else None
+        )
+        self.writer = CheckpointWriter(root, t)
+        self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
+        self.step = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training begins."""
+        decoding = [self.decoding.warning] if self.decoding and self.decoding.warning else []
+        return decoding + (self.scoring.warnings if self.scoring else [])
+
+    def summary(self) -> str:
+        """Size, place and arithmetic of this training in one line."""
+        t, n = self.config.train, sum(p.numel() for p in self.model.parameters())
+        where = f"{self.device}" + (f", {self.world.size} processes ({t.parallel})" if self.world.size > 1 else "")
+        arithmetic = str(self.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
+        return f"{n:,} parameters on {where}, {arithmetic}"
+
+    def _distribute(self) -> nn.Module:
+        """What to call for a forward pass."""
+        if self.world.size == 1:
+            return self.model
+        if self.config.train.parallel == "ddp":
+            return replicate(self.model, self.device)
+        for model in (self.model, self.ema.model):
+            shard(model, self.world, self.device, self.dtype)
+        return self.model
+
+    def resume(self, checkpoint: Path) -> None:
+        """Take up all state from a checkpoint folder. Raises RunError."""
+        self.step = load_checkpoint(checkpoint, self.model, self.ema.model, self.optimizer)["step"]
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+        """Train to the last step, yielding a record every `log_every` steps.
+
+        Previews, checkpoints and `final/` are written on the way. When `stop()` is true in one of the processes the
+        step in hand is finished, a checkpoint written, and the loop ends early.
+
+        Raises:
+            RunError: if steps stay without finite numbers, memory runs out, another process of the job is gone, or a
+                checkpoint cannot be written.
+            DataError: if an image cannot be read; a checkpoint is written first.
+        """
+        t, every = self.config.train, self.config.eval.every
+        meter = Meter(self.config.diffusion.timesteps, self.device, self.world)
+        for batch in self._batches():
+            self._update_in_memory(batch, meter)
+            self.writer.check()
+            self.step += 1
+            last, stopped = self.step == t.steps, any_of(stop(), self.world)
+            scores = bool(every) and (last or self.step % every == 0)
+            if last or stopped or scores or self.step % t.log_every == 0:
+                record = self._record(meter)
+                with meter.paused(), first_works(self.world):
+                    yield record | (self.scoring.score(self.averaged(), self.step) if scores else {})
+            previews = bool(t.sample_every) and (last or self.step % t.sample_every == 0)
+            saves = last or stopped or self.step % t.checkpoint_every == 0
+            if previews or saves:
+                with meter.paused(), first_works(self.world):
+                    if previews:
+                        self.preview(last)
+                    if saves:
+                        self.save()
+            if stopped and not last:
+                self.writer.finish()
+                return
+        with first_works(self.world):
+            self.writer.finish()
+            weights = self.averaged().state_dict()
+            if self.world.rank == 0:
+                runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
+        start = self.step
+        try:
+            yield from batches(self.source, self.config, start, self.world, pinned=self.device.type == "cuda")
+        except DataError:
+            if self.step > start and self.world.size == 1:  # of several, the others are not at this point
+                self.save()
+                self.writer.finish()
+            raise
+
+    def _update_in_memory(self, batch: Batch, meter: Meter) -> None:
+        try:
+            with peer_errors() if self.world.size > 1 else contextlib.nullcontext():
+                self.update(batch, meter)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            t = self.config.train
+            raise RunError(
+                f"train.batch_size: {t.batch_size} in {t.accumulate} part(s) does not fit into the memory of "
+                f"{self.device}; raise train.accumulate or set train.gradient_checkpointing=true"
+            ) from e
+
+    def update(self, batch: Batch, meter: Meter) -> None:
+        """One optimiser step on a batch, in `accumulate` parts; left out by all if loss or gradient are not finite."""
+        t, own = self.config.train, self.config.train.batch_size // self.world.size
+        size, bad = own // t.accumulate, torch.zeros((), device=self.device)
+        self.model.train()
+        for start in range(0, own, size):
+            part = batch.part(start, start + size, self.device)
+            with last_part_only(self.forward, start + size == own):
+                losses = self.losses(part)
+                loss = losses["loss"].mean() / t.accumulate
+                loss.backward()
+            bad = bad + ~torch.isfinite(loss.detach())
+            meter.add(losses, part.t)
+        norm = norm_of(p.grad for p in self.model.parameters() if p.grad is not None)
+        if t.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
+        bad = (total(bad + ~torch.isfinite(norm), self.world) > 0).float()
+        self.bad_steps.add(bad)
+        meter.end_step(norm, bad)
+        set_lr(self.optimizer, lr_factor(t, self.step))
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model, self.step + 1)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of each image, (B,)."""
+        x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.forward(x_t, batch.t, batch.y)
+        cap = self.config.train.mse_weight_cap
+        return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise, cap)
+
+    def averaged(self) -> nn.Module:
+        """The averaged weights as a whole model in eval mode; held in parts, every process must ask for it."""
+        if not isinstance(self.ema.model, FSDPModule):
+            return self.ema.model
+        model = build_model(self.config).to(self.device)
+        model.load_state_dict({k: full_tensor(v) for k, v in self.ema.model.state_dict().items()})
+        return model.eval().requires_grad_(False)
+
+    def preview(self, last: bool) -> Path | None:
+        """A grid from the averaged weights at fixed seeds, by the first process; the last one as `sample` draws it."""
+        t, how, model = self.config.train, self.config.sample, self.averaged()
+        if self.world.rank:
+            return None
+        if not last:
+            how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
+        return draw_grid(self, model, how, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, or begin to. Raises RunError."""
+        t, first = self.config.train, self.world.rank == 0
+        tensors = collect(self.model, self.ema.model, self.optimizer, keep=first)
+        epoch, position = divmod(self.step * t.batch_size, len(self.source))
+        state = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
+        state |= {"epoch": epoch, "position": position, "randomness": RANDOMNESS}
+        if first:
+            self.writer.write(tensors, state)
+
+    def _record(self, meter: Meter) -> Record:
+        t = self.config.train
+        left_out, in_a_row = self.bad_steps.flush(self.step)
+        record = {
+            "step": self.step,
+            "images": self.step * t.batch_size,
+            **meter.flush(),
+            "lr": t.lr * lr_factor(t, self.step - 1),
+            "ema_decay": self.ema.decay_at(self.step),
+            **self._diagnosis(),
+        }
+        if left_out:  # and where in the endless row of images their batches begin
+            record |= {"left_out": left_out, "left_out_images": [(s - 1) * t.batch_size for s in left_out]}
+        risen = self.alarm.check(record)
+        if risen:
+            record["spike"] = risen
+        if in_a_row >= t.max_bad_steps:
+            raise RunError(
+                f"train: {in_a_row} steps in a row before step {self.step} had no finite loss or gradient; "
+                "the newest checkpoint is intact; try a smaller train.lr "
+                f"(now {t.lr:g}), train.warmup_steps, train.grad_clip=1 or train.precision=fp32"
+            )
+        return record
+
+    def _diagnosis(self) -> dict[str, float]:
+        """How far each group of weights moved in the last step, for their size; the range of the SSM's time scales."""
+        found = {}
+        for name, sums in update_ratios(self.optimizer).items():
+            moved, size = total(sums, self.world if self._in_parts else ALONE).tolist()
+            found[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
+        for name, ends in time_scales(self.model).items():
+            least, most = smallest(ends, self.world if self._in_parts else ALONE).exp().tolist()
+            found |= {f"ssm/{name}_min": least, f"ssm/{name}_max": 1 / most}
+        return found
+
+    @property
+    def _in_parts(self) -> bool:
+        return isinstance(self.model, FSDPModule)
+
+
+def draw_grid(trainer: Trainer, model: nn.Module, sampling: SampleConfig, path: Path) -> Path:
+    """Images of seeds 0, 1, ... with one class per column (at most ten), written to `path`."""
+    config = trainer.config
+    n, classes = config.train.sample_images, config.model.num_classes
+    columns = min(10, classes or n)
+    sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
+    drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        save_grid(torch.cat([images for _, images in drawn]), file, columns)
+    return path

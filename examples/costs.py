@@ -1,0 +1,11 @@
+"""What DiffuSSM-XL and DiT-XL/2 cost at two resolutions: parameters and Gflops of one forward pass of one image.
+
+python examples/costs.py
+"""
+
+from diffussm_cli.profiling import cost, named_model
+
+for resolution in (256, 512):
+    for name in ("xl", "dit-xl/2"):
+        c = cost(named_model(name, resolution))
+        print(f"{name} at {resolution}: {c.parameters:,} parameters, {c.tokens:,} tokens, {c.gflops:,.1f} Gflops")

@@ -1,0 +1,13 @@
+"""Draw ten images, one per class, from a run of examples/train.py.
+
+python examples/sample.py runs/example images/
+"""
+
+import sys
+
+from diffussm_cli.events import Result
+from diffussm_cli.sampling import sample
+
+for event in sample(sys.argv[1], sys.argv[2], num=10, classes=range(10)):
+    if isinstance(event, Result):
+        print(f"a grid of the images: {event.value}")

@@ -1,0 +1,136 @@
+"""Devices and precisions by name."""
+
+import contextlib
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffussm_cli.data.source import open_source
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine import device
+from diffussm_cli.machine.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.training.trainer import Trainer
+from tests.conftest import float32_arithmetic
+
+CPU = torch.device("cpu")
+
+
+def test_devices_by_name():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFUSSM_DEVICE", "tpu")
+        with pytest.raises(ConfigError, match="device: 'tpu' is not available here"):
+            pick_device("auto")
+    for name in ("tpu", "cuda:99", "meta-ish"):
+        with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize("name", ["meta", "cuda:-1", "cuda:99999999999999999999", "", "hpu", "mps:7"])
+def test_what_cannot_compute_here_is_one_line(name):
+    with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "local_rank", "current"),
+    [("cuda", "3", "cuda:3"), ("auto", "2", "cuda:2"), ("cuda:1", "3", "cuda:1"), ("cuda", None, None)],
+)
+def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, current):
+    """NCCL, FSDP and events use the current device, whichever the tensors are on."""
+    chosen, zeros = [], torch.zeros
+    for probe in ("zeros", "empty"):
+        monkeypatch.setattr(torch, probe, lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for variable in ("LOCAL_RANK", "DIFFUSSM_DEVICE"):
+        monkeypatch.delenv(variable, raising=False)
+    if local_rank:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    device = pick_device(name)
+    assert device.type == "cuda"
+    assert chosen == ([torch.device(current)] if current else [])
+    assert not current or device == torch.device(current)
+
+
+def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
+    """In a fresh process: there the number of the main thread is not decided yet."""
+    code = """
+import torch
+from diffussm_cli.machine.device import helpers
+with helpers(2) as pool:
+    print(*pool.map(lambda _: torch.get_num_threads(), range(4)))
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["1 1 1 1", str(torch.get_num_threads())]
+
+
+def test_no_pool_of_threads_is_made_elsewhere():
+    """A thread that shares the cores with the one that computes slows it down."""
+    root = Path(device.__file__).parents[1]
+    made = {p.name for p in root.rglob("*.py") for word in ("ThreadPoolExecutor(", "Thread(") if word in p.read_text()}
+    assert made == {"device.py"}
+
+
+def test_bf16_only_where_hardware_has_it(monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(device, "has_bf16", lambda _, fast=fast: fast)
+        assert pick_dtype("fp32", CPU) == torch.float32
+        assert pick_dtype("auto", CPU) == (torch.bfloat16 if fast else torch.float32)
+    with pytest.raises(ConfigError, match="bf16 has no hardware support on this cpu"):
+        pick_dtype("bf16", CPU)
+
+
+def test_a_torch_without_onednn_has_no_bf16(monkeypatch):
+    """As on Apple's processors."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
+    assert not device.has_bf16(CPU)
+
+
+def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "has_bf16", lambda _: True)
+    config = tiny("train.precision=bf16")
+    trainer = Trainer(config, open_source(config), tmp_path)
+    inside = set()
+    trainer.model.blocks[0].W0.register_forward_hook(lambda *call: inside.add(call[2].dtype))
+    records = list(trainer.run())
+    assert inside == {torch.bfloat16}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert 0 < records[-1]["loss"] < 10
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"])
+def test_full_float32_inside_a_block_and_as_before_after_it(monkeypatch, older):
+    torch.set_float32_matmul_precision("medium")
+    before = float32_arithmetic()
+    try:
+        if older:
+            monkeypatch.delattr(type(torch.backends), "fp32_precision", raising=False)
+        with contextlib.suppress(KeyError), full_float32():
+            monkeypatch.undo()
+            inside = float32_arithmetic()
+            raise KeyError
+        assert inside == dict.fromkeys(before, True)
+        assert float32_arithmetic() == before == {"products": False, "convolutions": False}
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_out_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as failed:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(failed.value)
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_allocator_setting_does_no_harm():
+    keep_freed_memory()
+    assert torch.ones(10).sum() == 10

@@ -1,0 +1,112 @@
+"""An image is a function of its seed alone."""
+
+import copy
+
+import pytest
+import torch
+
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.model import DiffuSSM
+from diffussm_cli.sampling import generate as generation
+from diffussm_cli.sampling import precision
+from diffussm_cli.sampling.generate import generate, labels_of
+from tests.conftest import device, fill
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+
+
+def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
+    how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
+    drawn = list(generate(model, GaussianDiffusion(device=device()), how, seeds, labels, batch_size, dtype))
+    return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
+
+
+@pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"sampler": "dpmpp"}])
+def test_image_does_not_depend_on_its_batch(model, how):
+    """To 1e-5 and not bitwise: matrix products choose their blocking by the number of rows."""
+    together, labels = draw(model, range(64), **how)
+    sevens, same_labels = draw(model, range(64), batch_size=7, **how)
+    alone, label = draw(model, [37], **how)
+    torch.testing.assert_close(sevens, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone[0], together[37], rtol=0, atol=1e-5)
+    assert labels == same_labels
+    assert label == [labels[37]]
+
+
+def test_seeds_differ_and_repeat(model):
+    images, labels = draw(model, range(8))
+    again, _ = draw(model, range(8))
+    assert torch.equal(images, again)
+    assert len(torch.unique(images.flatten(1), dim=0)) == 8
+    assert len(set(labels)) > 1  # drawn at random
+
+
+def test_labels_are_those_asked_for_or_of_the_seeds(model):
+    _, labels = draw(model, range(5), batch_size=2, labels=[3, 1, 4, 3, 1])
+    assert labels == [3, 1, 4, 3, 1]
+    _, drawn = draw(model, range(7, 20), batch_size=4)
+    assert drawn == labels_of(range(7, 20), 5)
+
+
+def test_kernels_are_built_once_for_all_steps_and_batches(kernels_built):
+    model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+    draw(model, range(6), batch_size=2, guidance=1.5)
+    assert kernels_built == [64, 64]  # one for each of two blocks
+
+
+def test_no_kernel_is_kept_when_drawing_ends():
+    """They would stay in a GPU's memory after each preview of a training run."""
+    model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
+    batches = generate(model, GaussianDiffusion(), SampleConfig(sampler="ddim", steps=2), range(4), batch_size=2)
+    next(batches)
+    assert all(b.s4d._kept for b in model.blocks)
+    batches.close()  # as a reader that stops early does
+    assert not any(b.s4d._kept for b in model.blocks)
+    draw(model, range(2))
+    assert not any(b.s4d._kept for b in model.blocks)
+
+
+def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
+    """Bit for bit, for a while and for good; in between weights are as they were."""
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    with monkeypatch.context() as patch:
+        patch.setattr(precision, "cast_products", lambda model, dtype: None)
+        autocast, _ = draw(model, range(3), dtype=torch.bfloat16)
+    cast, _ = draw(model, range(3), dtype=torch.bfloat16)
+    assert torch.equal(cast, autocast)
+    assert not torch.equal(cast, draw(model, range(3))[0])
+    for name, p in model.named_parameters():
+        assert p.data_ptr() == before[name][0]
+        assert torch.equal(p, before[name][1])
+    for_good = copy.deepcopy(model)
+    precision.cast_products(for_good, torch.bfloat16)
+    assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {torch.bfloat16}
+    assert {p.dtype for b in for_good.blocks for p in b.s4d.parameters()} == {torch.float32}
+    assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16)[0], cast)
+
+
+def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
+    seen = []
+
+    def fail(*arguments):
+        seen.append(model.blocks[0].W0.weight.dtype)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(generation, "sample", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        draw(model, [0], dtype=torch.bfloat16)
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_unconditional_model():
+    model = fill(DiffuSSM(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
+    how = SampleConfig(sampler="ddim", steps=3)
+    (drawn,) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
+    assert drawn.labels is None
+    assert drawn.images.shape == (2, 1, 8, 8)

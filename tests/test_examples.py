@@ -1,0 +1,60 @@
+"""The scripts of examples/, one after the other as a reader would run them."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffussm_cli import runs
+from tests.conftest import save_vae
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs an example in this process; gives what it printed."""
+
+    def script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
+
+
+def save_images(folder, seed=0, count=20, side=40):
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (count, side, side), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_train_then_sample(run, tmp_path):
+    pytest.importorskip("sklearn")
+    said = run("train.py", tmp_path / "run")
+    assert [line.split(":")[0] for line in said.splitlines()] == ["step 20", "step 40", "step 60"]
+    assert runs.find_run(tmp_path / "run").config.preset == "digits"  # it describes itself
+    assert "step" not in run("train.py", tmp_path / "run")  # finished: nothing to do
+    assert str(tmp_path / "images" / "grid.png") in run("sample.py", tmp_path / "run", tmp_path / "images")
+    assert len(list((tmp_path / "images").glob("0*.png"))) == 10
+
+
+def test_encode(run, tmp_path):
+    said = run("encode.py", save_images(tmp_path / "photos"), tmp_path / "latents", save_vae(tmp_path / "vae"))
+    assert "is as it was written" in said
+    assert (tmp_path / "latents" / "manifest.json").is_file()
+
+
+def test_evaluate(run, tmp_path):
+    folders = [save_images(tmp_path / name, seed, 80, 28) for seed, name in enumerate(("images", "real"))]
+    said = run("evaluate.py", *folders)
+    assert "'fid'" in said
+    assert "note: 80 samples: published FID is of 50,000" in said
+
+
+def test_costs(run):
+    assert "xl at 256: 673,088,272 parameters, 1,024 tokens, 298.7 Gflops" in run("costs.py")
