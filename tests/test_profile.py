@@ -117,7 +117,8 @@ def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     monkeypatch.setattr("diffussm_cli.profiling.report.pick_device", lambda name: torch.device("cuda", int(name[-1])))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
     monkeypatch.setattr(
-        "diffussm_cli.profiling.report.plan",
+        planning,
+        "plan",
         lambda config, available: given.append(available) or planning.Plan(1, 1, 1),
     )
     profile("--preset", "digits", "--set", "train.device=cuda:3", "--no-count", "--estimate")

@@ -19,7 +19,6 @@ from diffussm_cli.profiling.figures import figure_3
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.memory import available_bytes
 from diffussm_cli.profiling.models import display_name, named_model, swept
-from diffussm_cli.profiling.plan import plan
 from diffussm_cli.profiling.work import Setting
 
 CONVENTION = "Gflops are 1e9 multiply-adds of one forward pass of one image"
@@ -57,6 +56,8 @@ def profile(
         assert setting is not None, "work is measured in a setting"
         yield from _add_latency(result, configs, work, setting)
     if estimate:
+        from diffussm_cli.profiling.plan import plan  # it needs the trainer, which takes seconds to import
+
         for entry, config in zip(result["models"], configs):
             yield Stage(f"one step of {entry['name']}")
             entry["training"] = plan(config, available_bytes(pick_device(config.train.device)))._asdict()

@@ -9,10 +9,10 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 
@@ -68,7 +68,7 @@ def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: S
         **sampler.decoding.record,
         "precision": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
-        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
     }
 
 
