@@ -11,7 +11,6 @@ from torch import Tensor
 from diffussm_cli.model.s4d.numerics import slices_of
 
 
-# ------------------------------------------------------------------------------------------- the convolution
 def fft_length(L: int) -> int:
     """The smallest even n >= 2L - 1 without prime factors above 7: room for a linear convolution of L taps."""
     n = max(2, 2 * L - 1 + (2 * L - 1) % 2)

@@ -11,7 +11,6 @@ from torch import Tensor
 from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of
 
 
-# ------------------------------------------------------------------------------------------------ the kernel
 def s4d_kernel(
     dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int, D_skip: Tensor | None = None
 ) -> Tensor:

@@ -21,7 +21,6 @@ from diffussm_cli.model.s4d.numerics import no_autocast
 KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
 
 
-# ------------------------------------------------------------------------------------------------- the layer
 class S4D(nn.Module):
     """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
 
