@@ -19,7 +19,7 @@ def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
     assert done.returncode == 0, text
     assert text.count("\npassed, ") == 8
     assert "| kernel/64/ours_ms |" in text
-    for line in ("fsdp, 2 processes", "| images_per_second |", "| peak_bytes |", "--compile --json"):
+    for line in ("fsdp, 2 processes", "| images_per_second |", "| peak_bytes |", "--json --compile"):
         assert line in text
 
 
