@@ -5,6 +5,7 @@
 500 of each against the 4,500 digits of training, by `diffussm eval` with its embedded extractor. Prints a table.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -20,6 +21,9 @@ COUNT = 500
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    run = parser.parse_args().run
     held_out = builtin.load("mnist", None, held_out=True)
     images, labels = held_out.images[:, 0].numpy(), held_out.labels.numpy()
     order = np.random.default_rng(0).permutation(COUNT)
@@ -30,7 +34,7 @@ def main() -> None:
         "noised (sigma 60)": np.clip(real + noise, 0, 255).astype(np.uint8),
         "one class (3), repeated": np.tile(images[labels == 3], (COUNT // 50, 1, 1)),
     }
-    rows = {"samples of the run": evaluate(sys.argv[1], "-n", str(COUNT))}
+    rows = {"samples of the run": evaluate(run, "-n", str(COUNT))}
     with tempfile.TemporaryDirectory() as folder:
         for name, pictures in sets.items():
             place = Path(folder) / name

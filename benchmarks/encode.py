@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffussm_cli.data.latents import encoding, listing
+from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents.encoding import make_settings
+from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.vae import load_vae, read_facts
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 
@@ -44,7 +45,7 @@ def main() -> None:
         if a.source is None:
             write_images(root / "images", a.images)
         vae = load_vae(read_facts(a.vae or small_vae(root / "vae", a.width)), pick_device(a.device))
-        found = listing.list_source(a.source or root / "images")
+        found = list_source(a.source or root / "images")
         images = len(found.entries)
         size = (a.resolution, a.resolution)
         how = {"precision": "fp32", "flip": True, "batch_size": a.batch_size, "shard_size": images}

@@ -17,7 +17,7 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.evaluation.comparison import METRICS, evaluate
+from diffussm_cli.evaluation.comparison import METRICS, evaluate_features
 from diffussm_cli.evaluation.features import Inception
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
@@ -58,7 +58,7 @@ def metrics(n: int) -> dict[str, float]:
     reference = Reference("synthetic", None, None)
     reference.complete(pool)
     seconds, start = {}, time.perf_counter()
-    for name, _ in evaluate(samples, reference, METRICS):
+    for name, _ in evaluate_features(samples, reference, METRICS):
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
     return seconds | {"peak_gib": resident_peak() / 2**30}
 

@@ -25,9 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import load_config
 from diffussm_cli.machine.device import keep_freed_memory
-from diffussm_cli.model import s4d
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.s4d.kernel import s4d_kernel
+from diffussm_cli.model.s4d.kernel import Modes, s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive
 from diffussm_cli.profiling import timing, work
@@ -228,7 +227,7 @@ def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     with (
         patch.object(S4D, "taps", in_kernel(S4D.taps)),
-        patch.object(s4d.Modes, "backward", staticmethod(in_kernel(s4d.Modes.backward))),
+        patch.object(Modes, "backward", staticmethod(in_kernel(Modes.backward))),
         profile(
             activities=activities, schedule=schedule(wait=0, warmup=5, active=3, repeat=1), on_trace_ready=add_up
         ) as profiler,

@@ -5,8 +5,8 @@
 On the training part of the built-in MNIST digits, shifted, turned, scaled and noised a little; 40 epochs.
 """
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -22,8 +22,10 @@ EPOCHS, BATCH, RATE = 40, 50, 2e-3
 
 
 def main() -> None:
-    folder = Path(diffussm_cli.evaluation.__file__).parent
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else folder / WEIGHTS
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = Path(diffussm_cli.evaluation.__file__).parent / WEIGHTS
+    parser.add_argument("file", type=Path, nargs="?", default=usual, help="default: that of the package")
+    target = parser.parse_args().file
     torch.manual_seed(0)
     torch.set_num_threads(1)
     train, held_out = (builtin.load("mnist", (28, 28), 1, held_out=part) for part in (False, True))

@@ -59,10 +59,6 @@ def _one_line(message: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
 
 
-class Train(Command, TrainCommand):
-    """`train`, whose `--resume` may stand without a value."""
-
-
 EXAMPLES = {
     "diffussm": """
   diffussm train                                   digits on this machine, in minutes
@@ -104,7 +100,7 @@ app = typer.Typer(
 )
 for name, cls, function in (
     ("encode", Command, encode),
-    ("train", Train, train),
+    ("train", TrainCommand, train),
     ("sample", Command, sample),
     ("eval", Command, evaluate),
     ("profile", Command, profile),

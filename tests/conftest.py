@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 def device() -> torch.device:
     """Where the suite runs: `pytest --device cuda`."""
-    return torch.device(os.environ["DIFFUSSM_DEVICE"])
+    return torch.device(os.environ.get("DIFFUSSM_DEVICE", "cpu"))  # unset if a script asks
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

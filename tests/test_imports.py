@@ -1,8 +1,10 @@
 """The house's import directions, and what must not be imported early."""
 
 import ast
+import importlib
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,39 @@ def test_calls_without_an_encoding_are_found():
     wrong = 'p.read_text(); p.write_text(t); p.open(); p.open("a"); open(p, "w")'
     right = 'p.open("rb"); os.open(p, 0); write_text(p, t); p.open("a", encoding=u)'
     assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
+
+
+SCRIPTS = sorted(p for folder in ("benchmarks", "tools", "examples") for p in (ROOT.parent / folder).glob("*.py"))
+
+
+def missing(tree):
+    """Names that a script takes from the package and that are not there: imports, and attributes of its modules."""
+    bound = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "diffussm_cli":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                try:
+                    found = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                except ImportError:
+                    yield f"{node.module}.{alias.name}"
+                    continue
+                if isinstance(found, types.ModuleType):
+                    bound[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        of_module = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+        if of_module and not hasattr(bound[node.value.id], node.attr):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
+def test_scripts_ask_for_what_the_package_has(path):
+    assert list(missing(ast.parse(path.read_text(encoding="utf-8")))) == []
+
+
+def test_names_that_the_package_lacks_are_found():
+    code = "from diffussm_cli import gone\nfrom diffussm_cli.model import s4d, build_model\ns4d.gone, s4d.S4D"
+    assert list(missing(ast.parse(code))) == ["diffussm_cli.gone", "s4d.gone"]
 
 
 QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["encode", "--help"]]

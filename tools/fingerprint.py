@@ -7,6 +7,7 @@ Everything goes through the commands, in float32 on one thread of the CPU: losse
 bytes of sampled PNG files, of an encoded latent store and of its training, and evaluation figures.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -102,6 +103,7 @@ def encoded(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = {

@@ -20,7 +20,7 @@ def make_console(quiet: bool = False):
 
 def warn(console, text: str) -> None:
     """Print a warning, in bold."""
-    console.print(f"warning: {text}", style="bold", markup=False, emoji=False, highlight=False, soft_wrap=True)
+    console.print(f"warning: {text}", style="bold")
 
 
 def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None = None) -> Any:
@@ -97,18 +97,23 @@ class _Shown:
         self._status = self._advance = self._steps = None
 
 
+def _moving(console, what: str):
+    """What draws a bar: how many of `what` are done, the remaining time, and the news of its task."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    news = TextColumn("{task.fields[news]}", markup=False)
+    return Progress(*columns, news, console=console, speed_estimate_period=600)
+
+
 @contextlib.contextmanager
 def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None]]:
     """A bar on stderr with rate and remaining time; the function it gives moves it and shows news at its end.
 
     After the first move a line says how long the rest takes, if that is long: a log shows no bar.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    news_column = TextColumn("{task.fields[news]}", markup=False)
     start, done = time.perf_counter(), 0
-    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
+    with _moving(console, what) as progress:
         task = progress.add_task("", total=total, news="")
 
         def advance(n: int, news: str = "") -> None:
@@ -129,11 +134,7 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
 @contextlib.contextmanager
 def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
     """A bar on stderr with loss, rate and remaining time of a training; without a terminal, a line per record."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
-    news_column = TextColumn("{task.fields[news]}", markup=False)
-    with Progress(*columns, news_column, console=console, speed_estimate_period=600) as progress:
+    with _moving(console, "step") as progress:
         task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
         start, begun, announced = time.perf_counter(), first.record["step"], False
 

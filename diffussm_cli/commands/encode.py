@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console
 from diffussm_cli.commands.options import parse_size
 from diffussm_cli.config import DEFAULT_VAE
@@ -35,7 +36,7 @@ def encode(
         typer.Option(min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Make the first skipped file an error.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: options.Device = "auto",
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check every file of the one folder given against its hash.")
     ] = False,

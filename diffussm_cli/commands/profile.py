@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, warn
 from diffussm_cli.errors import ConfigError
 
@@ -39,7 +40,7 @@ def profile(
         int | None, typer.Option(min=1, help="Measure that many blocks and scale to all; the result says so.")
     ] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of --latency.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: options.Device = "auto",
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Measure an optimiser step of each preset; reckon memory and days.")
     ] = False,
@@ -47,7 +48,7 @@ def profile(
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the paper's figure 3, and --latency, as png, svg or pdf.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: options.Json = False,
 ) -> None:
     """What models cost: parameters, Gflops by part, training compute, time and memory, DiffuSSM beside DiT."""
     if estimate and not preset:

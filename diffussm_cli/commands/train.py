@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from diffussm_cli.commands.console import follow, make_console
+from diffussm_cli.commands.options import Command
 from diffussm_cli.config import DEFAULT_PRESET, load_config, preset_names, to_yaml
 from diffussm_cli.errors import ConfigError
 
 NEVER, AUTO = "never", "auto"
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """Lets `--resume` stand without a value; `--resume auto` means the same."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffussm_cli.errors import DataError
+from diffussm_cli.errors import DataError, reason
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -41,8 +41,7 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
     except UnidentifiedImageError as e:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from e
     except DECODING as e:
-        reason = getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0]
-        raise DataError(f"{path}: cannot be decoded: {reason}") from e
+        raise DataError(f"{path}: cannot be decoded: {reason(e)}") from e
 
 
 def read_image(path: Path, size: tuple[int, int] | None, channels: int, content: BinaryIO | None = None) -> np.ndarray:

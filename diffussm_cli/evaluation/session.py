@@ -17,7 +17,7 @@ from diffussm_cli.evaluation.reference import Reference, check_extractor, open_r
 from diffussm_cli.evaluation.sets import ImageSet, open_images, probe
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
-from diffussm_cli.machine.files import PARTIAL, whole_file
+from diffussm_cli.machine.files import PARTIAL, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.sampling.folder import META, read_meta, sample_facts
@@ -298,8 +298,7 @@ def check_writable(path: Path) -> None:
 def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
     """Write a result where it was asked for, or in the usual place if that can be written. Raises RunError."""
     try:
-        with whole_file(out or usual) as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
+        write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:
             raise RunError(f"--out: cannot write {str(out)!r}: {reason(e)}") from e

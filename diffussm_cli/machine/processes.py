@@ -33,7 +33,7 @@ class World(NamedTuple):
 
 
 ALONE = World()
-_patient: Any = None  # the group of `gather`, inside of `meeting`
+_patient: Any = None  # the group of `gather`, inside of `process_group`
 
 
 def read_world() -> World:

@@ -16,7 +16,6 @@ from diffussm_cli.model import build_model
 from diffussm_cli.profiling.work import Setting, build, workload
 
 
-# ---------------------------------------------------------------------------------------------------- memory
 def peak_bytes(config: Config, kind: str, setting: Setting) -> int | None:
     """Peak memory of one kind of work, weights included; None where the system does not tell.
 

@@ -23,11 +23,7 @@ from diffussm_cli.profiling.memory import peak_bytes
 from diffussm_cli.profiling.work import FORWARD, GUIDED, TRAINING, Setting, build, product, workload
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear")  # in place or not
-
-
 ATTENTION = "scaled_dot_product"
-
-
 SSM = "S4D"
 
 

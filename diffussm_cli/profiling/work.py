@@ -16,8 +16,6 @@ from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.sampling.precision import cast_products
 
 FORWARD, TRAINING, GUIDED = "forward", "forward+backward", "guided step"
-
-
 KINDS = (FORWARD, TRAINING, GUIDED)
 
 
@@ -33,7 +31,6 @@ class Setting:
     compiled: bool = False  # by torch.compile
 
 
-# --------------------------------------------------------------------------------------------------- the work
 def build(config: Config, setting: Setting, depth: int) -> nn.Module:
     """A model of `depth` blocks with small random weights: the published start would multiply by zeros."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=depth))

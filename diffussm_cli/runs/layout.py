@@ -15,20 +15,10 @@ import re
 from pathlib import Path
 
 RUNS = Path("runs")
-
-
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
-
-
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
-
-
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
-
-
 LOG, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-
-
 BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # what a run may hold by its first one
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffussm_cli.config import Config, to_yaml
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import RunError, reason
 from diffussm_cli.machine.files import tensors_header, write_text
 from diffussm_cli.model import build_model
 from diffussm_cli.runs import dit_checkpoint
@@ -119,8 +119,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-        raise RunError(f"{path}: cannot be read: {reason}") from e
+        raise RunError(f"{path}: cannot be read: {reason(e)}") from e
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:

@@ -20,7 +20,7 @@ from diffussm_cli import __version__
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.errors import RunError, reading
-from diffussm_cli.machine.files import sha256, whole_file
+from diffussm_cli.machine.files import sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
 from diffussm_cli.sampling.sampler import Sampler
@@ -145,8 +145,7 @@ class SampleFolder:
         return self.path / file_name(seed)
 
     def _write_meta(self, complete: bool) -> None:
-        with whole_file(self.path / META) as file:
-            file.write((json.dumps({**self.facts, "complete": complete}, indent=1) + "\n").encode())
+        write_text(self.path / META, json.dumps({**self.facts, "complete": complete}, indent=1) + "\n")
 
 
 def file_name(seed: int) -> str:

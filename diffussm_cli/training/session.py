@@ -106,9 +106,7 @@ def _train_in(
             return
         yield Message(f"{root}  {trainer.summary()}")
         if config.train.compile:
-            yield Message(
-                "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
-            )
+            yield Message(COMPILING)
         stack.enter_context(_quiet_threads())
         writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))

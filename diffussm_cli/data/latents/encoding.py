@@ -41,7 +41,7 @@ from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
 from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file
+from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
 
 POLL_SECONDS = 0.2
@@ -186,8 +186,7 @@ def write_shard(store: Path, settings: StoreSettings, shard: int, arrays: dict, 
                 file.write(memoryview(array).cast("B"))
             file.flush()
             record = {"sha256": sha256(Path(file.name)), "skipped": skipped}
-            with whole_file(_record_path(store, shard)) as note:
-                note.write(json.dumps(record).encode())
+            write_text(_record_path(store, shard), json.dumps(record))
     except OSError as e:
         raise _unwritable(store, e) from e
 
@@ -226,8 +225,7 @@ def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) 
     try:
         with whole_file(store / LISTING) as file:
             file.writelines(listing.text())
-        with whole_file(store / MANIFEST) as file:
-            file.write(manifest_text(manifest).encode())
+        write_text(store / MANIFEST, manifest_text(manifest))
     except OSError as e:
         raise _unwritable(store, e) from e
     return manifest
@@ -267,12 +265,10 @@ def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ig
     lines = [json.dumps(s) + "\n" for record in records for s in record["skipped"]]
     lines += [json.dumps(o) + "\n" for o in others]
     try:
-        with whole_file(store / SKIPPED) as file:
-            file.write("".join(lines).encode())
+        write_text(store / SKIPPED, "".join(lines))
         shards = tuple(ShardRecord(r["sha256"], len(r["skipped"])) for r in records)
         manifest = Manifest(settings, shards, sha256(store / SKIPPED))
-        with whole_file(store / MANIFEST) as file:
-            file.write(manifest_text(manifest).encode())
+        write_text(store / MANIFEST, manifest_text(manifest))
         _tidy(store)
     except OSError as e:
         raise _unwritable(store, e) from e

@@ -18,14 +18,8 @@ import torch
 from diffussm_cli.errors import DataError
 
 MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
-
-
 FORMAT = 1
-
-
 MAX_MANIFEST_BYTES = 1 << 28
-
-
 PRECISIONS = ("fp32", "bf16")  # of the VAE
 
 
@@ -90,7 +84,6 @@ def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
-# ---------------------------------------------------------------------------------------------- manifest
 def manifest_text(manifest: Manifest) -> str:
     """A manifest as JSON, with what else a reader of the file wants to know."""
     import diffusers

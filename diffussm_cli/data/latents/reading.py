@@ -17,7 +17,6 @@ from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.errors import DataError
 
 
-# ---------------------------------------------------------------------------------------------- reading
 class LatentStore:
     """A finished store as a training source: image i is the i-th readable one. Only pages that are read use memory."""
 

@@ -27,7 +27,6 @@ from diffussm_cli.machine.files import sha256, whole_file
 from diffussm_cli.machine.processes import ALONE
 
 
-# --------------------------------------------------------------------------------------------- verifying
 def verify(store: Path) -> Iterator[tuple[str, str | None]]:
     """Check every file of a finished store; yields (file name, what is wrong with it or None).
 

@@ -17,7 +17,6 @@ from diffussm_cli.machine.files import tensors_header
 SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 
 
-# ----------------------------------------------------------------------------------------------- layout
 def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors of a shard in the order of the file: name to safetensors dtype and shape.
 
