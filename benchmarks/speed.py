@@ -354,7 +354,7 @@ ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=list(ROWS))
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that a row runs")
     arguments = parser.parse_args()
@@ -363,7 +363,7 @@ def main() -> None:
         D, SHORT, LONG = 32, 64, 128
     keep_freed_memory()
     torch.manual_seed(0)
-    for name in arguments.rows:
+    for name in arguments.rows or ROWS:
         start = time.perf_counter()
         result = ROWS[name](torch.device(arguments.device))
         print(json.dumps({name: result, "seconds": math.ceil(time.perf_counter() - start)}), flush=True)

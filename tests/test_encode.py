@@ -166,6 +166,12 @@ def test_oblong_resolution_and_bf16(images, vae, tmp_path):
     assert bf16.exit_code == 0 or "bf16 has no hardware support" in line_of(bf16)
 
 
+def replace_whole_file(monkeypatch, by):
+    """All that encode writes goes through `by`: shards by encoding's own name, texts by that of `write_text`."""
+    for module in ("data.latents.encoding", "machine.files"):
+        monkeypatch.setattr(f"diffussm_cli.{module}.whole_file", by)
+
+
 def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, tmp_path, monkeypatch):
     """The death of the process between any two writes, played by an exception that nothing catches."""
     whole = encoding.whole_file
@@ -183,10 +189,10 @@ def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, t
                 raise Death
             return whole(path)
 
-        monkeypatch.setattr(encoding, "whole_file", dies)
+        replace_whole_file(monkeypatch, dies)
         with pytest.raises(Death):
             run("encode", images, target, "--vae", vae, *OPTIONS)
-        monkeypatch.setattr(encoding, "whole_file", whole)
+        replace_whole_file(monkeypatch, whole)
         stamps = {p: p.stat().st_mtime_ns for p in target.glob("shard-*.safetensors")}
         assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
         assert files(target) == files(store)
@@ -364,10 +370,10 @@ def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypa
             raise OSError(28, "No space left on device")
         return whole(path)
 
-    monkeypatch.setattr(encoding, "whole_file", full)
+    replace_whole_file(monkeypatch, full)
     line = line_of(run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS))
     assert "No space left on device; finished shards are kept, and the same command continues from there" in line
-    monkeypatch.setattr(encoding, "whole_file", whole)
+    replace_whole_file(monkeypatch, whole)
     assert run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
     assert files(tmp_path / "store") == files(store)
 

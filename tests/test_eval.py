@@ -208,7 +208,7 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     samples, out = save(tmp_path / "s", digits[0][:40]), tmp_path / "r.json"
-    monkeypatch.setattr("diffussm_cli.evaluation.session.whole_file", refuse)
+    monkeypatch.setattr("diffussm_cli.machine.files.whole_file", refuse)
     result = run("eval", samples, *REFERENCE, "--metrics", "is", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["metrics"]["is"] > 1

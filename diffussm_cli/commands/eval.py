@@ -115,7 +115,7 @@ def evaluate(
         how = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
         labels = parse_classes(classes, trained.config)
         drawn = {"num": num, "classes": labels, "sampling": how, "precision": precision}
-    events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, **common, **drawn)
+    events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
     follow(console, events, view=lambda result: show(console, result, as_json))
 
 

@@ -157,6 +157,7 @@ def evaluate(
     device: str = "auto",
     cache: Path | None = None,
     out: Path | None = None,
+    run: runs.TrainedRun | None = None,
 ) -> Iterator[Event]:
     """Measure samples, or images drawn from a run, by ADM's protocol.
 
@@ -168,6 +169,7 @@ def evaluate(
         num, seed, classes, sampling, precision: of the images drawn from a run.
         cache: the folder where features are kept; None keeps none.
         out: where the result goes; by default beside the samples, and a warning if that fails.
+        run: the run at `samples`, if `find_run_at` has opened it already.
 
     Yields:
         events; a Result holds the metrics and what they were made of.
@@ -180,7 +182,7 @@ def evaluate(
     world = read_world()
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
-        trained, size = find_run_at(samples), None
+        trained, size = run or find_run_at(samples), None
         if trained is None:
             images, facts = session.open(str(samples)), read_facts(samples)
         else:
