@@ -53,11 +53,11 @@ def parts(device: str, gpus: int) -> list[Part]:
     """What is run on a GPU."""
     profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--precision", "bf16", "--device", device]
     profile += ["--models", MODELS, "--resolution", "256,512,1024", "--json"]
-    throughput = ["benchmarks/throughput.py"]
+    throughput = ["benchmarks/speed/throughput.py"]
     settings = ["--set", f"train.device={device}", "--set", "train.precision=bf16"]
     found = [
         Part("Tests", ["-m", "pytest", "-q", "--device", device]),
-        Part("The SSM core", ["benchmarks/speed.py", "--device", device]),
+        Part("The SSM core", ["benchmarks/speed/core.py", "--device", device]),
         Part("Latency, eager", profile),
         Part("Latency, compiled", [*profile, "--compile"]),
     ]
@@ -80,11 +80,11 @@ def toy_parts(device: str) -> list[Part]:
     """The same kinds of parts at toy sizes."""
     profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--device", device, "--preset", "digits"]
     profile += ["--work", "forward", "--repeats", "1", "--json"]
-    throughput, settings = ["benchmarks/throughput.py"], ["--set", f"train.device={device}"]
+    throughput, settings = ["benchmarks/speed/throughput.py"], ["--set", f"train.device={device}"]
     tests = ["-m", "pytest", "-q", "--device", device, "tests/model/test_dit.py", "-k", "identities"]
     return [
         Part("Tests", tests),
-        Part("The SSM core", ["benchmarks/speed.py", "--toy", "--device", device, "kernel", "block"]),
+        Part("The SSM core", ["benchmarks/speed/core.py", "--toy", "--device", device, "kernel", "block"]),
         Part("Latency, eager", profile),
         Part("Latency, compiled", [*profile, "--compile"]),
         Part("Training, eager", [*throughput, "train", "digits", "--steps", "2", *settings]),
@@ -95,7 +95,7 @@ def toy_parts(device: str) -> list[Part]:
 
 def _parallel(preset: str, batch_size: int, steps: int, processes: int, settings: Sequence[str]) -> list[Part]:
     """Training with copies and with parts of the model, at one global batch."""
-    command = ["benchmarks/throughput.py", "train", preset, "--steps", str(steps), *settings]
+    command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", str(steps), *settings]
     command += ["--set", f"train.batch_size={batch_size}"]
     return [
         Part(f"Training, {kind}, {processes} processes", [*command, "--set", f"train.parallel={kind}"], processes)

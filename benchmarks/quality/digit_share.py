@@ -1,6 +1,6 @@
 """How many class-conditional digits of a run are what they were asked to be, in the eyes of a classifier of real ones.
 
-    python benchmarks/digit_share.py RUN [--num 1000]
+    python benchmarks/quality/digit_share.py RUN [--num 1000]
 
 The classifier is scikit-learn's SVC (RBF, C = 5) on the digits that the model was trained on; its share on the held-out
 tenth of the real digits is printed beside that of the samples.

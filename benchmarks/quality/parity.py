@@ -1,6 +1,6 @@
 """Compare the library with the reference implementations it must agree with, and print the largest error of each.
 
-    python benchmarks/parity.py
+    python benchmarks/quality/parity.py
 
 The reference values are in tests/golden (state-spaces/s4, guided-diffusion, the ADM evaluator), except for DiT, which
 is compared with the implementation in diffusers on the same random weights. The tests assert the same agreements with
@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the golden values are read by the tests' own helpers
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the golden values are read by the tests' own helpers
 from diffussm_cli.config import load_config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion

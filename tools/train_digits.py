@@ -1,6 +1,6 @@
 """Train the feature extractor of digits that comes with the package, and say how many held-out digits it knows.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_digits.py [FILE]
+    OMP_NUM_THREADS=1 python tools/train_digits.py [FILE]
 
 On the training part of the built-in MNIST digits, shifted, turned, scaled and noised a little; 40 epochs.
 """

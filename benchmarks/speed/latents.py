@@ -1,6 +1,6 @@
 """How fast a store is read, warm and in random order, and how large it is.
 
-    python benchmarks/latents.py [--images 16384] [--shard-size 1024]
+    python benchmarks/speed/latents.py [--images 16384] [--shard-size 1024]
 
 Writes a store of random numbers (4x32x32, mean and deviation, plain and mirrored) without a VAE, then reads batches:
 `moments` is the reading alone, `read` draws from the posterior as training does. Prints one JSON object.

@@ -1,6 +1,6 @@
 """Time and memory of the evaluation at full size, with an Inception of random weights in place of the published ones.
 
-    python benchmarks/inception.py [--images 500] [--size 256] [--samples 50000]
+    python benchmarks/speed/inception.py [--images 500] [--size 256] [--samples 50000]
 
 Features of `--images` synthetic images are timed and scaled to `--samples`; the metrics are computed in full, of
 synthetic features of that many samples against 10,000. Prints one JSON object; memory is the process's peak (VmHWM).

@@ -1,7 +1,7 @@
 """What the largest model takes on this machine: one real optimiser step, and a checkpoint of it.
 
-    python benchmarks/large.py step [--preset xl-256] [--precision auto]
-    python benchmarks/large.py checkpoint FOLDER [--preset xl-256]
+    python benchmarks/speed/large.py step [--preset xl-256] [--precision auto]
+    python benchmarks/speed/large.py checkpoint FOLDER [--preset xl-256]
 
 `step`: full model, batch 1, gradient checkpointing, Adam's moments and averaged weights; peak resident memory (VmHWM).
 `checkpoint`: bytes, and the seconds for which writing one keeps training waiting, at once and beside it.

@@ -1,6 +1,6 @@
 """Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
 
-    python benchmarks/speed.py [ROW ...] [--device cuda] [--toy]
+    python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
 Rows: kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled; all of them by default.
 
@@ -9,6 +9,7 @@ Everything is measured in turn in one process; ratios of medians are what counts
 
 import argparse
 import copy
+import functools
 import json
 import math
 import statistics
@@ -40,6 +41,9 @@ from diffussm_cli.training.trainer import Trainer
 
 D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
+SIDES = (32, 64, 128, 256)  # of latents, in the row `length`
+LARGE = 2048  # pixels of an image's side, in the row `memory`
+SMALLER: list[str] = []  # settings that make models of presets small; with --toy
 
 
 class TextbookS4D(nn.Module):
@@ -290,8 +294,8 @@ def saved(device: torch.device) -> dict:
 
 def length(device: torch.device) -> dict:
     """Time of two blocks of S against L, 1k to 64k tokens, and the exponent of the fit."""
-    setting, lengths = work.Setting(device, repeats=3), (32, 64, 128, 256)
-    config = load_config("s-256", ["model.depth=2"])
+    setting = work.Setting(device, repeats=3)
+    config = load_config("s-256", [*SMALLER, "model.depth=2"])
     model = work.build(config, setting, 2).eval()
     t, y = torch.tensor([500], device=device), torch.tensor([1], device=device)
 
@@ -299,9 +303,9 @@ def length(device: torch.device) -> dict:
         with torch.no_grad():
             model(torch.randn(1, 4, side, side, device=device), t, y)
 
-    times = timing.take_turns([lambda side=side: forward(side) for side in lengths], setting)
+    times = timing.take_turns([lambda side=side: forward(side) for side in SIDES], setting)
     medians = [statistics.median(taken) for taken in times]
-    tokens = [side**2 for side in lengths]
+    tokens = [side**2 for side in SIDES]
     return {"tokens": tokens, "ms": medians, "exponent": timing.exponent(tokens, medians)}
 
 
@@ -310,7 +314,7 @@ def memory(device: torch.device) -> dict:
 
     At this length a block keeps nothing, and peaks of few blocks differ more from call to call than by their weights.
     """
-    whole, four = (load_config("xl-256", ["data.resolution=2048", f"model.depth={n}"]) for n in (29, 4))
+    whole, four = (load_config("xl-256", [*SMALLER, f"data.resolution={LARGE}", f"model.depth={n}"]) for n in (29, 4))
     weights = 4 * (cost(whole).parameters - cost(four).parameters)
     return {"peak_gib": (peak_bytes(four, work.FORWARD, work.Setting(device)) + weights) / 2**30}
 
@@ -319,9 +323,8 @@ def compiled(device: torch.device) -> dict:
     """Training steps by torch.compile against eager ones: `mnist` at its batch of 16, XL's block at 4 x 1024 tokens."""
     calls = {}
     for name in ("compiled", "eager"):
-        config = load_config(
-            "mnist", ["train.sample_every=0", f"train.device={device}", f"train.compile={name == 'compiled'}"]
-        )
+        chosen = ["train.sample_every=0", f"train.device={device}", f"train.compile={name == 'compiled'}"]
+        config = load_config("mnist", [*chosen, *SMALLER])
         source = Noise(config)
         trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
         meter = Meter(config.diffusion.timesteps, device)
@@ -356,11 +359,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="default: all")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, to see that a row runs")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes and no code generation, to see that rows run")
     arguments = parser.parse_args()
     if arguments.toy:
-        global D, SHORT, LONG
-        D, SHORT, LONG = 32, 64, 128
+        global D, SHORT, LONG, SIDES, LARGE, SMALLER
+        D, SHORT, LONG, SIDES, LARGE = 32, 64, 128, (8, 16), 64
+        SMALLER = ["model.hidden_size=32", "model.depth=1"]
+        # Graphs are traced; generating code for them takes minutes at any size.
+        nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
     keep_freed_memory()
     torch.manual_seed(0)
     for name in arguments.rows or ROWS:

@@ -1,8 +1,8 @@
 """Images per second and peak memory of training steps and of sampling, on random images and random weights.
 
-    python benchmarks/throughput.py train xl-256 --steps 50 --set train.batch_size=32
-    torchrun --nproc-per-node 8 benchmarks/throughput.py train xl-256 --set train.parallel=fsdp
-    python benchmarks/throughput.py sample xl-256 --images 16 --steps 50
+    python benchmarks/speed/throughput.py train xl-256 --steps 50 --set train.batch_size=32
+    torchrun --nproc-per-node 8 benchmarks/speed/throughput.py train xl-256 --set train.parallel=fsdp
+    python benchmarks/speed/throughput.py sample xl-256 --images 16 --steps 50
 
 No data set and no checkpoint is needed. Prints one JSON object. The first steps, or the first batch of images, are not
 counted: they compile, allocate memory and build the kernels of the SSM.

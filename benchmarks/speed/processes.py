@@ -1,6 +1,6 @@
 """Images a second of one process with all threads against two with half of them each, at equal global batch (gloo).
 
-    python benchmarks/processes.py FOLDER [--preset mnist] [--steps 200] [--rounds 3]
+    python benchmarks/speed/processes.py FOLDER [--preset mnist] [--steps 200] [--rounds 3]
 
 In turn, as the machine may be shared; prints the rates of the second half of each run and the ratio of their medians.
 """

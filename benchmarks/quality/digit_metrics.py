@@ -1,6 +1,6 @@
 """Every metric of a digits run beside real digits that were held out, and beside sets that are wrong in a known way.
 
-    python benchmarks/digit_metrics.py RUN
+    python benchmarks/quality/digit_metrics.py RUN
 
 500 of each against the 4,500 digits of training, by `diffussm eval` with its embedded extractor. Prints a table.
 """

@@ -1,7 +1,7 @@
 """The share of a training step that is spent waiting for its batch, and all that is not forward, backward, optimiser.
 
-    python benchmarks/waiting.py mnist --steps 50
-    python benchmarks/waiting.py s-256 --data latents/ --set train.batch_size=8 --steps 5
+    python benchmarks/speed/waiting.py mnist --steps 50
+    python benchmarks/speed/waiting.py s-256 --data latents/ --set train.batch_size=8 --steps 5
 
 Prints one JSON object. The first step, which makes its batch while nothing else can be done, is left out.
 """
