@@ -30,6 +30,20 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     os.environ["DIFFUSSM_DEVICE"] = config.getoption("--device")  # what `auto` means, in child processes too
+    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch with more threads than cores is slow
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Several workers for the whole suite on a CPU; one process for chosen files, and for a GPU."""
+    whole = all(os.path.isdir(path) for path in config.option.file_or_dir)
+    return min(4, os.cpu_count()) if whole and config.getoption("--device") == "cpu" else 0
+
+
+def pytest_collection_modifyitems(items):
+    """The slow tests first, so that no worker begins a long one when the others have finished."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def device() -> torch.device:

@@ -17,30 +17,13 @@ from typer.testing import CliRunner
 
 from diffussm_cli import runs
 from diffussm_cli.cli import app
-from diffussm_cli.commands import console
-from diffussm_cli.commands.options import parse_classes
-from diffussm_cli.config import config_from_dict, preset_names
+from diffussm_cli.config import preset_names
 from diffussm_cli.machine import device
 from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
-from tests.conftest import TINY
+from tests.helpers import SETTINGS, line_of, run
 
 pytest.importorskip("sklearn")
-SETTINGS = [part for override in TINY for part in ("--set", override)]
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-
-
-def line_of(result):
-    """The one line of a refusal."""
-    assert result.exit_code == 1, result.output
-    lines = result.stderr.strip().splitlines()
-    errors = [line for line in lines if line.startswith("diffussm: error: ")]
-    assert len(errors) == 1, result.stderr
-    assert "Traceback" not in result.output
-    return errors[0]
 
 
 def pixels(path):
@@ -200,7 +183,7 @@ MISTAKES = {
     "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
-    "value of resume": (["train", "--resume=yes"], "--resume: 'yes' must be auto, or nothing"),
+    "value of resume": (["train", "--resume=yes"], "--resume: 'yes' must be auto or left out"),
     "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "euler"], "'euler' is not one of"),
@@ -208,8 +191,8 @@ MISTAKES = {
     "folder too long": (["encode", "a", "b/" + "x" * 300], "TARGET: 'b/xxx"),
     "run too long": (["sample", "x" * 300], "RUN: 'xxx"),
     "samples too long": (["eval", "x" * 300], "xxx"),
-    "no UTF-8": (["train", "--out", "o_caf\udce9"], r"--out: 'o_caf\udce9' is not text in UTF-8"),
-    "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not text in UTF-8"),
+    "no UTF-8": (["train", "--out", "o_caf\udce9"], r"--out: 'o_caf\udce9' is not UTF-8 text"),
+    "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not UTF-8 text"),
     "NUL": (["train", "--data", "a\0b"], r"--data: 'a\x00b' holds a NUL byte"),
     "NUL in a field": (["train", "--set", r'data.path="a\0b"'], r"data.path: 'a\x00b' holds a NUL byte"),
     "no such folder": (
@@ -224,7 +207,7 @@ MISTAKES = {
     "batch size": (["train", "--set", "train.batch_size=99999999999999999999"], "train.batch_size: 9999"),
     "class names": (
         ["train", "--preset", "digits", "--set", "data.class_names=x"],
-        "data.class_names: 'x', ... are not the classes of builtin:digits; leave the field out",
+        "data.class_names: 'x', ... are not the classes of builtin:digits; remove the field",
     ),
 }
 
@@ -242,7 +225,7 @@ SAMPLE_MISTAKES = {
     "class range backwards": (["--classes", "5-3"], "--classes: '5-3' must name labels"),
     "class range without end": (["--classes", "0-999999999"], "--classes: '0-999999999' must name labels from 0 to 9"),
     "class numbers beyond reading": (["--classes", "9" * 5000], "--classes: the run has no class"),
-    "classes in lines": (["--classes", "3\n7"], r"--classes: '3\n7' must be labels or names between commas"),
+    "classes in lines": (["--classes", "3\n7"], r"--classes: '3\n7' must be labels or names separated by commas"),
     "no class": (["--classes", ""], "--classes: '' must name labels from 0 to 9"),
     "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
     "guidance that is none": (["--guidance", "nan"], "guidance"),
@@ -256,23 +239,6 @@ SAMPLE_MISTAKES = {
 @pytest.mark.parametrize(("arguments", "words"), SAMPLE_MISTAKES.values(), ids=SAMPLE_MISTAKES)
 def test_wrong_sampling_requests(trained, arguments, words):
     assert words in line_of(run("sample", trained, "--num", 1, *arguments))
-
-
-@pytest.mark.parametrize(
-    ("text", "labels"),
-    [
-        ("owl", [1]),
-        ("owl,cat,owl", [1, 0, 1]),
-        ("t-shirt, 0-1", [2, 0, 1]),
-        ('"cats, dogs",owl', [3, 1]),
-        ("3-4", [3, 4]),  # a range, although a class has this name
-        ("4", [4]),
-    ],
-)
-def test_classes_by_name_by_label_and_by_range(text, labels):
-    names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
-    config = config_from_dict({}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"})
-    assert parse_classes(text, config) == tuple(labels)
 
 
 def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
@@ -356,29 +322,6 @@ def test_help_ends_with_examples(command):
         helped = run(name, "--help").stdout
         own = words[words.index(name) :]
         assert all(w in helped for w in own if w.startswith("--"))
-
-
-def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
-    """After the first part and once; nothing where it is short."""
-    for seconds, words in ((1.0, ""), (36.0, "image: 990 more will take about 59 min\n")):
-        clock = iter([0.0, seconds, 2 * seconds])
-        monkeypatch.setattr(console.time, "perf_counter", lambda clock=clock: next(clock))
-        with console.bar(console.make_console(), 1000 if words else 30) as advance:
-            advance(10)
-            advance(10)
-        monkeypatch.undo()
-        said = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "more" in line]
-        assert said == ([words] if words else [])
-    lengths = {
-        13: "13 s",
-        89: "89 s",
-        90: "1.5 min",
-        5000: "83 min",
-        8000: "2.2 h",
-        200_000: "2.3 days",
-        9e6: "104 days",
-    }
-    assert {seconds: console.duration(seconds) for seconds in lengths} == lengths
 
 
 def test_out_that_is_taken_or_a_file(trained, tmp_path):

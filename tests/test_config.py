@@ -1,5 +1,6 @@
 """Presets, overrides and the lines that wrong ones get."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -27,13 +28,14 @@ from diffussm_cli.errors import ConfigError
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_is_a_document(name):
     config = load_config(name)
-    header = [line for line in preset_text(name).split("\n\n")[0].splitlines() if line]
+    header = preset_text(name).split("\n\n")[0].splitlines()
+    commands = [line.removeprefix("#").split("  ")[-1].split() for line in header]
     assert config.preset == name
     assert all(line.startswith("#") for line in header)
-    assert f"diffussm train --preset {name}" in preset_text(name)
-    if config.data.vae:
-        assert f"diffussm encode IMAGES {config.data.path}".split()[:2] == ["diffussm", "encode"]
-        assert f" {config.data.path} --resolution {config.data.resolution}" in preset_text(name)
+    assert ["diffussm", "train", "--preset", name] in [words[:4] for words in commands]
+    encoding = [words[3:] for words in commands if words[:2] == ["diffussm", "encode"]]
+    expected = [config.data.path, "--resolution", str(config.data.resolution)]
+    assert encoding == ([expected] if config.data.vae else [])
 
 
 def test_the_presets_of_the_paper():
@@ -59,9 +61,17 @@ def test_overrides_and_round_trip():
 
 
 def test_every_field_has_help():
-    assert "train.batch_size" in field_names()
-    sections = {"preset", "model", "data", "diffusion", "train", "sample", "eval"}
-    assert set(to_dict(load_config("digits"))) == sections
+    """The reference in the documentation is made of it."""
+    assert set(SECTIONS) == {"model", "data", "diffusion", "train", "sample", "eval"}
+    helps = {f"{s}.{f.name}": f.metadata.get("help") for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    assert list(helps) == field_names()
+    assert [name for name, text in helps.items() if not text] == []
+
+
+def test_a_written_configuration_holds_every_section_and_field():
+    written = to_dict(load_config("digits"))
+    assert written.pop("preset") == "digits"
+    assert [f"{section}.{name}" for section, fields in written.items() for name in fields] == field_names()
 
 
 WRONG = {
@@ -99,7 +109,7 @@ WRONG = {
     "data.resolution=16777216": "data.resolution: 16777216 must be from 1 to 16384",
     "data.vae=vae": "data.vae: 'vae' given, but builtin:digits holds pixels; leave it out",
     'data.path="a\\0b"': "data.path: 'a\\x00b' holds a NUL byte",
-    'data.path="\\ud800"': "data.path: '\\ud800' is not text in UTF-8",
+    'data.path="\\ud800"': "data.path: '\\ud800' is not UTF-8 text",
 }
 
 
@@ -198,7 +208,7 @@ def test_missing_huge_and_binary_preset_files(tmp_path):
     with pytest.raises(ConfigError, match="not a regular file"):
         load_config(str(tmp_path / "pipe.yaml"))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="not text"):
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
         load_config(str(tmp_path / "binary.yaml"))
 
 

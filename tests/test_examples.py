@@ -45,7 +45,7 @@ def test_train_then_sample(run, tmp_path):
 
 def test_encode(run, tmp_path):
     said = run("encode.py", save_images(tmp_path / "photos"), tmp_path / "latents", save_vae(tmp_path / "vae"))
-    assert "is as it was written" in said
+    assert "are intact" in said
     assert (tmp_path / "latents" / "manifest.json").is_file()
 
 
@@ -53,7 +53,7 @@ def test_evaluate(run, tmp_path):
     folders = [save_images(tmp_path / name, seed, 80, 28) for seed, name in enumerate(("images", "real"))]
     said = run("evaluate.py", *folders)
     assert "'fid'" in said
-    assert "note: 80 samples: published FID is of 50,000" in said
+    assert "note: 80 samples: published FID uses 50,000" in said
 
 
 def test_costs(run):

@@ -1,5 +1,6 @@
 """Files from strangers: nothing in them runs, leads out of their folder, or unpacks without limit."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -10,15 +11,14 @@ from safetensors.torch import save_file
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, parse_yaml, to_yaml
-from diffussm_cli.data.latents.manifest import Manifest, read_manifest
+from diffussm_cli.data.latents.manifest import Manifest, ShardRecord, read_manifest
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.model import build_model
-from tests.conftest import TINY
-from tests.test_cli import line_of, run
+from diffussm_cli.runs import checkpoints
+from tests.helpers import SETTINGS, line_of, run
 
 pytest.importorskip("sklearn")
-SETTINGS = [part for override in TINY for part in ("--set", override)]
 
 
 class Attack:
@@ -67,7 +67,7 @@ def test_yaml_neither_runs_nor_unfolds(tmp_path):
 
 def test_a_huge_configuration_is_not_read(trained):
     (trained / "final" / "config.yaml").write_text("a: " + "x" * (2 << 20))
-    assert "that is no configuration" in line_of(run("sample", trained, "-n", 1))
+    assert "too large for a configuration" in line_of(run("sample", trained, "-n", 1))
 
 
 def test_a_configuration_cannot_ask_for_absurd_memory(trained):
@@ -85,14 +85,14 @@ def test_a_configuration_cannot_ask_for_absurd_memory(trained):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    {
-        "nan": (lambda w: w.index_fill_(0, torch.tensor([0]), torch.nan), "numbers that are not finite"),
-        "inf": (lambda w: w.index_fill_(0, torch.tensor([0]), -torch.inf), "numbers that are not finite"),
-        "int": (lambda w: w.int(), "torch.int32, not floating-point numbers"),
-        "bool": (lambda w: w.bool(), "torch.bool, not floating-point numbers"),
-        "complex": (lambda w: w.to(torch.complex64), "torch.complex64, not floating-point numbers"),
-    }.values(),
-    ids=str,
+    [
+        (lambda w: w.index_fill_(0, torch.tensor([0]), torch.nan), "numbers that are not finite"),
+        (lambda w: w.index_fill_(0, torch.tensor([0]), -torch.inf), "numbers that are not finite"),
+        (lambda w: w.int(), "torch.int32, not floating-point numbers"),
+        (lambda w: w.bool(), "torch.bool, not floating-point numbers"),
+        (lambda w: w.to(torch.complex64), "torch.complex64, not floating-point numbers"),
+    ],
+    ids=["nan", "inf", "int", "bool", "complex"],
 )
 def test_weights_that_are_no_finite_numbers_are_refused(tiny, tmp_path, change, words):
     """In a folder without hashes, as a stranger would make it."""
@@ -125,29 +125,31 @@ def test_an_extractor_that_a_file_names_is_not_imported(trained, tmp_path, monke
     assert (tmp_path / "owned").exists()
 
 
-def test_hashes_in_a_state_lead_nowhere(trained, tmp_path):
-    """Names of files come from us, never from state.json."""
-    secret = tmp_path / "secret"
-    secret.write_text("x")
+def test_hashes_in_a_state_lead_nowhere(trained, tmp_path, monkeypatch):
+    """Names of files come from us, never from state.json: nothing else is opened."""
+    (tmp_path / "secret").write_text("x")
+    hashed, sha256 = [], checkpoints.sha256
+    monkeypatch.setattr(checkpoints, "sha256", lambda path: hashed.append(path) or sha256(path))
     newest = runs.list_checkpoints(trained)[-1]
     state = json.loads((newest / runs.STATE).read_text())
     state["sha256"] = {"../../../secret": "0", **state["sha256"]}
     (newest / runs.STATE).write_text(json.dumps(state))
     assert runs.newest_good(trained) == (newest, [])
-    assert secret.read_text() == "x"
+    assert hashed == [newest / name for name in (runs.MODEL, runs.EMA, runs.OPTIMIZER)]
 
 
 def test_a_manifest_names_no_files():
     """Shards are named by their number; a manifest has no field that could hold a path to follow."""
-    fields = set(Manifest.__dataclass_fields__) if hasattr(Manifest, "__dataclass_fields__") else set(Manifest._fields)
-    assert fields == {"settings", "shards", "skipped_sha256"}
+    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (Manifest, ShardRecord)}
+    assert fields == {Manifest: {"settings", "shards", "skipped_sha256"}, ShardRecord: {"sha256", "skipped"}}
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "settings": {}}', "[" * 100_000, '{"format": 1e999}'])
 def test_a_damaged_manifest_is_one_line(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"^--verify: .*manifest\.json") as refused:
         read_manifest(tmp_path, "--verify")
+    assert "\n" not in str(refused.value)
 
 
 def test_class_names_are_text_and_no_paths(tmp_path):

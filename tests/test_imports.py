@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import subprocess
 import sys
 import types
@@ -59,10 +60,8 @@ def test_imports_go_one_way(path):
             assert own in ("cli", "commands"), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", modules(), ids=str)
+@pytest.mark.parametrize("path", [p for p in modules() if package(p) not in ("cli", "commands", "__main__")], ids=str)
 def test_only_commands_print_and_exit(path):
-    if package(path) in ("cli", "commands", "__main__"):
-        return
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -94,7 +93,40 @@ def test_calls_without_an_encoding_are_found():
     assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
 
 
-SCRIPTS = sorted(p for folder in ("benchmarks", "tools", "examples") for p in (ROOT.parent / folder).glob("*.py"))
+FOLDERS = ("benchmarks/speed", "benchmarks/quality", "tools", "examples")
+SCRIPTS = sorted(p for folder in ("benchmarks", "tools", "examples") for p in (ROOT.parent / folder).rglob("*.py"))
+WITH_HELP = [p for p in SCRIPTS if p.parent.name != "examples"]
+
+
+def test_scripts_were_found_in_every_folder():
+    assert {p.parent for p in SCRIPTS} == {ROOT.parent / folder for folder in FOLDERS}
+
+
+@pytest.fixture(scope="module")
+def help_of_scripts(tmp_path_factory):
+    """Runs all scripts with --help in one child process and in another folder; gives the exit code of each."""
+    code = (
+        "import json, runpy, sys\n"
+        "usual, ends = list(sys.path), {}\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.path[:], sys.argv = usual, [path, '--help']\n"
+        "    try:\n"
+        "        runpy.run_path(path, run_name='__main__')\n"
+        "        ends[path] = 'no --help'\n"
+        "    except SystemExit as e:\n"
+        "        ends[path] = e.code\n"
+        "    except Exception as e:\n"
+        "        ends[path] = repr(e)\n"
+        "print(json.dumps(ends))\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, WITH_HELP)]
+    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.name)
+def test_scripts_start_with_help_from_any_folder(path, help_of_scripts):
+    assert help_of_scripts[str(path)] == 0
 
 
 def missing(tree):

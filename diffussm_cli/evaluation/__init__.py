@@ -1,4 +1,4 @@
-"""The ADM evaluation: features of images, metrics of features, references to compare with."""
+"""ADM's evaluation: image features, the metrics computed from them, and the references they are compared with."""
 
 from diffussm_cli.evaluation.session import EvaluationSession, evaluate, make_reference
 

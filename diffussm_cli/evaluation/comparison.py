@@ -1,4 +1,4 @@
-"""The metrics of one set of samples against one reference, in the order they were asked for."""
+"""The metrics of one set of samples against one reference, in the requested order."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -26,15 +26,16 @@ PUBLISHED_SAMPLES = 50_000
 def evaluate_features(
     samples: Gathered, reference: Reference, metrics: Sequence[str] = USUAL, half: bool = False
 ) -> Iterator[tuple[str, float]]:
-    """Yield names and values; KID with `kid_error` after it.
+    """Yield the name and value of each metric; `kid_error` follows `kid`.
 
     Args:
-        half: precision and recall in ADM's float16.
+        half: compute precision and recall in float16, as ADM does.
 
     Raises:
-        ConfigError, DataError: for a metric that this extractor or this reference cannot give.
+        ConfigError, DataError: if the extractor or the reference does not support a metric.
     """
     ours = moments(samples.pool)
+    both: dict[str, float] = {}  # precision and recall, which come from one pass over the distances
     for metric in metrics:
         if metric == "fid":
             yield metric, frechet_distance(ours.mean, ours.covariance, *_pool(reference))
@@ -42,7 +43,7 @@ def evaluate_features(
             yield metric, fid_infinity(samples.pool, *_pool(reference))
         elif metric == "sfid":
             if samples.spatial is None or reference.spatial is None:
-                raise DataError(f"--metrics: sfid needs spatial features, of the extractor and in {reference.name}")
+                raise DataError(f"--metrics: sfid needs spatial features, from the extractor and in {reference.name}")
             yield metric, frechet_distance(samples.spatial.mean, samples.spatial.covariance, *reference.spatial)
         elif metric == "is":
             if samples.classes is None:
@@ -51,7 +52,7 @@ def evaluate_features(
                 )
             yield metric, samples.classes.score()
         elif metric in ("precision", "recall"):
-            if metric == "precision" or "precision" not in metrics:
+            if not both:
                 both = dict(zip(("precision", "recall"), precision_recall(_features(reference), samples.pool, half)))
             yield metric, both[metric]
         elif metric == "kid":
@@ -60,17 +61,16 @@ def evaluate_features(
 
 
 def parse_metrics(text: str) -> tuple[str, ...]:
-    """Names between commas, or `all`. Raises ConfigError."""
+    """Parse comma-separated names, or `all`. Raises ConfigError."""
     chosen = METRICS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     unknown = [m for m in chosen if m not in METRICS]
     if unknown:
-        raise ConfigError(f"--metrics: {unknown[0]!r} is none of {', '.join(METRICS)}, all")
-    # precision comes with recall: one pass over the distances gives both
+        raise ConfigError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}, all")
     return tuple(m for m in METRICS if m in chosen)
 
 
 def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
-    """Whether the features of the reference's images are needed, beyond statistics in its file."""
+    """Whether the metrics need features of the reference's images, not only the statistics in its file."""
     wanted = {"precision", "recall", "kid"}
     if reference.pool is None:
         wanted |= {"fid", "fid_infinity"}
@@ -80,7 +80,7 @@ def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
 
 
 def possible(metrics: Sequence[str], samples: Gathered, reference: Reference, lenient: bool) -> Sequence[str]:
-    """The metrics themselves, or if `lenient` those that these features and this reference can give."""
+    """The given metrics, or if `lenient`, only those that the features and the reference support."""
     if not lenient:
         return metrics
     missing = set() if samples.classes is not None else {"is"}
@@ -92,36 +92,36 @@ def possible(metrics: Sequence[str], samples: Gathered, reference: Reference, le
 
 
 def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Sequence[str]) -> list[str]:
-    """What makes these figures incomparable with published ones, in words. `samples` is an ImageSet."""
+    """Reasons why these scores cannot be compared with published ones. `samples` is an ImageSet."""
     n, d = gathered.pool.shape
     found = []
     if n < PUBLISHED_SAMPLES and "fid" in metrics:
         bias = frechet_bias(gathered)
         found.append(
-            f"{n:,} samples: published FID is of {PUBLISHED_SAMPLES:,}, and fewer give a larger one, by about "
-            f"{bias:.3g} here; --metrics all adds fid_infinity, which is free of it"
+            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it, here by about "
+            f"{bias:.3g}; --metrics all adds fid_infinity, which does not have this bias"
         )
     if n <= d:
         found.append(
-            f"the covariance of {n:,} samples lacks rank: FID needs more than the {d:,} features, and is too large"
+            f"the covariance of {n:,} samples is singular: FID is too high; it needs more samples than features ({d:,})"
         )
     if "is" in metrics and _in_order(samples.labels):
-        found.append(f"samples are in the order of their classes: splits of {SPLIT:,} make the Inception Score too low")
+        found.append(f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low")
     if reference.size and tuple(reference.size) != tuple(samples.size):
         theirs, ours = ("x".join(map(str, s)) for s in (reference.size, samples.size))
-        found.append(f"the reference is of {theirs}, the samples of {ours}: figures of two resolutions do not compare")
+        found.append(f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared")
     if samples.lossy:
         found.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")
     if reference.gathered is not None and len(reference.gathered.pool) != RECALL_IMAGES and "recall" in metrics:
         has = len(reference.gathered.pool)
-        found.append(f"recall is of {has:,} reference images; published recall is of {RECALL_IMAGES:,}")
+        found.append(f"recall uses {has:,} reference images; published recall uses {RECALL_IMAGES:,}")
     return found
 
 
 def frechet_bias(gathered: Gathered) -> float:
-    """How much FID is too large with n samples instead of 50,000, by half of a set against the whole, roughly.
+    """A rough estimate of how much FID rises with n samples instead of 50,000.
 
-    FID grows as c / n; a random half of the samples against the other half differs by 4 c / n of equal sets.
+    The bias of FID is c / n. Two random halves have the same distribution, so FID between them is all bias: 4 c / n.
     """
     n = len(gathered.pool)
     if n < 8:
@@ -133,7 +133,7 @@ def frechet_bias(gathered: Gathered) -> float:
 
 
 def _in_order(labels: Sequence[int] | None) -> bool:
-    """Whether classes come in one piece or two each, and there are several."""
+    """Whether samples are sorted by class: there are several classes, each in one or two runs."""
     if labels is None:
         return False
     runs, classes = 1 + sum(a != b for a, b in itertools.pairwise(labels)), len(set(labels))
@@ -150,6 +150,6 @@ def _features(reference: Reference):
     if reference.gathered is None:
         raise DataError(
             f"--reference: {reference.name} holds statistics only; precision, recall and kid need its images (arr_0): "
-            "leave them out by --metrics fid,sfid,is"
+            "leave them out with --metrics fid,sfid,is"
         )
     return reference.gathered.pool

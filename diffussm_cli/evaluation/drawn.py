@@ -1,4 +1,4 @@
-"""The images of a model as a set to evaluate: drawn when they are read, never written."""
+"""The images of a model as a set to evaluate: drawn when they are read, never written to disk."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from diffussm_cli.sampling.sampler import Sampler
 
 
 class DrawnImages:
-    """An ImageSet of seeds.
+    """An ImageSet that draws one image per seed.
 
     Args:
         labels: one per seed; None for an unconditional model.
-        channels: those of the extractor.
-        facts: what decides the images, as `sample_facts` gives it; features can be kept only with them.
+        channels: number of channels that the extractor takes.
+        facts: what determines the images, from `sample_facts`; needed to cache features.
     """
 
     lossy = False
@@ -34,7 +34,7 @@ class DrawnImages:
     ):
         data = sampler.config.data
         if channels == 1 and not data.is_grey:
-            raise ConfigError("--extractor: this one sees one channel, and the run draws colours")
+            raise ConfigError("--extractor: this one takes grey images, but the run draws colour images")
         self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
         self.name, self.size, self.facts = name, data.size, facts
 
@@ -49,7 +49,7 @@ class DrawnImages:
                 yield images.expand(-1, self.channels, -1, -1)
 
     def sha256(self) -> str:
-        """Hash of what decides the images: weights, sampler, seeds."""
-        assert self.facts is not None, "only images whose facts are known can be told apart"
+        """Hash of what determines the images: weights, sampler, seeds."""
+        assert self.facts is not None, "the hash of drawn images needs their facts"
         facts = {k: self.facts[k] for k in (*FIXED, "num")} | {"channels": self.channels}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Feature extractors: pictures in, what the metrics compare out.
+"""Feature extractors: they turn images into the features that the metrics compare.
 
-B batch   pool features (B, d)   spatial features (B, s), of sFID   logits (B, K), of the Inception Score
+B batch   pool features (B, d)   spatial features (B, s), for sFID   logits (B, K), for the Inception Score
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.machine.files import sha256
 
 NAMES = ("inception", "digits")
-SPATIAL_CHANNELS = 7  # of the 192 of Mixed_6d.branch1x1
+SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d.branch1x1
 
 
 class Features(NamedTuple):
-    """Of a batch; None where an extractor has no such layer."""
+    """Features of a batch; None where an extractor has no such layer."""
 
     pool: Tensor
     spatial: Tensor | None = None
@@ -32,20 +32,20 @@ class Features(NamedTuple):
 
 
 class Extractor(Protocol):
-    """What `load_extractor` gives: `identity` tells weights apart, `channels` is 1 or 3."""
+    """What `load_extractor` returns: `identity` identifies the weights, `channels` is 1 or 3."""
 
     identity: str
     channels: int
 
     def __call__(self, images: Tensor) -> Features:
-        """Of uint8 images (B, channels, H, W) on any device."""
+        """Features of uint8 images (B, channels, H, W) on any device."""
 
 
 class Inception:
-    """The Inception of 2015-12-05 with ADM's layers, as torch-fidelity carries it.
+    """The Inception network of 2015-12-05 with ADM's layers, as shipped by torch-fidelity.
 
     Pool: 2,048 features. Spatial: the first 7 channels of Mixed_6d.branch1x1 after its ReLU, 17 x 17, flattened in NHWC
-    order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as TensorFlow 1 does.
+    order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as in TensorFlow 1.
     """
 
     channels = 3
@@ -58,7 +58,7 @@ class Inception:
         try:
             network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
         except (RuntimeError, AttributeError, TypeError) as e:
-            raise DataError(f"--extractor-weights: {path} holds no Inception of torch-fidelity") from e
+            raise DataError(f"--extractor-weights: {path} does not hold torch-fidelity's Inception weights") from e
         self.network, self.device = network.to(device), device
         self.identity = f"inception-{digest[:16]}"
         self._spatial: list[Tensor] = []
@@ -72,7 +72,7 @@ class Inception:
 
 
 class Digits:
-    """The embedded default for 28x28 digits: a small classifier of them."""
+    """The built-in default for 28x28 digits: a small classifier."""
 
     channels = 1
 
@@ -85,14 +85,14 @@ class Digits:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         if images.shape[2:] != (28, 28):
-            raise ConfigError(f"--extractor: digits sees 28x28 images, not {images.shape[2]}x{images.shape[3]}")
+            raise ConfigError(f"--extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}")
         return Features(*self.network(images.to(self.device)))
 
 
 class Own:
-    """A network of the user: uint8 images (B, 3, H, W) -> pool features, or (pool, spatial, logits), None for none.
+    """A user's network: uint8 images (B, 3, H, W) -> pool features, or (pool, spatial, logits), where None is allowed.
 
-    An attribute `channels` of 1 makes it see grey images.
+    If its attribute `channels` is 1, it gets grey images.
     """
 
     channels = 3
@@ -111,31 +111,31 @@ AUTO = "auto"
 
 
 def usual_extractor(size: tuple[int, int], grey: bool) -> str:
-    """What `auto` stands for: digits for grey images of 28x28, else inception."""
+    """The extractor that `auto` stands for: digits for grey 28x28 images, otherwise inception."""
     return "digits" if tuple(size) == (28, 28) and grey else "inception"
 
 
 def doubts(asked: str, used: str, compared_with: str) -> list[str]:
-    """What is to be said of the extractor that stands for `asked`, by the name of what samples are compared with."""
+    """Warnings about the extractor that `auto` chose; `compared_with` is the name of the reference."""
     if asked != AUTO or used != "digits" or compared_with.startswith(BUILTIN):
         return []
     return [
-        "the extractor digits was chosen for grey 28x28 images, and it knows handwritten digits only; for other "
-        "pictures choose inception"
+        "the extractor digits was chosen for grey 28x28 images, but it knows only handwritten digits; for other "
+        "images choose inception"
     ]
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
     """`inception`, `digits`, a file of torch.jit.save or torch.export (.pt, .pt2), or `package.module:factory`.
 
-    The last two run what they name. FD-DINOv2 is FID with a factory that gives torch.hub's dinov2_vitl14 behind its own
-    resize and normalisation.
+    The last two run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14 after
+    its own resize and normalisation.
 
     Raises:
-        ConfigError, DataError: naming what is missing and where to put it.
+        ConfigError, DataError: if it cannot be loaded; the message names what is missing and where to put it.
     """
     if weights is not None and name != "inception":
-        raise ConfigError(f"--extractor-weights: of no use to {name}; only inception takes them")
+        raise ConfigError(f"--extractor-weights: {name} does not take them; only inception does")
     if name == "inception":
         return Inception(weights, device)
     if name == "digits":
@@ -151,17 +151,17 @@ def _load_file(path: Path) -> nn.Module:
     if not path.is_file():
         raise ConfigError(f"--extractor: there is no file {str(path)!r}")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"--extractor: {path} cannot be loaded: no file of torch.export or TorchScript")
+        raise DataError(f"--extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript is on its way out, and says so
+            warnings.simplefilter("ignore")  # TorchScript warns that it is deprecated
             return torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, "cpu").eval()
     except (RuntimeError, ValueError, OSError, KeyError) as e:
         raise DataError(f"--extractor: {path} cannot be loaded: {reason(e)}") from e
 
 
 def _call_factory(name: str) -> tuple[nn.Module, str]:
-    """The network of a factory, and its identity: name, weights, and source file, which may hold its preprocessing."""
+    """A factory's network, and its identity: name, weights, and source file, which may hold the preprocessing."""
     module, _, factory = name.partition(":")
     try:
         source = importlib.import_module(module)
@@ -170,17 +170,17 @@ def _call_factory(name: str) -> tuple[nn.Module, str]:
         raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
     try:
         network = make()
-    except ImportError as e:  # of a package that it needs
+    except ImportError as e:  # of a package that the factory needs
         raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"--extractor: {name!r} gives a {type(network).__name__}, not a torch.nn.Module")
+        raise ConfigError(f"--extractor: {name!r} returns a {type(network).__name__}, not a torch.nn.Module")
     code = getattr(source, "__file__", None)
     parts = (name, weights_sha256(network), sha256(Path(code)) if code else "")
     return network, f"factory-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
 def _download(url: str) -> Path:
-    """Where torch keeps the file; fetched if it is not there."""
+    """Path of the file in torch's cache; it is downloaded if it is missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
         try:
@@ -188,19 +188,19 @@ def _download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
         except (OSError, RuntimeError) as e:
             raise DataError(
-                f"--extractor: cannot download {url} ({getattr(e, 'reason', e)}); fetch it elsewhere and put it at "
-                f"{path}, or name it by --extractor-weights"
+                f"--extractor: cannot download {url} ({getattr(e, 'reason', e)}); download it elsewhere and put it at "
+                f"{path}, or name it with --extractor-weights"
             ) from e
     return path
 
 
 def _checked_sha256(path: Path, url: str) -> str:
-    """Hash of a weights file, checked to be the published one if it has its name, and to hold nothing but tensors.
+    """SHA-256 of a weights file, which must be the published one if it has its name, and must hold only tensors.
 
     torch-fidelity unpickles the file, so code in it would run.
     """
     name = url.rpartition("/")[2]
-    expected = Path(name).stem.rpartition("-")[2]  # torch.hub's rule
+    expected = Path(name).stem.rpartition("-")[2]  # as torch.hub names files
     try:
         digest = sha256(path)
         if path.name == name and not digest.startswith(expected):
@@ -211,7 +211,7 @@ def _checked_sha256(path: Path, url: str) -> str:
         torch.load(path, map_location="cpu", weights_only=True)
     except DataError:
         raise
-    except Exception as e:  # whatever torch says of a damaged pickle
+    except Exception as e:  # torch raises many types for a damaged pickle
         why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
         raise DataError(f"--extractor-weights: {path} cannot be read as weights: {why}") from e
     return digest

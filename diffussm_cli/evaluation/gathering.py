@@ -1,4 +1,4 @@
-"""What the metrics need of a set of images, gathered batch by batch, by one process or several, and kept for next time.
+"""Gathers what the metrics need from a set of images: batch by batch, by one process or several, with a cache.
 
 n images   d pool features   s spatial features   K classes
 """
@@ -40,7 +40,7 @@ class Gathered:
 
     @classmethod
     def of(cls, found: dict[str, Tensor]) -> "Gathered":
-        """From what `tensors` gave."""
+        """The inverse of `tensors`."""
         parts = {key: {k.partition(".")[2]: v for k, v in found.items() if k.startswith(key)} for key in PARTS}
         spatial, classes = (parts[key] for key in PARTS)
         return cls(
@@ -50,11 +50,11 @@ class Gathered:
         )
 
     def joined(self, other: "Gathered") -> "Gathered":
-        """Of both parts together, this one's images first."""
+        """Both parts together, with this one's images first."""
         return Gathered(
             torch.cat([self.pool, other.pool]),
-            self.spatial.joined(other.spatial) if self.spatial else None,
-            self.classes.joined(other.classes) if self.classes else None,
+            self.spatial.joined(other.spatial) if self.spatial and other.spatial else None,
+            self.classes.joined(other.classes) if self.classes and other.classes else None,
         )
 
 
@@ -62,9 +62,9 @@ PARTS = ("spatial.", "classes.")
 
 
 class Gathering:
-    """The work on one set. `run` it; then every process finds the whole in `result`; `warning` is for the user.
+    """Feature extraction for one set. After `run`, every process has the whole `result`; `warning` is for the user.
 
-    Kept features are used only if every process of the job has them: the caches of several machines may differ.
+    Cached features are used only if every process of the job has them: the caches of several machines may differ.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Gathering:
         self.images, self.extractor, self.batch_size, self.world = images, extractor, batch_size, world
         self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
         kept = _read(self.file) if self.file else None
-        self.result = kept if all(gather(kept is not None, world)) else None
+        self._result = kept if all(gather(kept is not None, world)) else None
         self.warning: str | None = None
 
     def run(self) -> Iterator[int]:
-        """Yields the number of images done since the last time. Raises DataError."""
-        if self.result is not None:
+        """Yield the number of images done since the last yield. Raises DataError."""
+        if self._result is not None:
             return
         part, at = Collector(len(self.images)), self.part.start
         for batch in self.images.read(self.part, self.batch_size) if self.part else ():
@@ -94,28 +94,37 @@ class Gathering:
         first, *others = [Gathered.of(t) for t in gather(part.gathered(), self.world) if t]
         for other in others:
             first = first.joined(other)
-        self.result = first
+        self._result = first
         if self.file and self.world.rank == 0:
             try:
                 _write(self.file, first)
-            except OSError as e:  # hours of features are worth more than their keeping
-                self.warning = f"--cache: features cannot be kept in {str(self.file.parent)!r}: {e.strerror}"
+            except OSError as e:  # a full disk must not cost hours of work
+                self.warning = f"--cache: features cannot be saved in {str(self.file.parent)!r}: {e.strerror}"
+
+    @property
+    def result(self) -> Gathered:
+        """The features of the whole set, once `run` has ended."""
+        assert self._result is not None, "run it first"
+        return self._result
 
     @property
     def part(self) -> range:
-        """The images of this process, which are neighbours; none once there is a result."""
-        n, (rank, of) = 0 if self.result is not None else len(self.images), self.world
-        return range(n * rank // of, n * (rank + 1) // of)
+        """This process's share of the images, a contiguous range; empty once there is a result."""
+        n, (rank, size) = 0 if self._result is not None else len(self.images), self.world
+        return range(n * rank // size, n * (rank + 1) // size)
 
 
 class Collector:
-    """Takes the features of batches, image `at` on, of a set of n."""
+    """Collects the features of a set of n images, batch by batch."""
 
     def __init__(self, n: int):
-        self.n, self.pool, self.spatial, self.classes = n, [], None, None
+        self.n = n
+        self.pool: list[Tensor] = []
+        self.spatial: Moments | None = None
+        self.classes: SplitSums | None = None
 
     def add(self, at: int, features) -> None:
-        """`features` of images at, at + 1, ..."""
+        """Add the features of images at, at + 1, ..."""
         self.pool.append(features.pool.float().cpu())
         if features.spatial is not None:
             moments = Moments.of(features.spatial.cpu())
@@ -125,12 +134,12 @@ class Collector:
             self.classes.add(at, features.logits)
 
     def gathered(self) -> dict[str, Tensor]:
-        """What was taken, as `Gathered.tensors`; empty if there was no image."""
+        """The collected features, as `Gathered.tensors` returns them; empty if there were no images."""
         return Gathered(torch.cat(self.pool), self.spatial, self.classes).tensors() if self.pool else {}
 
 
 def _read(path: Path) -> Gathered | None:
-    """What was kept; None where there is nothing or it cannot be read, and `_write` puts a new file there."""
+    """The cached features; None if there are none or the file is damaged, which `_write` then replaces."""
     try:
         return Gathered.of(load_file(path)) if path.is_file() else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""FID, sFID, Inception Score, precision, recall and KID of features, by the definitions of the ADM evaluation.
+"""FID, sFID, Inception Score, precision, recall and KID of features, as ADM's evaluation defines them.
 
     n images   d features   K classes   distances are squared L2
 
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 3  # k of precision and recall
-SPLIT = 5000  # consecutive images of one part of the Inception Score
-BLOCK = 2048  # rows of a distance matrix that exist at a time
+SPLIT = 5000  # consecutive images per split of the Inception Score
+BLOCK = 2048  # rows of a distance matrix computed at a time
 KID_SUBSETS, KID_SIZE = 100, 1000
-EXTRAPOLATED_FROM = 8  # numbers of samples that FID-infinity is fitted to
+EXTRAPOLATED_FROM = 8  # sample sizes that FID-infinity is fitted to
 
 
 @dataclass
 class Moments:
     """Mean and covariance of features, gathered in parts: n, mean (d,), and M2 (d, d), the sum of squared deviations.
 
-    Parts are joined by the update of Chan, Golub and LeVeque (1979), which loses nothing to large means.
+    Parts are joined by the update of Chan, Golub and LeVeque (1979), which stays accurate for large means.
     """
 
     n: int
@@ -34,14 +34,14 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of one part, features (n, d)."""
+        """Moments of one part, features (n, d)."""
         x = features.double()
         mean = x.mean(0)
         deviation = x - mean
         return cls(len(x), mean, deviation.T @ deviation)
 
     def joined(self, other: "Moments") -> "Moments":
-        """Of both parts together."""
+        """Moments of both parts together."""
         n = self.n + other.n
         step = other.mean - self.mean
         M2 = self.M2 + other.M2 + torch.outer(step, step) * (self.n * other.n / n)
@@ -54,7 +54,7 @@ class Moments:
 
 
 def moments(features: Tensor) -> Moments:
-    """Of all features (n, d), in blocks."""
+    """Moments of all features (n, d), computed in blocks."""
     first, *others = (Moments.of(block) for block in features.split(BLOCK))
     for part in others:
         first = first.joined(part)
@@ -65,8 +65,8 @@ def moments(features: Tensor) -> Moments:
 def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); float64 throughout.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R S2 R with R = S1^(1/2), which is symmetric: no
-    complex numbers, and finite for covariances without full rank.
+    The trace of the root is the sum of the square roots of the eigenvalues of R S2 R with R = S1^(1/2). That matrix is
+    symmetric, so no complex numbers arise, and the result is finite for singular covariances.
     """
     m1, S1, m2, S2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
     values, vectors = torch.linalg.eigh((S1 + S1.T) / 2)
@@ -77,9 +77,9 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int = 0) -> float:
-    """FID for infinitely many samples (Chong and Forsyth 2020): a line through FID against 1/n, read at 0.
+    """FID for infinitely many samples (Chong and Forsyth 2020): the intercept of a line fitted to FID against 1/n.
 
-    FID is fitted at eight numbers of samples, from a tenth of all to all, drawn without replacement.
+    The line is fitted at eight sample sizes, from a tenth of the samples to all, drawn without replacement.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     sizes = np.linspace(max(2, len(features) // 10), len(features), EXTRAPOLATED_FROM).astype(int)
@@ -117,7 +117,7 @@ def _mmd2(x: Tensor, y: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------- inception score
 @dataclass
 class SplitSums:
-    """What the Inception Score needs of consecutive images, by split: n (s,), sum of p log p (s,), sum of p (s, K)."""
+    """Sums for the Inception Score, per split of consecutive images: n (s,), sum of p log p (s,), sum of p (s, K)."""
 
     n: Tensor
     negentropy: Tensor
@@ -125,12 +125,12 @@ class SplitSums:
 
     @classmethod
     def empty(cls, images: int, classes: int, split: int = SPLIT) -> "SplitSums":
-        """For a set of that many images."""
+        """Zeros, for a set of `images` images."""
         splits = max(1, math.ceil(images / split))
         return cls(*(torch.zeros(s, dtype=torch.float64) for s in ((splits,), (splits,), (splits, classes))))
 
     def add(self, first: int, logits: Tensor, split: int = SPLIT) -> None:
-        """Logits (n, K) of images first, first + 1, ..."""
+        """Add the logits (n, K) of images first, first + 1, ..."""
         place = (first + torch.arange(len(logits))) // split
         log_p = logits.cpu().double().log_softmax(-1)  # MPS has no float64
         p = log_p.exp()
@@ -139,7 +139,7 @@ class SplitSums:
         self.p.index_add_(0, place, p)
 
     def joined(self, other: "SplitSums") -> "SplitSums":
-        """Of both parts together."""
+        """Sums of both parts together."""
         return SplitSums(self.n + other.n, self.negentropy + other.negentropy, self.p + other.p)
 
     def score(self) -> float:
@@ -149,7 +149,7 @@ class SplitSums:
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
-    """Of logits (n, K) in consecutive splits."""
+    """Inception Score of logits (n, K), in consecutive splits."""
     sums = SplitSums.empty(len(logits), logits.shape[1], split)
     sums.add(0, logits, split)
     return sums.score()
@@ -159,10 +159,10 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
 def precision_recall(reference: Tensor, samples: Tensor, half: bool = False) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi 2019), k = 3: shares of samples and of references inside the balls.
 
-    A ball reaches from a feature to its third neighbour of the same set; a distance equal to it is inside. ADM's
-    evaluator rounds features and distances to float16, as long as all of a block are finite: many distances tie with
-    the radius, and the two shares come out up to 0.003 away from those of float32. `half` rounds where TensorFlow does
-    on a CPU, sum by sum, and gives its shares exactly.
+    The ball of a feature reaches to its third nearest neighbour in the same set, boundary included. ADM's evaluator
+    rounds features and distances to float16, unless a block overflows. Many distances then equal the radius, and the
+    shares differ from those in float32 by up to 0.003. `half` rounds every sum where TensorFlow rounds it on a CPU,
+    which reproduces ADM's shares exactly.
 
     Args:
         reference: (n, d).
@@ -180,7 +180,7 @@ def precision_recall(reference: Tensor, samples: Tensor, half: bool = False) -> 
 
 
 def _radii(features: Tensor, half: bool) -> Tensor:
-    """Distance of each feature to its k-th neighbour, itself not counted: (n,)."""
+    """Squared distance of each feature to its k-th nearest neighbour, not counting itself: (n,)."""
     radii = []
     for _, rows in _blocks(features):
         nearest = torch.full((len(rows), 0), 0.0)
@@ -208,14 +208,14 @@ def _distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
 
 
 def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """The same of float16, rounded after each step; products gather in float32."""
+    """The same in float16, rounded after each step; matrix products accumulate in float32."""
     products = (a.float() @ b.float().T).half()
     return (_half_sum(a.square())[:, None] - 2 * products + _half_sum(b.square())).clamp(min=0)
 
 
 def _half_sum(x: Tensor) -> Tensor:
-    """Sum of float16 (n, d) over d in TensorFlow's order: from 2,048 numbers on by halves; in packets of eight lanes,
-    every fourth packet added up, then the four; the lanes in float32; what is left over by itself."""
+    """Sum of float16 (n, d) over d in TensorFlow's order: 2,048 or more numbers are split into halves; packets of eight
+    lanes are added, every fourth one, then the four sums and the rest; then the lanes in float32, then what is left."""
     n, d = x.shape
     if d >= 2048:
         return _half_sum(x[:, : d // 2]) + _half_sum(x[:, d // 2 :])

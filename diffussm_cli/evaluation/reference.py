@@ -1,6 +1,6 @@
-"""References: statistics and images to compare with, in the files of the ADM evaluation or made from images.
+"""References: statistics and images to compare samples with, read from ADM's files or made from images.
 
-FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,) and sigma (d, d) of pool features; mu_s (s,) and sigma_s (s, s) of spatial.
+FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s (s,), sigma_s (s, s) of spatial ones.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.sets import IMAGES, ImageSet, image_rows, open_images
 
 POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
-EXTRACTOR = "extractor"  # ours: which weights the statistics are of, as bytes
+EXTRACTOR = "extractor"  # not in ADM's files: the identity of the extractor, as bytes
 MAX_NAME = 256
 RECALL_IMAGES = 10_000
 BLOCK = 64
@@ -32,7 +32,7 @@ Statistics = tuple[Tensor, Tensor]  # mean (d,), covariance (d, d), float64
 
 @dataclass
 class Reference:
-    """What samples are compared with. What a file lacks comes from its images, when a metric asks for it."""
+    """What samples are compared with. Statistics that a file lacks are computed from its images when needed."""
 
     name: str
     size: tuple[int, int] | None
@@ -41,13 +41,8 @@ class Reference:
     spatial: Statistics | None = None
     gathered: Gathered | None = None
 
-    @property
-    def needs(self) -> bool:
-        """Whether features of its images are still to be gathered before every metric can be had."""
-        return self.gathered is None and self.images is not None
-
     def complete(self, gathered: Gathered) -> None:
-        """Take up the features of its images; statistics that came with the file stay."""
+        """Add the features of its images; statistics from the file take precedence."""
         self.gathered = gathered
         found = moments(gathered.pool)
         self.pool = self.pool or (found.mean, found.covariance)
@@ -56,15 +51,15 @@ class Reference:
 
 
 def reference_of(config: Config) -> str | None:
-    """What a run is measured against by itself: its `eval.reference`, or the built-in set that it was trained on."""
+    """The default reference of a run: its `eval.reference`, or the built-in data set that it was trained on."""
     return config.eval.reference or (config.data.path if config.data.path.startswith(BUILTIN) else None)
 
 
 def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None = None) -> Reference:
-    """An .npz of the ADM evaluation or of `make_reference`, or any set of images.
+    """Open one of ADM's .npz files, one written by `make_reference`, or any set of images.
 
     Raises:
-        DataError, ConfigError: if it is neither, or of another extractor.
+        DataError, ConfigError: if it is none of these, or was made with another extractor.
     """
     if not path.endswith(".npz"):
         images = open_images(path, extractor.channels, size, "--reference")
@@ -76,23 +71,23 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     made_with = _made_with(arrays)
     if made_with not in (None, extractor.identity):
         raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
-    images = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
+    own = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
     return Reference(
         path,
-        images.size if images else None,
-        images,
+        own.size if own else None,
+        own,
         _statistics(arrays, POOL),
         _statistics(arrays, SPATIAL),
     )
 
 
 def _made_with(arrays: dict[str, Rows]) -> str | None:
-    """The identity of the extractor that a reference names, if it names one. Raises DataError."""
+    """The identity of the extractor that a reference names, or None. Raises DataError."""
     name = arrays.get(EXTRACTOR)
     if name is None:
         return None
     if name.dtype != np.uint8 or len(name.shape) != 1 or name.shape[0] > MAX_NAME:
-        raise DataError(f"{name.path}: {EXTRACTOR} is {name.shape} of {name.dtype}, not a name")
+        raise DataError(f"{name.path}: {EXTRACTOR} is {name.dtype} of shape {name.shape}, not a name")
     return name.whole().tobytes().decode(errors="replace")
 
 
@@ -110,15 +105,15 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
             f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
         )
     if d > 1 << 14:
-        raise DataError(f"{mean.path}: {names[0]} has {d} numbers; no extractor gives so many")
-    found = tuple(torch.from_numpy(a.whole().astype(np.float64)) for a in (mean, covariance))
+        raise DataError(f"{mean.path}: {names[0]} has {d} numbers; no extractor has so many features")
+    found = [torch.from_numpy(a.whole().astype(np.float64)) for a in (mean, covariance)]
     if not all(t.isfinite().all() for t in found):
         raise DataError(f"{mean.path}: {names[0]} or {names[1]} holds values that are not finite")
-    return found
+    return found[0], found[1]
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a reference file says of itself: shapes and dtypes, images, whose statistics. Raises DataError."""
+    """Describe a reference file: shapes and dtypes, images, statistics, extractor. Raises DataError."""
     arrays = open_npz(path)
     found: dict[str, Any] = {"arrays": {k: f"{'x'.join(map(str, r.shape))} {r.dtype}" for k, r in arrays.items()}}
     if IMAGES in arrays:
@@ -132,16 +127,16 @@ def describe(path: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- making
 def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, seed: int = 0) -> int:
-    """Write an .npz that the ADM evaluator reads too: statistics of all images, `count` of them chosen by `seed`.
+    """Write an .npz that ADM's evaluator can also read: statistics of all images, and `count` of them drawn by `seed`.
 
     Args:
-        work: the features of all images, gathered.
+        work: the gathered features of all images.
 
     Returns:
-        How many images went in.
+        The number of images written.
 
     Raises:
-        DataError: if an image cannot be read any more; OSError if the file cannot be written.
+        DataError, OSError: if an image can no longer be read; if the file cannot be written.
     """
     images, gathered = work.images, work.result
     assert gathered is not None
@@ -170,9 +165,9 @@ def _whole(tensor: Tensor) -> tuple:
 
 
 def check_extractor(reference: Reference, features: int, extractor: Extractor) -> None:
-    """Raises ConfigError for statistics of another number of features than the samples'."""
+    """Raises ConfigError if the statistics and the samples differ in their number of features."""
     if reference.pool is not None and len(reference.pool[0]) != features:
         raise ConfigError(
             f"--reference: {reference.name} has statistics of {len(reference.pool[0])} features, "
-            f"{extractor.identity.partition('-')[0]} gives {features}: it was made with another extractor"
+            f"but {extractor.identity.partition('-')[0]} has {features}: it was made with another extractor"
         )

@@ -29,12 +29,12 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 class EvaluationSession:
-    """An extractor, the features that were kept, and the comparison of image sets with references.
+    """An extractor, a cache of features, and the comparison of image sets with references.
 
     Args:
-        extractor: a name of `load_extractor`, or `auto`: chosen by the first images that are opened.
-        weights: a file with the weights of `inception`, in place of a download.
-        cache: the folder where features are kept; None keeps none.
+        extractor: a name for `load_extractor`, or `auto` to choose by the first images that are opened.
+        weights: a file with the weights of `inception`, instead of a download.
+        cache: the folder for cached features; None disables the cache.
     """
 
     def __init__(
@@ -53,18 +53,18 @@ class EvaluationSession:
 
     @property
     def extractor(self) -> Extractor:
-        """Loaded at first use. Raises DiffussmError."""
+        """The extractor, loaded at first use. Raises DiffussmError."""
         if self._extractor is None:
             self._extractor = load_extractor(self.name, self.weights, self.device)
         return self._extractor
 
     def choose(self, size: Size, grey: bool) -> None:
-        """Decide what `auto` stands for, by the images that are measured."""
+        """Replace `auto` by the extractor for images of this size and colour."""
         if self.name == AUTO:
             self.name = usual_extractor(size, grey)
 
     def open(self, path: str, size: Size | None = None, option: str = "SAMPLES") -> ImageSet:
-        """A set of images as the extractor sees it, cropped to `size` if given. Raises DiffussmError."""
+        """Open a set of images for the extractor, cropped to `size` if given. Raises DiffussmError."""
         if self.name == AUTO:
             found, grey = probe(path, option)
             self.choose(size or found, grey)
@@ -86,7 +86,7 @@ class EvaluationSession:
         return DrawnImages(sampler, seeds, labels, self.extractor.channels, name, facts)
 
     def reference(self, path: str, size: Size | None, of_run: Size | None = None) -> Reference:
-        """A reference, its images cropped to `size`, or to the size of the run if they are a folder.
+        """Open a reference. Its images are cropped to `size`, or to the size of the run unless they are in an .npz.
 
         Raises:
             DiffussmError: if it cannot be read or was made with another extractor.
@@ -94,10 +94,10 @@ class EvaluationSession:
         return open_reference(path, self.extractor, size or (None if path.endswith(".npz") else of_run))
 
     def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
-        """Take the features of a set, or find those that were kept. Returns the finished Gathering."""
+        """Compute the features of a set, or load them from the cache. Returns the finished Gathering."""
         yield Stage("loading the extractor")
         extractor = self.extractor
-        yield Stage("looking for kept features")
+        yield Stage("looking for cached features")
         work = Gathering(images, extractor, self.batch_size, self.cache, self.world)
         done, total = 0, len(work.part)
         yield Progress(0, total, what)
@@ -116,14 +116,14 @@ class EvaluationSession:
         half: bool = False,
         lenient: bool = False,
     ) -> Generator[Event, None, tuple[dict[str, float], Gathered]]:
-        """Every metric of a set, and the features that it came from; empty metrics on other processes than the first.
+        """The metrics of a set, and the features behind them. On processes other than the first, metrics are empty.
 
         Args:
-            half: precision and recall in ADM's float16.
-            lenient: leave out metrics that this extractor or reference cannot give, instead of raising.
+            half: compute precision and recall in float16, as ADM does.
+            lenient: leave out metrics that the extractor or the reference does not support, instead of raising.
 
         Raises:
-            DataError, ConfigError: if reference and extractor do not fit, or a metric cannot be had.
+            DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot be computed.
         """
         if against.images is not None and against.gathered is None and needs_images(metrics, against):
             against.complete((yield from self.features(against.images, "reference")).result)
@@ -163,19 +163,19 @@ def evaluate(
 
     Args:
         samples: a folder of PNG, an .npz, or a run.
-        reference: an .npz of ADM or of `make_reference`, or images; by default that of the run.
-        half: precision and recall in float16, as ADM's evaluator computes them.
-        resolution: (H, W) to crop the reference images to; by default that of the run.
-        num, seed, classes, sampling, precision: of the images drawn from a run.
-        cache: the folder where features are kept; None keeps none.
-        out: where the result goes; by default beside the samples, and a warning if that fails.
-        run: the run at `samples`, if `find_run_at` has opened it already.
+        reference: an .npz from ADM or `make_reference`, or images; by default, the run's reference.
+        half: compute precision and recall in float16, as ADM's evaluator does.
+        resolution: (H, W) to crop the reference images to; by default, the run's resolution.
+        num, seed, classes, sampling, precision: how images are drawn from a run; without effect for other samples.
+        cache: the folder for cached features; None disables the cache.
+        out: file for the result; by default beside the samples, with a warning if it cannot be written there.
+        run: the run at `samples`, if `find_run_at` has already opened it.
 
     Yields:
-        events; a Result holds the metrics and what they were made of.
+        events; a Result holds the metrics and how they were obtained.
 
     Raises:
-        DiffussmError: before long work where possible.
+        DiffussmError: before the long work starts, where possible.
     """
     if out is not None:
         check_writable(out)
@@ -192,14 +192,14 @@ def evaluate(
             images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts)
             reference, size = reference or reference_of(trained.config), trained.config.data.size
         if reference is None:
-            raise ConfigError("--reference: name an .npz of ADM, one of --make-ref, or a folder of real images")
+            raise ConfigError("--reference: name an .npz from ADM or --make-ref, or a folder of real images")
         against = session.reference(reference, resolution, size)
         values, gathered = yield from session.compare(images, against, metrics, half)
     if world.rank:
         return
     remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)
     if facts.get("decoded_by") == "linear preview":
-        remarks.append("samples were drawn without their VAE: these are figures of previews")
+        remarks.append("samples were drawn without their VAE: these are scores of previews")
     yield from map(Warned, remarks)
     result = {
         "metrics": values,
@@ -229,10 +229,10 @@ def make_reference(
     device: str = "auto",
     cache: Path | None = None,
 ) -> Iterator[Event]:
-    """Write the reference file of a set of images, with `count` of them for recall; ADM's evaluator reads it too.
+    """Write a reference file for a set of images, with `count` of them for recall; ADM's evaluator can read it too.
 
     Yields:
-        events; the last one is a Result with the path of the file.
+        events; the last one is a Result that holds the path of the file.
 
     Raises:
         DiffussmError: if the images cannot be read or the file cannot be written.
@@ -255,7 +255,7 @@ def make_reference(
 
 # ------------------------------------------------------------------------------------------------- files
 def find_run_at(samples: str | Path) -> runs.TrainedRun | None:
-    """The trained run at a path, or None if it is no run; then it should be images."""
+    """The trained run at a path, or None if there is no run and the path should hold images."""
     path = Path(samples)
     known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
     return runs.find_run(path) if known or path.suffix == dit_checkpoint.SUFFIX else None
@@ -269,14 +269,14 @@ def read_facts(samples: str | Path) -> dict[str, Any]:
 
 
 def results_path(samples: Path) -> Path:
-    """Where a result is kept by default: beside the samples."""
+    """The default file for a result: beside the samples."""
     if samples.is_dir():
         return samples / RESULTS
     return samples.with_suffix(f".{RESULTS}") if samples.exists() else Path(RESULTS)
 
 
 def default_cache() -> Path | None:
-    """A folder below the user's cache folder; None for a user without a home folder."""
+    """The default cache, inside the user's cache folder; None if the user has no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
     except RuntimeError:
@@ -284,7 +284,7 @@ def default_cache() -> Path | None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ConfigError if a file cannot be written, before hours of work go into it."""
+    """Raises ConfigError if a file cannot be written, so that no hours of work are lost."""
     if not os.path.isdir(path.absolute().parent):
         raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
     if os.path.isdir(path):
@@ -292,16 +292,16 @@ def check_writable(path: Path) -> None:
     trial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         trial.touch()
-        trial.unlink(missing_ok=True)  # perhaps removed by a process on another machine
+        trial.unlink(missing_ok=True)  # another process may have removed it
     except OSError as e:
         raise ConfigError(f"eval: cannot write {str(path)!r}: {e.strerror}") from e
 
 
 def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
-    """Write a result where it was asked for, or in the usual place if that can be written. Raises RunError."""
+    """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises RunError."""
     try:
         write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:
             raise RunError(f"--out: cannot write {str(out)!r}: {reason(e)}") from e
-        yield Warned(f"the result cannot be kept in {str(usual)!r}: {reason(e)}; --out FILE names another place")
+        yield Warned(f"the result cannot be saved in {str(usual)!r}: {reason(e)}; choose a file with --out FILE")

@@ -1,6 +1,6 @@
-"""Sets of images to take features of: folders, .npz files, built-in digits. One batch in memory at a time.
+"""Sets of images to evaluate: folders, .npz files, built-in digits. Files are read one batch at a time.
 
-B batch   C channels, those of the extractor   H x W pixels
+B batch   C channels that the extractor takes   H x W pixels
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import own_cores
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
-HELD_OUT = "/held-out"  # after the name of a built-in set: the part that is not trained on
+HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
 class ImageSet(Protocol):
-    """Images in a fixed order, all of one size."""
+    """Images in a fixed order, all of the same size."""
 
     name: str
     size: tuple[int, int]  # (H, W)
@@ -42,25 +42,25 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        """Images at rising places as uint8 (B, C, H, W). Raises DataError."""
+        """Yield the images at increasing indices as uint8 (B, C, H, W). Raises DataError."""
 
     def sha256(self) -> str:
-        """Hash of the content, whatever its name."""
+        """Hash of the content, independent of its name."""
 
 
 def open_images(path: str, channels: int, size: tuple[int, int] | None = None, option: str = "SAMPLES") -> ImageSet:
-    """A folder of images (or of one folder a class), an .npz, `builtin:mnist` or `builtin:mnist/held-out`.
+    """Open a folder of images (or one folder per class), an .npz, `builtin:mnist` or `builtin:mnist/held-out`.
 
     Args:
-        path: given by `option`.
-        channels: 1 or 3, what the extractor sees.
-        size: (H, W) to crop to as ADM does; without it images are taken as they are and must be of one size.
+        path: the value of `option`.
+        channels: 1 or 3, as the extractor takes.
+        size: (H, W) to crop to as in ADM; without it, images are used as they are and must have the same size.
 
     Raises:
-        DataError, ConfigError: if there is nothing there, or not images of one size.
+        DataError, ConfigError: if there are no images, or they differ in size.
     """
     if path.startswith(BUILTIN):
-        return _Builtin(path, channels)
+        return _Builtin(path, channels, size)
     if path.endswith(".npz"):
         return _Npz(Path(path), channels, size)
     return _Folder(Path(path), channels, size, option)
@@ -68,17 +68,17 @@ def open_images(path: str, channels: int, size: tuple[int, int] | None = None, o
 
 class _Folder:
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, option: str):
-        if os.path.isfile(path / MANIFEST):  # unlike Path's, no error for a name that is too long
+        if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, False for a name that is too long
             raise DataError(f"{option}: {path} holds latents; name the folder of images that they were made from")
         self.name, self.channels = str(path), channels
         listing = list_source(path, option)
         entries = [e for e in listing.entries if e.name != GRID]
         if not entries:
-            raise DataError(f"{option}: {path} holds no image but {GRID}")
+            raise DataError(f"{option}: {path} holds no image other than {GRID}")
         self.listing = Listing(listing.root, entries, listing.class_names, listing.ignored)
         first, self.grey = self._first()
         self.cropped, self.size = size is not None, size or first
-        self.labels = [e.label for e in entries] if listing.class_names else None
+        self.labels: Sequence[int] | None = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
         self._pool = helpers(min(8, own_cores()))
 
@@ -86,9 +86,10 @@ class _Folder:
         return len(self.listing.entries)
 
     def _first(self) -> tuple[tuple[int, int], bool]:
-        """Size of the first image, and whether it is grey."""
+        """The size of the first image, and whether it is grey."""
         image = read_entry(self.listing.root, self.listing.entries[0], None)
-        return image.shape[:2], is_grey(image)
+        height, width = image.shape[:2]
+        return (height, width), is_grey(image)
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
@@ -107,7 +108,10 @@ class _Folder:
             _refuse_colour(array, f"{self.name}: {entry.name}")
         if array.shape[:2] != self.size:
             has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
-            raise DataError(f"{self.name}: {entry.name} is {has}, but the first image {first}; --resolution crops them")
+            raise DataError(
+                f"{self.name}: {entry.name} is {has}, the first image is {first}; give images of one size "
+                "(--resolution crops those of --reference and --make-ref)"
+            )
         return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)
 
     def sha256(self) -> str:
@@ -125,14 +129,13 @@ class _Npz:
         if IMAGES not in arrays:
             raise DataError(f"{path}: holds no {IMAGES}, only {', '.join(sorted(arrays)) or 'nothing'}")
         self.rows = image_rows(arrays[IMAGES])
-        self.size = self.rows.shape[1:3]
-        if size is not None and size != self.size:
-            raise ConfigError(
-                f"--resolution: {path} holds images of {self.size[0]}x{self.size[1]}, which are not cropped"
-            )
+        height, width = self.rows.shape[1:3]
+        self.size = (height, width)
+        _refuse_other_size(self, size)
         labels = arrays.get(LABELS)
-        fits = labels is not None and labels.shape == self.rows.shape[:1] and labels.dtype.kind in "iu"
-        self.labels = labels.whole().tolist() if fits else None
+        if labels is not None and (labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"):
+            labels = None
+        self.labels: Sequence[int] | None = None if labels is None else labels.whole().tolist()
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -152,39 +155,48 @@ class _Npz:
         return f"{self.channels}-{sha256(self.path)}"
 
 
+def _refuse_other_size(images: ImageSet, size: tuple[int, int] | None) -> None:
+    """Raises ConfigError if arrays of images, which are not cropped, have another size than the requested one."""
+    if size is not None and size != images.size:
+        height, width = images.size
+        raise ConfigError(f"--resolution: {images.name} holds images of {height}x{width}, which are not cropped")
+
+
 def is_grey(image: np.ndarray) -> bool:
-    """Whether the channels (..., C) of an image are equal, as they are where a grey one was stored in colour."""
+    """Whether all channels (..., C) of an image are equal, as in a grey image stored in colour."""
     return bool((image == image[..., :1]).all())
 
 
 def _refuse_colour(image: np.ndarray, name: str) -> None:
-    """Raises DataError for an image in colour."""
+    """Raises DataError for a colour image."""
     if not is_grey(image):
-        raise DataError(f"{name} is in colour, but the extractor sees grey images only; take --extractor inception")
+        raise DataError(f"{name} is in colour, but the extractor takes only grey images; use --extractor inception")
 
 
 def image_rows(rows: Rows) -> Rows:
-    """An array that holds images, uint8 NHWC. Raises DataError."""
+    """Return an array of images, checked to be uint8 NHWC. Raises DataError."""
     _, *shape = rows.shape
     if rows.dtype.kind == "f":
         raise DataError(
-            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: write floor(clamp(127.5 x + 128, 0, 255))"
+            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: save floor(clamp(127.5 x + 128, 0, 255))"
         )
     if rows.dtype.str != "|u1" or len(shape) != 3 or shape[2] not in (1, 3) or not math.prod(rows.shape):
-        raise DataError(f"{rows.path}: {rows.name} is {rows.shape} of {rows.dtype}, not images (n, H, W, 3) of uint8")
+        raise DataError(f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, not uint8 (n, H, W, 3)")
     return rows
 
 
 class _Builtin:
-    def __init__(self, path: str, channels: int):
+    def __init__(self, path: str, channels: int, size: tuple[int, int] | None = None):
         held_out = path.endswith(HELD_OUT)
         name = path.removeprefix(BUILTIN).removesuffix(HELD_OUT)
         found = builtin.load(name, None, held_out=held_out)
-        # they lie in the order of their classes, which the Inception Score of splits cannot bear
+        # the images are sorted by class, which would make the Inception Score too low
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
         self.images = found.images[order].expand(-1, channels, -1, -1)
-        self.labels = found.labels[order].tolist()
-        self.name, self.size, self.lossy = path, tuple(found.images.shape[2:]), False
+        self.labels: Sequence[int] | None = found.labels[order].tolist()
+        height, width = found.images.shape[2:]
+        self.name, self.size, self.lossy = path, (height, width), False
+        _refuse_other_size(self, size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -197,11 +209,11 @@ class _Builtin:
 
 
 def probe(path: str, option: str = "SAMPLES") -> tuple[tuple[int, int], bool]:
-    """Height and width of the first image of a set, and whether it is grey. Raises DataError."""
+    """The (height, width) of the first image of a set, and whether it is grey. Raises DataError."""
     if path.startswith(BUILTIN):
         return _Builtin(path, 1).size, True
     if path.endswith(".npz"):
-        images = _Npz(Path(path), 3, None)
-        return images.size, is_grey(next(images.rows.read(0, 1)))
-    images = _Folder(Path(path), 3, None, option)
-    return images.size, images.grey
+        rows = _Npz(Path(path), 3, None)
+        return rows.size, is_grey(next(rows.rows.read(0, 1)))
+    folder = _Folder(Path(path), 3, None, option)
+    return folder.size, folder.grey

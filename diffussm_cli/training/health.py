@@ -1,5 +1,6 @@
-"""How training fares: steps without finite numbers, sudden rises, how far each update goes, the SSM's time scales."""
+"""Health of a training run: steps that are not finite, spikes, relative sizes of updates, the SSM's time scales."""
 
+import math
 import math
 import statistics
 from collections import deque
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.parallel import local_shards
 
-SPIKE, WINDOW, LEAST = 3.0, 20, 5  # times the median of the last records, of how many, and of how many at least
+SPIKE, WINDOW, LEAST = 3.0, 20, 5  # factor over the median of the last records; maximum and minimum number of them
 
 
 class BadSteps:
-    """Counts steps that were left out, on the device, so that no step waits for the host; read at records."""
+    """Counts skipped steps on the device, so that no step waits for the host; read once per record."""
 
     def __init__(self, device: torch.device):
         self.in_a_row = torch.zeros((), device=device)
@@ -22,13 +23,13 @@ class BadSteps:
         self._flags: list[Tensor] = []
 
     def add(self, bad: Tensor) -> None:
-        """1.0 for a step that was left out, else 0.0; a 0-d tensor on the device."""
+        """Add a step: 1.0 if it was skipped, otherwise 0.0, as a 0-d tensor on the device."""
         self.in_a_row = (self.in_a_row + bad) * bad
         self.longest = torch.maximum(self.longest, self.in_a_row)
         self._flags.append(bad)
 
     def flush(self, step: int) -> tuple[list[int], int]:
-        """Steps since the last time, up to `step`, that were left out; the longest row of such steps in that time."""
+        """The steps up to `step` that were skipped since the last flush, and the longest run of consecutive skips."""
         flags = torch.stack(self._flags).cpu()
         first = step - len(self._flags) + 1
         longest = int(self.longest)
@@ -37,24 +38,25 @@ class BadSteps:
 
 
 class SpikeAlarm:
-    """Whether loss or gradient norm of a record is far above those of the records before."""
+    """Detects a loss or gradient norm that is far above those of earlier records."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._before: dict[str, deque] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
 
     def check(self, record: dict) -> list[str]:
-        """Names of what has risen to three times its median."""
+        """The names of values above three times their median."""
         risen = []
         for name, before in self._before.items():
             if len(before) >= LEAST and record[name] > SPIKE * statistics.median(before):
                 risen.append(name)
-            before.append(record[name])
+            if math.isfinite(record[name]):  # else no later value would exceed the median
+                before.append(record[name])
         return risen
 
 
 @torch.no_grad()
 def update_ratios(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """Size of the last update against that of the weights, squares of both by group: (2,), of this process's parts."""
+    """Squared norms of the last update and of the weights by group: (2,), for the parts that this process holds."""
     found = {}
     for group in optimizer.param_groups:
         beta1, beta2 = group["betas"]
@@ -73,7 +75,7 @@ def update_ratios(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def time_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Smallest and largest dt and -Re A of all SSMs, of this process's parts, as [min, -max] of log: (2,)."""
+    """Range of dt and -Re A over all SSMs, for the parts that this process holds, as [min, -max] of the log: (2,)."""
     found = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
         values = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, S4D))

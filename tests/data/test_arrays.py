@@ -56,7 +56,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     with pytest.raises(DataError, match="arr_0.npy unpacks to 134217856 bytes from"):
         open_npz(path)
     liar = archive(tmp_path / "liar.npz", npy({"descr": "<f8", "fortran_order": False, "shape": (1 << 37,)}))
-    with pytest.raises(DataError, match="says \\(137438953472,\\) of float64 but unpacks to 128 bytes"):
+    with pytest.raises(DataError, match="declares \\(137438953472,\\) of float64 but unpacks to 128 bytes"):
         open_npz(liar)
 
 

@@ -219,7 +219,7 @@ def test_verify_names_a_damaged_shard(copy):
     assert [problem for _, problem in verify(copy)] == [None] * 5
     damage(copy / "shard-00001.safetensors", -9)
     assert {name: p for name, p in verify(copy) if p} == {
-        "shard-00001.safetensors": "its sha256 is not that of the manifest"
+        "shard-00001.safetensors": "its sha256 differs from the manifest"
     }
     (copy / "shard-00002.safetensors").unlink()
     damage(copy / "listing.jsonl", 5)
@@ -234,13 +234,14 @@ def test_verify_checks_shapes_too(copy):
     values["settings"]["channels"], values["settings"]["scale"] = 8, [1.0] * 8
     values["settings"]["shift"] = [0.0] * 8
     (copy / "manifest.json").write_text(json.dumps(values))
-    assert all("header differs from the manifest" in p for name, p in verify(copy) if name.startswith("shard"))
+    problems = [problem for name, problem in verify(copy) if name.startswith("shard")]
+    assert ["header differs from the manifest" in p for p in problems] == [True] * 3
 
 
 def test_training_refuses_damaged_shards(copy):
     shard = copy / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match="shard-00001.safetensors: is .* bytes long, not as the manifest says"):
+    with pytest.raises(DataError, match="shard-00001.safetensors: .* bytes is not the size in the manifest"):
         LatentStore(copy, flip=True)
     damage(shard, 20)
     with pytest.raises(DataError, match="shard-00001.safetensors: header differs"):
@@ -253,15 +254,15 @@ def test_training_refuses_damaged_shards(copy):
 def test_labels_must_have_a_class(copy, whole):
     label = len(shard.header(whole.settings, 0)) + 4 * 8  # after the header and the indices
     damage(copy / "shard-00000.safetensors", label + 1)
-    with pytest.raises(DataError, match="holds labels without a class; diffussm encode --verify"):
+    with pytest.raises(DataError, match="holds labels without a class; run diffussm encode --verify"):
         LatentStore(copy, flip=True)
 
 
 def test_store_without_a_readable_image(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2)
-    encoder = dataclasses.replace(whole, store=tmp_path / "store")
-    with pytest.raises(DataError, match="holds no readable image; see skipped.jsonl"):
-        LatentStore(write_store(encoder), flip=True)
+    store = write_store(dataclasses.replace(whole, store=tmp_path / "store"))
+    with pytest.raises(DataError, match="holds no readable images; see skipped.jsonl"):
+        LatentStore(store, flip=True)
 
 
 BAD_MANIFESTS = {
@@ -295,7 +296,7 @@ def test_manifests_of_other_formats_and_unfinished_ones(copy):
     path = copy / "manifest.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"format": 2}))
-    with pytest.raises(DataError, match="has format 2, this version reads 1"):
+    with pytest.raises(DataError, match="has format 2, but this version reads 1"):
         LatentStore(copy, flip=True)
     path.write_text(json.dumps(values | {"shards": [], "complete": False}))
     with pytest.raises(DataError, match="is not finished; run the same diffussm encode command again"):

@@ -50,10 +50,10 @@ def test_class_folders_in_order_with_reasons_for_the_rest(tmp_path):
     assert [e.label for e in found.entries] == [0, 1, 1, 1, 2]
     assert found.entries[1].size == len(content())
     assert dict(found.ignored) == {
-        "a/notes.txt": "no image by its name or first bytes",
+        "a/notes.txt": "not an image by its name or first bytes",
         "a/.hidden.png": "a hidden file",
         "b/link": "a link to a folder, not followed",
-        "c": "a link back to the folder that holds it",
+        "c": "a link to a folder that contains it",
         "stray.png": "not in a class folder",
     }
 
@@ -61,7 +61,7 @@ def test_class_folders_in_order_with_reasons_for_the_rest(tmp_path):
 def test_flat_folder(tmp_path):
     found = list_source(write(tmp_path, **{"2.png": None, "10.png": None, "x.md": b""}))
     assert (names(found), found.class_names) == (["10.png", "2.png"], ())
-    assert found.ignored == [("x.md", "no image by its name or first bytes")]
+    assert found.ignored == [("x.md", "not an image by its name or first bytes")]
 
 
 def test_hash_follows_names_labels_and_sizes(tmp_path):
@@ -98,8 +98,8 @@ def test_tar_shards_read_where_they_lie(tmp_path):
     assert names(found) == ["0.tar/x/1.png", "0.tar/2.jpg", "1.tar/3.webp"]
     assert ([e.label for e in found.entries], found.class_names) == ([2, 0, 1], ("0", "1", "2"))
     assert dict(found.ignored) == {
-        "readme": "lies beside tar shards",
-        "1.tar/3.seg.png": "no image by its name",
+        "readme": "a file next to tar shards",
+        "1.tar/3.seg.png": "not an image by its name",
         "1.tar/link": "a link, device or sparse file in an archive",
     }
     for entry, data in zip(found.entries, (content(), jpg, content("WEBP"))):
@@ -116,25 +116,25 @@ def test_damaged_tar_keeps_what_came_before(tmp_path):
     found = list_source(tmp_path)
     assert "0.tar/1.png" in names(found)
     assert [name for name, _ in found.ignored] == ["0.tar", "1.tar"]
-    assert all(reason.startswith("damaged from here on, or no plain tar") for _, reason in found.ignored)
+    assert all(reason.startswith("damaged from here on, or not an uncompressed tar") for _, reason in found.ignored)
 
 
 def test_wrong_labels_in_tars(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"cat"})
-    with pytest.raises(DataError, match=r"0.tar/1.cls must hold a whole number from 0 to .*, not b'cat'"):
+    with pytest.raises(DataError, match=r"0.tar/1.cls must hold an integer from 0 to .*, not b'cat'"):
         list_source(tmp_path)
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"1" * 30})
-    with pytest.raises(DataError, match=r"must hold a whole number"):
+    with pytest.raises(DataError, match=r"must hold an integer"):
         list_source(tmp_path)
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"1", "2.png": content()})
-    with pytest.raises(DataError, match=r"0.tar/2.png has no .cls beside it, but others have"):
+    with pytest.raises(DataError, match=r"0.tar/2.png has no .cls file, but other images have one"):
         list_source(tmp_path)
 
 
 def test_sources_without_images(tmp_path):
     with pytest.raises(DataError, match="SOURCE: cannot read the folder .*none.*No such file"):
         list_source(tmp_path / "none")
-    with pytest.raises(DataError, match="SOURCE: no image in"):
+    with pytest.raises(DataError, match="SOURCE: no images in"):
         list_source(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="SOURCE: the class folder .*empty.* holds no image"):
@@ -180,7 +180,7 @@ def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
     assert reasons == {
         "cut.jpg": "cannot be decoded: Truncated File Read",
         "text.png": "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image",
-        "zero.png": "holds no bytes",
+        "zero.png": "the file is empty",
         "loop.png": "cannot be read: Too many levels of symbolic links",
         "gone.png": "cannot be read: No such file or directory",
         "pipe.png": "not a regular file",
@@ -206,7 +206,7 @@ def test_sixteen_bits_are_scaled(tmp_path, name):
 
 def test_wider_pixels_are_refused(tmp_path):
     for values in (np.full((2, 2), 70_000, np.int32), np.zeros((2, 2), np.float32)):
-        with pytest.raises(DataError, match="have no agreed range"):
+        with pytest.raises(DataError, match="have no standard range"):
             read(Image.fromarray(values), tmp_path / "x.tiff")
 
 

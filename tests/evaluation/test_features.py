@@ -121,9 +121,9 @@ def test_wrong_weights_are_one_line(tmp_path):
     with pytest.raises(DataError, match="none.pth cannot be read as weights: No such file or directory"):
         load_extractor("inception", tmp_path / "none.pth", CPU)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match="other.pth holds no Inception"):
+    with pytest.raises(DataError, match="other.pth does not hold torch-fidelity's Inception weights"):
         load_extractor("inception", tmp_path / "other.pth", CPU)
-    with pytest.raises(ConfigError, match="of no use to digits"):
+    with pytest.raises(ConfigError, match="digits does not take them; only inception does"):
         load_extractor("digits", tmp_path / "other.pth", CPU)
 
 
@@ -152,7 +152,7 @@ def test_digits_knows_held_out_digits():
 
 
 def test_digits_wants_28x28():
-    with pytest.raises(ConfigError, match="digits sees 28x28 images, not 40x40"):
+    with pytest.raises(ConfigError, match="digits takes 28x28 images, not 40x40"):
         load_extractor("digits", None, CPU)(images(channels=1))
 
 
@@ -207,7 +207,7 @@ def test_own_network_from_a_factory(monkeypatch):
     provide(monkeypatch, Mean)
     assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
     provide(monkeypatch, lambda: len)
-    with pytest.raises(ConfigError, match="'mine:make' gives a builtin_function_or_method, not a torch.nn.Module"):
+    with pytest.raises(ConfigError, match="'mine:make' returns a builtin_function_or_method, not a torch.nn.Module"):
         load_extractor("mine:make", None, CPU)
 
 

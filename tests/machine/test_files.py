@@ -6,7 +6,7 @@ import os
 import pytest
 
 from diffussm_cli.machine.files import content, locked, whole_file, write_text
-from tests.test_cli import line_of, run
+from tests.helpers import line_of, run
 
 
 def test_a_lock_is_held_once(tmp_path):
@@ -19,6 +19,7 @@ def test_a_lock_is_held_once(tmp_path):
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, code):
+    pytest.importorskip("sklearn")
     fcntl = pytest.importorskip("fcntl")
 
     def none(*_):

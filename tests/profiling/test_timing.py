@@ -34,25 +34,6 @@ def test_exponent_is_the_slope():
     assert timing.exponent(lengths, [3 * n**1.25 for n in lengths]) == pytest.approx(1.25)
 
 
-@pytest.mark.parametrize("kind", work.KINDS)
-@pytest.mark.parametrize("preset", ["digits", "mnist-dit"])
-def test_workloads_do_what_they_say(kind, preset):
-    config, setting = load_config(preset), Setting(CPU, batch_size=2)
-    model = work.build(config, setting, 1)
-    seen = []
-    model.register_forward_hook(lambda m, args, out: seen.append((len(args[0]), m.training, out.requires_grad)))
-    work.workload(model, config, kind, setting)()
-    assert seen == [{"forward": (2, False, False), "forward+backward": (2, True, True)}.get(kind, (4, False, False))]
-
-
-def test_built_models_have_no_zero_weights_and_finite_output():
-    config = load_config("digits")
-    model = work.build(config, Setting(CPU), 2)
-    assert len(model.blocks) == 2
-    assert all(p.abs().sum() > 0 for p in model.parameters())
-    assert torch.isfinite(model(torch.randn(1, 1, 8, 8), torch.tensor([5]), torch.tensor([1]))).all()
-
-
 def test_shares_add_up_and_know_the_ssm():
     config, setting = load_config("mnist"), Setting(CPU, batch_size=4)
     model = work.build(config, setting, 2)
@@ -105,28 +86,6 @@ def test_events_are_recorded_on_the_device_that_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     assert timing._milliseconds(lambda: recorded.append("call"), torch.device("cuda:1")) == 3.5
     assert recorded == ["stream of cuda:1", "call", "stream of cuda:1"]
-
-
-def test_memory_of_a_gpu_is_what_is_free_there(monkeypatch):
-    free = {torch.device("cuda:1"): 5 << 30}
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 << 30))
-    assert memory.available_bytes(torch.device("cuda:1")) == 5 << 30
-    assert memory.available_bytes(CPU) != 5 << 30
-
-
-@pytest.mark.slow
-def test_peak_memory_is_that_of_weights_and_activations():
-    """35 M floats of weights; their gradients come on top in training."""
-    config, setting = load_config("s-256", ["data.resolution=64"]), Setting(CPU)
-    weights = 4 * 35_520_784
-    forward = memory.peak_bytes(config, work.FORWARD, setting)
-    training = memory.peak_bytes(config, work.TRAINING, setting)
-    if forward is None:
-        pytest.skip("this system does not tell")
-    assert 0.9 * weights < forward < 3 * weights
-    assert training - forward > 0.7 * weights
-    scaled = memory.peak_bytes(config, work.FORWARD, Setting(CPU, depth=4))
-    assert scaled == pytest.approx(forward, rel=0.25)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from tests.conftest import fill
 
 @pytest.fixture
 def model():
-    return fill(DiT(8, 4, 2, 384, depth=2, heads=6, num_classes=7))
+    return fill(DiT(8, 4, 2, 384, depth=2, heads=6, num_classes=7)).cpu()  # as files are read
 
 
 def official(model: DiT) -> dict:
@@ -96,16 +96,16 @@ def broken(state, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("a layer is missing", "not a checkpoint of DiT"),
-        ("an unknown layer", "blocks.0.attn.rope is no part of a DiT"),
-        ("other positions", "positions"),
-        ("odd width", "not a checkpoint of DiT"),
+        ("a layer is missing", "not a DiT checkpoint"),
+        ("an unknown layer", "blocks.0.attn.rope is not part of a DiT"),
+        ("other positions", "position embedding"),
+        ("odd width", "not a DiT checkpoint"),
         ("more than tensors", "more than tensors"),
         ("a number for weights", "more than tensors"),
-        ("numbers for names", "not a checkpoint of DiT"),
-        ("a tensor", "not a checkpoint of DiT"),
-        ("no images", "not a checkpoint of DiT"),
-        ("no classes", "not a checkpoint of DiT"),
+        ("numbers for names", "not a DiT checkpoint"),
+        ("a tensor", "not a DiT checkpoint"),
+        ("no images", "not a DiT checkpoint"),
+        ("no classes", "not a DiT checkpoint"),
         ("a billion blocks", "is in only one of the two"),
         ("more than is stored", "more than tensors"),
     ],

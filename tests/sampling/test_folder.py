@@ -145,7 +145,7 @@ def test_memory_that_does_not_do_is_one_line(trained, tmp_path, monkeypatch):
     folder = request(trained, tmp_path)
     folder.begin()
     monkeypatch.setattr(sampler_module, "generate", fail)
-    with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; take fewer"):
+    with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; use fewer"):
         list(folder.draw(folder.missing()))
 
 

@@ -62,7 +62,8 @@ def test_kernels_are_built_once_for_all_steps_and_batches(kernels_built):
 def test_no_kernel_is_kept_when_drawing_ends():
     """They would stay in a GPU's memory after each preview of a training run."""
     model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
-    batches = generate(model, GaussianDiffusion(), SampleConfig(sampler="ddim", steps=2), range(4), batch_size=2)
+    how = SampleConfig(sampler="ddim", steps=2)
+    batches = generate(model, GaussianDiffusion(device=device()), how, range(4), batch_size=2)
     next(batches)
     assert all(b.s4d._kept for b in model.blocks)
     batches.close()  # as a reader that stops early does

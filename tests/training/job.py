@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,8 +23,23 @@ from diffussm_cli.machine import processes as distributed
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.trainer import Trainer
+from tests.conftest import TINY
 
+SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1"]
 PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first process
+
+
+def start(folder: Path, jobs: dict[str, tuple[str, list[str]]], processes: int = 2) -> subprocess.CompletedProcess:
+    """Jobs in one start, which takes longer than the jobs: name in `folder` to fault and overrides."""
+    listed = []
+    for name, (fault, overrides) in jobs.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        listed.append([str(folder / name), fault, [*SETTINGS, *overrides]])
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *torchrun, __file__, str(folder / "jobs.json")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
 def train(out: Path, fault: str, overrides: list[str], world: World = ALONE) -> None:

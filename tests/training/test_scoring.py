@@ -13,7 +13,7 @@ from diffussm_cli.errors import ConfigError
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
-from tests.test_cli import run
+from tests.helpers import run
 
 EVERY = ["eval.every=2", "eval.images=16", "eval.steps=2", "train.log_every=4"]
 
@@ -76,7 +76,7 @@ def pictures_in(folder):
 def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").scoring
-    assert "digits was chosen for grey 28x28 images, and it knows handwritten digits only" in other.warnings[0]
+    assert "digits was chosen for grey 28x28 images, but it knows only handwritten digits" in other.warnings[0]
     assert trainer(config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2").scoring.warnings == []
     assert trainer(config(), tmp_path / "3").scoring.warnings == []
     settings = [part for v in [*TINY, *EVERY, "train.steps=2", f"eval.reference={pictures}"] for part in ("--set", v)]

@@ -1,32 +1,21 @@
 """The loop: accumulation, resume, EMA, records, checkpoints that survive, errors."""
 
 import dataclasses
-import errno
-import json
 import math
-import re
-import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from diffussm_cli import runs
-from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.machine.files import sha256
-from diffussm_cli.machine.processes import World
 from diffussm_cli.training import checkpoint
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.ema import EMA
-from diffussm_cli.training.optimizer import lr_factor
-from diffussm_cli.training.record import Meter, RecordWriter
+from diffussm_cli.training.record import Meter
 from diffussm_cli.training.trainer import Trainer
+from tests.helpers import Killed
 
 
 def trainer(config, root):
@@ -87,123 +76,6 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     assert all(torch.equal(v, t.ema.model.state_dict()[k]) for k, v in model.state_dict().items())
     assert torch.equal(model.position, t.model.position)
     assert not model.training
-
-
-def test_old_checkpoints_go_and_debris_with_them(tiny, tmp_path):
-    (tmp_path / "checkpoints" / ".partial-step-00000001").mkdir(parents=True)
-    list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path).run())
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
-
-
-def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
-    t = trainer(tiny(), tmp_path)
-    stop = iter([False, True])
-    list(t.run(lambda: next(stop)))
-    write = checkpoint.write_tensors
-
-    def die(tensors, path):
-        write(tensors, path)
-        path.write_bytes(path.read_bytes()[:100])
-        raise Killed
-
-    monkeypatch.setattr(checkpoint, "write_tensors", die)
-    t.step = 3
-    t.save()
-    with pytest.raises(Killed):
-        t.writer.finish()
-    assert runs.newest_good(tmp_path)[0].name == "step-00000002"
-    again = trainer(tiny(), tmp_path)
-    again.resume(runs.newest_good(tmp_path)[0])
-    assert again.step == 2
-
-
-def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
-    """Not by reading gigabytes back: after SIGTERM seconds count. And the files are safetensors to everyone."""
-    monkeypatch.setattr("diffussm_cli.runs.checkpoints.sha256", lambda _: 1 / 0)
-    t = trainer(tiny("train.steps=2"), tmp_path)
-    list(t.run())
-    monkeypatch.undo()
-    newest, damaged = runs.newest_good(tmp_path)
-    assert (newest.name, damaged) == ("step-00000002", [])
-    saved = load_file(newest / runs.MODEL)
-    assert saved.keys() == t.model.state_dict().keys()
-    assert all(torch.equal(v, saved[k]) for k, v in t.model.state_dict().items())
-    mixed = {"a": torch.arange(3.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0).double()}
-    digest = runs.write_tensors(mixed, tmp_path / "mixed.safetensors")
-    assert digest == sha256(tmp_path / "mixed.safetensors")
-    read = load_file(tmp_path / "mixed.safetensors")
-    assert all(torch.equal(v, read[k]) and v.dtype == read[k].dtype for k, v in mixed.items())
-
-
-@pytest.mark.parametrize("other", ["the same", "another step", "a stale file", "nothing"])
-def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypatch, other):
-    """The second process looks at another root, as on a shared file system that shows it an old state."""
-    roots = [tmp_path / "0", tmp_path / "1"]
-    list(trainer(tiny(), roots[0]).run())
-    shutil.copytree(roots[0], roots[1])
-    newest = runs.list_checkpoints(roots[1])[-1]
-    if other == "another step":
-        (newest / runs.STATE).write_text((newest / runs.STATE).read_text().replace('"step": 4', '"step": 2'))
-    elif other == "a stale file":
-        shutil.copy(runs.list_checkpoints(roots[1])[0] / runs.EMA, newest / runs.EMA)
-    elif other == "nothing":
-        shutil.rmtree(roots[1])
-    first, said = trained_by(2, roots, monkeypatch)
-    if other == "the same":
-        assert [path.name for path, _ in first] == ["step-00000004"] * 2
-    else:
-        assert all(re.search("process 1 does not see the checkpoint of process 0 in .*step-00000004", s) for s in said)
-
-
-def test_a_process_that_sees_no_run_begins_when_the_first_does(tiny, tmp_path, monkeypatch):
-    """And not from a checkpoint that it alone sees."""
-    roots = [tmp_path / "0", tmp_path / "1"]
-    roots[0].mkdir()
-    list(trainer(tiny(), roots[1]).run())
-    first, _ = trained_by(2, roots, monkeypatch)
-    assert first == [(None, [])] * 2
-
-
-def trained_by(n, roots, monkeypatch):
-    """What `agree_on_checkpoint` gives to each of n processes, here threads, and what they raise."""
-    barrier, board = threading.Barrier(n, timeout=60), [None] * n
-
-    def gather(value, world):
-        board[world.rank] = value
-        barrier.wait()
-        found = list(board)
-        barrier.wait()
-        return found
-
-    monkeypatch.setattr(checkpoint, "gather", gather)
-    with ThreadPoolExecutor(n) as pool:
-        futures = [pool.submit(checkpoint.agree_on_checkpoint, roots[i], World(i, n)) for i in range(n)]
-    errors = [f.exception() for f in futures]
-    assert all(e is None or isinstance(e, RunError) for e in errors), errors
-    return [f.result() for f in futures if f.exception() is None], [str(e) for e in errors if e]
-
-
-@pytest.mark.parametrize("background", ["true", "false"])
-def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, background):
-    t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
-    t.step = 1
-    t.optimizer.step()
-    t.save()
-    t.writer.finish()
-
-    def full(tensors, path):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    t.step = 2
-    with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):  # noqa: PT012
-        t.save()
-        t.writer.finish()
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
 def test_a_write_that_fails_beside_training_ends_it_at_the_next_step(tiny, tmp_path, monkeypatch):
@@ -302,52 +174,3 @@ def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     with pytest.raises(DataError, match="3.png"):
         list(t.run())
     assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002"]
-
-
-def test_ema_decay_warms_up_and_averages():
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = EMA(model, 0.9)
-    with torch.no_grad():
-        model.weight.fill_(1.0)
-    expected = 0.0
-    for step in (1, 2, 3):
-        d = (1 + step) / (10 + step)
-        expected = d * expected + (1 - d)
-        ema.update(model, step)
-        assert float(ema.model.weight) == pytest.approx(expected)
-    assert ema.decay_at(10**6) == 0.9
-    assert not ema.model.weight.requires_grad
-
-
-def test_learning_rate_courses():
-    def course(**changes):
-        t = load_config("digits", [f"train.{k}={v}" for k, v in {"steps": 100, **changes}.items()]).train
-        return [lr_factor(t, s) for s in (0, 4, 9, 10, 55, 99)]
-
-    assert course() == [1] * 6
-    assert course(warmup_steps=10) == [0.1, 0.5, 1, 1, 1, 1]
-    assert course(lr_decay="linear", warmup_steps=10) == pytest.approx([0.1, 0.5, 1, 1, 0.5, 1 / 90])
-    assert course(lr_decay="cosine", warmup_steps=10)[3:5] == pytest.approx([1, 0.5])
-
-
-def test_meter_means_and_quarters():
-    meter = Meter(1000, torch.device("cpu"))
-    mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
-    meter.add({"mse": mse, "loss": 2 * mse}, torch.tensor([0, 249, 250, 999]))
-    meter.end_step(torch.tensor(7.0), torch.tensor(0.0))
-    meter.add({"mse": mse * math.nan, "loss": mse * math.inf}, torch.tensor([0, 249, 250, 999]))
-    meter.end_step(torch.tensor(math.nan), torch.tensor(1.0))  # left out: no trace
-    means = meter.flush()
-    assert means.pop("images_per_second") > 0
-    assert means == {"mse": 4.5, "loss": 9, "mse_q1": 2, "mse_q2": 5, "mse_q4": 9, "grad_norm": 7}
-
-
-def test_records_beyond_a_checkpoint_are_dropped_on_resume(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
-    writer = RecordWriter(tmp_path, step=2)
-    writer.write({"step": 3, "loss": 1.0})
-    writer.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": 2}, {"step": 3, "loss": 1.0}]
-    assert list((tmp_path / "tensorboard").iterdir())

@@ -1,0 +1,67 @@
+"""What commands show while a session works."""
+
+import io
+
+import rich.console
+
+from diffussm_cli.commands import console
+from diffussm_cli.events import Message, Result, Stage, TrainingRecord, Warned
+
+
+def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
+    """After the first part and once; nothing where it is short."""
+    for seconds, words in ((1.0, ""), (36.0, "image: 990 more will take about 59 min\n")):
+        clock = iter([0.0, seconds, 2 * seconds])
+        monkeypatch.setattr(console.time, "perf_counter", lambda clock=clock: next(clock))
+        with console.bar(console.make_console(), 1000 if words else 30) as advance:
+            advance(10)
+            advance(10)
+        monkeypatch.undo()
+        said = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "more" in line]
+        assert said == ([words] if words else [])
+    lengths = {
+        13: "13 s",
+        89: "89 s",
+        90: "1.5 min",
+        5000: "83 min",
+        8000: "2.2 h",
+        200_000: "2.3 days",
+        9e6: "104 days",
+    }
+    assert {seconds: console.duration(seconds) for seconds in lengths} == lengths
+
+
+def followed(events, view=None):
+    """What `follow` gives, and what it shows, line by line, on a console that is no terminal."""
+    shown = io.StringIO()
+    shown_on = rich.console.Console(file=shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    found = console.follow(shown_on, iter(events), view)
+    return found, [line for line in shown.getvalue().splitlines() if line.strip()]
+
+
+def test_lines_are_shown_as_they_are_and_the_value_of_the_result_is_given():
+    viewed = []
+    events = [Stage("loading"), Message("a [b]:cat:"), Warned("careful"), Result(7)]
+    found, lines = followed(events, viewed.append)
+    assert (found, viewed) == (7, [7])
+    assert lines == ["a [b]:cat:", "warning: careful"]
+    assert followed([Message("x")]) == (None, ["x"])
+
+
+def test_the_view_sees_a_result_before_what_comes_after_it():
+    seen = []
+
+    def events():
+        yield Result(1)
+        seen.append("after")
+
+    followed(events(), seen.append)
+    assert seen == [1, "after"]
+
+
+def test_without_a_terminal_a_record_is_a_line_and_alarms_stand_before_it():
+    record = {"step": 2, "loss": 0.12345, "images_per_second": 9.96, "eval/fid": 3.0}
+    _, lines = followed([TrainingRecord(record | {"left_out": [1], "spike": ["loss"]}, 4)])
+    *alarms, last = [line for line in lines if line.startswith("warning") or "  loss " in line][:3]
+    assert [alarm.rpartition(": ")[2] for alarm in alarms] == ["[1]", "['loss']"]
+    assert last == "step 2/4  loss 0.1235  10.0 images/s  FID 3"

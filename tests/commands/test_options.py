@@ -1,0 +1,53 @@
+"""Texts of the command line become what the library takes."""
+
+import dataclasses
+
+import pytest
+
+from diffussm_cli.commands.options import parse_classes, parse_size, sampling_request
+from diffussm_cli.config import config_from_dict, load_config
+from diffussm_cli.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("owl", [1]),
+        ("owl,cat,owl", [1, 0, 1]),
+        ("t-shirt, 0-1", [2, 0, 1]),
+        ('"cats, dogs",owl', [3, 1]),
+        ("3-4", [3, 4]),  # a range, although a class has this name
+        ("4", [4]),
+    ],
+)
+def test_classes_by_name_by_label_and_by_range(text, labels):
+    names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
+    config = config_from_dict({}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"})
+    assert parse_classes(text, config) == tuple(labels)
+
+
+@pytest.mark.parametrize(("text", "size"), [("256", (256, 256)), ("256x384", (256, 384)), ("9999", (9999, 9999))])
+def test_sizes_are_height_and_width(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "8x", "8x0", "10000", "8X8", "-8", "8.0", " 8", "8x8x8", "\u0668"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="^--resolution: "):
+        parse_size(text)
+
+
+def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
+    config = load_config("mnist")
+    assert sampling_request(config, None, None, None, None, None) == config.sample
+    changes = {"sampler": "ddim", "steps": 7, "guidance": 0.0, "guidance_channels": "3"}
+    asked = sampling_request(config, *changes.values(), "100,900")
+    assert asked == dataclasses.replace(config.sample, **changes, guidance_interval=(100, 900))
+    assert asked.clip == config.sample.clip
+
+
+def test_classes_of_an_unconditional_model_are_refused():
+    config = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
+    assert parse_classes(None, config) == ()
+    with pytest.raises(ConfigError, match="^--classes: .*unconditional"):
+        parse_classes("3", config)

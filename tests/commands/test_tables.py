@@ -1,0 +1,42 @@
+"""Tables on stdout: the rows that have something to say, in the units they name."""
+
+import io
+
+import rich.console
+
+from diffussm_cli.commands import tables
+from diffussm_cli.config import load_config
+from diffussm_cli.profiling.report import cost_entry
+
+
+def rows(table):
+    """The cells of each row by the name of the row."""
+    shown = io.StringIO()
+    rich.console.Console(file=shown, width=200).print(table)
+    lines = [line.split("\u2502") for line in shown.getvalue().splitlines() if "\u2502" in line]
+    return {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in lines}
+
+
+def test_a_cost_table_holds_the_rows_of_its_models_side_by_side():
+    models = [cost_entry(load_config(name), name) for name in ("digits", "mnist-dit")]
+    found = rows(tables.cost_table(models))
+    assert found["parameters"] == [f"{m['parameters']:,}" for m in models]
+    assert found["tokens L"] == ["64", "196"]
+    assert found["attention"][0] == ""  # the first one has none
+    assert float(found["attention"][1]) > 0
+    assert not any("memory" in name or "step" in name for name in found)
+
+
+def test_memory_is_shown_where_it_was_asked_for_in_gib():
+    model = cost_entry(load_config("digits")) | {"training_bytes": 3 << 29, "processes": 2}
+    assert rows(tables.cost_table([model], memory=True))["memory of each of 2 processes, by formula"] == ["1.50 GiB"]
+
+
+def test_metrics_are_shown_with_six_digits_and_kid_with_its_error(capsys):
+    result = {"num": 1234, "reference": "r.npz", "metrics": {"fid": 3.94261234, "kid": 0.00125, "kid_error": 0.00034}}
+    tables.metrics_table(result)
+    shown = capsys.readouterr().out
+    assert "1,234 samples against r.npz" in shown
+    for text in ("3.94261 ", "0.00125 \u00b1 0.00034"):
+        assert text in shown
+    assert "kid_error" not in shown

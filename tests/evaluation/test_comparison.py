@@ -1,0 +1,110 @@
+"""Metrics of features against a reference, and what is said of them."""
+
+import math
+
+import pytest
+import torch
+
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation import comparison as ev
+from diffussm_cli.evaluation.gathering import Gathered
+from diffussm_cli.evaluation.metrics import Moments, moments
+from diffussm_cli.evaluation.reference import Reference, open_reference
+from diffussm_cli.evaluation.sets import open_images
+from tests.evaluation.conftest import folder, gathered
+
+
+def test_warnings_name_what_is_wrong(tmp_path, digits):
+    images = open_images(str(folder(tmp_path / "a", 12)), 1)
+    reference = open_reference(str(folder(tmp_path / "b", 9, side=32)), digits, None)
+    small = gathered(images, digits)[0].result
+    reference.gathered = small
+    found = " | ".join(ev.warnings(images, small, reference, ev.USUAL))
+    for words in (
+        "12 samples: published FID uses 50,000",
+        "the covariance of 12 samples is singular: FID is too high; it needs more samples than features (64)",
+        "samples are sorted by class",
+        "reference images are 32x32, samples 28x28",
+        "recall uses 12 reference images",
+    ):
+        assert words in found
+    assert "JPEG" not in found
+
+
+def test_bias_estimate_is_near_the_bias():
+    """FID of 400 of a Gaussian of 8 features against itself, and the estimate from the samples alone."""
+    from diffussm_cli.evaluation.gathering import Gathered
+
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    from diffussm_cli.evaluation.metrics import frechet_distance
+
+    ours = moments(x)
+    true = frechet_distance(ours.mean, ours.covariance, torch.zeros(8), torch.eye(8))
+    assert ev.frechet_bias(Gathered(x, None, None)) == pytest.approx(true, rel=0.5)
+
+
+def test_metrics_are_named_in_any_order_and_computed_in_one():
+    assert ev.parse_metrics("kid, fid,kid") == ("fid", "kid")
+    assert ev.parse_metrics("all") == ev.METRICS
+    with pytest.raises(ConfigError, match="'fdi'"):
+        ev.parse_metrics("fid,fdi")
+
+
+POOL = torch.tensor([[0.0], [2.0]])  # mean 1, variance 2
+STATISTICS = torch.tensor([3.0]).double(), torch.tensor([[4.0]]).double()
+
+
+def evaluated(metrics, samples, **reference):
+    return dict(ev.evaluate_features(samples, Reference("r", None, None, **reference), metrics))
+
+
+def test_distances_of_one_feature_by_hand():
+    """(m - m')^2 + (s - s')^2, of pool and of spatial features."""
+    samples = Gathered(POOL, Moments.of(POOL + 1), None)
+    found = evaluated(["fid", "sfid"], samples, pool=STATISTICS, spatial=STATISTICS)
+    spread = (math.sqrt(2) - 2) ** 2
+    assert found == pytest.approx({"fid": 4 + spread, "sfid": 1 + spread})
+
+
+def test_kid_comes_with_its_error_and_recall_can_come_alone():
+    real = Gathered(torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]]), None, None)
+    samples = Gathered(torch.tensor([[0.5], [1.5], [90.0], [99.0], [108.0]]), None, None)
+    found = evaluated(["precision", "recall", "kid"], samples, gathered=real)
+    assert list(found) == ["precision", "recall", "kid", "kid_error"]
+    assert (found["precision"], found["recall"]) == (2 / 5, 1.0)
+    assert evaluated(["recall"], samples, gathered=real) == {"recall": 1.0}
+    assert evaluated(["recall", "precision"], samples, gathered=real) == {"recall": 1.0, "precision": 2 / 5}
+
+
+@pytest.mark.parametrize("metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"])
+def test_a_metric_that_cannot_be_had_is_an_error_or_left_out(metric):
+    samples, reference = Gathered(POOL, None, None), Reference("r", None, None)
+    with pytest.raises((ConfigError, DataError), match="^--"):
+        dict(ev.evaluate_features(samples, reference, [metric]))
+    lenient = ev.possible([metric], samples, reference, lenient=True)
+    assert lenient == ([metric] if metric.startswith("fid") else [])
+    assert ev.possible([metric], samples, reference, lenient=False) == [metric]
+
+
+def test_images_of_a_reference_are_needed_for_what_its_statistics_lack():
+    def needed(**statistics):
+        return {m for m in ev.METRICS if ev.needs_images([m], Reference("r", None, None, **statistics))}
+
+    always = {"precision", "recall", "kid"}
+    assert needed(pool=STATISTICS, spatial=STATISTICS) == always
+    assert needed(pool=STATISTICS) == always | {"sfid"}
+    assert needed() == always | {"sfid", "fid", "fid_infinity"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "in_order"),
+    [
+        ([0, 0, 0, 1, 1, 1], True),
+        ([0, 0, 1, 1, 0, 0, 1, 1], True),  # two pieces a class
+        ([0, 1, 0, 1, 0, 1], False),
+        ([0, 0, 0], False),  # there is one class
+        (None, False),
+    ],
+)
+def test_labels_in_the_order_of_their_classes(labels, in_order):
+    assert ev._in_order(labels) == in_order

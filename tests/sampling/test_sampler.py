@@ -1,0 +1,50 @@
+"""A sampler: which labels seeds get, and what becomes of what is drawn."""
+
+import types
+
+import pytest
+import torch
+
+from diffussm_cli.config import load_config
+from diffussm_cli.sampling import sampler as module
+from diffussm_cli.sampling.generate import Drawn, labels_of
+from diffussm_cli.sampling.sampler import Sampler
+from tests.conftest import device
+
+
+def sampler(*overrides, decode=lambda x: x):
+    config = load_config("digits", overrides)
+    decoding = types.SimpleNamespace(decode=decode)
+    return Sampler(torch.nn.Linear(1, 1).to(device()), config, config.sample, decoding, batch_size=3)
+
+
+def test_classes_are_taken_in_turn_from_the_first_seed_on():
+    assert sampler().labels(range(5, 10), (7, 3)) == [7, 3, 7, 3, 7]
+    assert sampler().labels(range(5, 10)) == labels_of(range(5, 10), 10)
+    assert sampler("model.num_classes=0", "sample.guidance=1").labels(range(5), (1,)) is None
+
+
+def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
+    asked = []
+
+    def generate(model, process, sampling, seeds, labels, batch_size, dtype):
+        asked.append((seeds, labels, batch_size, dtype, process.signal.device.type))
+        yield Drawn([4, 5], [0, 1], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1))
+        yield Drawn([6], [2], torch.tensor([0.25]).view(1, 1, 1, 1))
+
+    monkeypatch.setattr(module, "generate", generate)
+    drawn = list(sampler(decode=lambda x: x + 0.5).draw(range(4, 7), [0, 1, 2]))
+    assert asked == [(range(4, 7), [0, 1, 2], 3, torch.float32, device().type)]
+    assert [seeds for seeds, _ in drawn] == [[4, 5], [6]]
+    assert [images.flatten().tolist() for _, images in drawn] == [[0, 191], [223]]  # floor(127.5 x + 128)
+    assert {images.dtype for _, images in drawn} == {torch.uint8}
+
+
+def test_an_error_that_is_not_of_memory_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("ours")
+        yield
+
+    monkeypatch.setattr(module, "generate", fail)
+    with pytest.raises(RuntimeError, match="ours"):
+        list(sampler().draw([0], [0]))

@@ -1,0 +1,70 @@
+"""Errors of the system become lines: which do, and what they say."""
+
+import errno
+import json
+
+import pytest
+
+from diffussm_cli.errors import ConfigError, DataError, RunError, reading, reason, system_reason, writing
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+GONE = FileNotFoundError(errno.ENOENT, "No such file", "a.txt")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GONE, "No such file"),
+        (ValueError("first\nsecond"), "first"),
+        (ValueError("Errors in:\n\tthe   file"), "Errors in: the file"),
+        (ValueError("x" * 300), "x" * 200),
+        (KeyError(), "KeyError"),
+    ],
+)
+def test_a_reason_is_one_short_line(error, words):
+    assert reason(error) == words
+
+
+def test_only_the_operating_system_has_a_reason():
+    assert system_reason(FULL).startswith("No space left on device")
+    assert system_reason(GONE) == "No such file"
+    assert system_reason(OSError("a library's own")) is None
+    assert system_reason(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None  # names no file
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (FULL, "--out: No space left on device"),
+        (GONE, "--out: a.txt: No such file"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "--out"), "--out: No such file"),  # it is in the line already
+    ],
+)
+def test_writing_names_what_could_not_be_written(error, line):
+    with pytest.raises(RunError) as caught, writing("--out"):
+        raise error
+    assert str(caught.value).startswith(line)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError("a library's own"), ValueError("ours"), DataError("ours")])
+def test_other_errors_pass_through_writing(error):
+    with pytest.raises(type(error)) as caught, writing("--out"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xff", "UTF-8"), (b"[" * 100_000, "nested too deeply"), (b"{", "Expecting"), (None, "No such file")],
+)
+def test_reading_says_what_is_wrong_with_a_file_and_the_remedy(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught, reading("a.json", ConfigError, "; delete it"):
+        json.loads(path.read_text(encoding="utf-8"))
+    assert str(caught.value).startswith("a.json: ")
+    assert words in str(caught.value)
+    assert str(caught.value).endswith("; delete it")
+    assert "\n" not in str(caught.value)

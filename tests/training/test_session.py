@@ -1,0 +1,37 @@
+"""A training as a notebook runs it: what it tells, where it stops, and which batches processes can share."""
+
+import pytest
+
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.events import Result, TrainingRecord
+from diffussm_cli.machine.processes import World
+from diffussm_cli.training.session import TrainingResult, check_batch, train
+from diffussm_cli.training.stopping import TRAINING
+
+
+def test_a_training_tells_its_records_and_then_where_it_ended(tiny, tmp_path):
+    events = list(train(tiny(), tmp_path / "run"))
+    begun = events.index(TRAINING)
+    assert [(e.record["step"], e.steps) for e in events[begun + 1 : -1]] == [(2, 4), (4, 4)]
+    assert not any(isinstance(e, TrainingRecord) for e in events[:begun])
+    assert events[-1] == Result(TrainingResult(tmp_path / "run", 4, 4))
+    assert events[-1].value.finished
+    again = list(train(tiny(), tmp_path / "run", resume=True))
+    assert TRAINING not in again
+    assert again[-1] == Result(TrainingResult(tmp_path / "run", 4, 4, was_finished=True))
+
+
+def test_a_training_that_is_asked_to_stop_ends_after_the_step_in_hand(tiny, tmp_path):
+    *_, last = train(tiny(), tmp_path / "run", stop=lambda: True)
+    assert last == Result(TrainingResult(tmp_path / "run", 1, 4))
+    assert not last.value.finished
+
+
+@pytest.mark.parametrize(("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)])
+def test_processes_share_a_batch_in_equal_whole_parts(tiny, size, accumulate, fits):
+    config = tiny("train.batch_size=8", f"train.accumulate={accumulate}")
+    if fits:
+        check_batch(config, World(0, size))
+    else:
+        with pytest.raises(ConfigError, match=f"^train.batch_size: 8 .* {size * accumulate}$"):
+            check_batch(config, World(0, size))
