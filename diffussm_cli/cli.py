@@ -1,4 +1,4 @@
-"""The `diffussm` program: its commands and the one place where errors become a line and an exit code. No torch here."""
+"""The `diffussm` program: its commands, and the one place that turns errors into a line and an exit code. No torch."""
 
 import contextlib
 import sys
@@ -16,19 +16,19 @@ from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import TrainCommand, train
 from diffussm_cli.errors import DiffussmError, system_reason
 
-UsageError = typer.BadParameter.__bases__[0]  # current Typer carries its own click
+UsageError: Any = typer.BadParameter.__bases__[0]  # recent versions of Typer ship their own click
 
 
 class ErrorBoundary(WithExamples, TyperGroup):
-    """What a user can fix is one line on stderr and exit code 1; anything else keeps its traceback."""
+    """Errors that a user can fix become one line on stderr and exit code 1; others keep their traceback."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
-        with contextlib.suppress(AttributeError):  # not every stand-in for stdout has encodings
-            sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot spell
+            return super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        with contextlib.suppress(AttributeError):  # a replaced stdout may lack `reconfigure`
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for odd file names
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except UsageError as e:
             command = e.ctx.command_path if e.ctx else "diffussm"
             code = _refuse(f"{_one_line(e.format_message())} See: {command} --help")
@@ -36,7 +36,7 @@ class ErrorBoundary(WithExamples, TyperGroup):
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except DiffussmError as e:
@@ -55,7 +55,7 @@ def _refuse(message: str) -> int:
 
 
 def _one_line(message: str) -> str:
-    """Without what a terminal would obey: names of files come from strangers."""
+    """Join lines and escape control characters: file names can come from strangers."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
 
 
@@ -111,7 +111,7 @@ for name, cls, function in (
 @app.callback(invoke_without_command=True)
 def main(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Image diffusion on state space layers, without attention (DiffuSSM, arXiv 2311.18257)."""
     if version:

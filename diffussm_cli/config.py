@@ -1,4 +1,4 @@
-"""Preset and overrides become one checked, frozen configuration. No torch here: errors and `--help` must be quick."""
+"""Turns a preset and overrides into one checked, frozen configuration. No torch, so errors and `--help` are quick."""
 
 import dataclasses
 import difflib
@@ -20,38 +20,38 @@ from diffussm_cli.errors import ConfigError, reading
 MAX_YAML_BYTES = 1 << 20
 DEFAULT_PRESET = "mnist"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
-BUILTIN = "builtin:"  # how `data.path` names a data set that a Python package carries
-# The bounds of the fields are generous: what is outside them is a slip of the finger or a hostile file.
+BUILTIN = "builtin:"  # prefix of `data.path` for a data set that a Python package ships
+# The bounds of the fields are generous: a value outside them is a typo or comes from a hostile file.
 MANY = 10**8  # steps
 MAX_SEED = 2**62
 MAX_BATCH = 2**16
 MAX_SIDE = 2**14  # pixels
-SMALLEST = 1e-9  # of a number other than 0
+SMALLEST = 1e-9  # smallest magnitude of a nonzero number
 MAX_PARAMETERS = 10**11
 MAX_VALUES = 2**31  # in one tensor of one image
-MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; less is 0 in float32
-MAX_NAME = 255  # bytes, of a file
+MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; a weaker signal is 0 in float32
+MAX_NAME = 255  # bytes in a file name
 
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
-    """A field with its help and its bounds: `least`, `above`, `most`, `below`."""
+    """A field with its help and bounds: `least`, `above`, `most`, `below`."""
     return field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone and its sizes, by the paper's letters (arXiv 2311.18257)."""
+    """The backbone and its sizes, in the paper's letters (arXiv 2311.18257)."""
 
     backbone: Literal["diffussm", "dit"] = _option("diffussm", "DiffuSSM, or the DiT baseline")
     hidden_size: int = _option(1152, "D", least=4, most=2**14)
     depth: int = _option(29, "number of blocks", least=1, most=1000)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
-    compression: int = _option(2, "M, tokens that share a position between hourglasses", least=1, most=256)
-    d_state: int = _option(64, "N, state size of S4D; of no effect in a DiT", least=2, most=4096)
-    heads: int = _option(16, "attention heads of a DiT; of no effect in a DiffuSSM", least=1, most=256)
-    num_classes: int = _option(1000, "0: unconditional", least=0, most=10**6)
-    learn_sigma: bool = _option(True, "learn the covariance too")
-    label_std: float = _option(0.02, "standard deviation of the label table at the start", above=0, most=100)
+    compression: int = _option(2, "M, tokens that each position becomes inside a block", least=1, most=256)
+    d_state: int = _option(64, "N, state size of S4D; not used by DiT", least=2, most=4096)
+    heads: int = _option(16, "attention heads of DiT; not used by DiffuSSM", least=1, most=256)
+    num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
+    learn_sigma: bool = _option(True, "also learn the covariance")
+    label_std: float = _option(0.02, "initial standard deviation of the label table", above=0, most=100)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class DataConfig:
     resolution: int | str = _option(256, "N or HxW, in pixels")
     channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
-    vae: str | None = _option(None, "hub name or folder of the VAE behind the latents; none for pixels")
-    flip: bool = _option(False, "mirror at random")
-    skip_unreadable: bool = _option(False, "leave out images that cannot be read when a run begins")
-    class_names: tuple[str, ...] = _option((), "found in the data, recorded with the run")
+    vae: str | None = _option(None, "hub name or folder of the VAE that made the latents; null for pixels")
+    flip: bool = _option(False, "random horizontal flips")
+    skip_unreadable: bool = _option(False, "leave out images that cannot be read at the start of a run")
+    class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,7 +82,7 @@ class DataConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(H, W) of what the model sees."""
+        """(H, W) of the model's input."""
         height, width = self.size
         return height // self.downsample, width // self.downsample
 
@@ -91,75 +91,73 @@ class DataConfig:
 class DiffusionConfig:
     """ADM's process: linear variances from beta_start to beta_end over T steps."""
 
-    timesteps: int = _option(1000, "T", least=2, most=10_000)
+    timesteps: int = _option(1000, "T, number of timesteps", least=2, most=10_000)
     beta_start: float = _option(1e-4, "first variance", above=0, most=0.999)
     beta_end: float = _option(0.02, "last variance", above=0, most=0.999)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe. Defaults are the paper's."""
+    """The training recipe. Defaults are the paper's."""
 
-    steps: int = _option(400_000, "optimiser steps", least=1, most=MANY)
-    batch_size: int = _option(256, "images an optimiser step, over all accumulated parts", least=1, most=MAX_BATCH)
-    accumulate: int = _option(1, "parts that the batch is computed in", least=1, most=MAX_BATCH)
+    steps: int = _option(400_000, "number of optimiser steps", least=1, most=MANY)
+    batch_size: int = _option(256, "images per optimiser step, over all accumulated parts", least=1, most=MAX_BATCH)
+    accumulate: int = _option(1, "number of parts that the batch is computed in", least=1, most=MAX_BATCH)
     lr: float = _option(1e-4, "learning rate", above=0, most=10)
     ssm_lr: float = _option(1e-3, "cap on the learning rate of the SSM's parameters", above=0, most=10)
     warmup_steps: int = _option(0, "steps of linear warm-up", least=0, most=MANY)
-    lr_decay: Literal["constant", "linear", "cosine"] = _option("constant", "course of the learning rate after warm-up")
-    weight_decay: float = _option(0.0, "AdamW's, on matrices only", least=0, most=100)
-    beta2: float = _option(0.999, "AdamW's second-moment decay", above=0, below=1)
-    grad_clip: float = _option(0.0, "largest gradient norm; 0: no clipping", least=0, most=1e6)
+    lr_decay: Literal["constant", "linear", "cosine"] = _option("constant", "learning rate schedule after warm-up")
+    weight_decay: float = _option(0.0, "AdamW's weight decay, on matrices only", least=0, most=100)
+    beta2: float = _option(0.999, "AdamW's decay of the second moment", above=0, below=1)
+    grad_clip: float = _option(0.0, "maximum gradient norm; 0: no clipping", least=0, most=1e6)
     ema: float = _option(0.9999, "decay of the averaged weights", least=0, below=1)
     mse_weight_cap: float = _option(
-        1.0, "noise MSE counts min(1 + 1/SNR, this) times; 1: the paper's", least=1, most=1e6
+        1.0, "cap on the weight 1 + 1/SNR(t) of the noise MSE; 1: the paper's loss", least=1, most=1e6
     )
     label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
-    seed: int = _option(0, "of everything random", least=0, most=MAX_SEED)
-    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "bf16 where the hardware has it, or as told")
+    seed: int = _option(0, "seed of all random numbers", least=0, most=MAX_SEED)
+    precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 where the hardware supports it")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
     compile: bool = _option(False, "torch.compile the model")
     gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass")
     checkpoint_every: int = _option(5000, "steps between checkpoints", least=1, most=MANY)
-    keep_checkpoints: int = _option(2, "newest checkpoints kept", least=1, most=MANY)
-    keep_every: int = _option(0, "steps between checkpoints that are kept for good; 0: none", least=0, most=MANY)
-    async_checkpoint: bool = _option(True, "write checkpoints beside training, from a copy in memory")
-    max_bad_steps: int = _option(10, "steps without a finite loss in a row that end training", least=1, most=MANY)
-    parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes each hold the model, or a part of it")
+    keep_checkpoints: int = _option(2, "number of newest checkpoints to keep", least=1, most=MANY)
+    keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0: none", least=0, most=MANY)
+    async_checkpoint: bool = _option(True, "write checkpoints in the background, from a copy in memory")
+    max_bad_steps: int = _option(10, "non-finite steps in a row after which training ends", least=1, most=MANY)
+    parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes: each holds the model, or a part of it")
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
-    sample_images: int = _option(40, "images in a preview grid", least=1, most=10_000)
+    sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)
     sample_steps: int = _option(25, "DDIM steps of a preview", least=1, most=10_000)
-    log_every: int = _option(100, "steps between records", least=1, most=MANY)
+    log_every: int = _option(100, "steps between log records", least=1, most=MANY)
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn; the defaults of `diffussm sample` and the last grid of a training run."""
+    """How images are drawn: defaults for `diffussm sample` and for the last grid of a training run."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = _option("ddpm", "see diffusion/sampling.py")
+    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = _option("ddpm", "sampling method; see diffusion/sampling.py")
     steps: int = _option(250, "denoising steps", least=1, most=10_000)
     guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0, most=1000)
-    guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or DiT's first three")
+    guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or the first three as in DiT")
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How a run is measured, by `diffussm eval RUN` and while it trains."""
+    """How a run is measured, by `diffussm eval RUN` and during training."""
 
-    every: int = _option(
-        0, "steps between evaluations of the averaged weights in training; 0: none", least=0, most=MANY
-    )
-    images: int = _option(5000, "images drawn for each of them", least=16, most=10**6)
-    steps: int = _option(50, "most denoising steps of these, by the sampler of the run", least=1, most=10_000)
-    reference: str = _option("", "an .npz or images; none: a built-in data set itself")
-    extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for 28x28 pixels")
+    every: int = _option(0, "training steps between evaluations of the averaged weights; 0: none", least=0, most=MANY)
+    images: int = _option(5000, "images drawn for each evaluation", least=16, most=10**6)
+    steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
+    reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
+    extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for grey 28x28")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run."""
+    """Everything that determines a run."""
 
     preset: str = ""
     model: ModelConfig = ModelConfig()
@@ -170,7 +168,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "preset"}
+SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "preset"}
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -180,7 +178,7 @@ def preset_names() -> list[str]:
 
 
 def _presets():
-    """The folder of presets: a package once installed, the checkout's own where Python runs in a checkout."""
+    """The folder of presets: a package once installed, presets/ in a checkout."""
     try:
         return resources.files("diffussm_cli.presets")
     except ModuleNotFoundError:
@@ -188,7 +186,7 @@ def _presets():
 
 
 def preset_text(name: str) -> str:
-    """The text of a preset: one of ours by name, or a YAML file by path.
+    """The text of a preset: one of the package's by name, or a YAML file by path.
 
     Raises:
         ConfigError: if there is no such preset or file.
@@ -202,18 +200,18 @@ def preset_text(name: str) -> str:
 
 
 def read_text(path: Path, option: str) -> str:
-    """A small text file, or a ConfigError that names the option it was given by."""
+    """The content of a small text file. Raises a ConfigError that names the option."""
     with reading(f"{option}: cannot read {str(path)!r}", ConfigError):
         size = path.stat().st_size
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # reading a pipe would block
             raise ConfigError(f"{option}: {path} is not a regular file")
         if size > MAX_YAML_BYTES:
-            raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration")
+            raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes, too large for a configuration")
         return path.read_text(encoding="utf-8")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases (nine lines of them can ask for a terabyte) and without a key that stands twice."""
+    """Safe YAML without aliases (nine lines of them can expand to a terabyte) and without duplicate keys."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -231,10 +229,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """YAML by a safe loader; `where` names the file or option in the error."""
+    """Parse YAML with a safe loader; `where` names the file or option in errors."""
     try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as e:  # `!!bool x` is a KeyError
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as e:  # `!!bool x` raises KeyError
         mark = getattr(e, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or str(e).split("\n")[0] or type(e).__name__
@@ -242,15 +240,15 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_config(preset: str, overrides: Iterable[str] = (), fields: Mapping[str, Any] | None = None) -> Config:
-    """A preset with `section.field=value` overrides on top, checked.
+    """Load a preset, apply overrides, and check the result.
 
     Args:
         preset: a name from `preset_names()` or the path of a YAML file.
-        overrides: texts `section.field=value`; the value is YAML.
-        fields: more overrides, as {"data.path": "folder"}.
+        overrides: strings `section.field=value`; the value is YAML.
+        fields: more overrides, such as {"data.path": "folder"}.
 
     Raises:
-        ConfigError: one line that names field, value and remedy.
+        ConfigError: one line that names the field, its value and the remedy.
     """
     values = parse_yaml(preset_text(preset), f"preset {preset}")
     return config_from_dict(values, f"preset {preset}", overrides, fields, name=Path(preset).stem)
@@ -263,7 +261,7 @@ def config_from_dict(
     fields: Mapping[str, Any] | None = None,
     name: str | None = None,
 ) -> Config:
-    """Nested plain values (as YAML gives them) to a checked Config. Raises ConfigError."""
+    """Make a checked Config from nested plain values, as read from YAML. Raises ConfigError."""
     values = {s: dict(v) if isinstance(v, Mapping) else v for s, v in _mapping(values, where).items()}
     saved_name = values.pop("preset", "")
     for key, value in [*map(_split_override, overrides), *(fields or {}).items()]:
@@ -298,7 +296,7 @@ def _mapping(values: Any, where: str) -> Mapping:
 def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set: {text!r} must read section.field=value, as train.lr=2e-4")
+        raise ConfigError(f"--set: {text!r} must read section.field=value, such as train.lr=2e-4")
     return key.strip(), parse_yaml(value, f"--set {key.strip()}")
 
 
@@ -315,7 +313,7 @@ def _section(cls: type, section: str, values: Mapping) -> Any:
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """A YAML value as the field's type. YAML reads 1e-4 as text, so text that is a number counts as one."""
+    """Convert a YAML value to the field's type. YAML reads 1e-4 as text, so numbers may be given as text."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         text = str(value)
@@ -372,12 +370,12 @@ def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
 
 
 def check_text(text: str | os.PathLike, name: str) -> None:
-    """Raises ConfigError for text that cannot name a file: with a NUL byte, not in UTF-8, or a path too long."""
+    """Raises ConfigError for text that cannot name a file: not UTF-8, with a NUL byte, or a path with a long name."""
     path = os.fspath(text)
     try:
         parts = path.encode().split(b"/")
     except UnicodeEncodeError as e:
-        raise ConfigError(f"{name}: {path!r} is not text in UTF-8; rename it") from e
+        raise ConfigError(f"{name}: {path!r} is not UTF-8 text; rename it") from e
     if "\0" in path:
         raise ConfigError(f"{name}: {path!r} holds a NUL byte")
     if isinstance(text, os.PathLike) and max(map(len, parts)) > MAX_NAME:
@@ -385,7 +383,7 @@ def check_text(text: str | os.PathLike, name: str) -> None:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error line: the closest valid name, or all of them where they are few."""
+    """The end of an error line: the closest valid name, or all valid names if there are few."""
     valid = [str(v) for v in valid]
     leaf = name.rpartition(".")[-1]  # `lr` or `model.lr` for train.lr
     close = [v for v in valid if v.rpartition(".")[-1] == leaf]
@@ -397,10 +395,10 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 # ------------------------------------------------------------------------------------------------ checking
 def check(config: Config) -> None:
-    """Combinations that cannot be run. Raises ConfigError; single fields were checked when they were read."""
+    """Raises ConfigError for fields that do not fit together; single fields were checked when they were read."""
     m, d, t, s = config.model, config.data, config.train, config.sample
     if not isinstance(d.resolution, int) and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", d.resolution):
-        raise ConfigError(f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, as 256 or 256x384")
+        raise ConfigError(f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, like 256 or 256x384")
     if not 1 <= min(d.size) <= max(d.size) <= MAX_SIDE:
         raise ConfigError(f"data.resolution: {d.resolution} must be from 1 to {MAX_SIDE}")
     if any(side % d.downsample for side in d.size):
@@ -417,7 +415,7 @@ def check(config: Config) -> None:
     wide = m.hidden_size if m.backbone == "dit" else 2 * m.hidden_size
     if wide % m.compression:
         raise ConfigError(
-            f"model.compression: {m.compression} must divide the {wide} channels that the hourglass closes"
+            f"model.compression: {m.compression} must divide the {wide} channels that the hourglass contracts"
         )
     if m.backbone == "dit" and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
@@ -433,7 +431,7 @@ def check(config: Config) -> None:
 
 
 def _check_size(config: Config) -> None:
-    """Raises ConfigError for sizes that are fine one by one and absurd together, before anything is built."""
+    """Raises ConfigError, before anything is built, for sizes that are valid one by one but absurd together."""
     m, d = config.model, config.data
     D, taps = m.hidden_size, d.channels * m.patch_size**2
     tokens = math.prod(d.grid) // m.patch_size**2
@@ -442,7 +440,7 @@ def _check_size(config: Config) -> None:
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
             f"model.hidden_size: {D} with model.depth {m.depth} makes about {parameters:.1e} parameters; "
-            f"at most {MAX_PARAMETERS:.0e}"
+            f"at most {MAX_PARAMETERS:.0e} are allowed"
         )
     if tokens * max(D, taps) > MAX_VALUES:
         raise ConfigError(
@@ -452,7 +450,7 @@ def _check_size(config: Config) -> None:
 
 
 def _check_schedule(d: DiffusionConfig) -> None:
-    """Raises ConfigError for a process whose end float32 cannot hold."""
+    """Raises ConfigError for a process whose last signal level underflows in float32."""
     if d.beta_end < d.beta_start:
         raise ConfigError(f"diffusion.beta_end: {d.beta_end} must be at least diffusion.beta_start {d.beta_start}")
     step = (d.beta_end - d.beta_start) / (d.timesteps - 1)
@@ -464,7 +462,7 @@ def _check_schedule(d: DiffusionConfig) -> None:
 
 
 def check_sampling(s: SampleConfig, config: Config) -> None:
-    """What a sampling request needs of the model. Raises ConfigError."""
+    """Raises ConfigError for a sampling request that the model does not support."""
     if s.steps > config.diffusion.timesteps:
         raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
     if s.guidance != 1 and not config.model.num_classes:
@@ -488,5 +486,5 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration, to be read back by `config_from_dict`."""
+    """The resolved configuration as YAML, which `config_from_dict` can read back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""What a session tells while it works. A command shows it; a notebook may print it or read the last event alone."""
+"""Events that a session yields as it works. A command shows them; a notebook may print them or read only the last."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Event:
-    """Base of everything that a session yields."""
+    """Base class of everything that a session yields."""
 
 
 @dataclass(frozen=True)
 class Stage(Event):
-    """What begins now. It may take a while without another event."""
+    """The start of a stage of the work, which may take a while without another event."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How much of a piece of work is done: `done` of `total`, counted in `unit`s."""
+    """Progress of a piece of work: `done` of `total`, counted in `unit`s."""
 
     done: int
     total: int
@@ -45,7 +45,7 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class TrainingRecord(Event):
-    """What training measured since the last record; `steps` is the number of steps of the whole training."""
+    """Measurements of training since the last record; `steps` is the total number of training steps."""
 
     record: dict[str, Any]
     steps: int
@@ -53,13 +53,13 @@ class TrainingRecord(Event):
 
 @dataclass(frozen=True)
 class Result(Event):
-    """What came of it; the last event of a session."""
+    """The result of a session; its last event."""
 
     value: Any
 
 
 def finish(session: Generator[Event, None, T]) -> T:
-    """Run a session to its end without looking at its events; gives what it returns."""
+    """Run a session to its end, ignoring its events, and return its return value."""
     while True:
         try:
             next(session)

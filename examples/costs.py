@@ -1,4 +1,4 @@
-"""What DiffuSSM-XL and DiT-XL/2 cost at two resolutions: parameters and Gflops of one forward pass of one image.
+"""Compare DiffuSSM-XL with DiT-XL/2 at two resolutions: parameters, tokens, and Gflops of one forward pass per image.
 
 python examples/costs.py
 """

@@ -1,4 +1,4 @@
-"""Compare a folder of images with another by FID, KID and more.
+"""Compare a folder of images with a reference folder by FID and KID.
 
 python examples/evaluate.py images/ real-images/
 """

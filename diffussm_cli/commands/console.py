@@ -1,4 +1,4 @@
-"""What commands show on stderr: lines as they are, and the events of a session as they come."""
+"""What the commands show on stderr: plain lines, and the events of a session as they arrive."""
 
 import contextlib
 import time
@@ -7,12 +7,12 @@ from typing import Any
 
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
 
-LONG = 60  # seconds; work that takes longer says so at its beginning
-ALARMS = {"left_out": "steps without finite numbers, left out", "spike": "risen to three times the median"}
+LONG = 60  # seconds; longer work announces its duration at the start
+ALARMS = {"left_out": "non-finite steps, left out", "spike": "rose to three times the median"}
 
 
 def make_console(quiet: bool = False):
-    """A console on stderr that prints text as it is: a name of a file may read as rich's markup or as an emoji."""
+    """A console on stderr that prints text verbatim: a file name may look like rich's markup or an emoji."""
     from rich.console import Console
 
     return Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -27,7 +27,7 @@ def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None 
     """Show the events of a session: a spinner for a stage, a bar for progress, lines for messages and warnings.
 
     Args:
-        view: called with the value of a Result as soon as it is there.
+        view: called with the value of a Result as soon as it arrives.
 
     Returns:
         The value of the Result, or None.
@@ -57,7 +57,7 @@ def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None 
 
 
 class _Shown:
-    """What moves on the console now: nothing, a spinner or a bar."""
+    """The live display on the console: nothing, a spinner or a bar."""
 
     def __init__(self, console):
         self.console, self._open = console, contextlib.ExitStack()
@@ -98,7 +98,7 @@ class _Shown:
 
 
 def _moving(console, what: str):
-    """What draws a bar: how many of `what` are done, the remaining time, and the news of its task."""
+    """A progress bar: how many of `what` are done, the remaining time, and the `news` of its task."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
@@ -108,9 +108,9 @@ def _moving(console, what: str):
 
 @contextlib.contextmanager
 def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None]]:
-    """A bar on stderr with rate and remaining time; the function it gives moves it and shows news at its end.
+    """A bar on stderr with rate and remaining time; yields a function that advances it and shows `news` at its end.
 
-    After the first move a line says how long the rest takes, if that is long: a log shows no bar.
+    After the first advance, a line announces the remaining time if it is long, because a log file shows no bar.
     """
     start, done = time.perf_counter(), 0
     with _moving(console, what) as progress:
@@ -133,7 +133,7 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
 
 @contextlib.contextmanager
 def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr with loss, rate and remaining time of a training; without a terminal, a line per record."""
+    """A bar on stderr with the loss, rate and remaining time of training; without a terminal, one line per record."""
     with _moving(console, "step") as progress:
         task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
         start, begun, announced = time.perf_counter(), first.record["step"], False
@@ -154,7 +154,7 @@ def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], N
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people, to two digits."""
+    """A duration for people to read, with two digits."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"

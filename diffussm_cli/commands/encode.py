@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -18,38 +18,38 @@ MULTIPLE = 8
 def encode(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="SOURCE", help="One folder per class, a flat folder, or tar shards of WebDataset."),
+        typer.Argument(metavar="SOURCE", help="One folder per class, a flat folder, or WebDataset tar shards."),
     ] = None,
     target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="Folder for the latents.")] = None,
     resolution: Annotated[
-        str, typer.Option(metavar="N|HxW", help=f"In pixels, multiples of {MULTIPLE}; images are cropped as ADM does.")
+        str, typer.Option(metavar="N|HxW", help=f"In pixels, a multiple of {MULTIPLE}; images are cropped as in ADM.")
     ] = "256",
     vae: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}.")
     ] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the VAE.")] = "fp32",
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Also encode the mirror image of every image.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Images encoded at a time.")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Images per file.")] = 4096,
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Also encode each image flipped horizontally.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Number of images encoded at a time.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Number of images per file.")] = 4096,
     workers: Annotated[
         int | None,
         typer.Option(min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Make the first skipped file an error.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop with an error instead of skipping a file.")] = False,
     device: options.Device = "auto",
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check every file of the one folder given against its hash.")
     ] = False,
     repair: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="Encode the damaged shards of the one folder given again.")
+        Path | None, typer.Option(metavar="SOURCE", help="Encode damaged shards of the one folder given again.")
     ] = None,
 ) -> None:
-    """Turn images into VAE latents, once, for training. The same command continues where it was interrupted."""
+    """Encode images as VAE latents for training. After an interruption, the same command continues the work."""
     if verify or repair is not None:
         if source is None or target is not None or (verify and repair is not None):
-            raise ConfigError("encode: --verify LATENTS, or --repair SOURCE LATENTS, and nothing beside it")
+            raise ConfigError("encode: give --verify LATENTS or --repair SOURCE LATENTS, and no other folder")
     elif source is None or target is None:
-        raise ConfigError("encode: name SOURCE and TARGET, as: diffussm encode images/ latents/")
+        raise ConfigError("encode: give SOURCE and TARGET, for example: diffussm encode images/ latents/")
     size = parse_size(resolution)
     if size[0] % MULTIPLE or size[1] % MULTIPLE:
         raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
@@ -59,15 +59,17 @@ def encode(
     console = make_console()
     if verify:
         files = follow(console, repairing.verify_store(source))
-        typer.echo(f"{files} files of {source} are as they were written")
+        typer.echo(f"{files} files of {source} match their hashes")
         return
     if repair is not None:
         follow(console, repairing.repair_store(source, repair, vae, workers=workers, device=device))
         return
-    settings = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
-    more = {"workers": workers, "strict": strict, "device": device}
+    assert source is not None, "checked above"
+    assert target is not None, "checked above"
+    settings: dict[str, Any] = {"precision": precision, "flip": flip, "batch_size": batch_size, "device": device}
+    settings |= {"shard_size": shard_size, "workers": workers, "strict": strict}
     try:
-        done = follow(console, encoding.encode_images(source, target, size, vae or DEFAULT_VAE, **settings, **more))
+        done = follow(console, encoding.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))
     except KeyboardInterrupt:
         console.print("interrupted; finished shards are kept, and the same command continues from there")
         raise

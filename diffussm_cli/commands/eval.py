@@ -28,11 +28,11 @@ META_SHOWN = (
 def evaluate(
     samples: Annotated[
         str | None,
-        typer.Argument(metavar="SAMPLES", help="A folder of PNG, an .npz (arr_0, uint8 NHWC), or a run to draw from."),
+        typer.Argument(metavar="SAMPLES", help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from."),
     ] = None,
-    target: Annotated[Path | None, typer.Argument(metavar="[REF.npz]", help="What --make-ref writes.")] = None,
+    target: Annotated[Path | None, typer.Argument(metavar="[REF.npz]", help="The file that --make-ref writes.")] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="REF", help="ADM's or our .npz, or images. Default: that of the run.")
+        str | None, typer.Option(metavar="REF", help="An .npz from ADM or --make-ref, or images. Default: the run's.")
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.")
@@ -40,20 +40,20 @@ def evaluate(
     extractor: Annotated[
         str,
         typer.Option(
-            help="inception, digits, a file of torch.export or TorchScript, or module:factory. Default: by size."
+            help="inception, digits, a torch.export or TorchScript file, or module:factory. Default: by image size."
         ),
     ] = "auto",
     extractor_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Of inception, in place of a download.")
+        Path | None, typer.Option(metavar="FILE", help="Weights of inception, instead of a download.")
     ] = None,
     adm_half: Annotated[
-        bool, typer.Option("--adm-half", help="Precision and recall in float16, as ADM's evaluator has them.")
+        bool, typer.Option("--adm-half", help="Compute precision and recall in float16, as ADM's evaluator does.")
     ] = False,
     resolution: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as ADM does. Default: the run's.")
+        str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's.")
     ] = None,
     num: Annotated[
-        int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Of a run: how many images to draw.")
+        int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Number of images to draw from a run.")
     ] = 50_000,
     classes: options.Classes = None,
     seed: options.Seed = 0,
@@ -66,18 +66,18 @@ def evaluate(
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Where features are kept. Default: ~/.cache/diffussm.", envvar="DIFFUSSM_CACHE")
+        Path | None, typer.Option(help="Folder for the cache. Default: ~/.cache/diffussm.", envvar="DIFFUSSM_CACHE")
     ] = None,
-    keep: Annotated[bool, typer.Option("--cache-features/--no-cache", help="Keep features for the next time.")] = True,
+    keep: Annotated[bool, typer.Option("--cache-features/--no-cache", help="Cache features for next time.")] = True,
     make_ref: Annotated[
-        bool, typer.Option("--make-ref", help="Make the reference file REF.npz of the images in SAMPLES, and stop.")
+        bool, typer.Option("--make-ref", help="Make the reference file REF.npz from the images in SAMPLES and exit.")
     ] = False,
-    ref_images: Annotated[int, typer.Option(min=1, help="Images that --make-ref keeps, for recall.")] = 10_000,
+    ref_images: Annotated[int, typer.Option(min=1, help="Number of images that --make-ref keeps for recall.")] = 10_000,
     ref_info: Annotated[
-        Path | None, typer.Option("--ref-info", metavar="FILE", help="Say what a reference holds, and stop.")
+        Path | None, typer.Option("--ref-info", metavar="FILE", help="Print what a reference holds and exit.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the result goes. Default: results.json at the samples.")
+        Path | None, typer.Option(help="File for the result. Default: results.json beside the samples.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
@@ -88,15 +88,15 @@ def evaluate(
         typer.echo(json.dumps(describe(ref_info), indent=1))
         return
     if samples is None:
-        raise ConfigError("eval: name SAMPLES, as: diffussm eval images/ --reference REF.npz")
+        raise ConfigError("eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz")
     if (target is not None) != make_ref:
-        raise ConfigError("eval: --make-ref IMAGES REF.npz takes two names, the evaluation one")
+        raise ConfigError("eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone")
     from diffussm_cli.evaluation import session
     from diffussm_cli.evaluation.comparison import parse_metrics
     from diffussm_cli.machine.processes import read_world
 
     console, chosen = make_console(quiet=read_world().rank > 0), parse_metrics(metrics)
-    common = {
+    common: dict[str, Any] = {
         "extractor": extractor,
         "extractor_weights": extractor_weights,
         "resolution": None if resolution is None else parse_size(resolution),
@@ -106,21 +106,22 @@ def evaluate(
         "cache": (cache or session.default_cache()) if keep else None,
     }
     if keep and common["cache"] is None:
-        warn(console, "features are not kept: there is no home folder; --cache FOLDER keeps them")
+        warn(console, "features are not cached: there is no home folder; set --cache FOLDER")
     if make_ref:
+        assert target is not None, "checked above"
         follow(console, session.make_reference(samples, target, count=ref_images, **common), view=typer.echo)
         return
-    trained, drawn = session.find_run_at(samples), {}
+    trained, drawn = session.find_run_at(samples), dict[str, Any]()
     if trained is not None:
-        how = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
+        request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
         labels = parse_classes(classes, trained.config)
-        drawn = {"num": num, "classes": labels, "sampling": how, "precision": precision}
+        drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
     events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
     follow(console, events, view=lambda result: show(console, result, as_json))
 
 
 def show(console, result: dict[str, Any], as_json: bool) -> None:
-    """One JSON object, or a table on stdout and how the samples were made on stderr."""
+    """Print one JSON object, or a table on stdout and the settings of the samples on stderr."""
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a command checks and reads them."""
+"""Options that several commands share, with their checks and parsers."""
 
 import csv
 import os
@@ -16,8 +16,8 @@ MAX_IMAGES = 10**6  # images in one request
 Classes = Annotated[
     str | None,
     typer.Option(
-        help="Labels or class names in turn, as 3,7 or 0-9 or cat,dog. A name with a comma goes in double quotes; one "
-        "that reads as a number or a range is given by its label. Default: random, drawn from each seed.",
+        help="Labels or class names, used in turn, such as 3,7 or 0-9 or cat,dog. Put a name with a comma in double "
+        "quotes; for a name that looks like a number or a range, give its label. Default: random, from each seed.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")]
@@ -27,37 +27,37 @@ Guidance = Annotated[
     float | None, typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's.")
 ]
 GuidanceChannels = Annotated[
-    Literal["all", "3"] | None, typer.Option(help="Guide all channels, or the first three as DiT published.")
+    Literal["all", "3"] | None, typer.Option(help="Guide all channels, or the first three as in DiT's samples.")
 ]
 GuidanceInterval = Annotated[str | None, typer.Option(metavar="LO,HI", help="Guide only at timesteps LO <= t <= HI.")]
 BatchSize = Annotated[
-    int, typer.Option(min=1, max=2**16, help="Images at a time; changes them by float rounding at most.")
+    int, typer.Option(min=1, max=2**16, help="Batch size; it changes images by float rounding at most.")
 ]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16"], typer.Option(help="Of the network; auto: bf16 where the hardware has it.")
+    Literal["auto", "fp32", "bf16"], typer.Option(help="Of the network; auto: bf16 where the hardware supports it.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 class WithExamples:
-    """Ends the help of a command with its epilog, line by line; some versions of Typer join the lines."""
+    """Prints the epilog of a command line by line after its help; some versions of Typer join the lines."""
 
     def __init__(self, *args: Any, epilog: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.examples = epilog
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As its parent, with the examples below."""
-        super().format_help(ctx, formatter)
+        """As in the parent class, followed by the examples."""
+        super().format_help(ctx, formatter)  # type: ignore[misc]
         typer.echo((self.examples or "").strip("\n"))
 
 
 class Command(WithExamples, TyperCommand):
-    """A command that checks its texts before it runs."""
+    """A command that checks its text arguments before it runs."""
 
     def invoke(self, ctx: Any) -> Any:
-        """As its parent. Raises ConfigError for a text that cannot name a file."""
+        """As in the parent class. Raises ConfigError for text that cannot name a file."""
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
             option = max(parameter.opts, key=len)
@@ -68,7 +68,7 @@ class Command(WithExamples, TyperCommand):
         return super().invoke(ctx)
 
 
-# ------------------------------------------------------------------------------------------------- what is asked for
+# ------------------------------------------------------------------------------------------------- requests
 def sampling_request(
     config: Config,
     sampler: str | None,
@@ -77,20 +77,20 @@ def sampling_request(
     guidance_channels: str | None,
     guidance_interval: str | None,
 ) -> SampleConfig:
-    """The run's own sampling settings with what was asked for in their place. Raises ConfigError."""
-    asked = {
+    """The run's sampling settings, replaced by those that are given. Raises ConfigError."""
+    given = {
         "sampler": sampler,
         "steps": steps,
         "guidance": guidance,
         "guidance_channels": guidance_channels,
         "guidance_interval": guidance_interval,
     }
-    fields = {f"sample.{k}": v for k, v in asked.items() if v is not None}
+    fields = {f"sample.{k}": v for k, v in given.items() if v is not None}
     return config_from_dict(to_dict(config), "RUN", fields=fields).sample
 
 
 def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
-    """`3,7`, `0-9`, class names of the run, or all of these, as labels of the model; none for no text.
+    """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None.
 
     Raises:
         ConfigError: for a label or name that the model does not have.
@@ -103,7 +103,7 @@ def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
     try:
         parts = next(csv.reader([text], skipinitialspace=True), [])
     except csv.Error as e:
-        raise ConfigError(f"--classes: {text!r:.80} must be labels or names between commas: {e}") from e
+        raise ConfigError(f"--classes: {text!r:.80} must be labels or names separated by commas: {e}") from e
     labels: list[int] = []
     for part in parts:
         span = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
@@ -117,7 +117,7 @@ def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
         elif names:
             raise ConfigError(f"--classes: the run has no class {part!r}{nearest(part, names)}")
         else:
-            raise ConfigError(f"--classes: {part!r} must be labels as 3,7 or 0-9; the run has no class names")
+            raise ConfigError(f"--classes: {part!r} must be labels such as 3,7 or 0-9; the run has no class names")
     if not labels:
         raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")
     return tuple(labels)
@@ -127,5 +127,5 @@ def parse_size(text: str) -> tuple[int, int]:
     """`256` or `256x384` as (height, width). Raises ConfigError."""
     found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
     if not found:
-        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, as 256 or 256x384, up to 9999")
+        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, up to 9999")
     return int(found[1]), int(found[2] or found[1])

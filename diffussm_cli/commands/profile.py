@@ -15,46 +15,46 @@ WORK = "forward,forward+backward,guided step"
 
 
 def profile(
-    grid: Annotated[list[str] | None, typer.Argument(metavar="[LETTER=VALUES]...", help="More of --sweep.")] = None,
+    grid: Annotated[list[str] | None, typer.Argument(metavar="[LETTER=VALUES]...", help="More for --sweep.")] = None,
     models: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help=f"As {DEFAULT_MODELS} (the default), s/2, xl/1-m1, dit-xl/1-m2."),
+        typer.Option(metavar="NAMES", help=f"Such as s/2, xl/1-m1, dit-xl/1-m2. Default: {DEFAULT_MODELS}."),
     ] = None,
-    resolution: Annotated[str, typer.Option(metavar="LIST", help="Of --models: 256,512 or HxW, in pixels.")] = "256",
+    resolution: Annotated[str, typer.Option(metavar="LIST", help="For --models: 256,512 or HxW, in pixels.")] = "256",
     sweep: Annotated[
-        list[str] | None, typer.Option(metavar="LETTER=VALUES", help="Every combination, as --sweep M=1,2,4 P=1,2.")
+        list[str] | None, typer.Option(metavar="LETTER=VALUES", help="Every combination, as in --sweep M=1,2,4 P=1,2.")
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="A preset or YAML file in place of --models. Repeatable.")
+        list[str] | None, typer.Option(help="A preset or YAML file, instead of --models. Repeatable.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the presets.")
     ] = None,
-    count: Annotated[bool, typer.Option("--count/--no-count", help="Count by a trace of each model too.")] = True,
-    latency: Annotated[bool, typer.Option("--latency", help="Measure time and memory here.")] = False,
+    count: Annotated[bool, typer.Option("--count/--no-count", help="Also count by a trace of each model.")] = True,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure time and memory on this machine.")] = False,
     work: Annotated[str, typer.Option(metavar="LIST", help="What --latency measures.")] = WORK,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure models by torch.compile.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time in --latency.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each model has its turn.")] = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="Measure models compiled by torch.compile.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for --latency.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of times each model is measured.")] = 5,
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Measure that many blocks and scale to all; the result says so.")
+        int | None, typer.Option(min=1, help="Measure this many blocks and scale to all; the result says so.")
     ] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="Of --latency.")] = "auto",
+    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="For --latency.")] = "auto",
     device: options.Device = "auto",
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Measure an optimiser step of each preset; reckon memory and days.")
+        bool, typer.Option("--estimate", help="Measure one step of each preset; estimate memory and days.")
     ] = False,
-    paper: Annotated[bool, typer.Option("--paper", help="Published figures beside ours, and stop.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="Print published figures beside ours and exit.")] = False,
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the paper's figure 3, and --latency, as png, svg or pdf.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """What models cost: parameters, Gflops by part, training compute, time and memory, DiffuSSM beside DiT."""
+    """Show what models cost: parameters, Gflops by part, training compute, time and memory, DiffuSSM beside DiT."""
     if estimate and not preset:
-        raise ConfigError("--estimate: name what is to be trained by --preset")
+        raise ConfigError("--estimate: choose what to measure with --preset")
     if models and preset:
-        raise ConfigError("--models: not together with --preset")
+        raise ConfigError("--models: cannot be combined with --preset")
     kinds = parse_work(work) if latency else []
     from diffussm_cli.commands.tables import paper_tables, show_costs
     from diffussm_cli.profiling import report
@@ -82,11 +82,11 @@ def profile(
         show_costs(result)
     if figure:
         figures.draw(report.panels(result, [config for _, config in chosen]), figure)
-        console.print(f"figure in {figure}")
+        console.print(f"figure written to {figure}")
 
 
 def parse_work(text: str) -> list[str]:
-    """Kinds of work between commas. Raises ConfigError."""
+    """Parse comma-separated kinds of work. Raises ConfigError."""
     kinds = [kind.strip() for kind in text.split(",")]
     for kind in kinds:
         if kind not in WORK.split(","):

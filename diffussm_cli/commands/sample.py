@@ -1,7 +1,7 @@
 """`diffussm sample`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,12 +14,12 @@ def sample(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="RUN", help="Run folder, its final/, a checkpoint, or a published DiT's .pt. Default: newest run."
+            metavar="RUN", help="Run folder, its final/, a checkpoint, or a published DiT .pt. Default: the newest run."
         ),
     ] = None,
     num: Annotated[
         int,
-        typer.Option("--num", "-n", min=1, max=options.MAX_IMAGES, help="Number of images. Under torchrun write -n."),
+        typer.Option("--num", "-n", min=1, max=options.MAX_IMAGES, help="Number of images. Under torchrun, use -n."),
     ] = 40,
     classes: options.Classes = None,
     seed: options.Seed = 0,
@@ -30,16 +30,16 @@ def sample(
     guidance_interval: options.GuidanceInterval = None,
     batch_size: options.BatchSize = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the images. Default: RUN/images, numbered if it holds others.")
+        Path | None, typer.Option(help="Folder for the images. Default: RUN/images, numbered if taken.")
     ] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz, arr_0 in NHWC.")] = False,
-    grid: Annotated[Path | None, typer.Option(help="Where the grid goes. Default: OUT/grid.png.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="File for the grid. Default: OUT/grid.png.")] = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Draw images from a trained run: PNG files, one grid, and meta.json that says how they were made.
+    """Draw images from a trained run: PNG files, a grid, and a meta.json that records how they were made.
 
-    The same command continues where it was interrupted. Under torchrun the processes share the work.
+    After an interruption, the same command continues the work. Under torchrun, the processes share it.
     """
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.runs import find_run
@@ -50,9 +50,10 @@ def sample(
         console.print(f"the newest run: {trained.label}")
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
     labels = parse_classes(classes, trained.config)
-    settings = {"sampling": sampling, "batch_size": batch_size, "precision": precision, "device": device}
+    settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "device": device}
+    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "seed": seed}
     try:
-        found = follow(console, draw(trained, out, num, seed=seed, classes=labels, grid=grid, npz=npz, **settings))
+        found = follow(console, draw(trained, out, num, **settings))
     except KeyboardInterrupt:
         console.print("interrupted; finished images are kept, and the same command continues from there")
         raise

@@ -1,4 +1,4 @@
-"""Tables that commands show on stdout."""
+"""Tables that the commands print on stdout."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import typer
 
 from diffussm_cli.commands.console import duration, make_console
 
-NAMES_WIDTH, MODEL_WIDTH = 32, 16  # of the columns of a cost table, in characters
+NAMES_WIDTH, MODEL_WIDTH = 32, 16  # column widths of a cost table, in characters
 
 
 def metrics_table(result: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def metrics_table(result: dict[str, Any]) -> None:
 
 
 def presets_table(rows: Sequence) -> None:
-    """The presets, one per row, and on stderr what the columns mean."""
+    """Print the presets, one per row, and the meaning of the columns on stderr."""
     from rich.console import Console
     from rich.table import Table
 
@@ -42,14 +42,14 @@ def presets_table(rows: Sequence) -> None:
     Console().print(table)
     make_console().print(
         "memory: by formula, for the whole batch on one device; train.accumulate divides it\n"
-        "time: of the training, at the rate in the preset's header, on one or two CPU cores\n"
-        "run: by us, with this code, to its end\n"
+        "time: of the whole training, at the rate in the preset's header, on one or two CPU cores\n"
+        "run: whether we have run it to its end with this code\n"
         "time on this machine: diffussm profile --preset NAME --estimate"
     )
 
 
 def show_costs(result: dict[str, Any]) -> None:
-    """Tables on stdout."""
+    """Print the cost tables on stdout."""
     from rich.console import Console
 
     console = Console()
@@ -65,7 +65,7 @@ def show_costs(result: dict[str, Any]) -> None:
 
 
 def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool = False):
-    """Models of one resolution side by side; `memory` for the estimate of what training takes."""
+    """Models of one resolution side by side; `memory` adds the estimated memory of training."""
     from rich.table import Table
 
     height, width = models[0]["resolution"]
@@ -87,15 +87,15 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
     for part in dict.fromkeys(part for m in models for part in m["parts"]):
         row(f"  {part}", lambda m, part=part: f"{m['parts'][part]:.4g}" if part in m["parts"] else "")
     row("Gflops counted by a trace", _counted)
-    row("SSM kernels, once an update", lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "")
+    row("SSM kernels, once per update", lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "")
     row("images to train on", lambda m: f"{m['training_images'] / 1e6:,.4g} M")
     row("Gflops to train", lambda m: f"{m['training_gflops']:.3g}")
     for kind in dict.fromkeys(kind for m in models for kind in m.get("measured", {})):
         _measured_rows(row, kind, setting)
-    row("one step of the batch", lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "")
+    row("one step on the batch", lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "")
     row("to train", lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "")
-    of = f"memory of each of {models[0]['processes']} processes" if models[0]["processes"] > 1 else "memory to train"
-    row(f"{of}, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
+    label = f"memory of each of {models[0]['processes']} processes" if models[0]["processes"] > 1 else "memory to train"
+    row(f"{label}, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
     return grid
 
 
@@ -105,13 +105,15 @@ def _counted(m: dict) -> str:
     return f"{sum(v for kind, v in m['counted'].items() if kind != 'kernels'):.4g}"
 
 
-def _measured_rows(row, kind: str, setting: dict) -> None:
+def _measured_rows(row, kind: str, setting: dict | None) -> None:
+    assert setting is not None, "what was measured was measured in a setting"
+
     def cell(form):
         return lambda m: form(m["measured"][kind]) if kind in m.get("measured", {}) else ""
 
     row(f"{kind}, {setting['precision']}, batch {setting['batch_size']}", cell(_time))
-    row("  images a second", cell(lambda v: f"{v['images_per_second']:.3g}"))
-    row("  of a large product's rate", cell(lambda v: f"{v['of_product_rate']:.0%}"))
+    row("  images per second", cell(lambda v: f"{v['images_per_second']:.3g}"))
+    row("  share of a large product's rate", cell(lambda v: f"{v['of_product_rate']:.0%}"))
     row("  peak memory", cell(lambda v: _gib(v["peak_bytes"]) if v["peak_bytes"] is not None else "unknown"))
     for share in ("products", "attention", "SSM", "rest"):
         row(f"  time in {share}", cell(lambda v, s=share: f"{v['shares'][s]:.0%}" if v["shares"].get(s) else ""))
@@ -127,7 +129,7 @@ def _gib(size: int) -> str:
 
 
 def paper_tables(as_json: bool) -> None:
-    """Published figures beside ours."""
+    """Print published figures beside ours."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -138,7 +140,7 @@ def paper_tables(as_json: bool) -> None:
     if as_json:
         rows = {
             "dit": [r._asdict() | {"difference": r.difference} for r in dit],
-            "training": [r._asdict() | {"ours": r.ours, "difference": r.difference} for r in training],
+            "training": [t._asdict() | {"ours": t.ours, "difference": t.difference} for t in training],
         }
         typer.echo(json.dumps(rows | {"sentence": paper.sentence()}, indent=1))
         return
@@ -151,10 +153,10 @@ def paper_tables(as_json: bool) -> None:
     console.print(grid)
     grid = Table(box=SIMPLE_HEAD, title="total training Gflops (arXiv 2311.18257): images x forward")
     grid.add_column(no_wrap=True)
-    for name in ("images", "printed", "ours", "differ by", "a forward, implied", "a forward, ours"):
+    for name in ("images", "printed", "ours", "difference", "per forward, implied", "per forward, ours"):
         grid.add_column(name, justify="right")
-    for r in training:
-        cells = (f"{r.images / 1e6:.0f} M", f"{r.printed:.3g}", f"{r.ours:.3g}", f"{r.difference:+.1%}")
-        grid.add_row(r.name, *cells, f"{r.implied:.1f}", f"{r.forward:.1f}")
+    for t in training:
+        cells = (f"{t.images / 1e6:.0f} M", f"{t.printed:.3g}", f"{t.ours:.3g}", f"{t.difference:+.1%}")
+        grid.add_row(t.name, *cells, f"{t.implied:.1f}", f"{t.forward:.1f}")
     console.print(grid)
     console.print(paper.sentence(), highlight=False)

@@ -17,10 +17,10 @@ NEVER, AUTO = "never", "auto"
 
 
 class TrainCommand(Command):
-    """Lets `--resume` stand without a value; `--resume auto` means the same."""
+    """Allows `--resume` without a value; `--resume auto` means the same."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As its parent, with the value put in."""
+        """As in the parent class, after the missing value is filled in."""
         full: list[str] = []
         for i, arg in enumerate(args):
             full.append(arg)
@@ -34,34 +34,34 @@ def train(
         str | None,
         typer.Option(help=f"One of {', '.join(preset_names())}, or a YAML file. Default: {DEFAULT_PRESET}."),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A folder of images or latents, in place of the preset's.")] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of images or latents, instead of the preset's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field, as train.lr=2e-4. Repeatable."),
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field, such as train.lr=2e-4. Repeatable."),
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             metavar="",
-            help="Continue the run of --out, or the preset's newest run, from its newest good checkpoint; "
-            "begin it if it has none; do nothing if it is finished.",
+            help="Continue the run in --out, or the preset's newest run, from its newest good checkpoint; "
+            "begin it if there is none; do nothing if it is finished.",
             show_default=False,
         ),
     ] = NEVER,
     eval_every: Annotated[
-        int | None, typer.Option(min=0, metavar="STEPS", help="Measure FID and more that often; keep the best weights.")
+        int | None, typer.Option(min=0, metavar="STEPS", help="Evaluate every STEPS steps; keep the best weights.")
     ] = None,
     list_presets: Annotated[
-        bool, typer.Option("--list", help="Print the presets with their data, size, memory and time, and stop.")
+        bool, typer.Option("--list", help="Print the presets with their data, size, memory and time, and exit.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and stop.")
+        bool, typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and exit.")
     ] = False,
 ) -> None:
-    """Train a model. Without options: digits, on this machine, in minutes. Under torchrun, on all its processes.
+    """Train a model: without options, on digits, in minutes. Under torchrun, the processes share the work.
 
-    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM; after the last two a checkpoint is saved.
+    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM. After 130 and 75 a checkpoint has been saved.
     """
     if list_presets:
         from diffussm_cli.commands.tables import presets_table
@@ -71,14 +71,15 @@ def train(
         return
     fields = {k: v for k, v in {"data.path": data, "eval.every": eval_every}.items() if v is not None}
     if resume not in (NEVER, AUTO):
-        raise ConfigError(f"--resume: {resume!r} must be {AUTO}, or nothing")
-    if preset is not None or resume == NEVER:  # mistakes are answered before torch is imported
+        raise ConfigError(f"--resume: {resume!r} must be {AUTO} or left out")
+    if preset is not None or resume == NEVER:  # report mistakes before torch is imported
         load_config(preset or DEFAULT_PRESET, overrides or [], fields)
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.training import session
     from diffussm_cli.training.stopping import StopRequest
 
-    request = {"resume": resume == AUTO, "preset": preset, "overrides": overrides or [], "fields": fields}
+    request: dict[str, Any] = {"resume": resume == AUTO, "preset": preset, "overrides": overrides or []}
+    request["fields"] = fields
     if dry_run:
         show_plan(session.choose(None, out, **request)[1])
         return
@@ -94,7 +95,7 @@ def train(
 
 
 def show_plan(config) -> None:
-    """The resolved configuration on stdout, what it amounts to on stderr."""
+    """Print the resolved configuration on stdout and its cost on stderr."""
     from diffussm_cli.commands.tables import cost_table
     from diffussm_cli.profiling.report import cost_entry
 
@@ -103,7 +104,7 @@ def show_plan(config) -> None:
 
 
 def report(console, found, code: int | None) -> int:
-    """Say what came of the training and what to do next; gives the exit code."""
+    """Print how the training ended and what to do next; returns the exit code."""
     from diffussm_cli import runs
     from diffussm_cli.training.stopping import PREEMPTED
 
@@ -111,21 +112,21 @@ def report(console, found, code: int | None) -> int:
     if not found.finished:
         console.print(f"stopped at step {found.step} of {found.steps}, checkpoint saved; continue with:")
         console.print(f"  diffussm train --resume --out {folder}")
-        return code or PREEMPTED  # the signal of another process
+        return code or PREEMPTED  # another process got the signal
     if not found.was_finished:
         console.print(f"trained {found.steps} steps; weights in {found.root / runs.FINAL}")
         pictures = sorted((found.root / runs.SAMPLES).glob("step-*.png"))
         if pictures:
-            console.print(f"pictures: {pictures[-1]}")
+            console.print(f"last preview: {pictures[-1]}")
     console.print(f"draw more: diffussm sample {folder}")
     return 0
 
 
 def leave(code: int) -> None:
-    """End one process of a job, all of whose work is on disk.
+    """Exit one process of a job when all of its work is on disk.
 
-    Without tearing the interpreter down: gloo's threads, which DDP keeps, sometimes abort the process then
-    (pytorch/pytorch#179291), and torchrun would call the job failed.
+    The interpreter is not shut down: gloo's threads, which DDP keeps, sometimes abort the process during shutdown
+    (pytorch/pytorch#179291), and torchrun would then report a failed job.
     """
     sys.stdout.flush()
     sys.stderr.flush()

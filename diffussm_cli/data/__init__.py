@@ -1,1 +1,1 @@
-"""Where training images come from, and how pictures are read and written."""
+"""Sources of training images, and reading and writing images."""

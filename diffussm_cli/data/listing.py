@@ -1,7 +1,7 @@
-"""The images of a folder or archive, in an order that is fixed; every other file with the reason why it is none.
+"""List the images of a folder or archive in a fixed order, and every other file with the reason why it is ignored.
 
-Three layouts: one folder a class; a flat folder (no classes); WebDataset shards (*.tar), where the label of KEY.jpg
-stands in KEY.cls as a whole number, and .json and .txt beside it are left alone. Tar members are read where they lie.
+Three layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where KEY.cls holds the
+label of KEY.jpg as an integer, and .json and .txt files are passed over. Tar members are read without extraction.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 
 
 class Entry(NamedTuple):
-    """An image's place in a source."""
+    """The location of an image in a source."""
 
-    name: str  # below the source, parts joined by /; of a tar member ARCHIVE/MEMBER
+    name: str  # path relative to the source, with forward slashes; ARCHIVE/MEMBER for a tar member
     label: int
-    size: int  # bytes; -1 if not even that could be found out
-    archive: str = ""  # the tar that holds it; empty: a file of its own
-    offset: int = 0  # of the content in the archive, bytes
+    size: int  # in bytes; -1 if unknown
+    archive: str = ""  # the tar file that holds it; empty if it is a separate file
+    offset: int = 0  # of the content in the archive, in bytes
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a source in order, and the files that cannot be images."""
+    """The images of a source in order, and the files that were ignored."""
 
     root: Path
     entries: list[Entry]
@@ -48,7 +48,7 @@ class Listing:
     ignored: list[tuple[str, str]]  # name, reason
 
     def text(self) -> Iterator[bytes]:
-        """One JSON line an image: name, label, bytes."""
+        """One line of JSON per image: name, label, bytes."""
         return (json.dumps([e.name, e.label, e.size]).encode() + b"\n" for e in self.entries)
 
     def sha256(self) -> str:
@@ -60,10 +60,10 @@ class Listing:
 
 
 def list_source(source: Path, option: str = "SOURCE") -> Listing:
-    """List a folder or one .tar file, given by `option`. Nothing is decoded.
+    """List a folder or one .tar file, given by `option`. No image is decoded.
 
     Raises:
-        DataError: if it is missing, unreadable, or holds no image.
+        DataError: if the source is missing, unreadable, or holds no images.
     """
     try:
         if source.suffix == ".tar" and source.is_file():
@@ -74,25 +74,25 @@ def list_source(source: Path, option: str = "SOURCE") -> Listing:
         raise DataError(f"{option}: {e}") from e
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, ".tar"))
-        raise DataError(f"{option}: no image in {str(source)!r} (looked for {looked_for})")
+        raise DataError(f"{option}: no images in {str(source)!r} (looked for {looked_for})")
     return listing
 
 
 def read_entry(root: Path, entry: Entry, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
-    """One image, upright and cropped to (height, width) or as large as it is: uint8 (height, width, channels).
+    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width, channels).
 
     Raises:
-        DataError: with the entry's name in front.
+        DataError: with a message that begins with the name of the entry.
     """
     name = Path(entry.name)
     content = read_content(root, entry)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on large and odd files; what matters is raised
+        warnings.simplefilter("ignore")  # Pillow warns about large and odd files; real problems raise errors
         return read_image(name, size, channels, io.BytesIO(content))
 
 
 def read_content(root: Path, entry: Entry) -> bytes:
-    """The bytes of one image's file. Raises DataError with the entry's name in front."""
+    """Read the bytes of an image file. Raises DataError with a message that begins with the name of the entry."""
     path, name = root / (entry.archive or entry.name), Path(entry.name)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -105,7 +105,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
     except OSError as e:
         raise DataError(f"{name}: cannot be read: {e.strerror}") from e
     if not content:
-        raise DataError(f"{name}: holds no bytes")
+        raise DataError(f"{name}: the file is empty")
     return content
 
 
@@ -125,7 +125,7 @@ def _list_folder(root: Path) -> Listing:
         ignored += [(n, "not in a class folder") for n in files]
         return Listing(root, entries, tuple(classes), ignored)
     if archives:
-        ignored += [(n, "lies beside tar shards") for n in files if not _is_archive(n)]
+        ignored += [(n, "a file next to tar shards") for n in files if not _is_archive(n)]
         return _list_archives(root, archives, ignored)
     return Listing(root, list(_entries(root, files, 0, ignored)), (), ignored)
 
@@ -135,10 +135,10 @@ def _is_archive(name: str) -> bool:
 
 
 def _leads_back(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:
-    """Whether a class folder is a link to what holds it."""
+    """Whether a class folder is a link to a folder that contains it."""
     loops = folder.is_symlink() and root.resolve().is_relative_to(folder.resolve())
     if loops:
-        ignored.append((folder.name, "a link back to the folder that holds it"))
+        ignored.append((folder.name, "a link to a folder that contains it"))
     return loops
 
 
@@ -147,14 +147,14 @@ def _list_classes(root: Path, classes: list[str], ignored: list[tuple[str, str]]
     for label, name in enumerate(classes):
         found = list(_entries(root, _files_below(root, name, ignored), label, ignored))
         if not found:
-            unreadable = next((reason for n, reason in ignored if n == name), "holds no image")
+            unreadable = next((reason for n, reason in ignored if n == name), "holds no images")
             raise DataError(f"the class folder {str(root / name)!r} {unreadable}")
         entries += found
     return entries
 
 
 def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> list[str]:
-    """All files below root/folder, by their parts in order; links to folders are not followed."""
+    """All files below root/folder, sorted by the parts of their paths; links to folders are not followed."""
     found: list[str] = []
 
     def unreadable(e: OSError) -> None:
@@ -171,7 +171,7 @@ def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> lis
 
 
 def _entries(root: Path, names: list[str], label: int, ignored: list[tuple[str, str]]) -> Iterator[Entry]:
-    """Those of the files that may be images; the others go to `ignored`."""
+    """Yield the files that may be images, and add the others to `ignored`."""
     for name in names:
         path = root / name
         if path.name.startswith("."):
@@ -180,17 +180,17 @@ def _entries(root: Path, names: list[str], label: int, ignored: list[tuple[str, 
         try:
             found = path.stat()
         except OSError:
-            found = None  # a broken link: an image that cannot be read, if its name says so
+            found = None  # a broken link counts as an unreadable image if it has the suffix of one
         if found and not stat.S_ISREG(found.st_mode):
             ignored.append((name, "not a regular file"))
         elif path.suffix.lower() in SUFFIXES or (found and _begins_as_image(path)):
             yield Entry(name, label, found.st_size if found else -1)
         else:
-            ignored.append((name, "no image by its name or first bytes"))
+            ignored.append((name, "not an image by its name or first bytes"))
 
 
 def _begins_as_image(path: Path) -> bool:
-    """Whether a regular file of another name begins as an image does."""
+    """Whether a regular file without an image suffix begins like an image."""
     try:
         with path.open("rb") as file:
             head = file.read(12)
@@ -208,20 +208,20 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
             with tarfile.open(root / archive, "r:") as tar:
                 _list_members(tar, archive, entries, labels, ignored)
         except (tarfile.TarError, OSError, ValueError) as e:
-            ignored.append((archive, f"damaged from here on, or no plain tar: {e}"))
+            ignored.append((archive, f"damaged from here on, or not an uncompressed tar file: {e}"))
     if not labels:
         return Listing(root, entries, (), ignored)
     entries = [e._replace(label=labels.get(_key(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
-        raise DataError(f"{without} has no .cls beside it, but others have; label all of them or none")
+        raise DataError(f"{without} has no .cls file, but other images have one; label all of them or none")
     return Listing(root, entries, tuple(str(i) for i in range(max(labels.values()) + 1)), ignored)
 
 
 def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:
-    """Images of one archive to `entries`, its labels to `labels` by key."""
+    """Add the images of one archive to `entries`, and its labels to `labels` by key."""
     for member in tar:
-        tar.members.clear()  # tarfile would keep every header
+        tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
         name = f"{archive}/{member.name}"
         suffix = name.removeprefix(_key(name)).lower()
         if member.isdir():
@@ -229,15 +229,15 @@ def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labe
         if not member.isreg() or member.issparse():
             ignored.append((name, "a link, device or sparse file in an archive"))
         elif suffix == ".cls":
-            labels[_key(name)] = _class_of(name, tar.extractfile(member).read(32))
+            labels[_key(name)] = _class_of(name, tar.extractfile(member).read(32))  # type: ignore[union-attr]
         elif suffix in SUFFIXES:
             entries.append(Entry(name, 0, member.size, archive, member.offset_data))
         elif suffix not in COMPANIONS:
-            ignored.append((name, "no image by its name"))
+            ignored.append((name, "not an image by its name"))
 
 
 def _key(name: str) -> str:
-    """WebDataset's: all before the first dot of the last part."""
+    """The WebDataset key: the path up to the first dot of the file name."""
     folder, slash, leaf = name.rpartition("/")
     return folder + slash + leaf.partition(".")[0]
 
@@ -248,5 +248,5 @@ def _class_of(name: str, content: bytes) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < MAX_CLASS:
-        raise DataError(f"{name} must hold a whole number from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
+        raise DataError(f"{name} must hold an integer from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
     return label

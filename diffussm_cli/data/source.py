@@ -1,4 +1,4 @@
-"""What the training loop reads: a source of images by index, opened from `data.path`.
+"""Sources of training images, read by index and opened from `data.path`.
 
 B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   labels (B,) int64
 """
@@ -18,22 +18,22 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import own_cores
 
-AT_ONCE = 256  # images that are handed to the threads together
+AT_ONCE = 256  # images that are handed to the threads at a time
 
 
 class Source(Protocol):
-    """Images by index. All chance comes from the generators, one per image, so that a step can be repeated."""
+    """Images by index. All randomness comes from the generators, one per image, so that a step can be repeated."""
 
     class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, H, W) and labels (B,) of images, each with its own generator."""
+        """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own generator."""
 
 
 class ImageFolder:
-    """A folder of images as a training source, in any layout of `list_source`; files are decoded as they are read."""
+    """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
 
     def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
         if channels not in (1, 3):
@@ -55,7 +55,7 @@ class ImageFolder:
         return read_entry(self.listing.root, self.entries[i], self.size, self.channels)
 
     def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
-        """Decode images once; yields how many were decoded since the last time, and by index why some cannot be."""
+        """Decode images once; yields the number of images in each block, and the reason of each failure by index."""
         for start in range(0, len(indices), AT_ONCE):
             block = indices[start : start + AT_ONCE]
             yield len(block), {i: reason for i, reason in zip(block, self._pool.map(self._reason, block)) if reason}
@@ -68,10 +68,10 @@ class ImageFolder:
         return None
 
     def leave_out(self, names: Mapping[int, str]) -> None:
-        """Take images out of the set, each given by its index and name.
+        """Remove images from the source, each given by its index and name.
 
         Raises:
-            DataError: if a name is not that of the index, or a class is left without an image.
+            DataError: if the image at an index has another name, or a class is left without images.
         """
         for i, name in names.items():
             if not 0 <= i < len(self.listing.entries) or self.listing.entries[i].name != name:
@@ -80,14 +80,14 @@ class ImageFolder:
         lost = {e.label for e in self.listing.entries} - {e.label for e in self.entries}
         for label in lost:
             folder = self.listing.root / (self.class_names[label] if self.class_names else "")
-            raise DataError(f"data.path: {str(folder)!r} holds no image that can be read")
+            raise DataError(f"data.path: {str(folder)!r} holds no readable images")
 
 
 def open_source(config: Config) -> Source:
-    """The data set of `data.path`, checked against the configuration.
+    """Open the data set of `data.path` and check it against the configuration.
 
     Raises:
-        DataError, ConfigError: if it is missing, empty or does not fit the model.
+        DataError, ConfigError: if the data set is missing, is empty or does not fit the model.
     """
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
@@ -113,8 +113,8 @@ def _check_classes(config: Config, source: Source) -> None:
     given = config.data.class_names
     if given and given != source.class_names:
         raise ConfigError(
-            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; leave the field out, they "
-            "are found in the data"
+            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; remove the field, "
+            "because the classes are read from the data"
         )
     wanted, found = config.model.num_classes, len(source.class_names)
     if wanted and wanted != found:
@@ -124,7 +124,7 @@ def _check_classes(config: Config, source: Source) -> None:
 
 
 def _check_latents(config: Config, settings: Any) -> None:
-    """Raises ConfigError for latents of another size or VAE than the run's."""
+    """Raises ConfigError if the latents have another size or VAE than the run."""
     d = config.data
     height, width = settings.resolution
     found = {
@@ -144,6 +144,6 @@ def _check_latents(config: Config, settings: Any) -> None:
 def _latents_missing(config: Config) -> str:
     d = config.data
     return (
-        f"data.path: no folder of latents at {d.path!r}; make one first: "
+        f"data.path: no folder of latents at {d.path!r}; create it first: "
         f"diffussm encode IMAGES {d.path} --resolution {d.resolution}"
     )

@@ -1,6 +1,6 @@
 """The autoencoder between pixels and latents, loaded through diffusers by hub name or from a folder.
 
-Nothing about it is typed here: channels, downsampling, scale and shift come from its config.
+Nothing about it is hard-coded: channels, downsampling, scale and shift come from its config.
 
 B batch   C latent channels   H x W grid   images (B, 3, fH, fW) in [-1, 1]   latents (B, C, H, W)
 Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about unit variance.
@@ -29,24 +29,24 @@ DECODE_PIXELS = 1 << 19  # decoded at a time: 8 images of 256x256, about 2 GB of
 
 
 class VAEFacts(NamedTuple):
-    """What the config of a VAE says."""
+    """Properties of a VAE, read from its config."""
 
     name: str
     kind: str
     channels: int
     downsample: int
-    scale: tuple[float, ...]  # one a channel
+    scale: tuple[float, ...]  # one per channel
     shift: tuple[float, ...]
     config_sha256: str
 
 
 class VAE:
-    """A loaded VAE, frozen. `dtype` is that of its weights; what goes in and comes out is float32."""
+    """A loaded, frozen VAE. `dtype` is that of its weights; inputs and outputs are float32."""
 
     def __init__(self, model: nn.Module, facts: VAEFacts, device: torch.device, dtype: torch.dtype):
         self.facts, self.device, self.dtype = facts, device, dtype
         self.weights_sha256 = weights_sha256(model)
-        self.model = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
+        self.model: Any = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift))
 
     @property
@@ -57,7 +57,7 @@ class VAE:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
+        """Encode (B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
         x = images.to(self.device, self.dtype)
         with full_float32():
             found = self.model.encode(x)
@@ -69,14 +69,14 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents in model space to images, on the CPU; a bounded number of pixels at a time, large images in tiles."""
+        """Decode latents in model space to images on the CPU, DECODE_PIXELS at a time and large images in tiles."""
         z = latents.cpu().float() / self.scale + self.shift
         f = self.facts.downsample
         height, width = (side * f for side in z.shape[2:])
         if max(height, width) > TILE:
             self.model.enable_tiling()
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
-            self.model.spatial_scale_factor = f  # AutoencoderTiny takes 8 for granted
+            self.model.spatial_scale_factor = f  # AutoencoderTiny assumes 8
         else:
             self.model.disable_tiling()
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
@@ -87,43 +87,48 @@ class VAE:
 
 # ------------------------------------------------------------------------------------------------- loading
 def read_facts(name: str) -> VAEFacts:
-    """The config of a VAE, without its weights.
+    """Read the config of a VAE, without its weights.
 
     Args:
         name: a folder, or a hub name as OWNER/NAME or OWNER/NAME/SUBFOLDER.
 
     Raises:
-        DataError: if it cannot be had, or is not one that we can use.
+        DataError: if the config cannot be loaded, or the VAE is not supported.
     """
     import diffusers
 
     where = _where(name)
-    values = _load(name, lambda: _reach_hub(**where) or diffusers.AutoencoderKL.load_config(**where))
+
+    def load() -> Any:
+        _reach_hub(**where)
+        return diffusers.AutoencoderKL.load_config(**where)
+
+    values = _load(name, load)
     kind = values.get("_class_name")
     if kind not in KINDS:
         raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
     try:
         with _quiet(), torch.device("meta"):
-            c = getattr(diffusers, kind).from_config(values).config  # completed with the defaults of its kind
+            c = getattr(diffusers, kind).from_config(values).config  # with the defaults of its class filled in
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
         means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
         scale = tuple(float(c.scaling_factor / std) for std in stds)
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
-    except Exception as e:  # whatever a constructor says of values that do not fit together
+    except Exception as e:  # constructors raise all kinds of errors for values that do not match
         raise DataError(f"--vae: the config of {name!r} is damaged: {reason(e)}") from e
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
-        raise DataError(f"--vae: {name!r} is not between RGB images and {C} channels")
+        raise DataError(f"--vae: {name!r} does not map between RGB images and {C} channels")
     plain = {k: v for k, v in values.items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, digest)
 
 
 def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32) -> VAE:
-    """The VAE of `facts` with its weights, from safetensors only.
+    """Load the VAE of `facts` with its weights, from safetensors only.
 
     Raises:
-        DataError: if they cannot be had, are damaged or incomplete.
+        DataError: if the weights cannot be loaded, are damaged or incomplete.
     """
     import diffusers
 
@@ -136,28 +141,28 @@ def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.f
 
 
 def _where(name: str) -> dict[str, str]:
-    """A name as `from_pretrained` takes it. Raises DataError for what is neither a folder nor a hub name."""
-    if os.path.isdir(name):  # unlike Path's, no error for a name that is too long
+    """Arguments of `from_pretrained` for a name. Raises DataError if it is neither a folder nor a hub name."""
+    if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
     if not found:
-        raise DataError(f"--vae: no folder {name!r}, and it is no hub name, as {DEFAULT_VAE}")
+        raise DataError(f"--vae: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
 
 
 def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
-    """Raises at once if the hub is needed and does not answer; diffusers would ask it again and again for 23 s."""
+    """Fail at once if the hub is needed and does not answer; diffusers would retry for 23 s."""
     import huggingface_hub as hub
 
     repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
     if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
         return
-    with contextlib.suppress(hub.errors.HfHubHTTPError):  # it does answer; what it says is diffusers' to tell
+    with contextlib.suppress(hub.errors.HfHubHTTPError):  # the hub answers; diffusers reports its errors
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
 def _load(name: str, call: Callable[[], Any]) -> Any:
-    """What `call` gives, or one line that says how to get the files."""
+    """Return the result of `call`, or raise a DataError that says how to get the files."""
     try:
         with _quiet():
             return call()
@@ -172,7 +177,7 @@ def _load(name: str, call: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers logs remarks on configs that its own classes wrote, the hub's client a line for each of its retries."""
+    """Silence diffusers, which comments on configs that it wrote, and the hub's client, which logs every retry."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -187,14 +192,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _origin(e: BaseException) -> BaseException:
-    """The first error of a chain: diffusers calls a missing network a missing file."""
-    while e.__cause__ or e.__context__:
-        e = e.__cause__ or e.__context__
+    """The first error of a chain: diffusers reports a missing network as a missing file."""
+    while cause := e.__cause__ or e.__context__:
+        e = cause
     return e
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of the names, shapes and bytes of all tensors, whatever file they came from."""
+    """Hash of the names, shapes and bytes of all tensors, independent of the file format."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -204,7 +209,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 # ------------------------------------------------------------------------------------------------ decoding
 class Decoding(NamedTuple):
-    """How what a model draws becomes images."""
+    """How the output of a model becomes images."""
 
     decode: Callable[[Tensor], Tensor]  # (B, C, H, W) in model space to (B, 1 or 3, fH, fW) in [-1, 1]
     record: dict[str, Any]  # for meta.json
@@ -212,7 +217,7 @@ class Decoding(NamedTuple):
 
 
 def open_decoding(config: Config, device: torch.device) -> Decoding:
-    """The VAE named in a run; pixels as they are; without the VAE a preview, and a warning that says why."""
+    """The VAE of a run; the identity for pixels; a preview with a warning if the VAE cannot be used."""
     d = config.data
     if d.vae is None:
         return Decoding(lambda x: x, {"vae": None, "decoded_by": "none, these are pixels"})
@@ -220,16 +225,16 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
         facts = read_facts(d.vae)
         if (facts.channels, facts.downsample) != (d.channels, d.downsample):
             has = f"{facts.channels} channels and downsampling {facts.downsample}"
-            raise DataError(f"--vae: {d.vae!r} has {has}, the run {d.channels} and {d.downsample}")
+            raise DataError(f"--vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}")
         vae = load_vae(facts, device)
     except DataError as e:
-        warning = f"the pictures are only previews of latents, without data.vae: {e}"
+        warning = f"the images are only previews of the latents, because data.vae cannot be used: {e}"
         return Decoding(lambda x: preview(x, d.downsample), {"vae": d.vae, "decoded_by": "linear preview"}, warning)
     return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"})
 
 
 def preview(latents: Tensor, downsample: int) -> Tensor:
-    """Latents (B, C, H, W) to RGB in [-1, 1] without a VAE: channels c, c + 3, ... are summed into one of three."""
+    """Map latents (B, C, H, W) to RGB in [-1, 1] without a VAE: channels c, c + 3, ... are summed into one of three."""
     C = latents.shape[1]
     parts = [latents[:, [c for c in range(C) if c % 3 == k % C]] for k in range(3)]
     x = torch.stack([p.sum(1) / p.shape[1] ** 0.5 for p in parts], 1) / 2  # latents have about unit variance

@@ -1,1 +1,1 @@
-"""The diffusion process, its losses and samplers. Knows nothing of the network: takes any denoiser."""
+"""The diffusion process, its losses and its samplers. They work with any denoiser and know nothing of the network."""

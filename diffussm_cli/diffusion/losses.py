@@ -22,18 +22,18 @@ def training_losses(
     noise: Tensor,
     weight_cap: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Losses a sample, from one forward pass of a model.
+    """Losses per sample, from one forward pass of a model.
 
     Args:
         model_output: (B, 2C, ...) noise and v, or (B, C, ...) noise alone when the covariance is not learned.
         x_0, x_t, noise: (B, C, ...), t: (B,).
-        weight_cap: the noise MSE counts min(1 + 1/SNR(t), weight_cap) times in `loss`. 1 is ADM's and the paper's;
-            more gives noisy timesteps, where classes and shapes are decided, the weight they have when the velocity is
-            predicted (arXiv 2202.00512).
+        weight_cap: cap on the weight 1 + 1/SNR(t) of the noise MSE in `loss`. 1 is the loss of ADM and of the paper. A
+            larger cap gives noisy timesteps, where classes and shapes are decided, the weight that they have when the
+            model predicts the velocity (arXiv 2202.00512).
 
     Returns:
-        `mse` of the noise; with a learned covariance `vb`, the bound's term at t in bits a dimension, whose gradient
-        reaches v and not the mean; and `loss`, their (weighted) sum. Each (B,).
+        `mse` of the noise; with a learned covariance `vb`, the term of the bound at t in bits per dimension, whose
+        gradient reaches v but not the mean; and `loss`, their weighted sum. Each is (B,).
     """
     C = x_0.shape[1]
     mse = _mean((model_output[:, :C] - noise) ** 2)
@@ -46,7 +46,7 @@ def training_losses(
 
 
 def variational_bound(process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """L_t of the bound in bits a dimension, (B,): KL(q || p) for t > 0, at t = 0 the discretised likelihood of x_0."""
+    """The bound's L_t in bits per dimension, (B,): KL(q || p) for t > 0, the discretised likelihood of x_0 at t = 0."""
     true_mean, true_log_variance = process.q_posterior(x_0, x_t, t)
     p = process.p_mean_variance(model_output, x_t, t)
     kl = _mean(gaussian_kl(true_mean, true_log_variance, p.mean, p.log_variance))
@@ -63,7 +63,7 @@ def gaussian_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_varianc
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Log probability, in nats, of 8-bit values rescaled to [-1, 1] under a Gaussian; the outer bins are open.
 
-    The normal distribution function is ADM's tanh approximation, kept for agreement with its losses.
+    The normal CDF is ADM's tanh approximation, so that the losses agree with ADM's.
     """
     centred, inverse = x - mean, torch.exp(-log_scale)
     above = _normal_cdf(inverse * (centred + 1 / 255))

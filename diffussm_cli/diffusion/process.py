@@ -14,7 +14,7 @@ from diffussm_cli.config import DiffusionConfig
 
 
 class Prediction(NamedTuple):
-    """p(x_{t-1} | x_t) of a model, each (B, C, ...)."""
+    """A model's p(x_{t-1} | x_t); each field is (B, C, ...)."""
 
     mean: Tensor
     log_variance: Tensor
@@ -24,7 +24,7 @@ class Prediction(NamedTuple):
 class GaussianDiffusion:
     """Linear schedule of T variances from `beta_start` to `beta_end`; all tables are (T,), on `device`.
 
-    Tables are computed in float64 and kept in float32, as ADM reads them; `alpha_bar64` stays as computed, on the CPU.
+    Tables are computed in float64 and kept in float32, as ADM uses them; `alpha_bar64` stays in float64, on the CPU.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class GaussianDiffusion:
         alpha_bar = torch.cumprod(1 - beta, dim=0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         posterior_variance = beta * (1 - previous) / (1 - alpha_bar)  # DDPM (7)
-        clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])  # it is 0 at t = 0
+        clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])  # the variance is 0 at t = 0
 
         self.T, self.beta_start, self.beta_end = T, beta_start, beta_end
 
@@ -64,7 +64,7 @@ class GaussianDiffusion:
         return mean, _at(self.posterior_log_variance, t, x_t)
 
     def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """x_0 that x_t and the noise in it imply, DDPM (15)."""
+        """The x_0 implied by x_t and the noise in it, DDPM (15)."""
         return _at(self.inv_signal, t, x_t) * x_t - _at(self.noise_to_signal, t, x_t) * eps
 
     def predict_noise(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class GaussianDiffusion:
         return self.inv_signal[t] ** 2
 
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """What a model's output (B, 2C, ...) says of x_{t-1}: log variance by range interpolation, IDDPM (15)."""
+        """p(x_{t-1} | x_t) from a model's output (B, 2C, ...); log variance by range interpolation, IDDPM (15)."""
         eps, v = model_output.chunk(2, dim=1)
         x_0 = self.predict_x_0(x_t, t, eps)
         mean, lowest = self.q_posterior(x_0, x_t, t)

@@ -1,12 +1,13 @@
-"""From noise to images: diffusers' schedulers by name over a denoiser, and guidance and clipping as wrappers of one.
+"""From noise to images: diffusers' schedulers by name, and guidance and clipping as wrappers of a denoiser.
 
     B batch   C channels   T timesteps of the process   x (B, C, H, W)   y (B,) labels
 
-A denoiser is any `denoise(x, t) -> (B, 2C or C, H, W)`: noise, and v where the covariance is learned; `t` is one whole
-number, the same for the batch.
+A denoiser is any `denoise(x, t) -> (B, 2C or C, H, W)`: it returns the noise, and v if the covariance is learned.
+`t` is one integer for the whole batch.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ LabelledModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, t (B,),
 
 
 def respaced_timesteps(T: int, steps: int) -> list[int]:
-    """`steps` of 0..T-1, evenly spaced with both ends, descending: ADM's respacing in one section."""
+    """`steps` timesteps of 0..T-1, evenly spaced, both ends included, descending: ADM's respacing with one section."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps must lie in 1..{T}, got {steps}")
     stride = (T - 1) / (steps - 1) if steps > 1 else 0.0
     position, kept = 0.0, []
-    for _ in range(steps):  # ADM adds up the stride, and the rounding of the sum decides some steps
+    for _ in range(steps):  # like ADM, which adds up the stride: the rounding of the sum decides some steps
         kept.append(round(position))
         position += stride
     return kept[::-1]
@@ -33,7 +34,7 @@ def make_scheduler(name: str, process: GaussianDiffusion, steps: int, learned_co
     """A diffusers scheduler, ready to step.
 
     `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there is one
-    `ddim`   DDIM with eta 0, timesteps a whole stride apart from 0 (ADM's ddimN)
+    `ddim`   DDIM with eta 0, timesteps from 0 at an integer stride (ADM's ddimN)
     `dpmpp`  DPM-Solver++(2M)
     `unipc`  UniPC, second order
 
@@ -47,16 +48,17 @@ def make_scheduler(name: str, process: GaussianDiffusion, steps: int, learned_co
         "beta_end": process.beta_end,
         "beta_schedule": "linear",
     }
+    scheduler: Any
     if name == "ddpm":
         variance = "learned_range" if learned_covariance else "fixed_small"
         scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=False, **schedule)
         scheduler.set_timesteps(timesteps=respaced_timesteps(process.T, steps))
-        scheduler.alphas_cumprod = process.alpha_bar64  # its own float32 table costs 7e-6 over 250 steps
+        scheduler.alphas_cumprod = process.alpha_bar64  # its own float32 table adds 7e-6 of error in 250 steps
     elif name == "ddim":
         scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading", **schedule)
         scheduler.set_timesteps(steps)
     else:
-        solvers = {
+        solvers: dict[str, tuple[Any, dict]] = {
             "dpmpp": (diffusers.DPMSolverMultistepScheduler, {"variance_type": None}),
             "unipc": (diffusers.UniPCMultistepScheduler, {}),
         }
@@ -70,11 +72,11 @@ def make_scheduler(name: str, process: GaussianDiffusion, steps: int, learned_co
 
 @torch.no_grad()
 def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-    """Denoise x_T down to x_0 by a scheduler of `make_scheduler`.
+    """Denoise x_T down to x_0 with a scheduler from `make_scheduler`.
 
     Args:
         x: starting noise x_T, (B, C, H, W).
-        generators: one for each image, so that an image does not depend on its batch; CPU generators give the same
+        generators: one per image, so that an image does not depend on its batch; CPU generators give the same
             noise on every device.
 
     Returns:
@@ -106,16 +108,16 @@ def guided(
     null_class: int,
     scale: float,
     channels: int | None = None,
-    interval: tuple[int, int] | None = None,
+    interval: Sequence[int] | None = None,
 ) -> Denoiser:
     """Classifier-free guidance (arXiv 2207.12598): eps_null + scale (eps_y - eps_null), both in one batched forward.
 
-    The covariance and unguided channels are those of the label y. At scale 1, and at timesteps outside the interval,
-    one plain forward is made.
+    The covariance and the unguided channels are those of the label y. At scale 1, and at timesteps outside the
+    interval, there is one forward pass without guidance.
 
     Args:
-        channels: how many of the noise's channels are guided; None for all, 3 for DiT's published numbers.
-        interval: (lowest, highest) timestep that is guided, both included (arXiv 2404.07724).
+        channels: number of noise channels that are guided; None for all, 3 for DiT's published numbers.
+        interval: (lowest, highest) guided timestep, both included (arXiv 2404.07724).
     """
     plain = labelled(model, y)
     if scale == 1:
@@ -134,7 +136,7 @@ def guided(
 
 
 def clipped(denoise: Denoiser, process: GaussianDiffusion) -> Denoiser:
-    """The noise that corresponds to the predicted x_0 clamped to [-1, 1] (ADM's clip_denoised; for pixels)."""
+    """Clamp the x_0 that a denoiser predicts to [-1, 1] (ADM's clip_denoised; for pixels)."""
 
     def clamp(x: Tensor, t: int) -> Tensor:
         output, C, steps = denoise(x, t), x.shape[1], torch.full((len(x),), t, device=x.device)

@@ -1,4 +1,4 @@
-"""Where and in what precision to compute, chosen from names."""
+"""The device and the precision to compute with, chosen by name."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -16,12 +17,12 @@ from diffussm_cli.errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU, unless the environment variable DIFFUSSM_DEVICE names another.
 
-    Of several processes on a machine each takes its own CUDA device.
+    Each process of a machine takes its own CUDA device.
 
-    A CUDA device becomes the current one, which is what NCCL and FSDP use.
+    A CUDA device becomes the current device, which NCCL and FSDP use.
 
     Raises:
-        ConfigError: for a device that is not there.
+        ConfigError: if the device is not available.
     """
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -42,12 +43,12 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware for it."""
     fast = has_bf16(device)
     if precision == "bf16" and not fast:
-        raise ConfigError(f"precision: bf16 has no hardware support on this {device.type} and would crawl; use fp32")
+        raise ConfigError(f"precision: bf16 has no hardware support on this {device.type} and would be slow; use fp32")
     return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether products of bfloat16 run on hardware made for them."""
+    """Whether the device has hardware support for bfloat16 matrix products."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
@@ -55,12 +56,12 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises ConfigError where torch.compile has no compiler to call: of C for a GPU's launchers, of C++ for a CPU."""
+    """Raises ConfigError if torch.compile finds no compiler: C for the launchers of a GPU, C++ for a CPU."""
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler
 
         language, variable, usual = "C++", "CXX", "g++"
-        with contextlib.suppress(RuntimeError):  # InvalidCxxCompiler is one
+        with contextlib.suppress(RuntimeError):  # InvalidCxxCompiler is a RuntimeError
             get_cpp_compiler()
             return
     else:
@@ -69,17 +70,17 @@ def check_compiler(device: torch.device) -> None:
             return
     raise ConfigError(
         f"train.compile: torch.compile needs a {language} compiler and finds none; install {usual}, "
-        f"name yours in the environment variable {variable}, or set train.compile=false"
+        f"set the environment variable {variable} to your compiler, or set train.compile=false"
     )
 
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Inside, products and convolutions of float32 tensors keep all 24 bits, whatever is allowed for the rest.
+    """Compute products and convolutions of float32 tensors with all 24 bits, whatever the global settings allow.
 
     By default torch computes float32 convolutions in TensorFloat-32 (11 bits) on NVIDIA GPUs.
     """
-    b = torch.backends
+    b: Any = torch.backends
     with contextlib.ExitStack() as stack:
         if hasattr(b, "fp32_precision"):  # since torch 2.9, which warns or fails if the older switches are read as well
             for switch in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv):
@@ -94,22 +95,22 @@ def full_float32() -> Iterator[None]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch failed to get memory; on the CPU it says so only in words."""
+    """Whether torch ran out of memory; on the CPU only the message of the error says so."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def helpers(count: int = 1) -> ThreadPoolExecutor:
-    """Threads beside the one that computes, in each of which torch works by itself, without workers of its own.
+    """Threads for background work, in each of which torch runs on one core, without OpenMP workers.
 
-    As soon as OpenMP's workers of all threads outnumber the cores, they sleep, and to wake one takes a tenth
-    of a millisecond at every operator of the thread that computes: `mnist` trained half as fast on two cores.
+    Once the OpenMP workers of all threads outnumber the cores, they sleep, and waking them costs the main thread a
+    tenth of a millisecond per operator: `mnist` trained half as fast on two cores.
     """
-    torch.get_num_threads()  # a thread that never asked would take the number that another set last
+    torch.get_num_threads()  # otherwise this thread would take the number that another one set last
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: fresh ones page-fault at every forward on Linux CPUs."""
+    """Tell glibc to keep large freed blocks: new ones cause page faults in every forward pass on Linux CPUs."""
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, their hashes, and locks."""
+"""Atomic file writes, file hashes and locks."""
 
 import contextlib
 import errno
@@ -16,12 +16,12 @@ PARTIAL, LOCK = ".partial-", ".lock"
 
 
 def content(folder: Path) -> set[str]:
-    """Names in a folder, besides locks and unfinished files. Raises OSError."""
+    """Names in a folder, except locks and unfinished files. Raises OSError."""
     return {p.name for p in folder.iterdir() if not p.name.startswith((LOCK, PARTIAL))}
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks. Raises OSError, also for what is no regular file: a pipe would be waited for."""
+    """Hash of a file, read in blocks. Raises OSError, also if it is not a regular file: reading a pipe would block."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     digest = hashlib.sha256()
@@ -33,11 +33,11 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Inside, no other process holds the lock of this file, which is made and left behind.
+    """Hold the lock file `path` exclusively. The file is created if needed and never deleted.
 
     Raises:
-        BlockingIOError: if another one holds it.
-        OSError: if it cannot be made, or the file system has no locks.
+        BlockingIOError: if another process holds it.
+        OSError: if it cannot be created, or the file system has no locks.
     """
     lock = FileLock(str(path), timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
@@ -65,14 +65,14 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is complete and on disk; what a killed process left of it is removed.
+    """Write a file that takes its name only when complete and on disk; leftovers of a killed process are removed.
 
-    Not `durable`, it may be lost with the power, but is whole where it is there: for one file of very many.
+    If not `durable`, a power failure may lose the file. This is faster, for one file of very many.
 
     Raises:
-        OSError: naming the file, if it cannot be written; what had the name before is untouched.
+        OSError: if the file cannot be written; the error names it, and an earlier file of that name is untouched.
     """
-    if durable:  # looking through a folder of very many takes long
+    if durable:  # listing a folder of very many files takes long
         for old in path.parent.glob(f"{PARTIAL}{path.name}.*"):
             old.unlink(missing_ok=True)
     temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
@@ -86,7 +86,7 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         if durable:
             sync(path.parent)
     except OSError as e:
-        if str(e.filename) in ("None", str(temporary)):  # a full disk names no file
+        if str(e.filename) in ("None", str(temporary)):  # the error of a full disk names no file
             e.filename = str(path)
         raise
     finally:
@@ -94,16 +94,16 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small text file in UTF-8, by `whole_file`. Raises OSError."""
+    """Write a small UTF-8 text file by `whole_file`. Raises OSError."""
     with whole_file(path) as file:
         file.write(text.encode())
 
 
 def tensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
-    """What comes before the tensors of a safetensors file.
+    """The header of a safetensors file: everything before the tensors.
 
     Args:
-        tensors: name to dtype (as safetensors spells it), shape and number of bytes, in the order of the file.
+        tensors: (dtype as safetensors spells it, shape, number of bytes) by name, in the order of the file.
     """
     entries, end = {}, 0
     for name, (dtype, shape, size) in tensors.items():

@@ -1,5 +1,4 @@
-"""Which part of a job this process takes, from what torchrun or a scheduler put in the environment; and how the
-processes meet."""
+"""The processes of a job: rank and size, from the environment that torchrun sets, and communication between them."""
 
 import contextlib
 import datetime
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 
 from diffussm_cli.errors import ConfigError, RunError
 
-# What gloo, NCCL and the store say when another process ends or stops answering.
+# What gloo, NCCL and the store report when another process ends or stops responding.
 PEER_LOST = (
     "closed by peer",
     "reset by peer",
@@ -21,31 +20,31 @@ PEER_LOST = (
     "timeout caused pair closure",
     "remote process exiting prematurely",
 )
-STEP = datetime.timedelta(minutes=10)  # for collectives within a step: a hung machine is noticed
-PATIENCE = datetime.timedelta(days=7)  # for `gather`: one process may have much more to do than another
+STEP = datetime.timedelta(minutes=10)  # timeout of collectives within a step, so that a hung machine is noticed
+PATIENCE = datetime.timedelta(days=7)  # timeout of `gather`: one process may have much more to do than another
 
 
 class World(NamedTuple):
-    """The processes of a job: this is number `rank` of `size`, and takes every `size`-th piece of numbered work."""
+    """The processes of a job: this one is number `rank` of `size`, and takes every `size`-th piece of numbered work."""
 
     rank: int = 0
     size: int = 1
 
 
 ALONE = World()
-_patient: Any = None  # the group of `gather`, inside of `process_group`
+_patient: Any = None  # the group that `gather` uses, inside `process_group`
 
 
 def read_world() -> World:
-    """The processes of this job by RANK and WORLD_SIZE, as torchrun sets them. Raises ConfigError."""
-    rank, of = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not (rank.isdecimal() and of.isdecimal() and int(rank) < int(of)):
-        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {of!r} in the environment must be numbers, RANK the smaller")
-    return World(int(rank), int(of))
+    """The processes of this job, from RANK and WORLD_SIZE, which torchrun sets. Raises ConfigError."""
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {size!r} in the environment must be numbers, RANK the smaller")
+    return World(int(rank), int(size))
 
 
 def own_cores() -> int:
-    """The number of cores for this process: those it may run on, shared by the processes that torchrun started here."""
+    """The number of cores for this process: those it may use, shared with the processes that torchrun started here."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // max(1, int(local))) if local.isdecimal() else cores
@@ -53,14 +52,14 @@ def own_cores() -> int:
 
 @contextlib.contextmanager
 def process_group(world: World, cuda: bool = False) -> Iterator[None]:
-    """Inside, the processes of a job can talk; alone there is nothing to do.
+    """Connect the processes of a job; with a single process this does nothing.
 
     Args:
-        cuda: tensors on CUDA devices are to travel too (by NCCL); the rest goes by gloo.
+        cuda: also connect CUDA devices, by NCCL; everything else uses gloo.
 
     Raises:
-        ConfigError: if they do not find each other.
-        RunError: if one of them is gone.
+        ConfigError: if they cannot connect.
+        RunError: if one of them is lost.
     """
     global _patient
     if world.size == 1:
@@ -73,7 +72,7 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=STEP)
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
-        raise ConfigError(f"WORLD_SIZE: {world.size} processes cannot meet: {e}; start them by torchrun") from e
+        raise ConfigError(f"WORLD_SIZE: {world.size} processes cannot connect: {e}; start them with torchrun") from e
     try:
         with peer_errors():
             yield
@@ -83,12 +82,12 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
 
 
 def gather(value: Any, world: World) -> list[Any]:
-    """What every process has to say, in the order of their ranks; all get it, and none goes on before.
+    """Gather the values of all processes on every process, in the order of their ranks; also a barrier.
 
-    The others may take days: where one process works alone, the rest wait here and not in a collective of a step.
+    This waits for days if needed: while one process works alone, the rest wait here, not in a collective of a step.
 
     Raises:
-        RunError: if one of them is gone.
+        RunError: if one of them is lost.
     """
     if world.size == 1:
         return [value]
@@ -102,7 +101,7 @@ def gather(value: Any, world: World) -> list[Any]:
 
 @contextlib.contextmanager
 def first_works(world: World) -> Iterator[None]:
-    """Around what the first process does alone: the others wait for it at the end. Raises RunError if it is gone."""
+    """Wrap work that the first process does alone: at the end the others wait for it. Raises RunError if it is lost."""
     yield
     gather(None, world)
 
@@ -127,7 +126,7 @@ def _reduced(tensor, world: World, operation: str):
 
 
 def any_of(flag: bool, world: World) -> bool:
-    """Whether one process at least says so; asked on the CPU, so that no device is waited for. Raises RunError."""
+    """Whether `flag` is true in any process; reduced on the CPU, so that it waits for no device. Raises RunError."""
     if world.size == 1:
         return flag
     import torch
@@ -137,12 +136,12 @@ def any_of(flag: bool, world: World) -> bool:
 
 @contextlib.contextmanager
 def peer_errors() -> Iterator[None]:
-    """Where this process needs the others. Raises RunError if one of them is gone."""
+    """Wrap communication with the other processes. Raises RunError if one of them is lost."""
     try:
         yield
     except RuntimeError as e:
         if not any(word in str(e) for word in PEER_LOST):
             raise
         cause = " ".join(str(e).split())[:300]
-        line = "another process of this job has ended or does not answer; what was saved before is intact"
+        line = "another process of this job has ended or does not respond; what was saved before is intact"
         raise RunError(f"{line} ({cause})") from e

@@ -1,4 +1,6 @@
-"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py` and `s4d.py`."""
+"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py` and `s4d/layer.py`."""
+
+from typing import Any
 
 from diffussm_cli.config import Config
 from diffussm_cli.model.backbone import Backbone
@@ -9,9 +11,9 @@ __all__ = ["Backbone", "DiT", "DiffuSSM", "build_model"]
 
 
 def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbone:
-    """The network that a configuration describes, on the current default device, freshly initialised."""
+    """Build the network that a configuration describes, freshly initialised, on the current default device."""
     m = config.model
-    common = {
+    common: dict[str, Any] = {
         "input_size": config.data.grid,
         "in_channels": config.data.channels,
         "patch_size": m.patch_size,

@@ -1,4 +1,4 @@
-"""Tokens in, blocks, tokens out: what DiffuSSM and the DiT baseline share.
+"""The backbone that DiffuSSM and the DiT baseline share: tokens in, blocks, tokens out.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
 """
@@ -15,24 +15,26 @@ from diffussm_cli.model.s4d.layer import S4D
 
 
 class Backbone(nn.Module):
-    """Denoiser over a stack of blocks: (x_t, t, y) -> noise, and covariance if learned.
+    """A denoiser made of a stack of blocks: (x_t, t, y) -> noise, and the covariance if it is learned.
 
     Args:
-        blocks: modules called with x (B, J, D) and the conditioning c (B, D), giving (B, J, D). Each lists in
-            `zeroed()` the Linears that start at zero, so that it starts as the identity.
-        input_size: (H, W) of the grid, or one number for a square. Another size may be given to `forward` too.
+        blocks: modules that map x (B, J, D) and the conditioning c (B, D) to (B, J, D). `zeroed()` of a block lists
+            the Linears that are initialised to zero, so that the block starts as the identity.
+        input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other sizes.
         in_channels: C.
         patch_size: P; must divide H and W.
         hidden_size: D, a multiple of 4.
-        compression: M, tokens that share a position; must divide W/P.
+        compression: M, the number of tokens that share a position; must divide W/P.
         num_classes: 0 for an unconditional model. Label `num_classes` is the null class of guidance.
-        learn_sigma: put out 2C channels, noise and then ADM's range interpolation v of the covariance; else C.
-        label_std: standard deviation of the label table at the start (DiT: 0.02).
+        learn_sigma: output 2C channels, the noise and then ADM's range interpolation v of the covariance; else C.
+        label_std: initial standard deviation of the label table (DiT: 0.02).
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: for sizes that do not divide, naming them.
+        ValueError: if sizes do not divide; the message names them.
     """
+
+    position: Tensor
 
     def __init__(
         self,
@@ -94,27 +96,29 @@ class Backbone(nn.Module):
         return c + self.y_embed(y)
 
     def reset_parameters(self) -> None:
-        """DiT's start: xavier Linears, N(0, 0.02) timestep MLP, zero output and conditioning: blocks are identities."""
+        """DiT's initialisation: Xavier, N(0, 0.02) timestep MLP, zero output and conditioning (identity blocks)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, HourglassLinear):
                 module.reset_parameters()
-        for layer in (self.t_embed.mlp[0], self.t_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.t_embed.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         if self.y_embed is not None:
             nn.init.normal_(self.y_embed.weight, std=self.label_std)
-        for layer in [self.norm_out.adaLN, self.patch_out, *(z for block in self.blocks for z in block.zeroed())]:
+        zeroed = [z for block in self.blocks for z in block.zeroed()]  # type: ignore[operator]
+        for layer in [self.norm_out.adaLN, self.patch_out, *zeroed]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def fill_position(self) -> None:
-        """Compute the one tensor that is in no state dict; needed after `to_empty` of a model built on "meta"."""
+        """Recompute the position table, which no state dict holds; needed after `to_empty` of a "meta" model."""
         self.position = self.positions(*self.input_size).to(self.position)
 
     def forget_kernels(self) -> None:
-        """Free the spectra of SSM kernels that sampling keeps from step to step: 0.55 GB for XL at 256, 8.8 at 1024."""
+        """Free the SSM kernel spectra that sampling keeps between steps: 0.55 GB for XL at 256, 8.8 GB at 1024."""
         for module in self.modules():
             if isinstance(module, S4D):
                 module.forget_kernels()
@@ -128,7 +132,7 @@ class Backbone(nn.Module):
         return self.positions(H, W).to(self.position)
 
     def positions(self, H: int, W: int) -> Tensor:
-        """The fixed positions of a grid, (J, D)."""
+        """The fixed position embedding of a grid, (J, D)."""
         self._check_grid(H, W)
         P = self.patch_size
         return position_table(H // P, W // P, self.compression, self.patch_in.out_features)
@@ -137,6 +141,6 @@ class Backbone(nn.Module):
         P, M = self.patch_size, self.compression
         if H % P or W % (P * M):
             raise ValueError(
-                f"a grid of {H}x{W} does not divide: patch_size {P} must divide the height, "
-                f"patch_size {P} x compression {M} the width"
+                f"a grid of {H}x{W} cannot be split: patch_size {P} must divide the height, "
+                f"and patch_size {P} x compression {M} the width"
             )

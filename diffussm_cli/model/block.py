@@ -1,9 +1,9 @@
 """The gated hourglass block of DiffuSSM and its conditioning (paper, section 4).
 
-B batch   J positions   M tokens a position   L = J M tokens   D width   token l = j M + m
+B batch   J positions   M tokens per position   L = J M tokens   D width   token l = j M + m
 
-Between W_up and W3 channels come first in memory, as the convolution wants them: the products themselves put them
-there and back, and nothing is transposed.
+Between W_up and W3, channels come first in memory, which is the layout that the convolution needs. The matrix products
+write this layout and read it back, so that nothing is transposed.
 """
 
 import torch
@@ -14,7 +14,7 @@ from diffussm_cli.model.s4d.layer import S4D
 
 
 class ShiftScaleNorm(nn.Module):
-    """LayerNorm without affine, shifted and scaled by the conditioning (adaLN): x (B, J, D), c (B, D) -> (B, J, D)."""
+    """Non-affine LayerNorm, shifted and scaled by the conditioning (adaLN): x (B, J, D), c (B, D) -> (B, J, D)."""
 
     def __init__(self, D: int):
         super().__init__()
@@ -35,7 +35,7 @@ class ChannelsFirstLinear(nn.Linear):
 
 
 class HourglassLinear(nn.Module):
-    """M independent Linears, one for each place m of a token in its position: weight (M, out, in), bias (M, out)."""
+    """M independent Linears, one per place m of a token within its position: weight (M, out, in), bias (M, out)."""
 
     def __init__(self, M: int, d_in: int, d_out: int):
         super().__init__()
@@ -48,21 +48,21 @@ class HourglassLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def expand(self, x: Tensor) -> Tensor:
-        """Every position becomes its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M, out, B, J)."""
+        """Split every position into its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M, out, B, J)."""
         columns = x.flatten(0, 1).mT  # (in, B J)
         tokens = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), columns)  # (M out, B J)
         return tokens.view(*self.bias.shape, *x.shape[:2]).permute(2, 1, 3, 0)
 
     def contract(self, y: Tensor) -> Tensor:
-        """Tokens go back side by side into their position: y (B, in, J, M) -> (B, J, M out), channels first too."""
-        columns = y.permute(3, 1, 0, 2)  # (M, in, B, J), as it lies in memory
+        """Concatenate the tokens of every position: y (B, in, J, M) -> (B, J, M out), channels first in memory."""
+        columns = y.permute(3, 1, 0, 2)  # (M, in, B, J), the order in memory
         places = torch.baddbmm(self.bias[..., None], self.weight, columns.flatten(2))  # (M, out, B J)
         return places.flatten(0, 1).mT.unflatten(0, columns.shape[2:])
 
 
 def gelu(x: Tensor) -> Tensor:
-    """F.gelu, on numbers as they lie in memory: on a CPU it is twice as fast when they are in order."""
-    if torch.compiler.is_compiling():  # it chooses the order of loops by itself
+    """F.gelu in the order of memory: on a CPU, this is twice as fast as on a permuted tensor."""
+    if torch.compiler.is_compiling():  # the compiler chooses the order of loops itself
         return F.gelu(x)
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = [order.index(i) for i in range(x.ndim)]
@@ -70,7 +70,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class DiffuSSMBlock(nn.Module):
-    """x (B, J, D), c (B, D) -> (B, J, D). Linear names are the paper's."""
+    """x (B, J, D), c (B, D) -> (B, J, D). The names of the Linears are the paper's."""
 
     def __init__(self, D: int, M: int, N: int):
         super().__init__()
@@ -93,4 +93,4 @@ class DiffuSSMBlock(nn.Module):
         y = self.s4d(u)  # Y (B, 2D, J, M)
         z = gelu(self.W_down.contract(y))  # I' (B, J, 2D)
         gated = gelu(self.W2(z)) * gelu(self.W1(h))  # (B, J, 2D)
-        return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; flat, as torch adds the bias of more by itself
+        return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; 2-D, as torch adds the bias of 3-D separately

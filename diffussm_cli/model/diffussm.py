@@ -9,16 +9,16 @@ from diffussm_cli.model.block import DiffuSSMBlock
 
 
 class DiffuSSM(Backbone):
-    """Denoiser on bidirectional S4D and hourglass dense layers: (x_t, t, y) -> noise, and covariance if learned.
+    """Denoiser of bidirectional S4D and hourglass dense layers: (x_t, t, y) -> noise, and covariance if learned.
 
-    Args (others as `Backbone`):
+    Args (others as in `Backbone`):
         hidden_size: D, a multiple of 4. The paper's XL: 1152.
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
-        d_state: N, even; N/2 complex modes a channel and direction.
+        d_state: N, even; N/2 complex modes per channel and direction.
 
     Raises:
-        ValueError: for sizes that do not divide, naming them.
+        ValueError: if sizes do not divide; the message names them.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DiffuSSM(Backbone):
         )
 
     def reset_parameters(self) -> None:
-        """As every backbone, and S4D-Lin for the SSM."""
+        """Initialise the layers as `Backbone` does, and the SSMs by S4D-Lin."""
         super().reset_parameters()
         for block in self.blocks:
-            block.s4d.reset_parameters()
+            block.s4d.reset_parameters()  # type: ignore[operator, union-attr]

@@ -1,10 +1,10 @@
-"""DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, on the embeddings and the interface of DiffuSSM.
+"""DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, with the embeddings and the interface of DiffuSSM.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
 D hidden size   h heads of d = D/h channels   token l = j M + k
 
-M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and attention alone on all L tokens: the
-hourglass around attention, which the DiffuSSM paper compares by its Gflops (section 4 and figure 3).
+M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and only attention works on all L tokens.
+This is the hourglass around attention whose Gflops the DiffuSSM paper compares (section 4 and figure 3).
 """
 
 import torch
@@ -17,19 +17,19 @@ from diffussm_cli.model.block import HourglassLinear
 
 
 class Attention(nn.Module):
-    """Self-attention of all tokens: x (B, J, D) -> (B, J, D). At M = 1 the usual one, fused."""
+    """Self-attention over all tokens: x (B, J, D) -> (B, J, D). At M = 1 it is the usual layer."""
 
     def __init__(self, D: int, M: int, heads: int):
         super().__init__()
         self.M, self.heads = M, heads
-        self.qkv = nn.Linear(D, M * 3 * D)  # M Linears, one for each place of a token in its position
+        self.qkv = nn.Linear(D, M * 3 * D)  # M Linears, one per place of a token within its position
         self.proj = HourglassLinear(M, D, D // M)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads)
         y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
         places = zip(rearrange(y, "b h (j m) d -> m b j (h d)", m=self.M), self.proj.weight, self.proj.bias)
-        return torch.cat([F.linear(y_m, W, b) for y_m, W, b in places], dim=-1)  # tokens back side by side
+        return torch.cat([F.linear(y_m, W, b) for y_m, W, b in places], dim=-1)  # concatenates the tokens of a position
 
 
 class DiTBlock(nn.Module):
@@ -55,14 +55,14 @@ class DiTBlock(nn.Module):
 class DiT(Backbone):
     """Transformer denoiser: (x_t, t, y) -> noise, and covariance if learned. XL/2 has DiT's 675 M parameters.
 
-    Args (others as `Backbone`):
+    Args (others as in `Backbone`):
         hidden_size: D, a multiple of 4 and of heads.
         depth: number of blocks.
-        heads: of the attention.
+        heads: number of attention heads.
         compression: M; must divide W/P and D. 1 is DiT.
 
     Raises:
-        ValueError: for sizes that do not divide, naming them.
+        ValueError: if sizes do not divide; the message names them.
     """
 
     def __init__(
@@ -95,5 +95,5 @@ class DiT(Backbone):
         )
 
     def positions(self, H: int, W: int) -> Tensor:
-        """The fixed positions of a grid, (J, D), in DiT's order: sin and cos of the column, then of the row."""
+        """The fixed position embedding, (J, D), in DiT's order: sin and cos of the column, then of the row."""
         return super().positions(H, W).unflatten(-1, (4, -1)).flip(-2).flatten(-2)

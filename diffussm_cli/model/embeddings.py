@@ -1,4 +1,4 @@
-"""What goes in and out of a backbone: timestep, label, position, patches.
+"""The inputs and outputs of a backbone: timestep embedding, position embedding, patches.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class TimestepEmbedding(nn.Module):
-    """t (B,), whole or fractional -> (B, D): 256 sinusoids, then an MLP (as ADM and DiT)."""
+    """t (B,), whole or fractional -> (B, D): 256 sinusoids, then an MLP (as in ADM and DiT)."""
 
     frequencies = 256
 
@@ -20,7 +20,7 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))
+        return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 
 def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -31,10 +31,10 @@ def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
 
 
 def position_table(H: int, W: int, M: int, D: int) -> Tensor:
-    """Fixed 2-D sin-cos positions: a grid of H x W tokens, M side by side in one position -> (J, D), float32.
+    """Fixed 2-D sin-cos embedding of a grid of H x W tokens, M neighbours in a row per position -> (J, D), float32.
 
-    Half of D encodes the row and half the column. Both are in tokens (the column is that of the middle of the M), so
-    that the two axes keep one scale whatever M is.
+    Half of D encodes the row and half the column. Both count tokens (the column is the mean of the M tokens), so that
+    the two axes have the same scale for every M.
     """
     row = torch.arange(H, dtype=torch.float32)
     column = torch.arange(0, W, M, dtype=torch.float32) + (M - 1) / 2
@@ -43,7 +43,7 @@ def position_table(H: int, W: int, M: int, D: int) -> Tensor:
 
 
 def patchify(x: Tensor, P: int, M: int) -> Tensor:
-    """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours of one row side by side."""
+    """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours in a row concatenated."""
     return rearrange(x, "b c (h p) (w m q) -> b (h w) (m c p q)", p=P, q=P, m=M)
 
 

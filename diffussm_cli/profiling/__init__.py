@@ -1,4 +1,4 @@
-"""What a model costs, before and after it is run."""
+"""The cost of a model, by formula and by measurement."""
 
 from diffussm_cli.profiling.flops import Cost, cost
 from diffussm_cli.profiling.models import named_model

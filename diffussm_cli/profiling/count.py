@@ -1,8 +1,8 @@
 """Multiply-adds counted by fvcore from a trace of the model itself, as a check of the formulas in `flops.py`.
 
-fvcore knows linear layers and plain matrix products. What it would skip is added here: fused attention, transforms,
-complex products, baddbmm. Kernels of the SSM are counted apart: they are paid once a weight update. Any operator that
-is neither counted nor named in NOT_COUNTED is an error.
+fvcore counts linear layers and plain matrix products. Counters for what it skips are added here: fused attention,
+transforms, complex products, baddbmm. SSM kernels are counted separately, as they are computed once per weight update.
+Any operator that is neither counted nor named in NOT_COUNTED is an error.
 """
 
 import importlib
@@ -20,20 +20,20 @@ from diffussm_cli.errors import ConfigError
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, with_one_block
 
-# Elementwise work on real numbers, and what only looks up or moves values.
+# Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
 NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical_", "where", "lt"}
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real"}
 
 
 def count(config: Config) -> dict[str, float]:
-    """Gflops of one image by kind: products, attention, FFT, spectra; and `kernels`, of one weight update.
+    """Gflops per image by kind: products, attention, FFT, spectra; and `kernels`, per weight update.
 
-    One block is traced, with what is outside of the blocks, and counted as often as there are blocks; on the meta
-    device, so that size costs no memory.
+    A model with a single block is traced, and its block is counted as often as the model has blocks. The trace runs on
+    the meta device, so that a large model takes no memory.
 
     Raises:
-        ConfigError: if the model holds an operator that nobody counts.
+        ConfigError: if the model has an operator that is not counted.
     """
     model = with_one_block(config).eval()
     tokens = math.prod(config.data.grid) // config.model.patch_size**2
@@ -52,19 +52,19 @@ def count(config: Config) -> dict[str, float]:
 
 
 class _Kernels(nn.Module):
-    """What is computed once a weight update, as a module that can be traced: x (1, L) gives the length."""
+    """The work done once per weight update, as a module that can be traced: x (1, L) gives the length."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(m for m in model.modules() if isinstance(m, S4D))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer.spectra(x.shape[-1]) for layer in self.layers]
+        return [layer.spectra(x.shape[-1]) for layer in self.layers]  # type: ignore[operator]
 
 
 @torch.no_grad()
 def _trace(model: nn.Module, inputs: tuple[Tensor, ...], part: str = "") -> tuple[Counter, Counter]:
-    """Multiply-adds by kind of one call, and of one of its submodules."""
+    """Multiply-adds by kind, of one call of the model and of one submodule in it."""
     fvcore = _fvcore()
     analysis = fvcore.FlopCountAnalysis(model, inputs)
     analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False)
@@ -73,13 +73,13 @@ def _trace(model: nn.Module, inputs: tuple[Tensor, ...], part: str = "") -> tupl
     counted = analysis.by_module_and_operator()
     unknown = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - NOT_COUNTED
     if unknown:
-        raise ConfigError(f"profile: nobody counts {', '.join(sorted(unknown))}; add them to profiling/count.py")
+        raise ConfigError(f"profile: no counter for {', '.join(sorted(unknown))}; add one to profiling/count.py")
     return Counter(counted[""]), Counter(counted[part])
 
 
 def _fvcore() -> types.ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # it scripts a function when it is imported
+        warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a function when it is imported
         return importlib.import_module("fvcore.nn")
 
 
@@ -91,7 +91,7 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
         return Counter(products=jit.linear_flop_jit(inputs, outputs))
 
     def matmul(inputs, outputs) -> Counter:
-        return Counter(products=jit.matmul_flop_jit(inputs[:2], outputs))  # bmm may name where to write
+        return Counter(products=jit.matmul_flop_jit(inputs[:2], outputs))  # bmm may have an output argument
 
     def baddbmm(inputs, outputs) -> Counter:  # noqa: ARG001
         (B, n, k), m = shape(inputs[1]), shape(inputs[2])[-1]

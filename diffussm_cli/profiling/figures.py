@@ -1,4 +1,4 @@
-"""Figures of cost against resolution, readable in grey."""
+"""Figures of cost against resolution, readable in greyscale."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from diffussm_cli.profiling.models import display_name, named_model
 FIGURE_3 = ("dit-xl/2", "dit-xl/1", "dit-xl/1-m2", "xl/1-m1", "xl/1-m2")
 RESOLUTIONS = (256, 512, 768, 1024, 1536, 2048)
 SUFFIXES = (".png", ".svg", ".pdf")
-# Shade, dash and marker of a family; its members differ in the dash.
+# A family of models shares a shade; its members differ in dash and marker.
 SHADES = {"DiT": "#8c8c8c", "DiffuSSM": "#000000"}
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
@@ -21,7 +21,7 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name: resol
 
 
 def check_path(path: Path) -> None:
-    """Raises ConfigError for a kind of file that is not drawn, or without matplotlib."""
+    """Raises ConfigError for an unsupported file type, a folder that does not exist, or without matplotlib."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--figure: {str(path)!r} must end in {', '.join(SUFFIXES)}")
     if not path.parent.is_dir():
@@ -33,7 +33,7 @@ def check_path(path: Path) -> None:
 
 
 def figure_3() -> Curves:
-    """Forward Gflops by resolution: what figure 3 of the paper compares."""
+    """Forward Gflops by resolution, as figure 3 of the paper compares them."""
     curves = {}
     for name in FIGURE_3:
         configs = [named_model(name, resolution) for resolution in RESOLUTIONS]
@@ -46,7 +46,7 @@ def figure_3() -> Curves:
 
 
 def draw(panels: Mapping[str, Curves], path: Path) -> None:
-    """One log-log panel a title, `quantity` of each curve against resolution, labelled at its end.
+    """Draw one log-log panel per title. Each curve shows a quantity against resolution and is labelled at its end.
 
     Raises:
         ConfigError: if the file cannot be written.
@@ -61,7 +61,7 @@ def draw(panels: Mapping[str, Curves], path: Path) -> None:
     for axis, (title, curves) in zip(axes[0], panels.items()):
         _draw_panel(axis, curves)
         ticks = sorted({r for x, _ in curves.values() for r in x})
-        axis.set(xscale="log", yscale="log", xlabel="image resolution (pixels a side)", ylabel=title)
+        axis.set(xscale="log", yscale="log", xlabel="image resolution (pixels per side)", ylabel=title)
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -88,9 +88,9 @@ def _draw_panel(axis, curves: Curves) -> None:
         axis.plot(x, y, markersize=4.5, linewidth=1.6, **style)
         members[family] += 1
         ends.append((math.log(y[-1]), x[-1], name, SHADES[family]))
-    for height, (_, x, name, shade) in zip(_spread([e[0] for e in sorted(ends)], _span(curves) * 0.055), sorted(ends)):
+    for height, (_, at, name, shade) in zip(_spread([e[0] for e in sorted(ends)], _span(curves) * 0.055), sorted(ends)):
         axis.annotate(
-            name, (x, math.exp(height)), (9, 0), textcoords="offset points", va="center", fontsize=9, color=shade
+            name, (at, math.exp(height)), (9, 0), textcoords="offset points", va="center", fontsize=9, color=shade
         )
 
 
@@ -100,7 +100,7 @@ def _span(curves: Curves) -> float:
 
 
 def _spread(heights: list[float], gap: float) -> list[float]:
-    """Heights in ascending order, moved up where labels would touch."""
+    """Heights in ascending order, moved up where labels would overlap."""
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else height)

@@ -3,7 +3,7 @@
     L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length   F = n/2 + 1
 
 "Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and of the paper.
-Transforms and complex products are put into it at two real operations to a multiply-add. Elementwise work on real
+Transforms and complex products are converted at two real operations per multiply-add. Elementwise work on real
 numbers (activations, norms, gates) is not counted, as in the literature. `count.py` counts the same from a trace.
 """
 
@@ -19,14 +19,14 @@ from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.s4d.convolution import fft_length
 from diffussm_cli.model.s4d.kernel import levels
 
-COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two to a multiply-add
+COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two per multiply-add
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image through one model. `parts` are Gflops by name; `kernel_gflops` is paid once a weight update.
+    """Cost of one model per image. `parts` are Gflops by name; `kernel_gflops` is spent once per weight update.
 
-    `training_bytes` is the memory of each of the `processes` that train it together.
+    `training_bytes` is the memory per process when `processes` of them train the model together.
     """
 
     name: str
@@ -55,7 +55,7 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
     """The cost of a configuration, under its preset's name or another; builds one block, on the meta device.
 
     Args:
-        processes: that share the batch of a training step and, with `train.parallel=fsdp`, the parameters.
+        processes: number of processes, which share the batch of a step and, with `train.parallel=fsdp`, the parameters.
     """
     model, m, t = with_one_block(config), config.model, config.train
     parameters = _numbers(model) + (m.depth - 1) * _numbers(model.blocks[0])
@@ -80,7 +80,7 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
 
 
 def with_one_block(config: Config) -> Backbone:
-    """The model of a configuration on the meta device, with one of its blocks, which are all alike."""
+    """The model of a configuration on the meta device, with a single block, as all blocks are alike."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
     with torch.device("meta"):
         return build_model(config)
@@ -91,11 +91,11 @@ def _numbers(module: nn.Module) -> int:
 
 
 def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
-    """Multiply-adds of one image in one block, and of its kernels: (13/M + 1) L D^2 is the paper's formula."""
+    """Multiply-adds of one block per image, and of its kernels: (13/M + 1) L D^2 is the paper's formula."""
     M, D, n = m.compression, m.hidden_size, fft_length(L)
     parts = {
         "dense layers": (13 / M + 1) * L * D**2,
-        "FFT": 3 * D * fft_macs(n),  # one forward, two back
+        "FFT": 3 * D * fft_macs(n),  # one forward transform, two inverse
         "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
         "conditioning": 2 * D**2,
     }
@@ -105,19 +105,19 @@ def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
 
 
 def _table(count: int) -> int:
-    """Numbers in the product of two tables that holds `count` powers."""
+    """The size of the product of two short tables that holds at least `count` powers."""
     p = math.ceil(math.sqrt(count))
     return p * math.ceil(count / p)
 
 
 def _dit_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
-    """Multiply-adds of one image in one block: q, k and v of every token, output and MLP of every position."""
+    """Multiply-adds of one block per image: q, k and v of every token, output and MLP of every position."""
     M, D = m.compression, m.hidden_size
     return {"dense layers": (3 + 9 / M) * L * D**2, "attention": 2 * L**2 * D, "conditioning": 6 * D**2}, 0
 
 
 def _outside(config: Config, L: int) -> dict[str, float]:
-    """Multiply-adds outside the blocks, by the names of parts."""
+    """Multiply-adds outside the blocks, by name of the part."""
     m = config.model
     D, taps = m.hidden_size, config.data.channels * m.patch_size**2
     out = (2 if m.learn_sigma else 1) * taps
@@ -125,18 +125,18 @@ def _outside(config: Config, L: int) -> dict[str, float]:
 
 
 def fft_macs(n: int) -> float:
-    """One real transform of length n: 5/2 n log2 n real operations, two to a multiply-add."""
+    """Multiply-adds of a real transform of length n: 5/2 n log2 n real operations, two per multiply-add."""
     return 5 / 2 * n * math.log2(n) / 2
 
 
 def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
-    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, kept activations, work space.
+    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, saved activations, workspace.
 
-    Of each process, where several share the batch. By FSDP they share the parameters too, and each gathers weights and
-    gradients of two blocks at a time; otherwise each has all of them.
+    It is per process if several share the batch. With FSDP they also share the parameters, and each gathers the weights
+    and gradients of two blocks at a time; otherwise each holds all of them.
 
-    Activations are those that eager autograd keeps for one part of the batch, in float32 unless `train.precision` is
-    bf16, and the kernels; two blocks more are what a backward pass works in. Peaks measured on a CPU lay within 25%
+    Activations are those that eager autograd saves for one part of the batch, in float32 unless `train.precision` is
+    bf16, plus the kernels. A backward pass needs another two blocks. Peaks measured on a CPU were within 25% of it
     (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
     """
     m, t = config.model, config.train
@@ -152,10 +152,10 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
         tokens = 4 * D * narrow  # U before and after GELU, Y
         per_token = positions + tokens
         kernels = 2 * D * L * wide
-    a_part = B * L * per_token
+    activations = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
-    state = parameters * 5 * 4
+    state: float = parameters * 5 * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
-    return int(state + blocks * (a_part + kernels) + kept + 2 * a_part)
+    return int(state + blocks * (activations + kernels) + kept + 2 * activations)

@@ -1,6 +1,6 @@
 """Peak memory of one kind of work, and how much memory is free.
 
-On the CPU peak memory is that of a fresh process, on CUDA that of the allocator.
+On the CPU, peak memory is that of a fresh process; on CUDA, that of the allocator.
 """
 
 import multiprocessing
@@ -17,7 +17,7 @@ from diffussm_cli.profiling.work import Setting, build, workload
 
 
 def peak_bytes(config: Config, kind: str, setting: Setting) -> int | None:
-    """Peak memory of one kind of work, weights included; None where the system does not tell.
+    """Peak memory of one kind of work, including weights; None if the system does not report it.
 
     Raises:
         MemoryError: if it does not fit.
@@ -28,22 +28,24 @@ def peak_bytes(config: Config, kind: str, setting: Setting) -> int | None:
     if depth == wanted or peak is None:
         return peak
     less = depth // 2 or 2
-    a_block = (peak - _peak_in_child(config, kind, setting, less)) / (depth - less)
-    return int(peak + a_block * (wanted - depth))
+    smaller = _peak_in_child(config, kind, setting, less)
+    assert smaller is not None, "the system reported the first peak"
+    per_block = (peak - smaller) / (depth - less)
+    return int(peak + per_block * (wanted - depth))
 
 
 def _peak_in_child(config: Config, kind: str, setting: Setting, depth: int) -> int | None:
-    """In a process of its own: on the CPU, peak memory is a figure of the process."""
+    """Measure in a new process: on the CPU, peak memory is known only per process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_peak_here, config, kind, setting, depth, available_bytes()).result()
         except BrokenProcessPool as e:
-            raise MemoryError("the system ended the process") from e
+            raise MemoryError("the system killed the process") from e
 
 
 def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: int | None) -> int | None:
     with torch.device("meta"):
-        build_model(config)  # torch loads parts of itself late; they are not the model's, and must not meet the limit
+        build_model(config)  # torch loads parts of itself late; they must not count as the model's memory
     if limit is not None and setting.device.type == "cpu":
         _limit_memory(limit)
     keep_freed_memory()
@@ -58,18 +60,19 @@ def _peak_here(config: Config, kind: str, setting: Setting, depth: int, limit: i
         raise MemoryError(str(e)) from e
     if setting.device.type == "cuda":
         return torch.cuda.max_memory_allocated(setting.device)
-    return None if before is None else resident_peak() - before
+    after = resident_peak()
+    return None if before is None or after is None else after - before
 
 
 def available_bytes(device: torch.device | None = None) -> int | None:
-    """Free memory of a CUDA device; else of the machine, where the system says so (Linux)."""
+    """Free memory of a CUDA device, otherwise of the machine, if the system reports it (Linux)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 
 def resident_peak() -> int | None:
-    """Most memory that this process has held at a time, bytes, where the system says so (Linux)."""
+    """Peak resident memory of this process in bytes, if the system reports it (Linux)."""
     return _kilobytes(Path("/proc/self/status"), "VmHWM")
 
 
@@ -81,7 +84,7 @@ def _kilobytes(path: Path, field: str) -> int | None:
 
 
 def _limit_memory(size: int) -> None:
-    """Make an allocation that does not fit fail in this process, before the system ends another."""
+    """Make allocations that do not fit fail in this process, before the system kills another one."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))

@@ -13,11 +13,11 @@ PRESET = re.compile(r"(?P<dit>dit-)?(?P<size>s|b|l|xl)-\d+")
 
 
 def named_model(name: str, resolution: int | str) -> Config:
-    """`xl`, `s/2`, `dit-xl/2`, `dit-xl/1-m2` at a resolution, on the preset of that size. Raises ConfigError."""
+    """A model such as `xl`, `s/2` or `dit-xl/1-m2` at a resolution, from the preset of its size. Raises ConfigError."""
     parts = NAME.fullmatch(name)
     presets = [n for n in preset_names() if PRESET.fullmatch(n)]
     of_kind = [n for n in presets if parts and n.rpartition("-")[0] == parts["kind"]]
-    if not of_kind:
+    if parts is None or not of_kind:
         kinds = dict.fromkeys(n.rpartition("-")[0] for n in presets)
         raise ConfigError(f"--models: {name!r} must be one of {', '.join(kinds)}, with /P and -mM as in dit-xl/1-m2")
     wanted = {"model.patch_size": parts["P"], "model.compression": parts["M"], "data.resolution": resolution}
@@ -27,9 +27,9 @@ def named_model(name: str, resolution: int | str) -> Config:
 
 
 def display_name(config: Config) -> str:
-    """DiffuSSM-XL, DiffuSSM-XL/2 M=4, DiT-XL/2, DiT-XL/1 M=2: what differs from the papers' P and M is said."""
+    """DiffuSSM-XL, DiffuSSM-XL/2 M=4, DiT-XL/2, DiT-XL/1 M=2: P and M appear if they are not the papers'."""
     parts, m = PRESET.fullmatch(config.preset), config.model
-    assert parts, f"{config.preset} is not of the two families"
+    assert parts, f"{config.preset} belongs to neither family"
     usual_P, usual_M = (None, 1) if parts["dit"] else (1, 2)
     patch = f"/{m.patch_size}" if m.patch_size != usual_P else ""
     compression = f" M={m.compression}" if m.compression != usual_M else ""
@@ -37,10 +37,10 @@ def display_name(config: Config) -> str:
 
 
 def swept(name: str, config: Config, sweep: Sequence[str]) -> dict[str, Config]:
-    """A configuration with every combination of values of texts like `M=1,2,4`, by names that tell them apart.
+    """A configuration with every combination of the values in texts like `M=1,2,4`, by distinct names.
 
     Raises:
-        ConfigError: naming the text or the value.
+        ConfigError: for a wrong text or value, which the message names.
     """
     combinations = itertools.product(*map(_axis, sweep))
     return {" ".join([name, *letters]): _changed(config, letters) for letters in combinations}
@@ -53,8 +53,8 @@ def _changed(config: Config, letters: Sequence[str]) -> Config:
 
 
 def _axis(text: str) -> list[str]:
-    """`M=1,2` as M=1 and M=2."""
+    """Split `M=1,2` into M=1 and M=2."""
     letter, _, values = text.partition("=")
     if letter not in LETTERS or not values:
-        raise ConfigError(f"--sweep: {text!r} must read LETTER=VALUES, as M=1,2,4; letters: {', '.join(LETTERS)}")
+        raise ConfigError(f"--sweep: {text!r} must read LETTER=VALUES, such as M=1,2,4; letters: {', '.join(LETTERS)}")
     return [f"{letter}={value}" for value in values.split(",")]

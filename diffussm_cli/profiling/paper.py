@@ -22,14 +22,14 @@ TOTAL_GFLOPS = {
     "dit-xl-512": (4.03e11, 768e6),
 }
 SENTENCE = (
-    "A DiffuSSM-XL forward costs {per_image:.1f} times a DiT-XL/2 forward (256x256). The paper's saving is in total "
-    "training compute, because it trains on fewer images: by its own formula {by_formula:+.0%} at 256 and "
-    "{by_formula_512:+.0%} at 512 against DiT-XL/2, where it prints {printed:+.0%} and {printed_512:+.0%}."
+    "A forward pass of DiffuSSM-XL costs {per_image:.1f} times as much as one of DiT-XL/2 (256x256). The paper saves "
+    "total training compute because it trains on fewer images. Against DiT-XL/2, its own formula gives "
+    "{by_formula:+.0%} at 256 and {by_formula_512:+.0%} at 512; it prints {printed:+.0%} and {printed_512:+.0%}."
 )
 
 
 class Row(NamedTuple):
-    """A published figure beside ours; `total` says that it is of a whole training run."""
+    """A published figure beside ours, in Gflops of a forward pass."""
 
     name: str
     published: float
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 
 class Training(NamedTuple):
-    """Total Gflops of a training run: as printed, and the forward that it implies; ours by formula."""
+    """Total Gflops of a training run as printed, the forward Gflops that they imply, and ours by formula."""
 
     name: str
     images: float
@@ -68,7 +68,7 @@ def dit_rows() -> Iterator[Row]:
 
 
 def training_rows() -> Iterator[Training]:
-    """The paper's total Gflops; for DiffuSSM by the paper's own formula, transforms left out as the paper does."""
+    """The paper's total Gflops beside ours, which leave out transforms as the paper's formula does."""
     for preset, (printed, images) in TOTAL_GFLOPS.items():
         c = cost(load_config(preset))
         forward = c.gflops - c.parts.get("FFT", 0) - c.parts.get("spectra", 0)
@@ -76,11 +76,11 @@ def training_rows() -> Iterator[Training]:
 
 
 def sentence() -> str:
-    """What the figures say, in one sentence."""
+    """A summary of the figures."""
     rows = {row.name: row for row in training_rows()}
 
-    def saving(resolution: int, of: str) -> float:
-        return getattr(rows[f"xl-{resolution}"], of) / getattr(rows[f"dit-xl-{resolution}"], of) - 1
+    def saving(resolution: int, field: str) -> float:
+        return getattr(rows[f"xl-{resolution}"], field) / getattr(rows[f"dit-xl-{resolution}"], field) - 1
 
     return SENTENCE.format(
         per_image=rows["xl-256"].forward / rows["dit-xl-256"].forward,

@@ -1,4 +1,4 @@
-"""What a run will take on this machine, from one measured optimiser step."""
+"""How long a run will take on this machine, from measured optimiser steps."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ from diffussm_cli.training.trainer import Trainer
 
 
 class Plan(NamedTuple):
-    """Seconds of an optimiser step of the whole batch, and of the training; images in the step that was measured."""
+    """Seconds per optimiser step on the whole batch, seconds of training, number of images in the measured step."""
 
     step_seconds: float
     seconds: float
@@ -42,9 +42,9 @@ class Noise:
 
 
 def plan(config: Config, available: int | None) -> Plan:
-    """Measure an optimiser step on as many images as fit into `available` bytes, and reckon the run from it.
+    """Measure an optimiser step on as many images as fit into `available` bytes, and extrapolate to the run.
 
-    A step costs a + b images; a and b come from a step of one part and a step of two.
+    A step on n images takes a + b n seconds; a and b come from a step of one part and a step of two parts.
 
     Raises:
         RunError: if not even one image fits.
@@ -62,7 +62,7 @@ def _images_that_fit(config: Config, available: int | None) -> int:
         if images == 1:
             raise RunError(
                 f"--estimate: one image of {config.preset} takes about "
-                f"{cost(_with_batch(config, 1, 1)).training_bytes / 2**30:.0f} GiB, more than is free here; "
+                f"{cost(_with_batch(config, 1, 1)).training_bytes / 2**30:.0f} GiB, more than is free on this machine; "
                 "set train.gradient_checkpointing=true, or measure on a larger machine"
             )
         images //= 2
@@ -75,7 +75,7 @@ def _with_batch(config: Config, images: int, parts: int) -> Config:
 
 
 def _step_seconds(config: Config, images: int, parts: int) -> float:
-    """The second of two steps: the first one makes the optimiser's state."""
+    """Time the second of two steps; the first one creates the optimiser's state."""
     small = _with_batch(config, images, parts)
     source = Noise(small)
     trainer = Trainer(small, source, Path("unused"))

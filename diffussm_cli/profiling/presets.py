@@ -1,4 +1,4 @@
-"""What training each preset costs, and whether it was done: from its configuration and from the header of its file."""
+"""The training cost of each preset, from its configuration, and whether it was run, from the header of its file."""
 
 import re
 from typing import NamedTuple
@@ -7,11 +7,11 @@ from diffussm_cli.config import load_config, preset_names, preset_text
 from diffussm_cli.profiling.flops import Cost, cost
 
 UNRUN = "Nobody has run this preset to its end"  # in the header of a preset until someone has
-RATE = re.compile(r"([\d,]+) images/s")  # in the header of a preset that was run or begun
+RATE = re.compile(r"([\d,]+) images/s")  # in the header of a preset that was run or started
 
 
 class PresetRow(NamedTuple):
-    """One preset. `seconds` of its training at the rate in its header, on one or two CPU cores; None if unknown."""
+    """One preset. `seconds` is its training time at the rate in its header, on one or two CPU cores, if known."""
 
     name: str
     data: str
@@ -21,7 +21,7 @@ class PresetRow(NamedTuple):
 
 
 def preset_rows() -> list[PresetRow]:
-    """Every preset, the cheapest training first."""
+    """Every preset, ordered by training cost."""
     rows = []
     for name in preset_names():
         config, header = load_config(name), preset_text(name).partition("\n\nmodel:")[0]

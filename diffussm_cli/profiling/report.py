@@ -1,4 +1,4 @@
-"""What models cost, gathered for one report: by formula, by a trace, measured here, and reckoned for a training."""
+"""The cost of models in one report: by formula, by a trace, measured here, and estimated for a training run."""
 
 import dataclasses
 import itertools
@@ -21,7 +21,7 @@ from diffussm_cli.profiling.memory import available_bytes
 from diffussm_cli.profiling.models import display_name, named_model, swept
 from diffussm_cli.profiling.work import Setting
 
-CONVENTION = "Gflops are 1e9 multiply-adds of one forward pass of one image"
+CONVENTION = "Gflops are 1e9 multiply-adds of one forward pass for one image"
 
 
 def profile(
@@ -32,14 +32,14 @@ def profile(
     setting: Setting | None = None,
     estimate: bool = False,
 ) -> Iterator[Event]:
-    """What models cost, as nested plain values.
+    """Report the cost of models as nested plain values.
 
     Args:
         models: names and configurations, as `choose_models` gives them.
-        counting: also count the multiply-adds by a trace of each model.
-        work: kinds of work whose time and memory are measured on this machine, of `work.KINDS`.
+        counting: also count the multiply-adds from a trace of each model.
+        work: kinds of work, from `work.KINDS`, whose time and memory are measured on this machine.
         setting: how they are measured.
-        estimate: also measure one optimiser step of each configuration and reckon its training.
+        estimate: also measure one optimiser step of each configuration and estimate its training time.
 
     Yields:
         events; the last one is a Result with a dictionary.
@@ -59,7 +59,7 @@ def profile(
         from diffussm_cli.profiling.plan import plan  # it needs the trainer, which takes seconds to import
 
         for entry, config in zip(result["models"], configs):
-            yield Stage(f"one step of {entry['name']}")
+            yield Stage(f"measuring a step of {entry['name']}")
             entry["training"] = plan(config, available_bytes(pick_device(config.train.device)))._asdict()
     yield Result(result)
 
@@ -67,12 +67,12 @@ def profile(
 def choose_models(
     models: str, resolutions: str, presets: Sequence[str], overrides: Sequence[str], sweep: Sequence[str]
 ) -> list[tuple[str, Config]]:
-    """Names and configurations asked for, resolution by resolution. Raises ConfigError."""
+    """The requested names and configurations, resolution by resolution. Raises ConfigError."""
     if presets:
         bases = [(config.preset, config) for config in (load_config(name, overrides) for name in presets)]
     else:
         if overrides:
-            raise ConfigError(f"--set: {overrides[0]!r} changes presets; name them by --preset")
+            raise ConfigError(f"--set: {overrides[0]!r} changes presets; name them with --preset")
         asked = itertools.product(resolutions.split(","), models.split(","))
         configs = [named_model(name.strip(), resolution.strip()) for resolution, name in asked]
         bases = [(display_name(config), config) for config in configs]
@@ -83,13 +83,13 @@ def make_setting(
     precision: str, device: str, batch_size: int, repeats: int, depth: int | None, compiled: bool = False
 ) -> tuple[Setting, list[str]]:
     """How time and memory are measured, and what the user should know about it. Raises ConfigError."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler prints on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints to stderr
     keep_freed_memory()
     where, warnings = pick_device(device), []
     if compiled:
         check_compiler(where)
     if precision == "bf16" and not has_bf16(where):
-        warnings = ["bf16 has no hardware support here; its times say nothing of a machine that has it"]
+        warnings = ["bf16 has no hardware support here; its times say nothing about a machine that has it"]
         dtype = torch.bfloat16
     else:
         dtype = pick_dtype(precision, where)
@@ -105,7 +105,7 @@ def cost_entry(config: Config, name: str | None = None) -> dict[str, Any]:
 def _add_latency(
     result: dict[str, Any], configs: Sequence[Config], kinds: Sequence[str], setting: Setting
 ) -> Iterator[Event]:
-    """Put time and memory into the result, resolution by resolution, and the exponents of time against L."""
+    """Add time and memory to the result, resolution by resolution, and the exponents of time against L."""
     asked = [((config.data.size, kind), i) for kind in kinds for i, config in enumerate(configs)]
     for (size, kind), group in itertools.groupby(asked, key=lambda item: item[0]):
         places = [i for _, i in group]
@@ -128,7 +128,7 @@ def _add_latency(
 
 
 def _describe(measured: timing.Measured, config: Config) -> dict[str, Any]:
-    """A measurement as plain values; times in milliseconds of a batch."""
+    """A measurement as plain values; times in milliseconds per batch."""
     return {
         "median_ms": measured.time.median,
         "low_ms": measured.time.low,
@@ -143,7 +143,7 @@ def _describe(measured: timing.Measured, config: Config) -> dict[str, Any]:
 
 
 def _exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """The exponent of forward time against L by model, where two lengths or more were measured."""
+    """The exponent of time against L by model and kind of work, if at least two lengths were measured."""
     points: dict[tuple[str, str], dict[int, float]] = {}
     for m in models:
         for kind, found in m.get("measured", {}).items():
@@ -156,8 +156,8 @@ def _exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:
 
 
 def panels(result: dict, configs: Sequence[Config]) -> dict:
-    """What `--figure` draws: figure 3, and time and memory where several resolutions were measured."""
-    found: dict[str, dict] = {"Gflops of a forward pass": figure_3()}
+    """The panels that `--figure` draws: figure 3, and time and memory if several resolutions were measured."""
+    found: dict[str, Any] = {"Gflops of a forward pass": figure_3()}
     for m, config in zip(result["models"], configs):
         side = (config.data.size[0] * config.data.size[1]) ** 0.5
         for kind, values in m.get("measured", {}).items():

@@ -1,8 +1,8 @@
 """Measured time of models on this machine.
 
-Models take turns (A B A B ...) in one process, so that a drift of the machine affects all of them alike. Each figure is
-a median with its quartiles. A large matrix product takes its turn among them: the Gflops of a model divided by its time
-are given as a fraction of the rate of that product.
+Models take turns (A B A B ...) in one process, so that drift of the machine affects all of them alike. Each figure is a
+median with its quartiles. A large matrix product takes turns with the models, and the rate of a model (its Gflops over
+its time) is given as a fraction of the rate of that product.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """One model at one kind of work. `shares` are of time: products, attention, SSM, rest (forward only)."""
+    """One model at one kind of work. `shares` of the time are products, attention, SSM, rest (forward only)."""
 
     time: Timing
-    rate: float  # multiply-adds a second over the rate of a large matrix product
+    rate: float  # multiply-adds per second, relative to a large matrix product
     images_per_second: float
     peak_bytes: int | None
     shares: dict[str, float]
-    blocks: int  # measured; fewer than the model has: scaled
+    blocks: int  # number measured; if the model has more, times are scaled
 
 
 # --------------------------------------------------------------------------------------------------- the clock
-def take_turns(calls: Sequence[Callable[[], None]], setting: Setting) -> list[list[float]]:
-    """Milliseconds of every repeat of each call, after one warm-up each, in turn."""
+def take_turns(calls: Sequence[Callable[[], object]], setting: Setting) -> list[list[float]]:
+    """Run the calls in turn after one warm-up each; returns the milliseconds of every repeat of each call."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
@@ -59,13 +59,13 @@ def take_turns(calls: Sequence[Callable[[], None]], setting: Setting) -> list[li
     return times
 
 
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
+def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        start = time.perf_counter()
+        began = time.perf_counter()
         call()
         if device.type == "mps":
             torch.mps.synchronize()
-        return 1e3 * (time.perf_counter() - start)
+        return 1e3 * (time.perf_counter() - began)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record(torch.cuda.current_stream(device))
     call()
@@ -84,7 +84,7 @@ def summary(times: Sequence[float]) -> Timing:
 
 # ------------------------------------------------------------------------------------------- where time goes
 def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Shares of one call's time in matrix products, fused attention, the SSM, and the rest."""
+    """Shares of one call's time spent in matrix products, fused attention, the SSM, and the rest."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
@@ -92,7 +92,7 @@ def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> 
         call()
     unit = "device" if device.type == "cuda" else "cpu"
     self_time, whole_time = f"self_{unit}_time_total", f"{unit}_time_total"
-    # Kernels on a GPU have entries of their own; their time is in those of the operators already.
+    # GPU kernels have entries of their own, but the entries of the operators already include their time.
     events = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
     total = sum(getattr(e, self_time) for e in events)
     named = {"products": 0.0, "attention": 0.0, "SSM": 0.0}
@@ -110,7 +110,7 @@ def shares(model: nn.Module, call: Callable[[], None], device: torch.device) -> 
 
 @contextlib.contextmanager
 def _ssm_named(model: nn.Module) -> Iterator[None]:
-    """Profiles show S4D layers as one range."""
+    """Make profiles show every S4D layer as one range."""
     ranges, hooks = [], []
 
     def enter(*_) -> None:
@@ -132,14 +132,14 @@ def _ssm_named(model: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------------- everything
 def measure(configs: Sequence[Config], kind: str, setting: Setting) -> list[Measured | None]:
-    """Time and memory of several models at one kind of work, in turn; None for one that does not fit into memory."""
+    """Time and memory of several models at one kind of work, in turn; None for one that does not fit."""
     peaks = [_fits(config, kind, setting) for config in configs]
     models = [_Model(config, kind, setting) if fits else None for config, (fits, _) in zip(configs, peaks)]
     reference, macs = product(setting)
     calls = [reference, *(call for model in models if model for call in model.calls)]
     times = iter(take_turns(calls, setting))
     best = macs / summary(next(times)).median
-    return [m and m.result(times, best, peak) for m, (_, peak) in zip(models, peaks)]
+    return [m.result(times, best, peak) if m else None for m, (_, peak) in zip(models, peaks)]
 
 
 def _fits(config: Config, kind: str, setting: Setting) -> tuple[bool, int | None]:
@@ -150,7 +150,7 @@ def _fits(config: Config, kind: str, setting: Setting) -> tuple[bool, int | None
 
 
 class _Model:
-    """A model in the row of those that take turns; beside one of fewer blocks, the same without any."""
+    """A model that takes turns; if only some blocks are measured, the same model without blocks does too."""
 
     def __init__(self, config: Config, kind: str, setting: Setting):
         self.config, self.kind, self.setting = config, kind, setting
@@ -160,7 +160,7 @@ class _Model:
         self.calls = [workload(model, config, kind, setting) for model in self.models]
 
     def result(self, times: Iterator[list[float]], best: float, peak: int | None) -> Measured:
-        """What came of it; `best` in multiply-adds a millisecond."""
+        """Summarise the times; `best` is in multiply-adds per millisecond."""
         time = summary(self._whole([next(times) for _ in self.calls]))
         B = self.setting.batch_size
         per_image = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if self.config.model.num_classes else 1}[self.kind]
@@ -169,11 +169,11 @@ class _Model:
         return Measured(time, macs / time.median / best, 1e3 * B / time.median, peak, parts, self.blocks)
 
     def _whole(self, found: list[list[float]]) -> list[float]:
-        """Times of all blocks, repeat by repeat, from those of some blocks and of none."""
+        """Times with all blocks, repeat by repeat, from those with some blocks and with none."""
         if len(found) == 1:
             return found[0]
-        times = self.config.model.depth / self.blocks
-        return [shell + (some - shell) * times for some, shell in zip(*found)]
+        factor = self.config.model.depth / self.blocks
+        return [shell + (some - shell) * factor for some, shell in zip(*found)]
 
 
 def exponent(lengths: Sequence[int], times: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What is measured: models with random weights, and the calls that are timed."""
+"""The work that is measured: models with random weights, and the calls that are timed."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import nn
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
-from diffussm_cli.model import build_model
+from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.sampling.precision import cast_products
@@ -21,18 +21,18 @@ KINDS = (FORWARD, TRAINING, GUIDED)
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything is measured."""
+    """How time and memory are measured."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of autocast; float32 for none
+    dtype: torch.dtype = torch.float32  # of autocast; float32 means no autocast
     batch_size: int = 1
     repeats: int = 5
     depth: int | None = None  # measure that many blocks and scale to all
-    compiled: bool = False  # by torch.compile
+    compiled: bool = False  # with torch.compile
 
 
-def build(config: Config, setting: Setting, depth: int) -> nn.Module:
-    """A model of `depth` blocks with small random weights: the published start would multiply by zeros."""
+def build(config: Config, setting: Setting, depth: int) -> Backbone:
+    """A model of `depth` blocks with small random weights: the published initialisation would multiply by zeros."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=depth))
     with torch.device("meta"):
         model = build_model(config)
@@ -49,15 +49,15 @@ def build(config: Config, setting: Setting, depth: int) -> nn.Module:
     return model
 
 
-def workload(model: nn.Module, config: Config, kind: str, setting: Setting) -> Callable[[], None]:
-    """What is timed: one call on a fixed batch. The model is put into train or eval mode by the first call."""
+def workload(model: Backbone, config: Config, kind: str, setting: Setting) -> Callable[[], None]:
+    """The call to time, on a fixed batch. The first call puts the model into train or eval mode."""
     B, device = setting.batch_size, setting.device
     x = torch.randn(B, model.in_channels, *model.input_size, device=device)
     t = torch.full((B,), 500, device=device)
     y = torch.zeros(B, dtype=torch.long, device=device) if model.num_classes else None
     process = GaussianDiffusion.from_config(config.diffusion, device)
-    how = SampleConfig(guidance=1.5 if model.num_classes else 1.0)
-    denoise = make_denoiser(model, process, how, y)
+    sampling = SampleConfig(guidance=1.5 if model.num_classes else 1.0)
+    denoise = make_denoiser(model, process, sampling, y)
     generators = [torch.Generator() for _ in range(B)]
 
     def forward() -> None:
@@ -77,15 +77,15 @@ def workload(model: nn.Module, config: Config, kind: str, setting: Setting) -> C
 
     def run() -> None:
         if model.training != (kind == TRAINING):
-            model.train(kind == TRAINING)  # forgets kept kernels, so only where it must change
+            model.train(kind == TRAINING)  # frees kept kernels, so only if the mode changes
         with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
             call()
 
     return run
 
 
-def product(setting: Setting, rows: int = 4096, width: int = 1152) -> tuple[Callable[[], None], float]:
-    """A matrix product of the size that XL has at 512, and its multiply-adds."""
+def product(setting: Setting, rows: int = 4096, width: int = 1152) -> tuple[Callable[[], object], float]:
+    """A matrix product of the size that XL uses at 512, and its multiply-adds."""
     x = torch.randn(rows, width, device=setting.device, dtype=setting.dtype)
     W = torch.randn(2 * width, width, device=setting.device, dtype=setting.dtype)
     return lambda: nn.functional.linear(x, W), rows * width * 2 * width

@@ -1,4 +1,4 @@
-"""Run folders: what is in them, and how it is read and written so that a kill leaves it whole."""
+"""Run folders: their contents, read and written so that a killed process leaves them intact."""
 
 from diffussm_cli.runs.checkpoints import (
     damage,

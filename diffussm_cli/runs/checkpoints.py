@@ -1,4 +1,4 @@
-"""Folders of weights that are complete: how they are written whole, and how damage is found."""
+"""Write folders of weights atomically, and find damage in them."""
 
 import contextlib
 import shutil
@@ -12,7 +12,7 @@ from diffussm_cli.runs.metadata import read_config, read_state
 
 
 def has_final(root: Path, step: int) -> bool:
-    """Whether `final/` is complete, as it was written, and of this step."""
+    """Whether `final/` is complete, undamaged and from this step."""
     try:
         read_config(root / FINAL)
         return damage(root / FINAL, [MODEL]) is None and read_state(root / FINAL)["step"] == step
@@ -21,8 +21,8 @@ def has_final(root: Path, step: int) -> bool:
 
 
 def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose `files` are as they were written, and what is wrong with newer ones."""
-    damaged = []
+    """The newest checkpoint of a run whose `files` are undamaged, and what is wrong with newer ones."""
+    damaged: list[str] = []
     for path in reversed(list_checkpoints(root)):
         wrong = damage(path, files)
         if wrong is None:
@@ -32,12 +32,12 @@ def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> t
 
 
 def damage(checkpoint: Path, files: Sequence[str]) -> str | None:
-    """What is wrong with a checkpoint in words, or None."""
+    """A description of what is wrong with a checkpoint, or None."""
     try:
         hashes = read_state(checkpoint)["sha256"]
         for name in files:
             if sha256(checkpoint / name) != hashes[name]:
-                return f"{checkpoint / name} is not as it was written"
+                return f"{checkpoint / name} has changed since it was written"
     except RunError as e:
         return str(e)
     except OSError as e:
@@ -50,10 +50,10 @@ def damage(checkpoint: Path, files: Sequence[str]) -> str | None:
 # ------------------------------------------------------------------------------------------------- writing
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name complete and on disk, or not at all.
+    """Write a folder atomically: it appears under its name complete and on disk, or not at all.
 
     Raises:
-        RunError: if it cannot be written; what was there before is untouched.
+        RunError: if the folder cannot be written; an older folder of this name is kept.
     """
     temporary, replaced = (path.with_name(f"{PARTIAL}{path.name}{end}") for end in ("", ".old"))
     try:

@@ -1,7 +1,7 @@
-"""DiT's published checkpoints (a state dict in a .pt file), read as one of our models with a configuration.
+"""Read DiT's published checkpoints (a state dict in a .pt file) as one of our models with a configuration.
 
-The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt; a training checkpoint with the
-averaged weights under `ema` is read as well.
+The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt. Training checkpoints, with the
+averaged weights under `ema`, can be read too.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def published_config(path: Path) -> Config:
         data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": DEFAULT_VAE}
         return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
     except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
-        raise RunError(f"RUN: {path} is not a checkpoint of DiT: {reason(e)} does not fit") from e
+        raise RunError(f"RUN: {path} is not a DiT checkpoint: {reason(e)} does not fit") from e
 
 
 def published_weights(path: Path) -> dict[str, Tensor]:
@@ -63,12 +63,12 @@ def published_weights(path: Path) -> dict[str, Tensor]:
         model = build_model(config)
     expected, found = model.positions(*model.input_size), state.pop("pos_embed")[0]
     if found.shape != expected.shape or (found - expected).abs().max() > 1e-5:
-        raise RunError(f"{path}: its positions are not DiT's sines and cosines")
+        raise RunError(f"{path}: its position embedding is not DiT's sines and cosines")
     weights = {_our_name(name, path): tensor for name, tensor in state.items()}
     weights["patch_in.weight"] = weights["patch_in.weight"].flatten(1)
     for name in weights:
         if ".attention.proj." in name:
-            weights[name] = weights[name][None]  # the only place of M = 1
+            weights[name] = weights[name][None]  # our weight has a leading dimension M = 1
     return weights
 
 
@@ -76,23 +76,23 @@ def _our_name(name: str, path: Path) -> str:
     for pattern, ours in NAMES.items():
         if re.fullmatch(pattern, name):
             return re.sub(pattern, ours, name)
-    raise RunError(f"{path}: {name} is no part of a DiT")
+    raise RunError(f"{path}: {name} is not part of a DiT")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the options in DiT's training checkpoints
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # whatever torch says of a damaged pickle
+    except Exception as e:  # torch raises all kinds of errors for a damaged pickle
         why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
         raise RunError(f"RUN: {path} cannot be read as a state dict: {why}") from e
     state = state.get("ema", state) if isinstance(state, dict) else {}
     if not isinstance(state, dict) or not all(_is_stored(v) for v in state.values()):
-        raise RunError(f"RUN: {path} holds more than tensors; it is not a checkpoint of DiT")
+        raise RunError(f"RUN: {path} holds more than tensors; it is not a DiT checkpoint")
     return dict(state)
 
 
 def _is_stored(value: Any) -> bool:
-    """Whether a value is a tensor whose numbers are all in the file; a view may claim to be of any size."""
+    """Whether a value is a tensor whose numbers are all in the file; a view may claim any size."""
     plain = isinstance(value, Tensor) and value.layout == torch.strided
     return plain and value.nbytes <= value.untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""The names of everything in a run folder, and the list of its checkpoints.
+"""The names of all files in a run folder, and the list of its checkpoints.
 
 RUN/config.yaml                      the resolved configuration
 RUN/metrics.jsonl, RUN/tensorboard/  records of training
@@ -19,11 +19,11 @@ CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 LOG, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # what a run may hold by its first one
+BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # all that a run may hold before its first one
 
 
 def newest_run(folder: Path, name: str | None = None) -> Path | None:
-    """The run below `folder` whose configuration was written last; with a name, of NAME, NAME-2, NAME-3, ... only."""
+    """The run in `folder` whose configuration was written last; with a name, only NAME, NAME-2, NAME-3, ... count."""
     runs = [p.parent for p in folder.glob(f"*/{CONFIG}")]
     if name is not None:
         runs = [p for p in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)]
@@ -31,16 +31,16 @@ def newest_run(folder: Path, name: str | None = None) -> Path | None:
 
 
 def checkpoint_name(step: int) -> str:
-    """The folder of a step; names sort as steps do."""
+    """The folder name of a step; names sort in the order of steps."""
     return f"step-{step:08d}"
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints of a run that were completed, oldest first; a folder counts only under its final name."""
+    """The complete checkpoints of a run, oldest first; a folder counts only under its final name."""
     named = (p for p in (root / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
     return sorted((p for p in named if (p / STATE).is_file()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step of a checkpoint by its name."""
+    """The step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step-"))

@@ -1,4 +1,4 @@
-"""The small text files of a run: configuration, state, metrics, skipped images. What is damaged is named."""
+"""The small text files of a run: configuration, state, metrics, skipped images. Errors name the damaged file."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from diffussm_cli.runs.layout import CONFIG, METRICS, SKIPPED, STATE
 
 
 def read_config(folder: Path, option: str = "RUN") -> Config:
-    """The configuration that a run was made with; `option` is what the run was given by. Raises RunError."""
+    """Read the configuration of a run; `option` is the option that gave the run. Raises RunError."""
     path = folder / CONFIG
     try:
         return config_from_dict(_saved_values(read_text(path, option), f"{option}: {path}"), str(path))
@@ -32,7 +32,7 @@ def _saved_values(text: str, where: str) -> dict[str, Any]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The small numbers of a checkpoint. Raises RunError."""
+    """Read the state.json of a checkpoint: step, counts and hashes. Raises RunError."""
     state = _read_object(folder / STATE)
     if type(state.get("step")) is not int or state["step"] < 0:
         raise RunError(f"{folder / STATE}: damaged")
@@ -40,7 +40,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _read_object(path: Path, remedy: str = "") -> dict[str, Any]:
-    """A small JSON object. Raises RunError."""
+    """Read a small JSON object. Raises RunError."""
     try:
         found = json.loads(read_text(path, "RUN"))
         if isinstance(found, dict):
@@ -51,12 +51,12 @@ def _read_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
-    """What `read_state` reads. Raises OSError."""
+    """Write the file that `read_state` reads. Raises OSError."""
     write_text(folder / STATE, json.dumps(state))
 
 
-def read_metrics(folder: Path) -> dict[str, float]:
-    """What `best/` was measured at; empty where there is none. Raises RunError."""
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Read the metrics of `best/`; empty if there are none. Raises RunError."""
     path, remedy = folder / METRICS, f"; delete the folder {folder}"
     if not path.is_file():
         return {}
@@ -67,13 +67,13 @@ def read_metrics(folder: Path) -> dict[str, float]:
 
 
 def write_skipped(root: Path, skipped: Sequence[tuple[int | None, str, str]]) -> None:
-    """Index, name and reason of images that a run leaves out, as `encode` writes them. Raises OSError."""
+    """Write index, name and reason of the images that a run skips, in the format of `encode`. Raises OSError."""
     lines = [json.dumps({"index": i, "file": name, "reason": reason}) + "\n" for i, name, reason in skipped]
     write_text(root / SKIPPED, "".join(lines))
 
 
 def read_skipped(root: Path) -> list[tuple[int | None, str, str]]:
-    """What `write_skipped` wrote. Raises RunError."""
+    """Read the file that `write_skipped` writes. Raises RunError."""
     path = root / SKIPPED
     try:
         if not path.is_file():
@@ -84,4 +84,4 @@ def read_skipped(root: Path) -> list[tuple[int | None, str, str]]:
             raise ValueError
         return skipped
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise RunError(f"{path}: damaged; the run cannot know which images it left out") from e
+        raise RunError(f"{path}: damaged; the run cannot know which images it skipped") from e

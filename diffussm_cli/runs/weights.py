@@ -1,9 +1,9 @@
-"""The weights of a run: found, read, checked and written. Only safetensors, and DiT's published .pt files."""
+"""Find, read, check and write the weights of a run: only safetensors, and DiT's published .pt files."""
 
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffussm_cli.config import Config, to_yaml
 from diffussm_cli.errors import RunError, reason
 from diffussm_cli.machine.files import tensors_header, write_text
-from diffussm_cli.model import build_model
+from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
 from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, newest_run
 from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_state
 
-DTYPES = {  # of weights, as safetensors spells them
+DTYPES = {  # of weights, with their names in safetensors
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -46,12 +46,12 @@ class TrainedRun:
 
 # ------------------------------------------------------------------------------------------------- reading
 def find_run(path: Path | None) -> TrainedRun:
-    """The averaged weights under a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
+    """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
 
-    Without a path, those of the newest run in runs/.
+    Without a path, take the newest run in runs/.
 
     Raises:
-        RunError: if there is none.
+        RunError: if there are none, or they are damaged.
     """
     path = path or newest_run(RUNS)
     if path is None:
@@ -62,11 +62,11 @@ def find_run(path: Path | None) -> TrainedRun:
         raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
     if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ or best/ itself, perhaps copied elsewhere
         root = path.parent if (path.parent / CONFIG).is_file() else path
-        _refuse_damage(path, MODEL, "name the run folder, or another copy")
+        _refuse_damage(path, MODEL, "give the run folder, or another copy")
         return TrainedRun(root, read_config(path), path / MODEL, read_metrics(path).get("step"))
     if (path / EMA).is_file() and (path.parent.parent / CONFIG).is_file():  # a checkpoint
         root = path.parent.parent
-        _refuse_damage(path, EMA, "name the run folder to take the newest good checkpoint")
+        _refuse_damage(path, EMA, "give the run folder to use the newest good checkpoint")
         return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
     if (path / FINAL / MODEL).is_file():
         _refuse_damage(path / FINAL, MODEL, f"write it again with: diffussm train --resume --out {path}")
@@ -74,23 +74,23 @@ def find_run(path: Path | None) -> TrainedRun:
     newest, damaged = newest_good(path, [EMA])
     if newest is None:
         also = f": {damaged[0]}" if damaged else ""
-        raise RunError(f"RUN: {str(path)!r} holds no finished training and no good checkpoint{also}")
+        raise RunError(f"RUN: {str(path)!r} holds no finished training and no usable checkpoint{also}")
     return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
 
 
 def _refuse_damage(folder: Path, file: str, remedy: str) -> None:
-    """Raises RunError for weights that are not as they were written; those of earlier versions have no hashes."""
+    """Raises RunError if weights have changed since they were written; those of earlier versions have no hashes."""
     wrong = damage(folder, [file]) if (folder / STATE).exists() else None
     if wrong:
         raise RunError(f"RUN: {wrong}; {remedy}")
 
 
-def load_model(trained: TrainedRun) -> nn.Module:
-    """The network of a run with its averaged weights, in eval mode, on the CPU. Raises RunError."""
+def load_model(trained: TrainedRun) -> Backbone:
+    """Load the model of a run with its averaged weights, in eval mode, on the CPU. Raises RunError."""
     with torch.device("meta"):
         model = build_model(trained.config)
     weights = read_tensors(trained.weights)
-    check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is taken for what a file asks for
+    check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is allocated
     model = model.to_empty(device="cpu")
     model.fill_position()
     model.load_state_dict(weights)
@@ -98,7 +98,7 @@ def load_model(trained: TrainedRun) -> nn.Module:
 
 
 def check_weights_match(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises RunError for weights of other names or shapes than a model's own, or that are no finite numbers."""
+    """Raises RunError if names or shapes of weights differ from a model's own, or if values are not finite."""
     wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
     if wrong:
         raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
@@ -113,7 +113,7 @@ def check_weights_match(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of a published DiT, on the CPU. Raises RunError."""
+    """Read all tensors of a safetensors file, or of a published DiT, on the CPU. Raises RunError."""
     if path.suffix == dit_checkpoint.SUFFIX:
         return dit_checkpoint.published_weights(path)
     try:
@@ -123,11 +123,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Tensors of any device to a safetensors file; gives its sha256, taken while it is written. Raises OSError."""
+    """Write tensors of any device to a safetensors file; returns its sha256, computed while writing. Raises OSError."""
     held = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        parts = itertools.chain(
+        parts: Iterator[Any] = itertools.chain(
             [tensors_header({n: (DTYPES[t.dtype], t.shape, t.nbytes) for n, t in held})],
             (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in held),
         )
@@ -140,7 +140,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
 def write_weights(
     path: Path, config: Config, weights: Mapping[str, Tensor], step: int, metrics: Mapping[str, Any] | None = None
 ) -> None:
-    """`final/` or `best/`: averaged weights of a step and what they are. Raises RunError."""
+    """Write `final/` or `best/`: the averaged weights of a step, with configuration and metrics. Raises RunError."""
     with whole_folder(path) as folder:
         hashes = {MODEL: write_tensors(weights, folder / MODEL)}
         write_text(folder / CONFIG, to_yaml(config))

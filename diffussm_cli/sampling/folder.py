@@ -1,7 +1,7 @@
 """A folder of samples: one PNG per seed, a grid, meta.json, and an .npz on request; written by one process or several.
 
-Seeds are drawn in the same batches whoever draws them, so that the images depend neither on the number of processes nor
-on interruptions. meta.json is written first and says what is being drawn; `complete` in it becomes true at the end.
+The batches of seeds are always the same, so that the images depend neither on the number of processes nor on
+interruptions. meta.json is written first and describes the request; its field `complete` becomes true at the end.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ FIXED = (
 
 
 def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
-    """What decides the images of these seeds, for meta.json."""
+    """Everything that determines the images of these seeds, for meta.json."""
     config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
     finished = None if foreign else config.train.steps
     return {
@@ -74,7 +74,7 @@ def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: S
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """Where the images of a request go; `facts` are those of `sample_facts`. A full disk raises OSError."""
+    """The folder for the images of a request; `facts` come from `sample_facts`. A full disk raises OSError."""
 
     path: Path
     sampler: Sampler
@@ -82,7 +82,7 @@ class SampleFolder:
     facts: Mapping[str, Any]
 
     def begin(self) -> None:
-        """Say in meta.json what is being drawn.
+        """Write meta.json, which describes the request.
 
         Raises:
             RunError: if the folder holds images of another request.
@@ -95,13 +95,13 @@ class SampleFolder:
         """The batches of this process that still lack an image."""
         size = self.sampler.batch_size
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
-        with os.scandir(self.path) as entries:  # a look at each of a million names would take half a minute
-            there = {entry.name for entry in entries if entry.is_file()}
-        wanting = [batch for batch in every if not all(file_name(seed) in there for seed in batch)]
-        return wanting[world.rank :: world.size]
+        with os.scandir(self.path) as entries:  # one stat per file would take half a minute for a million
+            existing = {entry.name for entry in entries if entry.is_file()}
+        incomplete = [batch for batch in every if not all(file_name(seed) in existing for seed in batch)]
+        return incomplete[world.rank :: world.size]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
-        """Draw and write the images that the batches lack; yields the number of seeds done."""
+        """Draw the batches and write the images that are missing; yields the number of seeds done."""
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]
@@ -113,7 +113,7 @@ class SampleFolder:
                 yield len(seeds)
 
     def finish(self, grid: Path, npz: bool) -> None:
-        """Write the grid of the first images, the .npz of all if asked for, and the final meta.json."""
+        """Write the grid of the first images, the .npz of all images if `npz`, and the final meta.json."""
         shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
         save_grid(shown, grid, columns=10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5)))
@@ -122,13 +122,13 @@ class SampleFolder:
         self._write_meta(complete=True)
 
     def _arrays(self, shape: Sequence[int]) -> dict[str, tuple]:
-        """Images in NHWC as `arr_0`, as the ADM evaluation reads them, and labels as `arr_1` if there are any."""
+        """Images in NHWC as `arr_0`, as the ADM evaluation expects, and labels as `arr_1` if there are any."""
         labels = self.facts["labels"]
         arrays = {"arr_0": ((len(self.seeds), *shape), np.uint8, self.read(self.seeds))}
         return arrays | ({"arr_1": ((len(labels),), np.int64, [np.array(labels)])} if labels else {})
 
     def read(self, seeds: range) -> Iterator[np.ndarray]:
-        """Images read back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image of another size."""
+        """Read images back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image of another size."""
         for i in range(0, len(seeds), READ):
             yield np.stack([self._image(seed) for seed in seeds[i : i + READ]])
 
@@ -154,7 +154,7 @@ def file_name(seed: int) -> str:
 
 
 def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raises RunError if `folder` holds images that were drawn in another way."""
+    """Raises RunError if `folder` holds images that were drawn with other settings."""
     if not (folder / META).is_file():
         if any(folder.glob("*.png")):
             raise RunError(f"--out: {str(folder)!r} holds images without {META}; name another folder")
@@ -177,7 +177,7 @@ def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
         except RunError:
             continue
         return folder
-    raise RunError(f"--out: {str(root)!r} is full of folders of images; name one")
+    raise RunError(f"--out: {str(root)!r} has no free name for a folder of images; name one")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -186,5 +186,5 @@ def read_meta(folder: Path) -> dict[str, Any]:
     with reading(f"{path}: cannot be read", RunError, remedy):
         found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise RunError(f"{path}: holds no facts about samples{remedy}")
+        raise RunError(f"{path}: is not a JSON object{remedy}")
     return found

@@ -1,4 +1,4 @@
-"""From seeds to images in model space. Image i depends on seed i and its class alone: one CPU generator per image.
+"""From seeds to images in model space. Image i depends only on seed i and its class: one CPU generator per image.
 
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.sampling.precision import in_precision
 
 
@@ -24,7 +25,7 @@ class Drawn(NamedTuple):
 
 
 def generate(
-    model: nn.Module,
+    model: Backbone,
     process: GaussianDiffusion,
     sampling: SampleConfig,
     seeds: Sequence[int],
@@ -32,13 +33,13 @@ def generate(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Drawn]:
-    """Draw one image per seed, batch by batch. Afterwards the model keeps no kernels.
+    """Draw one image per seed, batch by batch. At the end, the kernels that the model keeps are freed.
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
         sampling: sampler, steps and guidance.
-        labels: one per seed; without them each is drawn uniformly by the generator of its seed (`labels_of`).
-        dtype: of autocast; float32 means none.
+        labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
+        dtype: autocast dtype; float32 means no autocast.
     """
     try:
         for start in range(0, len(seeds), batch_size):
@@ -49,7 +50,7 @@ def generate(
 
 
 def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
-    """The labels that `generate` draws for seeds of a model with that many classes."""
+    """The labels that `generate` draws for these seeds if the model has `num_classes` classes."""
     generator = torch.Generator()
     return [_label(generator.manual_seed(seed), num_classes) for seed in seeds]
 
@@ -73,12 +74,12 @@ def _draw(model, process, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of x_t between steps: near t = T noise is 150 times larger than the image, and float32 loses digits."""
+    """The dtype of x_t between steps: near t = T, noise is 150 times larger than the image and float32 loses digits."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def make_denoiser(model, process: GaussianDiffusion, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
-    """Wrap the model with its labels, guidance and clipping as `sampling` asks for."""
+    """Wrap the model with its labels, guidance and clipping as `sampling` specifies."""
 
     def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         return model(x.float(), t, y).to(x.dtype)

@@ -11,7 +11,7 @@ from diffussm_cli.model.block import HourglassLinear
 
 @contextlib.contextmanager
 def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to `dtype` unless it is float32, with the weights of matrix products cast once and not at each call."""
+    """Autocast to `dtype` unless it is float32; the weights of matrix products are cast once, not at each call."""
     parameters = _product_parameters(model)
     originals = [p.data for p in parameters]
     try:

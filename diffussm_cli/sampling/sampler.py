@@ -1,9 +1,9 @@
-"""A model that is ready to draw: from seeds to decoded 8-bit images. Sampling, previews and evaluation all use it."""
+"""The sampler: from seeds to decoded 8-bit images. `sample`, previews and evaluation all use it."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import to_uint8
@@ -11,6 +11,7 @@ from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, load_model
 from diffussm_cli.sampling.generate import generate, labels_of
 from diffussm_cli.sampling.precision import cast_products
@@ -20,17 +21,17 @@ class Sampler:
     """Draws images by seed.
 
     Args:
-        model: in eval mode, on the device that computes.
-        config: of the run that the model belongs to.
+        model: the network, in eval mode, on the device to compute on.
+        config: configuration of the run that the model belongs to.
         sampling: sampler, steps and guidance.
         decoding: how latents become images.
-        batch_size: number of images at a time.
-        dtype: of autocast; float32 means none.
+        batch_size: number of images per batch.
+        dtype: autocast dtype; float32 means no autocast.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Backbone,
         config: Config,
         sampling: SampleConfig,
         decoding: Decoding,
@@ -43,7 +44,7 @@ class Sampler:
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
 
     def labels(self, seeds: range, classes: Sequence[int] = ()) -> list[int] | None:
-        """The label of each seed: `classes` in turn, or drawn by each seed; None for an unconditional model."""
+        """The label of each seed: `classes` in turn, or drawn with the seed; None for an unconditional model."""
         n = self.config.model.num_classes
         if not n:
             return None
@@ -62,7 +63,7 @@ class Sampler:
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; take fewer") from e
+            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; use fewer") from e
 
 
 def open_sampler(

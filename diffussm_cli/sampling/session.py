@@ -1,4 +1,4 @@
-"""Drawing from a trained run into a folder, as `diffussm sample` does it."""
+"""Drawing from a trained run into a folder, as `diffussm sample` does."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -28,14 +28,14 @@ def sample(
     grid: Path | None = None,
     npz: bool = False,
 ) -> Iterator[Event]:
-    """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call continues where it was interrupted.
+    """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an interrupted one.
 
     Under torchrun the processes share the work.
 
     Args:
         run: a run folder, its `final/` or `best/`, a checkpoint, or a published DiT.
-        out: the folder; by default RUN/images, numbered if that holds images of another request.
-        classes: labels in turn; if empty, each seed draws its own.
+        out: the output folder; by default RUN/images, or a numbered one if that holds images of another request.
+        classes: labels, used in turn; if empty, each seed draws its own.
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
@@ -44,7 +44,7 @@ def sample(
         events; the last one is a Result with the path of the grid.
 
     Raises:
-        DiffussmError: before anything is drawn where possible.
+        DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
     world, seeds = read_world(), range(seed, seed + num)
@@ -63,7 +63,7 @@ def sample(
         gather(None, world)
         yield Stage("looking for finished images")
         batches, done = folder.missing(world), 0
-        gather(None, world)  # every process looks before one draws
+        gather(None, world)  # every process looks before any of them draws
         total = sum(map(len, batches))
         yield Progress(0, total)
         for n in folder.draw(batches):

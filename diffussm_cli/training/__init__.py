@@ -1,4 +1,4 @@
-"""Training runs: the session, the loop, and what they keep."""
+"""Training runs: the session, the training loop, and their files."""
 
 from diffussm_cli.events import TrainingRecord
 from diffussm_cli.training.session import TrainingResult, train

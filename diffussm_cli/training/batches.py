@@ -1,4 +1,4 @@
-"""The batch of each optimiser step, as a function of (seed, step) alone, so that a resumed run sees the same.
+"""The batch of each optimiser step. It depends only on (seed, step), so that a resumed run sees the same batches.
 
 B global batch, of which each process takes its part   C channels   H x W grid
 """
@@ -23,27 +23,28 @@ PREFETCH = 3  # batches
 
 @dataclass(frozen=True)
 class Batch:
-    """Everything random about a step, decided, of the images of one process."""
+    """One process's part of the batch of a step, with all random choices made."""
 
     x_0: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
     noise: Tensor  # (B, C, H, W)
-    y: Tensor | None  # (B,), labels with the null class dropped in; None if unconditional
+    y: Tensor | None  # (B,), labels, some replaced by the null class; None if unconditional
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
-        """Images start..stop on a device."""
+        """Images start..stop, moved to a device."""
         return self.each(lambda tensor: tensor[start:stop].to(device, non_blocking=True))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """With every tensor changed."""
-        return Batch(*(v if v is None else change(v) for v in (self.x_0, self.t, self.noise, self.y)))
+        """Apply `change` to every tensor."""
+        x_0, t, noise = change(self.x_0), change(self.t), change(self.noise)
+        return Batch(x_0, t, noise, None if self.y is None else change(self.y))
 
 
 def batches(source: Source, config: Config, start: int, world: World = ALONE, pinned: bool = False) -> Iterator[Batch]:
-    """Batches of steps start, start + 1, ..., made in a thread, up to PREFETCH of them ahead.
+    """Yield the batches of steps start, start + 1, ..., made by a thread up to PREFETCH batches ahead.
 
     Args:
-        pinned: in page-locked memory, from which a CUDA device copies without a wait.
+        pinned: use page-locked memory, from which a CUDA device copies asynchronously.
     """
     with helpers() as worker:
         waiting: deque[Future] = deque()
@@ -60,11 +61,11 @@ def batches(source: Source, config: Config, start: int, world: World = ALONE, pi
 def make_batch(source: Source, config: Config, step: int, world: World = ALONE, pinned: bool = False) -> Batch:
     """One process's part of the batch of optimiser step `step` (0, 1, ...).
 
-    Everything random about an image is a function of (seed, step, its place in the batch), whoever draws it.
+    Everything random about an image depends only on (seed, step, its place in the batch), not on the process.
     """
     seed, B = config.train.seed, config.train.batch_size
     places = range(B)[B * world.rank // world.size : B * (world.rank + 1) // world.size]
-    indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop]
+    indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop].tolist()
     generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
     x_0, labels = source.read(indices, generators)
     t = torch.cat([torch.randint(config.diffusion.timesteps, (1,), generator=g) for g in generators])
@@ -76,7 +77,7 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
 
 
 def indices_at(seed: int, position: int, count: int, n: int) -> np.ndarray:
-    """`count` indices from `position` on in an endless row of epochs, each a shuffle of 0..n-1 of its own."""
+    """`count` indices from `position` on in an endless sequence of epochs, each with its own shuffle of 0..n-1."""
     found: list[np.ndarray] = []
     while count > 0:
         epoch, offset = divmod(position, n)
@@ -93,6 +94,6 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def image_seeds(seed: int, step: int, count: int) -> list[int]:
-    """One 63-bit seed for each image of a batch, without the collisions of a sum."""
+    """One 63-bit seed per image of a batch, hashed because sums of seed, step and place would collide."""
     states = np.random.SeedSequence([seed, step]).generate_state(count, np.uint64)
     return (states >> np.uint64(1)).tolist()

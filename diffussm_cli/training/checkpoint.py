@@ -1,7 +1,7 @@
-"""Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and the hashes of all as JSON.
+"""Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and all hashes as JSON.
 
-A checkpoint appears under its name when it is complete and on disk. What a later accident did to it is found by its
-hashes, and the one before is taken.
+A checkpoint gets its final name once it is complete and on disk. The hashes reveal later damage, and then the previous
+checkpoint is used.
 """
 
 import shutil
@@ -51,7 +51,7 @@ class CheckpointWriter:
         self._running: Future | None = None
 
     def write(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Begin to write; the one before must have been finished for that. Raises RunError of either."""
+        """Wait for the previous checkpoint, then start to write this one. Raises RunError if either fails."""
         self.finish()
         if self._thread is None:
             self._write(tensors, state)
@@ -60,12 +60,12 @@ class CheckpointWriter:
         self._running = self._thread.submit(self._write, copies, state)
 
     def check(self) -> None:
-        """Without waiting. Raises RunError if what was begun has failed by now."""
+        """Raises RunError if the checkpoint in progress has failed by now; does not wait."""
         if self._running and self._running.done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait until everything is on disk. Raises RunError if it could not be written."""
+        """Wait until the checkpoint is on disk. Raises RunError if it could not be written."""
         running, self._running = self._running, None
         if running:
             running.result()
@@ -80,20 +80,20 @@ class CheckpointWriter:
     def _remove_old(self, folder: Path) -> None:
         every, kept = self.config.keep_every, set(list_checkpoints(self.root)[-self.config.keep_checkpoints :])
         for old in list_checkpoints(self.root):
-            for_good = every and step_of(old) % every == 0
-            if old not in kept and not for_good:
+            permanent = every and step_of(old) % every == 0
+            if old not in kept and not permanent:
                 shutil.rmtree(old)
         for debris in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(debris)
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    """On the CPU, and not changed by what training does next."""
+    """A copy on the CPU, which further training does not change."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
-    """All that a checkpoint holds, whole, for the process that `keep`s it; of parts, every process must be asked."""
+    """The full tensors of a checkpoint, if `keep` is true. If the models are sharded, every process must call this."""
     moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
     files = {MODEL: model.state_dict(), EMA: ema.state_dict(), OPTIMIZER: moments}
     found: dict[str, dict[str, Tensor]] = {file: {} for file in files}
@@ -106,19 +106,20 @@ def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest good checkpoint by the judgement of the first process, and what is wrong with newer ones.
+    """The newest undamaged checkpoint as the first process sees it, and what is wrong with newer ones.
 
-    The first process alone decides: another one may see a stale state of a shared file system.
+    Only the first process decides, because others may see a stale state of a shared file system.
 
     Raises:
-        RunError: if there are checkpoints but no good one, or another process does not see the same bytes.
+        RunError: if all checkpoints are damaged, or another process does not see the same bytes.
     """
-    name, state, damaged = None, None, []
+    name, state = None, None
+    damaged: list[str] = []
     if world.rank == 0 and list_checkpoints(root):
         newest, damaged = newest_good(root)
         if newest is None:
             raise RunError(
-                f"--resume: {root} has no good checkpoint: {damaged[0]}; name another --out to begin a new run"
+                f"--resume: {root} has no good checkpoint: {damaged[0]}; choose another --out to begin a new run"
             )
         name, state = newest.name, read_state(newest)
     name, state = gather((name, state), world)[0]
@@ -132,13 +133,13 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
 
 
 def _difference(path: Path, state: dict[str, Any]) -> str | None:
-    """What makes a checkpoint another one than that of a state, or None."""
+    """How a checkpoint differs from the one with the given state, or None."""
     wrong = damage(path, (MODEL, EMA, OPTIMIZER))
     return wrong or (None if read_state(path) == state else f"{path / STATE} differs")
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore all that `collect` gave; gives the checkpoint's state. Raises RunError."""
+    """Restore everything that `collect` returned, and return the state of the checkpoint. Raises RunError."""
     state = read_state(path)
     for network, name in ((model, MODEL), (ema, EMA)):
         weights = read_tensors(path / name)
@@ -152,11 +153,11 @@ def _restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], path: Path
 ) -> None:
     for name, p in model.named_parameters():
-        entries = {k: saved.get(f"{name}/{k}") for k in KINDS}
-        if any(v is None or (k != "step" and v.shape != p.shape) for k, v in entries.items()):
+        entries = {k: saved[f"{name}/{k}"] for k in KINDS if f"{name}/{k}" in saved}
+        if len(entries) < len(KINDS) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):
             raise RunError(f"{path / OPTIMIZER}: optimiser state of another model: {name} does not fit")
         if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
             raise RunError(f"{path / OPTIMIZER}: damaged: {name} holds numbers that are not finite")
-        # A clone, because the tensor is a map of the file, which later goes with its checkpoint.
+        # A clone, because the tensor maps the file, which is later deleted with its checkpoint.
         moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}
         optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}

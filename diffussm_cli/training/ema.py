@@ -3,18 +3,18 @@
 import copy
 
 import torch
-from torch import nn
 
+from diffussm_cli.model import Backbone
 from diffussm_cli.training.parallel import local_shards
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, as a model of its own (`ema.model`, in eval mode).
+    """Exponential moving average of a model's parameters, kept as a separate model (`ema.model`, in eval mode).
 
-    The decay at step s is min(decay, (1 + s) / (10 + s)), so that a short run is not averaged with its first weights.
+    The decay at step s is min(decay, (1 + s) / (10 + s)), so that the initial weights do not dominate a short run.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Backbone, decay: float):
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -23,6 +23,6 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step))
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, model: Backbone, step: int) -> None:
         averaged, current = local_shards(self.model.parameters()), local_shards(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))

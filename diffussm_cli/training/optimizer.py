@@ -1,4 +1,4 @@
-"""AdamW with the groups that an SSM wants, and the course of the learning rate."""
+"""AdamW with the parameter groups that an SSM needs, and the learning rate schedule."""
 
 import math
 
@@ -10,12 +10,12 @@ from diffussm_cli.model.s4d.layer import S4D
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused: it leaves a step out when its `found_inf` is 1, without the host's help."""
+    """Fused AdamW over `parameter_groups`. It skips a step on the device when its `found_inf` is 1."""
     return torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, config.beta2), fused=True)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Every parameter once: matrices with weight decay, vectors without, the SSM without and with a capped rate."""
+    """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a capped rate."""
     ssm = {id(p) for module in model.modules() if isinstance(module, S4D) for p in module.parameters()}
     groups: dict[str, list] = {"matrices": [], "vectors": [], "ssm": []}
     for name, p in model.named_parameters():
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
-    """What the peak rate is multiplied by at optimiser step `step` (0, 1, ...): warm-up, then the chosen decay."""
+    """Multiplier of the peak learning rate at optimiser step `step` (0, 1, ...): warm-up, then the chosen decay."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -43,6 +43,6 @@ def lr_factor(config: TrainConfig, step: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale every group's rate from its peak."""
+    """Set the learning rate of every group to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -1,4 +1,4 @@
-"""What the loop measures between two records, and where records go: metrics.jsonl and TensorBoard."""
+"""Measurements between two records, and writing records to metrics.jsonl and TensorBoard."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ QUARTERS = 4
 class Meter:
     """Means since the last flush over all processes, summed on the device so that no step waits for the host.
 
-    A step that is left out leaves no trace in them.
+    Skipped steps do not count.
     """
 
     def __init__(self, T: int, device: torch.device, world: World = ALONE):
@@ -36,7 +36,7 @@ class Meter:
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
-        """Losses of each image of a part of a step, (B,), and its timestep, (B,)."""
+        """Add the losses per image, (B,), and the timesteps, (B,), of one part of a step."""
         quarter = torch.nn.functional.one_hot(t * QUARTERS // self.T, QUARTERS).float()  # (B, 4)
         part = {name: loss.detach().float().sum() for name, loss in losses.items()}
         part |= {"quarters": losses["mse"].detach().float() @ quarter, "in_quarters": quarter.sum(0)}
@@ -44,7 +44,7 @@ class Meter:
         self.images += len(t)
 
     def end_step(self, norm: Tensor, bad: Tensor) -> None:
-        """The gradient norm of a step, and 1.0 if it is left out, else 0.0."""
+        """Add the gradient norm of a step; `bad` is 1.0 if the step is skipped, otherwise 0.0."""
         one = torch.ones((), device=self.device)
         for part in [*self._parts, {"grad_norm": norm, "steps": one}]:
             for name, value in part.items():
@@ -54,13 +54,13 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside does not count against the rate."""
+        """Exclude the time spent in the block from images_per_second."""
         start = time.perf_counter()
         yield
         self.pause += time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
-        """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Starts anew."""
+        """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Resets the meter."""
         together = total(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)
         sums = dict(zip(self._sums, together.split([v.numel() for v in self._sums.values()])))
         images, steps = sums.pop("images"), sums.pop("steps")
@@ -75,22 +75,23 @@ class Meter:
 
 
 class RecordWriter:
-    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, what lies beyond `step` is dropped.
+    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, records after `step` are dropped.
 
-    What is damaged is renamed, and a new log begins; `warnings` says so to the user.
+    Damaged files are renamed and replaced by new ones; `warnings` tells the user.
     """
 
     def __init__(self, root: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        path, board, self.root, self.warnings = root / LOG, root / BOARD, root, []
+        path, board, self.root = root / LOG, root / BOARD, root
+        self.warnings: list[str] = []
         kept: list[str] = []
         if path.is_file():
             try:
                 kept = _lines_up_to(step, path.read_bytes())
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 self._set_aside(path)
-        elif os.path.lexists(path):  # a folder, or a pipe that would be waited for
+        elif os.path.lexists(path):  # a folder, or a pipe that would block
             self._set_aside(path)
         if os.path.lexists(board) and not board.is_dir():
             self._set_aside(board)
@@ -102,10 +103,10 @@ class RecordWriter:
         names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         path.rename(aside)
-        self.warnings.append(f"{path} is damaged; it is now {aside.name}, and a new one begins")
+        self.warnings.append(f"{path} is damaged; it was renamed to {aside.name}, and a new one begins")
 
     def write(self, record: dict) -> None:
-        """Raises OSError, naming the run folder, of this record or of what TensorBoard's thread wrote before."""
+        """Write a record. Raises OSError, naming the run folder, also for earlier records in TensorBoard's thread."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with self._named():
             self.file.write(json.dumps(plain) + "\n")
@@ -122,13 +123,13 @@ class RecordWriter:
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except OSError as e:  # a full disk names no file
+        except OSError as e:  # the error of a full disk names no file
             e.filename = e.filename or str(self.root)
             raise
 
 
 def _lines_up_to(step: int, content: bytes) -> list[str]:
-    """The records up to a step; a last line cut short by a kill is dropped. Raises ValueError, KeyError, TypeError."""
+    """The records up to a step, without an incomplete last line. Raises ValueError, KeyError, TypeError."""
     *lines, last = content.decode().split("\n")
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -1,10 +1,9 @@
-"""The averaged weights measured while they are trained, and the best of them kept."""
+"""Evaluate the averaged weights during training, and keep the best ones."""
 
 import dataclasses
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config
@@ -16,11 +15,12 @@ from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.events import finish
 from diffussm_cli.machine.processes import ALONE, World
+from diffussm_cli.model import Backbone
 from diffussm_cli.sampling.sampler import Sampler
 
 
 class Scoring:
-    """The evaluation session and the reference of `config.eval`, ready; `warnings` are for the user.
+    """The evaluation session and the reference of `config.eval`, ready to use; `warnings` are for the user.
 
     Raises:
         DiffussmError: if there is no reference, or the extractor cannot be loaded.
@@ -46,13 +46,13 @@ class Scoring:
         self.warnings = doubts(self.session.asked, self.session.name, path)
         self.reference = self.session.reference(path, None, config.data.size)
 
-    def score(self, model: nn.Module, step: int) -> dict[str, float]:
-        """Metrics of a model in eval mode by name, `eval/fid` and so on; the best by FID goes to RUN/best.
+    def score(self, model: Backbone, step: int) -> dict[str, float]:
+        """Metrics of a model in eval mode by name, as `eval/fid`; the weights with the best FID go to RUN/best.
 
-        Empty on other processes than the first.
+        Empty on all processes but the first.
 
         Raises:
-            DataError, ConfigError: if reference and extractor do not fit.
+            DataError, ConfigError: if reference and extractor do not match.
             RunError: if RUN/best cannot be written.
         """
         config = self.config

@@ -1,6 +1,6 @@
 """A training run from beginning to end: its folder, its lock, its configuration, resuming, and the loop.
 
-`diffussm train` shows the events of `train`; a notebook may use it alike, and leaves the same run folder.
+`diffussm train` shows the events of `train`. A notebook may call `train` too, and gets the same run folder.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
-NAMED = 5  # unreadable images that an error names
+NAMED = 5  # number of unreadable images that an error lists
 COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """Where a training ended: `step` of `steps`; fewer if it was asked to stop."""
+    """Where training ended; `step` is less than `steps` if a stop was requested."""
 
     root: Path
     step: int
     steps: int
-    was_finished: bool = False  # before it began
+    was_finished: bool = False  # before this call
 
     @property
     def finished(self) -> bool:
@@ -58,28 +58,28 @@ def train(
     fields: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
-    """Train a model into a run folder that describes itself. Under torchrun, on all its processes.
+    """Train a model and write a self-describing run folder. Under torchrun, train on all its processes.
 
     Args:
-        config: what to train. Without it `preset` is loaded with `overrides` and `fields` (as `load_config` takes
-            them), or with `resume` and no preset the run's own configuration.
+        config: the configuration. Without it, `preset` is loaded with `overrides` and `fields` (see `load_config`);
+            with `resume` and no preset, the run's own configuration is used.
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
-        resume: continue the run of `out`, or the preset's newest run, from its newest good checkpoint if it has one;
-            otherwise begin it. A finished run is left as it is.
-        stop: asked after every step; when it is true, a checkpoint is written and the training ends.
+        resume: continue the run in `out`, or the newest run of the preset, from its newest undamaged checkpoint. A run
+            without checkpoints starts from the beginning; a finished run is not changed.
+        stop: called after every step; if it returns true, a checkpoint is written and training ends.
 
     Yields:
         events, a TrainingRecord every `train.log_every` steps; the last one is a Result with a TrainingResult.
 
     Raises:
-        DiffussmError: of everything that a user can fix, before anything is built where possible.
+        DiffussmError: for anything that a user can fix; before the model is built where possible.
     """
     world, chosen = read_world(), None
     if world.rank == 0:
         found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
         chosen = run_folder(found, config, resume), config
     with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
-        root, config = gather(chosen, world)[0]  # what another process sees of the run folder may be stale
+        root, config = gather(chosen, world)[0]  # other processes may see a stale run folder
         check_batch(config, world)
         yield from _train_in(root, config, resume, world, stop)
 
@@ -127,7 +127,7 @@ def choose(
     overrides: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
 ) -> tuple[Path | None, Config]:
-    """The run folder that was asked for, if any, and the configuration. Raises ConfigError, RunError."""
+    """The requested run folder, if any, and the configuration. Raises ConfigError, RunError."""
     root = out
     if resume and root is None:
         root = runs.newest_run(runs.RUNS, config.preset if config else Path(preset or DEFAULT_PRESET).stem)
@@ -139,7 +139,7 @@ def choose(
 
 
 def _saved_config(root: Path, option: str, overrides: Sequence[str], fields: Mapping[str, Any] | None) -> Config | None:
-    """The configuration of a run with changes, or None of a run that has not begun. Raises RunError, ConfigError."""
+    """The configuration of a run with changes, or None if the run has not begun. Raises RunError, ConfigError."""
     if (root / runs.CONFIG).exists():
         return config_from_dict(to_dict(runs.read_config(root, option)), str(root), overrides, fields)
     if runs.list_checkpoints(root):
@@ -151,7 +151,7 @@ def _saved_config(root: Path, option: str, overrides: Sequence[str], fields: Map
 
 
 def check_extractor_is_named(config: Config, overrides: Sequence[str]) -> None:
-    """Raises ConfigError for code that a file wants to run: a run folder or a YAML file may come from a stranger."""
+    """Raises ConfigError if a file asks to run code: a run folder or a YAML file may come from a stranger."""
     given = any(override.partition("=")[0].strip() == "eval.extractor" for override in overrides)
     name = config.eval.extractor
     if config.eval.every and not given and name not in (features.AUTO, *features.NAMES):
@@ -162,10 +162,10 @@ def check_extractor_is_named(config: Config, overrides: Sequence[str]) -> None:
 
 
 def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
-    """`root`, or the first of runs/PRESET, runs/PRESET-2, ... that holds nothing and that no process is about to fill.
+    """`root`, or the first of runs/PRESET, runs/PRESET-2, ... that is empty and not locked by another process.
 
     Raises:
-        RunError: if a run cannot begin there, or with `resume` continue.
+        RunError: if a run cannot begin there or, with `resume`, cannot continue there.
     """
     if root is None:
         names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
@@ -175,21 +175,21 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
             if folder.is_dir() and not content(folder):
                 with contextlib.suppress(OSError), locked(folder / f"{LOCK}-0"):
                     return folder
-        raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; name a folder")
+        raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; choose a folder")
     if root.exists() and not root.is_dir():
-        raise RunError(f"--out: {str(root)!r} is a file; name a folder")
+        raise RunError(f"--out: {str(root)!r} is a file; choose a folder")
     held = content(root) if root.exists() else set()
     begun = bool(runs.list_checkpoints(root) or held & {runs.FINAL, runs.BEST})
     foreign = held - runs.BEFORE_CHECKPOINTS
     if resume and foreign and not begun and runs.CONFIG not in held:
-        raise RunError(f"--out: {str(root)!r} is not empty and holds no run; name another folder")
+        raise RunError(f"--out: {str(root)!r} is not empty and holds no run; choose another folder")
     if not resume and (begun or foreign):
-        raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or name another folder")
+        raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder")
     return root
 
 
 def check_batch(config: Config, world: World) -> None:
-    """Raises ConfigError for a batch that the processes cannot share equally."""
+    """Raises ConfigError if the processes cannot share the batch equally."""
     t = config.train
     if t.batch_size % (world.size * t.accumulate):
         raise ConfigError(
@@ -200,12 +200,13 @@ def check_batch(config: Config, world: World) -> None:
 
 @contextlib.contextmanager
 def held_alone(root: Path, world: World) -> Iterator[None]:
-    """Hold a run folder so that no other job writes to it meanwhile; make it if need be. Raises RunError."""
-    lock, made = root / f"{LOCK}-{world.rank}", []
+    """Lock a run folder so that no other job writes to it, and create it if needed. Raises RunError."""
+    lock = root / f"{LOCK}-{world.rank}"
+    made: list[Path] = []
 
     def tidy() -> None:
         with contextlib.suppress(OSError):
-            if made and not content(root):  # nothing came of it
+            if made and not content(root):  # no file was written
                 lock.unlink(missing_ok=True)
                 for folder in made:
                     folder.rmdir()
@@ -219,7 +220,7 @@ def held_alone(root: Path, world: World) -> Iterator[None]:
             raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
         except OSError as e:
             tidy()
-            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; name another folder by --out") from e
+            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; choose another --out") from e
         stack.callback(tidy)
         yield
 
@@ -228,10 +229,10 @@ def held_alone(root: Path, world: World) -> Iterator[None]:
 def leave_out_unreadable(
     source: Source, config: Config, root: Path, world: World, fresh: bool
 ) -> Generator[Event, None, None]:
-    """Decode every image of a folder before a run begins, so that none ends it after days; on resume use its record.
+    """Decode every image before a run begins, so that no bad one ends it after days. On resume, use the run's record.
 
     Raises:
-        DataError: naming images that cannot be read, unless data.skip_unreadable is set.
+        DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
     """
     if not isinstance(source, ImageFolder):
         return
@@ -244,7 +245,7 @@ def leave_out_unreadable(
             more = "; ..." if len(skipped) > NAMED else ""
             raise DataError(
                 f"data.path: {len(skipped)} of {len(source)} images in {config.data.path!r} cannot be read: "
-                f"{some}{more}; leave them out: --set data.skip_unreadable=true"
+                f"{some}{more}; skip them: --set data.skip_unreadable=true"
             )
         if world.rank == 0 and config.data.skip_unreadable:
             runs.write_skipped(root, skipped)
@@ -260,7 +261,8 @@ def leave_out_unreadable(
 
 def _unreadable(source: ImageFolder, world: World) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
     """Index, name and reason of every image that cannot be read, found by all processes together."""
-    mine, found, done = range(world.rank, len(source), world.size), {}, 0
+    mine, done = range(world.rank, len(source), world.size), 0
+    found: dict[int, str] = {}
     yield Progress(0, len(mine), "checking images")
     for checked, reasons in source.check(mine):
         done += checked
@@ -274,7 +276,7 @@ def _unreadable(source: ImageFolder, world: World) -> Generator[Event, None, lis
 def _prepare(
     config: Config, source: Source, root: Path, checkpoint: Path | None, world: World
 ) -> Generator[Event, None, Trainer]:
-    """A Trainer ready to run in `root`, whose configuration is on disk. Raises DiffussmError."""
+    """Create a Trainer that is ready to run in `root`, and write its configuration there. Raises DiffussmError."""
     keep_freed_memory()
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
     with first_works(world):
@@ -283,8 +285,8 @@ def _prepare(
                 changes = check_unchanged(runs.read_config(root, "--resume"), config)
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
-                yield Message(f"{root / runs.CONFIG} was missing; it is written again from this command line")
-            runs.read_metrics(root / runs.BEST)  # named now if damaged, not at the next evaluation
+                yield Message(f"{root / runs.CONFIG} was missing; it will be written again from this command line")
+            runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
     trainer = Trainer(config, source, root, world)
     if checkpoint is not None:
         trainer.resume(checkpoint)
@@ -297,7 +299,7 @@ def _prepare(
 
 
 def check_unchanged(saved: Config, config: Config) -> list[str]:
-    """Resuming must not change what the run is; gives the harmless changes, one per line.
+    """Check that resuming does not change the nature of the run; returns the harmless changes, one per line.
 
     Raises:
         ConfigError: naming the first difference in model, data, diffusion, batch or seed.
@@ -308,8 +310,8 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
         was, now = old[section][name], new[section][name]
         if was != now:
             raise ConfigError(
-                f"--resume: {section}.{name} was {was!r} and is now {now!r}; without --preset and --set the run's own "
-                "values are taken, with another --out a new run begins"
+                f"--resume: {section}.{name} was {was!r} and is now {now!r}; omit --preset and --set to keep the "
+                "run's own values, or choose another --out to begin a new run"
             )
     values = [(s, f, old[s][f], new[s][f]) for s in ("train", "sample", "eval") for f in new[s]]
     return [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
@@ -317,7 +319,7 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """An OSError of TensorBoard's thread is raised again by the next record; Python would show its traceback too."""
+    """Hide the traceback of an OSError in TensorBoard's thread; the next record raises the error again."""
     before = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
     try:

@@ -1,4 +1,4 @@
-"""A training that is asked to stop by a signal."""
+"""Stop training on a signal."""
 
 import contextlib
 import signal
@@ -8,12 +8,12 @@ from typing import Any
 
 from diffussm_cli.events import Event, Stage
 
-INTERRUPTED, PREEMPTED = 130, 75  # exit codes: Ctrl-C; SIGTERM, as EX_TEMPFAIL: saved, run the same command again
+INTERRUPTED, PREEMPTED = 130, 75  # exit codes of Ctrl-C and SIGTERM (EX_TEMPFAIL: saved, run the same command again)
 TRAINING = Stage("training")  # what a session yields before its first step
 
 
 class StopRequest:
-    """Whether a signal has asked for an end; `code` is the exit code that it stands for."""
+    """Whether a signal has requested a stop; `code` is the exit code for that signal."""
 
     code: int | None = None
 
@@ -21,7 +21,7 @@ class StopRequest:
         return self.code is not None
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
-        """The events of a session; from the first step on, a signal asks instead of ending the process.
+        """Pass on a session's events; from the first step on, signals request a stop instead of ending the process.
 
         Ctrl-C and SIGTERM let the loop finish its step and save a checkpoint; a second Ctrl-C interrupts at once.
         """
@@ -33,7 +33,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
-        codes = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+        codes: dict[int, int] = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
 
         def ask(number: int, _: Any) -> None:
             self.code = codes[number]

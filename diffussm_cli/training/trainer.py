@@ -1,4 +1,4 @@
-"""The training loop: steps in, records out. Prints nothing; what a record is shown as is the command's business.
+"""The training loop. It runs steps, yields records and prints nothing; the command shows the records.
 
 B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
 """
@@ -25,7 +25,7 @@ from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
-from diffussm_cli.model import build_model
+from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_checkpoint
@@ -36,17 +36,17 @@ from diffussm_cli.training.parallel import compile_model, full_tensor, last_part
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.scoring import Scoring
 
-# All there is to say of random generators in a checkpoint.
+# Recorded in checkpoints, which need no state of random generators.
 RANDOMNESS = "a function of (seed, step, place in the batch)"
 
 Record = dict[str, Any]
 
 
 class Trainer:
-    """A model in training, with all that a checkpoint holds. `run` is the loop.
+    """A model in training, with everything that a checkpoint holds. `run` is the loop.
 
-    Of several processes each has a Trainer with its share: the same model (or its part), its part of every batch.
-    `decoding` is what previews are decoded with (None where there are none); its `warning` is for the user.
+    Each process has its own Trainer, with the same model (or its shard of it) and its part of every batch.
+    `decoding` decodes previews (None if there are none); its `warning` is for the user.
     """
 
     def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
@@ -63,9 +63,9 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, t)
         self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
-        self.scoring = (
-            Scoring(config, root, self.device, self.decoding, self.dtype, world) if config.eval.every else None
-        )
+        self.scoring = None
+        if self.decoding is not None and config.eval.every:
+            self.scoring = Scoring(config, root, self.device, self.decoding, self.dtype, world)
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.step = 0
@@ -77,14 +77,14 @@ class Trainer:
         return decoding + (self.scoring.warnings if self.scoring else [])
 
     def summary(self) -> str:
-        """Size, place and arithmetic of this training in one line."""
+        """Number of parameters, device and precision in one line."""
         t, n = self.config.train, sum(p.numel() for p in self.model.parameters())
         where = f"{self.device}" + (f", {self.world.size} processes ({t.parallel})" if self.world.size > 1 else "")
         arithmetic = str(self.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
         return f"{n:,} parameters on {where}, {arithmetic}"
 
     def _distribute(self) -> nn.Module:
-        """What to call for a forward pass."""
+        """The module to call for a forward pass, replicated or sharded if there are several processes."""
         if self.world.size == 1:
             return self.model
         if self.config.train.parallel == "ddp":
@@ -94,18 +94,18 @@ class Trainer:
         return self.model
 
     def resume(self, checkpoint: Path) -> None:
-        """Take up all state from a checkpoint folder. Raises RunError."""
+        """Restore all state from a checkpoint folder. Raises RunError."""
         self.step = load_checkpoint(checkpoint, self.model, self.ema.model, self.optimizer)["step"]
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         """Train to the last step, yielding a record every `log_every` steps.
 
-        Previews, checkpoints and `final/` are written on the way. When `stop()` is true in one of the processes the
-        step in hand is finished, a checkpoint written, and the loop ends early.
+        It also writes previews, checkpoints and `final/`. When `stop()` is true in any process, the current step is
+        finished, a checkpoint is written, and the loop ends early.
 
         Raises:
-            RunError: if steps stay without finite numbers, memory runs out, another process of the job is gone, or a
-                checkpoint cannot be written.
+            RunError: if too many steps in a row are not finite, memory runs out, another process of the job is lost,
+                or a checkpoint cannot be written.
             DataError: if an image cannot be read; a checkpoint is written first.
         """
         t, every = self.config.train, self.config.eval.every
@@ -119,7 +119,7 @@ class Trainer:
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
                 with meter.paused(), first_works(self.world):
-                    yield record | (self.scoring.score(self.averaged(), self.step) if scores else {})
+                    yield record | (self.scoring.score(self.averaged(), self.step) if self.scoring and scores else {})
             previews = bool(t.sample_every) and (last or self.step % t.sample_every == 0)
             saves = last or stopped or self.step % t.checkpoint_every == 0
             if previews or saves:
@@ -138,12 +138,12 @@ class Trainer:
                 runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step)
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches from the present step on; what was trained is saved before an unreadable image ends the run."""
+        """Batches from the current step on; a checkpoint is saved before an unreadable image ends the run."""
         start = self.step
         try:
             yield from batches(self.source, self.config, start, self.world, pinned=self.device.type == "cuda")
         except DataError:
-            if self.step > start and self.world.size == 1:  # of several, the others are not at this point
+            if self.step > start and self.world.size == 1:  # other processes are not at this point
                 self.save()
                 self.writer.finish()
             raise
@@ -162,7 +162,7 @@ class Trainer:
             ) from e
 
     def update(self, batch: Batch, meter: Meter) -> None:
-        """One optimiser step on a batch, in `accumulate` parts; left out by all if loss or gradient are not finite."""
+        """One optimiser step, in `accumulate` parts; all processes skip it if the loss or gradient is not finite."""
         t, own = self.config.train, self.config.train.batch_size // self.world.size
         size, bad = own // t.accumulate, torch.zeros((), device=self.device)
         self.model.train()
@@ -181,21 +181,21 @@ class Trainer:
         self.bad_steps.add(bad)
         meter.end_step(norm, bad)
         set_lr(self.optimizer, lr_factor(t, self.step))
-        self.optimizer.found_inf = bad
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.update(self.model, self.step + 1)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of each image, (B,)."""
+        """Losses per image, (B,)."""
         x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.forward(x_t, batch.t, batch.y)
         cap = self.config.train.mse_weight_cap
         return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise, cap)
 
-    def averaged(self) -> nn.Module:
-        """The averaged weights as a whole model in eval mode; held in parts, every process must ask for it."""
+    def averaged(self) -> Backbone:
+        """The full model with averaged weights, in eval mode; if it is sharded, every process must call this."""
         if not isinstance(self.ema.model, FSDPModule):
             return self.ema.model
         model = build_model(self.config).to(self.device)
@@ -203,20 +203,21 @@ class Trainer:
         return model.eval().requires_grad_(False)
 
     def preview(self, last: bool) -> Path | None:
-        """A grid from the averaged weights at fixed seeds, by the first process; the last one as `sample` draws it."""
-        t, how, model = self.config.train, self.config.sample, self.averaged()
+        """Draw a grid with the averaged weights at fixed seeds, on the first process; the last one as `sample` does."""
+        t, sampling, model = self.config.train, self.config.sample, self.averaged()
         if self.world.rank:
             return None
         if not last:
-            how = dataclasses.replace(how, sampler="ddim", steps=min(t.sample_steps, self.config.diffusion.timesteps))
-        return draw_grid(self, model, how, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
+            steps = min(t.sample_steps, self.config.diffusion.timesteps)
+            sampling = dataclasses.replace(sampling, sampler="ddim", steps=steps)
+        return draw_grid(self, model, sampling, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
 
     def save(self) -> None:
-        """Write a checkpoint of this step, or begin to. Raises RunError."""
+        """Write a checkpoint of this step, or start to write it in a thread. Raises RunError."""
         t, first = self.config.train, self.world.rank == 0
         tensors = collect(self.model, self.ema.model, self.optimizer, keep=first)
         epoch, position = divmod(self.step * t.batch_size, len(self.source))
-        state = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
+        state: Record = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
         state |= {"epoch": epoch, "position": position, "randomness": RANDOMNESS}
         if first:
             self.writer.write(tensors, state)
@@ -224,7 +225,7 @@ class Trainer:
     def _record(self, meter: Meter) -> Record:
         t = self.config.train
         left_out, in_a_row = self.bad_steps.flush(self.step)
-        record = {
+        record: Record = {
             "step": self.step,
             "images": self.step * t.batch_size,
             **meter.flush(),
@@ -232,7 +233,7 @@ class Trainer:
             "ema_decay": self.ema.decay_at(self.step),
             **self._diagnosis(),
         }
-        if left_out:  # and where in the endless row of images their batches begin
+        if left_out:  # and where their batches begin in the endless sequence of images
             record |= {"left_out": left_out, "left_out_images": [(s - 1) * t.batch_size for s in left_out]}
         risen = self.alarm.check(record)
         if risen:
@@ -246,7 +247,7 @@ class Trainer:
         return record
 
     def _diagnosis(self) -> dict[str, float]:
-        """How far each group of weights moved in the last step, for their size; the range of the SSM's time scales."""
+        """The size of the last update relative to the weights, by group, and the range of the SSM's time scales."""
         found = {}
         for name, sums in update_ratios(self.optimizer).items():
             moved, size = total(sums, self.world if self._in_parts else ALONE).tolist()
@@ -261,11 +262,12 @@ class Trainer:
         return isinstance(self.model, FSDPModule)
 
 
-def draw_grid(trainer: Trainer, model: nn.Module, sampling: SampleConfig, path: Path) -> Path:
-    """Images of seeds 0, 1, ... with one class per column (at most ten), written to `path`."""
+def draw_grid(trainer: Trainer, model: Backbone, sampling: SampleConfig, path: Path) -> Path:
+    """Draw images of seeds 0, 1, ... with one class per column (at most ten) and write them to `path`."""
     config = trainer.config
     n, classes = config.train.sample_images, config.model.num_classes
     columns = min(10, classes or n)
+    assert trainer.decoding is not None, "previews are decoded"
     sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
     drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Writing a store of latents: shard by shard, by one process or several, to the same bytes whatever interrupts it.
+"""Encode images into a store of latents, shard by shard, by one or more processes. Interruptions change no bytes.
 
-A shard is done when it has its name. Its hash and its skipped images wait in shard-NNNNN.json until all shards are
-there and the manifest takes them in. Each shard is cut into the same batches whoever encodes it.
+A shard is complete once it has its final name. Its hash and its skipped images stay in shard-NNNNN.json until all
+shards exist and the manifest includes them. The batches of a shard do not depend on the process that encodes it.
 
 B batch   C channels   H x W grid
 """
@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ POLL_SECONDS = 0.2
 
 
 class Step(NamedTuple):
-    """What happened since the last one."""
+    """Number of images processed since the last step, and how many of them were skipped."""
 
     images: int
     skipped: int
@@ -56,7 +56,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoder:
-    """All that turns places of a source into shards."""
+    """Encodes the images of a source into shards."""
 
     listing: Listing
     settings: StoreSettings
@@ -65,8 +65,8 @@ class Encoder:
     workers: int
     strict: bool = False
 
-    def write(self, shards: Sequence[int]) -> Iterator[Step]:
-        """Encode and write shards in order. Raises DataError; what is finished stays."""
+    def write(self, shards: Sequence[int]) -> Generator[Step, None, None]:
+        """Encode and write shards in order. Raises DataError; finished shards are kept."""
         batches = iter(_loader(self, shards))
         with helpers() as writer:  # one shard is written while the next one is encoded
             written: Future | None = None
@@ -83,7 +83,7 @@ class Encoder:
                 written.result()
 
     def _encode(self, span: range, arrays: dict, pixels: np.ndarray, reasons: dict[int, str]) -> list[dict]:
-        """One batch into its rows of a shard; gives the skipped ones."""
+        """Encode one batch into its rows of a shard; returns the skipped images."""
         first = span.start % self.settings.shard_size
         rows = slice(first, first + len(span))
         on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
@@ -115,17 +115,17 @@ class Encoder:
             if not is_out_of_memory(e):
                 raise
             size = self.settings.batch_size
-            raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; take less") from e
+            raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; reduce it") from e
 
 
 def _all_finite(moments: Tensor) -> Tensor:
-    """(B, ...) to (B,)."""
+    """Whether all values of an image are finite: (B, ...) to (B,)."""
     return moments.isfinite().flatten(1).all(1)
 
 
 # ------------------------------------------------------------------------------------------------ decoding
 class _Batches(Dataset):
-    """Batches of decoded pixels (B, height, width, 3) with the reasons of those that could not be had, by place."""
+    """Batches of decoded pixels (B, height, width, 3), and why images could not be read, by place in the source."""
 
     def __init__(self, listing: Listing, resolution: tuple[int, int], spans: list[range]):
         self.root, self.resolution, self.spans = listing.root, resolution, spans
@@ -146,7 +146,7 @@ class _Batches(Dataset):
 
 
 def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
-    """Batches in order, decoded in fresh processes, which know nothing of threads and devices here."""
+    """Batches in order, decoded by spawned processes, which share no threads or devices with this one."""
     spans = [span for shard in shards for span in _batch_spans(encoder.settings, shard)]
     batches = _Batches(encoder.listing, encoder.settings.resolution, spans)
     workers = min(encoder.workers, len(spans))
@@ -157,7 +157,7 @@ def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
 
 
 def _as_it_is(batch: Any) -> Any:
-    """Keeps arrays arrays: they travel through pipes, as containers often have little shared memory."""
+    """Do not convert arrays to tensors: arrays go through pipes, and containers often have little shared memory."""
     return batch
 
 
@@ -167,7 +167,7 @@ def _next(batches: Iterator) -> Any:
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
-        raise DataError("--workers: a process that decodes images was killed, perhaps for memory; take fewer") from e
+        raise DataError("--workers: a process that decodes images was killed, perhaps out of memory; use fewer") from e
 
 
 def _batch_spans(settings: StoreSettings, shard: int) -> list[range]:
@@ -177,7 +177,7 @@ def _batch_spans(settings: StoreSettings, shard: int) -> list[range]:
 
 # ------------------------------------------------------------------------------------------------- writing
 def write_shard(store: Path, settings: StoreSettings, shard: int, arrays: dict, skipped: list[dict]) -> None:
-    """One shard with its record; the record first, so that a shard never lacks it. Raises DataError."""
+    """Write one shard and its record; the record first, so that no shard lacks one. Raises DataError."""
     path = store / shard_name(shard)
     try:
         with whole_file(path) as file:
@@ -203,17 +203,17 @@ def _unwritable(store: Path, e: OSError) -> DataError:
 
 
 def unfinished(store: Path, settings: StoreSettings, world: World) -> list[int]:
-    """The shards of a share that are still to be written."""
+    """The shards of this process that are still missing."""
     mine = range(world.rank, settings.shards, world.size)
     missing = [i for i in mine if not ((store / shard_name(i)).exists() and _record_path(store, i).exists())]
-    return [] if missing and read_manifest(store, "TARGET").complete else missing  # then the records were taken in
+    return [] if missing and read_manifest(store, "TARGET").complete else missing  # the manifest includes the records
 
 
 def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) -> Manifest:
-    """Take up a store; rank 0 starts one, and the others wait for it.
+    """Open an existing store or start a new one; only rank 0 starts one, and the other ranks wait for it.
 
     Raises:
-        DataError: if it was begun with other settings, naming the first difference.
+        DataError: if the store was begun with other settings, naming the first difference.
     """
     while world.rank and not (store / MANIFEST).exists():
         time.sleep(POLL_SECONDS)
@@ -232,7 +232,7 @@ def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) 
 
 
 def check_same_request(store: Path, old: StoreSettings, new: StoreSettings, listing: Listing) -> None:
-    """Raises DataError naming the first setting, or file of the source, that differs."""
+    """Raises DataError if settings or source differ, naming the first difference."""
     if old.source_sha256 != new.source_sha256:
         raise DataError(f"TARGET: {str(store)!r} was begun with another SOURCE: {_first_change(store, listing)}")
     difference = first_difference(old, new)
@@ -241,7 +241,7 @@ def check_same_request(store: Path, old: StoreSettings, new: StoreSettings, list
 
 
 def _first_change(store: Path, listing: Listing) -> str:
-    """The first line in which two listings differ."""
+    """The first line in which a listing differs from that of the store."""
     try:
         with (store / LISTING).open("rb") as old:
             for place, lines in enumerate(itertools.zip_longest(old, listing.text(), fillvalue=b"nothing")):
@@ -254,13 +254,13 @@ def _first_change(store: Path, listing: Listing) -> str:
 
 
 def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]]) -> Manifest:
-    """Once all shards are there: skipped.jsonl, the complete manifest, and the records removed. Raises DataError."""
+    """Write skipped.jsonl and the manifest, and remove the records, once all shards exist. Raises DataError."""
     records = [read_record(store, shard) for shard in range(settings.shards)]
     return write_manifest(store, settings, records, ignored)
 
 
 def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ignored: list) -> Manifest:
-    """skipped.jsonl and manifest.json from what is known of each shard. Raises DataError."""
+    """Write skipped.jsonl and manifest.json from the records of all shards. Raises DataError."""
     others = [{"index": None, "file": name, "reason": reason} for name, reason in ignored]
     lines = [json.dumps(s) + "\n" for record in records for s in record["skipped"]]
     lines += [json.dumps(o) + "\n" for o in others]
@@ -276,7 +276,7 @@ def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ig
 
 
 def _tidy(store: Path) -> None:
-    """Remove the records that the manifest has taken in, and what killed processes left."""
+    """Remove the records, which the manifest now includes, and partial files of killed processes."""
     for path in [*store.glob("shard-*.json"), *store.glob(f"{PARTIAL}*")]:
         path.unlink(missing_ok=True)
 
@@ -307,21 +307,21 @@ def encode_images(
     strict: bool = False,
     device: str = "auto",
 ) -> Iterator[Event]:
-    """Encode a source into a store. The same call continues where it was interrupted; under torchrun shards are shared.
+    """Encode a source into a store. The same call resumes after an interruption; torchrun's processes share the shards.
 
     Args:
         source: one folder per class, a flat folder, or tar shards.
         resolution: (height, width) in pixels; images are cropped as ADM does.
         vae: a hub name or a folder.
-        flip: also encode the mirror image of every image.
+        flip: also encode the horizontal flip of every image.
         workers: number of processes that decode images; by default one per core of this process, at most 16.
-        strict: raise for the first file that cannot be used, instead of listing it.
+        strict: raise an error for the first unusable file, instead of skipping it.
 
     Yields:
         events; the last one is a Result with the manifest, on the first process.
 
     Raises:
-        DiffussmError: before the VAE is loaded where possible.
+        DiffussmError: for anything that a user can fix; before the VAE is loaded where possible.
     """
     source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
@@ -347,11 +347,11 @@ def encode_images(
         yield Result(manifest)
 
 
-def encode(encoder: Encoder, world: World) -> Iterator[Step]:
-    """Write the shards of a share that are missing; rank 0 then waits for the others and writes the manifest.
+def encode(encoder: Encoder, world: World) -> Generator[Step, None, None]:
+    """Write the missing shards of this process; rank 0 then waits for the others and writes the manifest.
 
     Raises:
-        DataError: if the store cannot be written, or at the first skipped image if `strict`.
+        DataError: if the store cannot be written, or for the first skipped image if `strict`.
     """
     store, settings = encoder.store, encoder.settings
     yield from encoder.write(unfinished(store, settings, world))
@@ -362,8 +362,8 @@ def encode(encoder: Encoder, world: World) -> Iterator[Step]:
         finish(store, settings, encoder.listing.ignored)
 
 
-def progress(steps: Iterator[Step], total: int) -> Iterator[Event]:
-    """The steps of an encoder as events."""
+def progress(steps: Generator[Step, None, None], total: int) -> Iterator[Event]:
+    """Convert the steps of an encoder to events."""
     done = skipped = 0
     yield Progress(0, total)
     with contextlib.closing(steps):
@@ -373,7 +373,7 @@ def progress(steps: Iterator[Step], total: int) -> Iterator[Event]:
 
 
 def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Event]:
-    """Counts, and where the reasons are."""
+    """Report the counts, and where the reasons are listed."""
     skipped = sum(s.skipped for s in manifest.shards)
     classes = f" of {len(listing.class_names)} classes" if listing.class_names else ""
     yield Message(f"{manifest.settings.images - skipped} images{classes} in {store}")
@@ -383,16 +383,16 @@ def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Even
 
 
 def load_vae_on(facts: VAEFacts, precision: str, device: str) -> VAE:
-    """The VAE on the device of this process. Raises DiffussmError."""
+    """Load the VAE on the device of this process. Raises DiffussmError."""
     keep_freed_memory()
     where = pick_device(device)
     return load_vae(facts, where, pick_dtype(precision, where))
 
 
 def make_settings(listing: Listing, resolution: tuple[int, int], vae: VAE, options: Mapping[str, Any]) -> StoreSettings:
-    """The settings of a store that holds a source; `options` are the fields that the user chooses."""
+    """The settings of a store for a source; `options` are the fields that the user chooses."""
     facts = vae.facts
-    values = {
+    values: dict[str, Any] = {
         "source_sha256": listing.sha256(),
         "images": len(listing.entries),
         "class_names": listing.class_names,
@@ -405,7 +405,7 @@ def make_settings(listing: Listing, resolution: tuple[int, int], vae: VAE, optio
         "scale": facts.scale,
         "shift": facts.shift,
     }
-    return StoreSettings(**values | options)
+    return StoreSettings(**{**values, **options})
 
 
 def decoding_processes(workers: int | None) -> int:
@@ -425,19 +425,19 @@ def check_resolution(resolution: tuple[int, int], facts: VAEFacts) -> None:
 
 @contextlib.contextmanager
 def open_store(store: Path, source: Path, world: World) -> Iterator[None]:
-    """A folder to write to, held by this process alone (by one process a rank).
+    """Lock a folder for writing, with one lock per rank.
 
     Raises:
-        DataError: if it cannot be written, holds something else, or another process works on it.
+        DataError: if the folder cannot be written, holds other files, or another process is writing to it.
     """
     if store.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; name a folder outside of it")
+        raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; choose a folder outside it")
     with contextlib.ExitStack() as stack:
         try:
             lock, made = store / f"{LOCK}-{world.rank}", not store.exists()
             store.mkdir(parents=True, exist_ok=True)
             if content(store) and not content(store) & {MANIFEST, LISTING}:
-                raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; name another folder")
+                raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; choose another folder")
             stack.enter_context(locked(lock))
         except BlockingIOError as e:
             message = f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first"
@@ -448,6 +448,6 @@ def open_store(store: Path, source: Path, world: World) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                if made and not content(store):  # nothing came of it
+                if made and not content(store):  # no file was written
                     lock.unlink(missing_ok=True)
                     store.rmdir()

@@ -1,8 +1,8 @@
-"""What a store of latents is: its settings and the manifest that records the hash of every file.
+"""The settings of a store of latents, and the manifest that records the hash of every file.
 
-STORE/manifest.json           what the latents are and the hash of every other file
+STORE/manifest.json           the settings and the hash of every other file
 STORE/listing.jsonl           one line per image of the source: name, label, bytes
-STORE/skipped.jsonl           images that could not be read and files that are no images, with the reason
+STORE/skipped.jsonl           images that could not be read and files that are not images, with the reason
 STORE/shard-NNNNN.safetensors images N * shard_size .. of the source: mean and standard deviation of the posterior
 """
 
@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "bf16")  # of the VAE
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """All that decides the bytes of a store, device and library versions aside."""
+    """Everything that determines the bytes of a store, apart from the device and library versions."""
 
     source_sha256: str  # of listing.jsonl
     images: int
@@ -36,7 +36,7 @@ class StoreSettings:
     vae_weights_sha256: str
     channels: int
     downsample: int
-    scale: tuple[float, ...]  # one a channel; model space is (z - shift) * scale
+    scale: tuple[float, ...]  # one per channel; model space is (z - shift) * scale
     shift: tuple[float, ...]
     flip: bool
     precision: str
@@ -45,23 +45,23 @@ class StoreSettings:
 
     @property
     def shards(self) -> int:
-        """Their number."""
+        """Number of shards."""
         return -(-self.images // self.shard_size)
 
     @property
     def latent(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """Shape (C, H, W) of a latent."""
         height, width = self.resolution
         return self.channels, height // self.downsample, width // self.downsample
 
     def span(self, shard: int) -> range:
-        """Places in the source that a shard covers."""
+        """Places in the source of the images in a shard."""
         return range(shard * self.shard_size, min(self.images, (shard + 1) * self.shard_size))
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard."""
+    """A shard's entry in the manifest."""
 
     sha256: str
     skipped: int
@@ -85,7 +85,7 @@ def shard_name(shard: int) -> str:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """A manifest as JSON, with what else a reader of the file wants to know."""
+    """A manifest as JSON, with more facts for people who read the file."""
     import diffusers
 
     from diffussm_cli import __version__
@@ -106,10 +106,10 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def read_manifest(store: Path, option: str) -> Manifest:
-    """The manifest of a store; `option` is what the folder was given by.
+    """Read the manifest of a store; `option` is the option that gave the folder.
 
     Raises:
-        DataError: if it is missing, damaged or of another format.
+        DataError: if the manifest is missing, is damaged or has another format.
     """
     path = store / MANIFEST
     try:
@@ -117,7 +117,7 @@ def read_manifest(store: Path, option: str) -> Manifest:
             raise ValueError
         values = json.loads(path.read_bytes())
         if values["format"] != FORMAT:
-            raise DataError(f"{option}: {path} has format {values['format']}, this version reads {FORMAT}")
+            raise DataError(f"{option}: {path} has format {values['format']}, but this version reads {FORMAT}")
         shards = tuple(ShardRecord(str(s["sha256"]), int(s["skipped"])) for s in values["shards"])
         manifest = Manifest(_settings(values["settings"]), shards, str(values["skipped_sha256"]))
         if manifest.complete is not values["complete"]:
@@ -130,7 +130,7 @@ def read_manifest(store: Path, option: str) -> Manifest:
 
 
 def _settings(values: dict[str, Any]) -> StoreSettings:
-    """Checked, so that nothing a manifest says can ask for absurd memory. Raises ValueError, KeyError, TypeError."""
+    """Check the settings, so that no manifest can demand absurd memory. Raises ValueError, KeyError, TypeError."""
     lists = {k: tuple(values[k]) for k in ("class_names", "resolution", "scale", "shift")}
     s = StoreSettings(**{**values, **lists})
     whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
@@ -144,7 +144,7 @@ def _settings(values: dict[str, Any]) -> StoreSettings:
 
 
 def first_difference(old: StoreSettings, new: StoreSettings) -> str | None:
-    """`name was X and is now Y` of the first setting that differs."""
+    """`name was X and is now Y` for the first setting that differs, or None."""
     for field in dataclasses.fields(StoreSettings):
         was, now = getattr(old, field.name), getattr(new, field.name)
         if was != now:

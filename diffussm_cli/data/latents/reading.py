@@ -1,4 +1,4 @@
-"""A finished store as a training source.
+"""A finished store of latents as a training source.
 
 B batch   C channels   H x W grid
 """
@@ -34,16 +34,16 @@ class LatentStore:
         self.places = np.flatnonzero(np.concatenate([s["readable"] for s in shards]))
         self.labels = torch.from_numpy(np.concatenate([s["label"] for s in shards])[self.places])
         if not len(self.places):
-            raise DataError(f"data.path: {str(root)!r} holds no readable image; see {SKIPPED}")
+            raise DataError(f"data.path: {str(root)!r} holds no readable images; see {SKIPPED}")
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(1, len(self.class_names)):
-            raise DataError(f"data.path: {str(root)!r} holds labels without a class; diffussm encode --verify")
+            raise DataError(f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify")
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.settings.scale, self.settings.shift))
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}  # another process makes its own maps
+        return self.__dict__ | {"_shards": {}}  # another process creates its own memory maps
 
     def _shard(self, i: int) -> dict[str, np.ndarray]:
         if i not in self._shards:
@@ -51,8 +51,8 @@ class LatentStore:
         return self._shards[i]
 
     def moments(self, indices: Sequence[int], mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of images, (B, C, H, W) float16 in the VAE's units; of their mirrored ones where
-        `mirrored` (B,) is true."""
+        """Mean and standard deviation of images, flipped horizontally where `mirrored` (B,) is true: (B, C, H, W)
+        float16 in the VAE's units."""
         places = self.places[np.asarray(indices)]
         mean, std = (np.empty((len(places), *self.settings.latent), np.float16) for _ in range(2))
         suffixes = ("", "_mirrored") if self.settings.flip else ("",)

@@ -1,8 +1,8 @@
-"""Finding damage in a store, and encoding the damaged shards again."""
+"""Find damage in a store, and encode the damaged shards again."""
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from diffussm_cli.data.latents.encoding import (
@@ -31,7 +31,7 @@ def verify(store: Path) -> Iterator[tuple[str, str | None]]:
     """Check every file of a finished store; yields (file name, what is wrong with it or None).
 
     Raises:
-        DataError: if there is no finished store.
+        DataError: if the store is missing or not finished.
     """
     manifest = read_manifest(store, "--verify")
     if not manifest.complete:
@@ -44,7 +44,7 @@ def verify(store: Path) -> Iterator[tuple[str, str | None]]:
 
 def _wrong_hash(path: Path, expected: str) -> str | None:
     try:
-        return None if sha256(path) == expected else "its sha256 is not that of the manifest"
+        return None if sha256(path) == expected else "its sha256 differs from the manifest"
     except OSError as e:
         return f"cannot be read: {e.strerror}"
 
@@ -60,11 +60,11 @@ def _wrong_shard(store: Path, settings: StoreSettings, shard: int, record: Shard
 
 
 def damaged_shards(store: Path) -> list[int]:
-    """Shards to encode again. A damaged skipped.jsonl needs those that have something to tell."""
+    """Shards to encode again. If skipped.jsonl is damaged, they include all shards with skipped images."""
     manifest = read_manifest(store, "--repair")
     wrong = {name for name, problem in verify(store) if problem}
-    retold = [SKIPPED in wrong and record.skipped > 0 for record in manifest.shards]
-    return [i for i, again in enumerate(retold) if again or shard_name(i) in wrong]
+    unlisted = [SKIPPED in wrong and record.skipped > 0 for record in manifest.shards]
+    return [i for i, lost in enumerate(unlisted) if lost or shard_name(i) in wrong]
 
 
 def repair_store(
@@ -79,13 +79,13 @@ def repair_store(
 
     Args:
         source: the images that the store was made from.
-        vae: its VAE by another name or folder.
+        vae: another name or folder of the same VAE.
 
     Yields:
-        events; the last one is a Result with the numbers of the shards.
+        events; the last one is a Result with the indices of the shards.
 
     Raises:
-        DiffussmError: if the source or the VAE is another one.
+        DiffussmError: if the source or the VAE is not that of the store.
     """
     store, source = Path(store), Path(source)
     old = read_manifest(store, "--repair").settings
@@ -123,10 +123,10 @@ def verify_store(store: Path | str) -> Iterator[Event]:
     yield Result(len(checked))
 
 
-def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
+def repair(encoder: Encoder, shards: Sequence[int]) -> Generator[Step, None, None]:
     """Encode damaged shards of a finished store again, in place. Raises DataError.
 
-    On the machine that wrote them they get their old bytes; where rounding differs, the manifest takes the new hashes.
+    On the machine that wrote the shards, their bytes are restored; if rounding differs, the manifest gets new hashes.
     """
     store, settings = encoder.store, encoder.settings
     manifest = read_manifest(store, "--repair")
@@ -142,7 +142,7 @@ def repair(encoder: Encoder, shards: Sequence[int]) -> Iterator[Step]:
 
 
 def _read_skipped(store: Path, shard_size: int, records: list[dict]) -> None:
-    """Take what was skipped into the records of its shards. Raises DataError."""
+    """Add the lines of skipped.jsonl to the records of their shards. Raises DataError."""
     try:
         for line in (store / SKIPPED).read_text(encoding="utf-8").splitlines():
             skipped = json.loads(line)

@@ -1,6 +1,6 @@
 """The bytes of one shard: a safetensors file whose layout follows from the settings of the store.
 
-C channels   H x W grid   S images of a shard
+C channels   H x W grid   S images in a shard
 """
 
 import math
@@ -14,14 +14,14 @@ from diffussm_cli.data.latents.manifest import StoreSettings, shard_name
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import tensors_header
 
-SAFETENSORS = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
+SAFETENSORS: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 
 
 def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors of a shard in the order of the file: name to safetensors dtype and shape.
 
-    `index` is the place in the source; where `readable` is 0 the image was skipped and its latents are zeros.
-    Means and deviations are in the VAE's units; `_mirrored` are those of the mirrored image.
+    `index` is the place in the source. Where `readable` is 0, the image was skipped and its latents are zeros.
+    Means and deviations are in the VAE's units. `_mirrored` tensors are for the horizontally flipped image.
     """
     S = len(settings.span(shard))
     moments = ["mean", "std", *(["mean_mirrored", "std_mirrored"] if settings.flip else [])]
@@ -30,13 +30,13 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
 
 
 def header(settings: StoreSettings, shard: int) -> bytes:
-    """The bytes before the tensors of a shard: length and JSON, as safetensors has them."""
+    """The safetensors header of a shard: its length and its JSON."""
     tensors = layout(settings, shard).items()
     return tensors_header({n: (t, shape, SAFETENSORS[t].itemsize * math.prod(shape)) for n, (t, shape) in tensors})
 
 
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
-    """Arrays of a shard, all zeros."""
+    """The arrays of a shard, filled with zeros."""
     return {name: np.zeros(shape, SAFETENSORS[dtype]) for name, (dtype, shape) in layout(settings, shard).items()}
 
 
@@ -44,23 +44,23 @@ def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.
     """Read-only views of a shard's tensors in its memory map.
 
     Raises:
-        DataError: if the file is missing, or has another header or size than the manifest asks for.
+        DataError: if the file is missing, or its header or size differs from the manifest.
     """
     path, expected = store / shard_name(shard), header(settings, shard)
     tensors = layout(settings, shard)
     try:
         with path.open("rb") as file:
             if file.read(len(expected)) != expected:
-                raise DataError(f"{path}: header differs from the manifest; find the damage: diffussm encode --verify")
+                raise DataError(f"{path}: header differs from the manifest; run diffussm encode --verify")
             keep_no_handle = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep_no_handle)
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror}") from e
     views, start = {}, len(expected)
     if len(data) != start + sum(SAFETENSORS[t].itemsize * math.prod(shape) for t, shape in tensors.values()):
-        raise DataError(f"{path}: is {len(data)} bytes long, not as the manifest says; diffussm encode --verify")
+        raise DataError(f"{path}: {len(data)} bytes is not the size in the manifest; run diffussm encode --verify")
     if hasattr(mmap, "MADV_RANDOM"):
-        data.madvise(mmap.MADV_RANDOM)  # no reading ahead: the next image lies elsewhere
+        data.madvise(mmap.MADV_RANDOM)  # no read-ahead: the next image is elsewhere
     for name, (dtype, shape) in tensors.items():
         views[name] = np.frombuffer(data, SAFETENSORS[dtype], math.prod(shape), start).reshape(shape)
         start += views[name].nbytes

@@ -12,7 +12,7 @@ from diffussm_cli.model.s4d.numerics import slices_of
 
 
 def fft_length(L: int) -> int:
-    """The smallest even n >= 2L - 1 without prime factors above 7: room for a linear convolution of L taps."""
+    """The smallest even n >= 2L - 1 without prime factors above 7: long enough for a linear convolution with L taps."""
     n = max(2, 2 * L - 1 + (2 * L - 1) % 2)
     while not _is_smooth(n):
         n += 2
@@ -27,10 +27,10 @@ def _is_smooth(n: int) -> bool:
 
 
 def kernel_spectra(K: Tensor, padded: Tensor | None = None) -> Tensor:
-    """Spectra by which the convolution multiplies: K (2, D, L) -> (2, D, F), complex.
+    """The spectra that the convolution multiplies by: K (2, D, L) -> (2, D, F), complex.
 
-    The backward direction is a correlation, hence the conjugate. Many calls in turn may share memory to pad K in:
-    `padded`, (2, >= D, n), zero beyond L.
+    The backward direction is a correlation, hence the conjugate. Successive calls may share the buffer `padded`,
+    (2, >= D, n), in which K is padded; it must be zero beyond L.
     """
     if padded is None:
         padded = K.new_zeros(*K.shape[:2], fft_length(K.shape[-1]))
@@ -51,16 +51,16 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
 
 
 def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype, share: int = 1) -> Tensor:
-    """`convolve` on a few channels at a time, so that what is between two transforms stays in the cache.
+    """`convolve` on a few channels at a time, so that the data between two transforms stay in the cache.
 
     Args:
-        u: (B, D, J, M), the sequence split into l = j M + m; its memory may lie in M planes (M, D, B, J).
-        spectra: gives those of a slice of the channels, (2, d, F).
-        dtype: real, of the transforms.
+        u: (B, D, J, M), the sequence split into l = j M + m; its memory layout may be (M, D, B, J).
+        spectra: returns the spectra of a slice of the channels, (2, d, F).
+        dtype: real dtype of the transforms.
         share: as in `slices`.
 
     Returns:
-        y (B, 2D, J, M) of the dtype of u, its memory in planes (M, 2D, B, J).
+        y (B, 2D, J, M) in the dtype of u, with the memory layout (M, 2D, B, J).
     """
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
@@ -76,35 +76,35 @@ def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.
 
 
 def copy_into_padded(u: Tensor, padded: Tensor) -> Tensor:
-    """Writes u (B, d, J, M) as a sequence l = jM + m into the rows of `padded` (B, >= d, n), and returns these."""
+    """Write u (B, d, J, M) as a sequence l = jM + m into the first rows of `padded` (B, >= d, n); returns them."""
     d, J, M = u.shape[1:]
     rows = padded[:, :d]
-    for m in range(M):  # place by place: twice as fast as one copy of all, whose innermost runs have M numbers
+    for m in range(M):  # one m at a time: twice as fast as a single copy, whose innermost loops would be M long
         rows[..., m : J * M : M].copy_(u[..., m])
     return rows
 
 
 def copy_back(v: Tensor, y: Tensor) -> None:
-    """The way back: v (B, d, L) into y (B, d, J, M), in the dtype of y."""
+    """The inverse: copy v (B, d, L) into y (B, d, J, M), in the dtype of y."""
     v, M = v.to(y.dtype), y.shape[-1]
     for m in range(M):
         y[..., m].copy_(v[..., m::M])
 
 
 def slices(u: Tensor, share: int = 1) -> list[slice]:
-    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; one on a GPU, or when compiled.
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled.
 
-    Where more of them are at work at a time, each has but a share.
+    `share` is the number of slices in use at a time, which share the cache. On a GPU slices are much larger.
     """
     B, D, J, M = u.shape
     return slices_of(D, share * B * J * M, u.device)
 
 
 class Convolution(torch.autograd.Function):
-    """`convolve_slices` by kernels, with its adjoint by hand: u (B, D, J, M), K (2, D, L) -> (B, 2D, J, M).
+    """`convolve_slices` by kernels, with its own backward: u (B, D, J, M), K (2, D, L) -> (B, 2D, J, M).
 
-    Autograd's backward of a real transform runs a complex one of full length, and keeps spectra; this one needs real
-    transforms only and keeps u and K.
+    Autograd's backward of a real transform runs a complex transform of full length and saves spectra. This one needs
+    only real transforms and saves only u and K.
     """
 
     @staticmethod
@@ -126,11 +126,11 @@ class Convolution(torch.autograd.Function):
         for c in parts:
             S = kernel_spectra(K[:, c], padded_K)
             U = torch.fft.rfft(copy_into_padded(u[:, c], padded))  # (B, d, F)
-            dU = torch.zeros_like(U)  # conjugate, as all that follows
+            dU = torch.zeros_like(U)  # conjugated, like everything below
             for direction in (0, 1):
                 dY = torch.fft.rfft(copy_into_padded(dy[:, direction, c], padded)).conj_physical_()
                 dU.addcmul_(dY, S[direction])
-                lags = (U * dY).sum(0)  # (d, F); the backward kernel's are mirrored
+                lags = (U * dY).sum(0)  # (d, F); those of the backward kernel are mirrored
                 lags = lags if direction else lags.conj_physical_()
                 dK[direction, c] = torch.fft.irfft(lags, n=n)[..., :L]
             copy_back(torch.fft.irfft(dU.conj_physical_(), n=n)[..., :L], du[:, c])

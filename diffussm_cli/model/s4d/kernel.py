@@ -1,9 +1,10 @@
-"""The kernel of S4D from its parameters, in two levels, and its gradient.
+"""The S4D kernel from its parameters, computed in two levels, and its gradient.
 
 D channels   L taps   N state size: N/2 complex modes   R rows: the channels of both directions   l = a T + b
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def s4d_kernel(
     """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as a batched real matrix product.
 
     With l = aT + b the Vandermonde sum over L columns factors into exp(dt A aT) and exp(dt A b), each about sqrt(L)
-    wide, and each of these is made of two tables in the same way. `s4d_kernel_naive` is the same sum written out.
+    wide. Each of these is built from two tables in the same way. `s4d_kernel_naive` is the same sum written out.
 
     Args:
         dt: step sizes, (..., D).
@@ -31,9 +32,9 @@ def s4d_kernel(
     """
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
     re, im = _discretise(x, y, A_real, A_imag, B, C)
-    modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): a row for each channel
+    modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): one row per channel and direction
     skip = torch.zeros_like(dt) if D_skip is None else D_skip
-    sum_of_modes = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
+    sum_of_modes: Callable[..., Tensor] = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
 
 
@@ -52,10 +53,10 @@ def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L:
 
 
 class Modes(torch.autograd.Function):
-    """`_sum_of_modes` that keeps nothing but its arguments for the backward pass.
+    """`_sum_of_modes` that saves only its arguments for the backward pass.
 
     With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
-    and -2 Im (C_bar W_1) for x and y. As l = aT + b, both sums are taken over one level by a product, then the other.
+    and -2 Im (C_bar W_1) for x and y. Since l = aT + b, both sums run over one level as a product, then the other.
     """
 
     @staticmethod
@@ -86,19 +87,19 @@ class Modes(torch.autograd.Function):
 
 
 def levels(L: int) -> tuple[int, int]:
-    """A and T of l = aT + b, 0 <= a < A and 0 <= b < T: T a power of two of about sqrt(L)."""
+    """A and T of l = aT + b, 0 <= a < A and 0 <= b < T; T is a power of two near sqrt(L)."""
     T = 1 << math.ceil(math.log2(L) / 2)
     return math.ceil(L / T), T
 
 
 def _row_slices(re: Tensor, T: int) -> list[slice]:
-    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; one on a GPU, or when compiled."""
+    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; a single slice when compiled."""
     rows, half_N = re.shape
     return slices_of(rows, half_N * T, re.device)
 
 
 def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
-    """exp((x + iy) step l), l = 0..count-1: (R, N/2) -> (R, count, N/2), by products of two short tables."""
+    """exp((x + iy) step l), l = 0..count-1: (R, N/2) -> (R, count, N/2), as products of two short tables."""
     p = math.ceil(math.sqrt(count))
     fine = _exponentials(x, y, p, step)  # (R, p, N/2)
     coarse = _exponentials(x, y, math.ceil(count / p), p * step)
@@ -106,9 +107,10 @@ def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
 
 
 def _exponentials(x: Tensor, y: Tensor, count: int, step: int) -> Tensor:
-    """As `_powers`, each by exp, cos and sin; but 0 below a bound under which a product of four might be denormal.
+    """As `_powers`, each computed with exp, cos and sin.
 
-    A CPU takes a hundred times as long for a denormal number, and half of the modes decay that far in 4096 tokens.
+    Decay factors below tiny^(1/4) become 0, so that a product of four of them is never denormal: a denormal number
+    takes a CPU a hundred times as long, and half of the modes decay that far within 4096 tokens.
     """
     l = torch.arange(count, device=x.device, dtype=x.dtype)[:, None] * step  # noqa: E741
     decay, angle = torch.exp(x[:, None] * l), y[:, None] * l
@@ -129,7 +131,7 @@ def _complex(pairs: Tensor) -> Tensor:
 def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D, N/2).
 
-    exp - 1 by expm1: plain subtraction costs 4e-5 at small dt.
+    exp - 1 uses expm1: plain subtraction has an error of 4e-5 at small dt.
     """
     half_sin = torch.sin(y / 2)
     zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)  # exp(x + iy) - 1

@@ -2,11 +2,11 @@
 
     B batch   D channels   J positions   M tokens per position   L = J M tokens   N state size: N/2 complex modes
 
-`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, `reference.py` says the
-same slowly and obviously.
+`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, and `reference.py`
+computes the same slowly from the definitions.
 
-Everything in this package is float32 whatever the rest of the model is (float64 in tests): log_dt rounded to bfloat16
-alone changes the kernel by 35%. The directions are stacked in front: index 0 is forward (causal), 1 is backward.
+Everything in this package is float32 whatever the rest of the model is (float64 in tests): rounding log_dt alone to
+bfloat16 changes the kernel by 35%. The first dimension of a parameter is the direction: 0 forward (causal), 1 backward.
 """
 
 import math
@@ -18,21 +18,21 @@ from diffussm_cli.model.s4d.convolution import Convolution, convolve_slices, ker
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.model.s4d.numerics import no_autocast
 
-KEEP_BYTES = 1 << 29  # of spectra that one layer keeps while its weights stay as they are
+KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
 
 class S4D(nn.Module):
     """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
 
-    The sequence is l = j M + m. It may also be given as it is, u (B, D, L) -> (B, 2D, L).
+    Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) -> (B, 2D, L).
 
-    Parameters are 194 numbers a channel and direction at N = 64, and stay float32 under `.half()`, `.to(bfloat16)`
-    and autocast; `.double()` is honoured. Start: S4D-Lin, Re A = -1/2, Im A = pi n, log dt uniform in
-    [dt_min, dt_max], B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
+    There are 194 parameters per channel and direction at N = 64. They stay float32 under `.half()`, `.to(bfloat16)`
+    and autocast; `.double()` is honoured. They are initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform
+    between log dt_min and log dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
-    Without gradients the spectra are kept until a parameter changes, so that sampling builds them once and not at each
-    denoising step. They take 16 D (L + 1) bytes a layer and length or a little more, and beyond KEEP_BYTES they are
-    made slice by slice instead, so that memory stays bounded. Compiled code makes them at each call.
+    Without gradients the spectra are kept until a parameter changes, so that sampling computes them once and not at
+    each denoising step. They take 16 D (L + 1) bytes or slightly more per layer and length. Beyond KEEP_BYTES they are
+    computed slice by slice instead, so that memory stays bounded. Compiled code computes them at each call.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -70,7 +70,7 @@ class S4D(nn.Module):
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
     def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
-        """The kernels of both directions, skip included, (2, d, L), of all channels or a slice of them."""
+        """The kernels of both directions, including the skip, (2, d, L), for all channels or a slice of them."""
         parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
         log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
         with no_autocast(log_dt.device):
@@ -84,7 +84,7 @@ class S4D(nn.Module):
         return self._kept[L][1]
 
     def forget_kernels(self) -> None:
-        """Free the spectra that are kept."""
+        """Free the kept spectra."""
         self._kept.clear()
 
     def train(self, mode: bool = True) -> "S4D":
@@ -96,7 +96,7 @@ class S4D(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse: bool = True) -> "S4D":
-        """What `.to`, `.cuda`, `.half` and their kin call: the device changes, precision stays at least float32."""
+        """Called by `.to`, `.cuda`, `.half` and the like: changes the device; precision stays at least float32."""
         self.forget_kernels()
 
         def keep_precision(t: Tensor) -> Tensor:

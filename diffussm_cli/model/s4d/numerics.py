@@ -1,4 +1,4 @@
-"""How the formulas of this package are executed: in slices that fit the cache, and in full float32."""
+"""How the formulas of this package are computed: in slices that fit into the cache, and in full float32."""
 
 import contextlib
 
@@ -6,21 +6,21 @@ import torch
 
 from diffussm_cli.machine.device import full_float32
 
-SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u: for a CPU's cache, and for other devices
+SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u, by whether the device is a CPU
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
-    """Slices of `count` things of so many numbers each; one when compiled, for which sizes must not vary."""
+    """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary."""
     size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // numbers)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
-    """For products of the kernel. In compiled code the user's choice holds: it cannot change global switches."""
+    """For the kernel's products. In compiled code the user's setting holds: it cannot change global switches."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else full_float32()
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    if device.type == "meta":  # knows no autocast
+    if device.type == "meta":  # has no autocast
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

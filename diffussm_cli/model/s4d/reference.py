@@ -1,4 +1,4 @@
-"""The S4D kernel and the whole layer by their definitions: slow, obvious, and what the fast forms are tested against.
+"""The S4D kernel and layer by their definitions: slow and simple, for testing the fast versions.
 
 B batch   D channels   L tokens   N state size: N/2 complex modes
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def s4d_kernel_naive(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int) -> Tensor:
-    """Reference for `s4d_kernel`, same arguments: the definition, in complex arithmetic."""
+    """Reference for `s4d_kernel`, with the same arguments: the definition, in complex arithmetic."""
     A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
     dtA = dt[..., None] * A
     C_bar = C * B * (torch.exp(dtA) - 1) / A
@@ -19,7 +19,7 @@ def s4d_kernel_naive(dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: T
 def s4d_recurrence(
     u: Tensor, dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, D_skip: Tensor
 ) -> Tensor:
-    """Reference for kernel and convolution together, one direction, as the state space model itself.
+    """Reference for kernel and convolution together, in one direction: the state space model as a recurrence.
 
     x_l = exp(dt A) x_{l-1} + B (exp(dt A) - 1)/A u_l,  y_l = 2 Re C x_l + D u_l;  u (B, D, L) -> y (B, D, L).
     """
