@@ -124,6 +124,7 @@ def help_of_scripts(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.name)
 def test_scripts_start_with_help_from_any_folder(path, help_of_scripts):
     assert help_of_scripts[str(path)] == 0

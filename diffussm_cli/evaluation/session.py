@@ -8,6 +8,7 @@ from typing import Any
 
 from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig
+from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
@@ -91,7 +92,8 @@ class EvaluationSession:
         Raises:
             DiffussmError: if it cannot be read or was made with another extractor.
         """
-        return open_reference(path, self.extractor, size or (None if path.endswith(".npz") else of_run))
+        is_folder = not path.endswith(".npz") and not path.startswith(BUILTIN)
+        return open_reference(path, self.extractor, size or (of_run if is_folder else None))
 
     def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
         """Compute the features of a set, or load them from the cache. Returns the finished Gathering."""

@@ -1,7 +1,6 @@
 """Health of a training run: steps that are not finite, spikes, relative sizes of updates, the SSM's time scales."""
 
 import math
-import math
 import statistics
 from collections import deque
 
