@@ -7,7 +7,7 @@ import torch
 
 from diffussm_cli.model.s4d import layer as layer_module
 from diffussm_cli.model.s4d import numerics
-from diffussm_cli.model.s4d.convolution import Convolution, convolve, fft_length, kernel_spectra
+from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra, convolve, fft_length, kernel_spectra
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive, s4d_recurrence
@@ -80,16 +80,18 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
     u, K = (randn(s, 3, L, seed=s, dtype=torch.float64).requires_grad_() for s in (4, 2))
     weight = randn(4, 6, L, dtype=torch.float64)
     results = []
-    for y in (Convolution.apply(u[..., None], K)[..., 0], convolve(u, kernel_spectra(K))):
+    for y in (Convolution.apply(u[..., None], KernelSpectra.apply(K))[..., 0], convolve(u, kernel_spectra(K))):
         results.append((y, *torch.autograd.grad((y * weight).sum(), (u, K))))
     for by_hand, automatic in zip(*results):
         torch.testing.assert_close(by_hand, automatic, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("J", "M"), [(5, 2), (8, 1), (3, 4)])
+@pytest.mark.parametrize("kept", [0, 1 << 20])
 @pytest.mark.parametrize("numbers", [1, 50, 1 << 20])
-def test_slices_change_nothing(monkeypatch, J, M, numbers):
-    """Whatever the slices, and with tokens in planes: the convolution of the tokens in order, and its gradients."""
+def test_slices_change_nothing(monkeypatch, J, M, numbers, kept):
+    """Whatever is sliced or kept, and with tokens in planes: the convolution of the tokens in order, its gradients."""
+    monkeypatch.setattr(numerics, "KEPT_NUMBERS", kept)
     monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     s4d, planes = layer(), randn(2, M, 6, J, dtype=torch.float64).requires_grad_()
     u = planes.permute(0, 2, 3, 1)  # (B, D, J, M)
@@ -117,8 +119,9 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_
     assert not s4d._kept
 
 
-def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone():
-    """Three numbers a channel and token: u and the kernels of two directions; no exponential of their modes."""
+def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypatch):
+    """Five numbers per channel and token: u and the spectra of two kernels; no exponential of their modes."""
+    monkeypatch.setattr(numerics, "KEPT_NUMBERS", 0)
 
     def kept(L):
         found = {}
@@ -129,7 +132,7 @@ def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone():
         return sum(found.values())
 
     s4d = S4D(64, 64).to(device())
-    assert kept(4096) - kept(256) == pytest.approx(3 * 64 * (4096 - 256), rel=0.02)
+    assert kept(4096) - kept(256) == pytest.approx(5 * 64 * (4096 - 256), rel=0.02)
 
 
 @pytest.mark.parametrize("numbers", [1, 100, 1 << 20])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffussm_cli.model.s4d.numerics import slices_of
+from diffussm_cli.model.s4d.numerics import slices_of, worth_keeping
 
 
 def fft_length(L: int) -> int:
@@ -26,17 +26,34 @@ def _is_smooth(n: int) -> bool:
     return n == 1
 
 
-def kernel_spectra(K: Tensor, padded: Tensor | None = None) -> Tensor:
-    """The spectra that the convolution multiplies by: K (2, D, L) -> (2, D, F), complex.
+def kernel_spectra(K: Tensor) -> Tensor:
+    """The factors of the convolution: K (..., 2, D, L) -> (..., 2, D, F), complex, in slices that fit into the cache.
 
-    The backward direction is a correlation, hence the conjugate. Successive calls may share the buffer `padded`,
-    (2, >= D, n), in which K is padded; it must be zero beyond L.
+    They are divided by n, so that the inverse transforms need no scaling. The backward direction is a correlation,
+    hence its conjugate.
     """
-    if padded is None:
-        padded = K.new_zeros(*K.shape[:2], fft_length(K.shape[-1]))
-    S = torch.fft.rfft(copy_into_padded(K[..., None], padded))
-    S[1].conj_physical_()
+    D, L = K.shape[-2:]
+    n = fft_length(L)
+    parts = slices_of(D, K.numel() // D, K.device)
+    S = torch.cat([torch.fft.rfft(K[..., channels, :] / n, n=n) for channels in parts], dim=-2)
+    S.select(-3, 1).conj_physical_()
     return S
+
+
+class KernelSpectra(torch.autograd.Function):
+    """`kernel_spectra` for training. The gradient of S is what `Convolution` gives: sum_b dY conj(U)."""
+
+    @staticmethod
+    def forward(ctx, K: Tensor) -> Tensor:
+        ctx.L = K.shape[-1]
+        return kernel_spectra(K)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dS: Tensor) -> Tensor:
+        dS = dS.clone()
+        dS.select(-3, 1).conj_physical_()
+        return torch.fft.irfft(dS, n=fft_length(ctx.L))[..., : ctx.L]
 
 
 def convolve(u: Tensor, spectra: Tensor) -> Tensor:
@@ -46,18 +63,20 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
     """
     L, n = u.shape[-1], 2 * (spectra.shape[-1] - 1)
     U = torch.fft.rfft(u, n=n)  # (B, D, F)
-    y = torch.fft.irfft(U[:, None] * spectra, n=n)[..., :L]  # (B, 2, D, L)
+    y = torch.fft.irfft(U[:, None] * spectra, n=n, norm="forward")[..., :L]  # (B, 2, D, L)
     return y.flatten(1, 2)
 
 
-def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype, share: int = 1) -> Tensor:
+def convolve_slices(
+    u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype, kept: list[Tensor] | None = None
+) -> Tensor:
     """`convolve` on a few channels at a time, so that the data between two transforms stay in the cache.
 
     Args:
         u: (B, D, J, M), the sequence split into l = j M + m; its memory layout may be (M, D, B, J).
         spectra: returns the spectra of a slice of the channels, (2, d, F).
         dtype: real dtype of the transforms.
-        share: as in `slices`.
+        kept: takes the spectra of u, (B, d, F) per slice.
 
     Returns:
         y (B, 2D, J, M) in the dtype of u, with the memory layout (M, 2D, B, J).
@@ -65,13 +84,15 @@ def convolve_slices(u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
     y = u.new_empty(M, 2, D, B, J).permute(3, 1, 2, 4, 0)  # (B, 2, D, J, M)
-    parts = slices(u, share)
+    parts = slices(u)
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
         S = spectra(channels)  # (2, d, F)
         U = torch.fft.rfft(copy_into_padded(u[:, channels], padded))  # (B, d, F)
         for direction in (0, 1):
-            copy_back(torch.fft.irfft(U * S[direction], n=n)[..., :L], y[:, direction, channels])
+            copy_back(torch.fft.irfft(U * S[direction], n=n, norm="forward")[..., :L], y[:, direction, channels])
+        if kept is not None:
+            kept.append(U)
     return y.flatten(1, 2)
 
 
@@ -91,47 +112,43 @@ def copy_back(v: Tensor, y: Tensor) -> None:
         y[..., m].copy_(v[..., m::M])
 
 
-def slices(u: Tensor, share: int = 1) -> list[slice]:
-    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled.
-
-    `share` is the number of slices in use at a time, which share the cache. On a GPU slices are much larger.
-    """
+def slices(u: Tensor) -> list[slice]:
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled."""
     B, D, J, M = u.shape
-    return slices_of(D, share * B * J * M, u.device)
+    return slices_of(D, B * J * M, u.device)
 
 
 class Convolution(torch.autograd.Function):
-    """`convolve_slices` by kernels, with its own backward: u (B, D, J, M), K (2, D, L) -> (B, 2D, J, M).
+    """`convolve_slices` with its own backward: u (B, D, J, M), S (2, D, F) of `KernelSpectra` -> (B, 2D, J, M).
 
-    Autograd's backward of a real transform runs a complex transform of full length and saves spectra. This one needs
-    only real transforms and saves only u and K.
+    Autograd's backward of a real transform runs a complex transform of full length. This one needs only real
+    transforms. It saves u and S, and of short sequences the spectra of u.
     """
 
     @staticmethod
-    def forward(ctx, u: Tensor, K: Tensor) -> Tensor:
-        ctx.save_for_backward(u, K)
-        padded = K.new_zeros(2, slices(u, share=2)[0].stop, fft_length(K.shape[-1]))
-        return convolve_slices(u, lambda channels: kernel_spectra(K[:, channels], padded), K.dtype, share=2)
+    def forward(ctx, u: Tensor, S: Tensor) -> Tensor:
+        kept: list[Tensor] | None = [] if worth_keeping(len(u) * S[0].numel()) else None
+        y = convolve_slices(u, lambda channels: S[:, channels], S.real.dtype, kept)
+        ctx.save_for_backward(u, S, *kept or [])
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
-        u, K = ctx.saved_tensors
+        u, S, *kept = ctx.saved_tensors
         B, D, J, M = u.shape
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
-        du, dK = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(K)
-        parts = slices(u, share=2)
-        padded, padded_K = K.new_zeros(B, parts[0].stop, n), K.new_zeros(2, parts[0].stop, n)
-        for c in parts:
-            S = kernel_spectra(K[:, c], padded_K)
-            U = torch.fft.rfft(copy_into_padded(u[:, c], padded))  # (B, d, F)
-            dU = torch.zeros_like(U)  # conjugated, like everything below
+        du, dS = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(S)
+        parts = slices(u)
+        padded = S.real.new_zeros(B, parts[0].stop, n)
+        for i, c in enumerate(parts):
+            U = kept[i] if kept else torch.fft.rfft(copy_into_padded(u[:, c], padded))  # (B, d, F)
+            U = U.conj_physical() if kept else U.conj_physical_()
+            S_c, dU = S[:, c].conj_physical(), torch.zeros((), dtype=S.dtype, device=S.device)
             for direction in (0, 1):
-                dY = torch.fft.rfft(copy_into_padded(dy[:, direction, c], padded)).conj_physical_()
-                dU.addcmul_(dY, S[direction])
-                lags = (U * dY).sum(0)  # (d, F); those of the backward kernel are mirrored
-                lags = lags if direction else lags.conj_physical_()
-                dK[direction, c] = torch.fft.irfft(lags, n=n)[..., :L]
-            copy_back(torch.fft.irfft(dU.conj_physical_(), n=n)[..., :L], du[:, c])
-        return du, dK
+                dY = torch.fft.rfft(copy_into_padded(dy[:, direction, c], padded))
+                dS[direction, c] = (U * dY).sum(0)
+                dU = torch.addcmul(dU, dY, S_c[direction])
+            copy_back(torch.fft.irfft(dU, n=n, norm="forward")[..., :L], du[:, c])
+        return du, dS

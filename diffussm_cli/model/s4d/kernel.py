@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of
+from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of, worth_keeping
 
 
 def s4d_kernel(
@@ -38,22 +38,28 @@ def s4d_kernel(
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
 
 
-def _sum_of_modes(re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
-    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L)."""
+def _sum_of_modes(
+    re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int, kept: list[Tensor] | None = None
+) -> Tensor:
+    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L).
+
+    `kept` takes the tables of exponentials.
+    """
     A, T = levels(L)
     K = re.new_empty(len(re), A, T)
     for rows in _row_slices(re, T):
-        C_bar = torch.complex(2 * re[rows], 2 * im[rows])
-        outer = C_bar[:, None] * _powers(x[rows], y[rows], A, T)  # 2 C_bar exp(dt A aT), (r, A, N/2)
-        inner = _powers(x[rows], -y[rows], T)  # the conjugate of exp(dt A b), (r, T, N/2)
+        outer, inner = _tables(x[rows], y[rows], A, T)  # exp(dt A aT) (r, A, N/2), exp(dt A b) (r, T, N/2)
+        weighted = torch.complex(2 * re[rows], 2 * im[rows])[:, None] * outer  # 2 C_bar exp(dt A aT)
         with full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
-            torch.bmm(_pairs(outer), _pairs(inner).mT, out=K[rows])
+            torch.bmm(_pairs(weighted), _pairs(inner.conj_physical()).mT, out=K[rows])
+        if kept is not None:
+            kept += [outer, inner]
     K[:, 0, 0] += skip
     return K.flatten(1)[:, :L]
 
 
 class Modes(torch.autograd.Function):
-    """`_sum_of_modes` that saves only its arguments for the backward pass.
+    """`_sum_of_modes` that saves only its arguments for the backward pass, and tables of exponentials if they are small.
 
     With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
     and -2 Im (C_bar W_1) for x and y. Since l = aT + b, both sums run over one level as a product, then the other.
@@ -61,12 +67,15 @@ class Modes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int) -> Tensor:
-        ctx.save_for_backward(re, im, x, y)
-        return _sum_of_modes(re, im, x, y, skip, L)
+        kept: list[Tensor] | None = [] if worth_keeping(re.numel() * sum(levels(L))) else None
+        K = _sum_of_modes(re, im, x, y, skip, L, kept)
+        ctx.save_for_backward(re, im, x, y, *kept or [])
+        return K
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
-        re, im, x, y = ctx.saved_tensors
+        re, im, x, y, *kept = ctx.saved_tensors
         A, T = levels(dK.shape[-1])
         if dK.shape[-1] < A * T:
             dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1]))
@@ -74,8 +83,8 @@ class Modes(torch.autograd.Function):
         a = torch.arange(A, device=x.device, dtype=x.dtype) * T
         b = torch.arange(T, device=x.device, dtype=x.dtype)
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
-        for rows in _row_slices(re, T):
-            outer, inner = _powers(x[rows], y[rows], A, T), _powers(x[rows], y[rows], T)
+        for i, rows in enumerate(_row_slices(re, T)):
+            outer, inner = kept[2 * i : 2 * i + 2] if kept else _tables(x[rows], y[rows], A, T)
             with no_autocast(x.device), full_float32_products():
                 over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
                 over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
@@ -98,21 +107,26 @@ def _row_slices(re: Tensor, T: int) -> list[slice]:
     return slices_of(rows, half_N * T, re.device)
 
 
-def _powers(x: Tensor, y: Tensor, count: int, step: int = 1) -> Tensor:
-    """exp((x + iy) step l), l = 0..count-1: (R, N/2) -> (R, count, N/2), as products of two short tables."""
-    p = math.ceil(math.sqrt(count))
-    fine = _exponentials(x, y, p, step)  # (R, p, N/2)
-    coarse = _exponentials(x, y, math.ceil(count / p), p * step)
-    return (coarse[:, :, None] * fine[:, None]).flatten(1, 2)[:, :count]
+def _tables(x: Tensor, y: Tensor, A: int, T: int) -> tuple[Tensor, Tensor]:
+    """exp((x + iy) aT), a < A, and exp((x + iy) b), b < T: (R, N/2) -> (R, A, N/2) and (R, T, N/2).
+
+    Each is the product of two short tables, so that about 2 sqrt(A) + 2 sqrt(T) exponentials are computed per mode.
+    """
+    p, q = math.ceil(math.sqrt(A)), math.ceil(math.sqrt(T))
+    counts = [p, math.ceil(A / p), q, math.ceil(T / q)]
+    l = torch.cat([torch.arange(n, device=x.device) * step for n, step in zip(counts, (T, p * T, 1, q))])  # noqa: E741
+    fine_a, coarse_a, fine_b, coarse_b = _exponentials(x, y, l).split(counts, dim=1)
+    outer, inner = coarse_a[:, :, None] * fine_a[:, None], coarse_b[:, :, None] * fine_b[:, None]
+    return outer.flatten(1, 2)[:, :A], inner.flatten(1, 2)[:, :T]
 
 
-def _exponentials(x: Tensor, y: Tensor, count: int, step: int) -> Tensor:
-    """As `_powers`, each computed with exp, cos and sin.
+def _exponentials(x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
+    """exp((x + iy) l): (R, N/2) and l (n,) -> (R, n, N/2), by exp, cos and sin.
 
     Decay factors below tiny^(1/4) become 0, so that a product of four of them is never denormal: a denormal number
     takes a CPU a hundred times as long, and half of the modes decay that far within 4096 tokens.
     """
-    l = torch.arange(count, device=x.device, dtype=x.dtype)[:, None] * step  # noqa: E741
+    l = l[:, None].to(x.dtype)  # noqa: E741
     decay, angle = torch.exp(x[:, None] * l), y[:, None] * l
     decay = torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
     return torch.complex(decay * torch.cos(angle), decay * torch.sin(angle))

@@ -7,12 +7,18 @@ import torch
 from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u, by whether the device is a CPU
+KEPT_NUMBERS = 1 << 21  # 16 MiB
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
     """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary."""
     size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // numbers)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def worth_keeping(numbers: int) -> bool:
+    """Whether a layer keeps that many complex numbers for its backward pass, which then need not be computed again."""
+    return numbers <= KEPT_NUMBERS and not torch.compiler.is_compiling()
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
