@@ -125,6 +125,7 @@ class TrainConfig:
     keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0: none", least=0, most=MANY)
     async_checkpoint: bool = _option(True, "write checkpoints in the background, from a copy in memory")
     max_bad_steps: int = _option(10, "non-finite steps in a row after which training ends", least=1, most=MANY)
+    processes: int = _option(1, "processes of a CPU that share the batch; 0: one per core", least=0, most=1024)
     parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes: each holds the model, or a part of it")
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)

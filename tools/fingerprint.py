@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 # Of a record in metrics.jsonl, what depends on the clock.
 TIMED = ("images_per_second",)
-EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu"]
+EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu", "--set", "train.processes=1"]
 
 
 def command(folder: Path, *arguments: object) -> str:

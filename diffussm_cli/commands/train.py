@@ -88,7 +88,7 @@ def train(
     stop = StopRequest()
     found = follow(console, stop.watch(session.train(out=out, stop=stop, **request)))
     code = report(console, found, stop.code)
-    if world.size > 1:
+    if found.processes > 1:
         leave(code)
     if code:
         raise typer.Exit(code)

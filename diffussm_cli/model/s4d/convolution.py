@@ -68,7 +68,11 @@ def convolve(u: Tensor, spectra: Tensor) -> Tensor:
 
 
 def convolve_slices(
-    u: Tensor, spectra: Callable[[slice], Tensor], dtype: torch.dtype, kept: list[Tensor] | None = None
+    u: Tensor,
+    spectra: Callable[[slice], Tensor],
+    dtype: torch.dtype,
+    share: int = 1,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """`convolve` on a few channels at a time, so that the data between two transforms stay in the cache.
 
@@ -76,6 +80,7 @@ def convolve_slices(
         u: (B, D, J, M), the sequence split into l = j M + m; its memory layout may be (M, D, B, J).
         spectra: returns the spectra of a slice of the channels, (2, d, F).
         dtype: real dtype of the transforms.
+        share: as in `slices`.
         kept: takes the spectra of u, (B, d, F) per slice.
 
     Returns:
@@ -84,7 +89,7 @@ def convolve_slices(
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
     y = u.new_empty(M, 2, D, B, J).permute(3, 1, 2, 4, 0)  # (B, 2, D, J, M)
-    parts = slices(u)
+    parts = slices(u, share)
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
         S = spectra(channels)  # (2, d, F)
@@ -112,10 +117,13 @@ def copy_back(v: Tensor, y: Tensor) -> None:
         y[..., m].copy_(v[..., m::M])
 
 
-def slices(u: Tensor) -> list[slice]:
-    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled."""
+def slices(u: Tensor, share: int = 1) -> list[slice]:
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled.
+
+    `share` is the number of slices in use at a time, which share the cache. On a GPU slices are much larger.
+    """
     B, D, J, M = u.shape
-    return slices_of(D, B * J * M, u.device)
+    return slices_of(D, share * B * J * M, u.device)
 
 
 class Convolution(torch.autograd.Function):
@@ -128,7 +136,7 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, u: Tensor, S: Tensor) -> Tensor:
         kept: list[Tensor] | None = [] if worth_keeping(len(u) * S[0].numel()) else None
-        y = convolve_slices(u, lambda channels: S[:, channels], S.real.dtype, kept)
+        y = convolve_slices(u, lambda channels: S[:, channels], S.real.dtype, share=2, kept=kept)
         ctx.save_for_backward(u, S, *kept or [])
         return y
 
@@ -140,7 +148,7 @@ class Convolution(torch.autograd.Function):
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
         du, dS = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(S)
-        parts = slices(u)
+        parts = slices(u, share=2)
         padded = S.real.new_zeros(B, parts[0].stop, n)
         for i, c in enumerate(parts):
             U = kept[i] if kept else torch.fft.rfft(copy_into_padded(u[:, c], padded))  # (B, d, F)

@@ -59,7 +59,7 @@ def _sum_of_modes(
 
 
 class Modes(torch.autograd.Function):
-    """`_sum_of_modes` that saves only its arguments for the backward pass, and tables of exponentials if they are small.
+    """`_sum_of_modes` that saves for the backward pass only its arguments and, if they are small, the tables.
 
     With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
     and -2 Im (C_bar W_1) for x and y. Since l = aT + b, both sums run over one level as a product, then the other.
