@@ -2,7 +2,7 @@
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled; all of them by default.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, compiled; all of them by default.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -22,11 +22,15 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import load_config
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model.s4d import numerics
+from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra
 from diffussm_cli.model.s4d.kernel import Modes, s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive
@@ -352,7 +356,43 @@ def _first_call(call: Callable[[], object]) -> dict[str, float]:
     return {"first_call_s": time.perf_counter() - start}
 
 
-ROWS = {f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, length, memory, compiled)}
+class _Traffic(TorchDispatchMode):
+    """Counts the bytes that operators read and write; views and allocations move none."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket.__name__
+        if not operator.is_view and name not in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view"):
+            inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
+            inputs = inputs[1:] if name in ("copy_", "fill_", "zero_") else inputs  # they do not read what they write
+            outputs = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
+            self.moved += sum(v.nbytes for v in inputs + outputs)
+        return out
+
+
+def traffic(device: torch.device) -> dict:
+    """Numbers that the convolution and its gradient move, per image, channel and token (M = 2, batch 16)."""
+    M, B, L, width = 2, 16, SHORT, 64
+    layer = S4D(width, 64).to(device)
+    u = torch.randn(M, width, B, L // M, device=device).permute(2, 1, 3, 0).requires_grad_()
+    K, unit = layer.taps(L).detach().requires_grad_(), 4 * B * width * L
+    found = {}
+    for name, most in {"recomputed": 0, "kept": 1 << 40}.items():
+        with patch.multiple(numerics, KEPT_NUMBERS=most, SLICE=dict.fromkeys((True, False), 1 << 40)):  # one slice
+            with _Traffic() as forward:
+                y = Convolution.apply(u, KernelSpectra.apply(K))
+            dy = torch.ones_like(y)
+            with _Traffic() as backward:
+                torch.autograd.grad(y, (u, K), dy)
+        found[name] = {"forward": forward.moved / unit, "backward": backward.moved / unit}
+    return found
+
+
+ROWS = {
+    f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, compiled)
+}
 
 
 def main() -> None:
