@@ -1,0 +1,169 @@
+"""Run what is missing of a study; the same command continues after an interruption.
+
+    python benchmarks/studies/run.py NAME [--jobs 2] [--work runs/studies]
+    python benchmarks/studies/run.py NAME --plan        # what it would run, with Gflops and GPU days
+
+Every training is a process of its own with one thread. Its result is one JSON in benchmarks/studies/results/NAME/: the
+configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from study import Job, Study, choose, config_hash, load_study, missing, step_gflops
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="where runs are kept meanwhile")
+    parser.add_argument("--plan", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    study = load_study(arguments.name)
+    folder = RESULTS / study.name
+    if arguments.plan:
+        show_plan(study)
+    elif arguments.one:
+        job = next(job for job in known_jobs(study, folder) if job.name == arguments.one)
+        write(folder / f"{job.name}.json", train_and_measure(job, study, arguments.work))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        run_all(missing(study.trials(), folder), arguments)
+        run_all(missing(jobs_of(study, folder), folder), arguments)
+
+
+def known_jobs(study: Study, folder: Path) -> list[Job]:
+    """Trials, and the jobs that count as soon as all trials are done."""
+    trials = study.trials()
+    return trials if missing(trials, folder) else [*trials, *jobs_of(study, folder)]
+
+
+def jobs_of(study: Study, folder: Path) -> list[Job]:
+    """The trainings that count, with what the search has chosen."""
+    found = {job.name: json.loads((folder / f"{job.name}.json").read_text())["held_out"] for job in study.trials()}
+    return study.jobs(choose(study, found))
+
+
+def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
+    """Each job in a process of its own, `--jobs` at a time. Raises SystemExit when one fails."""
+    waiting, running = list(jobs), {}
+    while waiting or running:
+        while waiting and len(running) < arguments.jobs:
+            job = waiting.pop(0)
+            command = [sys.executable, __file__, arguments.name, "--work", str(arguments.work), "--one", job.name]
+            running[job.name] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            print(f"{time.strftime('%H:%M:%S')} {job.name} begins, {len(waiting)} wait", flush=True)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    raise SystemExit(f"{name} ended with {process.returncode}; the others go on, run this again later")
+        time.sleep(1)
+
+
+def train_and_measure(job: Job, study: Study, work: Path) -> dict:
+    """Train a job, or go on with it, and measure its averaged weights."""
+    import torch
+
+    import diffussm_cli
+    from diffussm_cli.events import Result
+    from diffussm_cli.training import train
+
+    torch.set_num_threads(1)
+    config, root = job.config(), work / study.name / job.name
+    start = time.process_time()
+    done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
+    records = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
+    rates = sorted(r["images_per_second"] for r in records if r.get("images_per_second"))
+    found = {
+        "study": study.name,
+        "run": job.run,
+        "seed": job.seed,
+        "searched": job.searched,
+        "preset": job.preset,
+        "overrides": list(job.overrides),
+        "config": config_hash(config),
+        "steps": done.steps,
+        "gflops": step_gflops(config) * done.steps,
+        "cpu_seconds": time.process_time() - start,
+        "images_per_second": rates[len(rates) // 2],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "curve": curve,
+        "held_out": curve[-1][2],
+        "commit": commit(),
+        "versions": {
+            "diffussm": diffussm_cli.__version__,
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        },
+        "machine": f"{machine()}, 1 thread",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    return found if job.searched is not None else found | {"metrics": measure(root, study.samples)}
+
+
+def measure(root: Path, samples: int) -> dict[str, float]:
+    """Metrics of samples against held-out images, and images/s of sampling."""
+    from diffussm_cli.evaluation import evaluate
+    from diffussm_cli.events import Result
+    from diffussm_cli.runs import find_run
+
+    trained, start = find_run(root), time.perf_counter()
+    reference = f"{trained.config.data.path}/held-out"
+    events = evaluate(root, reference, ("fid", "sfid", "is", "precision", "recall", "kid"), num=samples, run=trained)
+    values = [event.value for event in events if isinstance(event, Result)][-1]["metrics"]
+    return values | {"samples": samples, "sampling_images_per_second": samples / (time.perf_counter() - start)}
+
+
+def show_plan(study: Study) -> None:
+    """What the study would run: steps, Gflops and GPU days by arithmetic."""
+    jobs = [*study.trials(), *study.jobs({})]
+    total = 0.0
+    for job in jobs:
+        config = job.config()
+        gflops = step_gflops(config) * config.train.steps
+        total += gflops
+        print(f"{job.name:32} {config.train.steps:9,} steps  {gflops:.3g} Gflops  {days(gflops):.3g} GPU days")
+    print(f"{len(jobs)} trainings, {total:.3g} Gflops, {days(total):.3g} GPU days at {GPU_TFLOPS:.0f} TFLOP/s")
+
+
+def days(gflops: float) -> float:
+    """GPU days of so many billions of multiply-adds."""
+    return 2 * gflops / (GPU_TFLOPS * 1e3) / 86400
+
+
+def commit() -> str:
+    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def machine() -> str:
+    """The name of the processor."""
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(": ")[2] if names else platform.processor()
+
+
+def write(path: Path, result: dict) -> None:
+    """A result, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    main()

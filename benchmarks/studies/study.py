@@ -1,0 +1,133 @@
+"""What a study is: the runs of its YAML with every override resolved, and the budget that makes them comparable."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffussm_cli.config import Config, load_config, to_yaml
+from diffussm_cli.profiling.flops import cost
+
+HERE = Path(__file__).parent
+TRAINING_PASSES = 3  # a backward pass takes twice the multiply-adds of a forward pass
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of a study, with its name as file name."""
+
+    run: str
+    seed: int
+    preset: str
+    overrides: tuple[str, ...]
+    searched: str | None = None  # the value of the searched field, in a trial of the search
+
+    @property
+    def name(self) -> str:
+        """RUN-sSEED, or RUN-VALUE for a trial of the search."""
+        return f"{self.run}-s{self.seed}" if self.searched is None else f"{self.run}-{self.searched}"
+
+    def config(self) -> Config:
+        """The whole configuration."""
+        return load_config(self.preset, [*self.overrides, f"train.seed={self.seed}"])
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file describes it.
+
+    `runs` maps a name to a preset and overrides. The budget is `gflops` of training or `images`. `search` maps one
+    field to its grid, which is tried at a third of the budget on the held-out loss.
+    """
+
+    name: str
+    question: str
+    rule: str
+    runs: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    base: dict[str, Any] = field(default_factory=dict)
+    gflops: float | None = None
+    images: int | None = None
+    search: dict[str, list] = field(default_factory=dict)
+    samples: int = 2000
+    evaluations: int = 10  # points of the held-out curve
+
+    def trials(self) -> list[Job]:
+        """The trainings of the search, of every run and value, with the first seed."""
+        return [
+            self._job(run, self.seeds[0], {name: value}, value, share=1 / 3)
+            for name, grid in self.search.items()
+            for run in self.runs
+            for value in grid
+        ]
+
+    def jobs(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
+        """The trainings that count, with the values that the search has chosen for each run."""
+        return [self._job(run, seed, chosen.get(run, {})) for run in self.runs for seed in self.seeds]
+
+    def _job(self, run: str, seed: int, values: dict[str, Any], searched: Any = None, share: float = 1.0) -> Job:
+        own = dict(self.runs[run] or {})
+        preset = own.pop("preset", self.base.get("preset"))
+        settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
+        overrides = [f"{k}={v}" for k, v in settings.items()]
+        steps = self.steps(load_config(preset, overrides), share)
+        overrides += [f"train.steps={steps}", f"eval.every={math.ceil(steps / self.evaluations)}"]
+        return Job(run, seed, preset, tuple(overrides), None if searched is None else str(searched))
+
+    def steps(self, config: Config, share: float = 1.0) -> int:
+        """The number of steps that a share of the budget pays for."""
+        if self.images is not None:
+            return round(share * self.images / config.train.batch_size)
+        return round(share * self.gflops / step_gflops(config))
+
+
+def step_gflops(config: Config) -> float:
+    """Gflops of one step of training, kernels included."""
+    c = cost(config)
+    return TRAINING_PASSES * (c.gflops * config.train.batch_size + c.kernel_gflops)
+
+
+def load_study(name: str) -> Study:
+    """The study in NAME.yaml beside this file, or at a path. Raises SystemExit for one that does not hold together."""
+    path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {f.name for f in dataclasses.fields(Study)}
+    if set(values) - known:
+        raise SystemExit(f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}")
+    study = Study(**({"name": path.stem} | values | {"seeds": tuple(values["seeds"])}))
+    if (study.gflops is None) == (study.images is None) or len(study.search) > 1:
+        raise SystemExit(f"{path}: give gflops or images, and at most one searched field")
+    return study
+
+
+def config_hash(config: Config) -> str:
+    """A hash of everything that determines a run, its seed aside."""
+    unseeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=0))
+    return hashlib.sha256(to_yaml(unseeded).encode()).hexdigest()[:16]
+
+
+def choose(study: Study, held_out: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """The best value of the searched field for each run, from the held-out losses of the trials by name.
+
+    Raises:
+        SystemExit: if a trial is missing, or the best value lies at the edge of its grid.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for name, grid in study.search.items():
+        for run in study.runs:
+            losses = [held_out[f"{run}-{value}"] for value in grid]
+            best = min(range(len(grid)), key=losses.__getitem__)
+            if best in (0, len(grid) - 1):
+                raise SystemExit(f"{study.name}: {run} is best at the edge of its grid, {name}={grid[best]}; widen it")
+            chosen[run] = {name: grid[best]}
+    return chosen
+
+
+def missing(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """The jobs without a result."""
+    return [job for job in jobs if not (folder / f"{job.name}.json").is_file()]

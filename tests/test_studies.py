@@ -1,0 +1,92 @@
+"""The harness of benchmarks/studies: equal budgets, a search that cannot end at its edge, and intervals by hand."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffussm_cli.config import load_config
+
+STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
+sys.path.insert(0, str(STUDIES))
+import report  # noqa: E402
+import run as runner  # noqa: E402
+import study as studies  # noqa: E402
+
+VALUES = {
+    "name": "s",
+    "question": "q",
+    "rule": "r",
+    "seeds": (3, 4),
+    "base": {"preset": "digits", "train.processes": 1},
+}
+
+
+def make(**more):
+    return studies.Study(**(VALUES | {"runs": {"a": {}, "b": {"model.depth": 6}}} | more))
+
+
+def test_runs_get_the_same_gflops_to_half_a_step():
+    jobs = make(gflops=5.0).jobs({})
+    assert [(j.run, j.seed) for j in jobs] == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
+    assert [j.name for j in jobs[:2]] == ["a-s3", "a-s4"]
+    for job in jobs:
+        config = job.config()
+        assert config.train.seed == job.seed
+        assert abs(studies.step_gflops(config) * config.train.steps - 5.0) <= studies.step_gflops(config) / 2
+
+
+def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kernels():
+    from diffussm_cli.profiling.flops import cost
+
+    config = load_config("digits")
+    c = cost(config)
+    assert studies.step_gflops(config) == pytest.approx(3 * (c.gflops * config.train.batch_size + c.kernel_gflops))
+
+
+def test_the_search_takes_a_third_and_its_best_value_for_each_run():
+    study = make(images=9600, search={"train.lr": [0.1, 0.2, 0.3]})
+    trials = study.trials()
+    assert [t.name for t in trials] == ["a-0.1", "a-0.2", "a-0.3", "b-0.1", "b-0.2", "b-0.3"]
+    steps = 9600 / load_config("digits").train.batch_size
+    assert trials[0].config().train.steps == round(steps / 3)
+    held_out = {"a-0.1": 3.0, "a-0.2": 1.0, "a-0.3": 2.0, "b-0.1": 3.0, "b-0.2": 2.5, "b-0.3": 2.6}
+    chosen = studies.choose(study, held_out)
+    assert chosen == {"a": {"train.lr": 0.2}, "b": {"train.lr": 0.2}}
+    assert study.jobs(chosen)[0].config().train.lr == 0.2
+    with pytest.raises(SystemExit, match=r"b is best at the edge of its grid, train.lr=0.3; widen it"):
+        studies.choose(study, held_out | {"b-0.3": 1.0})
+
+
+def test_the_hash_tells_configurations_apart_but_not_seeds():
+    a, b = make(images=64).jobs({})[0], make(images=64).jobs({})[1]
+    assert studies.config_hash(a.config()) == studies.config_hash(b.config())
+    assert studies.config_hash(a.config()) != studies.config_hash(make(images=128).jobs({})[0].config())
+
+
+def test_intervals_and_paired_differences_by_hand():
+    assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(2) at 0.975
+    assert report.half_width([1.0]) == math.inf
+    results = [
+        {"run": r, "seed": s, "fid": v} for r, s, v in [("a", 0, 1.0), ("a", 1, 5.0), ("b", 1, 7.0), ("b", 2, 9.0)]
+    ]
+    assert report.paired(results, "b", "a", "fid") == [2.0]
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_study_names_runs_that_exist(path):
+    study = studies.load_study(path.stem)
+    assert study.rule
+    for job in [*study.trials(), *study.jobs({})]:
+        assert job.config().train.steps > 0
+
+
+@pytest.mark.slow
+def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
+    job = make(images=512, samples=32, evaluations=2).jobs({})[0]
+    found = [runner.train_and_measure(job, make(images=512, samples=32), tmp_path / str(i)) for i in range(2)]
+    assert found[0]["held_out"] == found[1]["held_out"]
+    assert [step for step, *_ in found[0]["curve"]][-1] == found[0]["steps"]
+    assert json.loads(json.dumps(found[0]))["metrics"]["fid"] > 0
