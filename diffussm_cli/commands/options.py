@@ -22,7 +22,9 @@ Classes = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the run's.")]
-SamplerName = Annotated[Literal["ddpm", "ddim", "dpmpp", "unipc"] | None, typer.Option(help="Default: the run's.")]
+SamplerName = Annotated[
+    Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None, typer.Option(help="Default: the run's.")
+]
 Guidance = Annotated[
     float | None, typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's.")
 ]
