@@ -227,6 +227,7 @@ SAMPLE_MISTAKES = {
     "class numbers beyond reading": (["--classes", "9" * 5000], "--classes: the run has no class"),
     "classes in lines": (["--classes", "3\n7"], r"--classes: '3\n7' must be labels or names separated by commas"),
     "no class": (["--classes", ""], "--classes: '' must name labels from 0 to 9"),
+    "balanced and classes": (["--balanced", "--classes", "3"], "--balanced: needs a class-conditional model, and no"),
     "sampler of a flow": (["--sampler", "sde"], "sample.sampler: sde is for a flow; with objective noise, choose ddim"),
     "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
     "guidance that is none": (["--guidance", "nan"], "guidance"),
