@@ -32,6 +32,13 @@ MAX_VALUES = 2**31  # in one tensor of one image
 MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; a weaker signal is 0 in float32
 MAX_NAME = 255  # bytes in a file name
 
+# The samplers that fit each objective; the first one draws the previews during training.
+SAMPLERS: dict[str, Any] = {
+    "noise": ("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"),
+    "velocity": ("euler", "ddim", "ddpm", "dpmpp", "unipc", "heun"),
+    "flow": ("euler", "heun", "sde", "dpmpp", "unipc"),
+}
+
 
 def _option(default: Any, help: str, **bounds: float) -> Any:
     """A field with its help and bounds: `least`, `above`, `most`, `below`."""
@@ -89,11 +96,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """ADM's process: linear variances from beta_start to beta_end over T steps."""
+    """What the model predicts, and how images are noised: by ADM's linear variances, or by a flow's straight lines."""
 
-    timesteps: int = _option(1000, "T, number of timesteps", least=2, most=10_000)
-    beta_start: float = _option(1e-4, "first variance", above=0, most=0.999)
-    beta_end: float = _option(0.02, "last variance", above=0, most=0.999)
+    objective: Literal["noise", "velocity", "flow"] = _option("noise", "what the model predicts; flow: also its path")
+    timesteps: int = _option(1000, "T, number of timesteps; of a flow, the scale of its times", least=2, most=10_000)
+    beta_start: float = _option(1e-4, "first variance; not used by flow", above=0, most=0.999)
+    beta_end: float = _option(0.02, "last variance; not used by flow", above=0, most=0.999)
+    zero_terminal_snr: bool = _option(False, "rescale the variances so that x_T is pure noise; for velocity")
+    timesteps_drawn: Literal["uniform", "logit_normal", "shifted"] = _option("uniform", "timesteps in training")
+    logit_mean: float = _option(0.0, "logit_normal: mean of log(t / (1 - t)), t in (0, 1)", least=-100, most=100)
+    logit_std: float = _option(1.0, "logit_normal: its standard deviation", above=0, most=100)
+    shift: float = _option(3.0, "shifted: alpha in alpha t / (1 + (alpha - 1) t), t uniform", above=0, most=1000)
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,8 @@ class TrainConfig:
     mse_weight_cap: float = _option(
         1.0, "cap on the weight 1 + 1/SNR(t) of the noise MSE; 1: the paper's loss", least=1, most=1e6
     )
+    loss_weight: Literal["none", "min_snr"] = _option("none", "min_snr: weight the MSE of x_0 by min(SNR(t), gamma)")
+    min_snr_gamma: float = _option(5.0, "gamma of min_snr", above=0, most=1e6)
     label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
     seed: int = _option(0, "seed of all random numbers", least=0, most=MAX_SEED)
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 where the hardware supports it")
@@ -129,7 +144,7 @@ class TrainConfig:
     parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes: each holds the model, or a part of it")
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)
-    sample_steps: int = _option(25, "DDIM steps of a preview", least=1, most=10_000)
+    sample_steps: int = _option(25, "steps of a preview (DDIM; Euler for velocities)", least=1, most=10_000)
     log_every: int = _option(100, "steps between log records", least=1, most=MANY)
 
 
@@ -137,8 +152,10 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn: defaults for `diffussm sample` and for the last grid of a training run."""
 
-    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = _option("ddpm", "sampling method; see diffusion/sampling.py")
-    steps: int = _option(250, "denoising steps", least=1, most=10_000)
+    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] = _option(
+        "ddpm", "sampling method; see diffusion/sampling.py"
+    )
+    steps: int = _option(250, "denoising steps; a step of heun computes the model twice", least=1, most=10_000)
     guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0, most=1000)
     guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or the first three as in DiT")
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
@@ -428,6 +445,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
     _check_size(config)
     _check_schedule(config.diffusion)
+    _check_objective(config)
     check_sampling(s, config)
 
 
@@ -462,8 +480,34 @@ def _check_schedule(d: DiffusionConfig) -> None:
         )
 
 
+def _check_objective(config: Config) -> None:
+    """Raises ConfigError for options that make no sense with the objective, or with each other."""
+    d, t = config.diffusion, config.train
+    flow, min_snr = d.objective == "flow", t.loss_weight == "min_snr"
+    if flow and config.model.learn_sigma:
+        raise ConfigError("model.learn_sigma: true given, but a flow has no covariance to learn; set it to false")
+    if d.zero_terminal_snr and d.objective != "velocity":
+        why = "a flow ends in pure noise anyway" if flow else "a model that predicts pure noise learns no image from it"
+        raise ConfigError(f"diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; {why}")
+    if t.mse_weight_cap > 1 and (min_snr or d.objective != "noise"):
+        other = "train.loss_weight=min_snr" if min_snr else f"diffusion.objective={d.objective}"
+        cap = f"train.mse_weight_cap: {t.mse_weight_cap:g}"
+        raise ConfigError(f"{cap} turns the MSE of the noise into that of the velocity; leave it at 1 with {other}")
+    if min_snr and (flow or d.zero_terminal_snr):
+        why = "is for discrete timesteps; weight a flow by diffusion.timesteps_drawn"
+        if not flow:
+            why = "gives the first step of sampling the weight 0; leave it out with diffusion.zero_terminal_snr"
+        raise ConfigError(f"train.loss_weight: min_snr {why}")
+
+
 def check_sampling(s: SampleConfig, config: Config) -> None:
     """Raises ConfigError for a sampling request that the model does not support."""
+    objective = config.diffusion.objective
+    if s.sampler not in SAMPLERS[objective]:
+        of, fitting = "flow" if s.sampler == "sde" else "discrete process", ", ".join(SAMPLERS[objective])
+        raise ConfigError(f"sample.sampler: {s.sampler} is for a {of}; with objective {objective}, choose {fitting}")
+    if s.sampler == "ddim" and config.diffusion.zero_terminal_snr:
+        raise ConfigError("sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; choose euler")
     if s.steps > config.diffusion.timesteps:
         raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
     if s.guidance != 1 and not config.model.num_classes:

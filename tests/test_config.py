@@ -135,6 +135,8 @@ def test_the_table_of_numbers_holds_every_field():
 def test_no_field_takes_an_absurd_number(field):
     """Huge, negative, next to zero or no number at all: one line each, naming the field."""
     for value in ABSURD:
+        if (field, value) == ("diffusion.logit_mean", "-1"):
+            continue  # the one field that may be negative
         with pytest.raises(ConfigError) as error:
             load_config("xl-256", [f"{field}={value}"])
         assert str(error.value).startswith(f"{field}: "), value
@@ -152,6 +154,47 @@ def test_no_field_takes_an_absurd_number(field):
 def test_sizes_that_are_absurd_together_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("digits", ["data.path=x", *overrides])
+
+
+FLOW = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler")
+VELOCITY = ("diffusion.objective=velocity",)
+ZERO = "diffusion.zero_terminal_snr=true"
+REFUSED = {
+    ("diffusion.objective=flow", "sample.sampler=euler"): "model.learn_sigma: true given, but a flow has no covariance",
+    (*FLOW, "sample.sampler=ddpm"): "sample.sampler: ddpm is for a discrete process; with objective flow, choose euler",
+    (*FLOW, "sample.sampler=ddim"): "sample.sampler: ddim is for a discrete process; with objective flow, choose euler",
+    ("sample.sampler=sde",): "sample.sampler: sde is for a flow; with objective noise, choose ddim",
+    (*VELOCITY, "sample.sampler=sde"): "sample.sampler: sde is for a flow; with objective velocity, choose euler",
+    (ZERO,): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that predicts pure noise",
+    (*FLOW, ZERO): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
+    (*VELOCITY, ZERO, "sample.sampler=ddim"): "sample.sampler: ddim does not begin at pure noise",
+    (*VELOCITY, "train.mse_weight_cap=5"): "train.mse_weight_cap: 5 turns the MSE of the noise",
+    (*FLOW, "train.mse_weight_cap=5"): "leave it at 1 with diffusion.objective=flow",
+    ("train.mse_weight_cap=5", "train.loss_weight=min_snr"): "leave it at 1 with train.loss_weight=min_snr",
+    (*FLOW, "train.loss_weight=min_snr"): "train.loss_weight: min_snr is for discrete timesteps",
+    (*VELOCITY, ZERO, "sample.sampler=euler", "train.loss_weight=min_snr"): "gives the first step of sampling",
+}
+ALLOWED = [
+    FLOW,
+    (*FLOW, "sample.sampler=sde", "diffusion.timesteps_drawn=logit_normal", "diffusion.logit_mean=-1"),
+    (*FLOW, "sample.sampler=unipc", "diffusion.timesteps_drawn=shifted"),
+    (*VELOCITY, "train.loss_weight=min_snr"),
+    (*VELOCITY, "model.learn_sigma=false", ZERO, "sample.sampler=heun"),
+    ("train.loss_weight=min_snr", "sample.sampler=heun", "diffusion.timesteps_drawn=shifted"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.items(), ids=map(" ".join, REFUSED))
+def test_objectives_and_options_that_make_no_sense_together_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config("digits", overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", ALLOWED, ids=" ".join)
+def test_objectives_and_options_that_fit_are_taken(overrides):
+    load_config("digits", overrides)
 
 
 @pytest.mark.parametrize("name", preset_names())

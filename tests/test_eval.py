@@ -68,10 +68,10 @@ def test_each_metric_moves_the_way_it_should(digits, tmp_path):
 
 def test_result_is_stored_and_shown(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:80])
-    (folder / "meta.json").write_text(json.dumps({"sampler": "ddpm", "steps": 7}))
+    (folder / "meta.json").write_text(json.dumps({"sampler": "ddpm", "steps": 7, "label_choice": "balanced"}))
     shown = run("eval", folder, *REFERENCE, "--metrics", "is,fid")
     assert shown.exit_code == 0
-    assert "sampler ddpm, steps 7" in shown.stderr
+    assert "sampler ddpm, steps 7, label_choice balanced" in shown.stderr
     assert "80 samples: published FID uses 50,000" in shown.stderr
     stored = json.loads((folder / "results.json").read_text())
     assert list(stored["metrics"]) == ["fid", "is"]

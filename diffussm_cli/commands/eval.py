@@ -22,6 +22,7 @@ META_SHOWN = (
     "guidance_interval",
     "num",
     "first_seed",
+    "label_choice",
 )
 
 
@@ -56,6 +57,7 @@ def evaluate(
         int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Number of images to draw from a run.")
     ] = 50_000,
     classes: options.Classes = None,
+    balanced: options.Balanced = False,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     sampler: options.SamplerName = None,
@@ -114,7 +116,7 @@ def evaluate(
     trained, drawn = session.find_run_at(samples), dict[str, Any]()
     if trained is not None:
         request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
-        labels = parse_classes(classes, trained.config)
+        labels = parse_classes(classes, trained.config, balanced)
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
     events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
     follow(console, events, view=lambda result: show(console, result, as_json))

@@ -22,7 +22,12 @@ Classes = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the run's.")]
-SamplerName = Annotated[Literal["ddpm", "ddim", "dpmpp", "unipc"] | None, typer.Option(help="Default: the run's.")]
+Balanced = Annotated[
+    bool, typer.Option("--balanced", help="All classes in turn, each equally often. Default: random, from each seed.")
+]
+SamplerName = Annotated[
+    Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None, typer.Option(help="Default: the run's.")
+]
 Guidance = Annotated[
     float | None, typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's.")
 ]
@@ -89,15 +94,17 @@ def sampling_request(
     return config_from_dict(to_dict(config), "RUN", fields=fields).sample
 
 
-def parse_classes(text: str | None, config: Config) -> tuple[int, ...]:
-    """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None.
+def parse_classes(text: str | None, config: Config, balanced: bool = False) -> tuple[int, ...]:
+    """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None, all if `balanced`.
 
     Raises:
-        ConfigError: for a label or name that the model does not have.
+        ConfigError: for a label or name that the model does not have, or for both options.
     """
-    if text is None:
-        return ()
     n, names = config.model.num_classes, config.data.class_names
+    if balanced and (text is not None or not n):
+        raise ConfigError("--balanced: needs a class-conditional model, and no --classes")
+    if text is None:
+        return tuple(range(n)) if balanced else ()
     if not n:
         raise ConfigError(f"--classes: {text!r} given, but the model is unconditional")
     try:

@@ -22,6 +22,7 @@ def sample(
         typer.Option("--num", "-n", min=1, max=options.MAX_IMAGES, help="Number of images. Under torchrun, use -n."),
     ] = 40,
     classes: options.Classes = None,
+    balanced: options.Balanced = False,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     sampler: options.SamplerName = None,
@@ -49,7 +50,7 @@ def sample(
     if run is None:
         console.print(f"the newest run: {trained.label}")
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
-    labels = parse_classes(classes, trained.config)
+    labels = parse_classes(classes, trained.config, balanced)
     settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "device": device}
     settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "seed": seed}
     try:

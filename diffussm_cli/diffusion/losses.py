@@ -1,4 +1,4 @@
-"""Training losses of ADM with a learned covariance: noise MSE plus the variational bound.
+"""Training losses: the MSE of the model's output, and with a learned covariance ADM's variational bound.
 
 IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672), equation (16).
 
@@ -10,38 +10,46 @@ import math
 import torch
 from torch import Tensor
 
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import GaussianDiffusion, Objective
 
 
 def training_losses(
-    process: GaussianDiffusion,
+    objective: Objective,
     model_output: Tensor,
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
     noise: Tensor,
     weight_cap: float = 1.0,
+    min_snr_gamma: float | None = None,
 ) -> dict[str, Tensor]:
     """Losses per sample, from one forward pass of a model.
 
     Args:
-        model_output: (B, 2C, ...) noise and v, or (B, C, ...) noise alone when the covariance is not learned.
+        model_output: (B, 2C, ...) prediction and v, or (B, C, ...) prediction alone if the covariance is not learned.
         x_0, x_t, noise: (B, C, ...), t: (B,).
         weight_cap: cap on the weight 1 + 1/SNR(t) of the noise MSE in `loss`. 1 is the loss of ADM and of the paper. A
             larger cap gives noisy timesteps, where classes and shapes are decided, the weight that they have when the
             model predicts the velocity (arXiv 2202.00512).
+        min_snr_gamma: instead, weight the MSE by `Objective.min_snr_weight`.
 
     Returns:
-        `mse` of the noise; with a learned covariance `vb`, the term of the bound at t in bits per dimension, whose
+        `mse` of the prediction; with a learned covariance `vb`, the term of the bound at t in bits per dimension, whose
         gradient reaches v but not the mean; and `loss`, their weighted sum. Each is (B,).
     """
     C = x_0.shape[1]
-    mse = _mean((model_output[:, :C] - noise) ** 2)
-    weight = process.inverse_signal_share(t).clamp(max=weight_cap).to(mse.dtype)
+    mse = _mean((model_output[:, :C] - objective.target(x_0, t, noise)) ** 2)
+    weight = torch.ones_like(mse)
+    if min_snr_gamma is not None:
+        weight = objective.min_snr_weight(t, min_snr_gamma).to(mse.dtype)
+    elif weight_cap > 1:
+        assert isinstance(objective, GaussianDiffusion), "the configuration refuses a cap for a flow"
+        weight = objective.inverse_signal_share(t).clamp(max=weight_cap).to(mse.dtype)
     if model_output.shape[1] == C:
         return {"mse": mse, "loss": weight * mse}
+    assert isinstance(objective, GaussianDiffusion), "a flow has no covariance; the configuration refuses it"
     frozen_mean = torch.cat([model_output[:, :C].detach(), model_output[:, C:]], dim=1)
-    vb = variational_bound(process, frozen_mean, x_0, x_t, t)
+    vb = variational_bound(objective, frozen_mean, x_0, x_t, t)
     return {"mse": mse, "vb": vb, "loss": weight * mse + vb}
 
 

@@ -1,11 +1,20 @@
-"""Gaussian diffusion of ADM: schedule, q(x_t | x_0), its posterior, and p(x_{t-1} | x_t) from a model's output.
+"""How images are noised and what the model predicts: ADM's Gaussian diffusion with its posterior, and the flow of SiT.
 
     B batch   C channels   T timesteps   x_0 image   x_t noised image   eps noise   v range interpolation
 
-Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672).
+    objective   x_t = a x_0 + s eps             target          x_0 = f x_t - g output   velocity dx_t/dtime, time
+    noise       a^2 = alpha_bar, s^2 = 1 - a^2  eps             f = 1/a, g = s/a         a eps - s x_0, atan2(s, a)
+    velocity    a and s as above                a eps - s x_0   f = a, g = s             the same
+    flow        a = 1 - t/T, s = t/T            eps - x_0       f = 1, g = s             eps - x_0, s
+
+Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672). Velocity:
+arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT, arXiv 2401.08740, section 2.
 """
 
-from typing import NamedTuple
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,22 +30,97 @@ class Prediction(NamedTuple):
     x_0: Tensor
 
 
-class GaussianDiffusion:
-    """Linear schedule of T variances from `beta_start` to `beta_end`; all tables are (T,), on `device`.
+class Objective(ABC):
+    """A row of the table, all that losses and samplers know. t is (B,); images and outputs (without v) are (B, C, ...).
 
-    Tables are computed in float64 and kept in float32, as ADM uses them; `alpha_bar64` stays in float64, on the CPU.
+    `schedule` says the same to diffusers' schedulers. `continuous`: t is anywhere in 0..T, not one of 0..T-1.
     """
 
+    T: int
+    device: torch.device
+    schedule: dict[str, Any]
+    continuous = False
+
+    @abstractmethod
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a, s, f and g, each (B, 1, ...), in the dtype of `like`."""
+
+    @abstractmethod
+    def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The derivative of x_t with respect to `time`; also the target, if a class does not override that."""
+
+    @abstractmethod
+    def time(self, t: float) -> float:
+        """The time of a timestep; 0 is the image."""
+
+    @abstractmethod
+    def timesteps(self, steps: int) -> Sequence[float]:
+        """`steps` evenly spaced timesteps, descending from the noisiest one; the step after the last ends at time 0."""
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the model should predict."""
+        return self.velocity(x_0, t, noise)
+
+    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t ~ q(x_t | x_0)."""
+        a, s, _, _ = self.factors(t, x_0)
+        return a * x_0 + s * noise
+
+    def predict_x_0(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The x_0 implied by x_t and the model's output."""
+        _, _, f, g = self.factors(t, x_t)
+        return f * x_t - g * output
+
+    def output_for(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
+        """The inverse of `predict_x_0`."""
+        _, _, f, g = self.factors(t, x_t)
+        return (f * x_t - x_0) / g
+
+    def predict_noise(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The noise implied by x_t and the model's output."""
+        a, s, _, _ = self.factors(t, x_t)
+        return (x_t - a * self.predict_x_0(x_t, t, output)) / s
+
+    def predict_velocity(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """The velocity implied by x_t and the model's output."""
+        return self.velocity(self.predict_x_0(x_t, t, output), t, self.predict_noise(x_t, t, output))
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv 2303.09556, 3.4."""
+        a, s, _, g = self.factors(t, t.float())
+        return (a / s).square().clamp(max=gamma) * g.square()
+
+
+class GaussianDiffusion(Objective):
+    """Linear schedule of T variances from `beta_start` to `beta_end`, and a model that predicts the noise.
+
+    Tables are (T,), on `device`. They are computed in float64 and kept in float32, as ADM uses them; `alpha_bar64`
+    stays in float64, on the CPU. `zero_snr` rescales them so that x_{T-1} is pure noise.
+    """
+
+    prediction_type = "epsilon"
+
     def __init__(
-        self, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, device: torch.device | str = "cpu"
+        self,
+        T: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        device: torch.device | str = "cpu",
+        zero_snr: bool = False,
     ):
         beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         alpha_bar = torch.cumprod(1 - beta, dim=0)
+        if zero_snr:  # arXiv 2305.08891, algorithm 1
+            a = alpha_bar.sqrt()
+            alpha_bar = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        beta = 1 - alpha_bar / previous if zero_snr else beta
         posterior_variance = beta * (1 - previous) / (1 - alpha_bar)  # DDPM (7)
         clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])  # the variance is 0 at t = 0
 
-        self.T, self.beta_start, self.beta_end = T, beta_start, beta_end
+        self.T, self.device = T, torch.device(device)
+        self.schedule = {"num_train_timesteps": T, "beta_schedule": "linear", "prediction_type": self.prediction_type}
+        self.schedule |= {"beta_start": beta_start, "beta_end": beta_end, "rescale_betas_zero_snr": zero_snr}
 
         def table(x: Tensor) -> Tensor:
             return x.float().to(device)
@@ -52,24 +136,37 @@ class GaussianDiffusion:
     @classmethod
     def from_config(cls, config: DiffusionConfig, device: torch.device | str = "cpu") -> "GaussianDiffusion":
         """The process of a configuration's `diffusion` section."""
-        return cls(config.timesteps, config.beta_start, config.beta_end, device)
+        return cls(config.timesteps, config.beta_start, config.beta_end, device, config.zero_terminal_snr)
 
-    def q_sample(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t ~ q(x_t | x_0), DDPM (4): x_0, noise (B, C, ...), t (B,) -> (B, C, ...)."""
-        return _at(self.signal, t, x_0) * x_0 + _at(self.noise, t, x_0) * noise
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        a, s, f, g = (_at(x, t, like) for x in (self.signal, self.noise, self.inv_signal, self.noise_to_signal))
+        return a, s, f, g
+
+    def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return _at(self.signal, t, x_0) * noise - _at(self.noise, t, x_0) * x_0
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return noise
+
+    def time(self, t: float) -> float:
+        alpha_bar = self.alpha_bar64[int(t)].item()
+        return math.atan2(math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar))
+
+    def timesteps(self, steps: int) -> list[int]:
+        """Evenly spaced in 0..T-1, both ends included, descending: ADM's respacing with one section."""
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must lie in 1..{self.T}, got {steps}")
+        stride = (self.T - 1) / (steps - 1) if steps > 1 else 0.0
+        position, kept = 0.0, []
+        for _ in range(steps):  # like ADM, which adds up the stride: the rounding of the sum decides some steps
+            kept.append(round(position))
+            position += stride
+        return kept[::-1]
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, C, ...) and log variance (B, 1, ...) of q(x_{t-1} | x_t, x_0), DDPM (6)."""
         mean = _at(self.posterior_x_0, t, x_t) * x_0 + _at(self.posterior_x_t, t, x_t) * x_t
         return mean, _at(self.posterior_log_variance, t, x_t)
-
-    def predict_x_0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The x_0 implied by x_t and the noise in it, DDPM (15)."""
-        return _at(self.inv_signal, t, x_t) * x_t - _at(self.noise_to_signal, t, x_t) * eps
-
-    def predict_noise(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-        """The inverse of `predict_x_0`."""
-        return (_at(self.inv_signal, t, x_t) * x_t - x_0) / _at(self.noise_to_signal, t, x_t)
 
     def inverse_signal_share(self, t: Tensor) -> Tensor:
         """1 / alpha_bar = 1 + 1/SNR at t (B,) -> (B,)."""
@@ -77,11 +174,72 @@ class GaussianDiffusion:
 
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """p(x_{t-1} | x_t) from a model's output (B, 2C, ...); log variance by range interpolation, IDDPM (15)."""
-        eps, v = model_output.chunk(2, dim=1)
-        x_0 = self.predict_x_0(x_t, t, eps)
+        output, v = model_output.chunk(2, dim=1)
+        x_0 = self.predict_x_0(x_t, t, output)
         mean, lowest = self.q_posterior(x_0, x_t, t)
         share = (v + 1) / 2
         return Prediction(mean, share * _at(self.log_beta, t, x_t) + (1 - share) * lowest, x_0)
+
+
+class VelocityDiffusion(GaussianDiffusion):
+    """The same process, and a model that predicts the velocity. It keeps the bound, whose mean comes from x_0."""
+
+    prediction_type, target = "v_prediction", Objective.target
+
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        a, s = _at(self.signal, t, like), _at(self.noise, t, like)
+        return a, s, a, s
+
+
+class LinearFlow(Objective):
+    """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in ADM."""
+
+    continuous = True
+
+    def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
+        self.T, self.device = T, torch.device(device)
+        self.schedule = {"num_train_timesteps": T, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        s = (t.to(like.dtype) / self.T).view(-1, *[1] * (like.ndim - 1))
+        return 1 - s, s, torch.ones_like(s), s
+
+    def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return noise - x_0
+
+    def time(self, t: float) -> float:
+        return t / self.T
+
+    def timesteps(self, steps: int) -> list[float]:
+        """T, ..., 2T/steps, T/steps."""
+        return [self.T * (1 - i / steps) for i in range(steps)]
+
+
+def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") -> Objective:
+    """The objective of a configuration's `diffusion` section, with its tables on `device`."""
+    if config.objective == "flow":
+        return LinearFlow(config.timesteps, device)
+    kind = VelocityDiffusion if config.objective == "velocity" else GaussianDiffusion
+    return kind.from_config(config, device)
+
+
+def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
+    """A timestep of training, (1,). Logit-normal and shifted times: SD3, arXiv 2403.03206, equations (19) and (23)."""
+    continuous = d.objective == "flow"
+    if d.timesteps_drawn == "uniform" and not continuous:
+        return torch.randint(d.timesteps, (1,), generator=generator)
+    if d.timesteps_drawn == "logit_normal":
+        share = torch.sigmoid(d.logit_mean + d.logit_std * torch.randn(1, generator=generator))
+    else:
+        alpha, share = d.shift if d.timesteps_drawn == "shifted" else 1.0, torch.rand(1, generator=generator)
+        share = alpha * share / (1 + (alpha - 1) * share)
+    t = share.clamp(1e-5, 1 - 1e-5) * d.timesteps  # float32 rounds shares to 0 and 1
+    return t if continuous else t.long()
+
+
+def timestep_batch(t: float, x: Tensor) -> Tensor:
+    """One timestep for all images of x, (B,)."""
+    return torch.full((len(x),), t, device=x.device, dtype=x.dtype if isinstance(t, float) else torch.long)
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -49,6 +49,7 @@ FIXED = (
 def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
     """Everything that determines the images of these seeds, for meta.json."""
     config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
+    in_turn = "balanced" if sorted(classes) == list(range(config.model.num_classes)) else "given"
     finished = None if foreign else config.train.steps
     return {
         "run": str(trained.root),
@@ -61,6 +62,7 @@ def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: S
         "first_seed": seeds.start,
         "num": len(seeds),
         "classes": list(classes) or None,
+        "label_choice": (in_turn if classes else "random") if config.model.num_classes else None,
         "labels": sampler.labels(seeds, classes),
         "class_names": list(config.data.class_names) or None,
         "null_class": config.model.num_classes or None,

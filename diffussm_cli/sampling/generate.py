@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import Objective
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.sampling.precision import in_precision
@@ -26,7 +26,7 @@ class Drawn(NamedTuple):
 
 def generate(
     model: Backbone,
-    process: GaussianDiffusion,
+    objective: Objective,
     sampling: SampleConfig,
     seeds: Sequence[int],
     labels: Sequence[int] | None = None,
@@ -36,7 +36,7 @@ def generate(
     """Draw one image per seed, batch by batch. At the end, the kernels that the model keeps are freed.
 
     Args:
-        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `process`.
+        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `objective`.
         sampling: sampler, steps and guidance.
         labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
@@ -44,7 +44,7 @@ def generate(
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
-            yield _draw(model, process, sampling, seeds[chosen], labels and labels[chosen], dtype)
+            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], dtype)
     finally:
         model.forget_kernels()
 
@@ -59,17 +59,17 @@ def _label(generator: torch.Generator, num_classes: int) -> int:
     return int(torch.randint(max(1, num_classes), (), generator=generator))
 
 
-def _draw(model, process, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
-    device = process.signal.device
+def _draw(model, objective, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
+    device = objective.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [_label(g, model.num_classes) for g in generators]
     labels = None if not model.num_classes else drawn if wanted is None else list(wanted)
     shape = (model.in_channels, *model.input_size)
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)
-    scheduler = make_scheduler(sampling.sampler, process, sampling.steps, model.learn_sigma)
+    scheduler = make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
     with torch.no_grad(), in_precision(model, dtype):
-        images = sample(make_denoiser(model, process, sampling, y), scheduler, x, generators)
+        images = sample(make_denoiser(model, objective, sampling, y), scheduler, x, generators)
     return Drawn(list(seeds), labels, images.float().cpu())
 
 
@@ -78,7 +78,7 @@ def _solver_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def make_denoiser(model, process: GaussianDiffusion, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
+def make_denoiser(model, objective: Objective, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
     """Wrap the model with its labels, guidance and clipping as `sampling` specifies."""
 
     def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -90,4 +90,4 @@ def make_denoiser(model, process: GaussianDiffusion, sampling: SampleConfig, y: 
         channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
         interval = sampling.guidance_interval or None
         denoise = guided(predict, y, model.null_class, sampling.guidance, channels, interval)
-    return clipped(denoise, process) if sampling.clip else denoise
+    return clipped(denoise, objective) if sampling.clip else denoise

@@ -8,7 +8,7 @@ from torch import Tensor
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.vae import Decoding, open_decoding
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone
@@ -41,7 +41,7 @@ class Sampler:
         self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
         self.batch_size, self.dtype = batch_size, dtype
         self.device = next(model.parameters()).device
-        self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
+        self.objective = make_objective(config.diffusion, self.device)
 
     def labels(self, seeds: range, classes: Sequence[int] = ()) -> list[int] | None:
         """The label of each seed: `classes` in turn, or drawn with the seed; None for an unconditional model."""
@@ -56,7 +56,7 @@ class Sampler:
         Raises:
             RunError: if the images do not fit into memory.
         """
-        batches = generate(self.model, self.process, self.sampling, seeds, labels, self.batch_size, self.dtype)
+        batches = generate(self.model, self.objective, self.sampling, seeds, labels, self.batch_size, self.dtype)
         try:
             for drawn in batches:
                 yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
+from diffussm_cli.diffusion.process import draw_timestep
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import ALONE, World
 
@@ -68,7 +69,7 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
     indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop].tolist()
     generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
     x_0, labels = source.read(indices, generators)
-    t = torch.cat([torch.randint(config.diffusion.timesteps, (1,), generator=g) for g in generators])
+    t = torch.cat([draw_timestep(config.diffusion, g) for g in generators])
     dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
     noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
     classes = config.model.num_classes

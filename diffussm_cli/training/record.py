@@ -37,7 +37,7 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
         """Add the losses per image, (B,), and the timesteps, (B,), of one part of a step."""
-        quarter = torch.nn.functional.one_hot(t * QUARTERS // self.T, QUARTERS).float()  # (B, 4)
+        quarter = torch.nn.functional.one_hot((t * QUARTERS // self.T).long(), QUARTERS).float()  # (B, 4)
         part = {name: loss.detach().float().sum() for name, loss in losses.items()}
         part |= {"quarters": losses["mse"].detach().float() @ quarter, "in_quarters": quarter.sum(0)}
         self._parts.append(part | {"images": torch.full((), float(len(t)), device=self.device)})

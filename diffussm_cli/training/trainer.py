@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffussm_cli import runs
-from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.config import SAMPLERS, Config, SampleConfig
 from diffussm_cli.data.images import save_grid
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.diffusion.losses import training_losses
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
@@ -61,7 +61,7 @@ class Trainer:
             compile_model(self.model, self.device)
         self.forward = self._distribute()
         self.optimizer = make_optimizer(self.model, t)
-        self.process = GaussianDiffusion.from_config(config.diffusion, self.device)
+        self.objective = make_objective(config.diffusion, self.device)
         self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
         self.scoring = None
         if self.decoding is not None and config.eval.every:
@@ -188,11 +188,12 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses per image, (B,)."""
-        x_t = self.process.q_sample(batch.x_0, batch.t, batch.noise)
+        x_t = self.objective.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.forward(x_t, batch.t, batch.y)
-        cap = self.config.train.mse_weight_cap
-        return training_losses(self.process, output.float(), batch.x_0, x_t, batch.t, batch.noise, cap)
+        t, known = self.config.train, (batch.x_0, x_t, batch.t, batch.noise)
+        gamma = t.min_snr_gamma if t.loss_weight == "min_snr" else None
+        return training_losses(self.objective, output.float(), *known, t.mse_weight_cap, gamma)
 
     def averaged(self) -> Backbone:
         """The full model with averaged weights, in eval mode; if it is sharded, every process must call this."""
@@ -209,7 +210,7 @@ class Trainer:
             return None
         if not last:
             steps = min(t.sample_steps, self.config.diffusion.timesteps)
-            sampling = dataclasses.replace(sampling, sampler="ddim", steps=steps)
+            sampling = dataclasses.replace(sampling, sampler=SAMPLERS[self.config.diffusion.objective][0], steps=steps)
         return draw_grid(self, model, sampling, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
 
     def save(self) -> None:

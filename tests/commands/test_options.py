@@ -46,6 +46,15 @@ def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
     assert asked.clip == config.sample.clip
 
 
+def test_balanced_is_all_classes_once_and_not_with_others():
+    config = load_config("digits")
+    assert parse_classes(None, config, balanced=True) == tuple(range(10))
+    unconditional = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
+    for text, wrong in (("3", config), (None, unconditional)):
+        with pytest.raises(ConfigError, match="^--balanced: needs a class-conditional model, and no --classes"):
+            parse_classes(text, wrong, balanced=True)
+
+
 def test_classes_of_an_unconditional_model_are_refused():
     config = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
     assert parse_classes(None, config) == ()

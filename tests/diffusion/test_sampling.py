@@ -7,7 +7,7 @@ import torch
 from diffusers.schedulers import scheduling_ddpm
 
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, respaced_timesteps, sample
+from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, sample
 from tests.conftest import device, golden, randn, relative
 
 PROCESS = GaussianDiffusion(device=device())
@@ -40,12 +40,12 @@ def test_ddim_equals_adm():
 
 
 def test_respacing_ends_and_bounds():
-    assert respaced_timesteps(1000, 1) == [0]
-    assert respaced_timesteps(1000, 2) == [999, 0]
-    assert respaced_timesteps(1000, 1000) == list(range(999, -1, -1))
+    assert PROCESS.timesteps(1) == [0]
+    assert PROCESS.timesteps(2) == [999, 0]
+    assert PROCESS.timesteps(1000) == list(range(999, -1, -1))
     for steps in (0, 1001):
         with pytest.raises(ValueError, match="must lie in 1..1000"):
-            respaced_timesteps(1000, steps)
+            PROCESS.timesteps(steps)
 
 
 def ode_error(name, steps):
@@ -73,8 +73,8 @@ def test_second_order_solvers_beat_ddim_and_converge(name):
 
 
 def test_unknown_sampler_is_named():
-    with pytest.raises(ValueError, match="'euler' is not one of ddpm, ddim, dpmpp, unipc"):
-        make_scheduler("euler", PROCESS, 10, learned_covariance=True)
+    with pytest.raises(ValueError, match="'eulr' is not one of ddpm, ddim, dpmpp, unipc, euler, heun, sde"):
+        make_scheduler("eulr", PROCESS, 10, learned_covariance=True)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "unipc"])

@@ -110,6 +110,16 @@ def test_another_request_is_refused(trained, whole, change, words):
     assert contents(whole) == before
 
 
+@pytest.mark.parametrize(
+    ("classes", "choice"), [((), "random"), (tuple(range(10)), "balanced"), ((3, 7), "given"), ((3, 3), "given")]
+)
+def test_meta_says_how_labels_were_chosen(trained, tmp_path, classes, choice):
+    facts = request(trained, tmp_path, num=30, classes=classes).facts
+    assert facts["label_choice"] == choice
+    if choice == "balanced":
+        assert [facts["labels"].count(label) for label in range(10)] == [3] * 10
+
+
 def test_a_request_goes_to_the_first_folder_that_fits(trained, tmp_path):
     first, second = request(trained, tmp_path), request(trained, tmp_path, guidance=3.0)
     assert free_folder(tmp_path, first.facts) == tmp_path / "images"

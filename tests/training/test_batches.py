@@ -57,6 +57,19 @@ def test_timesteps_cover_all_and_noise_is_normal(tiny):
     assert abs(float(batch.noise.std()) - 1) < 0.01
 
 
+def test_timesteps_of_a_flow_are_functions_of_seed_step_and_place(tiny):
+    """Of two processes each draws its part; other draws leave the images as they are."""
+    flow = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler")
+    config = tiny(*flow, "diffusion.timesteps_drawn=logit_normal")
+    source = open_source(config)
+    whole = make_batch(source, config, 3)
+    parts = [make_batch(source, config, 3, World(rank, 2)).t for rank in (0, 1)]
+    assert whole.t.dtype == torch.float32
+    assert torch.equal(torch.cat(parts), whole.t)
+    assert len(whole.t.unique()) == 8
+    assert torch.equal(make_batch(source, tiny(), 3).x_0, whole.x_0)
+
+
 def test_seeds_of_images_do_not_collide():
     seeds = [s for a in range(10) for b in range(10) for s in image_seeds(a, b, 25)]
     assert len(set(seeds)) == len(seeds) == 2500

@@ -23,6 +23,15 @@ def test_meter_means_and_quarters():
     assert means == {"mse": 4.5, "loss": 9, "mse_q1": 2, "mse_q2": 5, "mse_q4": 9, "grad_norm": 7}
 
 
+def test_fractional_timesteps_have_their_quarter():
+    meter = Meter(1000, torch.device("cpu"))
+    mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
+    meter.add({"mse": mse}, torch.tensor([0.01, 249.9, 250.1, 999.9]))
+    meter.end_step(torch.tensor(7.0), torch.tensor(0.0))
+    means = meter.flush()
+    assert (means["mse_q1"], means["mse_q2"], means["mse_q4"]) == (2, 5, 9)
+
+
 def test_records_beyond_a_checkpoint_are_dropped_on_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
     writer = RecordWriter(tmp_path, step=2)

@@ -64,6 +64,28 @@ def test_training_lowers_the_loss(tiny, tmp_path):
     assert {f"mse_q{i}" for i in range(1, 5)} <= records[-1].keys()
 
 
+FLOW = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=sde")
+ZERO_SNR = ("diffusion.objective=velocity", "diffusion.zero_terminal_snr=true", "sample.sampler=ddpm")
+
+
+@pytest.mark.parametrize("objective", [FLOW, ZERO_SNR, ("train.loss_weight=min_snr", "sample.sampler=heun")])
+def test_other_objectives_train_and_draw(tiny, tmp_path, objective):
+    short = ("train.steps=120", "train.log_every=20", "train.lr=3e-3", "train.checkpoint_every=1000")
+    config = tiny(*short, *objective, "train.sample_every=60", "train.sample_images=4", "train.sample_steps=3")
+    records = list(trainer(config, tmp_path).run())
+    assert records[-1]["loss"] < 0.8 * records[0]["loss"]
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+def test_min_snr_weights_the_loss_that_is_trained(tiny, tmp_path):
+    config = tiny("train.loss_weight=min_snr", "train.min_snr_gamma=0.5", "model.learn_sigma=false")
+    t = trainer(config, tmp_path)
+    batch = make_batch(t.source, config, 0).part(0, 8, t.device)
+    losses = t.losses(batch)
+    torch.testing.assert_close(losses["loss"], losses["mse"] * t.objective.min_snr_weight(batch.t, 0.5))
+    assert losses["loss"].sum() < 0.9 * losses["mse"].sum()
+
+
 def test_run_folder_describes_itself(tiny, tmp_path):
     config = tiny("train.sample_every=2", "train.sample_images=4")
     t = trainer(config, tmp_path)
