@@ -17,7 +17,7 @@ from sklearn.svm import SVC
 from diffussm_cli import runs
 from diffussm_cli.data import builtin
 from diffussm_cli.data.images import to_uint8
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.sampling.generate import generate
 
@@ -38,7 +38,7 @@ def main() -> None:
     train, held_out = (builtin.load(name, config.data.size, 1, held_out=part) for part in (False, True))
     classifier = SVC(C=5).fit(flat(train.images), train.labels)
 
-    process = GaussianDiffusion.from_config(config.diffusion)
+    process = make_objective(config.diffusion)
     wanted = [i % 10 for i in range(arguments.num)]
     drawn = list(generate(runs.load_model(trained), process, how, range(arguments.num), wanted, batch_size=100))
     images = to_uint8(torch.cat([part.images for part in drawn]))
