@@ -54,8 +54,11 @@ class ModelConfig:
     depth: int = _option(29, "number of blocks", least=1, most=1000)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
     compression: int = _option(2, "M, tokens that each position becomes inside a block", least=1, most=256)
-    d_state: int = _option(64, "N, state size of S4D; not used by DiT", least=2, most=4096)
-    heads: int = _option(16, "attention heads of DiT; not used by DiffuSSM", least=1, most=256)
+    d_state: int = _option(64, "N, state size of S4D", least=2, most=4096)
+    heads: int = _option(16, "heads of DiT and of the mixers linear and attention", least=1, most=256)
+    mixer: Literal["s4d", "linear", "conv", "attention"] = _option("s4d", "layer that mixes tokens; not used by DiT")
+    scan: Literal["raster", "alternate", "four"] = _option("raster", "orders of tokens by block; not used by DiT")
+    local: Literal[0, 3] = _option(0, "3: a depthwise 3x3 convolution before each mixer; not used by DiT")
     num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
     learn_sigma: bool = _option(True, "also learn the covariance")
     label_std: float = _option(0.02, "initial standard deviation of the label table", above=0, most=100)
@@ -334,10 +337,10 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     """Convert a YAML value to the field's type. YAML reads 1e-4 as text, so numbers may be given as text."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        text = str(value)
-        if text not in options:
-            raise ConfigError(f"{name}: {value!r} is not a choice{nearest(text, options)}")
-        return text
+        choices = {str(option): option for option in options}
+        if str(value) not in choices:
+            raise ConfigError(f"{name}: {value!r} is not a choice{nearest(str(value), choices)}")
+        return choices[str(value)]
     if origin is tuple:
         items = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v]
         return tuple(_coerce(options[0], v, name) for v in items)
@@ -435,7 +438,7 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.compression: {m.compression} must divide the {wide} channels that the hourglass contracts"
         )
-    if m.backbone == "dit" and m.hidden_size % m.heads:
+    if (m.backbone == "dit" or m.mixer in ("linear", "attention")) and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")

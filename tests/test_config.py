@@ -101,6 +101,9 @@ WRONG = {
     "model.compression=3": "model.compression: 3 must divide the 8 tokens of a row",
     "model.hidden_size=30": "model.hidden_size: 30 must be a multiple of 4",
     "model.d_state=7": "model.d_state: 7 must be even",
+    "model.mixer=mamba": "model.mixer: 'mamba' is not a choice; valid: s4d, linear, conv, attention",
+    "model.scan=zigzag": "model.scan: 'zigzag' is not a choice; valid: raster, alternate, four",
+    "model.local=5": "model.local: 5 is not a choice; valid: 0, 3",
     "sample.steps=2000": "sample.steps: 2000 must be at most diffusion.timesteps 1000",
     "sample.guidance_interval=5": "must be LO,HI",
     "diffusion.beta_end=2": "diffusion.beta_end: 2.0 must be at most 0.999",
@@ -270,3 +273,10 @@ def test_text_that_cannot_name_a_file():
     check_text("3," * 1000, "--classes")  # no path: as long as it likes
     with pytest.raises(ConfigError, match="--out: .* has a name of more than 255 bytes"):
         check_text(Path("x") / ("\u00e9" * 128), "--out")
+
+
+@pytest.mark.parametrize("kind", [["model.mixer=linear"], ["model.mixer=attention"], ["model.backbone=dit"]], ids=str)
+def test_heads_must_divide_the_width_where_there_are_heads(kind):
+    with pytest.raises(ConfigError, match="model.heads: 5 must divide model.hidden_size"):
+        load_config("digits", ["model.heads=5", *kind])
+    load_config("digits", ["model.heads=5", "model.mixer=conv"])

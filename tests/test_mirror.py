@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "machine/__init__.py": "is empty",
     "model/__init__.py": "chooses between two networks: tests/profiling/test_flops.py builds every preset",
     "model/backbone.py": "does nothing without blocks: tests/model/test_diffussm.py and tests/model/test_dit.py",
+    "model/mixers/__init__.py": "tests/model/test_mixers.py",
     "model/s4d/__init__.py": "names what others hold",
     "model/s4d/convolution.py": "tests/model/test_s4d.py",
     "model/s4d/kernel.py": "tests/model/test_s4d.py",

@@ -1,4 +1,4 @@
-"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py` and `s4d/layer.py`."""
+"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py`, `s4d/layer.py`, `mixers`."""
 
 from typing import Any
 
@@ -27,4 +27,4 @@ def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbon
     }
     if m.backbone == "dit":
         return DiT(heads=m.heads, **common)
-    return DiffuSSM(d_state=m.d_state, **common)
+    return DiffuSSM(d_state=m.d_state, mixer=m.mixer, heads=m.heads, scan=m.scan, local=m.local, **common)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import TimestepEmbedding, patchify, position_table, unpatchify
+from diffussm_cli.model.local import Local
 from diffussm_cli.model.s4d.layer import S4D
 
 
@@ -18,8 +19,9 @@ class Backbone(nn.Module):
     """A denoiser made of a stack of blocks: (x_t, t, y) -> noise, and the covariance if it is learned.
 
     Args:
-        blocks: modules that map x (B, J, D) and the conditioning c (B, D) to (B, J, D). `zeroed()` of a block lists
-            the Linears that are initialised to zero, so that the block starts as the identity.
+        blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of the positions to
+            (B, J, D). `zeroed()` of a block lists the Linears that are initialised to zero, so that the block starts
+            as the identity.
         input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other sizes.
         in_channels: C.
         patch_size: P; must divide H and W.
@@ -80,10 +82,11 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x (B, C, H, W), t (B,) in 0..T-1, y (B,) labels or None if unconditional -> (B, 2C or C, H, W)."""
         H, W = x.shape[-2:]
+        grid = H // self.patch_size, W // (self.patch_size * self.compression)
         c = self.condition(t, y)  # (B, D)
         h = self.patch_in(patchify(x, self.patch_size, self.compression)) + self._position(H, W)  # (B, J, D)
         for block in self.blocks:
-            h = checkpoint(block, h, c, use_reentrant=False) if self._recomputes() else block(h, c)  # (B, J, D)
+            h = checkpoint(block, h, c, grid, use_reentrant=False) if self._recomputes() else block(h, c, grid)
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
         return unpatchify(h, self.patch_size, self.compression, H, W)  # (B, 2C, H, W)
 
@@ -101,7 +104,7 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, HourglassLinear):
+            elif isinstance(module, HourglassLinear | Local):
                 module.reset_parameters()
         for layer in self.t_embed.mlp:
             if isinstance(layer, nn.Linear):

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.local import Local
+from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.model.scan import RASTER, Scan
 
 
 class ShiftScaleNorm(nn.Module):
@@ -70,14 +72,22 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class DiffuSSMBlock(nn.Module):
-    """x (B, J, D), c (B, D) -> (B, J, D). The names of the Linears are the paper's."""
+    """x (B, J, D), c (B, D), grid (H, W/M) -> (B, J, D). The names of the Linears are the paper's.
 
-    def __init__(self, D: int, M: int, N: int):
+    The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of `scan`; x is always
+    in raster order. `local` is 3 for a convolution before the mixer, or 0. The defaults need no grid.
+    """
+
+    def __init__(
+        self, D: int, M: int, N: int, mixer: str = "s4d", heads: int = 16, scan: Scan = RASTER, local: int = 0
+    ):
         super().__init__()
+        self.mixer_name, self.scan = mixer, scan
         self.norm = ShiftScaleNorm(D)
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)
-        self.s4d = S4D(D, N)
+        self.local = Local(D, scan) if local else None
+        self.add_module(mixer, MIXERS[mixer](D, N, heads, scan))
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
         self.W1 = ChannelsFirstLinear(D, 2 * D)
         self.W2 = ChannelsFirstLinear(2 * D, 2 * D)
@@ -87,10 +97,15 @@ class DiffuSSMBlock(nn.Module):
         """The layers that start at zero, so that the block starts as the identity."""
         return [self.norm.adaLN, self.W3]
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        h = self.norm(x, c)  # I (B, J, D)
+    @property
+    def mixer(self) -> nn.Module:
+        return getattr(self, self.mixer_name)
+
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        h = self.scan.apply(self.norm(x, c), grid)  # I (B, J, D), in the order of the scan up to W3
         u = gelu(self.W_up.expand(gelu(self.W0(h))))  # U (B, D, J, M)
-        y = self.s4d(u)  # Y (B, 2D, J, M)
+        y = self.mixer(self.local(u, grid) if self.local else u, grid)  # Y (B, 2D, J, M)
         z = gelu(self.W_down.contract(y))  # I' (B, J, 2D)
         gated = gelu(self.W2(z)) * gelu(self.W1(h))  # (B, J, 2D)
-        return x + self.W3(gated.flatten(0, 1)).view_as(x)  # X + O; 2-D, as torch adds the bias of 3-D separately
+        o = self.W3(gated.flatten(0, 1)).view_as(x)  # O (B, J, D); 2-D, as torch adds the bias of 3-D separately
+        return x + self.scan.undo(o, grid)

@@ -4,8 +4,11 @@ B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 to
 D hidden size   N state size of S4D
 """
 
+import itertools
+
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model.scan import SCANS
 
 
 class DiffuSSM(Backbone):
@@ -16,6 +19,10 @@ class DiffuSSM(Backbone):
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
         d_state: N, even; N/2 complex modes per channel and direction.
+        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D.
+        heads: number of heads of the mixers "linear" and "attention"; must divide D.
+        scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
+        local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
 
     Raises:
         ValueError: if sizes do not divide; the message names them.
@@ -34,11 +41,16 @@ class DiffuSSM(Backbone):
         learn_sigma: bool = True,
         label_std: float = 0.02,
         gradient_checkpointing: bool = False,
+        mixer: str = "s4d",
+        heads: int = 16,
+        scan: str = "raster",
+        local: int = 0,
     ):
         if 2 * hidden_size % compression:
             raise ValueError(f"compression {compression} must divide twice hidden_size {hidden_size}")
+        orders = itertools.islice(itertools.cycle(SCANS[scan]), depth)
         super().__init__(
-            [DiffuSSMBlock(hidden_size, compression, d_state) for _ in range(depth)],
+            [DiffuSSMBlock(hidden_size, compression, d_state, mixer, heads, order, local) for order in orders],
             input_size=input_size,
             in_channels=in_channels,
             patch_size=patch_size,
@@ -51,7 +63,8 @@ class DiffuSSM(Backbone):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise the layers as `Backbone` does, and the SSMs by S4D-Lin."""
+        """Initialise the layers as `Backbone` does, and the mixers by their own rules (S4D: S4D-Lin)."""
         super().reset_parameters()
         for block in self.blocks:
-            block.s4d.reset_parameters()  # type: ignore[operator, union-attr]
+            if hasattr(block.mixer, "reset_parameters"):
+                block.mixer.reset_parameters()  # type: ignore[operator]

@@ -9,6 +9,7 @@ numbers (activations, norms, gates) is not counted, as in the literature. `count
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.model.mixers.linear import CHUNK
 from diffussm_cli.model.s4d.convolution import fft_length
 from diffussm_cli.model.s4d.kernel import levels
 
@@ -92,16 +94,35 @@ def _numbers(module: nn.Module) -> int:
 
 def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:
     """Multiply-adds of one block per image, and of its kernels: (13/M + 1) L D^2 is the paper's formula."""
-    M, D, n = m.compression, m.hidden_size, fft_length(L)
+    M, D = m.compression, m.hidden_size
+    mixer, kernel = MIXER_MACS[m.mixer](m, D, L)
+    parts = {"dense layers": (13 / M + 1) * L * D**2, "conditioning": 2 * D**2, **mixer}
+    return parts | ({"local": 9 * L * D} if m.local else {}), kernel
+
+
+def _s4d(m: ModelConfig, D: int, L: int) -> tuple[dict[str, float], float]:
+    (A, T), n = levels(L), fft_length(L)
     parts = {
-        "dense layers": (13 / M + 1) * L * D**2,
         "FFT": 3 * D * fft_macs(n),  # one forward transform, two inverse
         "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
-        "conditioning": 2 * D**2,
     }
-    A, T = levels(L)
     tables = (_table(A) + A + _table(T)) * m.d_state // 2 * COMPLEX_PRODUCT
     return parts, 2 * D * (m.d_state * A * T + tables + fft_macs(n))
+
+
+def _linear(m: ModelConfig, D: int, L: int) -> tuple[dict[str, float], float]:
+    """Queries, keys and gates; then, per direction and token, T products with keys and values, and two with a state."""
+    whole = math.ceil(L / CHUNK) * CHUNK
+    return {"mixer": 2 * L * D * (D + m.heads) + 2 * whole * (2 * CHUNK * D + 2 * D**2 / m.heads)}, 0
+
+
+# Multiply-adds of a mixer by name of the part, and of its kernels, from (sizes, D, L).
+MIXER_MACS: dict[str, Callable[[ModelConfig, int, int], tuple[dict[str, float], float]]] = {
+    "s4d": _s4d,
+    "linear": _linear,
+    "conv": lambda _, D, L: ({"mixer": 9 * L * D + D**2}, 0),
+    "attention": lambda _, D, L: ({"mixer": 2 * L * D**2, "attention": 2 * L**2 * D}, 0),
+}
 
 
 def _table(count: int) -> int:
@@ -137,7 +158,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
 
     Activations are those that eager autograd saves for one part of the batch, in float32 unless `train.precision` is
     bf16, plus the kernels. A backward pass needs another two blocks. Peaks measured on a CPU were within 25% of it
-    (s-256 at batch 8, with and without checkpointing; mnist at batch 64).
+    (s-256 at batch 8, with and without checkpointing and with every mixer; mnist at batch 64).
     """
     m, t = config.model, config.train
     H, W = config.data.grid
@@ -149,9 +170,10 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
         per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
     else:
         positions = 20 * D * narrow / M  # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
+        inside = {"s4d": 0, "linear": 19 * D + 6 * m.heads * CHUNK, "conv": 3 * D, "attention": 4 * D}  # of the mixer
         tokens = 4 * D * narrow  # U before and after GELU, Y
-        per_token = positions + tokens
-        kernels = 4 * D * L * wide  # as complex spectra
+        per_token = positions + tokens + (inside[m.mixer] + (2 * D if m.local else 0)) * narrow
+        kernels = 4 * D * L * wide if m.mixer == "s4d" else 0  # as complex spectra
     activations = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0

@@ -15,6 +15,10 @@ MODELS = {
     "diffussm": lambda: DiffuSSM(d_state=4, **SIZES),
     "dit": lambda: DiT(heads=2, **SIZES),
 }
+OTHERS = {  # every mixer, every order of positions and the convolution in one model each
+    mixer: lambda mixer=mixer: DiffuSSM(**SIZES | {"depth": 4}, mixer=mixer, heads=2, d_state=4, scan="four", local=3)
+    for mixer in ("s4d", "linear", "conv", "attention")
+}
 CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
 
 
@@ -65,8 +69,9 @@ COURSE = [
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, where a graph breaks
 @pytest.mark.parametrize(
     ("make", "course"),
-    [(MODELS["diffussm"], COURSE), (MODELS["dit"], COURSE), (CHECKPOINTED, COURSE[:2])],
-    ids=["diffussm", "dit", "checkpointed"],
+    [(MODELS["diffussm"], COURSE), (MODELS["dit"], COURSE), (CHECKPOINTED, COURSE[:2])]
+    + [pytest.param(make, COURSE[:3], marks=pytest.mark.slow) for make in OTHERS.values()],
+    ids=["diffussm", "dit", "checkpointed", *OTHERS],
 )
 def test_one_graph_for_all_layers_and_steps(make, course):
     """No graph break; nothing is compiled again but for gradients or none, and once for another batch size."""

@@ -6,7 +6,7 @@ import torch
 from diffussm_cli.config import load_config, preset_names
 from diffussm_cli.model import build_model
 from diffussm_cli.profiling.count import count
-from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.flops import MIXER_MACS, cost
 
 
 @pytest.mark.parametrize(("preset", "gflops"), [("xl-256", 295.6), ("xl-512", 1182.4)])
@@ -36,6 +36,35 @@ def test_formula_equals_the_trace(preset):
 def test_formula_equals_the_trace_of_variants(overrides):
     config = load_config("digits", overrides)
     assert sum(v for k, v in count(config).items() if k != "kernels") == pytest.approx(cost(config).gflops, rel=1e-9)
+
+
+@pytest.mark.parametrize("local", [0, 3])
+@pytest.mark.parametrize("scan", ["raster", "alternate", "four"])
+@pytest.mark.parametrize("mixer", sorted(MIXER_MACS))
+def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
+    chosen = [f"model.mixer={mixer}", f"model.scan={scan}", f"model.local={local}", "model.heads=4"]
+    config = load_config("digits", [*chosen, "data.resolution=8x12", "data.path=folder", "model.depth=3"])
+    counted, c = count(config), cost(config)
+    assert sum(v for k, v in counted.items() if k != "kernels") == pytest.approx(c.gflops, rel=1e-9)
+    assert counted.get("kernels", 0) == pytest.approx(c.kernel_gflops, rel=5e-3)
+    with torch.device("meta"):
+        assert c.parameters == sum(p.numel() for p in build_model(config).parameters())
+
+
+def test_parameters_of_mixers_at_xl():
+    """Per block, by closed forms; at N = 64, S4D has 194 numbers per channel and direction."""
+    D, h = 1152, 16
+    expected = {"s4d": 2 * 194 * D, "linear": 2 * (D + 1) * (D + h), "conv": D * (D + 11), "attention": 2 * D * (D + 1)}
+    for local in (0, 3):
+        found = {m: cost(load_config("xl-256", [f"model.mixer={m}", f"model.local={local}"])) for m in expected}
+        rest = {mixer: c.parameters - 29 * (expected[mixer] + 10 * D * (local > 0)) for mixer, c in found.items()}
+        assert set(rest.values()) == {673_088_272 - 12_962_304}
+
+
+def test_linear_attention_costs_as_much_per_token_at_every_length():
+    grids = ("256", "512", "1024")
+    found = [cost(load_config("s-256", ["model.mixer=linear", "model.heads=6", f"data.resolution={g}"])) for g in grids]
+    assert [c.parts["mixer"] / c.tokens for c in found] == pytest.approx([found[0].parts["mixer"] / 1024] * 3)
 
 
 def test_products_are_what_torch_counts():

@@ -1,0 +1,42 @@
+"""Softmax attention as a mixer.
+
+B batch   D channels   J positions   M tokens per position   L = J M tokens   h heads of d = D/h channels
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Heads(nn.Module):
+    """A mixer with heads. The values are U itself, because W_up and W_down already project into and out of a mixer.
+
+    Raises:
+        ValueError: if heads do not divide D.
+    """
+
+    def __init__(self, D: int, heads: int):
+        super().__init__()
+        if D % heads:
+            raise ValueError(f"hidden_size {D} must be a multiple of heads {heads}")
+        self.heads = heads
+        self.qk = nn.Linear(D, 2 * D)
+
+    def split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """u (B, D, J, M) -> queries, keys, values (B, h, L, d), and the tokens (B, L, D)."""
+        tokens = u.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (B, L, D)
+        q, k = self.qk(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, L, d) each
+        return q, k, tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2), tokens
+
+
+class Attention(Heads):
+    """u (B, D, J, M) -> concat(attention, u) (B, 2D, J, M).
+
+    Attention has one result, not one per direction. U takes the other place and does what D_skip does in S4D: with
+    M > 1 no residual connection around a mixer keeps the tokens of a position apart.
+    """
+
+    def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
+        q, k, v, _ = self.split(u)  # (B, h, L, d) each
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
+        return torch.cat([y.mT.reshape(u.shape), u], dim=1)  # (B, 2D, J, M)

@@ -1,0 +1,36 @@
+"""The convolutional mixer: by formula, and what a token sees."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffussm_cli.model.mixers.conv import Conv
+from diffussm_cli.model.scan import SCANS
+from tests.conftest import fill, randn
+
+H, W, M, D = 4, 6, 2, 3
+
+
+def test_equals_the_formula():
+    layer, image = fill(Conv(D), 0.5).double(), randn(2, D, H, W, dtype=torch.double)
+    v = F.gelu(layer.depthwise.convolve_naive(image))
+    weights = torch.sigmoid(v.mean((2, 3)) @ layer.gate.weight.T + layer.gate.bias)
+    y, rest = layer(image.view(2, D, H * W // M, M), (H, W // M)).chunk(2, dim=1)
+    torch.testing.assert_close(y.reshape(image.shape), v * weights[..., None, None])
+    assert torch.equal(rest.reshape(image.shape), image)
+
+
+@pytest.mark.parametrize("scan", SCANS["four"], ids=str)
+def test_a_token_sees_the_nine_around_it_and_the_mean_of_the_image(scan):
+    layer, grid = fill(Conv(D, scan), 0.5).double(), (H, W // M)
+    image = randn(1, D, H, W, dtype=torch.double).requires_grad_()
+
+    def seen(row, column):
+        y = scan.to_image(layer(scan.to_sequence(image, grid), grid), grid)
+        (gradient,) = torch.autograd.grad(y[0, :D, row, column].sum(), image)
+        return {tuple(place) for place in gradient[0].any(0).nonzero().tolist()}
+
+    assert len(seen(2, 3)) == H * W
+    layer.gate.weight.data.zero_()
+    assert seen(2, 3) == {(r, c) for r in (1, 2, 3) for c in (2, 3, 4)}
+    assert seen(0, 5) == {(r, c) for r in (0, 1) for c in (4, 5)}
