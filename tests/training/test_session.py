@@ -3,7 +3,7 @@
 import pytest
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Result, TrainingRecord
+from diffussm_cli.events import Message, Result, TrainingRecord
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, train
 from diffussm_cli.training.stopping import TRAINING
@@ -35,3 +35,11 @@ def test_processes_share_a_batch_in_equal_whole_parts(tiny, size, accumulate, fi
     else:
         with pytest.raises(ConfigError, match=f"^train.batch_size: 8 .* {size * accumulate}$"):
             check_batch(config, World(0, size))
+
+
+def test_an_average_that_is_added_on_resume_is_announced(tiny, tmp_path):
+    list(train(tiny("train.ema=0.9"), tmp_path / "run"))
+    changed = tiny("train.ema=0.9,0.1", "train.steps=6")
+    said = [e.text for e in train(changed, tmp_path / "run", resume=True) if isinstance(e, Message)]
+    assert "changed: train.ema was 0.9 and is now [0.9, 0.1]" in said
+    assert "changed: the average of 0.1 begins as a copy of that of 0.9" in said
