@@ -75,6 +75,9 @@ class DataConfig:
     vae: str | None = _option(None, "hub name or folder of the VAE that made the latents; null for pixels")
     flip: bool = _option(False, "random horizontal flips")
     skip_unreadable: bool = _option(False, "leave out images that cannot be read at the start of a run")
+    held_out: float | str = _option(
+        "", "never trained on: a share, or a folder; empty: a built-in set's own tenth", least=0, below=1
+    )
     class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
 
     @property
@@ -126,7 +129,9 @@ class TrainConfig:
     weight_decay: float = _option(0.0, "AdamW's weight decay, on matrices only", least=0, most=100)
     beta2: float = _option(0.999, "AdamW's decay of the second moment", above=0, below=1)
     grad_clip: float = _option(0.0, "maximum gradient norm; 0: no clipping", least=0, most=1e6)
-    ema: float = _option(0.9999, "decay of the averaged weights", least=0, below=1)
+    ema: tuple[float, ...] = _option(
+        (0.9999,), "decays of the averaged weights; previews, best/ and sampling use the first", least=0, below=1
+    )
     mse_weight_cap: float = _option(
         1.0, "cap on the weight 1 + 1/SNR(t) of the noise MSE; 1: the paper's loss", least=1, most=1e6
     )
@@ -170,6 +175,7 @@ class EvalConfig:
     """How a run is measured, by `diffussm eval RUN` and during training."""
 
     every: int = _option(0, "training steps between evaluations of the averaged weights; 0: none", least=0, most=MANY)
+    held_out_images: int = _option(2000, "maximum held-out images for the held-out loss", least=1, most=10**6)
     images: int = _option(5000, "images drawn for each evaluation", least=16, most=10**6)
     steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
@@ -329,7 +335,8 @@ def _section(cls: type, section: str, values: Mapping) -> Any:
             raise ConfigError(f"unknown field {section}.{name}{nearest(f'{section}.{name}', field_names())}")
     read = {name: _coerce(hints[name], value, f"{section}.{name}") for name, value in values.items()}
     for name, value in read.items():
-        _check_bounds(fields[name].metadata, value, f"{section}.{name}")
+        for item in value if isinstance(value, tuple) else (value,):
+            _check_bounds(fields[name].metadata, item, f"{section}.{name}")
     return cls(**read)
 
 
@@ -347,8 +354,9 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in options:
             return None
-        if int in options and _as_number(value, int) is not None:
-            return _as_number(value, int)
+        for kind_of_number in {int, float} & set(options):
+            if isinstance(value, kind_of_number) or _as_number(value, kind_of_number) is not None:
+                return _coerce(kind_of_number, value, name)
         return _coerce(str, value, name)
     if hint in (int, float):
         number = _as_number(value, hint)
@@ -378,6 +386,7 @@ def _as_number(value: Any, kind: type) -> int | float | None:
 def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
     if isinstance(value, str):
         check_text(value, name)
+        return
     if isinstance(value, float) and 0 < abs(value) < SMALLEST:
         raise ConfigError(f"{name}: {value} is too small to have an effect; it must be at least {SMALLEST}")
     if "least" in bounds and value < bounds["least"]:
@@ -444,6 +453,10 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
     if t.batch_size % t.accumulate:
         raise ConfigError(f"train.accumulate: {t.accumulate} must divide train.batch_size {t.batch_size}")
+    if not t.ema or len(set(t.ema)) < len(t.ema):
+        raise ConfigError(f"train.ema: {','.join(map(str, t.ema))!r} must be one or more different numbers")
+    if isinstance(d.held_out, str) and d.held_out and (d.held_out == d.path or d.held_out.startswith(BUILTIN)):
+        raise ConfigError(f"data.held_out: {d.held_out!r} must be a share or a folder of other images than data.path")
     if d.path.startswith(BUILTIN) and d.vae is not None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
     _check_size(config)
@@ -524,7 +537,10 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
 # ------------------------------------------------------------------------------------------------- writing
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as `config_from_dict` reads them."""
-    return {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+    values = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
+    if len(config.train.ema) == 1:
+        values["train"]["ema"] = config.train.ema[0]
+    return values
 
 
 def _plain(value: Any) -> Any:

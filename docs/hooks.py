@@ -124,7 +124,9 @@ def shown(default: typing.Any) -> str:
     """A default as YAML has it."""
     if default is None or isinstance(default, bool):
         return {None: "null", True: "true", False: "false"}[default]
-    return repr(default) if default == "" else "[]" if default == () else str(default)
+    if isinstance(default, tuple):
+        return ", ".join(map(str, default)) or "[]"
+    return repr(default) if default == "" else str(default)
 
 
 def presets_table() -> str:

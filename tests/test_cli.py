@@ -88,6 +88,26 @@ def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
         assert json.loads((out / "meta.json").read_text())["step"] == (4 if path.name == "final" else 2)
 
 
+def test_sample_takes_another_average(tmp_path):
+    """From final/ and from a checkpoint; meta.json names it, and its images are another request."""
+    root, out = tmp_path / "run", tmp_path / "out"
+    done = run("train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.ema=0.9,0.1")
+    assert done.exit_code == 0, done.output
+    for path, step in {root: 4, root / "checkpoints" / "step-00000002": 2}.items():
+        for given, decay in ([], 0.9), (["--ema", 0.9], 0.9), (["--ema", 0.1], 0.1):
+            folder = out / f"{step}-{decay}"
+            assert run("sample", path, "--num", 1, "--steps", 1, "--out", folder, *given).exit_code == 0
+            meta = json.loads((folder / "meta.json").read_text())
+            first = "model.safetensors" if step == 4 else "ema.safetensors"
+            weights = first if decay == 0.9 else "ema-0.1.safetensors"
+            assert (meta["ema"], meta["step"], meta["weights"]) == (decay, step, weights)
+            assert meta["weights_sha256"] == sha256((root / "final" if step == 4 else path) / weights)
+    assert "weights_sha256 was" in line_of(run("sample", root, "--num", 1, "--steps", 1, "--out", out / "4-0.1"))
+    for command in ("sample", "eval"):
+        said = line_of(run(command, root, "--num", 2, "--ema", 0.5))
+        assert said.endswith("final' holds no average with decay 0.5; it holds 0.9, 0.1")
+
+
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("train", "--preset", "xl-256", "--dry-run", "--set", "train.lr=2e-4")

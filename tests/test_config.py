@@ -60,6 +60,27 @@ def test_overrides_and_round_trip():
     assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
 
 
+def test_averages_are_one_number_or_several():
+    """One is written as a number, as before there could be several."""
+    for text, decays, written in [
+        ("0.99", (0.99,), "  ema: 0.99\n"),
+        ("0.9999,0.999", (0.9999, 0.999), "  ema:\n  - 0.9999\n  - 0.999\n"),
+        ("[0.9, 1e-3]", (0.9, 0.001), "  ema:\n  - 0.9\n  - 0.001\n"),
+    ]:
+        config = load_config("digits", [f"train.ema={text}"])
+        assert config.train.ema == decays
+        assert written in to_yaml(config)
+        assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
+def test_held_out_is_a_share_or_a_folder():
+    for text, value in {"0.05": 0.05, "5e-2": 0.05, "0": 0.0, "x/0.05": "x/0.05", "''": ""}.items():
+        config = load_config("digits", [f"data.held_out={text}"])
+        assert config.data.held_out == value
+        assert type(config.data.held_out) is type(value)
+        assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
 def test_every_field_has_help():
     """The reference in the documentation is made of it."""
     assert set(SECTIONS) == {"model", "data", "diffusion", "train", "sample", "eval"}
@@ -89,6 +110,12 @@ WRONG = {
     "train.compile=1": "train.compile: 1 must be true or false",
     "train.ema=1.5": "train.ema: 1.5 must be less than 1",
     "train.ema=1": "train.ema: 1.0 must be less than 1",
+    "train.ema=0.9,1": "train.ema: 1.0 must be less than 1",
+    "train.ema=0.9,fast": "train.ema: 'fast' must be a finite number",
+    "train.ema=0.9,0.90": "train.ema: '0.9,0.9' must be one or more different numbers",
+    "train.ema=[]": "train.ema: '' must be one or more different numbers",
+    "data.held_out=1": "data.held_out: 1.0 must be less than 1",
+    "data.held_out=builtin:digits": "data.held_out: 'builtin:digits' must be a share or a folder of other images",
     "train.beta2=1": "train.beta2: 1.0 must be less than 1",
     "train.lr_decay=cosin": "did you mean 'cosine'?",
     "train.precision=false": "train.precision: False is not a choice; valid: auto, fp32, bf16",

@@ -19,6 +19,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.profiling.memory import resident_peak
 from diffussm_cli.profiling.plan import Noise
+from diffussm_cli.runs import EMA
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect
 from diffussm_cli.training.record import Meter
@@ -60,7 +61,9 @@ def save(trainer: Trainer, beside: bool) -> dict:
     object.__setattr__(config, "async_checkpoint", beside)
     writer = CheckpointWriter(trainer.root, config)
     start = time.perf_counter()
-    writer.write(collect(trainer.model, trainer.ema.model, trainer.optimizer), {"step": trainer.step})
+    writer.write(
+        collect(trainer.model, {EMA: trainer.ema.model.state_dict()}, trainer.optimizer), {"step": trainer.step}
+    )
     waiting = time.perf_counter() - start
     writer.finish()
     done = time.perf_counter() - start

@@ -83,6 +83,7 @@ class _Shown:
     def record(self, event: TrainingRecord) -> None:
         record, step = event.record, event.record["step"]
         news = f"loss {record['loss']:.4f}  {record['images_per_second']:.1f} images/s"
+        news += f"  held-out {record['held_out']:.4f}" if "held_out" in record else ""
         news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
         if self._steps is None:
             self.close()

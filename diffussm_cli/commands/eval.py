@@ -15,6 +15,7 @@ from diffussm_cli.errors import ConfigError
 META_SHOWN = (
     "run",
     "step",
+    "ema",
     "sampler",
     "steps",
     "guidance",
@@ -53,6 +54,7 @@ def evaluate(
     resolution: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's.")
     ] = None,
+    ema: options.Average = None,
     num: Annotated[
         int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Number of images to draw from a run.")
     ] = 50_000,
@@ -113,7 +115,7 @@ def evaluate(
         assert target is not None, "checked above"
         follow(console, session.make_reference(samples, target, count=ref_images, **common), view=typer.echo)
         return
-    trained, drawn = session.find_run_at(samples), dict[str, Any]()
+    trained, drawn = session.find_run_at(samples, ema), dict[str, Any]()
     if trained is not None:
         request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
         labels = parse_classes(classes, trained.config, balanced)

@@ -42,6 +42,7 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16"], typer.Option(help="Of the network; auto: bf16 where the hardware supports it.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Average = Annotated[float | None, typer.Option(help="Which averaged weights, by decay. Default: the run's first.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

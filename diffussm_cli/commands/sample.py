@@ -17,6 +17,7 @@ def sample(
             metavar="RUN", help="Run folder, its final/, a checkpoint, or a published DiT .pt. Default: the newest run."
         ),
     ] = None,
+    ema: options.Average = None,
     num: Annotated[
         int,
         typer.Option("--num", "-n", min=1, max=options.MAX_IMAGES, help="Number of images. Under torchrun, use -n."),
@@ -46,7 +47,7 @@ def sample(
     from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 
-    console, trained = make_console(quiet=read_world().rank > 0), find_run(run)
+    console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema)
     if run is None:
         console.print(f"the newest run: {trained.label}")
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)

@@ -3,6 +3,8 @@
 B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   labels (B,) int64
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,30 +85,77 @@ class ImageFolder:
             raise DataError(f"data.path: {str(folder)!r} holds no readable images")
 
 
+class Part:
+    """A share of the images of a source, held out at random, or the rest. The seed of the run does not change it."""
+
+    def __init__(self, whole: Source, share: float, held_out: bool = False):
+        self.whole, self.share, self.held_out, self.class_names = whole, share, held_out, whole.class_names
+
+    @property
+    def indices(self) -> np.ndarray:
+        """Indices in the whole source, which may lose unreadable images before training begins."""
+        return _split(len(self.whole), self.share)[self.held_out]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+        return self.whole.read(self.indices[indices].tolist(), generators)
+
+
+@functools.lru_cache(maxsize=2)
+def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The indices 0..n-1 to train on, and those to hold out; at least one of each if n > 1."""
+    held_out = np.random.default_rng(0).permutation(n) < min(n - 1, max(1, round(n * share)))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
 def open_source(config: Config) -> Source:
-    """Open the data set of `data.path` and check it against the configuration.
+    """Open the data set of `data.path`, without the images that `data.held_out` excludes, and check it.
 
     Raises:
         DataError, ConfigError: if the data set is missing, is empty or does not fit the model.
     """
+    source, share = _open(config), config.data.held_out
+    _check_classes(config, source)
+    return Part(source, share) if share and isinstance(share, float) else source
+
+
+def open_held_out(config: Config, source: Source) -> Source | None:
+    """The images that a run never trains on, or None; `source` is from `open_source`. Raises DataError, ConfigError."""
+    d = config.data
+    if isinstance(source, Part):
+        return Part(source.whole, source.share, held_out=True)
+    if isinstance(d.held_out, float) or not (d.held_out or d.path.startswith(BUILTIN)):
+        return None
+    try:
+        found = _open(
+            dataclasses.replace(config, data=dataclasses.replace(d, path=d.held_out or d.path)), held_out=True
+        )
+    except (DataError, ConfigError) as e:
+        raise type(e)(f"data.held_out: {str(e).removeprefix('data.path: ')}") from e
+    if config.model.num_classes and found.class_names != source.class_names:
+        raise ConfigError(f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}")
+    return found
+
+
+def _open(config: Config, held_out: bool = False) -> Source:
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
     from diffussm_cli.data.latents.reading import LatentStore
 
     d = config.data
     if d.path.startswith(BUILTIN):
-        source: Source = builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip)
-    elif not d.path:
+        return builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip, held_out)
+    if not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
-    elif d.vae is not None:
+    if d.vae is not None:
         if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
         source = LatentStore(Path(d.path), d.flip)
         _check_latents(config, source.settings)
-    else:
-        source = ImageFolder(Path(d.path), d.size, d.channels, d.flip)
-    _check_classes(config, source)
-    return source
+        return source
+    return ImageFolder(Path(d.path), d.size, d.channels, d.flip)
 
 
 def _check_classes(config: Config, source: Source) -> None:

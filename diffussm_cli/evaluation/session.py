@@ -256,11 +256,11 @@ def make_reference(
 
 
 # ------------------------------------------------------------------------------------------------- files
-def find_run_at(samples: str | Path) -> runs.TrainedRun | None:
-    """The trained run at a path, or None if there is no run and the path should hold images."""
+def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRun | None:
+    """The trained run at a path, as in `find_run`, or None if there is no run and the path should hold images."""
     path = Path(samples)
     known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
-    return runs.find_run(path) if known or path.suffix == dit_checkpoint.SUFFIX else None
+    return runs.find_run(path, ema) if known or path.suffix == dit_checkpoint.SUFFIX else None
 
 
 def read_facts(samples: str | Path) -> dict[str, Any]:

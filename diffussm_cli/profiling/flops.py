@@ -151,7 +151,7 @@ def fft_macs(n: int) -> float:
 
 
 def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
-    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMA, saved activations, workspace.
+    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMAs, saved activations, workspace.
 
     It is per process if several share the batch. With FSDP they also share the parameters, and each gathers the weights
     and gradients of two blocks at a time; otherwise each holds all of them.
@@ -177,7 +177,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     activations = B * L * per_token
     blocks = 1 if t.gradient_checkpointing else m.depth
     kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
-    state: float = parameters * 5 * 4
+    state: float = parameters * (4 + len(t.ema)) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
     return int(state + blocks * (activations + kernels) + kept + 2 * activations)

@@ -1,13 +1,14 @@
 """Write folders of weights atomically, and find damage in them."""
 
 import contextlib
+import fnmatch
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import PARTIAL, sha256, sync
-from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, list_checkpoints
+from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, ema_file, list_checkpoints
 from diffussm_cli.runs.metadata import read_config, read_state
 
 
@@ -15,27 +16,28 @@ def has_final(root: Path, step: int) -> bool:
     """Whether `final/` is complete, undamaged and from this step."""
     try:
         read_config(root / FINAL)
-        return damage(root / FINAL, [MODEL]) is None and read_state(root / FINAL)["step"] == step
+        return damage(root / FINAL, [MODEL], averages=True) is None and read_state(root / FINAL)["step"] == step
     except RunError:
         return False
 
 
-def newest_good(root: Path, files: Sequence[str] = (MODEL, EMA, OPTIMIZER)) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose `files` are undamaged, and what is wrong with newer ones."""
+def newest_good(root: Path, files: Sequence[str] | None = None) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run whose `files` (default: all) are undamaged, and what is wrong with newer ones."""
     damaged: list[str] = []
     for path in reversed(list_checkpoints(root)):
-        wrong = damage(path, files)
+        wrong = damage(path, files or (MODEL, EMA, OPTIMIZER), averages=files is None)
         if wrong is None:
             return path, damaged
         damaged.append(wrong)
     return None, damaged
 
 
-def damage(checkpoint: Path, files: Sequence[str]) -> str | None:
-    """A description of what is wrong with a checkpoint, or None."""
+def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> str | None:
+    """A description of what is wrong with `files`, and with all further averages if `averages`; or None."""
     try:
         hashes = read_state(checkpoint)["sha256"]
-        for name in files:
+        further = fnmatch.filter(hashes, ema_file("*")) if averages else ()
+        for name in (*files, *further):
             if sha256(checkpoint / name) != hashes[name]:
                 return f"{checkpoint / name} has changed since it was written"
     except RunError as e:

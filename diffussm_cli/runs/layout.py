@@ -6,6 +6,7 @@ RUN/samples/step-*.png               previews
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
+.../ema-DECAY.safetensors            in both: each further average, if train.ema lists several
 RUN/best/                            the same at the lowest FID, with metrics.json
 
 state.json holds the step and the hashes of the weights beside it.
@@ -20,6 +21,11 @@ EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 LOG, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # all that a run may hold before its first one
+
+
+def ema_file(decay: float | str) -> str:
+    """The file of a further average (`*`: a pattern for all); the first is ema.safetensors, in `final/` MODEL."""
+    return f"ema-{decay}.safetensors"
 
 
 def newest_run(folder: Path, name: str | None = None) -> Path | None:

@@ -1,5 +1,6 @@
 """Find, read, check and write the weights of a run: only safetensors, and DiT's published .pt files."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from diffussm_cli.machine.files import tensors_header, write_text
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
-from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, newest_run
+from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, ema_file, newest_run
 from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_state
 
 DTYPES = {  # of weights, with their names in safetensors
@@ -38,6 +39,14 @@ class TrainedRun:
     config: Config
     weights: Path
     step: int | None  # None when training has finished
+    ema: float | None = None  # the decay of the averaged weights; None for a published DiT
+
+    @property
+    def averages(self) -> dict[float, Path]:
+        """The files of averaged weights in the folder of `weights` by decay, the first one first; none for a DiT."""
+        decays = () if self.weights.suffix == dit_checkpoint.SUFFIX else self.config.train.ema
+        further = {d: file for d in decays if (file := self.weights.with_name(ema_file(d))).is_file()}
+        return dict.fromkeys(decays[:1], self.weights) | further
 
     @property
     def label(self) -> str:
@@ -45,15 +54,27 @@ class TrainedRun:
 
 
 # ------------------------------------------------------------------------------------------------- reading
-def find_run(path: Path | None) -> TrainedRun:
+def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
     """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
 
-    Without a path, take the newest run in runs/.
+    Without a path, take the newest run in runs/. Without `ema`, a decay, take the first average of the run.
 
     Raises:
         RunError: if there are none, or they are damaged.
     """
-    path = path or newest_run(RUNS)
+    trained = _find_weights(path or newest_run(RUNS))
+    held = trained.averages
+    if ema is not None and ema not in held:
+        holds = ", ".join(map(str, held)) or "none"
+        raise RunError(f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; it holds {holds}")
+    decay = next(iter(held), None) if ema is None else ema
+    file = trained.weights if decay is None else held[decay]
+    if file != trained.weights:
+        _refuse_damage(file.parent, file.name, "omit --ema to use the first average")
+    return dataclasses.replace(trained, weights=file, ema=decay)
+
+
+def _find_weights(path: Path | None) -> TrainedRun:
     if path is None:
         raise RunError(f"RUN: no run in {RUNS}/; train one first: diffussm train")
     if path.suffix == dit_checkpoint.SUFFIX and path.is_file():
@@ -138,11 +159,17 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
 
 
 def write_weights(
-    path: Path, config: Config, weights: Mapping[str, Tensor], step: int, metrics: Mapping[str, Any] | None = None
+    path: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    step: int,
+    metrics: Mapping[str, Any] | None = None,
+    further: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write `final/` or `best/`: the averaged weights of a step, with configuration and metrics. Raises RunError."""
+    """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics. Raises RunError."""
     with whole_folder(path) as folder:
-        hashes = {MODEL: write_tensors(weights, folder / MODEL)}
+        files = {MODEL: weights, **(further or {})}
+        hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
         write_text(folder / CONFIG, to_yaml(config))
         if metrics is not None:
             write_text(folder / METRICS, json.dumps(metrics) + "\n")

@@ -56,7 +56,7 @@ def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: S
         "weights": trained.weights.name,
         "weights_sha256": sha256(trained.weights),
         "step": finished if trained.step is None else trained.step,
-        "ema": None if foreign else config.train.ema,
+        "ema": trained.ema,
         **dataclasses.asdict(sampler.sampling),
         "guidance_interval": list(sampler.sampling.guidance_interval) or None,
         "first_seed": seeds.start,

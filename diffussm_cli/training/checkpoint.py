@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diffussm_cli.config import TrainConfig
 from diffussm_cli.errors import RunError
@@ -27,6 +27,7 @@ from diffussm_cli.runs import (
     check_weights_match,
     checkpoint_name,
     damage,
+    ema_file,
     list_checkpoints,
     newest_good,
     read_state,
@@ -39,6 +40,7 @@ from diffussm_cli.runs import (
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
+Averages = Mapping[float, nn.Module]  # by decay
 KINDS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -92,10 +94,14 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def collect(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+def collect(model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True) -> Tensors:
     """The full tensors of a checkpoint, if `keep` is true. If the models are sharded, every process must call this."""
     moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
-    files = {MODEL: model.state_dict(), EMA: ema.state_dict(), OPTIMIZER: moments}
+    return full_tensors({MODEL: model.state_dict(), **averages, OPTIMIZER: moments}, keep)
+
+
+def full_tensors(files: Tensors, keep: bool = True) -> dict[str, dict[str, Tensor]]:
+    """The full tensors of each file, if `keep` is true. If they are sharded, every process must call this."""
     found: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
@@ -134,14 +140,15 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
 
 def _difference(path: Path, state: dict[str, Any]) -> str | None:
     """How a checkpoint differs from the one with the given state, or None."""
-    wrong = damage(path, (MODEL, EMA, OPTIMIZER))
+    wrong = damage(path, (MODEL, EMA, OPTIMIZER), averages=True)
     return wrong or (None if read_state(path) == state else f"{path / STATE} differs")
 
 
-def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore everything that `collect` returned, and return the state of the checkpoint. Raises RunError."""
+def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer) -> dict[str, Any]:
+    """Restore what `collect` returned, a new average as a copy of the first; returns the state. Raises RunError."""
     state = read_state(path)
-    for network, name in ((model, MODEL), (ema, EMA)):
+    own = {decay: ema_file(decay) for decay in averages if (path / ema_file(decay)).is_file()}
+    for network, name in ((model, MODEL), *((average, own.get(decay, EMA)) for decay, average in averages.items())):
         weights = read_tensors(path / name)
         check_weights_match(network.state_dict(), weights, path / name)
         load_full(network, weights)
@@ -149,9 +156,7 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module, optimizer: tor
     return state
 
 
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor], path: Path
-) -> None:
+def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor], path: Path) -> None:
     for name, p in model.named_parameters():
         entries = {k: saved[f"{name}/{k}"] for k in KINDS if f"{name}/{k}" in saved}
         if len(entries) < len(KINDS) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):

@@ -39,17 +39,17 @@ class Scoring:
             raise DataError(f"eval.every: {decoding.warning}")
         path = reference_of(config)
         if path is None:
-            raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images")
+            raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out")
         self.config, self.root, self.decoding, self.dtype, self.world = config, root, decoding, dtype, world
         self.session = EvaluationSession(config.eval.extractor, device=str(device), world=world)
         self.session.choose(config.data.size, config.data.is_grey)
         self.warnings = doubts(self.session.asked, self.session.name, path)
         self.reference = self.session.reference(path, None, config.data.size)
 
-    def score(self, model: Backbone, step: int) -> dict[str, float]:
-        """Metrics of a model in eval mode by name, as `eval/fid`; the weights with the best FID go to RUN/best.
+    def score(self, model: Backbone, step: int, keep: bool = True) -> dict[str, float]:
+        """Metrics of a model in eval mode by name, as `eval/fid`; empty on all processes but the first.
 
-        Empty on all processes but the first.
+        If `keep`, the weights with the best FID go to RUN/best.
 
         Raises:
             DataError, ConfigError: if reference and extractor do not match.
@@ -64,6 +64,6 @@ class Scoring:
         measured, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in measured.items()}
         best = self.root / runs.BEST
-        if values and values["eval/fid"] < runs.read_metrics(best).get("eval/fid", float("inf")):
+        if keep and values and values["eval/fid"] < runs.read_metrics(best).get("eval/fid", float("inf")):
             runs.write_weights(best, config, model.state_dict(), step, {"step": step, **values})
         return values

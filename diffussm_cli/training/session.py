@@ -17,7 +17,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
 from diffussm_cli.data.listing import UNREADABLE
-from diffussm_cli.data.source import ImageFolder, Source, open_source
+from diffussm_cli.data.source import ImageFolder, Part, Source, open_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
@@ -250,6 +250,7 @@ def leave_out_unreadable(
     Raises:
         DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
     """
+    source = source.whole if isinstance(source, Part) else source
     if not isinstance(source, ImageFolder):
         return
     if world.size > 1 and len(set(gather(source.listing.sha256(), world))) > 1:
@@ -330,7 +331,9 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
                 "run's own values, or choose another --out to begin a new run"
             )
     values = [(s, f, old[s][f], new[s][f]) for s in ("train", "sample", "eval") for f in new[s]]
-    return [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
+    changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
+    added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
+    return changes + [f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}" for decay in added]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,20 +18,22 @@ from torch.distributed.fsdp import FSDPModule
 from diffussm_cli import runs
 from diffussm_cli.config import SAMPLERS, Config, SampleConfig
 from diffussm_cli.data.images import save_grid
-from diffussm_cli.data.source import Source
+from diffussm_cli.data.source import Source, open_held_out
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches
-from diffussm_cli.training.checkpoint import CheckpointWriter, collect, load_checkpoint
+from diffussm_cli.training.checkpoint import CheckpointWriter, collect, full_tensors, load_checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
+from diffussm_cli.training.held_out import HeldOut
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
 from diffussm_cli.training.parallel import compile_model, full_tensor, last_part_only, norm_of, replicate, shard
 from diffussm_cli.training.record import Meter
@@ -56,15 +59,19 @@ class Trainer:
         self.dtype = pick_dtype(t.precision, self.device)
         torch.manual_seed(t.seed)
         self.model = build_model(config, t.gradient_checkpointing).to(self.device)
-        self.ema = EMA(self.model, t.ema)
+        self.averages = [EMA(self.model, decay) for decay in t.ema]
+        self.ema = self.averages[0]
         if t.compile:
             compile_model(self.model, self.device)
         self.forward = self._distribute()
         self.optimizer = make_optimizer(self.model, t)
         self.objective = make_objective(config.diffusion, self.device)
-        self.decoding = open_decoding(config, self.device) if t.sample_every or config.eval.every else None
+        held_out = open_held_out(config, source) if config.eval.every else None
+        self.held_out = HeldOut(held_out, config, self.device, world) if held_out else None
+        scored = bool(config.eval.every and (reference_of(config) or not held_out))
+        self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
         self.scoring = None
-        if self.decoding is not None and config.eval.every:
+        if self.decoding is not None and scored:
             self.scoring = Scoring(config, root, self.device, self.decoding, self.dtype, world)
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
@@ -89,13 +96,14 @@ class Trainer:
             return self.model
         if self.config.train.parallel == "ddp":
             return replicate(self.model, self.device)
-        for model in (self.model, self.ema.model):
+        for model in (self.model, *(ema.model for ema in self.averages)):
             shard(model, self.world, self.device, self.dtype)
         return self.model
 
     def resume(self, checkpoint: Path) -> None:
         """Restore all state from a checkpoint folder. Raises RunError."""
-        self.step = load_checkpoint(checkpoint, self.model, self.ema.model, self.optimizer)["step"]
+        averages = {ema.decay: ema.model for ema in self.averages}
+        self.step = load_checkpoint(checkpoint, self.model, averages, self.optimizer)["step"]
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         """Train to the last step, yielding a record every `log_every` steps.
@@ -119,7 +127,7 @@ class Trainer:
             if last or stopped or scores or self.step % t.log_every == 0:
                 record = self._record(meter)
                 with meter.paused(), first_works(self.world):
-                    yield record | (self.scoring.score(self.averaged(), self.step) if self.scoring and scores else {})
+                    yield record | (self.evaluate() if scores else {})
             previews = bool(t.sample_every) and (last or self.step % t.sample_every == 0)
             saves = last or stopped or self.step % t.checkpoint_every == 0
             if previews or saves:
@@ -133,9 +141,9 @@ class Trainer:
                 return
         with first_works(self.world):
             self.writer.finish()
-            weights = self.averaged().state_dict()
+            held = full_tensors(self._averages_by_file(runs.MODEL), keep=self.world.rank == 0)
             if self.world.rank == 0:
-                runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step)
+                runs.write_weights(self.root / runs.FINAL, self.config, held.pop(runs.MODEL), self.step, further=held)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the current step on; a checkpoint is saved before an unreadable image ends the run."""
@@ -184,24 +192,42 @@ class Trainer:
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.update(self.model, self.step + 1)
+        for ema in self.averages:
+            ema.update(self.model, self.step + 1)
 
-    def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses per image, (B,)."""
+    def losses(self, batch: Batch, model: nn.Module | None = None) -> dict[str, Tensor]:
+        """Losses per image, (B,), of the model in training or of another one."""
         x_t = self.objective.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.forward(x_t, batch.t, batch.y)
+            output = (model or self.forward)(x_t, batch.t, batch.y)
         t, known = self.config.train, (batch.x_0, x_t, batch.t, batch.noise)
         gamma = t.min_snr_gamma if t.loss_weight == "min_snr" else None
         return training_losses(self.objective, output.float(), *known, t.mse_weight_cap, gamma)
 
-    def averaged(self) -> Backbone:
+    def averaged(self, ema: EMA | None = None) -> Backbone:
         """The full model with averaged weights, in eval mode; if it is sharded, every process must call this."""
-        if not isinstance(self.ema.model, FSDPModule):
-            return self.ema.model
+        held = (ema or self.ema).model
+        if not isinstance(held, FSDPModule):
+            return held
         model = build_model(self.config).to(self.device)
-        model.load_state_dict({k: full_tensor(v) for k, v in self.ema.model.state_dict().items()})
+        model.load_state_dict({k: full_tensor(v) for k, v in held.state_dict().items()})
         return model.eval().requires_grad_(False)
+
+    def evaluate(self) -> Record:
+        """Held-out loss and metrics of every average; names end in @DECAY except for the first."""
+        found: Record = {}
+        for ema in self.averages:
+            model, first = self.averaged(ema), ema is self.ema
+            values = self.held_out.measure(functools.partial(self.losses, model=model)) if self.held_out else {}
+            if self.scoring:
+                values |= self.scoring.score(model, self.step, keep=first)
+            model.forget_kernels()
+            found |= {name if first else f"{name}@{ema.decay}": value for name, value in values.items()}
+        return found
+
+    def _averages_by_file(self, first: str) -> dict[str, dict[str, Tensor]]:
+        """The averaged weights by file, given the file of the first; sharded if the model is."""
+        return {first if e is self.ema else runs.ema_file(e.decay): e.model.state_dict() for e in self.averages}
 
     def preview(self, last: bool) -> Path | None:
         """Draw a grid with the averaged weights at fixed seeds, on the first process; the last one as `sample` does."""
@@ -216,7 +242,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of this step, or start to write it in a thread. Raises RunError."""
         t, first = self.config.train, self.world.rank == 0
-        tensors = collect(self.model, self.ema.model, self.optimizer, keep=first)
+        tensors = collect(self.model, self._averages_by_file(runs.EMA), self.optimizer, keep=first)
         epoch, position = divmod(self.step * t.batch_size, len(self.source))
         state: Record = {"step": self.step, "images": self.step * t.batch_size, "seed": t.seed}
         state |= {"epoch": epoch, "position": position, "randomness": RANDOMNESS}

@@ -48,6 +48,15 @@ def test_lines_are_shown_as_they_are_and_the_value_of_the_result_is_given():
     assert followed([Message("x")]) == (None, ["x"])
 
 
+def test_a_record_is_a_line_with_what_was_evaluated():
+    record = {"step": 2, "loss": 0.5, "images_per_second": 9.0}
+    more = record | {"step": 4, "held_out": 0.25, "eval/fid": 3.0}
+    _, lines = followed([TrainingRecord(record, 4), TrainingRecord(more, 4)])
+    shown = [line for line in lines if line.startswith("step ")]
+    assert shown[0] == "step 2/4  loss 0.5000  9.0 images/s"
+    assert shown[1] == "step 4/4  loss 0.5000  9.0 images/s  held-out 0.2500  FID 3"
+
+
 def test_the_view_sees_a_result_before_what_comes_after_it():
     seen = []
 

@@ -61,3 +61,30 @@ def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_p
     assert found.label == f"{tmp_path} (finished)"
     best = runs.find_run(tmp_path / "best")
     assert (best.root, best.weights, best.step) == (tmp_path, tmp_path / "best" / runs.MODEL, 1)
+
+
+def test_an_average_is_found_by_its_decay(tmp_path):
+    """In a checkpoint, in `final/` and in `best/`, which holds only the first; a run of one average has one."""
+    config = load_config("digits", ["train.ema=0.99,0.9"])
+    (tmp_path / runs.CONFIG).write_text(to_yaml(config))
+    checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(2)
+    with runs.whole_folder(checkpoint) as folder:
+        hashes = {name: runs.write_tensors(OWN, folder / name) for name in (runs.EMA, runs.ema_file(0.9))}
+        runs.write_state(folder, {"step": 2, "sha256": hashes})
+    runs.write_weights(tmp_path / "best", config, OWN, 1, {"step": 1, "eval/fid": 2.0})
+    for decay, name in {None: "ema", 0.99: "ema", 0.9: "ema-0.9"}.items():
+        found = runs.find_run(tmp_path, decay)
+        assert (found.weights, found.ema) == (checkpoint / f"{name}.safetensors", decay or 0.99)
+        assert runs.find_run(checkpoint, decay) == found
+    with pytest.raises(RunError, match=r"--ema: .*step-00000002' holds no average with decay 0.5; it holds 0.99, 0.9$"):
+        runs.find_run(tmp_path, 0.5)
+    with pytest.raises(RunError, match=r"--ema: .*best' holds no average with decay 0.9; it holds 0.99$"):
+        runs.find_run(tmp_path / "best", 0.9)
+    runs.write_weights(tmp_path / "final", config, OWN, 4, further={runs.ema_file(0.9): OWN})
+    for path in (tmp_path, tmp_path / "final"):
+        found = runs.find_run(path, 0.9)
+        assert (found.weights, found.ema) == (tmp_path / "final" / "ema-0.9.safetensors", 0.9)
+    (tmp_path / "final" / "ema-0.9.safetensors").write_bytes(b"half")
+    with pytest.raises(RunError, match="ema-0.9.safetensors has changed since it was written"):
+        runs.find_run(tmp_path, 0.9)
+    assert runs.find_run(tmp_path).ema == 0.99

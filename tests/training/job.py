@@ -4,6 +4,7 @@ torchrun --nproc-per-node 2 job.py JOBS.json, where JOBS.json holds [[OUT, FAULT
 """
 
 import datetime
+import functools
 import json
 import os
 import signal
@@ -17,15 +18,16 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.commands.train import leave
 from diffussm_cli.config import load_config
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.source import open_held_out, open_source
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.machine import processes as distributed
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
+from diffussm_cli.training.held_out import HeldOut
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
 
-SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1"]
+SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1", "train.ema=0.99,0.1"]
 PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first process
 
 
@@ -43,17 +45,27 @@ def start(folder: Path, jobs: dict[str, tuple[str, list[str]]], processes: int =
 
 
 def train(out: Path, fault: str, overrides: list[str], world: World = ALONE) -> None:
-    """One job: from the newest checkpoint in `out`, if there is one; records.json and averaged.safetensors are left."""
+    """One job: from the newest checkpoint in `out`, if there is one; records.json and averaged.safetensors are left.
+
+    The job `measure` does not train, and leaves the held-out loss alone.
+    """
     config = load_config("digits", overrides)
     trainer = Trainer(config, open_source(config), out, world)
     newest, _ = agree_on_checkpoint(out, world)
     if newest is not None:
         trainer.resume(newest)
-    records = list(trainer.run(inject(trainer, fault)))
-    weights = trainer.averaged().state_dict()
+    records = [held_out(trainer)] if fault == "measure" else list(trainer.run(inject(trainer, fault)))
+    averages = {e.decay: trainer.averaged(e).state_dict() for e in trainer.averages}
     if world.rank == 0:
         (out / "records.json").write_text(json.dumps(records))
+        weights = {f"{decay}/{name}": w for decay, average in averages.items() for name, w in average.items()}
         runs.write_tensors(weights, out / "averaged.safetensors")
+
+
+def held_out(trainer: Trainer) -> dict[str, float]:
+    """The held-out loss of the first average; `eval.every` would also want an extractor for these digits."""
+    images = HeldOut(open_held_out(trainer.config, trainer.source), trainer.config, trainer.device, trainer.world)
+    return images.measure(functools.partial(trainer.losses, model=trainer.averaged()))
 
 
 def inject(trainer: Trainer, fault: str):

@@ -136,3 +136,18 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, mon
         t.save()
         t.writer.finish()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing"])
+def test_a_damaged_further_average_is_damage(tiny, tmp_path, harm):
+    t = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
+    list(t.run())
+    assert runs.has_final(tmp_path, 4)
+    for folder in (runs.list_checkpoints(tmp_path)[-1], tmp_path / "final"):
+        path = folder / "ema-0.1.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"x") if harm == "flipped" else path.unlink()
+    newest, damaged = runs.newest_good(tmp_path)
+    assert newest.name == "step-00000002"
+    assert "ema-0.1.safetensors" in damaged[0]
+    assert checkpoint.agree_on_checkpoint(tmp_path, World())[0] == newest
+    assert not runs.has_final(tmp_path, 4)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -95,6 +96,19 @@ def test_nan_on_one_of_two_is_left_out_by_both(together, way):
     for path in kept:
         for file in (runs.MODEL, runs.EMA, runs.OPTIMIZER):
             assert all(torch.isfinite(v).all() for v in runs.read_tensors(path / file).values())
+
+
+def test_the_held_out_loss_is_the_same_number_for_two_processes(tmp_path):
+    """Bitwise, of the same checkpoint: by one process, by two with copies of the model, and by two with parts of it."""
+    by_one(tmp_path / "alone", "train.steps=4")
+    for way in ("ddp", "fsdp"):
+        shutil.copytree(tmp_path / "alone", tmp_path / way)
+    for processes, ways in {1: ["alone"], 2: ["ddp", "fsdp"]}.items():
+        done = start(tmp_path, {way: ("measure", WAYS.get(way, [])) for way in ways}, processes)
+        assert done.returncode == 0, done.stderr
+    (alone,), _ = outcome(tmp_path / "alone")
+    assert sorted(alone) == ["held_out", *(f"held_out/q{i}" for i in range(1, 5))]
+    assert [outcome(tmp_path / way)[0] for way in ("ddp", "fsdp")] == [[alone], [alone]]
 
 
 def test_patience_and_its_end(tmp_path):

@@ -10,6 +10,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
@@ -46,6 +47,21 @@ def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkey
     assert not all(torch.equal(kept[k], v) for k, v in weights[6].items())
     assert (best.step, best.root) == (4, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
+
+
+def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path, monkeypatch):
+    """The second average is better all the time, and at its best when the first is not."""
+    scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
+    monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
+    draw = EvaluationSession.draw
+    monkeypatch.setattr(EvaluationSession, "draw", lambda s, *a: drawn.append(a[0].model) or draw(s, *a))
+    training = trainer(config("train.steps=6", "train.ema=0.9,0.1"), tmp_path / "run")
+    records = list(training.run())
+    assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [(5, 2), (3, 1.5), (4, 1)]
+    assert [id(m) for m in drawn] == [id(e.model) for e in training.averages] * 3
+    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
+    assert "held_out" in records[0]
+    assert "held_out/q1@0.1" in records[0]
 
 
 def test_scores_go_to_tensorboard_under_their_own_name(tmp_path):

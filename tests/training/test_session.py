@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Result, TrainingRecord
+from diffussm_cli.events import Message, Result, TrainingRecord
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, processes_of, train
 from diffussm_cli.training.stopping import TRAINING
@@ -77,3 +77,11 @@ def test_processes_of_a_notebook_train_as_one(tiny, tmp_path):
         assert before == (torch.get_num_threads(), os.environ.get("WORLD_SIZE"), os.environ.get("OMP_NUM_THREADS"))
         losses[n] = [e.record["loss"] for e in events if isinstance(e, TrainingRecord)]
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_average_that_is_added_on_resume_is_announced(tiny, tmp_path):
+    list(train(tiny("train.ema=0.9"), tmp_path / "run"))
+    changed = tiny("train.ema=0.9,0.1", "train.steps=6")
+    said = [e.text for e in train(changed, tmp_path / "run", resume=True) if isinstance(e, Message)]
+    assert "changed: train.ema was 0.9 and is now [0.9, 0.1]" in said
+    assert "changed: the average of 0.1 begins as a copy of that of 0.9" in said

@@ -196,3 +196,68 @@ def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     with pytest.raises(DataError, match="3.png"):
         list(t.run())
     assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002"]
+
+
+# ------------------------------------------------------------------------------------------------- several averages
+def by_average(t):
+    return {e.decay: {k: v.clone() for k, v in e.model.state_dict().items()} for e in t.averages}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+def test_each_average_follows_its_own_recursion(tiny, tmp_path):
+    """Exactly, from the weights after every step; the third decay is below that of the warm-up from the start."""
+    t = trainer(tiny("train.ema=0.9,0.25,0.1", "train.log_every=1"), tmp_path)
+    expected = by_average(t)
+    for record in t.run():
+        for decay, weights in expected.items():
+            d = min(decay, (1 + record["step"]) / (10 + record["step"]))
+            for name, current in t.model.state_dict().items():
+                weights[name] = torch.lerp(weights[name], current, 1 - d)
+    for decay, found in by_average(t).items():
+        assert same(found, expected[decay]), decay
+    assert not same(expected[0.9], expected[0.25])
+    assert not same(expected[0.25], expected[0.1])
+
+
+def test_a_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
+    config = tiny("train.ema=0.9,0.1")
+    whole = trainer(config, tmp_path / "whole")
+    list(whole.run())
+    first = trainer(config, tmp_path / "parts")
+    stop = iter([False, True])
+    list(first.run(lambda: next(stop)))
+    second = trainer(config, tmp_path / "parts")
+    second.resume(runs.newest_good(tmp_path / "parts")[0])
+    assert all(same(v, by_average(first)[k]) for k, v in by_average(second).items())
+    list(second.run())
+    assert all(same(v, by_average(whole)[k]) for k, v in by_average(second).items())
+    assert not same(*by_average(whole).values())
+
+
+def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, tmp_path):
+    one, two = (trainer(tiny(f"train.ema={e}"), tmp_path / n) for n, e in {"one": "0.9", "two": "0.9,0.1"}.items())
+    for t in (one, two):
+        list(t.run())
+    assert same(by_average(one)[0.9], by_average(two)[0.9])
+    for folder, more in {"final": ["config.yaml", "state.json"], "checkpoints/step-00000004": ["state.json"]}.items():
+        files = {t.root: {p.name: p.read_bytes() for p in (t.root / folder).iterdir()} for t in (one, two)}
+        assert files[two.root].keys() - files[one.root].keys() == {"ema-0.1.safetensors"}
+        assert [n for n, b in files[one.root].items() if files[two.root][n] != b and n not in more] == []
+        held = runs.read_tensors(two.root / folder / "ema-0.1.safetensors")
+        assert same(held, by_average(two)[0.1])
+    config = (one.root / "final" / "config.yaml").read_text()
+    assert "  ema: 0.9\n" in config  # as before there could be several
+
+
+@pytest.mark.parametrize("now", ["0.9,0.1,0.5", "0.1,0.9", "0.1", "0.2"])
+def test_averages_of_another_list_are_found_by_their_decay_or_begin_as_the_first(tiny, tmp_path, now):
+    before = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
+    list(before.run())
+    after = trainer(tiny(f"train.ema={now}"), tmp_path)
+    after.resume(runs.newest_good(tmp_path)[0])
+    held = by_average(before)
+    assert [e.decay for e in after.averages] == [float(d) for d in now.split(",")]
+    assert all(same(v, held.get(decay, held[0.9])) for decay, v in by_average(after).items())

@@ -1,0 +1,214 @@
+"""The held-out loss: by hand, the same at every evaluation, and on images that are never trained on."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffussm_cli import runs
+from diffussm_cli.config import MANY, load_config
+from diffussm_cli.data.source import open_held_out, open_source
+from diffussm_cli.diffusion.losses import training_losses
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.machine.processes import ALONE, World
+from diffussm_cli.training import held_out as module
+from diffussm_cli.training.batches import image_seeds
+from diffussm_cli.training.held_out import HeldOut
+from diffussm_cli.training.trainer import Trainer
+from tests.conftest import TINY, fill
+from tests.helpers import SETTINGS, line_of, run
+
+CPU = torch.device("cpu")
+QUARTERS = [f"held_out/q{i}" for i in range(1, 5)]
+
+
+def held_out(config, world=ALONE):
+    return HeldOut(open_held_out(config, open_source(config)), config, CPU, world)
+
+
+@pytest.fixture
+def losses(tiny, tmp_path):
+    """The losses of a tiny model without zeros."""
+    config = tiny()
+    t = Trainer(config, open_source(config), tmp_path)
+    return functools.partial(t.losses, model=fill(t.averaged()))
+
+
+def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
+    """Image by image and timestep by timestep, on 5 of the 176 held-out digits."""
+    config = tiny("eval.held_out_images=5")
+    t = Trainer(config, open_source(config), tmp_path)
+    model, source = fill(t.averaged()), open_held_out(config, t.source)
+    assert len(source) == 176
+    seeds, expected = image_seeds(config.train.seed, MANY, 5), np.zeros((5, 4))
+    for k, index in enumerate([0, 35, 70, 105, 140]):
+        g = torch.Generator().manual_seed(seeds[k])
+        x_0, y = source.read([index], [g])
+        noise = torch.randn(4, 1, 8, 8, generator=g)
+        for q in range(4):
+            step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))])
+            x_t = t.process.q_sample(x_0, step, noise[q : q + 1])
+            output = model(x_t, step, y)
+            expected[k, q] = training_losses(t.process, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
+    found = held_out(config).measure(functools.partial(t.losses, model=model))
+    assert found["held_out"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert [found[q] for q in QUARTERS] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
+
+
+def test_the_loss_is_the_same_number_twice_and_for_another_training(tiny, losses):
+    """Bitwise: nothing in it depends on the step, on the batch of training or on how the noise was drawn before."""
+    first = held_out(tiny())
+    found = first.measure(losses)
+    torch.randn(3)
+    assert first.measure(losses) == found
+    assert held_out(tiny("train.batch_size=4", "train.steps=9", "train.label_dropout=0.5")).measure(losses) == found
+    assert held_out(tiny("train.seed=1")).measure(losses) != found
+
+
+def test_quarters_average_to_the_whole_and_hold_their_timesteps(tiny):
+    """The loss is the timestep itself: every quarter has its mean, within what 20 evenly spread images leave open."""
+    found = held_out(tiny("eval.held_out_images=20")).measure(lambda batch: {"loss": batch.t.float()})
+    assert np.mean([found[q] for q in QUARTERS]) == pytest.approx(found["held_out"], rel=1e-12)
+    assert [found[q] for q in QUARTERS] == pytest.approx([124.5, 374.5, 624.5, 874.5], abs=250 / 20)
+
+
+@pytest.mark.parametrize("timesteps", [2, 7, 1000])
+def test_timesteps_are_spread_over_their_whole_range(tiny, timesteps):
+    config = tiny(f"diffusion.timesteps={timesteps}", "sample.steps=1", "train.sample_steps=1")
+    t = held_out(config).batch(range(176)).t
+    assert (t.min(), t.max()) == (0, timesteps - 1) if timesteps < 100 else (t.min() < 5 and t.max() > timesteps - 5)
+    assert len(t.unique()) > 0.7 * min(timesteps, len(t))
+
+
+def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
+    config = tiny("model.learn_sigma=false")
+    t, source = Trainer(config, open_source(config), tmp_path), held_out(config)
+    noise = []
+
+    def losses(batch):
+        noise.append(batch.noise)
+        return t.losses(batch, model=lambda x_t, t, y: noise[-1])
+
+    assert source.measure(losses) == dict.fromkeys(["held_out", *QUARTERS], 0.0)
+    assert sum(len(n) for n in noise) == 4 * 176
+    assert len(torch.cat(noise).unique(dim=0)) == 4 * 176
+
+
+def test_processes_share_the_images_and_each_has_the_whole_result(tiny, losses, monkeypatch):
+    """Three processes one after another: what each gathers is put together from what all of them found."""
+    alone, parts = held_out(tiny()).measure(losses), []
+    for rank in range(3):
+        monkeypatch.setattr(module, "gather", lambda value, world: parts.append(value) or [value])
+        held_out(tiny(), World(rank, 3)).measure(losses)
+    assert [int((p[:, 0] != 0).sum()) for p in parts] == [64, 64, 48]
+    monkeypatch.setattr(module, "gather", lambda value, world: parts)
+    assert held_out(tiny(), World(1, 3)).measure(losses) == alone
+
+
+# ------------------------------------------------------------------------------------------------- which images
+@pytest.fixture
+def folder(tmp_path):
+    """Forty grey images of 8 x 8 in two classes, each with a number in its pixels."""
+    for i in range(40):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 6 * i).save(path)
+    return tmp_path / "images"
+
+
+def settings(folder, *more):
+    return load_config("digits", [*TINY, f"data.path={folder}", "model.num_classes=2", *more])
+
+
+def pixels(source):
+    """The first pixel of each image of a source, as the number of the image."""
+    x, _ = source.read(range(len(source)), [torch.Generator()] * len(source))
+    return ((x[:, 0, 0, 0] + 1) * 127.5 / 6).round().int().tolist()
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.05, 2), (0.25, 10), (0.001, 1), (0.999, 39)])
+def test_a_share_of_a_folder_is_never_trained_on(folder, share, count):
+    config = settings(folder, f"data.held_out={share}")
+    source = open_source(config)
+    trained, kept = pixels(source), pixels(open_held_out(config, source))
+    assert (len(source), len(kept)) == (40 - count, count)
+    assert sorted(trained + kept) == list(range(40))
+    assert not set(trained) & set(kept)
+    other = settings(folder, f"data.held_out={share}", "train.seed=7")
+    assert pixels(open_held_out(other, open_source(other))) == kept
+
+
+def test_a_larger_share_is_drawn_from_the_whole_folder(folder):
+    config = settings(folder, "data.held_out=0.5")
+    kept = pixels(open_held_out(config, open_source(config)))
+    assert 5 <= sum(i < 20 for i in kept) <= 15
+    assert 5 <= sum(i % 2 for i in kept) <= 15
+
+
+def test_what_is_held_out_of_builtin_sets(tiny):
+    """Their tenth by default, a share of the rest on request, and nothing with 0."""
+    config, source = tiny(), open_source(tiny())
+    assert len(source) == 1621
+    assert len(open_held_out(config, source)) == 176
+    config = tiny("data.held_out=0.1")
+    source = open_source(config)
+    assert (len(source), len(open_held_out(config, source))) == (1459, 162)
+    assert open_held_out(tiny("data.held_out=0"), open_source(tiny("data.held_out=0"))) is None
+
+
+def test_another_folder_must_fit(folder, tmp_path):
+    other = tmp_path / "other"
+    config = settings(folder, f"data.held_out={other}")
+    source = open_source(config)
+    assert pixels(source) == [*range(0, 40, 2), *range(1, 40, 2)]
+    with pytest.raises(DataError, match=r"^data.held_out: .*other"):
+        open_held_out(config, source)
+    for name in ("a", "b"):
+        (other / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 60).save(other / name / "x.png")
+    assert pixels(open_held_out(config, source)) == [10, 10]
+    (other / "b" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(DataError, match="x.png"):
+        HeldOut(open_held_out(config, source), config, CPU)
+    (other / "b").rename(other / "c")
+    with pytest.raises(ConfigError, match="data.held_out: .* must hold the same classes as data.path"):
+        open_held_out(config, source)
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+def test_a_run_without_a_reference_logs_its_held_out_loss(folder, tmp_path, monkeypatch):
+    from diffussm_cli.evaluation.session import EvaluationSession
+
+    monkeypatch.setattr(EvaluationSession, "__init__", lambda *_: 1 / 0)
+    given = {"data.path": folder, "model.num_classes": 2, "eval.every": 2, "train.ema": "0.9,0.1"}
+    arguments = [part for k, v in given.items() for part in ("--set", f"{k}={v}")]
+    start = ("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS, *arguments)
+    assert "eval.every: needs eval.reference" in line_of(run(*start))
+    done = run(*start, "--set", "data.held_out=0.1")
+    assert done.exit_code == 0, done.output
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [2, 4]
+    for name in ("held_out", *QUARTERS):
+        assert 0 < records[0][name] < 3
+        assert records[0][name] != records[0][f"{name}@0.1"]
+    assert f"held-out {records[1]['held_out']:.4f}" in done.stderr
+    assert not (tmp_path / "run" / "best").exists()
+    assert run(*start, "--set", "data.held_out=0.2", "--resume").exit_code == 1
+
+
+def test_unreadable_images_are_left_out_before_a_share_is_held_out(folder, tmp_path):
+    (folder / "a" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    given = {"data.path": folder, "model.num_classes": 2, "data.held_out": 0.1, "eval.every": 2}
+    given["data.skip_unreadable"] = "true"
+    arguments = [part for k, v in given.items() for part in ("--set", f"{k}={v}")]
+    start = ("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS, *arguments)
+    done = run(*start)
+    assert done.exit_code == 0, done.output
+    assert "skipped: 1 images" in done.stderr
+    state = runs.read_state(runs.list_checkpoints(tmp_path / "run")[-1])
+    assert state["position"] == 32  # of 35 images that are trained on
+    assert run(*start, "--set", "train.steps=6", "--resume").exit_code == 0
+    assert runs.read_state(runs.list_checkpoints(tmp_path / "run")[-1])["position"] == 48 - 35
