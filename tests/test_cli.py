@@ -303,7 +303,7 @@ def test_sample_takes_bf16_where_the_hardware_has_it(trained, tmp_path, monkeypa
     ],
 )
 def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, error, line):
-    def fail(path):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(runs, "find_run", fail)
@@ -322,7 +322,7 @@ def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, erro
     ids=repr,
 )
 def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, error):
-    def fail(path):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(runs, "find_run", fail)

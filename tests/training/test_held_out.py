@@ -164,7 +164,7 @@ def test_another_folder_must_fit(folder, tmp_path):
     config = settings(folder, f"data.held_out={other}")
     source = open_source(config)
     assert pixels(source) == [*range(0, 40, 2), *range(1, 40, 2)]
-    with pytest.raises(DataError, match=r"^data.held_out: .*other"):
+    with pytest.raises(DataError, match=r"^data.held_out: (?!data.path).*other"):
         open_held_out(config, source)
     for name in ("a", "b"):
         (other / name).mkdir(parents=True)
