@@ -176,7 +176,7 @@ class EvalConfig:
 
     every: int = _option(0, "training steps between evaluations of the averaged weights; 0: none", least=0, most=MANY)
     held_out_images: int = _option(2000, "maximum held-out images for the held-out loss", least=1, most=10**6)
-    images: int = _option(5000, "images drawn for each evaluation", least=16, most=10**6)
+    images: int = _option(5000, "images drawn for each evaluation; 0: only the held-out loss", least=0, most=10**6)
     steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
     extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for grey 28x28")
@@ -462,6 +462,8 @@ def check(config: Config) -> None:
     _check_size(config)
     _check_schedule(config.diffusion)
     _check_objective(config)
+    if 0 < config.eval.images < 16:
+        raise ConfigError(f"eval.images: {config.eval.images} must be 0 or at least 16")
     check_sampling(s, config)
 
 

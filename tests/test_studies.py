@@ -85,7 +85,13 @@ def test_every_study_names_runs_that_exist(path):
 
 @pytest.mark.slow
 def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
-    small = {"preset": "mnist", "model.hidden_size": 16, "model.depth": 1, "train.processes": 1, "train.sample_every": 0}
+    small = {
+        "preset": "mnist",
+        "model.hidden_size": 16,
+        "model.depth": 1,
+        "train.processes": 1,
+        "train.sample_every": 0,
+    }
     study = make(base=small | {"sample.steps": 4, "eval.held_out_images": 32}, images=64, samples=32, evaluations=2)
     found = [runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)]
     assert found[0]["held_out"] == found[1]["held_out"]

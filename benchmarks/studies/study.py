@@ -76,7 +76,7 @@ class Study:
         settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
         overrides = [f"{k}={v}" for k, v in settings.items()]
         steps = self.steps(load_config(preset, overrides), share)
-        overrides += [f"train.steps={steps}", f"eval.every={math.ceil(steps / self.evaluations)}"]
+        overrides += [f"train.steps={steps}", f"eval.every={math.ceil(steps / self.evaluations)}", "eval.images=0"]
         return Job(run, seed, preset, tuple(overrides), None if searched is None else str(searched))
 
     def steps(self, config: Config, share: float = 1.0) -> int:

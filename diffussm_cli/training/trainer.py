@@ -22,7 +22,7 @@ from diffussm_cli.data.source import Source, open_held_out
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
@@ -68,7 +68,9 @@ class Trainer:
         self.objective = make_objective(config.diffusion, self.device)
         held_out = open_held_out(config, source) if config.eval.every else None
         self.held_out = HeldOut(held_out, config, self.device, world) if held_out else None
-        scored = bool(config.eval.every and (reference_of(config) or not held_out))
+        if config.eval.every and not config.eval.images and not held_out:
+            raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
+        scored = bool(config.eval.every and config.eval.images and (reference_of(config) or not held_out))
         self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
         self.scoring = None
         if self.decoding is not None and scored:

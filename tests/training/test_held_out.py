@@ -13,10 +13,12 @@ from diffussm_cli.config import MANY, load_config
 from diffussm_cli.data.source import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.events import TrainingRecord
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.training import held_out as module
 from diffussm_cli.training.batches import image_seeds
 from diffussm_cli.training.held_out import HeldOut
+from diffussm_cli.training.session import train
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY, fill
 from tests.helpers import SETTINGS, line_of, run
@@ -50,9 +52,9 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
         noise = torch.randn(4, 1, 8, 8, generator=g)
         for q in range(4):
             step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))])
-            x_t = t.process.q_sample(x_0, step, noise[q : q + 1])
+            x_t = t.objective.q_sample(x_0, step, noise[q : q + 1])
             output = model(x_t, step, y)
-            expected[k, q] = training_losses(t.process, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
+            expected[k, q] = training_losses(t.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
     found = held_out(config).measure(functools.partial(t.losses, model=model))
     assert found["held_out"] == pytest.approx(expected.mean(), rel=1e-5)
     assert [found[q] for q in QUARTERS] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
@@ -212,3 +214,12 @@ def test_unreadable_images_are_left_out_before_a_share_is_held_out(folder, tmp_p
     assert state["position"] == 32  # of 35 images that are trained on
     assert run(*start, "--set", "train.steps=6", "--resume").exit_code == 0
     assert runs.read_state(runs.list_checkpoints(tmp_path / "run")[-1])["position"] == 48 - 35
+
+
+def test_the_held_out_loss_can_be_all_that_is_measured(tiny, tmp_path):
+    config = tiny("eval.every=2", "eval.images=0", "eval.held_out_images=8")
+    records = [e.record for e in train(config, tmp_path / "run") if isinstance(e, TrainingRecord)]
+    assert ["held_out" in r for r in records] == [True, True]
+    assert not any(name.startswith("eval/") for r in records for name in r)
+    with pytest.raises(ConfigError, match="eval.images: 15 must be 0 or at least 16"):
+        tiny("eval.images=15")
