@@ -23,7 +23,7 @@ from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, with_one_blo
 
 # Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
-NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical_", "where", "lt"}
+NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical", "conj_physical_", "where", "lt"}
 NOT_COUNTED |= {"log_sigmoid", "sigmoid", "mean", "rms_norm", "cumsum", "pad", "flip", "triu", "unfold"}
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real"}
 
