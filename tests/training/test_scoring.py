@@ -1,7 +1,9 @@
 """Metrics while training: in the record, the best weights kept, and what they need is checked before."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,8 +12,9 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.evaluation.session import EvaluationSession
+from diffussm_cli.evaluation.session import EvaluationSession, evaluate
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.session import train
 from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.helpers import run
@@ -105,3 +108,19 @@ def test_no_reference_is_an_error_before_training(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
         trainer(config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"), tmp_path / "run")
+
+
+def test_a_score_of_training_is_that_of_eval_to_the_last_digit(config, tmp_path):
+    """Against a folder of larger images, which both crop to the run's size."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (20, 32, 40), np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    settings = config("train.steps=2", f"eval.reference={folder}", "train.precision=fp32")
+    list(train(settings, tmp_path / "run"))
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    sampling = dataclasses.replace(settings.sample, steps=settings.eval.steps)
+    *_, result = evaluate(tmp_path / "run", num=settings.eval.images, sampling=sampling, precision="fp32")
+    scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
+    assert len(scores) > 4
+    assert {k: result.value["metrics"][k] for k in scores} == scores
