@@ -1,6 +1,8 @@
 """What the commands show on stderr: plain lines, and the events of a session as they arrive."""
 
 import contextlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -160,3 +162,14 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * size:
             return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def leave(code: int) -> None:
+    """Exit one process of a job when all of its work is on disk.
+
+    The interpreter is not shut down: gloo's threads, which DDP keeps, sometimes abort the process during shutdown
+    (pytorch/pytorch#179291), and torchrun would then report a failed job.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -12,19 +12,8 @@ from diffussm_cli.commands.options import parse_classes, parse_size, sampling_re
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
-META_SHOWN = (
-    "run",
-    "step",
-    "ema",
-    "sampler",
-    "steps",
-    "guidance",
-    "guidance_channels",
-    "guidance_interval",
-    "num",
-    "first_seed",
-    "label_choice",
-)
+REQUEST = ("sampler", "steps", "guidance", "guidance_channels", "guidance_interval", "num", "first_seed")
+META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
 
 
 def evaluate(

@@ -1,14 +1,12 @@
 """`diffussm train`."""
 
-import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from diffussm_cli.commands.console import follow, make_console
+from diffussm_cli.commands.console import follow, leave, make_console
 from diffussm_cli.commands.options import Command
 from diffussm_cli.config import DEFAULT_PRESET, load_config, preset_names, to_yaml
 from diffussm_cli.errors import ConfigError
@@ -120,14 +118,3 @@ def report(console, found, code: int | None) -> int:
             console.print(f"last preview: {pictures[-1]}")
     console.print(f"draw more: diffussm sample {folder}")
     return 0
-
-
-def leave(code: int) -> None:
-    """Exit one process of a job when all of its work is on disk.
-
-    The interpreter is not shut down: gloo's threads, which DDP keeps, sometimes abort the process during shutdown
-    (pytorch/pytorch#179291), and torchrun would then report a failed job.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

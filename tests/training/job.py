@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from diffussm_cli import runs
-from diffussm_cli.commands.train import leave
+from diffussm_cli.commands.console import leave
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_held_out, open_source
 from diffussm_cli.errors import DiffussmError
