@@ -79,7 +79,7 @@ def parts(device: str, gpus: int) -> list[Part]:
 def toy_parts(device: str) -> list[Part]:
     """The same kinds of parts at toy sizes."""
     profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--device", device, "--preset", "digits"]
-    profile += ["--work", "forward", "--repeats", "1", "--json", "--set", "model.depth=1"]
+    profile += ["--set", "model.depth=1", "--work", "forward", "--repeats", "1", "--json"]
     throughput, settings = ["benchmarks/speed/throughput.py"], ["--set", f"train.device={device}"]
     tests = ["-m", "pytest", "-q", "--device", device, "tests/model/test_dit.py", "-k", "identities"]
     return [
