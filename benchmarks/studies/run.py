@@ -20,6 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from study import Job, Study, choose, config_hash, load_study, missing, step_gflops
 
+from diffussm_cli.machine.files import write_text
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
@@ -39,7 +41,8 @@ def main() -> None:
         show_plan(study)
     elif arguments.one:
         job = next(job for job in known_jobs(study, folder) if job.name == arguments.one)
-        write(folder / f"{job.name}.json", train_and_measure(job, study, arguments.work))
+        result = train_and_measure(job, study, arguments.work)
+        write_text(folder / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         run_all(missing(study.trials(), folder), arguments)
@@ -156,13 +159,6 @@ def machine() -> str:
     """The name of the processor."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(": ")[2] if names else platform.processor()
-
-
-def write(path: Path, result: dict) -> None:
-    """A result, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":
