@@ -131,16 +131,15 @@ def shown(default: typing.Any) -> str:
 
 def presets_table() -> str:
     """Every preset: what it is, what it takes, and its file."""
-    from diffussm_cli.profiling.flops import cost
+    from diffussm_cli.profiling.presets import preset_rows
 
-    rows, files = [], []
+    presets, rows, files = {row.name: row for row in preset_rows()}, [], []
     for name in settings.preset_names():
         config, text = settings.load_config(name), settings.preset_text(name)
-        known, steps = cost(config), f"{config.train.steps:,}"
-        run = "no" if "Nobody has run" in text else "yes"
+        known, steps = presets[name].cost, f"{config.train.steps:,}"
         gflops = f"{known.gflops:,.0f}" if known.gflops > 10 else f"{known.gflops:.2g}"
         sizes = (f"{known.tokens:,}", f"{known.parameters:,}", gflops)
-        rows.append((f"[`{name}`](#{name})", f"`{config.data.path}`", *sizes, steps, run))
+        rows.append((f"[`{name}`](#{name})", f"`{config.data.path}`", *sizes, steps, presets[name].run))
         files.append(f"### {name}\n\n```yaml\n{text}```")
     head = ("Preset", "Data", "Tokens", "Parameters", "Gflops", "Steps", "Run")
     return "\n\n".join([table(head, rows), "## The files", *files])

@@ -11,7 +11,7 @@ import os
 import stat
 import tarfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +36,11 @@ class Entry(NamedTuple):
     size: int  # in bytes; -1 if unknown
     archive: str = ""  # the tar file that holds it; empty if it is a separate file
     offset: int = 0  # of the content in the archive, in bytes
+
+
+def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
+    """One line of JSON per image that is left out: its index (None if it was never listed), name and reason."""
+    return "".join(json.dumps({"index": i, "file": name, "reason": why}) + "\n" for i, name, why in skipped)
 
 
 @dataclass(frozen=True)

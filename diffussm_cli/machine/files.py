@@ -54,6 +54,29 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
+    """Hold the lock of one rank in a folder, which is created if needed, and removed again if no file was written.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+        OSError: if the folder cannot be written.
+    """
+    lock, made = folder / f"{LOCK}-{rank}", [p for p in (folder, *folder.parents) if not p.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(lock))
+            yield
+        finally:
+            stack.close()
+            with contextlib.suppress(OSError):
+                if made and not content(folder):
+                    lock.unlink(missing_ok=True)
+                    for path in made:
+                        path.rmdir()
+
+
 def sync(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -116,8 +116,9 @@ class Backbone(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def fill_position(self) -> None:
-        """Recompute the position table, which no state dict holds; needed after `to_empty` of a "meta" model."""
+    def materialize(self, device: torch.device | str) -> None:
+        """Allocate a "meta" model on a device, with its table of positions; the parameters are not yet initialised."""
+        self.to_empty(device=device)
         self.position = self.positions(*self.input_size).to(self.position)
 
     def forget_kernels(self) -> None:

@@ -36,8 +36,7 @@ def build(config: Config, setting: Setting, depth: int) -> Backbone:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=depth))
     with torch.device("meta"):
         model = build_model(config)
-    model = model.to_empty(device=setting.device)
-    model.fill_position()
+    model.materialize(setting.device)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text
+from diffussm_cli.data.listing import skipped_text
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.runs.layout import CONFIG, METRICS, SKIPPED, STATE
@@ -68,8 +69,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 def write_skipped(root: Path, skipped: Sequence[tuple[int | None, str, str]]) -> None:
     """Write index, name and reason of the images that a run skips, in the format of `encode`. Raises OSError."""
-    lines = [json.dumps({"index": i, "file": name, "reason": reason}) + "\n" for i, name, reason in skipped]
-    write_text(root / SKIPPED, "".join(lines))
+    write_text(root / SKIPPED, skipped_text(skipped))
 
 
 def read_skipped(root: Path) -> list[tuple[int | None, str, str]]:

@@ -112,8 +112,7 @@ def load_model(trained: TrainedRun) -> Backbone:
         model = build_model(trained.config)
     weights = read_tensors(trained.weights)
     check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is allocated
-    model = model.to_empty(device="cpu")
-    model.fill_position()
+    model.materialize("cpu")
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 

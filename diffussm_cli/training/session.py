@@ -22,7 +22,7 @@ from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
-from diffussm_cli.machine.files import LOCK, content, locked, write_text
+from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter
@@ -217,27 +217,13 @@ def check_batch(config: Config, world: World) -> None:
 @contextlib.contextmanager
 def held_alone(root: Path, world: World) -> Iterator[None]:
     """Lock a run folder so that no other job writes to it, and create it if needed. Raises RunError."""
-    lock = root / f"{LOCK}-{world.rank}"
-    made: list[Path] = []
-
-    def tidy() -> None:
-        with contextlib.suppress(OSError):
-            if made and not content(root):  # no file was written
-                lock.unlink(missing_ok=True)
-                for folder in made:
-                    folder.rmdir()
-
     with contextlib.ExitStack() as stack:
         try:
-            made += [p for p in (root, *root.parents) if not p.exists()]
-            root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(lock))
+            stack.enter_context(held_folder(root, world.rank))
         except BlockingIOError as e:
             raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
         except OSError as e:
-            tidy()
             raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; choose another --out") from e
-        stack.callback(tidy)
         yield
 
 

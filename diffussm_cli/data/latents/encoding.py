@@ -36,12 +36,12 @@ from diffussm_cli.data.latents.manifest import (
     shard_name,
 )
 from diffussm_cli.data.latents.shard import empty_shard, header
-from diffussm_cli.data.listing import Listing, list_source, read_entry
+from diffussm_cli.data.listing import Listing, list_source, read_entry, skipped_text
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
 from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.machine.files import LOCK, PARTIAL, content, locked, sha256, whole_file, write_text
+from diffussm_cli.machine.files import PARTIAL, content, held_folder, sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
 
 POLL_SECONDS = 0.2
@@ -261,11 +261,9 @@ def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]])
 
 def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ignored: list) -> Manifest:
     """Write skipped.jsonl and manifest.json from the records of all shards. Raises DataError."""
-    others = [{"index": None, "file": name, "reason": reason} for name, reason in ignored]
-    lines = [json.dumps(s) + "\n" for record in records for s in record["skipped"]]
-    lines += [json.dumps(o) + "\n" for o in others]
+    skipped = [(s["index"], s["file"], s["reason"]) for record in records for s in record["skipped"]]
     try:
-        write_text(store / SKIPPED, "".join(lines))
+        write_text(store / SKIPPED, skipped_text(skipped + [(None, name, reason) for name, reason in ignored]))
         shards = tuple(ShardRecord(r["sha256"], len(r["skipped"])) for r in records)
         manifest = Manifest(settings, shards, sha256(store / SKIPPED))
         write_text(store / MANIFEST, manifest_text(manifest))
@@ -434,20 +432,12 @@ def open_store(store: Path, source: Path, world: World) -> Iterator[None]:
         raise DataError(f"TARGET: {str(store)!r} lies inside SOURCE; choose a folder outside it")
     with contextlib.ExitStack() as stack:
         try:
-            lock, made = store / f"{LOCK}-{world.rank}", not store.exists()
-            store.mkdir(parents=True, exist_ok=True)
-            if content(store) and not content(store) & {MANIFEST, LISTING}:
+            if store.exists() and content(store) and not content(store) & {MANIFEST, LISTING}:
                 raise DataError(f"TARGET: {str(store)!r} is not empty and holds no latents; choose another folder")
-            stack.enter_context(locked(lock))
+            stack.enter_context(held_folder(store, world.rank))
         except BlockingIOError as e:
             message = f"TARGET: another process is writing to {str(store)!r}; wait for it, or stop it first"
             raise DataError(message) from e
         except OSError as e:
             raise DataError(f"TARGET: cannot write to {str(store)!r}: {e.strerror}") from e
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and not content(store):  # no file was written
-                    lock.unlink(missing_ok=True)
-                    store.rmdir()
+        yield
