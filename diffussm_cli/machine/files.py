@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -78,7 +79,9 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or folder is on disk; Windows can flush neither a folder nor a file that is open to be read."""
+    if sys.platform == "win32":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import sys
 
 import pytest
 
-from diffussm_cli.machine.files import content, locked, whole_file, write_text
+from diffussm_cli.machine.files import content, held_folder, locked, whole_file, write_text
+from diffussm_cli.runs.checkpoints import whole_folder
 from tests.helpers import line_of, run
 
 
@@ -45,3 +47,29 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old\xc3\xa9"
     assert content(tmp_path) == {"a.txt"}
+
+
+def test_windows_opens_no_folder(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "open", refuse)
+    write_text(tmp_path / "a.txt", "a")
+    with whole_folder(tmp_path / "folder") as folder:
+        write_text(folder / "b.txt", "b")
+    assert (tmp_path / "folder" / "b.txt").read_text() == "b"
+
+
+def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
+    folder = tmp_path / "made" / "too"
+    with held_folder(folder, 1):
+        assert (folder / ".lock-1").exists()
+        with pytest.raises(BlockingIOError), held_folder(folder, 1):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with held_folder(folder, 1):
+        write_text(folder / "a.txt", "a")
+    with held_folder(folder):
+        pass
+    assert content(folder) == {"a.txt"}
