@@ -2,7 +2,7 @@
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, compiled; all of them by default.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, options, compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import Config, load_config
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import numerics
@@ -325,14 +325,7 @@ def memory(device: torch.device) -> dict:
 
 def compiled(device: torch.device) -> dict:
     """Training steps by torch.compile against eager ones: `mnist` at its batch of 16, XL's block at 4 x 1024 tokens."""
-    calls = {}
-    for name in ("compiled", "eager"):
-        chosen = ["train.sample_every=0", f"train.device={device}", f"train.compile={name == 'compiled'}"]
-        config = load_config("mnist", [*chosen, *SMALLER])
-        source = Noise(config)
-        trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
-        meter = Meter(config.diffusion.timesteps, device)
-        calls[name] = lambda trainer=trainer, batch=batch, meter=meter: trainer.update(batch, meter)
+    calls = {name: _training(device, [f"train.compile={name == 'compiled'}"])[1] for name in ("compiled", "eager")}
     results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
     results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
     x, c = torch.randn(4, SHORT // M, D, device=device), torch.randn(4, D, device=device)
@@ -347,6 +340,39 @@ def compiled(device: torch.device) -> dict:
 
         calls[name] = train
     return results | {"block": _first_call(calls["compiled"]) | in_turn(calls, device, 9)}
+
+
+def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, Callable[[], None]]:
+    """The configuration of a changed `mnist`, and its training step on one batch of noise."""
+    config = load_config("mnist", ["train.sample_every=0", f"train.device={device}", *SMALLER, *overrides])
+    source = Noise(config)
+    trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
+    meter = Meter(config.diffusion.timesteps, device)
+    return config, lambda: trainer.update(batch, meter)
+
+
+OPTIONS = {  # what may be changed in the recipe of `mnist`, and `mnist` itself at the end
+    "velocity": ("diffusion.objective=velocity", "train.mse_weight_cap=1"),
+    "flow": ("diffusion.objective=flow", "train.mse_weight_cap=1", "model.learn_sigma=false", "sample.sampler=heun"),
+    "two averages": ("train.ema=0.995,0.999",),
+    "alternate": ("model.scan=alternate",),
+    "four": ("model.scan=four",),
+    "local": ("model.local=3",),
+    "linear": ("model.mixer=linear", "model.heads=4"),
+    "conv": ("model.mixer=conv",),
+    "attention": ("model.mixer=attention", "model.heads=4"),
+    "mnist": (),
+}
+
+
+def options(device: torch.device) -> dict:
+    """A training step of `mnist` with each option of the recipe, over that of `mnist`, and forward Gflops per image."""
+    made = {name: _training(device, overrides) for name, overrides in OPTIONS.items()}
+    times = in_turn({name: call for name, (_, call) in made.items()}, device, 15)
+    return {
+        name: {"ratio": times[f"{name}_ratio"], "ms": times[f"{name}_ms"], "gflops": cost(config).gflops}
+        for name, (config, _) in made.items()
+    }
 
 
 def _first_call(call: Callable[[], object]) -> dict[str, float]:
@@ -391,7 +417,8 @@ def traffic(device: torch.device) -> dict:
 
 
 ROWS = {
-    f.__name__: f for f in (kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, compiled)
+    f.__name__: f
+    for f in (kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, options, compiled)
 }
 
 
