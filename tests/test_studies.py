@@ -11,6 +11,7 @@ from diffussm_cli.config import load_config
 
 STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
 sys.path.insert(0, str(STUDIES))
+import measures  # noqa: E402
 import report  # noqa: E402
 import run as runner  # noqa: E402
 import study as studies  # noqa: E402
@@ -96,4 +97,13 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
     found = [runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)]
     assert found[0]["held_out"] == found[1]["held_out"]
     assert [step for step, *_ in found[0]["curve"]][-1] == found[0]["steps"]
-    assert json.loads(json.dumps(found[0]))["metrics"]["fid"] > 0
+    metrics, again = (json.loads(json.dumps(found[0]))[name] for name in ("metrics", "metrics_again"))
+    assert metrics == found[1]["metrics"] | {k: metrics[k] for k in ("sampling_images_per_second",)}
+    assert metrics["fid"] != again["fid"] > 0
+    assert 0 <= metrics["asked"] <= 1
+    real = measures.floor(study.jobs({})[0].config(), 32, tmp_path)
+    assert real["asked"] > 0.9  # the extractor knows 98.4% of held-out digits, and was trained on these
+    assert real["nearness"] < 1e-3  # they are themselves in the training set
+    lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
+    assert any(line.startswith("| training images |") for line in lines)
+    assert any(line.startswith("| a, seed 3, other samples |") for line in lines)

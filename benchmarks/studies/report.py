@@ -11,13 +11,13 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import RESULTS
+from run import FLOOR, RESULTS
 from study import Study, load_study
 
 MEASURES = {
@@ -28,6 +28,8 @@ MEASURES = {
     "precision": "precision",
     "recall": "recall",
     "kid": "KID",
+    "asked": "asked class",
+    "nearness": "nearness",
     "images_per_second": "training images/s",
     "sampling_images_per_second": "sampling images/s",
     "peak_mib": "peak MiB",
@@ -42,7 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     results = load_results(RESULTS / study.name)
-    text = "\n".join(page(study, results, arguments.against or next(iter(study.runs))))
+    file = RESULTS / study.name / FLOOR
+    floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    text = "\n".join(page(study, results, arguments.against or next(iter(study.runs)), floor))
     print(text)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -52,11 +56,12 @@ def main() -> None:
 
 def load_results(folder: Path) -> list[dict]:
     """Every result of a study but the trials of its search, its metrics beside the rest."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != FLOOR]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [{**r, **r["metrics"]} for r in found if r["searched"] is None]
 
 
-def page(study: Study, results: Sequence[dict], against: str) -> list[str]:
+def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
     """The report in markdown, line by line."""
     done = [run for run in study.runs if any(r["run"] == run for r in results)]
     measures = [m for m in MEASURES if any(m in r for r in results)]
@@ -67,6 +72,12 @@ def page(study: Study, results: Sequence[dict], against: str) -> list[str]:
         rows = [r for r in results if r["run"] == run]
         cells = [interval([r[m] for r in rows if m in r]) for m in measures]
         lines.append(f"| {run} | {len(rows)} | {rows[0]['gflops']:.3g} | " + " | ".join(cells) + " |")
+        for again in (r["metrics_again"] for r in rows if "metrics_again" in r):
+            cells = [interval([again[m]] if m in again else []) for m in measures]
+            lines.append(f"| {run}, seed {study.seeds[0]}, other samples | | | " + " | ".join(cells) + " |")
+    if floor:
+        cells = [interval([floor[m]] if m in floor else []) for m in measures]
+        lines.append("| training images | | | " + " | ".join(cells) + " |")
     lines += [
         "",
         f"Differences to {against}, paired by seed:",

@@ -4,7 +4,8 @@
     python benchmarks/studies/run.py NAME --plan        # what it would run, with Gflops and GPU days
 
 Every training is a process of its own with one thread. Its result is one JSON in benchmarks/studies/results/NAME/: the
-configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics.
+configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics
+(`measures.py`). For the first seed the metrics are also those of other sampling seeds; floor.json is of real images.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from measures import floor, measure
 from study import Job, Study, choose, config_hash, load_study, missing, step_gflops
 
 from diffussm_cli.machine.files import write_text
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS, FLOOR = HERE / "results", "floor.json"  # measures of real images
 GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
 
 
@@ -47,6 +49,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         run_all(missing(study.trials(), folder), arguments)
         run_all(missing(jobs_of(study, folder), folder), arguments)
+        if not (folder / FLOOR).exists():
+            config = study.jobs({})[0].config()
+            write_text(folder / FLOOR, json.dumps(floor(config, study.samples, arguments.work / study.name)) + "\n")
 
 
 def known_jobs(study: Study, folder: Path) -> list[Job]:
@@ -117,20 +122,12 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "machine": f"{machine()}, 1 thread",
         "date": time.strftime("%Y-%m-%d"),
     }
-    return found if job.searched is not None else found | {"metrics": measure(root, study.samples)}
-
-
-def measure(root: Path, samples: int) -> dict[str, float]:
-    """Metrics of samples against held-out images, and images/s of sampling."""
-    from diffussm_cli.evaluation import evaluate
-    from diffussm_cli.events import Result
-    from diffussm_cli.runs import find_run
-
-    trained, start = find_run(root), time.perf_counter()
-    reference = f"{trained.config.data.path}/held-out"
-    events = evaluate(root, reference, ("fid", "sfid", "is", "precision", "recall", "kid"), num=samples, run=trained)
-    values = [event.value for event in events if isinstance(event, Result)][-1]["metrics"]
-    return values | {"samples": samples, "sampling_images_per_second": samples / (time.perf_counter() - start)}
+    if job.searched is not None:
+        return found
+    found["metrics"] = measure(root, study.samples)
+    if job.seed == study.seeds[0]:  # the spread over the seeds of sampling
+        found["metrics_again"] = measure(root, study.samples, seed=study.samples)
+    return found
 
 
 def show_plan(study: Study) -> None:
