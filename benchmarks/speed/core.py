@@ -2,7 +2,8 @@
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, options, compiled; by default all.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, toeplitz, length, memory, options,
+compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -10,6 +11,7 @@ Everything is measured in turn in one process; ratios of medians are what counts
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -351,6 +353,25 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
     return config, lambda: trainer.update(batch, meter)
 
 
+def toeplitz(device: torch.device) -> dict:
+    """The convolution by Triton and by FFT, forward + backward, bfloat16 and float32, 8 images of XL; CUDA only."""
+    if device.type != "cuda":
+        return {"left out": "needs a CUDA device"}
+    from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
+
+    results = {}
+    for L, dtype in itertools.product((SHORT, LONG), (torch.bfloat16, torch.float32)):
+        layer = S4D(D, N).to(device)
+        u = torch.randn(M, D, 8, L // M, device=device, dtype=dtype).permute(2, 1, 3, 0).requires_grad_()
+        K = layer.taps(L).detach().requires_grad_()
+        calls = {
+            "triton": lambda u=u, K=K: ToeplitzConvolution.apply(u, K).sum().backward(),
+            "fft": lambda u=u, K=K: Convolution.apply(u, KernelSpectra.apply(K)).sum().backward(),
+        }
+        results[f"{L} {dtype}"] = in_turn(calls, device, 5)
+    return results
+
+
 OPTIONS = {  # what may be changed in the recipe of `mnist`, and `mnist` itself at the end
     "velocity": ("diffusion.objective=velocity", "train.mse_weight_cap=1"),
     "flow": ("diffusion.objective=flow", "train.mse_weight_cap=1", "model.learn_sigma=false", "sample.sampler=heun"),
@@ -418,7 +439,21 @@ def traffic(device: torch.device) -> dict:
 
 ROWS = {
     f.__name__: f
-    for f in (kernel, step, block, block_bf16, parts, public, saved, traffic, length, memory, options, compiled)
+    for f in (
+        kernel,
+        step,
+        block,
+        block_bf16,
+        parts,
+        public,
+        saved,
+        traffic,
+        toeplitz,
+        length,
+        memory,
+        options,
+        compiled,
+    )
 }
 
 

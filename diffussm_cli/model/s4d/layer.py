@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra, convolve_slices, kernel_spectra
 from diffussm_cli.model.s4d.kernel import s4d_kernel
-from diffussm_cli.model.s4d.numerics import no_autocast
+from diffussm_cli.model.s4d.numerics import no_autocast, wants_toeplitz
 
 KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
@@ -64,6 +64,10 @@ class S4D(nn.Module):
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with no_autocast(u.device):
             if torch.is_grad_enabled():
+                if wants_toeplitz(u):
+                    from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
+
+                    return ToeplitzConvolution.apply(u, self.taps(L))
                 return Convolution.apply(u, KernelSpectra.apply(self.taps(L)))
             if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)

@@ -1,13 +1,18 @@
 """How the formulas of this package are computed: in slices that fit into the cache, and in full float32."""
 
 import contextlib
+import os
 
 import torch
+from torch import Tensor
 
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u, by whether the device is a CPU
 KEPT_NUMBERS = 1 << 21  # 16 MiB
+CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or triton
+TOEPLITZ_TOKENS = 4096  # beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
@@ -19,6 +24,15 @@ def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
 def worth_keeping(numbers: int) -> bool:
     """Whether a layer keeps that many complex numbers for its backward pass, which then need not be computed again."""
     return numbers <= KEPT_NUMBERS and not torch.compiler.is_compiling()
+
+
+def wants_toeplitz(u: Tensor) -> bool:
+    """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a CUDA device."""
+    wanted = os.environ.get(CONVOLUTION, "fft")
+    if wanted not in ("fft", "triton"):
+        raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or triton")
+    fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31  # offsets are of 32 bits
+    return wanted == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
