@@ -43,7 +43,14 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The slow tests first, so that no worker begins a long one when the others have finished."""
+    """The slow tests first, so that no worker begins a long one when the others have finished.
+
+    Tests that share a fixture of their module run in one worker, which makes it once.
+    """
+    for item in items:
+        made = (fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found)
+        if any(fixture.scope == "module" for fixture in made):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
