@@ -27,6 +27,11 @@ def test_the_split_is_the_same_every_time_and_takes_both_styles(emoji):
     assert np.unique(emoji.names[part == NAME])[:3].tolist() == ["thing 0", "thing 102", "thing 105"]
 
 
+def test_a_name_of_one_style_is_held_out_as_a_name_or_not_at_all(emoji):
+    half = emoji._replace(images=emoji.images[:300:2], names=emoji.names[:300:2])
+    assert set(split_emoji(half)) == {TRAINING, NAME}
+
+
 def test_names_that_share_a_picture_are_never_held_out(emoji):
     same = emoji._replace(images=np.repeat(emoji.images[:150], 4, 0))
     assert (split_emoji(same) == TRAINING).all()
