@@ -112,7 +112,7 @@ def download(folder: Path) -> None:
     for package in (TEXTS, *STYLES.values()):
         name, _, version = package.rpartition("-")
         print(f"npm pack {name}@{version}")
-        command = ["npm", "pack", f"{name}@{version}", "--pack-destination", str(folder), "--silent"]
+        command = ["npm", "pack", f"{name}@{version}", "--pack-destination", str(folder), "--loglevel=error"]
         try:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         except FileNotFoundError as e:
