@@ -68,7 +68,7 @@ class ModelConfig:
 class DataConfig:
     """What the model is trained on. Resolution is in pixels; the grid is resolution / downsample."""
 
-    path: str = _option("", "builtin:mnist, builtin:digits, a folder of images, or a folder of encoded latents")
+    path: str = _option("", "builtin:mnist, :digits or :emoji, a folder of images, or a folder of encoded latents")
     resolution: int | str = _option(256, "N or HxW, in pixels")
     channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
@@ -76,7 +76,7 @@ class DataConfig:
     flip: bool = _option(False, "random horizontal flips")
     skip_unreadable: bool = _option(False, "leave out images that cannot be read at the start of a run")
     held_out: float | str = _option(
-        "", "never trained on: a share, or a folder; empty: a built-in set's own tenth", least=0, below=1
+        "", "never trained on: a share, or a folder; empty: a built-in set's own part", least=0, below=1
     )
     class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
 
@@ -179,7 +179,9 @@ class EvalConfig:
     images: int = _option(5000, "images drawn for each evaluation; 0: only the held-out loss", least=0, most=10**6)
     steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
-    extractor: str = _option("auto", "inception, digits, a file or module:factory; auto: digits for grey 28x28")
+    extractor: str = _option(
+        "auto", "inception, digits, efficientnet, a file, module:factory; auto: digits for grey 28x28"
+    )
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
-from diffussm_cli.machine.files import content, held_folder, locked, whole_file, write_text
+from diffussm_cli.machine.files import content, default_cache, held_folder, locked, whole_file, write_text
 from diffussm_cli.runs.checkpoints import whole_folder
 from tests.helpers import line_of, run
 
@@ -73,3 +74,14 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
     with held_folder(folder):
         pass
     assert content(folder) == {"a.txt"}
+
+
+def test_the_cache_is_below_the_users(monkeypatch):
+    monkeypatch.setenv("DIFFUSSM_CACHE", "here")
+    assert default_cache() == Path("here")
+    monkeypatch.delenv("DIFFUSSM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert default_cache() == Path("elsewhere") / "diffussm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("home"))
+    assert default_cache() == Path("home") / ".cache" / "diffussm"
