@@ -21,15 +21,8 @@ CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 LOG, SKIPPED, REPORT = "metrics.jsonl", "skipped.jsonl", "report.html"
-BEFORE_CHECKPOINTS = {
-    CONFIG,
-    LOG,
-    BOARD,
-    SAMPLES,
-    SKIPPED,
-    REPORT,
-    CHECKPOINTS,
-}  # all that a run may hold before its first one
+# All that a run may hold before its first checkpoint.
+BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, REPORT, "wandb", CHECKPOINTS}
 
 
 def ema_file(decay: float | str) -> str:

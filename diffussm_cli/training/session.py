@@ -28,7 +28,7 @@ from diffussm_cli.machine.device import keep_freed_memory, pick_device, processo
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.record import RecordWriter, open_tracker
 from diffussm_cli.training.report import write_report
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
@@ -117,7 +117,10 @@ def _train_in(
         if config.train.compile:
             yield Message(COMPILING)
         stack.enter_context(_quiet_threads())
-        writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
+        writer = None
+        if world.rank == 0:
+            writer = RecordWriter(root, trainer.step, open_tracker(config, root))
+            stack.enter_context(contextlib.closing(writer))
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
         yield TRAINING
         begun = {"session": facts_of(trainer)}  # in the first record of the log
