@@ -238,17 +238,18 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
 
 
 def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]]) -> Listing:
-    found = {name: parquet.list_rows(root / name) for name in shards}
-    if len({(rows.class_names, rows.labels is None) for rows in found.values()}) > 1:
+    entries: list[Entry] = []
+    kinds: set[tuple[tuple[str, ...], bool]] = set()
+    for name in shards:
+        labels, sizes, class_names = parquet.list_rows(root / name)
+        kinds.add((class_names, labels is not None))
+        rows = enumerate(zip(labels or [0] * len(sizes), sizes))
+        entries += [Entry(f"{name}/{row:07d}", label, size, name, row) for row, (label, size) in rows]
+    if len(kinds) > 1:
         raise DataError(f"the parquet shards of {str(root)!r} have different classes; take those of one data set")
-    entries = [
-        Entry(f"{name}/{row:07d}", rows.labels[row] if rows.labels else 0, size, name, row)
-        for name, rows in found.items()
-        for row, size in enumerate(rows.sizes)
-    ]
-    named = next((rows.class_names for rows in found.values()), ())
-    classes = max((1 + max(rows.labels) for rows in found.values() if rows.labels), default=0)
-    return Listing(root, entries, named or tuple(map(str, range(classes))), ignored)
+    named, labelled = next(iter(kinds), ((), False))
+    numbers = range(1 + max(e.label for e in entries)) if labelled and entries else ()
+    return Listing(root, entries, named or tuple(map(str, numbers)), ignored)
 
 
 def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:

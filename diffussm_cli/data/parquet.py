@@ -12,21 +12,13 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from diffussm_cli.errors import DataError, reason
 
 IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label", "cls")  # names of columns
 MAX_GROUP_BYTES = 1 << 31  # of a row group
 _reading = threading.Lock()  # threads that want the same row group decode it once
-
-
-class Rows(NamedTuple):
-    """What is known of the rows of a shard without reading images."""
-
-    labels: list[int] | None
-    sizes: list[int]  # of the row group of each row, in bytes
-    class_names: tuple[str, ...]  # empty if the schema has none
 
 
 def shard_names(names: Sequence[str]) -> list[str]:
@@ -38,8 +30,12 @@ def shard_names(names: Sequence[str]) -> list[str]:
     return shards
 
 
-def list_rows(path: Path) -> Rows:
-    """The rows of a shard. Raises DataError if it cannot be read or a label is not a class."""
+def list_rows(path: Path) -> tuple[list[int] | None, list[int], tuple[str, ...]]:
+    """The labels of the rows, if any, the bytes of their row groups, and the class names that the schema has.
+
+    Raises:
+        DataError: if the shard cannot be read or a label is not a class.
+    """
     _open.cache_clear()  # files may have changed since an earlier listing
     _images.cache_clear()
     file, _, label, starts = _open(path)
@@ -53,13 +49,13 @@ def list_rows(path: Path) -> Rows:
         if type(value) is not int or not 0 <= value < (len(names) or 1 << 20):
             classes = f"from 0 to {len(names) - 1}" if names else "of at least 0"
             raise DataError(f"{path.name}: row {row} has {label} {value}, which must be a number {classes}")
-    return Rows(labels, [n for n, a, b in zip(sizes, starts, starts[1:]) for _ in range(a, b)], names)
+    return labels, [n for n, a, b in zip(sizes, starts, starts[1:]) for _ in range(a, b)], names
 
 
 def read_row(path: Path, row: int) -> bytes:
     """The content of the image file in a row. Raises DataError."""
     with _reading:
-        starts = _open(path)[-1]
+        *_, starts = _open(path)
         group = next(g for g, end in enumerate(starts[1:]) if row < end)
         value = _images(path, group)[row - starts[group]].as_py()
     content = value.get("bytes") if isinstance(value, dict) else value
@@ -71,12 +67,10 @@ def read_row(path: Path, row: int) -> bytes:
 @functools.lru_cache(16)
 def _open(path: Path) -> tuple[Any, str, str | None, list[int]]:
     """An open shard, its columns of images and labels, and the first row of every group, followed by the last's end."""
-    try:
+    with _damage(path):
         from pyarrow import types
         from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as e:
-        raise DataError("parquet shards need pyarrow: pip install 'diffussm[parquet]'") from e
-    with _damage(path):
+
         file = ParquetFile(path, memory_map=True)
     schema = file.schema_arrow
     image = next((n for n in IMAGES if n in schema.names), None)
@@ -101,5 +95,7 @@ def _images(path: Path, group: int) -> Any:
 def _damage(path: Path) -> Iterator[None]:
     try:
         yield
+    except ImportError as e:
+        raise DataError("parquet shards need pyarrow: pip install 'diffussm[parquet]'") from e
     except Exception as e:  # pyarrow's errors have no class in common
         raise DataError(f"{path.name}: not a readable parquet file: {reason(e)}") from e

@@ -32,14 +32,16 @@ def write_film(sampler: Sampler, seeds: Sequence[int], labels: Sequence[int] | N
     Raises:
         ConfigError: if the file cannot be written.
     """
-    states: list[torch.Tensor] = []
-    seeds, labels, request = seeds[:IMAGES], labels and labels[:IMAGES], (sampler.model, sampler.objective)
-    for drawn in generate(*request, sampler.sampling, seeds, labels, IMAGES, sampler.dtype, watch=states.append):
-        states.append(drawn.images)
+    seeds, labels = seeds[:IMAGES], labels and labels[:IMAGES]
+    states: list[torch.Tensor] = []  # what the network sees; with guidance, each image twice
+    hook = sampler.model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][: len(seeds)].cpu()))
+    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype)
+    states += [drawn.images for drawn in generate(*request)]
+    hook.remove()
     frames = []
     for i in np.unique(np.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().astype(int)):
         png = io.BytesIO()
-        save_grid(to_uint8(sampler.decoding.decode(states[i].float().cpu())), png, columns=min(5, len(seeds)))
+        save_grid(to_uint8(sampler.decoding.decode(states[i])), png, columns=min(5, len(seeds)))
         frames.append(Image.open(png))
     shown = [*[MILLISECONDS] * (len(frames) - 1), LAST]
     with writing(f"--film: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:

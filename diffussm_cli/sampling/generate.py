@@ -3,7 +3,7 @@
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,6 @@ def generate(
     labels: Sequence[int] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
-    watch: Callable[[Tensor], object] | None = None,
 ) -> Iterator[Drawn]:
     """Draw one image per seed, batch by batch. At the end, the kernels that the model keeps are freed.
 
@@ -41,12 +40,11 @@ def generate(
         sampling: sampler, steps and guidance.
         labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
-        watch: called with x_t, (B, C, H, W), each time that the denoiser is.
     """
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
-            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], dtype, watch)
+            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], dtype)
     finally:
         model.forget_kernels()
 
@@ -61,7 +59,7 @@ def _label(generator: torch.Generator, num_classes: int) -> int:
     return int(torch.randint(max(1, num_classes), (), generator=generator))
 
 
-def _draw(model, objective, sampling: SampleConfig, seeds, wanted, dtype, watch=None) -> Drawn:
+def _draw(model, objective, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
     device = objective.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [_label(g, model.num_classes) for g in generators]
@@ -70,25 +68,14 @@ def _draw(model, objective, sampling: SampleConfig, seeds, wanted, dtype, watch=
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
     y = None if labels is None else torch.tensor(labels, device=device)
     scheduler = make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
-    denoise = make_denoiser(model, objective, sampling, y)
     with torch.no_grad(), in_precision(model, dtype):
-        images = sample(watched(denoise, watch) if watch else denoise, scheduler, x, generators)
+        images = sample(make_denoiser(model, objective, sampling, y), scheduler, x, generators)
     return Drawn(list(seeds), labels, images.float().cpu())
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:
     """The dtype of x_t between steps: near t = T, noise is 150 times larger than the image and float32 loses digits."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def watched(denoise: Denoiser, watch: Callable[[Tensor], object]) -> Denoiser:
-    """A denoiser that shows every x_t to `watch`."""
-
-    def show(x: Tensor, t: float) -> Tensor:
-        watch(x)
-        return denoise(x, t)
-
-    return show
 
 
 def make_denoiser(model, objective: Objective, sampling: SampleConfig, y: Tensor | None) -> Denoiser:

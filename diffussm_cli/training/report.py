@@ -34,17 +34,6 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
-CHARTS = {  # curves of metrics.jsonl by the title of their chart, with their labels
-    "Loss": {"loss": ""},
-    "Error by quarter of the timesteps": {"mse_q1": "q1, least noisy", "mse_q2": "q2", "mse_q3": "q3", "mse_q4": "q4"},
-    "Held-out loss by quarter": {f"held_out/q{i}": f"q{i}" for i in range(1, 5)},
-    "Gradient norm": {"grad_norm": ""},
-    "Size of updates, relative to the weights": {f"update/{g}": g for g in ("matrices", "vectors", "ssm")},
-    "Step sizes of the SSM": {"ssm/dt_min": "smallest dt", "ssm/dt_max": "largest dt"},
-    "Decay rates of the SSM": {"ssm/decay_min": "smallest", "ssm/decay_max": "largest"},
-    "Learning rate": {"lr": ""},
-    "Images per second": {"images_per_second": ""},
-}
 
 
 class Curve(NamedTuple):
@@ -66,7 +55,8 @@ def write_report(root: Path | str) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["number"], environment.globals["names"] = number, metric_name
+    environment.filters["number"] = number
+    environment.globals |= {"names": metric_name, "charts_of": charts_of, "timedelta": datetime.timedelta}
     script = environment.get_template("report.js").render()
     text = environment.get_template("report.html").render(
         root=root,
@@ -74,11 +64,9 @@ def write_report(root: Path | str) -> Path:
         config=config,
         log=log,
         step=log.last.get("step", 0),
-        remaining=_remaining(log, config),
         written=datetime.datetime.now(datetime.timezone.utc),
         frames=list(frames(root / runs.SAMPLES)),
         metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
-        charts=list(charts_of(log)),
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
@@ -131,13 +119,6 @@ def is_metric(name: str) -> bool:
     return name.startswith(("eval/", "held_out")) and "/q" not in name and not name.endswith("_error")
 
 
-def _remaining(log: Log, config: Config) -> datetime.timedelta | None:
-    """The time that the rest of training takes at the median of the last rates."""
-    rates = log.curves["images_per_second"].y[-20:] if "images_per_second" in log.curves else []
-    images = max(0, config.train.steps - log.last.get("step", 0)) * config.train.batch_size
-    return datetime.timedelta(seconds=round(images / float(np.median(rates)))) if len(rates) else None
-
-
 def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
     """Name, value and usual value of each field that differs from the preset; from the defaults without a preset."""
     usual = to_dict(load_config(config.preset) if config.preset in preset_names() else Config())
@@ -163,13 +144,16 @@ def frames(folder: Path) -> Iterator[tuple[int, str]]:
 
 
 # ------------------------------------------------------------------------------------------------- curves
-def charts_of(log: Log) -> Iterator[dict[str, Any]]:
-    """The charts of a log: metrics, each with its further averages and its best point, then those of CHARTS."""
+def charts_of(log: Log, chosen: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    """A chart for every metric, with its further averages and its best point; then the chosen ones.
+
+    `chosen` has labels by the name of a curve, by the title of the chart. What is not in the log is left out.
+    """
     for name in [n for n in log.curves if is_metric(n) and "@" not in n]:
         averages = {n.partition("@")[2]: curve for n, curve in log.curves.items() if n.partition("@")[0] == name}
         curve, place = log.curves[name], log.best(name)
         yield chart(metric_name(name), averages, (curve.x[place], curve.y[place]))
-    for title, labels in CHARTS.items():
+    for title, labels in chosen.items():
         if curves := {label: log.curves[n] for n, label in labels.items() if n in log.curves}:
             yield chart(title, curves)
 
@@ -251,13 +235,12 @@ def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
             ranked = log_dt.mean(0).argsort().tolist()
             for k in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
                 dt = log_dt[:, k].exp().mean()
-                yield chart(f"Layer {i + 1}, channel {k}, dt {dt:.2g}", _both_ways(taps[:, k].double().numpy()))
+                yield chart(f"Layer {i + 1}, channel {k}, dt {dt:.2g}", both_ways(taps[:, k].double().numpy()))
 
 
-def _both_ways(taps: np.ndarray) -> dict[str, Curve]:
+def both_ways(taps: np.ndarray) -> dict[str, Curve]:
     """The kernels of both directions, (2, L), by the offset of the token that is read; as far as 99% of the energy."""
     energy = np.square(taps).sum(0).cumsum()
     n = max(8, 1 + int((energy < 0.99 * energy[-1]).sum()))
-    forward, backward = taps[:, :n]
-    offsets = np.arange(len(forward))
-    return {"earlier tokens": Curve(-offsets[::-1], forward[::-1]), "later tokens": Curve(offsets, backward)}
+    offsets = np.arange(taps[:, :n].shape[1])
+    return {"earlier tokens": Curve(-offsets[::-1], taps[0, :n][::-1]), "later tokens": Curve(offsets, taps[1, :n])}

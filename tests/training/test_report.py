@@ -111,7 +111,7 @@ def test_kernels_are_those_of_the_averaged_weights(run):
     channel = int(layer.log_dt.mean(0).argmin())
     taps = layer.taps(64)[:, channel]
     taps[:, 0] -= layer.D_skip[:, channel]
-    expected = report._both_ways(taps.double().numpy())
+    expected = report.both_ways(taps.double().numpy())
     first = next(kernels(run, trained.config))
     assert first["lines"] == chart("", expected)["lines"]
     assert first["title"].startswith(f"Layer 1, channel {channel}, dt ")
@@ -156,7 +156,7 @@ def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
     (tmp_path / "log").write_text("\n".join(map(json.dumps, records)))
     log = Log(tmp_path / "log")
     assert (log.best("eval/fid"), log.best("eval/recall")) == (1, 0)
-    fid = next(c for c in report.charts_of(log) if c["title"] == "FID")
+    fid = next(c for c in report.charts_of(log, {}) if c["title"] == "FID")
     assert fid["best"]["step"] == 2
     assert fid["best"]["value"] == 1.0
     assert [label for label, _ in fid["legend"]] == ["", "0.9"]
