@@ -134,7 +134,7 @@ def _train_in(
                     write_report(root)
             yield TrainingRecord(record, steps)
         if writer:
-            yield Message(f"report: {write_report(root)}")
+            write_report(root)
     yield Result(TrainingResult(root, trainer.step, steps, processes=world.size))
 
 
