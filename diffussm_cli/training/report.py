@@ -97,9 +97,9 @@ class Log:
         self.last = record
         for name, value in record.items():
             if name == "session":
-                self.sessions.append(value)
                 what = "training continued" if value["from_step"] else "training began"
                 self.events.append((value["from_step"], f"{what} at {value['time']} on {value['processor']}"))
+                self.sessions.append(value)
             elif name in ("left_out", "spike"):
                 words = "not finite, left out: steps" if name == "left_out" else "rose to three times the median:"
                 self.events.append((step, f"{words} {', '.join(map(str, value))}"))

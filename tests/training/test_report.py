@@ -124,6 +124,25 @@ def test_a_run_without_weights_previews_or_log_has_a_page(run):
     assert "step 0 of 4" in text
 
 
+def test_damaged_lines_of_the_log_are_passed_over(run):
+    session = {"from_step": 0, "time": "noon", "processor": "abacus"}
+    damaged = [
+        '{"step": "x"}',
+        "[]",
+        "null",
+        "{",
+        '{"loss": 1}',
+        '{"step": 1, "session": 5}',
+        '{"step": 1, "session": {}}',
+    ]
+    whole = json.dumps({"step": 2, "session": session, "loss": 0.75, "images_per_second": 0.0})
+    (run / "metrics.jsonl").write_text("\n".join([*damaged, whole]))
+    text = page(run)
+    assert "training began at noon on abacus" in text
+    assert "last 0.75" in text
+    assert "Parameters" not in text
+
+
 def test_damaged_weights_leave_out_the_kernels(run):
     (run / "final" / "model.safetensors").write_bytes(b"damaged")
     shutil.rmtree(run / "checkpoints")
