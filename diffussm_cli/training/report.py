@@ -63,7 +63,7 @@ def write_report(root: Path | str) -> Path:
         folder=shlex.quote(str(root)),
         config=config,
         log=log,
-        step=log.last.get("step", 0),
+        step=log.step,
         written=datetime.datetime.now(datetime.timezone.utc),
         frames=list(frames(root / runs.SAMPLES)),
         metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
@@ -79,13 +79,13 @@ def write_report(root: Path | str) -> Path:
 
 
 class Log:
-    """The records of a run: curves by name, events in order, the facts of each session, and the last record."""
+    """The records of a run: curves by name, events in order, the facts of each session, and the last step."""
 
     def __init__(self, path: Path):
         self.curves: dict[str, Curve] = {}
         self.events: list[tuple[Any, str]] = []  # step and text
         self.sessions: list[dict[str, Any]] = []
-        self.last: dict[str, Any] = {}
+        self.step = 0
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as lines:
                 for line in lines:
@@ -93,8 +93,7 @@ class Log:
                         self._add(json.loads(line))
 
     def _add(self, record: dict[str, Any]) -> None:
-        step = int(record["step"])
-        self.last = record
+        self.step = step = int(record["step"])
         for name, value in record.items():
             if name == "session":
                 what = "training continued" if value["from_step"] else "training began"

@@ -55,7 +55,7 @@ def test_it_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypat
     monkeypatch.setattr("diffussm_cli.training.session.write_report", lambda root: written.append(Log(root / runs.LOG)))
     settings = ["train.log_every=1", "train.sample_every=2", "eval.every=3", "eval.images=0", "eval.held_out_images=4"]
     list(train(tiny(*settings), tmp_path / "run"))
-    assert [log.last["step"] for log in written] == [2, 3, 4, 4]
+    assert [log.step for log in written] == [2, 3, 4, 4]
 
 
 def test_names_cannot_become_markup(run):
