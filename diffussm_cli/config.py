@@ -154,6 +154,9 @@ class TrainConfig:
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)
     sample_steps: int = _option(25, "steps of a preview (DDIM; Euler for velocities)", least=1, most=10_000)
     log_every: int = _option(100, "steps between log records", least=1, most=MANY)
+    logger: Literal["tensorboard", "wandb", "trackio"] = _option(
+        "tensorboard", "wandb, trackio: send the log there too; TensorBoard's files are always written"
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def test_wheel_holds_code_and_presets(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     for preset in (ROOT / "presets").glob("*.yaml"):
         assert f"diffussm_cli/presets/{preset.name}" in names
-    for module in (ROOT / "diffussm_cli").rglob("*.py"):
+    for module in [p for p in (ROOT / "diffussm_cli").rglob("*") if p.suffix in (".py", ".html", ".js")]:
         assert module.relative_to(ROOT).as_posix() in names
     assert not any(n.startswith("tests/") for n in names)
 

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of a record in metrics.jsonl, what depends on the clock.
-TIMED = ("images_per_second",)
+# Of a record in metrics.jsonl, what depends on the clock or the machine.
+TIMED = ("images_per_second", "session")
 EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu", "--set", "train.processes=1"]
 
 

@@ -18,7 +18,7 @@ MULTIPLE = 8
 def encode(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="SOURCE", help="One folder per class, a flat folder, or WebDataset tar shards."),
+        typer.Argument(metavar="SOURCE", help="One folder per class, a flat folder, tar or parquet shards."),
     ] = None,
     target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="Folder for the latents.")] = None,
     resolution: Annotated[

@@ -36,6 +36,9 @@ def sample(
     ] = None,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz, arr_0 in NHWC.")] = False,
     grid: Annotated[Path | None, typer.Option(help="File for the grid. Default: OUT/grid.png.")] = None,
+    film: Annotated[
+        Path | None, typer.Option(help="File (.gif, .webp) for a film of the denoising of the first ten images.")
+    ] = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
 ) -> None:
@@ -53,7 +56,7 @@ def sample(
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
     labels = parse_classes(classes, trained.config, balanced)
     settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "device": device}
-    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "seed": seed}
+    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "film": film, "seed": seed}
     try:
         found = follow(console, draw(trained, out, num, **settings))
     except KeyboardInterrupt:

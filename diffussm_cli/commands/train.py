@@ -107,6 +107,8 @@ def report(console, found, code: int | None) -> int:
     from diffussm_cli.training.stopping import PREEMPTED
 
     folder = shlex.quote(str(found.root))
+    if not found.was_finished:
+        console.print(f"report: {found.root / runs.REPORT}")
     if not found.finished:
         console.print(f"stopped at step {found.step} of {found.steps}, checkpoint saved; continue with:")
         console.print(f"  diffussm train --resume --out {folder}")

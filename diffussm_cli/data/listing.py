@@ -1,7 +1,8 @@
 """List the images of a folder or archive in a fixed order, and every other file with the reason why it is ignored.
 
-Three layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where KEY.cls holds the
-label of KEY.jpg as an integer, and .json and .txt files are passed over. Tar members are read without extraction.
+Four layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where KEY.cls holds the
+label of KEY.jpg as an integer, and .json and .txt files are passed over; parquet shards (parquet.py). Shards are read
+in place.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffussm_cli.data import parquet
 from diffussm_cli.data.images import SUFFIXES, read_image
 from diffussm_cli.errors import DataError
 
@@ -31,11 +33,11 @@ MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 class Entry(NamedTuple):
     """The location of an image in a source."""
 
-    name: str  # path relative to the source, with forward slashes; ARCHIVE/MEMBER for a tar member
+    name: str  # path relative to the source, with forward slashes; ARCHIVE/MEMBER or ARCHIVE/ROW in a shard
     label: int
-    size: int  # in bytes; -1 if unknown
-    archive: str = ""  # the tar file that holds it; empty if it is a separate file
-    offset: int = 0  # of the content in the archive, in bytes
+    size: int  # in bytes; -1 if unknown; of its row group in a parquet shard
+    archive: str = ""  # the shard that holds it; empty if it is a separate file
+    offset: int = 0  # of the content in a tar file, in bytes; the row in a parquet shard
 
 
 def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
@@ -65,7 +67,7 @@ class Listing:
 
 
 def list_source(source: Path, option: str = "SOURCE") -> Listing:
-    """List a folder or one .tar file, given by `option`. No image is decoded.
+    """List a folder, one .tar or .parquet file, or a pattern of .parquet files. No image is decoded.
 
     Raises:
         DataError: if the source is missing, unreadable, or holds no images.
@@ -73,12 +75,15 @@ def list_source(source: Path, option: str = "SOURCE") -> Listing:
     try:
         if source.suffix == ".tar" and source.is_file():
             listing = _list_archives(source.parent, [source.name], [])
+        elif source.suffix == ".parquet" and not source.is_dir():
+            shards = parquet.shard_names(sorted(path.name for path in source.parent.glob(source.name)))
+            listing = _list_parquet(source.parent, shards, [])
         else:
             listing = _list_folder(source)
     except DataError as e:
         raise DataError(f"{option}: {e}") from e
     if not listing.entries:
-        looked_for = ", ".join((*SUFFIXES, ".tar"))
+        looked_for = ", ".join((*SUFFIXES, ".tar", ".parquet"))
         raise DataError(f"{option}: no images in {str(source)!r} (looked for {looked_for})")
     return listing
 
@@ -99,6 +104,11 @@ def read_entry(root: Path, entry: Entry, size: tuple[int, int] | None, channels:
 def read_content(root: Path, entry: Entry) -> bytes:
     """Read the bytes of an image file. Raises DataError with a message that begins with the name of the entry."""
     path, name = root / (entry.archive or entry.name), Path(entry.name)
+    if path.suffix == ".parquet":
+        try:
+            return parquet.read_row(path, entry.offset)
+        except DataError as e:
+            raise DataError(f"{name}: {e}") from e
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise DataError(f"{name}: not a regular file")
@@ -132,6 +142,10 @@ def _list_folder(root: Path) -> Listing:
     if archives:
         ignored += [(n, "a file next to tar shards") for n in files if not _is_archive(n)]
         return _list_archives(root, archives, ignored)
+    shards = parquet.shard_names(files)
+    if shards:
+        ignored += [(n, "a file next to parquet shards") for n in files if n not in shards]
+        return _list_parquet(root, shards, ignored)
     return Listing(root, list(_entries(root, files, 0, ignored)), (), ignored)
 
 
@@ -221,6 +235,21 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
     if without is not None:
         raise DataError(f"{without} has no .cls file, but other images have one; label all of them or none")
     return Listing(root, entries, tuple(str(i) for i in range(max(labels.values()) + 1)), ignored)
+
+
+def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]]) -> Listing:
+    entries: list[Entry] = []
+    kinds: set[tuple[tuple[str, ...], bool]] = set()
+    for name in shards:
+        labels, sizes, class_names = parquet.list_rows(root / name)
+        kinds.add((class_names, labels is not None))
+        rows = enumerate(zip(labels or [0] * len(sizes), sizes))
+        entries += [Entry(f"{name}/{row:07d}", label, size, name, row) for row, (label, size) in rows]
+    if len(kinds) > 1:
+        raise DataError(f"the parquet shards of {str(root)!r} have different classes; take those of one data set")
+    named, labelled = next(iter(kinds), ((), False))
+    numbers = range(1 + max(e.label for e in entries)) if labelled and entries else ()
+    return Listing(root, entries, named or tuple(map(str, numbers)), ignored)
 
 
 def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,15 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
     return onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def processor_name(device: torch.device) -> str:
+    """The model of a GPU, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line.partition(": ")[2].strip() for line in file if line.startswith("model name")), "unknown")
+    return platform.processor() or "unknown"
 
 
 def check_compiler(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 RUN/config.yaml                      the resolved configuration
 RUN/metrics.jsonl, RUN/tensorboard/  records of training
 RUN/samples/step-*.png               previews
+RUN/report.html                      all of this on a page
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
@@ -19,8 +20,9 @@ RUNS = Path("runs")
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
-LOG, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, CHECKPOINTS}  # all that a run may hold before its first one
+LOG, SKIPPED, REPORT = "metrics.jsonl", "skipped.jsonl", "report.html"
+# All that a run may hold before its first checkpoint.
+BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, REPORT, "wandb", CHECKPOINTS}
 
 
 def ema_file(decay: float | str) -> str:

@@ -10,6 +10,7 @@ from diffussm_cli.errors import writing
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
+from diffussm_cli.sampling.film import check_film, write_film
 from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
 from diffussm_cli.sampling.sampler import open_sampler
 
@@ -27,6 +28,7 @@ def sample(
     device: str = "auto",
     grid: Path | None = None,
     npz: bool = False,
+    film: Path | None = None,
 ) -> Iterator[Event]:
     """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an interrupted one.
 
@@ -39,6 +41,7 @@ def sample(
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
+        film: also write the denoising of the first images into this .gif or .webp.
 
     Yields:
         events; the last one is a Result with the path of the grid.
@@ -48,6 +51,8 @@ def sample(
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
     world, seeds = read_world(), range(seed, seed + num)
+    if film:
+        check_film(film)
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes)
@@ -72,5 +77,9 @@ def sample(
         gather(None, world)
         if world.rank == 0:
             folder.finish(grid, npz)
+    if film and world.rank == 0:
+        yield Stage("filming")
+        write_film(sampler, seeds, sampler.labels(seeds, classes), film)
+        yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     yield Result(grid)

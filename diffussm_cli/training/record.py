@@ -1,17 +1,23 @@
-"""Measurements between two records, and writing records to metrics.jsonl and TensorBoard."""
+"""Measurements between two records, and writing records to metrics.jsonl, TensorBoard and a tracker."""
 
 import contextlib
+import hashlib
+import importlib
 import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import Config, to_dict
+from diffussm_cli.errors import ConfigError, reason
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.machine.processes import ALONE, World, total
 from diffussm_cli.runs import BOARD, LOG
@@ -77,13 +83,13 @@ class Meter:
 class RecordWriter:
     """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, records after `step` are dropped.
 
-    Damaged files are renamed and replaced by new ones; `warnings` tells the user.
+    Damaged files are renamed and replaced by new ones; `warnings` tells the user. `tracker` gets the numbers too.
     """
 
-    def __init__(self, root: Path, step: int):
+    def __init__(self, root: Path, step: int, tracker: Any = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        path, board, self.root = root / LOG, root / BOARD, root
+        path, board, self.root, self.tracker = root / LOG, root / BOARD, root, tracker
         self.warnings: list[str] = []
         kept: list[str] = []
         if path.is_file():
@@ -111,13 +117,18 @@ class RecordWriter:
         with self._named():
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
-            for name, value in plain.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+            numbers = {k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))}
+            for name, value in numbers.items():
+                self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+            if self.tracker:
+                self.tracker.log(numbers, step=record["step"])
 
     def close(self) -> None:
         with self._named(), contextlib.closing(self.board):
             self.file.close()
+            if self.tracker:
+                with contextlib.redirect_stdout(sys.stderr):
+                    self.tracker.finish()
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -126,6 +137,28 @@ class RecordWriter:
         except OSError as e:  # the error of a full disk names no file
             e.filename = e.filename or str(self.root)
             raise
+
+
+def open_tracker(config: Config, root: Path) -> Any:
+    """The run of Weights & Biases or trackio that `train.logger` asks for, begun or continued; None for TensorBoard.
+
+    Raises:
+        ConfigError: if the package is missing or refuses to begin.
+    """
+    name, place = config.train.logger, str(root.resolve())
+    if name == "tensorboard":
+        return None
+    try:
+        package = importlib.import_module(name)
+        unique = f"{root.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"  # the same on resume
+        options = {"id": unique, "dir": place} if name == "wandb" else {}
+        with contextlib.redirect_stdout(sys.stderr):
+            return package.init(project="diffussm", name=unique, resume="allow", config=to_dict(config), **options)
+    except ImportError as e:
+        raise ConfigError(f"train.logger: {name} is not installed: pip install 'diffussm[{name}]'") from e
+    except Exception as e:  # each package has its own errors
+        remedy = "log in, or set WANDB_MODE=offline" if name == "wandb" else "or leave train.logger at tensorboard"
+        raise ConfigError(f"train.logger: {name} cannot begin: {reason(e)}; {remedy}") from e
 
 
 def _lines_up_to(step: int, content: bytes) -> list[str]:

@@ -5,6 +5,9 @@
 
 import contextlib
 import dataclasses
+import datetime
+import functools
+import platform
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -14,18 +17,19 @@ from typing import Any
 
 import torch
 
-from diffussm_cli import runs
+from diffussm_cli import __version__, runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
 from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import keep_freed_memory, pick_device
+from diffussm_cli.machine.device import keep_freed_memory, pick_device, processor_name
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.record import RecordWriter, open_tracker
+from diffussm_cli.training.report import write_report
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
@@ -113,13 +117,24 @@ def _train_in(
         if config.train.compile:
             yield Message(COMPILING)
         stack.enter_context(_quiet_threads())
-        writer = stack.enter_context(contextlib.closing(RecordWriter(root, trainer.step))) if world.rank == 0 else None
+        writer = None
+        if world.rank == 0:
+            writer = RecordWriter(root, trainer.step, open_tracker(config, root))
+            stack.enter_context(contextlib.closing(writer))
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
         yield TRAINING
+        begun = {"session": facts_of(trainer)}  # in the first record of the log
+        if writer:
+            trainer.after_preview = functools.partial(write_report, root)
         for record in trainer.run(stop):
             if writer:
-                writer.write(record)
+                writer.write(record | begun)
+                begun = {}
+                if config.eval.every and trainer.step % config.eval.every == 0:
+                    write_report(root)
             yield TrainingRecord(record, steps)
+        if writer:
+            write_report(root)
     yield Result(TrainingResult(root, trainer.step, steps, processes=world.size))
 
 
@@ -320,6 +335,22 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
     added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
     return changes + [f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}" for decay in added]
+
+
+def facts_of(trainer: Trainer) -> dict[str, Any]:
+    """Where and with what a session of training begins, for the log and the report."""
+    versions = {"diffussm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "from_step": trainer.step,
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": str(trainer.device),
+        "processor": processor_name(trainer.device),
+        "processes": trainer.world.size,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "platform": platform.platform(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
 
 
 @contextlib.contextmanager

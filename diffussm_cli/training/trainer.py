@@ -49,7 +49,8 @@ class Trainer:
     """A model in training, with everything that a checkpoint holds. `run` is the loop.
 
     Each process has its own Trainer, with the same model (or its shard of it) and its part of every batch.
-    `decoding` decodes previews (None if there are none); its `warning` is for the user.
+    `decoding` decodes previews (None if there are none); its `warning` is for the user. `after_preview` is called when
+    one has been written.
     """
 
     def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
@@ -77,6 +78,7 @@ class Trainer:
             self.scoring = Scoring(config, root, self.device, self.decoding, self.dtype, world)
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
+        self.after_preview: Callable[[], Any] = lambda: None
         self.step = 0
 
     @property
@@ -239,7 +241,9 @@ class Trainer:
         if not last:
             steps = min(t.sample_steps, self.config.diffusion.timesteps)
             sampling = dataclasses.replace(sampling, sampler=SAMPLERS[self.config.diffusion.objective][0], steps=steps)
-        return draw_grid(self, model, sampling, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
+        path = draw_grid(self, model, sampling, self.root / runs.SAMPLES / f"step-{self.step:08d}.png")
+        self.after_preview()
+        return path
 
     def save(self) -> None:
         """Write a checkpoint of this step, or start to write it in a thread. Raises RunError."""

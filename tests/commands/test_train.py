@@ -19,3 +19,4 @@ def test_the_exit_code_says_how_a_training_ended(tmp_path, capsys, step, code, e
     said = capsys.readouterr().err
     command = f"sample {shlex.quote(str(root))}" if step == 4 else f"train --resume --out {shlex.quote(str(root))}"
     assert f"diffussm {command}" in said
+    assert f"report: {root / 'report.html'}\n" in said

@@ -1,14 +1,20 @@
 """Means between two records, and where records go."""
 
+import importlib.util
 import json
 import math
+import os
+import sqlite3
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
 
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.training import record
-from diffussm_cli.training.record import Meter, RecordWriter
+from diffussm_cli.training.record import Meter, RecordWriter, open_tracker
 
 
 def test_meter_means_and_quarters():
@@ -59,3 +65,82 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.001}\n'
+
+
+class Recorded:
+    """Stands for the module and the run of a tracker."""
+
+    def __init__(self):
+        self.begun, self.logged, self.finished = [], [], 0
+
+    def init(self, **options):
+        self.begun.append(options)
+        return self
+
+    def log(self, numbers, step):
+        self.logged.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+        print("Run finished.")  # noqa: T201
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_gets_the_numbers_and_continues_on_resume(tiny, tmp_path, monkeypatch, capsys, name):
+    tracker = Recorded()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    for step in (1, 2):
+        writer = RecordWriter(tmp_path, step - 1, open_tracker(tiny(f"train.logger={name}"), tmp_path))
+        writer.write({"step": step, "loss": 0.5, "grad_norm": math.nan, "spike": ["loss"], "session": {"time": ""}})
+        writer.close()
+    assert tracker.logged == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+    assert tracker.finished == 2
+    assert tracker.begun[0] == tracker.begun[1]
+    assert tracker.begun[0]["resume"] == "allow"
+    assert tracker.begun[0]["config"]["train"]["logger"] == name
+    assert capsys.readouterr().out == ""  # stdout is for results
+
+
+def test_tensorboard_needs_no_tracker(tiny, tmp_path):
+    assert open_tracker(tiny(), tmp_path) is None
+
+
+def test_a_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"^train.logger: wandb is not installed: pip install 'diffussm\[wandb\]'$"):
+        open_tracker(tiny("train.logger=wandb"), tmp_path)
+
+
+def test_a_tracker_that_refuses_is_one_line(tiny, tmp_path, monkeypatch):
+    def refuse(**options):
+        raise RuntimeError("api_key not configured\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    line = "^train.logger: wandb cannot begin: api_key not configured; log in, or set WANDB_MODE=offline$"
+    with pytest.raises(ConfigError, match=line):
+        open_tracker(tiny("train.logger=wandb"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_offline_a_tracker_writes_its_own_files(tiny, tmp_path, name):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs the extra {name}")
+    root = tmp_path / "run"
+    settings = [f"train.logger={name}", "train.steps=2", "train.log_every=1", "train.sample_every=0"]
+    command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for steps in (2, 3):
+        more = ["--resume", "--set", f"train.steps={steps}"]
+        done = subprocess.run([*command, *more], env=os.environ | offline, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "" or name == "trackio"  # it says goodbye when the process ends
+    if name == "wandb":
+        assert len(list((root / "wandb").glob("offline-run-*/*.wandb"))) == 2
+        return
+    with sqlite3.connect(tmp_path / "trackio" / "diffussm.db") as board:
+        found = board.execute("select step, metrics from metrics order by step").fetchall()
+    board.close()
+    assert [step for step, _ in found] == [1, 2, 3]
+    assert all(json.loads(numbers)["loss"] > 0 for _, numbers in found)

@@ -308,7 +308,7 @@ def encode_images(
     """Encode a source into a store. The same call resumes after an interruption; torchrun's processes share the shards.
 
     Args:
-        source: one folder per class, a flat folder, or tar shards.
+        source: one folder per class, a flat folder, tar shards, or parquet shards (also a pattern of them).
         resolution: (height, width) in pixels; images are cropped as ADM does.
         vae: a hub name or a folder.
         flip: also encode the horizontal flip of every image.

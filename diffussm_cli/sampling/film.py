@@ -1,0 +1,49 @@
+"""A film of the denoising: x_t from noise to image, as an animated GIF or WebP."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffussm_cli.data.images import save_grid, to_uint8
+from diffussm_cli.errors import ConfigError, writing
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.sampling.generate import generate
+from diffussm_cli.sampling.sampler import Sampler
+
+SUFFIXES = (".gif", ".webp")
+IMAGES, FRAMES, MILLISECONDS, LAST = 10, 40, 80, 2000  # most images and frames; how long a frame and the last one show
+
+
+def check_film(path: Path) -> None:
+    """Raises ConfigError for an unsupported file type or a folder that does not exist."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"--film: {str(path)!r} must end in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--film: there is no folder {str(path.parent)!r}")
+
+
+def write_film(sampler: Sampler, seeds: Sequence[int], labels: Sequence[int] | None, path: Path) -> None:
+    """Draw the first images of a request again, and write evenly spaced steps of their denoising side by side.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+    """
+    seeds, labels = seeds[:IMAGES], labels and labels[:IMAGES]
+    states: list[torch.Tensor] = []  # what the network sees; with guidance, each image twice
+    hook = sampler.model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][: len(seeds)].cpu()))
+    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype)
+    states += [drawn.images for drawn in generate(*request)]
+    hook.remove()
+    frames = []
+    for i in np.unique(np.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().astype(int)):
+        png = io.BytesIO()
+        save_grid(to_uint8(sampler.decoding.decode(states[i])), png, columns=min(5, len(seeds)))
+        frames.append(Image.open(png))
+    shown = [*[MILLISECONDS] * (len(frames) - 1), LAST]
+    with writing(f"--film: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:
+        kind = path.suffix.removeprefix(".")
+        frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=shown, loop=0, quality=90)

@@ -1,0 +1,245 @@
+"""RUN/report.html: what a run is and how it goes, in one file that needs no network, and a script only for a slider.
+
+It is made from the files of the run alone, so it can be written at any time, also long after training. This module
+gathers the content; report.html beside it, a template of Jinja, is the page and escapes all text.
+"""
+
+import base64
+import contextlib
+import datetime
+import hashlib
+import io
+import json
+import math
+import shlex
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from diffussm_cli import runs
+from diffussm_cli.config import Config, load_config, preset_names, to_dict, to_yaml
+from diffussm_cli.data.images import open_image
+from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.machine.files import write_text
+from diffussm_cli.model.s4d.kernel import s4d_kernel
+
+PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280  # previews; larger files (bytes) are shrunk to this width (pixels)
+POINTS, ROWS, TAPS = 500, 200, 4096  # most points of a curve, events in the table, taps of a kernel
+LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
+HIGHER_IS_BETTER = ("is", "precision", "recall")
+NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
+PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
+
+
+class Curve(NamedTuple):
+    """Values by step, as two sequences of numbers or arrays."""
+
+    x: Any
+    y: Any
+
+
+def write_report(root: Path | str) -> Path:
+    """Write RUN/report.html from the files of a run, finished or not, and return its path.
+
+    Raises:
+        RunError: if the folder has no readable configuration.
+        OSError: if the file cannot be written.
+    """
+    root = Path(root)
+    config, log = runs.read_config(root), Log(root / runs.LOG)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = number
+    environment.globals |= {"names": metric_name, "charts_of": charts_of, "timedelta": datetime.timedelta}
+    script = environment.get_template("report.js").render()
+    text = environment.get_template("report.html").render(
+        root=root,
+        folder=shlex.quote(str(root)),
+        config=config,
+        log=log,
+        step=log.step,
+        written=datetime.datetime.now(datetime.timezone.utc),
+        frames=list(frames(root / runs.SAMPLES)),
+        metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
+        kernels=list(kernels(root, config)),
+        events=log.events[-ROWS:],
+        differences=list(differences(config)),
+        yaml=to_yaml(config),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
+    write_text(root / runs.REPORT, text)
+    return root / runs.REPORT
+
+
+class Log:
+    """The records of a run: curves by name, events in order, the facts of each session, and the last step."""
+
+    def __init__(self, path: Path):
+        self.curves: dict[str, Curve] = {}
+        self.events: list[tuple[Any, str]] = []  # step and text
+        self.sessions: list[dict[str, Any]] = []
+        self.step = 0
+        if path.is_file():
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # such as half a line
+                        self._add(json.loads(line))
+
+    def _add(self, record: dict[str, Any]) -> None:
+        self.step = step = int(record["step"])
+        for name, value in record.items():
+            if name == "session":
+                what = "training continued" if value["from_step"] else "training began"
+                self.events.append((value["from_step"], f"{what} at {value['time']} on {value['processor']}"))
+                self.sessions.append(value)
+            elif name in ("left_out", "spike"):
+                words = "not finite, left out: steps" if name == "left_out" else "rose to three times the median:"
+                self.events.append((step, f"{words} {', '.join(map(str, value))}"))
+            elif isinstance(value, (int, float)) and math.isfinite(value):
+                x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
+                x.append(step)
+                y.append(value)
+
+    def best(self, name: str) -> int:
+        """The place of the best value of a metric in its curve."""
+        higher = name.removeprefix("eval/").partition("@")[0] in HIGHER_IS_BETTER
+        return int(np.argmax(self.curves[name].y) if higher else np.argmin(self.curves[name].y))
+
+
+def is_metric(name: str) -> bool:
+    """Whether a curve measures the averaged weights, so that its best point is worth a mark."""
+    return name.startswith(("eval/", "held_out")) and "/q" not in name and not name.endswith("_error")
+
+
+def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and usual value of each field that differs from the preset; from the defaults without a preset."""
+    usual = to_dict(load_config(config.preset) if config.preset in preset_names() else Config())
+    for section, fields in to_dict(config).items():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if value != usual[section][name] and name != "class_names":
+                yield f"{section}.{name}", value, usual[section][name]
+
+
+def frames(folder: Path) -> Iterator[tuple[int, str]]:
+    """Step and data URL of previews at evenly spread steps. A large picture is shrunk, a damaged one left out."""
+    every = sorted(folder.glob("step-*.png"))
+    for i in np.unique(np.linspace(0, len(every) - 1, min(PICTURES, len(every))).round().astype(int)):
+        with contextlib.suppress(OSError, DataError, ValueError), open_image(every[i]) as image:
+            kind, content = "png", every[i].read_bytes()
+            if len(content) > LARGE:
+                image.thumbnail((WIDTH, 10 * WIDTH))
+                shrunk = io.BytesIO()
+                image.convert("RGB").save(shrunk, "WEBP", quality=85)
+                kind, content = "webp", shrunk.getvalue()
+            url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+            yield int(every[i].stem.removeprefix("step-")), url
+
+
+# ------------------------------------------------------------------------------------------------- curves
+def charts_of(log: Log, chosen: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    """A chart for every metric, with its further averages and its best point; then the chosen ones.
+
+    `chosen` has labels by the name of a curve, by the title of the chart. What is not in the log is left out.
+    """
+    for name in [n for n in log.curves if is_metric(n) and "@" not in n]:
+        averages = {n.partition("@")[2]: curve for n, curve in log.curves.items() if n.partition("@")[0] == name}
+        curve, place = log.curves[name], log.best(name)
+        yield chart(metric_name(name), averages, (curve.x[place], curve.y[place]))
+    for title, labels in chosen.items():
+        if curves := {label: log.curves[n] for n, label in labels.items() if n in log.curves}:
+            yield chart(title, curves)
+
+
+def metric_name(name: str) -> str:
+    """A metric's name for people; the decay of a further average stays behind it."""
+    short, at, decay = name.removeprefix("eval/").partition("@")
+    return NAMES.get(short, short.replace("_", " ").capitalize()) + at + decay
+
+
+def chart(title: str, curves: Mapping[str, Curve], best: tuple[float, float] | None = None) -> dict[str, Any]:
+    """What the page draws: lines, ticks and the best point, placed in the picture.
+
+    Positive values that differ by more than 30 times get a log scale.
+    """
+    thinned = [thin(curve) for curve in curves.values()]
+    every = np.concatenate([y for _, y in thinned])
+    log = every.min() > 0 and every.max() > 30 * every.min()
+    low, high = (math.log10(v) if log else float(v) for v in (every.min(), every.max()))
+    margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    first, last = min(0.0, *(x[0] for x, _ in thinned)), max(1.0, *(x[-1] for x, _ in thinned))
+
+    def across(x: Any) -> Any:
+        return LEFT + (RIGHT - LEFT) * (x - first) / (last - first)
+
+    def down(y: Any) -> Any:
+        y = np.log10(y) if log else y
+        return BOTTOM - (BOTTOM - TOP) * (y - low + margin) / (high - low + 2 * margin)
+
+    ticks = [10.0**tick if log else tick for tick in round_values(low - margin, high + margin, whole=bool(log))]
+    return {
+        "title": title,
+        "lines": [" ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y)) for x, y in thinned],
+        "legend": list(zip(curves, (curve.y[-1] for curve in curves.values()))),
+        "rows": [(down(tick), number(tick)) for tick in ticks],
+        "columns": [(across(x), f"{x:,.0f}") for x in (first, (first + last) / 2, last)],
+        "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
+    }
+
+
+def thin(curve: Curve) -> Curve:
+    """At most POINTS points: the lowest and the highest value of every stretch, so that spikes remain."""
+    x, y = np.asarray(curve.x), np.asarray(curve.y)
+    if len(y) <= POINTS:
+        return Curve(x, y)
+    stretches = np.array_split(np.arange(len(y)), POINTS // 2)
+    kept = np.unique([(s[y[s].argmin()], s[y[s].argmax()]) for s in stretches])
+    return Curve(x[kept], y[kept])
+
+
+def round_values(low: float, high: float, whole: bool) -> list[float]:
+    """Two to seven round numbers between two numbers, or whole ones."""
+    most = (high - low) / 2.5
+    size = 10.0 ** math.floor(math.log10(most))
+    step = max(size * m for m in (1, 2, 5) if size * m <= most)
+    step = max(1, round(step)) if whole else step
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def number(value: float) -> str:
+    """A number for people to read, with three digits or more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+# ------------------------------------------------------------------------------------------------- kernels
+def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
+    """Charts of the newest averaged weights: the first, middle and last S4D layer, a slow, median and fast channel."""
+    held = [(runs.step_of(path), path / runs.EMA) for path in runs.list_checkpoints(root)[-1:]]
+    with contextlib.suppress(RunError):
+        held.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
+    H, W = config.data.grid
+    L = min(TAPS, H * W // config.model.patch_size**2)
+    with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(max(held)[1], "pt") as weights:
+        layers = [name.removesuffix("log_dt") for name in weights.keys() if name.endswith("log_dt")]  # noqa: SIM118
+        layers.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdecimal()])
+        for i in sorted({0, len(layers) // 2, len(layers) - 1}) if layers else ():
+            log_dt, log_A_real, A_imag, B, C = (weights.get_tensor(layers[i] + name).float() for name in PARAMETERS)
+            taps = s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L)  # (2, D, L)
+            ranked = log_dt.mean(0).argsort().tolist()
+            for k in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
+                dt = log_dt[:, k].exp().mean()
+                yield chart(f"Layer {i + 1}, channel {k}, dt {dt:.2g}", both_ways(taps[:, k].double().numpy()))
+
+
+def both_ways(taps: np.ndarray) -> dict[str, Curve]:
+    """The kernels of both directions, (2, L), by the offset of the token that is read; as far as 99% of the energy."""
+    energy = np.square(taps).sum(0).cumsum()
+    n = max(8, 1 + int((energy < 0.99 * energy[-1]).sum()))
+    offsets = np.arange(taps[:, :n].shape[1])
+    return {"earlier tokens": Curve(-offsets[::-1], taps[0, :n][::-1]), "later tokens": Curve(offsets, taps[1, :n])}

@@ -1,0 +1,193 @@
+"""Parquet shards as the hub stores image sets: the same images and labels as folders, and one line for each fault."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from diffussm_cli.config import load_config
+from diffussm_cli.data import parquet
+from diffussm_cli.data.listing import list_source, read_entry
+from diffussm_cli.data.source import ImageFolder, open_source
+from diffussm_cli.errors import DataError
+from tests.conftest import save_vae
+from tests.data.test_latents import make_encoder, make_source, write_store
+
+pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+
+HUB = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+
+
+def write(path, images, labels=None, features=HUB, image="image", label="label", raw=False, group=2):
+    """A shard; `images` are bytes or None."""
+    columns = {image: images if raw else [{"bytes": b, "path": "a.png"} for b in images]}
+    columns |= {label: labels} if labels is not None else {}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if features else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=group)
+
+
+@pytest.fixture
+def both(tmp_path):
+    """The same images as class folders and as two shards of the split train."""
+    folder = make_source(tmp_path / "folders" / "images")
+    entries = list_source(folder).entries
+    content, labels = [(folder / e.name).read_bytes() for e in entries], [e.label for e in entries]
+    shards = tmp_path / "shards" / "images"
+    write(shards / "train-00000-of-00002.parquet", content[:7], labels[:7])
+    write(shards / "train-00001-of-00002.parquet", content[7:], labels[7:])
+    return folder, shards
+
+
+def test_a_store_from_shards_is_that_from_folders(both):
+    folder, shards = both
+    stores = []
+    for root in (folder.parent, shards.parent):
+        save_vae(root / "vae")
+        stores.append(write_store(make_encoder(root)))
+    names = sorted(p.name for p in stores[0].glob("shard-*.safetensors"))
+    assert len(names) == 3
+    for name in names:
+        assert (stores[0] / name).read_bytes() == (stores[1] / name).read_bytes()
+    skipped = json.loads((stores[1] / "skipped.jsonl").read_text())
+    assert (skipped["index"], skipped["file"]) == (5, "train-00000-of-00002.parquet/0000005")
+    assert skipped["reason"] == "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"
+
+
+def test_training_reads_the_same_images_in_any_order(both):
+    ours, theirs = (ImageFolder(root, (16, 24), 3) for root in reversed(both))
+    assert ours.class_names == theirs.class_names == ("cat", "dog")
+    indices = [10, 0, 7, 3, 6, 9, 1, 8, 2]
+    generators = [torch.Generator() for _ in indices]
+    for a, b in zip(ours.read(indices, generators), theirs.read(indices, generators)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_run_checks_and_skips_rows_as_files(both):
+    source = open_source(
+        load_config("digits", [f"data.path={both[1]}", "data.channels=3", "data.resolution=16", "model.num_classes=2"])
+    )
+    reasons = {i: why for _, found in source.check(range(len(source))) for i, why in found.items()}
+    assert reasons == {5: "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"}
+    source.leave_out({5: "train-00000-of-00002.parquet/0000005"})
+    assert len(source) == 10
+
+
+def test_a_split_is_chosen_by_a_pattern(both):
+    _, shards = both
+    write(shards / "test-00000-of-00001.parquet", [b"x"], [-1])
+    with pytest.raises(
+        DataError, match=r"^SOURCE: the parquet shards are of test, train; choose one: 'test-\*.parquet'$"
+    ):
+        list_source(shards)
+    assert len(list_source(shards / "train-*.parquet").entries) == 11
+    assert len(list_source(shards / "train-00001-of-00002.parquet").entries) == 4
+    with pytest.raises(DataError, match="no images in .*/dev-.*parquet"):
+        list_source(shards / "dev-*.parquet")
+
+
+def test_a_changed_shard_is_another_source(both):
+    before = list_source(both[1]).sha256()
+    assert list_source(both[1]).sha256() == before
+    read_entry(both[1], list_source(both[1]).entries[7], None)  # its row group is kept
+    path = both[1] / "train-00001-of-00002.parquet"
+    write(path, [b"other"] * 4, [1] * 4)
+    assert list_source(both[1]).sha256() != before
+    with pytest.raises(DataError, match="0000000: not a PNG"):
+        read_entry(both[1], list_source(both[1]).entries[7], None)
+
+
+def test_raw_bytes_other_names_and_numbers_as_classes(both, tmp_path):
+    content = [(both[0] / "cat" / "00.png").read_bytes()] * 3
+    options = {"features": None, "image": "img", "label": "labels", "raw": True}
+    write(tmp_path / "raw" / "a.parquet", content, [2, 0, 1], **options)
+    (tmp_path / "raw" / "README.md").write_text("words")
+    found = list_source(tmp_path / "raw")
+    assert found.class_names == ("0", "1", "2")
+    assert [e.label for e in found.entries] == [2, 0, 1]
+    assert found.ignored == [("README.md", "a file next to parquet shards")]
+    assert read_entry(found.root, found.entries[2], (8, 8)).shape == (8, 8, 3)
+    write(tmp_path / "flat.parquet", content, features=None)
+    assert list_source(tmp_path / "flat.parquet").class_names == ()
+
+
+def test_a_row_group_is_decoded_once_for_all_threads(both, monkeypatch):
+    decoded, original = [], pq.ParquetFile.read_row_group
+
+    def counted(self, group, columns):
+        decoded.append(group)
+        return original(self, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    source = ImageFolder(both[1], (16, 24), 3)
+    source.read(range(5), [torch.Generator() for _ in range(5)])
+    assert decoded == [0, 1, 2]
+
+
+FAULTS = {
+    "has label 2, which must be a number from 0 to 1": {"labels": [0, 2]},
+    "has label -1, which must be a number of at least 0": {"labels": [0, -1], "features": None},
+    "has label None, which must be a number from 0 to 1": {"labels": [0, None]},
+    "none of its columns is image, img, jpg, png: picture, label": {"labels": [0, 1], "image": "picture"},
+}
+
+
+@pytest.mark.parametrize("line", FAULTS)
+def test_a_fault_of_a_shard_is_one_line(tmp_path, line):
+    write(tmp_path / "a.parquet", [b"x", b"y"], **FAULTS[line])
+    with pytest.raises(DataError, match="^SOURCE: a.parquet: ") as error:
+        list_source(tmp_path)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_shard_is_one_line(both):
+    path = both[1] / "train-00001-of-00002.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(
+        DataError, match="^SOURCE: train-00001-of-00002.parquet: not a readable parquet file: "
+    ) as error:
+        list_source(both[1])
+    assert "\n" not in str(error.value)
+    path.write_bytes(whole[:4] + bytes(60) + whole[64:])  # the header of the first images; labels and footer are whole
+    found = list_source(both[1])
+    with pytest.raises(DataError, match="^train-00001-of-00002.parquet/0000000: "):
+        read_entry(both[1], found.entries[7], None)
+
+
+def test_images_that_are_null_or_not_stored_are_named(tmp_path):
+    write(tmp_path / "a.parquet", [None], features=None)
+    write(tmp_path / "b.parquet", ["a/path.png"], features=None, raw=True)
+    for name, line in (("a", "the image is null"), ("b", "the image is not stored as bytes")):
+        found = list_source(tmp_path / f"{name}.parquet")
+        with pytest.raises(DataError, match=f"^{name}.parquet/0000000: {line}$"):
+            read_entry(tmp_path, found.entries[0], None)
+
+
+def test_shards_of_two_data_sets_are_refused(both):
+    write(both[1] / "more.parquet", [b"x"], [0], features=None)
+    with pytest.raises(DataError, match="have different classes; take those of one data set$"):
+        list_source(both[1])
+
+
+def test_a_huge_row_group_is_refused(both, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 100)
+    with pytest.raises(DataError, match="row group 0 is larger than the limit of 100 bytes"):
+        read_entry(both[1], list_source(both[1]).entries[0], None)
+
+
+def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install 'diffussm\[parquet\]'$"):
+        list_source(both[1])
+
+
+def test_pixels_are_those_of_the_file(both):
+    found = list_source(both[1])
+    ours = read_entry(both[1], found.entries[8], None)
+    theirs = read_entry(both[0], list_source(both[0]).entries[8], None)
+    np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,78 @@
+"""A film begins at the noise of its seeds and ends with the images that the same request draws."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffussm_cli.cli import app
+from diffussm_cli.data.vae import Decoding
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.model import build_model
+from diffussm_cli.sampling import film
+from diffussm_cli.sampling.film import check_film, write_film
+from diffussm_cli.sampling.sampler import Sampler
+
+
+@pytest.fixture
+def sampler(tiny):
+    config = tiny("sample.steps=6")
+    torch.manual_seed(0)
+    model = build_model(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        p.add_(0.02 * torch.randn_like(p))
+    return Sampler(model, config, config.sample, Decoding(lambda x: x, {}))
+
+
+def read(path):
+    with Image.open(path) as animation:
+        frames, times = [], []
+        for i in range(animation.n_frames):
+            animation.seek(i)
+            frames.append(np.asarray(animation.convert("L")).astype(int))
+            times.append(animation.info["duration"])
+        return np.stack(frames), times
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_from_noise_to_the_image_of_the_seed(sampler, tmp_path, suffix):
+    path, labels = tmp_path / f"film{suffix}", [3, 5]
+    write_film(sampler, range(7, 9), labels, path)
+    frames, times = read(path)
+    assert sum(times) == 6 * 80 + 2000  # six steps, and the image; equal frames may be one
+    ((_, images),) = sampler.draw(range(7, 9), labels)
+    for k in range(2):
+        left = 2 + k * 58
+        shown = frames[:, 2:58, left : left + 56][:, 3::7, 3::7]  # the middle of each pixel
+        np.testing.assert_allclose(shown[-1], images[k, 0], atol=8 if suffix == ".webp" else 1)
+        generator = torch.Generator().manual_seed(7 + k)
+        torch.randint(10, (), generator=generator)
+        noise = (127.5 * torch.randn(1, 8, 8, generator=generator)[0] + 128).clamp(0, 255).int()
+        np.testing.assert_allclose(shown[0], noise, atol=8 if suffix == ".webp" else 1)
+
+
+def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, monkeypatch):
+    monkeypatch.setattr(film, "FRAMES", 4)
+    monkeypatch.setattr(film, "IMAGES", 2)
+    write_film(sampler, range(100), sampler.labels(range(100)), tmp_path / "film.gif")
+    frames, times = read(tmp_path / "film.gif")
+    assert frames.shape[1:] == (60, 118)
+    assert sum(times) == 3 * 80 + 2000
+
+
+@pytest.mark.parametrize(("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")])
+def test_a_film_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, name, line):
+    with pytest.raises(ConfigError, match=f"^--film: .*{line}"):
+        check_film(tmp_path / name)
+
+
+def test_the_command_writes_it(tiny, tmp_path):
+    from diffussm_cli.training import train
+
+    list(train(tiny("train.steps=1"), tmp_path / "run"))
+    command = ["sample", str(tmp_path / "run"), "-n", "3", "--steps", "2", "--film", str(tmp_path / "f.webp")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert f"film: {tmp_path / 'f.webp'}" in result.stderr
+    assert sum(read(tmp_path / "f.webp")[1]) == 2 * 80 + 2000

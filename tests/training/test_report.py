@@ -1,0 +1,233 @@
+"""The page of a run: its numbers, what it does with hostile names and long logs, and how a browser shows it."""
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffussm_cli import runs
+from diffussm_cli.data.images import read_image
+from diffussm_cli.errors import RunError
+from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.training import report, train, write_report
+from diffussm_cli.training.report import POINTS, Curve, Log, chart, kernels, number, round_values, thin
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    pytest.importorskip("sklearn")
+    from diffussm_cli.config import load_config
+    from tests.conftest import TINY
+
+    root = tmp_path_factory.mktemp("report") / "run & <b>"
+    measured = ["eval.every=2", "eval.images=0", "eval.held_out_images=8", "train.sample_every=2"]
+    config = load_config("digits", [*TINY, *measured, "train.steps=2", "train.lr=0.003"])
+    list(train(config, root))
+    list(train(None, root, resume=True, overrides=["train.steps=4"]))
+    return root
+
+
+@pytest.fixture
+def run(once, tmp_path):
+    shutil.copytree(once, tmp_path / once.name)
+    return tmp_path / once.name
+
+
+def page(root):
+    return write_report(root).read_text(encoding="utf-8")
+
+
+def test_training_writes_it(once):
+    text = (once / "report.html").read_text()
+    for expected in ("finished", "Held-out loss", "training continued", "train.lr", "0.003", "preview at step 4"):
+        assert expected in text
+    assert text.count("<img") == 2  # previews at steps 2 and 4
+    assert text.count("<polyline") == 32  # 20 curves, and both directions of six kernels
+
+
+def test_it_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("diffussm_cli.training.session.write_report", lambda root: written.append(Log(root / runs.LOG)))
+    settings = ["train.log_every=1", "train.sample_every=2", "eval.every=3", "eval.images=0", "eval.held_out_images=4"]
+    list(train(tiny(*settings), tmp_path / "run"))
+    assert [log.step for log in written] == [2, 3, 4, 4]
+
+
+def test_names_cannot_become_markup(run):
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(
+        config.replace("preset: digits", f"preset: '{HOSTILE}'").replace("'0'", f"'{HOSTILE}'")
+    )
+    with (run / "metrics.jsonl").open("a") as log:
+        session = {"from_step": 4, "time": HOSTILE, "processor": HOSTILE, HOSTILE: HOSTILE, "parameters": 1}
+        log.write(json.dumps({"step": 4, "session": session, "spike": [HOSTILE], f"eval/{HOSTILE}": 1.0}) + "\n")
+    text = page(run)
+    assert HOSTILE not in text
+    assert text.count("&lt;script&gt;") >= 8
+    assert text.count("<script") == 1
+    assert "run &amp; &lt;b&gt;" in text
+
+
+def test_a_long_log_stays_small_and_keeps_its_spike(run):
+    lines = [
+        json.dumps({"step": i, "loss": 1 + i % 7, "grad_norm": 2.0, "images_per_second": 9.0}) for i in range(100_000)
+    ]
+    lines[54_321] = json.dumps({"step": 54_321, "loss": 5000.0, "grad_norm": None, "spike": ["loss"]})
+    (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100000, "lo']))
+    assert len(page(run)) < 300_000
+    log = Log(run / "metrics.jsonl")
+    x, y = thin(log.curves["loss"])
+    assert len(y) <= POINTS
+    assert x[y.argmax()] == 54_321
+    assert len(log.curves["grad_norm"].x) == 99_999
+    assert log.events == [(54_321, "rose to three times the median: loss")]
+
+
+def test_many_previews_are_thinned_and_large_ones_shrunk(run):
+    folder = run / "samples"
+    for i in range(30):
+        Image.new("RGB", (2, 2)).save(folder / f"step-{i + 100:08d}.png")
+    (folder / "step-00000110.png").write_bytes(b"no picture")
+    noise = np.random.default_rng(0).integers(0, 255, (600, 2000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "step-00000200.png")
+    found = list(report.frames(folder))
+    assert report.PICTURES - 1 <= len(found) <= report.PICTURES
+    assert (found[0][0], found[-1][0]) == (2, 200)
+    assert found[-1][1].startswith("data:image/webp")
+    assert all(url.startswith("data:image/png") for _, url in found[:-1])
+
+
+def test_kernels_are_those_of_the_averaged_weights(run):
+    trained = runs.find_run(run)
+    layer = next(m for m in runs.load_model(trained).modules() if isinstance(m, S4D))
+    channel = int(layer.log_dt.mean(0).argmin())
+    taps = layer.taps(64)[:, channel]
+    taps[:, 0] -= layer.D_skip[:, channel]
+    expected = report.both_ways(taps.double().numpy())
+    first = next(kernels(run, trained.config))
+    assert first["lines"] == chart("", expected)["lines"]
+    assert first["title"].startswith(f"Layer 1, channel {channel}, dt ")
+    np.testing.assert_array_equal(expected["earlier tokens"].y[::-1], taps[0, : len(expected["later tokens"].x)])
+
+
+def test_a_run_without_weights_previews_or_log_has_a_page(run):
+    for name in ("checkpoints", "final", "samples"):
+        shutil.rmtree(run / name)
+    (run / "metrics.jsonl").unlink()
+    text = page(run)
+    assert "<polyline" not in text
+    assert "step 0 of 4" in text
+
+
+def test_damaged_lines_of_the_log_are_passed_over(run):
+    session = {"from_step": 0, "time": "noon", "processor": "abacus"}
+    damaged = [
+        '{"step": "x"}',
+        "[]",
+        "null",
+        "{",
+        '{"loss": 1}',
+        '{"step": 1, "session": 5}',
+        '{"step": 1, "session": {}}',
+    ]
+    whole = json.dumps({"step": 2, "session": session, "loss": 0.75, "images_per_second": 0.0})
+    (run / "metrics.jsonl").write_text("\n".join([*damaged, whole]))
+    text = page(run)
+    assert "training began at noon on abacus" in text
+    assert "last 0.75" in text
+    assert "Parameters" not in text
+
+
+def test_damaged_weights_leave_out_the_kernels(run):
+    (run / "final" / "model.safetensors").write_bytes(b"damaged")
+    shutil.rmtree(run / "checkpoints")
+    assert "Learned kernels" not in page(run)
+
+
+def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="config.yaml"):
+        write_report(tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_page(run, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    before = (run / "report.html").read_bytes()
+    monkeypatch.setattr(report, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
+    records = [
+        {"step": s, "eval/fid": f, "eval/recall": f, "eval/fid@0.9": 1.0} for s, f in ((1, 3.0), (2, 1.0), (3, 2.0))
+    ]
+    (tmp_path / "log").write_text("\n".join(map(json.dumps, records)))
+    log = Log(tmp_path / "log")
+    assert (log.best("eval/fid"), log.best("eval/recall")) == (1, 0)
+    fid = next(c for c in report.charts_of(log, {}) if c["title"] == "FID")
+    assert fid["best"]["step"] == 2
+    assert fid["best"]["value"] == 1.0
+    assert [label for label, _ in fid["legend"]] == ["", "0.9"]
+
+
+def test_points_of_a_chart_lie_where_their_values_are():
+    linear = chart("", {"": Curve([0, 10], [0.0, 1.0])})
+    assert linear["lines"] == ["44.0,144.9 354.0,17.1"]  # 4% of the range is free above and below
+    assert [label for _, label in linear["rows"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    ratio = chart("", {"": Curve([0, 5, 10], [0.01, 0.1, 1.0])})
+    assert ratio["lines"] == ["44.0,144.9 199.0,81.0 354.0,17.1"]
+    assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
+    assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
+    assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
+def test_an_axis_has_two_to_seven_round_values(low, high):
+    found = round_values(low, high, whole=False)
+    assert 2 <= len(found) <= 7
+    assert all(low <= v <= high for v in found)
+
+
+def test_numbers_for_people():
+    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == ["0", "0.0123", "12.3", "1,234", "1e-07"]
+
+
+@pytest.mark.slow
+def test_a_browser_shows_it(run, tmp_path):
+    from tests.training.browser import CHROMIUM, browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium found (Debian: apt-get install chromium)")
+    path = write_report(run)
+    shown = "[...document.querySelectorAll('.film figure')].filter(f => f.offsetParent).map(f => f.innerText.trim())"
+    colour = "getComputedStyle(document.body).backgroundColor"
+    with browser(tmp_path / "profile") as tab:
+        tab.open(path)
+        assert tab.ask(shown) == ["step 4"]
+        tab.ask("slider.value = 0; slider.dispatchEvent(new Event('input'))")
+        assert tab.ask(shown) == ["step 2"]
+        assert tab.ask("[...document.images].every(i => i.naturalWidth > 20)")
+        assert tab.ask(colour) == "rgb(255, 255, 255)"
+        tab.screenshot(tmp_path / "wide.png")
+        tab.call("Emulation.setEmulatedMedia", media="print")
+        assert tab.ask(shown) == ["step 2", "step 4"]
+        tab.open(path, width=390, dark=True)
+        assert tab.ask("document.documentElement.scrollWidth") == 390
+        assert tab.ask(colour) == "rgb(20, 23, 27)"
+        tab.screenshot(tmp_path / "narrow.png")
+        tab.open(path, scripts=False)
+        assert tab.ask(shown) == ["step 2", "step 4"]
+        assert tab.problems == []
+        assert {url.partition(":")[0] for url in tab.requests} <= {"file", "data"}
+    for name, width in (("wide", 1280), ("narrow", 390)):
+        pixels = read_image(tmp_path / f"{name}.png", None, 3)
+        assert pixels.shape[1] == width
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
