@@ -52,9 +52,6 @@ class Denoiser(nn.Module):
     def device(self) -> torch.device:
         return self.model.patch_in.weight.device
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.model(x, t, y)
-
 
 class DiffuSSMPipeline(DiffusionPipeline):
     """Draws images of a trained run; with the scheduler that comes with it, those of `diffussm sample`.
