@@ -1,5 +1,6 @@
 """The scripts of examples/, one after the other as a reader would run them."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -58,3 +59,19 @@ def test_evaluate(run, tmp_path):
 
 def test_costs(run):
     assert "xl at 256: 673,088,272 parameters, 1,024 tokens, 298.7 Gflops" in run("costs.py")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # diffusers adds its folder of modules
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in cells)
+    names: dict = {}
+    for cell in cells:
+        exec("".join(cell["source"]), names)  # noqa: S102
+    assert "step 60: loss" in capsys.readouterr().out
+    assert names["distance"](names["drawn"]) < names["distance"](names["noise"])
+    assert [image.size for image in names["images"]] == [(8, 8)] * 2

@@ -25,6 +25,9 @@ def test_wheel_holds_code_and_presets(tmp_path):
         assert f"diffussm_cli/presets/{preset.name}" in names
     for module in [p for p in (ROOT / "diffussm_cli").rglob("*") if p.suffix in (".py", ".html", ".js")]:
         assert module.relative_to(ROOT).as_posix() in names
+    for file in (ROOT / "diffussm_cli" / "bundled").glob("*/*"):
+        assert file.relative_to(ROOT).as_posix() in names
+    assert wheel.stat().st_size < 15e6
     assert not any(n.startswith("tests/") for n in names)
 
 

@@ -348,9 +348,7 @@ def test_no_good_checkpoint_is_one_line(trained):
 
 
 def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
-    for file in (trained / "final").iterdir():
-        file.unlink()
-    (trained / "final").rmdir()
+    shutil.rmtree(trained / "final")
     newest = runs.list_checkpoints(trained)[-1]
     flip(newest / runs.EMA)
     assert runs.find_run(trained).step == 2

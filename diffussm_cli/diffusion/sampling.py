@@ -6,8 +6,8 @@ A denoiser is any `denoise(x, t) -> (B, 2C or C, H, W)`: it returns what the obj
 is learned. `t` is one number for the whole batch: whole for a discrete process, fractional for a flow.
 """
 
+import inspect
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,31 +35,37 @@ def make_scheduler(name: str, objective: Objective, steps: int, learned_covarian
     """
     import diffusers
 
-    schedule = objective.schedule
-    scheduler: Any
     if name in ("euler", "heun", "sde"):
         return OdeScheduler(objective, steps, heun=name == "heun", stochastic=name == "sde")
-    if name == "ddpm":
-        variance = "learned_range" if learned_covariance else "fixed_small"
-        scheduler = diffusers.DDPMScheduler(variance_type=variance, clip_sample=False, **schedule)
+    kind, options = scheduler_settings(name, objective, learned_covariance)
+    return set_steps(getattr(diffusers, kind)(**options), objective, steps)
+
+
+def scheduler_settings(name: str, objective: Objective, learned_covariance: bool) -> tuple[str, dict[str, Any]]:
+    """The class and the options of the scheduler of diffusers that a sampler is. Raises ValueError if it is none."""
+    settings: dict[str, tuple[str, dict[str, Any]]] = {
+        "ddpm": ("DDPMScheduler", {"variance_type": "learned_range" if learned_covariance else "fixed_small"}),
+        "ddim": ("DDIMScheduler", {"timestep_spacing": "leading"}),
+        "dpmpp": ("DPMSolverMultistepScheduler", {"variance_type": None}),
+        "unipc": ("UniPCMultistepScheduler", {}),
+    }
+    if name not in settings:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(settings)}, euler, heun, sde")
+    kind, options = settings[name]
+    clip = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
+    return kind, options | clip | objective.schedule
+
+
+def set_steps(scheduler, objective: Objective, steps: int):
+    """Choose the timesteps of a scheduler of diffusers; returns it, ready to step."""
+    if _is_ddpm(scheduler):
         assert isinstance(objective, GaussianDiffusion), "checked by the configuration"
         scheduler.set_timesteps(timesteps=objective.timesteps(steps))
         scheduler.alphas_cumprod = objective.alpha_bar64  # its own float32 table adds 7e-6 of error in 250 steps
-    elif name == "ddim":
-        scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="leading", **schedule)
-        scheduler.set_timesteps(steps)
-    else:
-        solvers: dict[str, tuple[Any, dict]] = {
-            "dpmpp": (diffusers.DPMSolverMultistepScheduler, {"variance_type": None}),
-            "unipc": (diffusers.UniPCMultistepScheduler, {}),
-        }
-        if name not in solvers:
-            raise ValueError(f"sampler {name!r} is not one of ddpm, ddim, {', '.join(solvers)}, euler, heun, sde")
-        solver, options = solvers[name]
-        scheduler = solver(**options, **schedule)
-        scheduler.set_timesteps(steps)
-        if objective.continuous:  # diffusers rounds them, so that the model would see another noise level
-            scheduler.timesteps = scheduler.sigmas[:-1] * objective.T
+        return scheduler
+    scheduler.set_timesteps(steps)
+    if objective.continuous:  # diffusers rounds them, so that the model would see another noise level
+        scheduler.timesteps = scheduler.sigmas[:-1] * objective.T
     return scheduler
 
 
@@ -73,7 +79,6 @@ class OdeScheduler:
     def __init__(self, objective: Objective, steps: int, heun: bool = False, stochastic: bool = False):
         grid = objective.timesteps(steps)
         self.objective, self.heun, self.stochastic = objective, heun, stochastic
-        self.config = types.SimpleNamespace(variance_type=None)
         visited = [grid[0], *(t for t in grid[1:] for _ in range(2 if heun else 1))]
         self.timesteps = torch.tensor(visited, dtype=torch.float64 if objective.continuous else torch.long)
         self._times, self._done = [*map(objective.time, grid), 0.0], 0
@@ -114,8 +119,9 @@ def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.G
         x_0, (B, C, H, W).
     """
     C = x.shape[1]
-    takes_covariance = getattr(scheduler.config, "variance_type", None) == "learned_range"
-    options = {"generator": list(generators)} if generators and _is_stochastic(scheduler) else {}
+    takes_covariance = _is_ddpm(scheduler) and scheduler.config.variance_type == "learned_range"
+    takes_generators = "generator" in inspect.signature(scheduler.step).parameters
+    options = {"generator": list(generators)} if generators and takes_generators else {}
     for t in scheduler.timesteps:
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
@@ -123,8 +129,8 @@ def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.G
     return x
 
 
-def _is_stochastic(scheduler) -> bool:
-    return type(scheduler).__name__ in ("DDPMScheduler", "OdeScheduler")
+def _is_ddpm(scheduler) -> bool:
+    return type(scheduler).__name__ == "DDPMScheduler"
 
 
 # --------------------------------------------------------------------------------------- wrappers of a denoiser

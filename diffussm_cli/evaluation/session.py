@@ -215,7 +215,8 @@ def evaluate(
         "samples": str(samples),
     }
     yield Result(result)
-    yield from _keep(result, out, results_path(Path(samples)))
+    usual = trained.root / RESULTS if trained and runs.is_elsewhere(samples) else results_path(Path(samples))
+    yield from _keep(result, out, usual)
 
 
 def make_reference(
@@ -259,7 +260,7 @@ def make_reference(
 def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRun | None:
     """The trained run at a path, as in `find_run`, or None if there is no run and the path should hold images."""
     path = Path(samples)
-    known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL))
+    known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL)) or runs.is_elsewhere(path)
     return runs.find_run(path, ema) if known or path.suffix == dit_checkpoint.SUFFIX else None
 
 
@@ -294,6 +295,7 @@ def check_writable(path: Path) -> None:
 def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
     """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises RunError."""
     try:
+        usual.parent.mkdir(parents=True, exist_ok=True)  # of a model that has no run folder here
         write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:

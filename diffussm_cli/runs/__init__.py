@@ -6,6 +6,7 @@ from diffussm_cli.runs.checkpoints import (
     newest_good,
     whole_folder,
 )
+from diffussm_cli.runs.hub import bundled_names, fetch, is_elsewhere
 from diffussm_cli.runs.layout import (
     BEFORE_CHECKPOINTS,
     BEST,
@@ -37,6 +38,7 @@ from diffussm_cli.runs.metadata import (
     write_skipped,
     write_state,
 )
+from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_files
 from diffussm_cli.runs.weights import (
     DTYPES,
     TrainedRun,
@@ -67,16 +69,22 @@ __all__ = [
     "SKIPPED",
     "STATE",
     "TrainedRun",
+    "bundled_names",
     "check_weights_match",
     "checkpoint_name",
     "damage",
     "ema_file",
+    "fetch",
+    "files_to_publish",
     "find_run",
     "has_final",
+    "is_elsewhere",
     "list_checkpoints",
     "load_model",
+    "model_card",
     "newest_good",
     "newest_run",
+    "pipeline_files",
     "read_config",
     "read_metrics",
     "read_skipped",

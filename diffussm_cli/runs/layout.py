@@ -6,7 +6,8 @@ RUN/samples/step-*.png               previews
 RUN/report.html                      all of this on a page
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
-RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs
+RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs;
+                                     and a model card and a pipeline of diffusers, see publish.py
 .../ema-DECAY.safetensors            in both: each further average, if train.ema lists several
 RUN/best/                            the same at the lowest FID, with metrics.json
 
@@ -21,6 +22,8 @@ CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 LOG, SKIPPED, REPORT = "metrics.jsonl", "skipped.jsonl", "report.html"
+CARD, IMAGE = "README.md", "samples.png"
+FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]  # of a model on the hub; code is not among them
 # All that a run may hold before its first checkpoint.
 BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, REPORT, "wandb", CHECKPOINTS}
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from diffussm_cli.config import Config, to_yaml
 from diffussm_cli.errors import RunError, reason
-from diffussm_cli.machine.files import tensors_header, write_text
+from diffussm_cli.machine.files import tensors_header, whole_file, write_text
 from diffussm_cli.model import Backbone, build_model
-from diffussm_cli.runs import dit_checkpoint
+from diffussm_cli.runs import dit_checkpoint, hub
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
 from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, ema_file, newest_run
 from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_state
@@ -57,6 +57,7 @@ class TrainedRun:
 def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
     """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
 
+    A path that does not exist may name a model of the package, or one on the hub as OWNER/NAME or OWNER/NAME@REVISION.
     Without a path, take the newest run in runs/. Without `ema`, a decay, take the first average of the run.
 
     Raises:
@@ -77,6 +78,9 @@ def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
 def _find_weights(path: Path | None) -> TrainedRun:
     if path is None:
         raise RunError(f"RUN: no run in {RUNS}/; train one first: diffussm train")
+    if hub.is_elsewhere(path):
+        folder, root = hub.locate(path.as_posix())
+        return dataclasses.replace(_find_weights(folder), root=root)
     if path.suffix == dit_checkpoint.SUFFIX and path.is_file():
         return TrainedRun(path.with_suffix(""), dit_checkpoint.published_config(path), path, None)
     if not path.is_dir():
@@ -164,12 +168,21 @@ def write_weights(
     step: int,
     metrics: Mapping[str, Any] | None = None,
     further: Mapping[str, Mapping[str, Tensor]] | None = None,
+    others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics. Raises RunError."""
+    """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics, and `others` by file.
+
+    Raises:
+        RunError: if the folder cannot be written.
+    """
     with whole_folder(path) as folder:
         files = {MODEL: weights, **(further or {})}
         hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
         write_text(folder / CONFIG, to_yaml(config))
         if metrics is not None:
             write_text(folder / METRICS, json.dumps(metrics) + "\n")
+        for name, content in (others or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with whole_file(folder / name) as file:
+                file.write(content)
         write_state(folder, {"step": step, "sha256": hashes})

@@ -4,7 +4,7 @@ B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def generate(
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
-            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], dtype)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
+            drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype)
+            yield Drawn(list(seeds[chosen]), *drawn)
     finally:
         model.forget_kernels()
 
@@ -59,18 +61,31 @@ def _label(generator: torch.Generator, num_classes: int) -> int:
     return int(torch.randint(max(1, num_classes), (), generator=generator))
 
 
-def _draw(model, objective, sampling: SampleConfig, seeds, wanted, dtype) -> Drawn:
+def draw(
+    model: Backbone,
+    objective: Objective,
+    sampling: SampleConfig,
+    generators: Sequence[torch.Generator],
+    labels: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    scheduler: Any = None,
+) -> tuple[list[int] | None, Tensor]:
+    """Draw one image per generator; returns their labels, or None, and the images, (B, C, H, W) float32 on the CPU.
+
+    Args:
+        generators: on the CPU; each gives the label, if `labels` is None, and all noise of its image.
+        scheduler: ready to step; that of `sampling` by default.
+    """
     device = objective.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     drawn = [_label(g, model.num_classes) for g in generators]
-    labels = None if not model.num_classes else drawn if wanted is None else list(wanted)
+    found = None if not model.num_classes else drawn if labels is None else list(labels)
     shape = (model.in_channels, *model.input_size)
     x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
-    y = None if labels is None else torch.tensor(labels, device=device)
-    scheduler = make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
+    y = None if found is None else torch.tensor(found, device=device)
+    scheduler = scheduler or make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
     with torch.no_grad(), in_precision(model, dtype):
         images = sample(make_denoiser(model, objective, sampling, y), scheduler, x, generators)
-    return Drawn(list(seeds), labels, images.float().cpu())
+    return found, images.float().cpu()
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:

@@ -35,7 +35,7 @@ def sample(
     Under torchrun the processes share the work.
 
     Args:
-        run: a run folder, its `final/` or `best/`, a checkpoint, or a published DiT.
+        run: a run folder, its `final/` or `best/`, a checkpoint, a published DiT, or a name that `find_run` takes.
         out: the output folder; by default RUN/images, or a numbered one if that holds images of another request.
         classes: labels, used in turn; if empty, each seed draws its own.
         sampling: sampler, steps and guidance; the run's own by default.

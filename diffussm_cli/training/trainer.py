@@ -147,7 +147,9 @@ class Trainer:
             self.writer.finish()
             held = full_tensors(self._averages_by_file(runs.MODEL), keep=self.world.rank == 0)
             if self.world.rank == 0:
-                runs.write_weights(self.root / runs.FINAL, self.config, held.pop(runs.MODEL), self.step, further=held)
+                weights, parameters = held.pop(runs.MODEL), sum(p.numel() for p in self.ema.model.parameters())
+                others = runs.files_to_publish(self.root, self.config, self.step, parameters)
+                runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step, None, held, others)
 
     def _batches(self) -> Iterator[Batch]:
         """Batches from the current step on; a checkpoint is saved before an unreadable image ends the run."""

@@ -92,6 +92,7 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     list(t.run())
     assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert {"README.md", "model_index.json", "pipeline.py"} <= {p.name for p in (tmp_path / runs.FINAL).iterdir()}
     trained = runs.find_run(tmp_path)
     model = runs.load_model(trained)
     assert trained.config == config
@@ -243,7 +244,9 @@ def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, 
         list(t.run())
     assert same(by_average(one)[0.9], by_average(two)[0.9])
     for folder, more in {"final": ["config.yaml", "state.json"], "checkpoints/step-00000004": ["state.json"]}.items():
-        files = {t.root: {p.name: p.read_bytes() for p in (t.root / folder).iterdir()} for t in (one, two)}
+        files = {
+            t.root: {p.name: p.read_bytes() for p in (t.root / folder).iterdir() if p.is_file()} for t in (one, two)
+        }
         assert files[two.root].keys() - files[one.root].keys() == {"ema-0.1.safetensors"}
         assert [n for n, b in files[one.root].items() if files[two.root][n] != b and n not in more] == []
         held = runs.read_tensors(two.root / folder / "ema-0.1.safetensors")

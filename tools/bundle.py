@@ -1,0 +1,139 @@
+"""Put a run into the package, so that `diffussm sample NAME` works right after installation.
+
+    python tools/bundle.py RUN NAME [--sampler dpmpp --steps 20]
+
+Weights are stored as bfloat16, except for the parameters of the state space layers and all vectors, which stay float32.
+Then the tool measures the stored model and writes its card: metrics of --num samples against held-out digits, the share
+that a classifier takes for the requested digit, how far rounding moves the samples, and the mean and spread of a quick
+score, which a test measures again. It is for digits; other images need another reference.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import SampleConfig
+from diffussm_cli.evaluation import evaluate
+from diffussm_cli.events import Result
+from diffussm_cli.runs.hub import BUNDLED
+from diffussm_cli.runs.layout import CARD, IMAGE
+from diffussm_cli.sampling import sample
+from diffussm_cli.sampling.sampler import open_sampler
+
+ROOT = Path(__file__).parents[1]
+USUAL = ("fid", "sfid", "is", "precision", "recall", "kid")
+QUICK, BLOCKS = {"sampler": "dpmpp", "steps": 8}, 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name")
+    parser.add_argument("--notes", type=Path, help="data, licences and limits; default: tools/cards/NAME.md")
+    parser.add_argument("--license", default="apache-2.0")
+    parser.add_argument("--sampler", help="default: the run's; the stored configuration names it")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--num", type=int, default=2000, help="number of samples; a tenth for the quick score")
+    parser.add_argument("--out", type=Path, default=BUNDLED)
+    a = parser.parse_args()
+    trained, folder = runs.find_run(a.run), a.out / a.name
+    given = {k: v for k, v in {"sampler": a.sampler, "steps": a.steps}.items() if v is not None}
+    s = dataclasses.replace(trained.config.sample, **given)
+    config = dataclasses.replace(trained.config, sample=s)
+    weights = {name: stored(name, tensor) for name, tensor in runs.read_tensors(trained.weights).items()}
+    step = config.train.steps if trained.step is None else trained.step
+
+    with tempfile.TemporaryDirectory() as place:
+        draft = Path(place) / a.name
+        runs.write_weights(draft, config, weights, step)
+        print(f"{(draft / runs.MODEL).stat().st_size:,} bytes of weights", flush=True)
+        grid = result(sample(draft, draft / "images", 40, classes=range(10), precision="fp32")).read_bytes()
+        numbers, notes = checked(trained, draft, s, a.num)
+    notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(encoding="utf-8").strip() + notes
+    measured = (
+        f"Of {a.num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance {s.guidance:g}, float32) against "
+        "the 500 held-out digits, by the package's extractor of digits. digit_share is the share of as many samples "
+        "that an SVM takes for the requested digit (benchmarks/quality/digit_share.py).\n"
+    )
+    scores = {k: v for k, v in numbers.items() if not k.startswith("quick")}
+    parameters = sum(t.numel() for t in weights.values())
+    card = runs.model_card(config, step, parameters, scores, measured, notes, a.license, image=True)
+    others = {CARD: card.encode(), IMAGE: grid}
+    runs.write_weights(folder, config, weights, step, {"step": step, **numbers}, None, others)
+    print(f"wrote {folder}")
+
+
+def checked(trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int) -> tuple[dict[str, float], str]:
+    """All numbers of a stored model, and what its card says about the quick score and about rounding."""
+    n = num // 10
+    found = measure(draft, s, "builtin:mnist/held-out", num) | {"digit_share": digit_share(draft, num)}
+    quick = [quick_fid(draft, n, block) for block in range(BLOCKS)]
+    found |= {"quick_fid": statistics.mean(quick), "quick_fid_std": statistics.stdev(quick), "quick_images": n}
+    print(found, flush=True)
+    return found, (
+        f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} steps) against the training "
+        f"digits is {found['quick_fid']:.3f}, with a standard deviation of {found['quick_fid_std']:.3f} over {BLOCKS} "
+        f"blocks of seeds; a test measures it again. {rounding(trained, draft, s, n)}\n\n"
+        f"Commit {output('git', '-C', ROOT, 'describe', '--always', '--dirty').strip()}, torch {torch.__version__}."
+    )
+
+
+def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight as the package stores it."""
+    return tensor.float() if ".s4d." in name or tensor.ndim < 2 else tensor.bfloat16()
+
+
+def measure(
+    run: Path, sampling: SampleConfig, reference: str, num: int, seed: int = 0, metrics=USUAL
+) -> dict[str, float]:
+    """Metrics of a run's samples, in float32."""
+    with tempfile.TemporaryDirectory() as place:
+        options = {"num": num, "seed": seed, "sampling": sampling, "precision": "fp32", "out": Path(place) / "result"}
+        return result(evaluate(run, reference, metrics, **options))["metrics"]
+
+
+def quick_fid(run: Path, n: int, block: int) -> float:
+    """The quick score of a block of seeds."""
+    sampling = dataclasses.replace(runs.find_run(run).config.sample, **QUICK)
+    return measure(run, sampling, "builtin:mnist", n, block * n, ("fid",))["fid"]
+
+
+def digit_share(run: Path, num: int) -> float:
+    """The share of samples that an SVM takes for the requested digit."""
+    script = ROOT / "benchmarks" / "quality" / "digit_share.py"
+    return json.loads(output(sys.executable, script, run, "--num", num))["samples"]
+
+
+def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: int) -> str:
+    """A sentence on how far storing bfloat16 moves the samples of the first seeds."""
+    samplers = [open_sampler(t, sampling, precision="fp32") for t in (trained, runs.find_run(folder))]
+    drawn = [torch.cat([x for _, x in s.draw(range(n), s.labels(range(n)))]).int() for s in samplers]
+    moved = (drawn[1] - drawn[0]).abs()
+    files = [trained.weights.parent, folder]
+    fid = [measure(file, sampling, "builtin:mnist", n, 0, ("fid",))["fid"] for file in files]
+    return (
+        f"Storing matrices as bfloat16 moves the pixels (0 to 255) of {n} samples by {moved.float().mean():.3f} on "
+        f"average and by {moved.max()} at most, and changes their FID from {fid[0]:.4f} to {fid[1]:.4f}."
+    )
+
+
+def output(*command: Any) -> str:
+    return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
+
+
+def result(session: Any) -> Any:
+    """The value of a session's result."""
+    return next(event.value for event in session if isinstance(event, Result))
+
+
+if __name__ == "__main__":
+    main()
