@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ def wants_toeplitz(u: Tensor) -> bool:
     wanted = os.environ.get(CONVOLUTION, "fft")
     if wanted not in ("fft", "triton"):
         raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or triton")
+    if wanted == "triton" and find_spec("triton") is None:
+        raise ConfigError(f"{CONVOLUTION}: triton is not installed: pip install 'diffussm[triton]'")
     fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31  # offsets are of 32 bits
     return wanted == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
 
