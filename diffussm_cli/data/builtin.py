@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.data.images import coins, to_model_space
+from diffussm_cli.data.text import Captioned
 from diffussm_cli.errors import ConfigError, DataError
 
 HELD_OUT = 10  # every tenth image of a class is held out of training
 
 
-class InMemory:
+class InMemory(Captioned):
     """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,)."""
 
     def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], flip: bool = False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
+from diffussm_cli.data.text import Captioned, open_texts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import own_cores
@@ -30,11 +31,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """Return one caption of each image as vectors, (B, 1 + K, E); only if the run has text."""
+
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own generator."""
 
 
-class ImageFolder:
+class ImageFolder(Captioned):
     """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
 
     def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
@@ -102,6 +106,9 @@ class Part:
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         return self.whole.read(self.indices[indices].tolist(), generators)
 
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        return self.whole.text(self.indices[indices].tolist(), generators)
+
 
 @functools.lru_cache(maxsize=2)
 def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +147,21 @@ def open_held_out(config: Config, source: Source) -> Source | None:
 
 
 def _open(config: Config, held_out: bool = False) -> Source:
+    source = _open_images(config, held_out)
+    if config.data.text is not None and isinstance(source, Captioned):
+        source.embed(open_texts(config), config.data.path)
+    return source
+
+
+def text_hash(config: Config, source: Source) -> str:
+    """The hash of the text encoder of a source from `open_source`; empty without text."""
+    whole = source.whole if isinstance(source, Part) else source
+    if config.data.text is None or not isinstance(whole, Captioned) or whole.texts is None:
+        return ""
+    return whole.texts.encoder.sha256
+
+
+def _open_images(config: Config, held_out: bool) -> Source:
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
     from diffussm_cli.data.latents.reading import LatentStore

@@ -1,0 +1,189 @@
+"""Captions as vectors: text encoders by name, the form in which models take captions, and checks of captions.
+
+n captions   E width   K tokens   text (n, 1 + K, E): the pooled vector of a caption, then its first K token vectors
+
+Each vector is scaled to the length sqrt(E), so that its entries have about unit variance. Rows of zeros are padding.
+"""
+
+import functools
+import importlib.util
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffussm_cli.config import Config, ModelConfig, SampleConfig
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.machine.files import sha256
+
+MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
+AT_ONCE = 256  # captions that an encoder gets at a time
+WORDLLAMA = "wordllama"
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of n captions, float32."""
+
+    pooled: Tensor  # (n, E)
+    tokens: Tensor  # (n, K, E), K that of the longest caption
+    mask: Tensor  # (n, K), true for a token of the caption
+
+
+class TextEncoder(Protocol):
+    """Makes vectors of captions. `sha256` identifies its weights."""
+
+    name: str
+    sha256: str
+    width: int  # E
+
+    def encode(self, captions: Sequence[str]) -> Encoded: ...
+
+
+class WordLlama:
+    """Static vectors of the tokens of Llama 2, which the package wordllama ships; no network and no context.
+
+    The pooled vector is the mean of the tokens'. Text in any script has tokens, if need be its bytes; but what other
+    scripts mean is hardly known to it.
+    """
+
+    name = WORDLLAMA
+
+    def __init__(self) -> None:
+        try:
+            from tokenizers import Tokenizer
+
+            folder = Path(importlib.util.find_spec(WORDLLAMA).origin).parent  # type: ignore[union-attr, arg-type]
+        except (ImportError, AttributeError) as e:
+            raise DataError("data.text: wordllama is not installed: pip install 'diffussm[text]'") from e
+        weights = folder / "weights" / "l2_supercat_256.safetensors"
+        self.sha256 = sha256(weights)
+        self.vectors = load_file(weights)["embedding.weight"].float()  # (32000, E)
+        self.width = self.vectors.shape[1]
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        found = [torch.tensor(e.ids) for e in self.tokenizer.encode_batch(list(captions), add_special_tokens=False)]
+        ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)  # (n, K)
+        mask = ids >= 0
+        tokens = self.vectors[ids.clamp(min=0)] * mask[..., None]
+        return Encoded(tokens.sum(1) / mask.sum(1, keepdim=True), tokens, mask)
+
+
+@functools.lru_cache(maxsize=1)
+def open_encoder(name: str) -> TextEncoder:
+    """Load a text encoder by name. Raises DataError."""
+    if name == WORDLLAMA:
+        return WordLlama()
+    raise DataError(f"data.text: there is no text encoder {name!r}")
+
+
+def open_texts(config: Config) -> "Texts":
+    """The text encoder of a run, ready to use. Raises DataError, ConfigError if it is not the one of the run."""
+    name, recorded = config.data.text, config.data.text_sha256
+    assert name is not None, "checked by the configuration"
+    encoder = open_encoder(name)
+    if recorded not in ("", encoder.sha256):
+        raise DataError(f"data.text: the weights of {name!r} are not those that the run was trained with")
+    return Texts(encoder, config.model)
+
+
+class Texts:
+    """Captions in the form that a model takes, computed once each."""
+
+    def __init__(self, encoder: TextEncoder, model: ModelConfig):
+        if encoder.width != model.text_width:
+            raise ConfigError(
+                f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have {encoder.width} numbers; "
+                f"--set model.text_width={encoder.width}"
+            )
+        self.encoder, self.tokens = encoder, model.text_tokens
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(n, 1 + K, E) float32."""
+        new = list(dict.fromkeys(c for c in captions if c not in self._known))
+        for start in range(0, len(new), AT_ONCE):
+            block = new[start : start + AT_ONCE]
+            self._known |= zip(block, self._embed(block))
+        return torch.stack([self._known[c] for c in captions]).float()
+
+    def _embed(self, captions: list[str]) -> Tensor:
+        pooled, tokens, mask = self.encoder.encode(captions)
+        K, E = self.tokens, self.encoder.width
+        words = F.pad((tokens * mask[..., None])[:, :K], (0, 0, 0, max(0, K - tokens.shape[1])))
+        return F.normalize(torch.cat([pooled[:, None], words], 1), dim=-1).mul_(E**0.5).half()
+
+
+class Captioned:
+    """A source of images with captions. `texts` is set when a run uses them."""
+
+    captions: Sequence[tuple[str, ...]] = ()  # of each image
+    texts: Texts | None = None
+
+    def embed(self, texts: Texts, name: str) -> None:
+        """Compute the vectors of all captions. Raises DataError for images without one; `name` is that of the set."""
+        without = [i for i, captions in enumerate(self.captions) if not captions]
+        if without or not self.captions:
+            n = f"{len(without)} of {len(self.captions)}" if self.captions else "the"
+            example = f", such as {self.name_of(without[0])}," if without else ""
+            raise DataError(f"data.text: {n} images of {name}{example} have no caption; see docs/text.md")
+        self.texts = texts
+        texts(list(dict.fromkeys(c for captions in self.captions for c in captions)))
+
+    def name_of(self, i: int) -> str:
+        """What an error calls an image."""
+        return f"image {i}"
+
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """One of the captions of each image, drawn with its generator: (B, 1 + K, E)."""
+        assert self.texts is not None, "set by open_source"
+        return self.texts([_drawn(self.captions[i], g) for i, g in zip(indices, generators)])
+
+
+def _drawn(captions: tuple[str, ...], generator: torch.Generator) -> str:
+    return captions[int(torch.randint(len(captions), (), generator=generator))]
+
+
+# ------------------------------------------------------------------------------------------------- checks
+def plain(caption: str) -> str:
+    """A caption on one line: control characters and runs of white space become a space, and the end is cut off."""
+    kept = "".join(" " if _is_control(c) else c for c in caption)
+    return " ".join(kept.split())[:MAX_CHARACTERS].strip()
+
+
+def check_prompts(prompts: Sequence[str], negative: str | None, config: Config, sampling: SampleConfig) -> None:
+    """Raises ConfigError if a model needs prompts or has no use for them, or if one is not fit."""
+    if not config.model.text_width:
+        if prompts or negative is not None:
+            option = "--prompt" if prompts else "--negative"
+            raise ConfigError(f"{option}: {(*prompts, negative)[0]!r:.60} given, but the run was trained without text")
+        return
+    if not prompts:
+        raise ConfigError('--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE')
+    for prompt in prompts:
+        _check_prompt(prompt, "--prompt")
+    if negative is not None:
+        _check_prompt(negative, "--negative")
+        if sampling.guidance == 1:
+            raise ConfigError(f"--negative: {negative!r:.60} has no effect at guidance 1; give --guidance 3")
+
+
+def _check_prompt(prompt: str, option: str) -> None:
+    wrong = next((c for c in prompt if _is_control(c)), None)
+    if not prompt.strip():
+        raise ConfigError(f"{option}: the prompt is empty")
+    if len(prompt) > MAX_CHARACTERS:
+        raise ConfigError(f"{option}: {prompt[:20]!r}... has {len(prompt)} characters; at most {MAX_CHARACTERS}")
+    if wrong is not None:
+        raise ConfigError(f"{option}: {prompt!r:.60} holds the control character {wrong!r}; remove it")
+
+
+def _is_control(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cs")
