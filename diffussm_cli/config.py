@@ -70,7 +70,7 @@ class ModelConfig:
 class DataConfig:
     """What the model is trained on. Resolution is in pixels; the grid is resolution / downsample."""
 
-    path: str = _option("", "builtin:mnist, builtin:digits, a folder of images, or a folder of encoded latents")
+    path: str = _option("", "builtin:mnist, :digits or :emoji, a folder of images, or a folder of encoded latents")
     resolution: int | str = _option(256, "N or HxW, in pixels")
     channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
@@ -78,7 +78,7 @@ class DataConfig:
     flip: bool = _option(False, "random horizontal flips")
     skip_unreadable: bool = _option(False, "leave out images that cannot be read at the start of a run")
     held_out: float | str = _option(
-        "", "never trained on: a share, or a folder; empty: a built-in set's own tenth", least=0, below=1
+        "", "never trained on: a share, or a folder; empty: a built-in set's own part", least=0, below=1
     )
     class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
     text: str | None = _option(None, "text encoder: wordllama, a folder or a hub name; null: captions are not used")

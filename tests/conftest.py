@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data.emoji import Emoji, emoji_file
 from diffussm_cli.model.s4d import layer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -95,6 +96,21 @@ def kernels_built(monkeypatch):
 
     monkeypatch.setattr(layer, "s4d_kernel", counted)
     return built
+
+
+@pytest.fixture
+def emoji(tmp_path, monkeypatch):
+    """A made-up set in place of the built-in emoji: 300 names in two styles; two names share their pictures."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = np.repeat([f"thing {i}" for i in range(300)], 2)
+    images = np.random.default_rng(0).integers(0, 256, (600, 3, 32, 32), dtype=np.uint8)
+    images[names == "thing 7"] = images[names == "thing 8"]
+    captions = np.stack([names, np.where(np.arange(600) % 4, "", "a thing")], 1)
+    categories = np.where(np.arange(600) < 200, "Food", "Flags")
+    made = Emoji(images, names, np.array(["google", "twitter"] * 300), categories, captions)
+    emoji_file().parent.mkdir(parents=True)
+    np.savez(emoji_file(), **made._asdict())
+    return made
 
 
 def fill(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:

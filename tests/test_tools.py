@@ -1,10 +1,16 @@
 """The tools run to their end at toy sizes."""
 
+import io
+import json
+import runpy
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,3 +37,130 @@ def test_gpu_check_without_a_gpu_says_so():
     done = subprocess.run([sys.executable, ROOT / "tools" / "gpu_check.py"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "no CUDA device is available here; --toy runs at toy sizes on the CPU" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- fetch_emoji
+PACKAGES = ("emoji-datasource-google-16.0.0", "emoji-datasource-twitter-16.0.0", "emojibase-data-17.0.0")
+
+
+def row(code, category="Objects"):
+    return {"unified": code, "image": f"{code.lower()}.png", "category": category}
+
+
+def png(colour, half=False):
+    """64x64 in one colour, the lower half transparent if `half`."""
+    image = Image.new("RGBA", (64, 64), colour)
+    if half:
+        image.paste((0, 0, 0, 0), (0, 32, 64, 64))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def pack(path, members, links=()):
+    with tarfile.open(path, "w:gz") as package:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(content)
+            package.addfile(info, io.BytesIO(content))
+        for name, target in links:
+            info = tarfile.TarInfo(f"package/{name}")
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            package.addfile(info)
+
+
+@pytest.fixture
+def packages(tmp_path):
+    """Three packages as npm packs them: two emoji and a skin tone; in Twitter's style one emoji is a link."""
+    rows = [row("2764-FE0F"), row("1F1F4", "Flags"), row("1F3FB", "Component")]
+    table = {"emoji.json": json.dumps(rows).encode()}
+    pictures = {"2764-fe0f.png": png("red", half=True), "1f1f4.png": png("blue"), "1f3fb.png": png("pink")}
+    for style, package in zip(("google", "twitter"), PACKAGES):
+        kept = [name for name in pictures if style == "google" or name != "1f1f4.png"]
+        links = [] if style == "google" else [("img/twitter/64/1f1f4.png", "/etc/passwd")]
+        pack(tmp_path / f"{package}.tgz", table | {f"img/{style}/64/{n}": pictures[n] for n in kept}, links)
+    texts = [
+        {"hexcode": "2764", "label": "red heart", "tags": ["<3", "aorta", "emotion", "heart", "love"]},
+        {"hexcode": "1F1F4", "label": "flag: Oman", "tags": ["OM", "flag"]},
+        {"hexcode": "1F498", "label": "heart with arrow", "tags": ["love"]},
+        {"hexcode": "1F3FB", "label": "light skin tone"},
+    ]
+    pack(tmp_path / f"{PACKAGES[2]}.tgz", {"en/data.json": json.dumps(texts).encode()})
+    return tmp_path
+
+
+@pytest.fixture
+def fetch(tmp_path, monkeypatch, capsys):
+    """Runs the tool in this process; gives its exit code, output and errors."""
+
+    def run(*options):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(sys, "argv", ["fetch_emoji.py", *map(str, options)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / "fetch_emoji.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_emoji_are_made_from_packages(packages, fetch):
+    code, out, _ = fetch("--from", packages)
+    target = packages / "cache" / "diffussm" / "emoji.npz"
+    assert code == 0
+    assert out.startswith("3 pictures of 2 names, 8 captions\n")
+    assert "Apache-2.0" in out
+    assert str(target) in out
+    with np.load(target, allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in arrays}
+    assert found["names"].tolist() == ["flag: Oman", "red heart", "red heart"]
+    assert found["styles"].tolist() == ["google", "google", "twitter"]
+    assert found["categories"].tolist() == ["Flags", "Objects", "Objects"]
+    heart = ["red heart", "red heart, love", "red heart, aorta, emotion", ""]
+    assert found["captions"].tolist() == [["flag: Oman", "flag of Oman", "", ""], heart, heart]
+    assert found["images"].shape == (3, 3, 32, 32)
+    assert found["images"][1, :, 0, 0].tolist() == found["images"][1, :, 15, 31].tolist() == [255, 0, 0]
+    assert found["images"][1, :, 16, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda folder: (folder / f"{PACKAGES[0]}.tgz").unlink(), "google-16.0.0.tgz cannot be read: No such file"),
+        (lambda folder: (folder / f"{PACKAGES[1]}.tgz").write_bytes(b"?"), "twitter-16.0.0.tgz cannot be read: not a"),
+        (lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {}), "data-17.0.0.tgz has no package/en/data.json"),
+        (
+            lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {"en/data.json": b"{"}),
+            "data.json cannot be read: Exp",
+        ),
+        (lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {"en/data.json": b"[]"}), "the packages hold no emoji"),
+    ],
+)
+def test_unsuitable_packages_are_one_line(packages, fetch, spoil, line):
+    spoil(packages)
+    code, _, error = fetch("--from", packages)
+    assert code == 1
+    assert error.startswith("error: ")
+    assert line in error
+    assert error.count("\n") == 1
+
+
+def test_emoji_without_npm_say_so(fetch, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, error = fetch()
+    assert code == 1
+    assert error.startswith("error: npm is not installed; get the packages elsewhere and name their folder: --from")
+
+
+def test_emoji_are_downloaded_with_npm(packages, fetch, monkeypatch):
+    """A script in place of npm copies the packages."""
+    npm = packages / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f"#!/bin/sh\necho $2 >> {packages}/asked\n/bin/cp {packages}/*.tgz $4\n", encoding="utf-8")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent))
+    assert fetch()[0] == 0
+    asked = (packages / "asked").read_text(encoding="utf-8").split()
+    assert asked == ["emojibase-data@17.0.0", "emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0"]
+    npm.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    code, _, error = fetch()
+    assert (code, error) == (1, "error: npm could not download emojibase-data@17.0.0; see its message above\n")

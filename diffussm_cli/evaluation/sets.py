@@ -1,4 +1,4 @@
-"""Sets of images to evaluate: folders, .npz files, built-in digits. Files are read one batch at a time.
+"""Sets of images to evaluate: folders, .npz files, built-in data sets. Files are read one batch at a time.
 
 B batch   C channels that the extractor takes   H x W pixels
 """
@@ -28,6 +28,7 @@ from diffussm_cli.machine.processes import own_cores
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
 HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
+IN_COLOUR = "in colour, but the extractor takes only grey images; use --extractor inception"
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -170,7 +171,7 @@ def is_grey(image: np.ndarray) -> bool:
 def _refuse_colour(image: np.ndarray, name: str) -> None:
     """Raises DataError for a colour image."""
     if not is_grey(image):
-        raise DataError(f"{name} is in colour, but the extractor takes only grey images; use --extractor inception")
+        raise DataError(f"{name} is {IN_COLOUR}")
 
 
 def image_rows(rows: Rows) -> Rows:
@@ -192,6 +193,9 @@ class _Builtin:
         found = builtin.load(name, None, held_out=held_out)
         # the images are sorted by class, which would make the Inception Score too low
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+        self.grey = found.images.shape[1] == 1
+        if channels == 1 and not self.grey:
+            raise DataError(f"{path} is {IN_COLOUR}")
         self.images = found.images[order].expand(-1, channels, -1, -1)
         self.labels: Sequence[int] | None = found.labels[order].tolist()
         height, width = found.images.shape[2:]
@@ -211,7 +215,8 @@ class _Builtin:
 def probe(path: str, option: str = "SAMPLES") -> tuple[tuple[int, int], bool]:
     """The (height, width) of the first image of a set, and whether it is grey. Raises DataError."""
     if path.startswith(BUILTIN):
-        return _Builtin(path, 1).size, True
+        found = _Builtin(path, 3)
+        return found.size, found.grey
     if path.endswith(".npz"):
         rows = _Npz(Path(path), 3, None)
         return rows.size, is_grey(next(rows.rows.read(0, 1)))

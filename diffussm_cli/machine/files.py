@@ -20,6 +20,14 @@ def content(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir() if not p.name.startswith((LOCK, PARTIAL))}
 
 
+def default_cache() -> Path | None:
+    """This program's folder in the user's cache folder; None if the user has no home folder."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+    except RuntimeError:
+        return None
+
+
 def sha256(path: Path) -> str:
     """Hash of a file, read in blocks. Raises OSError, also if it is not a regular file: reading a pipe would block."""
     if not stat.S_ISREG(path.stat().st_mode):

@@ -52,14 +52,6 @@ def test_facts_are_those_of_the_folder(tmp_path):
     assert session.read_facts(tmp_path) == session.read_facts(tmp_path / "samples.npz") == {"steps": 7}
 
 
-def test_the_cache_is_below_the_users(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
-    assert session.default_cache() == Path("elsewhere") / "diffussm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: Path("home"))
-    assert session.default_cache() == Path("home") / ".cache" / "diffussm"
-
-
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
     session.check_writable(tmp_path / "r.json")
     assert list(tmp_path.iterdir()) == []

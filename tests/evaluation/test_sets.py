@@ -54,6 +54,15 @@ def test_builtin_digits_are_mixed(digits):
     assert ev._in_order(sorted(images.labels))
 
 
+def test_builtin_emoji_are_in_colour(emoji):
+    whole = [open_images(f"builtin:emoji{part}", 3) for part in ("", "/held-out")]
+    assert [len(images) for images in whole] == [422, 178]
+    assert next(whole[1].read([3], 1)).shape == (1, 3, 32, 32)
+    assert probe("builtin:emoji") == ((32, 32), False)
+    with pytest.raises(DataError, match="builtin:emoji is in colour, but the extractor takes only grey images"):
+        open_images("builtin:emoji", 1)
+
+
 BAD = {
     "float": ({"arr_0": np.zeros((2, 28, 28, 3), np.float32)}, "arr_0 holds float32, not uint8"),
     "flat": ({"arr_0": np.zeros((2, 784), np.uint8)}, "not uint8 \\(n, H, W, 3\\)"),

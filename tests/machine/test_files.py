@@ -2,10 +2,11 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
-from diffussm_cli.machine.files import content, locked, whole_file, write_text
+from diffussm_cli.machine.files import content, default_cache, locked, whole_file, write_text
 from tests.helpers import line_of, run
 
 
@@ -45,3 +46,11 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old\xc3\xa9"
     assert content(tmp_path) == {"a.txt"}
+
+
+def test_the_cache_is_below_the_users(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    assert default_cache() == Path("elsewhere") / "diffussm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("home"))
+    assert default_cache() == Path("home") / ".cache" / "diffussm"
