@@ -9,7 +9,16 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from diffussm_cli.config import MAX_SEED, Config, SampleConfig, check_text, config_from_dict, nearest, read_text, to_dict
+from diffussm_cli.config import (
+    MAX_SEED,
+    Config,
+    SampleConfig,
+    check_text,
+    config_from_dict,
+    nearest,
+    read_text,
+    to_dict,
+)
 from diffussm_cli.errors import ConfigError
 
 MAX_IMAGES = 10**6  # images in one request

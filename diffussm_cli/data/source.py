@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts
@@ -59,6 +60,16 @@ class ImageFolder(Captioned):
 
     def _decode(self, i: int) -> np.ndarray:
         return read_entry(self.listing.root, self.entries[i], self.size, self.channels)
+
+    def captions_of(self, i: int) -> tuple[str, ...]:
+        return self._captions.get(self.name_of(i), ())
+
+    def name_of(self, i: int) -> str:
+        return self.entries[i].name
+
+    @functools.cached_property
+    def _captions(self) -> dict[str, tuple[str, ...]]:
+        return read_captions(self.listing)
 
     def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
         """Decode images once; yields the number of images in each block, and the reason of each failure by index."""
@@ -148,7 +159,9 @@ def open_held_out(config: Config, source: Source) -> Source | None:
 
 def _open(config: Config, held_out: bool = False) -> Source:
     source = _open_images(config, held_out)
-    if config.data.text is not None and isinstance(source, Captioned):
+    if config.data.text is not None:
+        if not isinstance(source, Captioned):
+            raise DataError(f"data.text: {config.data.path!r} holds latents, which have no captions; leave it out")
         source.embed(open_texts(config), config.data.path)
     return source
 

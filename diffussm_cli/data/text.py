@@ -7,8 +7,10 @@ Each vector is scaled to the length sqrt(E), so that its entries have about unit
 
 import functools
 import importlib.util
+import os
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -18,10 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffussm_cli.config import Config, ModelConfig, SampleConfig
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.data.vae import origin, quiet_hub, reach_hub, weights_sha256
+from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.machine.files import sha256
 
 MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
+MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
 
@@ -76,12 +80,54 @@ class WordLlama:
         return Encoded(tokens.sum(1) / mask.sum(1, keepdim=True), tokens, mask)
 
 
+class Pretrained:
+    """A text model in transformers' format, from safetensors only: CLIP's or T5's encoder, or a model like MiniLM.
+
+    The pooled vector is CLIP's own, and for others the mean of the token vectors, as sentence-transformers takes it.
+    """
+
+    def __init__(self, name: str):
+        try:
+            import transformers
+        except ImportError as e:
+            raise DataError(f"data.text: {name!r} needs transformers: pip install 'diffussm[text]'") from e
+        if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            known = f"{WORDLLAMA}, a folder, or a hub name such as openai/clip-vit-large-patch14"
+            raise DataError(f"data.text: {name!r} must be {known}")
+        try:
+            with quiet_hub():
+                reach_hub(name)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+                classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+                cls = getattr(transformers, classes.get(kind, "AutoModel"))
+                self.model, info = cls.from_pretrained(
+                    name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+                )
+        except Exception as e:  # the libraries raise all kinds of errors for damaged files and missing networks
+            raise DataError(f"data.text: cannot load {name!r}: {reason(origin(e))}") from e
+        lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        if lacking:
+            raise DataError(f"data.text: the weights of {name!r} lack {lacking[0]}")
+        self.model = self.model.float().eval().requires_grad_(False)
+        self.name, self.width, self.own_pooling = name, self.model.config.hidden_size, "clip" in kind
+        self.sha256 = weights_sha256(self.model)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Encoded:
+        longest = min(self.tokenizer.model_max_length, MAX_TOKENS)
+        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+        inputs = self.tokenizer(list(captions), **options)
+        found, mask = self.model(**inputs), inputs["attention_mask"].bool()
+        tokens = found.last_hidden_state * mask[..., None]
+        pooled = found.pooler_output if self.own_pooling else tokens.sum(1) / mask.sum(1, keepdim=True)
+        return Encoded(pooled, tokens, mask)
+
+
 @functools.lru_cache(maxsize=1)
 def open_encoder(name: str) -> TextEncoder:
-    """Load a text encoder by name. Raises DataError."""
-    if name == WORDLLAMA:
-        return WordLlama()
-    raise DataError(f"data.text: there is no text encoder {name!r}")
+    """Load a text encoder: `wordllama`, a folder, or a hub name. Raises DataError."""
+    return WordLlama() if name == WORDLLAMA else Pretrained(name)
 
 
 def open_texts(config: Config) -> "Texts":
@@ -95,24 +141,28 @@ def open_texts(config: Config) -> "Texts":
 
 
 class Texts:
-    """Captions in the form that a model takes, computed once each."""
+    """Captions in the form that a model takes, computed once each and kept as float16."""
 
     def __init__(self, encoder: TextEncoder, model: ModelConfig):
         if encoder.width != model.text_width:
             raise ConfigError(
-                f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have {encoder.width} numbers; "
-                f"--set model.text_width={encoder.width}"
+                f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have {encoder.width} "
+                f"numbers; --set model.text_width={encoder.width}"
             )
         self.encoder, self.tokens = encoder, model.text_tokens
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
         """(n, 1 + K, E) float32."""
-        new = list(dict.fromkeys(c for c in captions if c not in self._known))
+        self.learn(dict.fromkeys(captions))
+        return torch.stack([self._known[c] for c in captions]).float()
+
+    def learn(self, captions: Iterable[str]) -> None:
+        """Compute the vectors of different captions that are not known yet."""
+        new = [c for c in captions if c not in self._known]
         for start in range(0, len(new), AT_ONCE):
             block = new[start : start + AT_ONCE]
             self._known |= zip(block, self._embed(block))
-        return torch.stack([self._known[c] for c in captions]).float()
 
     def _embed(self, captions: list[str]) -> Tensor:
         pooled, tokens, mask = self.encoder.encode(captions)
@@ -127,24 +177,31 @@ class Captioned:
     captions: Sequence[tuple[str, ...]] = ()  # of each image
     texts: Texts | None = None
 
-    def embed(self, texts: Texts, name: str) -> None:
-        """Compute the vectors of all captions. Raises DataError for images without one; `name` is that of the set."""
-        without = [i for i, captions in enumerate(self.captions) if not captions]
-        if without or not self.captions:
-            n = f"{len(without)} of {len(self.captions)}" if self.captions else "the"
-            example = f", such as {self.name_of(without[0])}," if without else ""
-            raise DataError(f"data.text: {n} images of {name}{example} have no caption; see docs/text.md")
-        self.texts = texts
-        texts(list(dict.fromkeys(c for captions in self.captions for c in captions)))
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def captions_of(self, i: int) -> tuple[str, ...]:
+        """The captions of an image."""
+        return self.captions[i] if self.captions else ()
 
     def name_of(self, i: int) -> str:
         """What an error calls an image."""
         return f"image {i}"
 
+    def embed(self, texts: Texts, name: str) -> None:
+        """Compute the vectors of all captions. Raises DataError for images without one; `name` is that of the set."""
+        found = [self.captions_of(i) for i in range(len(self))]
+        without = [i for i, captions in enumerate(found) if not captions]
+        if without:
+            some = f"{len(without)} of {len(found)} images in {name!r}, such as {self.name_of(without[0])!r},"
+            raise DataError(f"data.text: {some} have no caption; docs/text.md says where captions stand")
+        self.texts = texts
+        texts.learn(dict.fromkeys(c for captions in found for c in captions))
+
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """One of the captions of each image, drawn with its generator: (B, 1 + K, E)."""
         assert self.texts is not None, "set by open_source"
-        return self.texts([_drawn(self.captions[i], g) for i, g in zip(indices, generators)])
+        return self.texts([_drawn(self.captions_of(i), g) for i, g in zip(indices, generators)])
 
 
 def _drawn(captions: tuple[str, ...], generator: torch.Generator) -> str:

@@ -100,7 +100,7 @@ def read_facts(name: str) -> VAEFacts:
     where = _where(name)
 
     def load() -> Any:
-        _reach_hub(**where)
+        reach_hub(**where)
         return diffusers.AutoencoderKL.load_config(**where)
 
     values = _load(name, load)
@@ -108,7 +108,7 @@ def read_facts(name: str) -> VAEFacts:
     if kind not in KINDS:
         raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet_hub(), torch.device("meta"):
             c = getattr(diffusers, kind).from_config(values).config  # with the defaults of its class filled in
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
@@ -150,7 +150,7 @@ def _where(name: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
 
 
-def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
+def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
     """Fail at once if the hub is needed and does not answer; diffusers would retry for 23 s."""
     import huggingface_hub as hub
 
@@ -164,21 +164,21 @@ def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
 def _load(name: str, call: Callable[[], Any]) -> Any:
     """Return the result of `call`, or raise a DataError that says how to get the files."""
     try:
-        with _quiet():
+        with quiet_hub():
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         if os.path.isdir(name):
             raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
         raise DataError(
             f"--vae: cannot load {name!r} from the hub: download its config.json and "
-            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(_origin(e))})"
+            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(origin(e))})"
         ) from e
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence diffusers, which comments on configs that it wrote, and the hub's client, which logs every retry."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+def quiet_hub() -> Iterator[None]:
+    """Silence libraries that comment on configs that they wrote, and the hub's client, which logs every retry."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
@@ -191,7 +191,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _origin(e: BaseException) -> BaseException:
+def origin(e: BaseException) -> BaseException:
     """The first error of a chain: diffusers reports a missing network as a missing file."""
     while cause := e.__cause__ or e.__context__:
         e = cause

@@ -25,8 +25,8 @@ class Backbone(nn.Module):
 
     Args:
         blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of the positions to
-            (B, J, D), or (B, K + J + K, D) with text tokens. `zeroed()` of a block lists the Linears that are initialised to zero, so that the block starts
-            as the identity.
+            (B, J, D), or with text tokens the same for K + J + K positions. `zeroed()` of a block lists the Linears
+            that are initialised to zero, so that the block starts as the identity.
         input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other sizes.
         in_channels: C.
         patch_size: P; must divide H and W.

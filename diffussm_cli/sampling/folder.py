@@ -122,12 +122,12 @@ class SampleFolder:
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]
-            text = self.sampler.text([self.prompt(seed) for seed in batch], self.facts["negative"])
+            text = self.sampler.text(prompts_of(self.facts, batch), self.facts["negative"])
             for seeds, images in self.sampler.draw(batch, own, text):
                 for seed, image in zip(seeds, images):
                     if not self.file(seed).is_file():
                         with whole_file(self.file(seed), durable=False) as file:
-                            save_png(image, file, self.prompt(seed))
+                            save_png(image, file, *prompts_of(self.facts, [seed]))
                 yield len(seeds)
 
     def finish(self, grid: Path, npz: bool) -> None:
@@ -158,17 +158,18 @@ class SampleFolder:
             raise RunError(f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again")
         return image
 
-    def prompt(self, seed: int) -> str | None:
-        """The prompt of a seed; the prompts are used in turn."""
-        prompts = self.facts["prompts"]
-        return prompts and prompts[(seed - self.seeds.start) % len(prompts)]
-
     def file(self, seed: int) -> Path:
         """The PNG of a seed."""
         return self.path / file_name(seed)
 
     def _write_meta(self, complete: bool) -> None:
         write_text(self.path / META, json.dumps({**self.facts, "complete": complete}, indent=1) + "\n")
+
+
+def prompts_of(facts: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
+    """The prompt of each seed, all prompts in turn; empty if there are none."""
+    prompts = facts["prompts"] or []
+    return [prompts[(seed - facts["first_seed"]) % len(prompts)] for seed in seeds if prompts]
 
 
 def file_name(seed: int) -> str:

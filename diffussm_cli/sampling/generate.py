@@ -22,7 +22,8 @@ class Text(NamedTuple):
     captions: Tensor  # (n, 1 + K, E), one per seed
     negative: Tensor | None = None  # (1, 1 + K, E)
 
-    def of(self, chosen: slice) -> "Text":
+    def of(self, chosen: slice | list[int]) -> "Text":
+        """The captions of some of the seeds."""
         return self._replace(captions=self.captions[chosen])
 
 
@@ -56,7 +57,8 @@ def generate(
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
-            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], text and text.of(chosen), dtype)
+            own = text and text.of(chosen)
+            yield _draw(model, objective, sampling, seeds[chosen], labels and labels[chosen], own, dtype)
     finally:
         model.forget_kernels()
 

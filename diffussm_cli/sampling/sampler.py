@@ -52,8 +52,8 @@ class Sampler:
             return None
         return [classes[i % len(classes)] for i in range(len(seeds))] if classes else labels_of(seeds, n)
 
-    def text(self, prompts: Sequence[str | None], negative: str | None = None) -> Text | None:
-        """Prompts as vectors; None for a model without text. Raises DataError if the run's encoder cannot be loaded."""
+    def text(self, prompts: Sequence[str], negative: str | None = None) -> Text | None:
+        """Prompts as vectors, or None for a model without text. Raises DataError without the run's encoder."""
         if not self.config.model.text_width:
             return None
         self.texts = self.texts or open_texts(self.config)

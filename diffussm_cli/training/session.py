@@ -281,8 +281,8 @@ def _prepare(
 ) -> Generator[Event, None, Trainer]:
     """Create a Trainer that is ready to run in `root`, and write its configuration there. Raises DiffussmError."""
     keep_freed_memory()
-    known = {"class_names": source.class_names, "text_sha256": text_hash(config, source)}
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **known))
+    data = dataclasses.replace(config.data, class_names=source.class_names, text_sha256=text_hash(config, source))
+    config = dataclasses.replace(config, data=data)
     with first_works(world):
         if checkpoint is not None and world.rank == 0:
             if (root / runs.CONFIG).exists():

@@ -74,7 +74,7 @@ class Trainer:
         self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
         self.scoring = None
         if self.decoding is not None and scored:
-            self.scoring = Scoring(config, root, self.device, self.decoding, self.dtype, world)
+            self.scoring = Scoring(config, source, root, self.device, self.decoding, self.dtype, world)
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.step = 0

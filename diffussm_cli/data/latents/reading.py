@@ -63,6 +63,9 @@ class LatentStore:
             mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        raise NotImplementedError("stores of latents hold no captions yet; open_source says so")
+
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
         mirrored = coins(self.flip, generators)
