@@ -105,7 +105,7 @@ def kernels_built(monkeypatch):
 @pytest.fixture
 def emoji(tmp_path, monkeypatch):
     """A made-up set in place of the built-in emoji: 300 names in two styles; two names share their pictures."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFUSSM_CACHE", str(tmp_path / "cache"))
     names = np.repeat([f"thing {i}" for i in range(300)], 2)
     images = np.random.default_rng(0).integers(0, 256, (600, 3, 32, 32), dtype=np.uint8)
     images[names == "thing 7"] = images[names == "thing 8"]

@@ -94,7 +94,7 @@ def fetch(tmp_path, monkeypatch, capsys):
     """Runs the tool in this process; gives its exit code, output and errors."""
 
     def run(*options):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("DIFFUSSM_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(sys, "argv", ["fetch_emoji.py", *map(str, options)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "tools" / "fetch_emoji.py"), run_name="__main__")
@@ -105,7 +105,7 @@ def fetch(tmp_path, monkeypatch, capsys):
 
 def test_emoji_are_made_from_packages(packages, fetch):
     code, out, _ = fetch("--from", packages)
-    target = packages / "cache" / "diffussm" / "emoji.npz"
+    target = packages / "cache" / "emoji.npz"
     assert code == 0
     assert out.startswith("3 pictures of 2 names, 8 captions\n")
     assert "Apache-2.0" in out

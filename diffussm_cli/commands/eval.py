@@ -31,7 +31,8 @@ def evaluate(
     extractor: Annotated[
         str,
         typer.Option(
-            help="inception, digits, a torch.export or TorchScript file, or module:factory. Default: by image size."
+            help="inception, digits, efficientnet, a torch.export or TorchScript file, or module:factory. "
+            "Default: by image size."
         ),
     ] = "auto",
     extractor_weights: Annotated[

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
+from diffussm_cli.evaluation.efficientnet import load_efficientnet
 from diffussm_cli.machine.files import sha256
 
-NAMES = ("inception", "digits")
+NAMES = ("inception", "digits", "efficientnet")
 SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d.branch1x1
 
 
@@ -90,7 +91,9 @@ class Digits:
 
 
 class Own:
-    """A user's network: uint8 images (B, 3, H, W) -> pool features, or (pool, spatial, logits), where None is allowed.
+    """A network of the user or of ours: uint8 images (B, 3, H, W) -> pool features, or (pool, spatial, logits).
+
+    Spatial features and logits may be None.
 
     If its attribute `channels` is 1, it gets grey images.
     """
@@ -126,7 +129,7 @@ def doubts(asked: str, used: str, compared_with: str) -> list[str]:
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """`inception`, `digits`, a file of torch.jit.save or torch.export (.pt, .pt2), or `package.module:factory`.
+    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), or `package.module:factory`.
 
     The last two run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14 after
     its own resize and normalisation.
@@ -140,6 +143,8 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Inception(weights, device)
     if name == "digits":
         return Digits(device)
+    if name == "efficientnet":
+        return Own(*load_efficientnet(), device)
     if name.endswith((".pt", ".pt2")):
         return Own(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
     if re.fullmatch(r"\w+(\.\w+)*:\w+", name):

@@ -21,9 +21,10 @@ def content(folder: Path) -> set[str]:
 
 
 def default_cache() -> Path | None:
-    """This program's folder in the user's cache folder; None if the user has no home folder."""
+    """DIFFUSSM_CACHE, or this program's folder in the user's cache folder; None if the user has no home folder."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+        chosen = os.environ.get("DIFFUSSM_CACHE")
+        return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm")
     except RuntimeError:
         return None
 

@@ -243,12 +243,12 @@ def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vgg", "'vgg' must be inception, digits"),
+        ("vgg", "'vgg' must be inception, digits, efficientnet"),
         ("no.pt2", "no file 'no.pt2'"),
         ("nothing:here", "cannot be imported"),
-        (":", "':' must be inception, digits"),
-        ("..mine:make", "'..mine:make' must be inception, digits"),
-        ("mine:", "'mine:' must be inception, digits"),
+        (":", "':' must be inception, digits, efficientnet"),
+        ("..mine:make", "'..mine:make' must be inception, digits, efficientnet"),
+        ("mine:", "'mine:' must be inception, digits, efficientnet"),
     ],
 )
 def test_unknown_extractors(name, words):

@@ -49,6 +49,9 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
 
 
 def test_the_cache_is_below_the_users(monkeypatch):
+    monkeypatch.setenv("DIFFUSSM_CACHE", "here")
+    assert default_cache() == Path("here")
+    monkeypatch.delenv("DIFFUSSM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
     assert default_cache() == Path("elsewhere") / "diffussm"
     monkeypatch.delenv("XDG_CACHE_HOME")
