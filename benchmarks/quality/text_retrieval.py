@@ -2,8 +2,8 @@
 
     python benchmarks/quality/text_retrieval.py RUN [--names 80] [--per-name 2] [--out results.json]
 
-Per group, images are drawn for the captions of NAMES names, and the most similar real pictures of these names are looked
-up by features of EfficientNet, which no training saw. Groups: `training`: names that were trained on in all styles;
+Per group, images are drawn for the captions of NAMES names, and the most similar real pictures of these names are found
+by features of EfficientNet, which no training saw. Groups: `training`: names that were trained on in all styles;
 `pair`: names of which one style is held out; `name`: names held out in all styles. Beside the run stand: chance; the
 same images against shuffled captions; and `lookup`, the training picture whose caption has the most similar pooled
 vector, which draws nothing. In the group `training` the lookup finds the picture itself.
