@@ -2,7 +2,7 @@
 
     python benchmarks/quality/text_retrieval.py RUN [--names 80] [--per-name 2] [--out results.json]
 
-Per group, images are drawn for the captions of NAMES names, and the most similar real pictures of these names are found
+Per group, images are drawn for the captions of NAMES names, and the most similar real pictures of the group are found
 by features of EfficientNet, which no training saw. Groups: `training`: names that were trained on in all styles;
 `pair`: names of which one style is held out; `name`: names held out in all styles. Beside the run stand: chance; the
 same images against shuffled captions; and `lookup`, the training picture whose caption has the most similar pooled
@@ -65,7 +65,7 @@ def measure(sampler, extractor, emoji, part, group, most, per_name) -> dict[str,
     own = [[c for c in emoji.captions[i] if c] for i in places]
     asked = [(name, texts[k % len(texts)]) for k in range(per_name) for name, texts in zip(names, own)]
     wanted, prompts = map(list, zip(*asked))
-    candidates = np.flatnonzero(np.isin(emoji.names, names))
+    candidates = np.flatnonzero(np.isin(emoji.names, names) & (part == group))
 
     drawn = [images for _, images in sampler.draw(range(len(prompts)), None, sampler.text(prompts))]
     real = features(extractor, emoji.images[candidates])

@@ -159,19 +159,17 @@ def open_held_out(config: Config, source: Source) -> Source | None:
 
 def _open(config: Config, held_out: bool = False) -> Source:
     source = _open_images(config, held_out)
-    if config.data.text is not None:
-        if not isinstance(source, Captioned):
-            raise DataError(f"data.text: {config.data.path!r} holds latents, which have no captions; leave it out")
+    if config.data.text is not None and isinstance(source, Captioned):
         source.embed(open_texts(config), config.data.path)
     return source
 
 
 def text_hash(config: Config, source: Source) -> str:
     """The hash of the text encoder of a source from `open_source`; empty without text."""
-    whole = source.whole if isinstance(source, Part) else source
-    if config.data.text is None or not isinstance(whole, Captioned) or whole.texts is None:
+    whole: Any = source.whole if isinstance(source, Part) else source
+    if config.data.text is None:
         return ""
-    return whole.texts.encoder.sha256
+    return whole.settings.text_sha256 if hasattr(whole, "settings") else whole.texts.encoder.sha256
 
 
 def _open_images(config: Config, held_out: bool) -> Source:
@@ -187,7 +185,7 @@ def _open_images(config: Config, held_out: bool) -> Source:
     if d.vae is not None:
         if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
-        source = LatentStore(Path(d.path), d.flip)
+        source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
     return ImageFolder(Path(d.path), d.size, d.channels, d.flip)
@@ -223,6 +221,15 @@ def _check_latents(config: Config, settings: Any) -> None:
             raise ConfigError(
                 f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; --set data.{field}={value}"
             )
+    m, but = config.model, f"but the captions in {d.path!r} are"
+    if d.text is None:
+        return
+    if d.text != settings.text or d.text_sha256 not in ("", settings.text_sha256):
+        given = f"of {settings.text}" if settings.text else "missing; encode the images with --text"
+        raise ConfigError(f"data.text: {d.text!r}, {but} {given}")
+    if m.text_width != settings.text_width or m.text_tokens > settings.text_tokens:
+        stored = f"{settings.text_tokens} tokens of width {settings.text_width}"
+        raise ConfigError(f"model.text_tokens: {m.text_tokens} of width {m.text_width}, {but} {stored}")
 
 
 def _latents_missing(config: Config) -> str:

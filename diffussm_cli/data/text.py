@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -162,9 +162,10 @@ class Texts:
         new = [c for c in captions if c not in self._known]
         for start in range(0, len(new), AT_ONCE):
             block = new[start : start + AT_ONCE]
-            self._known |= zip(block, self._embed(block))
+            self._known |= zip(block, self.embed(block))
 
-    def _embed(self, captions: list[str]) -> Tensor:
+    def embed(self, captions: Sequence[str]) -> Tensor:
+        """(n, 1 + K, E) float16, computed and not kept."""
         pooled, tokens, mask = self.encoder.encode(captions)
         K, E = self.tokens, self.encoder.width
         words = F.pad((tokens * mask[..., None])[:, :K], (0, 0, 0, max(0, K - tokens.shape[1])))
@@ -191,10 +192,7 @@ class Captioned:
     def embed(self, texts: Texts, name: str) -> None:
         """Compute the vectors of all captions. Raises DataError for images without one; `name` is that of the set."""
         found = [self.captions_of(i) for i in range(len(self))]
-        without = [i for i, captions in enumerate(found) if not captions]
-        if without:
-            some = f"{len(without)} of {len(found)} images in {name!r}, such as {self.name_of(without[0])!r},"
-            raise DataError(f"data.text: {some} have no caption; docs/text.md says where captions stand")
+        check_complete(found, self.name_of, f"data.text: {name!r}")
         self.texts = texts
         texts.learn(dict.fromkeys(c for captions in found for c in captions))
 
@@ -209,6 +207,14 @@ def _drawn(captions: tuple[str, ...], generator: torch.Generator) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- checks
+def check_complete(captions: Sequence[tuple[str, ...]], name_of: Callable[[int], str], where: str) -> None:
+    """Raises DataError if an image has no caption."""
+    without = [i for i, own in enumerate(captions) if not own]
+    if without:
+        some = f"{len(without)} of {len(captions)} images, such as {name_of(without[0])!r}"
+        raise DataError(f"{where} has no caption for {some}; docs/text.md says where captions stand")
+
+
 def plain(caption: str) -> str:
     """A caption on one line: control characters and runs of white space become a space, and the end is cut off."""
     kept = "".join(" " if _is_control(c) else c for c in caption)
