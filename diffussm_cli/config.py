@@ -62,6 +62,8 @@ class ModelConfig:
     num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
     learn_sigma: bool = _option(True, "also learn the covariance")
     label_std: float = _option(0.02, "initial standard deviation of the label table", above=0, most=100)
+    text_width: int = _option(0, "E, width of the text encoder's vectors; 0: no text", least=0, most=2**14)
+    text_tokens: int = _option(0, "K, positions for tokens of a caption; 0: its pooled vector only", least=0, most=1024)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class DataConfig:
         "", "never trained on: a share, or a folder; empty: a built-in set's own part", least=0, below=1
     )
     class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
+    text: str | None = _option(None, "text encoder: wordllama, a folder or a hub name; null: captions are not used")
+    text_sha256: str = _option("", "hash of the text encoder's weights, found and recorded with the run")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -137,7 +141,9 @@ class TrainConfig:
     )
     loss_weight: Literal["none", "min_snr"] = _option("none", "min_snr: weight the MSE of x_0 by min(SNR(t), gamma)")
     min_snr_gamma: float = _option(5.0, "gamma of min_snr", above=0, most=1e6)
-    label_dropout: float = _option(0.1, "share of labels replaced by the null class", least=0, most=1)
+    label_dropout: float = _option(
+        0.1, "share of labels replaced by the null class, and of captions by none", least=0, most=1
+    )
     seed: int = _option(0, "seed of all random numbers", least=0, most=MAX_SEED)
     precision: Literal["auto", "fp32", "bf16"] = _option("auto", "auto: bf16 where the hardware supports it")
     device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -462,6 +468,7 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.ema: {','.join(map(str, t.ema))!r} must be one or more different numbers")
     if isinstance(d.held_out, str) and d.held_out and (d.held_out == d.path or d.held_out.startswith(BUILTIN)):
         raise ConfigError(f"data.held_out: {d.held_out!r} must be a share or a folder of other images than data.path")
+    _check_text(config)
     if d.path.startswith(BUILTIN) and d.vae is not None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
     _check_size(config)
@@ -488,6 +495,23 @@ def _check_size(config: Config) -> None:
         raise ConfigError(
             f"data.resolution: {d.resolution} makes {tokens:,} tokens of {max(D, taps):,} values; take a larger "
             "model.patch_size or data.downsample"
+        )
+
+
+def _check_text(config: Config) -> None:
+    """Raises ConfigError for a text encoder without a width, a width without an encoder, or layers without text."""
+    m, d = config.model, config.data
+    if d.text is None and m.text_width:
+        raise ConfigError(f"model.text_width: {m.text_width} needs a text encoder, such as data.text=wordllama")
+    if d.text is not None and not m.text_width:
+        raise ConfigError(f"data.text: {d.text!r} needs model.text_width, the width of its vectors (wordllama: 256)")
+    if m.text_tokens and not m.text_width:
+        raise ConfigError(f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text")
+    if m.text_tokens and m.backbone == "diffussm" and (m.local or m.mixer == "conv"):
+        given = f"model.local={m.local}" if m.local else "model.mixer=conv"
+        raise ConfigError(
+            f"model.text_tokens: {m.text_tokens} given, but {given} convolves an image, and text tokens have no place "
+            "in one; set text_tokens to 0"
         )
 
 
@@ -533,8 +557,8 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
         raise ConfigError("sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; choose euler")
     if s.steps > config.diffusion.timesteps:
         raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
-    if s.guidance != 1 and not config.model.num_classes:
-        raise ConfigError(f"sample.guidance: {s.guidance:g} needs a class-conditional model; leave it at 1")
+    if s.guidance != 1 and not (config.model.num_classes or config.model.text_width):
+        raise ConfigError(f"sample.guidance: {s.guidance:g} needs a model of classes or text; leave it at 1")
     interval = s.guidance_interval
     if interval and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
         given = ",".join(map(str, interval))

@@ -1,14 +1,18 @@
 """Shared fixtures: golden values, a tiny configuration and a run trained with it."""
 
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data import text
 from diffussm_cli.data.emoji import Emoji, emoji_file
+from diffussm_cli.data.text import Encoded
 from diffussm_cli.model.s4d import layer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -142,3 +146,32 @@ def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
         torch.manual_seed(seed)
         diffusers.AutoencoderKL(**blocks, **values).save_pretrained(folder)
     return folder
+
+
+class Letters:
+    """A text encoder for tests: each word has a vector of its own, and padding holds numbers that must not matter."""
+
+    name, sha256, width = "letters", "ab" * 32, 4
+
+    def encode(self, captions):
+        words = [caption.split() for caption in captions]
+        vectors = [torch.stack([self.vector(w) for w in line]) for line in words]
+        tokens = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True, padding_value=7.0)
+        mask = torch.arange(tokens.shape[1]) < torch.tensor([[len(line)] for line in words])
+        return Encoded(torch.stack([v.mean(0) for v in vectors]), tokens, mask)
+
+    def vector(self, word):
+        return torch.randn(4, generator=torch.Generator().manual_seed(zlib.crc32(word.encode())))
+
+
+@pytest.fixture
+def captioned(tiny, tmp_path, monkeypatch):
+    """As `tiny`, of twelve grey images with captions in files beside them, and an encoder without files."""
+    monkeypatch.setattr(text, "open_encoder", lambda name: Letters())
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"grey {i}\nnumber {i} of twelve\n")
+    given = ("data.text=letters", "model.text_width=4", "model.num_classes=0", f"data.path={folder}")
+    return lambda *overrides: tiny(*given, *overrides)

@@ -241,7 +241,7 @@ def test_the_bound_on_parameters_is_on_a_good_estimate(name, monkeypatch):
 
 
 def test_guidance_without_classes_is_refused():
-    with pytest.raises(ConfigError, match="sample.guidance: 2 needs a class-conditional model"):
+    with pytest.raises(ConfigError, match="sample.guidance: 2 needs a model of classes or text"):
         load_config("digits", ["model.num_classes=0", "sample.guidance=2"])
 
 

@@ -27,6 +27,11 @@ def encode(
     vae: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}.")
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help="Also store captions, by this text encoder."),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(min=0, max=1024, help="Number of tokens stored of each caption.")] = 0,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the VAE.")] = "fp32",
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Also encode each image flipped horizontally.")] = True,
     batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Number of images encoded at a time.")] = 64,
@@ -67,6 +72,7 @@ def encode(
     assert source is not None, "checked above"
     assert target is not None, "checked above"
     settings: dict[str, Any] = {"precision": precision, "flip": flip, "batch_size": batch_size, "device": device}
+    settings |= {"text": text, "text_tokens": text_tokens}
     settings |= {"shard_size": shard_size, "workers": workers, "strict": strict}
     try:
         done = follow(console, encoding.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))

@@ -8,7 +8,7 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, warn
-from diffussm_cli.commands.options import parse_classes, parse_size, sampling_request
+from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
@@ -53,6 +53,8 @@ def evaluate(
     ] = 50_000,
     classes: options.Classes = None,
     balanced: options.Balanced = False,
+    prompts: options.Prompts = None,
+    negative: options.Negative = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     sampler: options.SamplerName = None,
@@ -114,6 +116,7 @@ def evaluate(
         request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
         labels = parse_classes(classes, trained.config, balanced)
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
+        drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
     events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
     follow(console, events, view=lambda result: show(console, result, as_json))
 

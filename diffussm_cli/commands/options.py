@@ -3,12 +3,22 @@
 import csv
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
-from diffussm_cli.config import MAX_SEED, Config, SampleConfig, check_text, config_from_dict, nearest, to_dict
+from diffussm_cli.config import (
+    MAX_SEED,
+    Config,
+    SampleConfig,
+    check_text,
+    config_from_dict,
+    nearest,
+    read_text,
+    to_dict,
+)
 from diffussm_cli.errors import ConfigError
 
 MAX_IMAGES = 10**6  # images in one request
@@ -25,6 +35,13 @@ Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default
 Balanced = Annotated[
     bool, typer.Option("--balanced", help="All classes in turn, each equally often. Default: random, from each seed.")
 ]
+Prompt = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="What to draw, for a run with text. Repeatable; used in turn.")
+]
+Prompts = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn.")
+]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")]
 SamplerName = Annotated[
     Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None, typer.Option(help="Default: the run's.")
 ]
@@ -129,6 +146,14 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
     if not labels:
         raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")
     return tuple(labels)
+
+
+def parse_prompts(prompts: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    """The prompts of --prompt, then the lines of the file of --prompts that are not empty. Raises ConfigError."""
+    lines = [] if file is None else [line for line in read_text(file, "--prompts").splitlines() if line.strip()]
+    if file is not None and not lines:
+        raise ConfigError(f"--prompts: {file} holds no prompt")
+    return (*(prompts or []), *lines)
 
 
 def parse_size(text: str) -> tuple[int, int]:

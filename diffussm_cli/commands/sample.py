@@ -7,7 +7,7 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console
-from diffussm_cli.commands.options import parse_classes, sampling_request
+from diffussm_cli.commands.options import parse_classes, parse_prompts, sampling_request
 
 
 def sample(
@@ -26,6 +26,9 @@ def sample(
     ] = 40,
     classes: options.Classes = None,
     balanced: options.Balanced = False,
+    prompt: options.Prompt = None,
+    prompts: options.Prompts = None,
+    negative: options.Negative = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
     sampler: options.SamplerName = None,
@@ -58,7 +61,8 @@ def sample(
     sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
     labels = parse_classes(classes, trained.config, balanced)
     settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "device": device}
-    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "film": film, "seed": seed}
+    settings |= {"prompts": parse_prompts(prompt, prompts), "negative": negative, "film": film}
+    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "seed": seed}
     try:
         found = follow(console, draw(trained, out, num, **settings))
     except KeyboardInterrupt:

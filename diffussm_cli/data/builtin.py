@@ -10,13 +10,14 @@ from torch import Tensor
 
 from diffussm_cli.data import emoji
 from diffussm_cli.data.images import coins, to_model_space
+from diffussm_cli.data.text import Captioned
 from diffussm_cli.errors import ConfigError, DataError
 
 HELD_OUT = 10  # every tenth image of a class is held out of training
 
 
 @dataclass(eq=False)
-class InMemory:
+class InMemory(Captioned):
     """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,); names and captions of images, or none."""
 
     images: Tensor

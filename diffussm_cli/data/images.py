@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffussm_cli.errors import DataError, reason
@@ -110,11 +111,14 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------- writing
-def save_png(pixels: Tensor, path: Path | BinaryIO) -> None:
-    """Write uint8 (C, H, W) with C = 1 or 3, or (H, W), as a PNG file."""
+def save_png(pixels: Tensor, path: Path | BinaryIO, prompt: str | None = None) -> None:
+    """Write uint8 (C, H, W) with C = 1 or 3, or (H, W), as a PNG file; a prompt goes into its text chunk `prompt`."""
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     array = pixels.cpu().numpy() if pixels.ndim == 2 else pixels.permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array).save(path, "PNG")
+    chunks = PngInfo()
+    if prompt is not None:
+        chunks.add_itxt("prompt", prompt)
+    Image.fromarray(array).save(path, "PNG", pnginfo=chunks)
 
 
 def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, gap: int = 2, smallest: int = 56) -> None:

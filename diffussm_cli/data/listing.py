@@ -230,7 +230,7 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
             ignored.append((archive, f"damaged from here on, or not an uncompressed tar file: {e}"))
     if not labels:
         return Listing(root, entries, (), ignored)
-    entries = [e._replace(label=labels.get(_key(e.name), -1)) for e in entries]
+    entries = [e._replace(label=labels.get(key_of(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
         raise DataError(f"{without} has no .cls file, but other images have one; label all of them or none")
@@ -257,20 +257,20 @@ def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labe
     for member in tar:
         tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
         name = f"{archive}/{member.name}"
-        suffix = name.removeprefix(_key(name)).lower()
+        suffix = name.removeprefix(key_of(name)).lower()
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
             ignored.append((name, "a link, device or sparse file in an archive"))
         elif suffix == ".cls":
-            labels[_key(name)] = _class_of(name, tar.extractfile(member).read(32))  # type: ignore[union-attr]
+            labels[key_of(name)] = _class_of(name, tar.extractfile(member).read(32))  # type: ignore[union-attr]
         elif suffix in SUFFIXES:
             entries.append(Entry(name, 0, member.size, archive, member.offset_data))
         elif suffix not in COMPANIONS:
             ignored.append((name, "not an image by its name"))
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
     """The WebDataset key: the path up to the first dot of the file name."""
     folder, slash, leaf = name.rpartition("/")
     return folder + slash + leaf.partition(".")[0]

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
+from diffussm_cli.data.text import Captioned, open_texts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import own_cores
@@ -30,11 +32,14 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """Return one caption of each image as vectors, (B, 1 + K, E); only if the run has text."""
+
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own generator."""
 
 
-class ImageFolder:
+class ImageFolder(Captioned):
     """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
 
     def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
@@ -55,6 +60,16 @@ class ImageFolder:
 
     def _decode(self, i: int) -> np.ndarray:
         return read_entry(self.listing.root, self.entries[i], self.size, self.channels)
+
+    def captions_of(self, i: int) -> tuple[str, ...]:
+        return self._captions.get(self.name_of(i), ())
+
+    def name_of(self, i: int) -> str:
+        return self.entries[i].name
+
+    @functools.cached_property
+    def _captions(self) -> dict[str, tuple[str, ...]]:
+        return read_captions(self.listing)
 
     def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
         """Decode images once; yields the number of images in each block, and the reason of each failure by index."""
@@ -102,6 +117,9 @@ class Part:
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         return self.whole.read(self.indices[indices].tolist(), generators)
 
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        return self.whole.text(self.indices[indices].tolist(), generators)
+
 
 @functools.lru_cache(maxsize=2)
 def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +158,21 @@ def open_held_out(config: Config, source: Source) -> Source | None:
 
 
 def _open(config: Config, held_out: bool = False) -> Source:
+    source = _open_images(config, held_out)
+    if config.data.text is not None and isinstance(source, Captioned):
+        source.embed(open_texts(config), config.data.path)
+    return source
+
+
+def text_hash(config: Config, source: Source) -> str:
+    """The hash of the text encoder of a source from `open_source`; empty without text."""
+    whole: Any = source.whole if isinstance(source, Part) else source
+    if config.data.text is None:
+        return ""
+    return whole.settings.text_sha256 if hasattr(whole, "settings") else whole.texts.encoder.sha256
+
+
+def _open_images(config: Config, held_out: bool) -> Source:
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
     from diffussm_cli.data.latents.reading import LatentStore
@@ -152,7 +185,7 @@ def _open(config: Config, held_out: bool = False) -> Source:
     if d.vae is not None:
         if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
-        source = LatentStore(Path(d.path), d.flip)
+        source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
     return ImageFolder(Path(d.path), d.size, d.channels, d.flip)
@@ -188,6 +221,15 @@ def _check_latents(config: Config, settings: Any) -> None:
             raise ConfigError(
                 f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; --set data.{field}={value}"
             )
+    m, but = config.model, f"but the captions in {d.path!r} are"
+    if d.text is None:
+        return
+    if d.text != settings.text or d.text_sha256 not in ("", settings.text_sha256):
+        given = f"of {settings.text}" if settings.text else "missing; encode the images with --text"
+        raise ConfigError(f"data.text: {d.text!r}, {but} {given}")
+    if m.text_width != settings.text_width or m.text_tokens > settings.text_tokens:
+        stored = f"{settings.text_tokens} tokens of width {settings.text_width}"
+        raise ConfigError(f"model.text_tokens: {m.text_tokens} of width {m.text_width}, {but} {stored}")
 
 
 def _latents_missing(config: Config) -> str:

@@ -100,7 +100,7 @@ def read_facts(name: str) -> VAEFacts:
     where = _where(name)
 
     def load() -> Any:
-        _reach_hub(**where)
+        reach_hub(**where)
         return diffusers.AutoencoderKL.load_config(**where)
 
     values = _load(name, load)
@@ -150,7 +150,7 @@ def _where(name: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
 
 
-def _reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
+def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
     """Fail at once if the hub is needed and does not answer; diffusers would retry for 23 s."""
     import huggingface_hub as hub
 
@@ -177,8 +177,8 @@ def _load(name: str, call: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence diffusers, which comments on configs that it wrote, and the hub's client, which logs every retry."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub")]
+    """Silence libraries that comment on configs that they wrote, and the hub's client, which logs every retry."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -142,7 +142,7 @@ def labelled(model: LabelledModel, y: Tensor | None) -> Denoiser:
 def guided(
     model: LabelledModel,
     y: Tensor,
-    null_class: int,
+    null: int | Tensor,
     scale: float,
     channels: int | None = None,
     interval: Sequence[int] | None = None,
@@ -154,13 +154,14 @@ def guided(
     pass without guidance.
 
     Args:
+        null: the label of the null class, or a label of the same kind for each image.
         channels: number of predicted channels that are guided; None for all, 3 for DiT's published numbers.
         interval: (lowest, highest) guided timestep, both included (arXiv 2404.07724).
     """
     plain = labelled(model, y)
     if scale == 1:
         return plain
-    both = torch.cat([y, torch.full_like(y, null_class)])
+    both = torch.cat([y, torch.zeros_like(y) + null])
 
     def denoise(x: Tensor, t: float) -> Tensor:
         if interval is not None and not interval[0] <= t <= interval[1]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.sampling.folder import FIXED
+from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.sampler import Sampler
 
 
@@ -19,6 +20,7 @@ class DrawnImages:
         labels: one per seed; None for an unconditional model.
         channels: number of channels that the extractor takes.
         facts: what determines the images, from `sample_facts`; needed to cache features.
+        text: one caption per seed; None for a model without text.
     """
 
     lossy = False
@@ -31,12 +33,13 @@ class DrawnImages:
         channels: int,
         name: str,
         facts: Mapping[str, Any] | None = None,
+        text: Text | None = None,
     ):
         data = sampler.config.data
         if channels == 1 and not data.is_grey:
             raise ConfigError("--extractor: this one takes grey images, but the run draws colour images")
         self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
-        self.name, self.size, self.facts = name, data.size, facts
+        self.name, self.size, self.facts, self.text = name, data.size, facts, text
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -45,7 +48,8 @@ class DrawnImages:
         for start in range(0, len(places), batch_size):
             chosen = places[start : start + batch_size]
             labels = self.labels and [self.labels[i] for i in chosen]
-            for _, images in self.sampler.draw([self.seeds[i] for i in chosen], labels):
+            text = self.text and self.text.of(list(chosen))
+            for _, images in self.sampler.draw([self.seeds[i] for i in chosen], labels, text):
                 yield images.expand(-1, self.channels, -1, -1)
 
     def sha256(self) -> str:

@@ -21,7 +21,8 @@ from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
-from diffussm_cli.sampling.folder import META, read_meta, sample_facts
+from diffussm_cli.sampling.folder import META, prompts_of, read_meta, sample_facts
+from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 RESULTS = "results.json"
@@ -78,13 +79,14 @@ class EvaluationSession:
         labels: Sequence[int] | None,
         name: str,
         facts: Mapping[str, Any] | None = None,
+        text: Text | None = None,
     ) -> DrawnImages:
         """The images of a model, drawn when they are read. Raises DiffussmError."""
         data = sampler.config.data
         if sampler.decoding.warning:
             raise DataError(f"eval: {sampler.decoding.warning}")
         self.choose(data.size, data.is_grey)
-        return DrawnImages(sampler, seeds, labels, self.extractor.channels, name, facts)
+        return DrawnImages(sampler, seeds, labels, self.extractor.channels, name, facts, text)
 
     def reference(self, path: str, size: Size | None, of_run: Size | None = None) -> Reference:
         """Open a reference. Its images are cropped to `size`, or to the size of the run unless they are in an .npz.
@@ -153,6 +155,8 @@ def evaluate(
     num: int = 50_000,
     seed: int = 0,
     classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    negative: str | None = None,
     sampling: SampleConfig | None = None,
     precision: str = "auto",
     batch_size: int = 64,
@@ -168,7 +172,8 @@ def evaluate(
         reference: an .npz from ADM or `make_reference`, or images; by default, the run's reference.
         half: compute precision and recall in float16, as ADM's evaluator does.
         resolution: (H, W) to crop the reference images to; by default, the run's resolution.
-        num, seed, classes, sampling, precision: how images are drawn from a run; without effect for other samples.
+        num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run; without effect for
+            other samples.
         cache: the folder for cached features; None disables the cache.
         out: file for the result; by default beside the samples, with a warning if it cannot be written there.
         run: the run at `samples`, if `find_run_at` has already opened it.
@@ -190,8 +195,9 @@ def evaluate(
         else:
             yield Stage("loading the run")
             sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
-            facts = sample_facts(trained, sampler, seeds, classes)
-            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts)
+            facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
+            text = sampler.text(prompts_of(facts, seeds), negative)
+            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts, text)
             reference, size = reference or reference_of(trained.config), trained.config.data.size
         if reference is None:
             raise ConfigError("--reference: name an .npz from ADM or --make-ref, or a folder of real images")

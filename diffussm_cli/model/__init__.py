@@ -23,6 +23,8 @@ def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbon
         "num_classes": m.num_classes,
         "learn_sigma": m.learn_sigma,
         "label_std": m.label_std,
+        "text_width": m.text_width,
+        "text_tokens": m.text_tokens,
         "gradient_checkpointing": gradient_checkpointing,
     }
     if m.backbone == "dit":

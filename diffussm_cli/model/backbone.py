@@ -1,6 +1,7 @@
 """The backbone that DiffuSSM and the DiT baseline share: tokens in, blocks, tokens out.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
+E width of text vectors   K text tokens
 """
 
 from collections.abc import Iterable
@@ -10,18 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
-from diffussm_cli.model.embeddings import TimestepEmbedding, patchify, position_table, unpatchify
+from diffussm_cli.model.embeddings import TextEmbedding, TimestepEmbedding, patchify, position_table, unpatchify
 from diffussm_cli.model.local import Local
 from diffussm_cli.model.s4d.layer import S4D
 
 
 class Backbone(nn.Module):
-    """A denoiser made of a stack of blocks: (x_t, t, y) -> noise, and the covariance if it is learned.
+    """A denoiser made of a stack of blocks: (x_t, t, y, text) -> noise, and the covariance if it is learned.
+
+    The pooled vector of a caption joins the conditioning. Its K tokens, if any, stand before the image and, mirrored,
+    behind it, so that a layer that reads in order meets the words first in both directions, and padding comes before
+    words. Each token takes a whole position, whatever M is; scans only reorder the image.
 
     Args:
         blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of the positions to
-            (B, J, D). `zeroed()` of a block lists the Linears that are initialised to zero, so that the block starts
-            as the identity.
+            (B, J, D), or with text tokens the same for K + J + K positions. `zeroed()` of a block lists the Linears
+            that are initialised to zero, so that the block starts as the identity.
         input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other sizes.
         in_channels: C.
         patch_size: P; must divide H and W.
@@ -30,6 +35,8 @@ class Backbone(nn.Module):
         num_classes: 0 for an unconditional model. Label `num_classes` is the null class of guidance.
         learn_sigma: output 2C channels, the noise and then ADM's range interpolation v of the covariance; else C.
         label_std: initial standard deviation of the label table (DiT: 0.02).
+        text_width: E; 0 for a model without text.
+        text_tokens: K; 0 for the pooled vector only.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
@@ -49,12 +56,15 @@ class Backbone(nn.Module):
         num_classes: int,
         learn_sigma: bool,
         label_std: float,
+        text_width: int,
+        text_tokens: int,
         gradient_checkpointing: bool,
     ):
         super().__init__()
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         self.in_channels, self.patch_size, self.compression = in_channels, patch_size, compression
         self.num_classes, self.learn_sigma, self.label_std = num_classes, learn_sigma, label_std
+        self.text_width, self.text_tokens = text_width, text_tokens
         self.gradient_checkpointing = gradient_checkpointing
         C, P, D, M = in_channels, patch_size, hidden_size, compression
         if D % 4:
@@ -64,6 +74,7 @@ class Backbone(nn.Module):
         self.patch_in = nn.Linear(M * C * P * P, D)
         self.t_embed = TimestepEmbedding(D)
         self.y_embed = nn.Embedding(num_classes + 1, D) if num_classes else None
+        self.text_embed = TextEmbedding(text_width, D, text_tokens) if text_width else None
         self.blocks = nn.ModuleList(blocks)
         self.norm_out = ShiftScaleNorm(D)
         self.patch_out = nn.Linear(D, M * P * P * self.out_channels)
@@ -79,24 +90,35 @@ class Backbone(nn.Module):
         """The label that stands for "no class"."""
         return self.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), t (B,) in 0..T-1, y (B,) labels or None if unconditional -> (B, 2C or C, H, W)."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0..T-1, y (B,) labels, text (B, 1 + K, E) -> (B, 2C or C, H, W).
+
+        y is None for a model without classes, and text for one without text; `TextEmbedding` describes text.
+        """
         H, W = x.shape[-2:]
         grid = H // self.patch_size, W // (self.patch_size * self.compression)
-        c = self.condition(t, y)  # (B, D)
+        c, words = self.condition(t, y, text)  # (B, D), (B, K, D)
         h = self.patch_in(patchify(x, self.patch_size, self.compression)) + self._position(H, W)  # (B, J, D)
+        if words is not None:
+            h = torch.cat([words.flip(1), h, words], dim=1)  # (B, K + J + K, D)
         for block in self.blocks:
             h = checkpoint(block, h, c, grid, use_reentrant=False) if self._recomputes() else block(h, c, grid)
+        if words is not None:
+            h = h[:, self.text_tokens : -self.text_tokens]
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
         return unpatchify(h, self.patch_size, self.compression, H, W)  # (B, 2C, H, W)
 
-    def condition(self, t: Tensor, y: Tensor | None) -> Tensor:
-        """Timestep plus label: t (B,), y (B,) or None -> c (B, D)."""
-        c = self.t_embed(t)
-        if self.y_embed is None:
-            return c
-        assert y is not None, "a class-conditional model needs labels; the null class is model.null_class"
-        return c + self.y_embed(y)
+    def condition(self, t: Tensor, y: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Timestep, label and caption -> c (B, D), which is their sum, and the text tokens (B, K, D), if any."""
+        c, words = self.t_embed(t), None
+        if self.y_embed is not None:
+            assert y is not None, "a class-conditional model needs labels; the null class is model.null_class"
+            c = c + self.y_embed(y)
+        if self.text_embed is not None:
+            assert text is not None, "a model with text needs captions; zeros stand for none"
+            pooled, words = self.text_embed(text)
+            c = c + pooled
+        return c, words
 
     def reset_parameters(self) -> None:
         """DiT's initialisation: Xavier, N(0, 0.02) timestep MLP, zero output and conditioning (identity blocks)."""
@@ -104,7 +126,7 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, HourglassLinear | Local):
+            elif isinstance(module, HourglassLinear | Local | TextEmbedding):
                 module.reset_parameters()
         for layer in self.t_embed.mlp:
             if isinstance(layer, nn.Linear):

@@ -40,6 +40,8 @@ class DiffuSSM(Backbone):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         label_std: float = 0.02,
+        text_width: int = 0,
+        text_tokens: int = 0,
         gradient_checkpointing: bool = False,
         mixer: str = "s4d",
         heads: int = 16,
@@ -59,6 +61,8 @@ class DiffuSSM(Backbone):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
             label_std=label_std,
+            text_width=text_width,
+            text_tokens=text_tokens,
             gradient_checkpointing=gradient_checkpointing,
         )
 

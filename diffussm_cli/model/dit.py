@@ -77,6 +77,8 @@ class DiT(Backbone):
         num_classes: int = 1000,
         learn_sigma: bool = True,
         label_std: float = 0.02,
+        text_width: int = 0,
+        text_tokens: int = 0,
         gradient_checkpointing: bool = False,
     ):
         if hidden_size % heads or hidden_size % compression:
@@ -91,6 +93,8 @@ class DiT(Backbone):
             num_classes=num_classes,
             learn_sigma=learn_sigma,
             label_std=label_std,
+            text_width=text_width,
+            text_tokens=text_tokens,
             gradient_checkpointing=gradient_checkpointing,
         )
 

@@ -42,6 +42,32 @@ def position_table(H: int, W: int, M: int, D: int) -> Tensor:
     return torch.cat([sinusoids(row.flatten(), D // 2), sinusoids(column.flatten(), D // 2)], dim=-1)
 
 
+class TextEmbedding(nn.Module):
+    """A caption -> what joins the conditioning, (B, D), and its tokens, (B, K, D).
+
+    A caption is one tensor, (B, 1 + K, E): its pooled vector, then K token vectors. Rows of zeros stand for what is
+    missing: the padding of a short caption, or a whole caption. A learned vector, one per row, takes their place.
+    """
+
+    def __init__(self, E: int, D: int, K: int):
+        super().__init__()
+        self.null = nn.Parameter(torch.empty(1 + K, E))
+        self.mlp = nn.Sequential(nn.Linear(E, D), nn.SiLU(), nn.Linear(D, D))
+        self.tokens = nn.Linear(E, D) if K else None
+        self.place = nn.Parameter(torch.empty(K, D)) if K else None
+
+    def reset_parameters(self) -> None:
+        for p in (self.null, self.place):
+            if p is not None:
+                nn.init.zeros_(p)
+
+    def forward(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        given = (text != 0).any(-1, keepdim=True)  # (B, 1 + K, 1)
+        text = torch.where(given, text, self.null).to(self.null.dtype)
+        pooled = self.mlp(text[:, 0])
+        return pooled, None if self.tokens is None else self.tokens(text[:, 1:]) + self.place
+
+
 def patchify(x: Tensor, P: int, M: int) -> Tensor:
     """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours in a row concatenated."""
     return rearrange(x, "b c (h p) (w m q) -> b (h w) (m c p q)", p=P, q=P, m=M)

@@ -17,7 +17,8 @@ from torch import Tensor
 class Scan:
     """An order of positions: row by row, or with `columns` column by column; `turning` reverses every second line.
 
-    In all methods `grid` is (H, W/M), and `dim` is the dimension of x that holds the J positions.
+    In all methods `grid` is (H, W/M), and `dim` is the dimension of x that holds the J positions. `apply` and `undo`
+    leave text positions, which stand in equal number before and behind those of the image, in their places.
     """
 
     columns: bool = False
@@ -25,13 +26,11 @@ class Scan:
 
     def apply(self, x: Tensor, grid: tuple[int, int] | None, dim: int = 1) -> Tensor:
         """Raster order -> this order, (..., J, ...)."""
-        x = _transposed(x, grid, dim) if self.columns else x
-        return _turned(x, self._lines(grid), dim) if self.turning else x
+        return self._of_image(self._apply, x, grid, dim)
 
     def undo(self, x: Tensor, grid: tuple[int, int] | None, dim: int = 1) -> Tensor:
         """This order -> raster order, (..., J, ...)."""
-        x = _turned(x, self._lines(grid), dim) if self.turning else x
-        return _transposed(x, self._lines(grid), dim) if self.columns else x
+        return self._of_image(self._undo, x, grid, dim)
 
     def to_image(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens in this order -> the image that they form: u (B, D, J, M) -> (B, D, H, W)."""
@@ -40,6 +39,21 @@ class Scan:
     def to_sequence(self, image: Tensor, grid: tuple[int, int]) -> Tensor:
         """The inverse of `to_image`: (B, D, H, W) -> (B, D, J, M)."""
         return self.apply(image.unflatten(3, (grid[1], -1)).flatten(2, 3), grid, dim=2)
+
+    def _apply(self, x: Tensor, grid, dim: int) -> Tensor:
+        x = _transposed(x, grid, dim) if self.columns else x
+        return _turned(x, self._lines(grid), dim) if self.turning else x
+
+    def _undo(self, x: Tensor, grid, dim: int) -> Tensor:
+        x = _turned(x, self._lines(grid), dim) if self.turning else x
+        return _transposed(x, self._lines(grid), dim) if self.columns else x
+
+    def _of_image(self, reorder, x: Tensor, grid, dim: int) -> Tensor:
+        words = 0 if self == RASTER else (x.shape[dim] - grid[0] * grid[1]) // 2
+        if not words:
+            return reorder(x, grid, dim)
+        before, image, behind = x.split([words, x.shape[dim] - 2 * words, words], dim)
+        return torch.cat([before, reorder(image, grid, dim), behind], dim)
 
     def _lines(self, grid):
         return grid[::-1] if self.columns else grid  # (lines, positions in a line)

@@ -19,13 +19,13 @@ from diffussm_cli.config import Config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model.local import Local
 from diffussm_cli.model.s4d.layer import S4D
-from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, with_one_block
+from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, in_sequence, with_one_block
 
 # Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
 NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical", "conj_physical_", "where", "lt"}
 NOT_COUNTED |= {"log_sigmoid", "sigmoid", "mean", "rms_norm", "cumsum", "pad", "flip", "triu", "unfold"}
-NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real"}
+NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real", "ne", "any"}
 
 
 def count(config: Config) -> dict[str, float]:
@@ -38,11 +38,13 @@ def count(config: Config) -> dict[str, float]:
         ConfigError: if the model has an operator that is not counted.
     """
     model = with_one_block(config).eval()
-    tokens = math.prod(config.data.grid) // config.model.patch_size**2
+    m = config.model
+    tokens = in_sequence(m, math.prod(config.data.grid) // m.patch_size**2)
     with torch.device("meta"):
         x, t = torch.empty(1, config.data.channels, *config.data.grid), torch.zeros(1, dtype=torch.long)
-        sequence = torch.empty(1, tokens)
-    everything, block = _trace(model, (x, t, t) if config.model.num_classes else (x, t), "blocks.0")
+        sequence, text = torch.empty(1, tokens), torch.empty(1, 1 + m.text_tokens, m.text_width)
+    inputs = (x, t, t if m.num_classes else None, text if m.text_width else None)
+    everything, block = _trace(model, inputs, "blocks.0")
     model.forget_kernels()
     kernels, _ = _trace(_Kernels(model), (sequence,))
     block.subtract(kernels)
@@ -65,7 +67,7 @@ class _Kernels(nn.Module):
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, inputs: tuple[Tensor, ...], part: str = "") -> tuple[Counter, Counter]:
+def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...], part: str = "") -> tuple[Counter, Counter]:
     """Multiply-adds by kind, of one call of the model and of one submodule in it."""
     fvcore = _fvcore()
     for module in model.modules():

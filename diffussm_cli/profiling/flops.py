@@ -1,6 +1,7 @@
 """Analytic cost of a configuration: parameters, tokens, multiply-adds of a forward pass, memory of training.
 
     L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length   F = n/2 + 1
+    E width of text vectors   K text tokens, which stand twice in the sequence and take a position each
 
 "Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and of the paper.
 Transforms and complex products are converted at two real operations per multiply-add. Elementwise work on real
@@ -63,7 +64,8 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
     parameters = _numbers(model) + (m.depth - 1) * _numbers(model.blocks[0])
     H, W = config.data.grid
     L = H * W // m.patch_size**2
-    blocks, kernel = _dit_block(m, L) if m.backbone == "dit" else _diffussm_block(m, L)
+    sequence = in_sequence(m, L)
+    blocks, kernel = _dit_block(m, sequence) if m.backbone == "dit" else _diffussm_block(m, sequence)
     parts = {part: m.depth * macs for part, macs in blocks.items()}
     for part, macs in _outside(config, L).items():
         parts[part] = parts.get(part, 0) + macs
@@ -79,6 +81,11 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
         training_bytes=training_bytes(config, parameters, processes),
         processes=processes,
     )
+
+
+def in_sequence(m: ModelConfig, L: int) -> int:
+    """Tokens that the blocks see: L of the image, and M for each of the 2K text positions."""
+    return L + 2 * m.text_tokens * m.compression
 
 
 def with_one_block(config: Config) -> Backbone:
@@ -142,7 +149,8 @@ def _outside(config: Config, L: int) -> dict[str, float]:
     m = config.model
     D, taps = m.hidden_size, config.data.channels * m.patch_size**2
     out = (2 if m.learn_sigma else 1) * taps
-    return {"conditioning": (256 + D) * D + 2 * D**2, "in and out": L * D * (taps + out)}
+    parts: dict[str, float] = {"conditioning": (256 + D) * D + 2 * D**2, "in and out": L * D * (taps + out)}
+    return parts | ({"text": ((1 + m.text_tokens) * m.text_width + D) * D} if m.text_width else {})
 
 
 def fft_macs(n: int) -> float:
@@ -162,7 +170,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     """
     m, t = config.model, config.train
     H, W = config.data.grid
-    L = H * W // m.patch_size**2
+    L = in_sequence(m, H * W // m.patch_size**2)
     B, D, M = max(1, t.batch_size // t.accumulate // processes), m.hidden_size, m.compression
     wide, narrow = 4, 2 if t.precision == "bf16" else 4
     kernels = 0

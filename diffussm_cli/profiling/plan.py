@@ -26,10 +26,11 @@ class Plan(NamedTuple):
 
 
 class Noise:
-    """A source of random images, so that no data is needed."""
+    """A source of random images and captions, so that no data is needed."""
 
     def __init__(self, config: Config):
         self.shape = (config.data.channels, *config.data.grid)
+        self.words = (1 + config.model.text_tokens, config.model.text_width)
         self.classes = max(1, config.model.num_classes)
         self.class_names = tuple(str(i) for i in range(config.model.num_classes))
 
@@ -39,6 +40,9 @@ class Noise:
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         labels = torch.as_tensor(indices) % self.classes
         return torch.stack([torch.randn(self.shape, generator=g) for g in generators]), labels
+
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:  # noqa: ARG002
+        return torch.stack([torch.randn(self.words, generator=g) for g in generators])
 
 
 def plan(config: Config, available: int | None) -> Plan:

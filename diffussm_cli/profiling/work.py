@@ -12,7 +12,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.s4d.layer import S4D
-from diffussm_cli.sampling.generate import make_denoiser
+from diffussm_cli.sampling.generate import Text, make_denoiser
 from diffussm_cli.sampling.precision import cast_products
 
 FORWARD, TRAINING, GUIDED = "forward", "forward+backward", "guided step"
@@ -54,17 +54,18 @@ def workload(model: Backbone, config: Config, kind: str, setting: Setting) -> Ca
     x = torch.randn(B, model.in_channels, *model.input_size, device=device)
     t = torch.full((B,), 500, device=device)
     y = torch.zeros(B, dtype=torch.long, device=device) if model.num_classes else None
+    text = torch.ones(B, 1 + model.text_tokens, model.text_width, device=device) if model.text_width else None
     process = GaussianDiffusion.from_config(config.diffusion, device)
-    sampling = SampleConfig(guidance=1.5 if model.num_classes else 1.0)
-    denoise = make_denoiser(model, process, sampling, y)
+    sampling = SampleConfig(guidance=1.5 if model.num_classes or model.text_width else 1.0)
+    denoise = make_denoiser(model, process, sampling, y, None if text is None else Text(text))
     generators = [torch.Generator() for _ in range(B)]
 
     def forward() -> None:
         with torch.no_grad():
-            model(x, t, y)
+            model(x, t, y, text)
 
     def forward_backward() -> None:
-        model(x, t, y).square().mean().backward()
+        model(x, t, y, text).square().mean().backward()
         model.zero_grad()
 
     def guided_step() -> None:

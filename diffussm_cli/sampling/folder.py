@@ -19,6 +19,7 @@ import torch
 from diffussm_cli import __version__
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
+from diffussm_cli.data.text import check_prompts
 from diffussm_cli.errors import RunError, reading
 from diffussm_cli.machine.files import sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World
@@ -40,14 +41,25 @@ FIXED = (
     "clip",
     "first_seed",
     "classes",
+    "prompts",
+    "negative",
+    "text_encoder",
     "vae",
     "decoded_by",
     "precision",
 )
 
 
-def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: Sequence[int] = ()) -> dict[str, Any]:
-    """Everything that determines the images of these seeds, for meta.json."""
+def sample_facts(
+    trained: TrainedRun,
+    sampler: Sampler,
+    seeds: range,
+    classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    negative: str | None = None,
+) -> dict[str, Any]:
+    """Everything that determines the images of these seeds, for meta.json. Raises ConfigError for wrong prompts."""
+    check_prompts(prompts, negative, trained.config, sampler.sampling)
     config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
     in_turn = "balanced" if sorted(classes) == list(range(config.model.num_classes)) else "given"
     finished = None if foreign else config.train.steps
@@ -65,6 +77,9 @@ def sample_facts(trained: TrainedRun, sampler: Sampler, seeds: range, classes: S
         "label_choice": (in_turn if classes else "random") if config.model.num_classes else None,
         "labels": sampler.labels(seeds, classes),
         "class_names": list(config.data.class_names) or None,
+        "prompts": list(prompts) or None,
+        "negative": negative,
+        "text_encoder": {"name": config.data.text, "sha256": config.data.text_sha256} if prompts else None,
         "null_class": config.model.num_classes or None,
         "pixel_rule": PIXEL_RULE,
         **sampler.decoding.record,
@@ -107,11 +122,12 @@ class SampleFolder:
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]
-            for seeds, images in self.sampler.draw(batch, own):
+            text = self.sampler.text(prompts_of(self.facts, batch), self.facts["negative"])
+            for seeds, images in self.sampler.draw(batch, own, text):
                 for seed, image in zip(seeds, images):
                     if not self.file(seed).is_file():
                         with whole_file(self.file(seed), durable=False) as file:
-                            save_png(image, file)
+                            save_png(image, file, *prompts_of(self.facts, [seed]))
                 yield len(seeds)
 
     def finish(self, grid: Path, npz: bool) -> None:
@@ -148,6 +164,12 @@ class SampleFolder:
 
     def _write_meta(self, complete: bool) -> None:
         write_text(self.path / META, json.dumps({**self.facts, "complete": complete}, indent=1) + "\n")
+
+
+def prompts_of(facts: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
+    """The prompt of each seed, all prompts in turn; empty if there are none."""
+    prompts = facts["prompts"] or []
+    return [prompts[(seed - facts["first_seed"]) % len(prompts)] for seed in seeds if prompts]
 
 
 def file_name(seed: int) -> str:

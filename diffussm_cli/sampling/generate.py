@@ -16,6 +16,17 @@ from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.sampling.precision import in_precision
 
 
+class Text(NamedTuple):
+    """Captions as vectors; guidance leads away from `negative`, by default from no caption."""
+
+    captions: Tensor  # (n, 1 + K, E), one per seed
+    negative: Tensor | None = None  # (1, 1 + K, E)
+
+    def of(self, chosen: slice | list[int]) -> "Text":
+        """The captions of some of the seeds."""
+        return self._replace(captions=self.captions[chosen])
+
+
 class Drawn(NamedTuple):
     """A batch of finished images."""
 
@@ -32,6 +43,7 @@ def generate(
     labels: Sequence[int] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
+    text: Text | None = None,
 ) -> Iterator[Drawn]:
     """Draw one image per seed, batch by batch. At the end, the kernels that the model keeps are freed.
 
@@ -40,12 +52,14 @@ def generate(
         sampling: sampler, steps and guidance.
         labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
+        text: one caption per seed, for a model with text.
     """
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
-            drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype)
+            own = text and text.of(chosen)
+            drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype, text=own)
             yield Drawn(list(seeds[chosen]), *drawn)
     finally:
         model.forget_kernels()
@@ -69,12 +83,14 @@ def draw(
     labels: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     scheduler: Any = None,
+    text: Text | None = None,
 ) -> tuple[list[int] | None, Tensor]:
     """Draw one image per generator; returns their labels, or None, and the images, (B, C, H, W) float32 on the CPU.
 
     Args:
         generators: on the CPU; each gives the label, if `labels` is None, and all noise of its image.
         scheduler: ready to step; that of `sampling` by default.
+        text: one caption per generator, for a model with text.
     """
     device = objective.device
     drawn = [_label(g, model.num_classes) for g in generators]
@@ -84,7 +100,7 @@ def draw(
     y = None if found is None else torch.tensor(found, device=device)
     scheduler = scheduler or make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
     with torch.no_grad(), in_precision(model, dtype):
-        images = sample(make_denoiser(model, objective, sampling, y), scheduler, x, generators)
+        images = sample(make_denoiser(model, objective, sampling, y, text), scheduler, x, generators)
     return found, images.float().cpu()
 
 
@@ -93,16 +109,29 @@ def _solver_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def make_denoiser(model, objective: Objective, sampling: SampleConfig, y: Tensor | None) -> Denoiser:
-    """Wrap the model with its labels, guidance and clipping as `sampling` specifies."""
+def make_denoiser(
+    model, objective: Objective, sampling: SampleConfig, y: Tensor | None, text: Text | None = None
+) -> Denoiser:
+    """Wrap the model with its labels, captions, guidance and clipping as `sampling` specifies."""
+    # The first half are the conditions of the images, the second half those that guidance leads away from.
+    labels = None if y is None else torch.cat([y, torch.full_like(y, model.null_class)])
+    captions = None
+    if text is not None:
+        wanted = text.captions.to(objective.device)
+        null = torch.zeros_like(wanted) if text.negative is None else text.negative.to(wanted).expand_as(wanted)
+        captions = torch.cat([wanted, null])
 
-    def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        return model(x.float(), t, y).to(x.dtype)
+    def predict(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+        y, text = (None if each is None else each[rows] for each in (labels, captions))
+        return model(x.float(), t, y, text).to(x.dtype)
 
-    if y is None:
+    condition = captions if labels is None else labels
+    if condition is None:
         denoise = labelled(predict, None)
     else:
+        rows = torch.arange(len(condition), device=condition.device)
+        wanted, null = rows.chunk(2)
         channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
         interval = sampling.guidance_interval or None
-        denoise = guided(predict, y, model.null_class, sampling.guidance, channels, interval)
+        denoise = guided(predict, wanted, null, sampling.guidance, channels, interval)
     return clipped(denoise, objective) if sampling.clip else denoise

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import to_uint8
+from diffussm_cli.data.text import Texts, open_texts
 from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, load_model
-from diffussm_cli.sampling.generate import generate, labels_of
+from diffussm_cli.sampling.generate import Text, generate, labels_of
 from diffussm_cli.sampling.precision import cast_products
 
 
@@ -40,6 +41,7 @@ class Sampler:
     ):
         self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
         self.batch_size, self.dtype = batch_size, dtype
+        self.texts: Texts | None = None  # loaded when prompts come
         self.device = next(model.parameters()).device
         self.objective = make_objective(config.diffusion, self.device)
 
@@ -50,13 +52,23 @@ class Sampler:
             return None
         return [classes[i % len(classes)] for i in range(len(seeds))] if classes else labels_of(seeds, n)
 
-    def draw(self, seeds: Sequence[int], labels: Sequence[int] | None) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch.
+    def text(self, prompts: Sequence[str], negative: str | None = None) -> Text | None:
+        """Prompts as vectors, or None for a model without text. Raises DataError without the run's encoder."""
+        if not self.config.model.text_width:
+            return None
+        self.texts = self.texts or open_texts(self.config)
+        return Text(self.texts(prompts), None if negative is None else self.texts([negative]))
+
+    def draw(
+        self, seeds: Sequence[int], labels: Sequence[int] | None, text: Text | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch; a model with text needs its captions.
 
         Raises:
             RunError: if the images do not fit into memory.
         """
-        batches = generate(self.model, self.objective, self.sampling, seeds, labels, self.batch_size, self.dtype)
+        requested = (seeds, labels, self.batch_size, self.dtype, text)
+        batches = generate(self.model, self.objective, self.sampling, *requested)
         try:
             for drawn in batches:
                 yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))

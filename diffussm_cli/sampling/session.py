@@ -22,6 +22,8 @@ def sample(
     *,
     seed: int = 0,
     classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    negative: str | None = None,
     sampling: SampleConfig | None = None,
     batch_size: int = 64,
     precision: str = "auto",
@@ -38,6 +40,7 @@ def sample(
         run: a run folder, its `final/` or `best/`, a checkpoint, a published DiT, or a name that `find_run` takes.
         out: the output folder; by default RUN/images, or a numbered one if that holds images of another request.
         classes: labels, used in turn; if empty, each seed draws its own.
+        prompts: captions, used in turn, for a run with text; `negative` is what guidance leads away from.
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
@@ -55,7 +58,7 @@ def sample(
         check_film(film)
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
-    facts = sample_facts(trained, sampler, seeds, classes)
+    facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
     path = Path(out) if out is not None else free_folder(trained.root, facts)
     if out is None and path.name != IMAGES:
         yield Message(f"{trained.root / IMAGES} holds images of another request; these go to {path}")

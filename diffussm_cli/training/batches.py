@@ -1,6 +1,7 @@
 """The batch of each optimiser step. It depends only on (seed, step), so that a resumed run sees the same batches.
 
 B global batch, of which each process takes its part   C channels   H x W grid
+K text tokens   E width of text vectors
 """
 
 import functools
@@ -18,6 +19,7 @@ from diffussm_cli.data.source import Source
 from diffussm_cli.diffusion.process import draw_timestep
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import ALONE, World
+from diffussm_cli.sampling.generate import Text
 
 PREFETCH = 3  # batches
 
@@ -30,6 +32,7 @@ class Batch:
     t: Tensor  # (B,)
     noise: Tensor  # (B, C, H, W)
     y: Tensor | None  # (B,), labels, some replaced by the null class; None if unconditional
+    text: Tensor | None = None  # (B, 1 + K, E), captions, some replaced by zeros; None without text
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
         """Images start..stop, moved to a device."""
@@ -37,8 +40,8 @@ class Batch:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply `change` to every tensor."""
-        x_0, t, noise = change(self.x_0), change(self.t), change(self.noise)
-        return Batch(x_0, t, noise, None if self.y is None else change(self.y))
+        tensors = (self.x_0, self.t, self.noise, self.y, self.text)
+        return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
 def batches(source: Source, config: Config, start: int, world: World = ALONE, pinned: bool = False) -> Iterator[Batch]:
@@ -73,8 +76,22 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
     dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
     noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
     classes = config.model.num_classes
-    batch = Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None)
+    text = _captions(source, indices, generators, config) if config.model.text_width else None
+    batch = Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None, text)
     return batch.each(Tensor.pin_memory) if pinned else batch
+
+
+def _captions(source: Source, indices: list[int], generators: list[torch.Generator], config: Config) -> Tensor:
+    """One caption per image, some dropped; drawn last, so that a run without text draws the same numbers."""
+    text = source.text(indices, generators)  # (B, 1 + K, E)
+    kept = torch.cat([torch.rand(1, generator=g) for g in generators]) >= config.train.label_dropout
+    return text * kept[:, None, None]
+
+
+def captions_of(source: Source, n: int) -> Text:
+    """Captions of n images, evenly spread over a source, for previews and evaluations; always the same."""
+    indices = [i * len(source) // n for i in range(n)]
+    return Text(source.text(indices, [torch.Generator().manual_seed(i) for i in range(n)]))
 
 
 def indices_at(seed: int, position: int, count: int, n: int) -> np.ndarray:

@@ -55,4 +55,7 @@ class HeldOut:
         share = (np.arange(QUARTERS) + within[:, None]) / QUARTERS  # (n, Q), of all timesteps
         t = torch.from_numpy((share * self.config.diffusion.timesteps).astype(np.int64)).flatten()
         y = labels.repeat_interleave(QUARTERS) if self.config.model.num_classes else None
-        return Batch(x_0.repeat_interleave(QUARTERS, 0), t, noise, y)
+        text = None
+        if self.config.model.text_width:
+            text = self.source.text([self.indices[k] for k in places], generators).repeat_interleave(QUARTERS, 0)
+        return Batch(x_0.repeat_interleave(QUARTERS, 0), t, noise, y, text)

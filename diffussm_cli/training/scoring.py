@@ -7,6 +7,7 @@ import torch
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config
+from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import USUAL
@@ -17,10 +18,13 @@ from diffussm_cli.events import finish
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.model import Backbone
 from diffussm_cli.sampling.sampler import Sampler
+from diffussm_cli.training.batches import captions_of
 
 
 class Scoring:
     """The evaluation session and the reference of `config.eval`, ready to use; `warnings` are for the user.
+
+    A run with text draws captions from `source`.
 
     Raises:
         DiffussmError: if there is no reference, or the extractor cannot be loaded.
@@ -29,6 +33,7 @@ class Scoring:
     def __init__(
         self,
         config: Config,
+        source: Source,
         root: Path,
         device: torch.device,
         decoding: Decoding,
@@ -40,7 +45,8 @@ class Scoring:
         path = reference_of(config)
         if path is None:
             raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out")
-        self.config, self.root, self.decoding, self.dtype, self.world = config, root, decoding, dtype, world
+        self.config, self.source, self.root, self.decoding = config, source, root, decoding
+        self.dtype, self.world = dtype, world
         self.session = EvaluationSession(config.eval.extractor, device=str(device), world=world)
         self.session.choose(config.data.size, config.data.is_grey)
         self.warnings = doubts(self.session.asked, self.session.name, path)
@@ -60,7 +66,8 @@ class Scoring:
         sampling = dataclasses.replace(config.sample, steps=steps)
         sampler = Sampler(model, config, sampling, self.decoding, dtype=self.dtype)
         seeds = range(config.eval.images)
-        images = self.session.draw(sampler, seeds, sampler.labels(seeds), "averaged weights")
+        text = captions_of(self.source, len(seeds)) if config.model.text_width else None
+        images = self.session.draw(sampler, seeds, sampler.labels(seeds), "averaged weights", text=text)
         measured, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in measured.items()}
         best = self.root / runs.BEST

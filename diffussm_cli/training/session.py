@@ -20,7 +20,7 @@ import torch
 from diffussm_cli import __version__, runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
 from diffussm_cli.data.listing import UNREADABLE
-from diffussm_cli.data.source import ImageFolder, Part, Source, open_source
+from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
@@ -296,7 +296,8 @@ def _prepare(
 ) -> Generator[Event, None, Trainer]:
     """Create a Trainer that is ready to run in `root`, and write its configuration there. Raises DiffussmError."""
     keep_freed_memory()
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=source.class_names))
+    data = dataclasses.replace(config.data, class_names=source.class_names, text_sha256=text_hash(config, source))
+    config = dataclasses.replace(config, data=data)
     with first_works(world):
         if checkpoint is not None and world.rank == 0:
             if (root / runs.CONFIG).exists():

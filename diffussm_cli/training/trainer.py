@@ -29,7 +29,7 @@ from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.sampling.sampler import Sampler
-from diffussm_cli.training.batches import Batch, batches
+from diffussm_cli.training.batches import Batch, batches, captions_of
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect, full_tensors, load_checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps, SpikeAlarm, time_scales, update_ratios
@@ -75,7 +75,7 @@ class Trainer:
         self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
         self.scoring = None
         if self.decoding is not None and scored:
-            self.scoring = Scoring(config, root, self.device, self.decoding, self.dtype, world)
+            self.scoring = Scoring(config, source, root, self.device, self.decoding, self.dtype, world)
         self.writer = CheckpointWriter(root, t)
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.after_preview: Callable[[], Any] = lambda: None
@@ -205,7 +205,7 @@ class Trainer:
         """Losses per image, (B,), of the model in training or of another one."""
         x_t = self.objective.q_sample(batch.x_0, batch.t, batch.noise)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = (model or self.forward)(x_t, batch.t, batch.y)
+            output = (model or self.forward)(x_t, batch.t, batch.y, batch.text)
         t, known = self.config.train, (batch.x_0, x_t, batch.t, batch.noise)
         gamma = t.min_snr_gamma if t.loss_weight == "min_snr" else None
         return training_losses(self.objective, output.float(), *known, t.mse_weight_cap, gamma)
@@ -298,13 +298,17 @@ class Trainer:
 
 
 def draw_grid(trainer: Trainer, model: Backbone, sampling: SampleConfig, path: Path) -> Path:
-    """Draw images of seeds 0, 1, ... with one class per column (at most ten) and write them to `path`."""
+    """Draw images of seeds 0, 1, ... with one class per column (at most ten) and write them to `path`.
+
+    A run with text draws captions of its training images, the same ones every time.
+    """
     config = trainer.config
     n, classes = config.train.sample_images, config.model.num_classes
     columns = min(10, classes or n)
     assert trainer.decoding is not None, "previews are decoded"
     sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
-    drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()))
+    text = captions_of(trainer.source, n) if config.model.text_width else None
+    drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         save_grid(torch.cat([images for _, images in drawn]), file, columns)

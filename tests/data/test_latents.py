@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import ModelConfig, load_config
 from diffussm_cli.data.images import read_image, to_model_space
 from diffussm_cli.data.latents import encoding, repair, shard
 from diffussm_cli.data.latents.encoding import Encoder
@@ -18,12 +18,13 @@ from diffussm_cli.data.latents.manifest import StoreSettings, read_manifest
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.latents.repair import verify
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.source import open_source, text_hash
+from diffussm_cli.data.text import Texts
 from diffussm_cli.data.vae import load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World
-from tests.conftest import save_vae
+from tests.conftest import Letters, save_vae
 
 SIZE = (16, 24)
 BROKEN = 5  # place of the unreadable image
@@ -355,3 +356,71 @@ def test_parts_of_a_read_make_up_the_whole(whole):
     parts = [store.read(indices[part], generators(5)[part]) for part in (slice(0, 2), slice(2, 5))]
     assert torch.equal(torch.cat([p[0] for p in parts]), x)
     assert torch.equal(torch.cat([p[1] for p in parts]), labels)
+
+
+# ------------------------------------------------------------------------------------------------- captions
+@pytest.fixture
+def captioned(tmp_path, monkeypatch):
+    """An encoder of twelve images with one or two captions each, and what `encode_images` is asked for."""
+    monkeypatch.setattr(encoding, "open_encoder", lambda name: Letters())
+    monkeypatch.setattr(repair, "open_captions", encoding.open_captions)
+    save_vae(tmp_path / "vae")
+    for i in range(6):
+        path = make_source(tmp_path / "images") / "cat" / f"{i:02d}.txt"
+        path.write_text(f"cat {i}\nanimal of number {i}\n")
+    for i in range(6, N):
+        (tmp_path / "images" / "dog" / f"{i:02d}.txt").write_text(f"dog {i}\n")
+    options = {"text": "letters", "text_tokens": 3, "batch_size": 3, "shard_size": 4, "workers": 0, "device": "cpu"}
+    vae = str(tmp_path / "vae")
+    return lambda: list(encoding.encode_images(tmp_path / "images", tmp_path / "store", SIZE, vae, **options))
+
+
+def text_config(folder, *overrides):
+    given = [f"data.path={folder / 'store'}", f"data.vae={folder / 'vae'}", "data.resolution=16x24", "data.channels=4"]
+    given += ["data.downsample=4", "data.text=letters", "model.text_width=4", "model.num_classes=0", "data.flip=true"]
+    return load_config("digits", [*given, *overrides])
+
+
+def test_captions_are_stored_beside_latents_and_drawn_from_there(captioned, tmp_path):
+    captioned()
+    texts = Texts(Letters(), ModelConfig(text_width=4, text_tokens=3))
+    source = open_source(text_config(tmp_path, "model.text_tokens=2"))
+    assert text_hash(text_config(tmp_path), source) == Letters.sha256
+    wanted = texts(["cat 1", "animal of number 1", "dog 7"])[:, :3]
+    found = torch.cat([source.text([1, 6], [torch.Generator().manual_seed(s)] * 2) for s in range(20)])
+    assert {tuple(t.flatten().tolist()) for t in found} == {tuple(t.flatten().tolist()) for t in wanted}
+    assert all(problem is None for _, problem in verify(tmp_path / "store"))
+
+
+def test_captions_survive_repair_bitwise(captioned, tmp_path):
+    captioned()
+    path = tmp_path / "store" / "shard-00001.safetensors"
+    before = path.read_bytes()
+    damage(path, len(before) - 10)
+    list(repair.repair_store(tmp_path / "store", tmp_path / "images", workers=0, device="cpu"))
+    assert path.read_bytes() == before
+
+
+def test_captions_that_changed_or_are_missing_are_refused(captioned, tmp_path):
+    captioned()
+    path = tmp_path / "images" / "dog" / "07.txt"
+    path.write_text("a puppy")
+    with pytest.raises(DataError, match="begun with other settings: captions_sha256 was"):
+        captioned()
+    path.unlink()
+    with pytest.raises(DataError, match="--text: .*images' has no caption for 1 of 11 images, such as 'dog/07.png'"):
+        captioned()
+
+
+def test_a_run_must_fit_the_stored_captions(captioned, tmp_path, whole):
+    captioned()
+    for overrides, problem in {
+        "data.text=wordllama": "data.text: 'wordllama', but the captions in .* are of letters",
+        "data.text_sha256=xyz": "data.text: 'letters', but the captions in .* are of letters",
+        "model.text_width=8": "model.text_tokens: 0 of width 8, but the captions in .* are 3 tokens of width 4",
+        "model.text_tokens=4": "model.text_tokens: 4 of width 4, but the captions in .* are 3 tokens",
+        f"data.path={whole.store}": "are missing; encode the images with --text",
+    }.items():
+        given = [overrides, f"data.vae={whole.settings.vae}"] if "path" in overrides else [overrides]
+        with pytest.raises(ConfigError, match=problem):
+            open_source(text_config(tmp_path, *given))

@@ -7,6 +7,7 @@ import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.model import DiffuSSM, build_model
+from diffussm_cli.model.embeddings import patchify
 from tests.conftest import device, fill, randn
 
 
@@ -120,3 +121,37 @@ def test_low_precision_model_runs_and_is_close():
     low = copy.deepcopy(model).to(torch.bfloat16)(x.bfloat16(), t, y)
     assert low.dtype == torch.bfloat16
     assert float((low - exact).norm() / exact.norm()) < 0.05
+
+
+# ------------------------------------------------------------------------------------------------ text
+def captions(B=2, K=3, E=4):
+    return randn(B, 1 + K, E, seed=3)
+
+
+@pytest.mark.parametrize("scan", ["raster", "four"])
+@pytest.mark.parametrize("K", [0, 3])
+def test_every_parameter_of_text_learns_and_every_word_counts(K, scan):
+    model = tiny(text_width=4, text_tokens=K, scan=scan)
+    x, t, y = inputs()
+    text = captions(K=K)
+    text[0, -1] = 0  # otherwise no null vector learns
+    output = model(x, t, y, text)
+    assert output.shape == (2, 4, 8, 8)
+    output.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.text_embed.parameters())
+    for row in range(1 + K):
+        changed = text.clone()
+        changed[1, row] += 1
+        difference = (model(x, t, y, changed) - output).abs().amax((1, 2, 3))
+        assert difference[0] == 0 < difference[1]
+
+
+def test_words_stand_mirrored_around_the_image_and_leave_it_in_place():
+    model, seen = tiny(text_width=4, text_tokens=3, compression=2), []
+    model.blocks[0].register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    x, t, y = inputs()
+    with torch.no_grad():
+        model(x, t, y, captions())
+        words = model.text_embed(captions())[1]
+        image = model.patch_in(patchify(x, 1, 2)) + model.position
+    assert torch.equal(seen[0], torch.cat([words[:, [2, 1, 0]], image, words], 1))

@@ -129,3 +129,17 @@ def test_sizes_that_do_not_divide_are_named():
         tiny(heads=5)
     with pytest.raises(ValueError, match="compression 4 the width"):
         tiny(compression=4, input_size=12)
+
+
+@pytest.mark.parametrize("K", [0, 2])
+def test_captions_reach_the_image(K):
+    model = fill(tiny(text_width=4, text_tokens=K))
+    x, t, y = randn(2, 4, 8, 8), torch.tensor([3, 700], device=device()), torch.tensor([1, 5], device=device())
+    text = randn(2, 1 + K, 4, seed=1)
+    output = model(x, t, y, text)
+    assert output.shape == (2, 8, 8, 8)
+    for row in range(1 + K):
+        changed = text.clone()
+        changed[1, row] += 1
+        difference = (model(x, t, y, changed) - output).abs().amax((1, 2, 3))
+        assert difference[0] == 0 < difference[1]

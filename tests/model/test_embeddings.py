@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from diffussm_cli.model.embeddings import patchify, position_table, sinusoids, unpatchify
-from tests.conftest import device
+from diffussm_cli.model.embeddings import TextEmbedding, patchify, position_table, sinusoids, unpatchify
+from tests.conftest import device, fill, randn
 
 
 def test_patches_there_and_back():
@@ -42,3 +42,17 @@ def test_sinusoids_have_geometric_frequencies_and_take_fractions():
     found = sinusoids(torch.tensor([0.0, 2.5], device=device()), 4)
     expected = [[1, 1, 0, 0], [math.cos(2.5), math.cos(0.025), math.sin(2.5), math.sin(0.025)]]
     torch.testing.assert_close(found, torch.tensor(expected, device=device()))
+
+
+def test_rows_of_zeros_take_the_place_of_missing_text():
+    embedding = fill(TextEmbedding(4, 8, 2))
+    text = randn(3, 3, 4)
+    text[1, 2], text[2] = 0, 0  # a short caption, and none
+    filled = text.clone()
+    filled[1, 2], filled[2] = embedding.null[2].detach(), embedding.null.detach()
+    pooled, tokens = embedding(text)
+    assert (pooled.shape, tokens.shape) == ((3, 8), (3, 2, 8))
+    for found, expected in zip((pooled, tokens), embedding(filled)):
+        assert torch.equal(found, expected)
+        assert len(torch.unique(found.detach().flatten(1), dim=0)) == 3
+    assert fill(TextEmbedding(4, 8, 0))(text[:, :1])[1] is None

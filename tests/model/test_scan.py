@@ -84,3 +84,11 @@ def test_an_order_matters_to_sequences_only(mixer, scan):
     x, c = randn(2, H * W, 8, dtype=torch.double), randn(2, 8, seed=1, dtype=torch.double)
     same = torch.allclose(rows(x, c, (H, W)), other(x, c, (H, W)), rtol=1e-9, atol=1e-10)
     assert same == (mixer in ("attention", "conv"))
+
+
+@pytest.mark.parametrize("scan", ORDERS, ids=str)
+def test_text_stays_around_the_image(scan):
+    image, before, behind = randn(2, 6, 3), randn(2, 4, 3, seed=1), randn(2, 4, 3, seed=2)
+    ordered = scan.apply(torch.cat([before, image, behind], 1), (2, 3))
+    assert torch.equal(ordered, torch.cat([before, scan.apply(image, (2, 3)), behind], 1))
+    assert torch.equal(scan.undo(ordered, (2, 3))[:, 4:-4], image)

@@ -38,6 +38,20 @@ def test_formula_equals_the_trace_of_variants(overrides):
     assert sum(v for k, v in count(config).items() if k != "kernels") == pytest.approx(cost(config).gflops, rel=1e-9)
 
 
+@pytest.mark.parametrize("backbone", ["dit", "diffussm"])
+@pytest.mark.parametrize("words", [0, 5])
+def test_formula_equals_the_trace_with_text(words, backbone):
+    chosen = ["data.text=x", "model.text_width=12", f"model.text_tokens={words}", f"model.backbone={backbone}"]
+    config = load_config("digits", [*chosen, "model.num_classes=0", "model.heads=4", "model.depth=3"])
+    counted, c = count(config), cost(config)
+    assert sum(v for k, v in counted.items() if k != "kernels") == pytest.approx(c.gflops, rel=1e-9)
+    assert c.parts["text"] * 1e9 == 12 * 32 * (1 + words) + 32 * 32
+    plain = cost(load_config("digits", [f"model.backbone={backbone}", "model.heads=4", "model.depth=3"]))
+    share = (32 + 2 * words) / 32  # positions with text and without
+    assert c.parts["dense layers"] == pytest.approx(share * plain.parts["dense layers"])
+    assert (c.training_bytes > plain.training_bytes * 1.1) == bool(words)
+
+
 @pytest.mark.parametrize("local", [0, 3])
 @pytest.mark.parametrize("scan", ["raster", "alternate", "four"])
 @pytest.mark.parametrize("mixer", sorted(MIXER_MACS))

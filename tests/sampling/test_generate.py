@@ -10,8 +10,8 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling import generate as generation
 from diffussm_cli.sampling import precision
-from diffussm_cli.sampling.generate import generate, labels_of
-from tests.conftest import device, fill
+from diffussm_cli.sampling.generate import Text, generate, labels_of, make_denoiser
+from tests.conftest import device, fill, randn
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,41 @@ def test_unconditional_model():
     (drawn,) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
     assert drawn.labels is None
     assert drawn.images.shape == (2, 1, 8, 8)
+
+
+# ------------------------------------------------------------------------------------------------ text
+@pytest.fixture(scope="module", params=[0, 5], ids=["text", "classes and text"])
+def reader(request):
+    torch.manual_seed(0)
+    return fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, request.param, text_width=4, text_tokens=2)).eval()
+
+
+def read(model, seeds, text, labels=None, batch_size=64, **how):
+    how = SampleConfig(**{"sampler": "ddim", "steps": 3, **how})
+    process = GaussianDiffusion(device=device())
+    return torch.cat([d.images for d in generate(model, process, how, seeds, labels, batch_size, text=text)])
+
+
+def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
+    text = Text(randn(5, 3, 4))
+    labels = [1] * 5 if reader.num_classes else None
+    together = read(reader, range(5), text, labels, guidance=2.0)
+    alone = read(reader, [3], text.of(slice(3, 4)), labels and [1], guidance=2.0)
+    torch.testing.assert_close(alone[0], together[3], rtol=0, atol=1e-5)
+    parts = read(reader, range(5), text, labels, batch_size=2, guidance=2.0)
+    torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
+    shuffled = read(reader, range(5), text.of([1, 2, 3, 4, 0]), labels, guidance=2.0)
+    assert (shuffled - together).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_guidance_leads_away_from_no_caption_and_no_class_or_from_a_negative_prompt(reader):
+    process, how = GaussianDiffusion(device=device()), SampleConfig(guidance=3.0)
+    text, negative, x, t = randn(2, 3, 4), randn(1, 3, 4, seed=1), randn(2, 1, 8, 8), torch.tensor([7, 7])
+    y = torch.tensor([1, 3], device=device()) if reader.num_classes else None
+    null = None if y is None else torch.full_like(y, 5)
+    for given, other in ((None, torch.zeros(2, 3, 4)), (negative, negative.expand(2, 3, 4))):
+        with torch.no_grad():
+            found = make_denoiser(reader, process, how, y, Text(text, given))(x, 7)
+            with_text, without = reader(x, t.to(x.device), y, text), reader(x, t.to(x.device), null, other.to(x))
+        expected = without[:, :1] + 3 * (with_text[:, :1] - without[:, :1])
+        torch.testing.assert_close(found, torch.cat([expected, with_text[:, 1:]], 1), rtol=0, atol=1e-4)

@@ -27,7 +27,7 @@ def test_classes_are_taken_in_turn_from_the_first_seed_on():
 def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
     asked = []
 
-    def generate(model, process, sampling, seeds, labels, batch_size, dtype):
+    def generate(model, process, sampling, seeds, labels, batch_size, dtype, text):
         asked.append((seeds, labels, batch_size, dtype, process.signal.device.type))
         yield Drawn([4, 5], [0, 1], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1))
         yield Drawn([6], [2], torch.tensor([0.25]).view(1, 1, 1, 1))

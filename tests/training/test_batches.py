@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffussm_cli.config import ModelConfig
 from diffussm_cli.data.source import open_source
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training import batches as module
-from diffussm_cli.training.batches import batches, image_seeds, indices_at, make_batch
+from diffussm_cli.training.batches import batches, captions_of, image_seeds, indices_at, make_batch
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b)))
+    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b))
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 def test_every_epoch_visits_each_image_once_in_another_order():
@@ -146,3 +148,30 @@ def test_batches_are_made_ahead(tiny, monkeypatch):
     made.clear()
     assert len(list(batches(open_source(config), config, 2))) == 3
     assert made == [2, 3, 4]
+
+
+def test_captions_are_drawn_last_one_for_each_image_and_dropped_at_the_rate_asked_for(captioned):
+    config = captioned("train.batch_size=600", "train.label_dropout=0.3", "model.text_tokens=2")
+    source = open_source(config)
+    batch = make_batch(source, config, 0)
+    without = make_batch(source, dataclasses.replace(config, model=ModelConfig(num_classes=0)), 0)
+    assert same(dataclasses.replace(batch, text=None), without)
+    assert batch.text.shape == (600, 3, 4)
+    dropped = ~batch.text.flatten(1).any(1)
+    assert 130 < int(dropped.sum()) < 230
+    indices = indices_at(0, 0, 600, 12)
+    times = {0: 0, 1: 0}
+    for i, text in zip(indices[~dropped.numpy()], batch.text[~dropped]):
+        (which,) = [k for k, own in enumerate(source.texts(source.captions_of(i))) if torch.equal(own, text)]
+        times[which] += 1
+    assert min(times.values()) > 150
+    moved = batch.each(lambda tensor: tensor + 1)
+    assert torch.equal(moved.text, batch.text + 1)
+
+
+def test_captions_of_previews_are_spread_over_the_source_and_do_not_change(captioned):
+    source = open_source(captioned())
+    shown = captions_of(source, 4).captions
+    assert torch.equal(shown, captions_of(source, 4).captions)
+    for i, text in zip((0, 3, 6, 9), shown):
+        assert any(torch.equal(text, own) for own in source.texts(source.captions_of(i)))

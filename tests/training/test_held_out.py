@@ -92,7 +92,7 @@ def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
 
     def losses(batch):
         noise.append(batch.noise)
-        return t.losses(batch, model=lambda x_t, t, y: noise[-1])
+        return t.losses(batch, model=lambda x_t, t, y, text: noise[-1])
 
     assert source.measure(losses) == dict.fromkeys(["held_out", *QUARTERS], 0.0)
     assert sum(len(n) for n in noise) == 4 * 176

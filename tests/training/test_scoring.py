@@ -57,7 +57,7 @@ def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path
     scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
     monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
     draw = EvaluationSession.draw
-    monkeypatch.setattr(EvaluationSession, "draw", lambda s, *a: drawn.append(a[0].model) or draw(s, *a))
+    monkeypatch.setattr(EvaluationSession, "draw", lambda s, *a, **k: drawn.append(a[0].model) or draw(s, *a, **k))
     training = trainer(config("train.steps=6", "train.ema=0.9,0.1"), tmp_path / "run")
     records = list(training.run())
     assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [(5, 2), (3, 1.5), (4, 1)]

@@ -28,7 +28,9 @@ def weights(t):
     }
 
 
-def test_two_steps_resume_two_steps_equal_four_bitwise(tiny, tmp_path):
+@pytest.mark.parametrize("kind", ["tiny", "captioned"])
+def test_two_steps_resume_two_steps_equal_four_bitwise(kind, request, tmp_path):
+    tiny = request.getfixturevalue(kind)
     whole = trainer(tiny(), tmp_path / "whole")
     records = list(whole.run())
     first = trainer(tiny(), tmp_path / "parts")

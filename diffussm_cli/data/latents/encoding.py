@@ -7,6 +7,7 @@ B batch   C channels   H x W grid
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import time
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffussm_cli.config import DEFAULT_VAE
+from diffussm_cli.config import DEFAULT_VAE, ModelConfig
+from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import to_model_space
 from diffussm_cli.data.latents.manifest import (
     LISTING,
@@ -37,6 +39,7 @@ from diffussm_cli.data.latents.manifest import (
 )
 from diffussm_cli.data.latents.shard import empty_shard, header
 from diffussm_cli.data.listing import Listing, list_source, read_entry, skipped_text
+from diffussm_cli.data.text import Texts, check_complete, open_encoder
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Result, Stage
@@ -45,6 +48,7 @@ from diffussm_cli.machine.files import PARTIAL, content, held_folder, sha256, wh
 from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
 
 POLL_SECONDS = 0.2
+MAX_CAPTIONS = 5  # stored per image
 
 
 class Step(NamedTuple):
@@ -64,6 +68,7 @@ class Encoder:
     vae: VAE
     workers: int
     strict: bool = False
+    captions: "StoredCaptions | None" = None
 
     def write(self, shards: Sequence[int]) -> Generator[Step, None, None]:
         """Encode and write shards in order. Raises DataError; finished shards are kept."""
@@ -103,6 +108,8 @@ class Encoder:
                 arrays[name][rows][~readable] = 0
         arrays["readable"][rows], arrays["index"][rows] = readable, span
         arrays["label"][rows] = [self.listing.entries[i].label for i in span]
+        if self.captions is not None:
+            arrays["captions"][rows], arrays["text"][rows] = self.captions.vectors(span, self.settings.captions)
         skipped = [{"index": i, "file": self.listing.entries[i].name, "reason": reasons[i]} for i in sorted(reasons)]
         if skipped and self.strict:
             raise DataError(f"--strict: {skipped[0]['file']}: {skipped[0]['reason']}")
@@ -116,6 +123,47 @@ class Encoder:
                 raise
             size = self.settings.batch_size
             raise DataError(f"--batch-size: {size} does not fit into the memory of {self.vae.device}; reduce it") from e
+
+
+@dataclass(frozen=True)
+class StoredCaptions:
+    """The captions of every image of a source, at most MAX_CAPTIONS each, and their encoder."""
+
+    texts: Texts
+    captions: list[tuple[str, ...]]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of StoreSettings."""
+        encoder = self.texts.encoder
+        return {
+            "text": encoder.name,
+            "text_sha256": encoder.sha256,
+            "text_width": encoder.width,
+            "text_tokens": self.texts.tokens,
+            "captions": max(map(len, self.captions)),
+            "captions_sha256": hashlib.sha256(json.dumps(self.captions).encode()).hexdigest(),
+        }
+
+    def vectors(self, span: range, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number of captions of some images, (B,), and their vectors, zeros behind them: (B, most, 1 + K, E)."""
+        own = [self.captions[i] for i in span]
+        parts = self.texts.embed([caption for part in own for caption in part]).split([len(part) for part in own])
+        vectors = np.zeros((len(own), most, *parts[0].shape[1:]), np.float16)
+        for row, part in zip(vectors, parts):
+            row[: len(part)] = part.numpy()
+        return np.array([len(part) for part in own]), vectors
+
+
+def open_captions(listing: Listing, name: str | None, tokens: int) -> StoredCaptions | None:
+    """The captions of a source for the text encoder `name`; None without one. Raises DataError for missing captions."""
+    if name is None:
+        return None
+    known = read_captions(listing)
+    captions = [known.get(e.name, ())[:MAX_CAPTIONS] for e in listing.entries]
+    check_complete(captions, lambda i: listing.entries[i].name, f"--text: {str(listing.root)!r}")
+    encoder = open_encoder(name)
+    return StoredCaptions(Texts(encoder, ModelConfig(text_width=encoder.width, text_tokens=tokens)), captions)
 
 
 def _all_finite(moments: Tensor) -> Tensor:
@@ -297,6 +345,8 @@ def encode_images(
     resolution: tuple[int, int] = (256, 256),
     vae: str = DEFAULT_VAE,
     *,
+    text: str | None = None,
+    text_tokens: int = 0,
     precision: str = "fp32",
     flip: bool = True,
     batch_size: int = 64,
@@ -331,12 +381,13 @@ def encode_images(
         facts = read_facts(vae)
         check_resolution(resolution, facts)
         loaded = load_vae_on(facts, precision, device)
+        captions = open_captions(listing, text, text_tokens)
         options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
-        settings = make_settings(listing, resolution, loaded, options)
+        settings = make_settings(listing, resolution, loaded, options | (captions.settings if captions else {}))
         if begin(target, listing, settings, world).complete:
             yield Message(f"{target} is complete already")
         else:
-            encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict)
+            encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict, captions)
             todo = unfinished(target, settings, world)
             yield from progress(encode(encoder, world), sum(len(settings.span(i)) for i in todo))
     if world.rank == 0:

@@ -20,6 +20,7 @@ from diffussm_cli.errors import DataError
 MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
 FORMAT = 1
 MAX_MANIFEST_BYTES = 1 << 28
+MAX_WORDS = 1 << 16  # width of text vectors, tokens, captions of an image
 PRECISIONS = ("fp32", "bf16")  # of the VAE
 
 
@@ -42,6 +43,12 @@ class StoreSettings:
     precision: str
     batch_size: int
     shard_size: int
+    text: str | None = None  # the text encoder; None: no captions are stored
+    text_sha256: str = ""
+    text_width: int = 0
+    text_tokens: int = 0
+    captions: int = 0  # stored per image at most
+    captions_sha256: str = ""  # of all captions
 
     @property
     def shards(self) -> int:
@@ -133,12 +140,15 @@ def _settings(values: dict[str, Any]) -> StoreSettings:
     """Check the settings, so that no manifest can demand absurd memory. Raises ValueError, KeyError, TypeError."""
     lists = {k: tuple(values[k]) for k in ("class_names", "resolution", "scale", "shift")}
     s = StoreSettings(**{**values, **lists})
+    words = (s.text_width, s.text_tokens, s.captions)
     whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
     sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
     numbers = all(isinstance(v, float) and math.isfinite(v) for v in (*s.scale, *s.shift))
-    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, *s.class_names)
+    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "", *s.class_names)
+    names += (s.text_sha256, s.captions_sha256)
     texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
-    if not sizes_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:
+    words_fit = all(type(n) is int and 0 <= n <= MAX_WORDS for n in words)
+    if not sizes_fit or not words_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:
         raise ValueError
     return s
 

@@ -20,8 +20,8 @@ from diffussm_cli.errors import DataError
 class LatentStore:
     """A finished store as a training source: image i is the i-th readable one. Only pages that are read use memory."""
 
-    def __init__(self, root: Path, flip: bool):
-        self.root, self.flip = root, flip
+    def __init__(self, root: Path, flip: bool, text_tokens: int = 0):
+        self.root, self.flip, self.text_tokens = root, flip, text_tokens
         manifest = read_manifest(root, "data.path")
         self.settings = manifest.settings
         if not manifest.complete:
@@ -62,6 +62,16 @@ class LatentStore:
             tensors = self._shard(shard)
             mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
+
+    def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        """One of the stored captions of each image, drawn with its generator, (B, 1 + K, E) float32."""
+        found = []
+        for place, generator in zip(self.places[np.asarray(indices)].tolist(), generators):
+            shard, row = divmod(place, self.settings.shard_size)
+            tensors = self._shard(shard)
+            which = int(torch.randint(int(tensors["captions"][row]), (), generator=generator))
+            found.append(tensors["text"][row, which, : 1 + self.text_tokens])
+        return torch.from_numpy(np.stack(found)).float()
 
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""

@@ -12,6 +12,7 @@ from diffussm_cli.data.latents.encoding import (
     decoding_processes,
     load_vae_on,
     make_settings,
+    open_captions,
     open_store,
     progress,
     read_record,
@@ -97,8 +98,10 @@ def repair_store(
         yield Stage("loading the VAE")
         loaded = load_vae_on(read_facts(vae or old.vae), old.precision, device)
         kept = {name: getattr(old, name) for name in ("precision", "flip", "batch_size", "shard_size", "vae")}
+        captions = open_captions(listing, old.text, old.text_tokens)
+        kept |= captions.settings if captions else {}
         check_same_request(store, old, make_settings(listing, old.resolution, loaded, kept), listing)
-        encoder = Encoder(listing, old, store, loaded, decoding_processes(workers))
+        encoder = Encoder(listing, old, store, loaded, decoding_processes(workers), captions=captions)
         yield from progress(repair(encoder, shards), sum(len(old.span(i)) for i in shards))
     yield Message(f"{len(shards)} shards of {store} encoded again")
     yield Result(shards)

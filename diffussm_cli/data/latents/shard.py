@@ -1,6 +1,6 @@
 """The bytes of one shard: a safetensors file whose layout follows from the settings of the store.
 
-C channels   H x W grid   S images in a shard
+C channels   H x W grid   S images in a shard   K text tokens   E width of text vectors
 """
 
 import math
@@ -21,12 +21,16 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
     """Tensors of a shard in the order of the file: name to safetensors dtype and shape.
 
     `index` is the place in the source. Where `readable` is 0, the image was skipped and its latents are zeros.
+    With text, `captions` is the number of captions of an image, and `text` holds each as (1 + K, E), then zeros.
     Means and deviations are in the VAE's units. `_mirrored` tensors are for the horizontally flipped image.
     """
     S = len(settings.span(shard))
     moments = ["mean", "std", *(["mean_mirrored", "std_mirrored"] if settings.flip else [])]
     latents = dict.fromkeys(moments, ("F16", (S, *settings.latent)))
-    return {"index": ("I64", (S,)), "label": ("I64", (S,)), **latents, "readable": ("U8", (S,))}
+    numbers = dict.fromkeys(["index", "label", *(["captions"] if settings.text else [])], ("I64", (S,)))
+    vectors = (S, settings.captions, 1 + settings.text_tokens, settings.text_width)
+    text = {"text": ("F16", vectors)} if settings.text else {}
+    return {**numbers, **latents, **text, "readable": ("U8", (S,))}
 
 
 def header(settings: StoreSettings, shard: int) -> bytes:

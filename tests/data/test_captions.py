@@ -1,0 +1,77 @@
+"""Captions in every place where they may stand, and files of captions that are damaged."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from diffussm_cli.data.captions import MAX_TEXT_BYTES, METADATA, read_captions
+from diffussm_cli.data.listing import list_source
+from diffussm_cli.errors import DataError
+
+
+def png():
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(root, files):
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png() if content is None else content)
+    return root
+
+
+def captions(root):
+    return read_captions(list_source(root))
+
+
+def test_text_files_beside_images_hold_one_caption_per_line(tmp_path):
+    write(tmp_path, {"a/1.png": None, "a/1.txt": b"a cat\n\n  a cat \ncats\n", "b/2.png": None, "b/2.txt": b" \n"})
+    assert captions(tmp_path) == {"a/1.png": ("a cat", "cats")}
+
+
+def test_metadata_takes_the_place_of_text_files(tmp_path):
+    lines = [{"file_name": "1.png", "text": ["one", "uno"]}, {"file_name": "1.png", "text": "ein"}]
+    lines += [{"file_name": "gone.png", "text": "gone"}, {"file_name": "2.png", "text": None}]
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    write(tmp_path, {"1.png": None, "2.png": None, "2.txt": b"two", METADATA: content})
+    assert captions(tmp_path) == {"1.png": ("one", "uno", "ein"), "gone.png": ("gone",)}
+
+
+def test_shards_hold_text_and_json_beside_images(tmp_path):
+    members = {"1.txt": b"one\n", "1.png": png(), "1.json": b'{"caption": "uno"}', "2.png": png()}
+    members |= {"2.json": b'{"text": ["two", "one"], "caption": "not this"}', "3.txt": b"no image"}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    whole = {"0.tar/1.png": ("one", "uno"), "0.tar/2.png": ("two", "one")}
+    assert captions(tmp_path) == whole
+    assert captions(tmp_path / "0.tar") == whole
+    content = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(content[: content.index(b"2.json") + 100])  # cut within a header
+    assert captions(tmp_path) == {"0.tar/1.png": ("one", "uno")}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("1.txt", b"\xff\xfe", "1.txt: cannot be read: it is not UTF-8 text"),
+        ("1.txt", b"x" * (MAX_TEXT_BYTES + 1), f"1.txt: cannot be read: it has more than {MAX_TEXT_BYTES} bytes"),
+        (METADATA, b"\xff", f"{METADATA}: cannot be read: it is not UTF-8 text"),
+        (METADATA, b'\n{"file_name": 3}', f"{METADATA}: line 2: is not an object with"),
+        (METADATA, b"{", f"{METADATA}: line 1: Expecting"),
+        (METADATA, b'{"file_name": "1.png", "text": [4]}', f"{METADATA}: line 1: a caption must be text, not 4"),
+        (METADATA, b"[" * 100_000, f"{METADATA}: line 1: it is nested too deeply"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content, problem):
+    write(tmp_path, {"1.png": None, name: content})
+    with pytest.raises(DataError, match=problem) as found:
+        captions(tmp_path)
+    assert "\n" not in str(found.value)
