@@ -87,7 +87,7 @@ def test_every_study_names_runs_that_exist(path):
 @pytest.mark.slow
 def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
     small = {
-        "preset": "mnist",
+        "preset": "mnist-noise",
         "model.hidden_size": 16,
         "model.depth": 1,
         "train.processes": 1,

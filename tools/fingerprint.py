@@ -109,6 +109,7 @@ def main() -> None:
         found = {
             "digits": trained(folder, "digits", 20, "train.sample_every=10"),
             "mnist": trained(folder, "mnist", 3, "train.sample_every=3", "train.sample_images=10", "sample.steps=4"),
+            "mnist-noise": trained(folder, "mnist-noise", 3, "train.sample_every=3", "sample.steps=4"),
             "mnist-dit": trained(folder, "mnist-dit", 2, "train.sample_every=2", "sample.steps=4"),
             "evaluation": evaluated(folder),
             "latents": encoded(folder),

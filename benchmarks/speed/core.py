@@ -326,7 +326,7 @@ def memory(device: torch.device) -> dict:
 
 
 def compiled(device: torch.device) -> dict:
-    """Training steps by torch.compile against eager ones: `mnist` at its batch of 16, XL's block at 4 x 1024 tokens."""
+    """Training steps by torch.compile against eager ones: `mnist-noise` at its batch of 16, XL's block at 4 x 1024 tokens."""
     calls = {name: _training(device, [f"train.compile={name == 'compiled'}"])[1] for name in ("compiled", "eager")}
     results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
     results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
@@ -345,8 +345,8 @@ def compiled(device: torch.device) -> dict:
 
 
 def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, Callable[[], None]]:
-    """The configuration of a changed `mnist`, and its training step on one batch of noise."""
-    config = load_config("mnist", ["train.sample_every=0", f"train.device={device}", *SMALLER, *overrides])
+    """The configuration of a changed `mnist-noise`, and its training step on one batch of noise."""
+    config = load_config("mnist-noise", ["train.sample_every=0", f"train.device={device}", *SMALLER, *overrides])
     source = Noise(config)
     trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
     meter = Meter(config.diffusion.timesteps, device)
@@ -372,7 +372,7 @@ def toeplitz(device: torch.device) -> dict:
     return results
 
 
-OPTIONS = {  # what may be changed in the recipe of `mnist`, and `mnist` itself at the end
+OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at the end
     "velocity": ("diffusion.objective=velocity", "train.mse_weight_cap=1"),
     "flow": ("diffusion.objective=flow", "train.mse_weight_cap=1", "model.learn_sigma=false", "sample.sampler=heun"),
     "two averages": ("train.ema=0.995,0.999",),
@@ -382,12 +382,12 @@ OPTIONS = {  # what may be changed in the recipe of `mnist`, and `mnist` itself 
     "linear": ("model.mixer=linear", "model.heads=4"),
     "conv": ("model.mixer=conv",),
     "attention": ("model.mixer=attention", "model.heads=4"),
-    "mnist": (),
+    "mnist-noise": (),
 }
 
 
 def options(device: torch.device) -> dict:
-    """A training step of `mnist` with each option of the recipe, over that of `mnist`, and forward Gflops per image."""
+    """A training step of `mnist-noise` with each option of the recipe, over that without, and forward Gflops per image."""
     made = {name: _training(device, overrides) for name, overrides in OPTIONS.items()}
     times = in_turn({name: call for name, (_, call) in made.items()}, device, 15)
     return {

@@ -38,7 +38,7 @@ def test_what_is_no_size_is_refused(text):
 
 
 def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
-    config = load_config("mnist")
+    config = load_config("mnist-noise")
     assert sampling_request(config, None, None, None, None, None) == config.sample
     changes = {"sampler": "ddim", "steps": 7, "guidance": 0.0, "guidance_channels": "3"}
     asked = sampling_request(config, *changes.values(), "100,900")
