@@ -326,7 +326,7 @@ def memory(device: torch.device) -> dict:
 
 
 def compiled(device: torch.device) -> dict:
-    """Training steps by torch.compile against eager ones: `mnist-noise` at its batch of 16, XL's block at 4 x 1024 tokens."""
+    """Training steps by torch.compile against eager ones: `mnist-noise` at its batch, XL's block at 4 x 1024 tokens."""
     calls = {name: _training(device, [f"train.compile={name == 'compiled'}"])[1] for name in ("compiled", "eager")}
     results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
     results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
@@ -387,7 +387,7 @@ OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at
 
 
 def options(device: torch.device) -> dict:
-    """A training step of `mnist-noise` with each option of the recipe, over that without, and forward Gflops per image."""
+    """A training step of `mnist-noise` with each option of the recipe, over that without; forward Gflops per image."""
     made = {name: _training(device, overrides) for name, overrides in OPTIONS.items()}
     times = in_turn({name: call for name, (_, call) in made.items()}, device, 15)
     return {
