@@ -120,12 +120,12 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_list_shows_every_preset_with_its_cost():
-    """By hand: mnist takes 2,000 steps of 16 at the 90 images/s of its header; nobody has run xl-256."""
+    """By hand: mnist takes 2,000 steps of 16 at the 148 images/s of its header; nobody has run xl-256."""
     result = run("train", "--list")
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     shown = {row[0]: " ".join(row[1:]) for row in rows}
     assert sorted(shown) == preset_names()
-    assert shown["mnist"] == "builtin:mnist 196 0.6 M 0.1 GiB 5.9 min yes"
+    assert shown["mnist"] == "builtin:mnist 196 0.6 M 0.1 GiB 3.6 min yes"
     assert re.fullmatch(r"latents/imagenet-256 1,024 673.1 M \d+.\d GiB unknown no", shown["xl-256"])
     assert shown["mnist-full"].endswith("58 min begun")
     assert next(iter(shown)) == "digits"  # the cheapest first
