@@ -5,7 +5,7 @@
 Weights are stored as bfloat16, except for the parameters of the state space layers and all vectors, which stay float32.
 Then the tool measures the stored model and writes its card: metrics of --num samples against held-out digits, the share
 that a classifier takes for the requested digit, how far rounding moves the samples, and the mean and spread of a quick
-score, which a test measures again. It is for digits; other images need another reference.
+score, which a test measures again. Of a run with text it measures how often prompts for emoji are drawn recognisably.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from diffussm_cli.sampling.sampler import open_sampler
 ROOT = Path(__file__).parents[1]
 USUAL = ("fid", "sfid", "is", "precision", "recall", "kid")
 QUICK, BLOCKS = {"sampler": "dpmpp", "steps": 8}, 6
+PROMPTS = ["red heart", "smiling face", "flag of France", "sun", "green apple", "woman with red hair", "blue flower"]
 
 
 def main() -> None:
@@ -56,13 +57,12 @@ def main() -> None:
         draft = Path(place) / a.name
         runs.write_weights(draft, config, weights, step)
         print(f"{(draft / runs.MODEL).stat().st_size:,} bytes of weights", flush=True)
-        grid = result(sample(draft, draft / "images", 40, classes=range(10), precision="fp32")).read_bytes()
-        numbers, notes = checked(trained, draft, s, a.num)
+        wanted = {"prompts": PROMPTS} if config.data.text else {"classes": range(10)}
+        grid = result(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
+        numbers, notes, measured = checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
     notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(encoding="utf-8").strip() + notes
-    measured = (
-        f"Of {a.num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance {s.guidance:g}, float32) against "
-        "the 500 held-out digits, by the package's extractor of digits. digit_share is the share of as many samples "
-        "that an SVM takes for the requested digit (benchmarks/quality/digit_share.py).\n"
+    notes += (
+        f"\n\nCommit {output('git', '-C', ROOT, 'describe', '--always', '--dirty').strip()}, torch {torch.__version__}."
     )
     scores = {k: v for k, v in numbers.items() if not k.startswith("quick")}
     parameters = sum(t.numel() for t in weights.values())
@@ -72,19 +72,48 @@ def main() -> None:
     print(f"wrote {folder}")
 
 
-def checked(trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int) -> tuple[dict[str, float], str]:
-    """All numbers of a stored model, and what its card says about the quick score and about rounding."""
+def checked(trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int) -> tuple[dict[str, float], str, str]:
+    """All numbers of a stored model of digits, and what its card says about rounding and about the numbers."""
     n = num // 10
     found = measure(draft, s, "builtin:mnist/held-out", num) | {"digit_share": digit_share(draft, num)}
     quick = [quick_fid(draft, n, block) for block in range(BLOCKS)]
     found |= {"quick_fid": statistics.mean(quick), "quick_fid_std": statistics.stdev(quick), "quick_images": n}
     print(found, flush=True)
-    return found, (
+    return (
+        found,
         f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} steps) against the training "
         f"digits is {found['quick_fid']:.3f}, with a standard deviation of {found['quick_fid_std']:.3f} over {BLOCKS} "
-        f"blocks of seeds; a test measures it again. {rounding(trained, draft, s, n)}\n\n"
-        f"Commit {output('git', '-C', ROOT, 'describe', '--always', '--dirty').strip()}, torch {torch.__version__}."
+        f"blocks of seeds; a test measures it again. {rounding(trained, draft, s, n)}",
+        f"Of {num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance {s.guidance:g}, float32) against "
+        "the 500 held-out digits, by the package's extractor of digits. digit_share is the share of as many samples "
+        "that an SVM takes for the requested digit (benchmarks/quality/digit_share.py).\n",
     )
+
+
+def checked_text(draft: Path) -> tuple[dict[str, float], str, str]:
+    """The same for a stored model of emoji: how often its pictures are found, by the group of the prompts' names."""
+    groups = found_by_prompt(draft)
+    numbers = {
+        f"{group}_{name}": v["run"][name] for group, v in groups.items() for name in ("top1", "top5", "category")
+    }
+    chance, lookup = groups["name"]["chance"]["top5"], groups["name"]["lookup"]["top5"]
+    print(numbers, flush=True)
+    return (
+        numbers,
+        f" By chance `name_top5` is {chance:.3f}; a lookup of the training picture with the most similar caption has "
+        f"{lookup:.3f}.",
+        "Shares of 160 pictures whose most similar real picture, or one of the five most similar, among those of 80 names "
+        "has the name or the category of the prompt, by features of EfficientNet: for names that were trained on, for "
+        "names of which one style is held out (pair), and for held-out names (benchmarks/quality/text_retrieval.py).\n",
+    )
+
+
+def found_by_prompt(run: Path, *options: Any) -> dict[str, Any]:
+    """What text_retrieval.py measures, by group."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "found.json"
+        output(sys.executable, ROOT / "benchmarks" / "quality" / "text_retrieval.py", run, "--out", file, *options)
+        return json.loads(file.read_text(encoding="utf-8"))["groups"]
 
 
 def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:

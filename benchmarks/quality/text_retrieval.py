@@ -1,6 +1,6 @@
 """Does a run of builtin:emoji draw what prompts say? A table for names that it was trained on, and for those held out.
 
-    python benchmarks/quality/text_retrieval.py RUN [--names 80] [--per-name 2] [--out results.json]
+    python benchmarks/quality/text_retrieval.py RUN [--names 80] [--per-name 2] [--seed 0] [--out results.json]
 
 Per group, images are drawn for the captions of NAMES names, and the most similar real pictures of the group are found
 by features of EfficientNet, which no training saw. Groups: `training`: names that were trained on in all styles;
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--names", type=int, default=80, help="names per group")
     parser.add_argument("--per-name", type=int, default=2, help="images per name, each for another caption of it")
+    parser.add_argument("--seed", type=int, default=0, help="of the first image of each group")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--out", type=Path, help="also write the numbers there, as JSON")
@@ -47,7 +48,9 @@ def main() -> None:
     part = split_emoji(emoji)
     found = {}
     for group in (TRAINING, PAIR, NAME):
-        found[group] = measure(sampler, extractor, emoji, part, group, arguments.names, arguments.per_name)
+        found[group] = measure(
+            sampler, extractor, emoji, part, group, arguments.names, arguments.per_name, arguments.seed
+        )
         for source, values in found[group].items():
             print(f"{group:9} {source:9}", *(f"{name} {100 * values[name]:5.1f}%" for name in SHOWN), flush=True)
     if arguments.out:
@@ -55,7 +58,7 @@ def main() -> None:
         write_text(arguments.out, json.dumps({**facts, "groups": found}, indent=1) + "\n")
 
 
-def measure(sampler, extractor, emoji, part, group, most, per_name) -> dict[str, dict[str, float]]:
+def measure(sampler, extractor, emoji, part, group, most, per_name, seed) -> dict[str, dict[str, float]]:
     """Retrieval of the run, of shuffled captions, of the lookup and of chance, for one group of names."""
     known = set(emoji.names[part == group])
     if group == TRAINING:
@@ -67,7 +70,7 @@ def measure(sampler, extractor, emoji, part, group, most, per_name) -> dict[str,
     wanted, prompts = map(list, zip(*asked))
     candidates = np.flatnonzero(np.isin(emoji.names, names) & (part == group))
 
-    drawn = [images for _, images in sampler.draw(range(len(prompts)), None, sampler.text(prompts))]
+    drawn = [images for _, images in sampler.draw(range(seed, seed + len(prompts)), None, sampler.text(prompts))]
     real = features(extractor, emoji.images[candidates])
     against = (real, emoji.names[candidates].tolist(), emoji.categories[candidates].tolist())
     pool = features(extractor, torch.cat(drawn).numpy())
