@@ -102,9 +102,10 @@ def checked_text(draft: Path) -> tuple[dict[str, float], str, str]:
         numbers,
         f" By chance `name_top5` is {chance:.3f}; a lookup of the training picture with the most similar caption has "
         f"{lookup:.3f}.",
-        "Shares of 160 pictures whose most similar real picture, or one of the five most similar, among those of 80 names "
-        "has the name or the category of the prompt, by features of EfficientNet: for names that were trained on, for "
-        "names of which one style is held out (pair), and for held-out names (benchmarks/quality/text_retrieval.py).\n",
+        "Shares of 160 pictures whose most similar real picture, or one of the five most similar, among those of 80 "
+        "names has the name or the category of the prompt, by features of EfficientNet: for names that were trained on, "
+        "for names of which one style is held out (pair), and for held-out names "
+        "(benchmarks/quality/text_retrieval.py).\n",
     )
 
 
