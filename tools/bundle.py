@@ -61,9 +61,8 @@ def main() -> None:
         grid = result(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
         numbers, notes, measured = checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
     notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(encoding="utf-8").strip() + notes
-    notes += (
-        f"\n\nCommit {output('git', '-C', ROOT, 'describe', '--always', '--dirty').strip()}, torch {torch.__version__}."
-    )
+    commit = output("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
+    notes += f"\n\nCommit {commit}, torch {torch.__version__}."
     scores = {k: v for k, v in numbers.items() if not k.startswith("quick")}
     parameters = sum(t.numel() for t in weights.values())
     card = runs.model_card(config, step, parameters, scores, measured, notes, a.license, image=True)
@@ -103,8 +102,8 @@ def checked_text(draft: Path) -> tuple[dict[str, float], str, str]:
         f" By chance `name_top5` is {chance:.3f}; a lookup of the training picture with the most similar caption has "
         f"{lookup:.3f}.",
         "Shares of 160 pictures whose most similar real picture, or one of the five most similar, among those of 80 "
-        "names has the name or the category of the prompt, by features of EfficientNet: for names that were trained on, "
-        "for names of which one style is held out (pair), and for held-out names "
+        "names has the name or the category of the prompt, by features of EfficientNet: for names that were trained "
+        "on, for names of which one style is held out (pair), and for held-out names "
         "(benchmarks/quality/text_retrieval.py).\n",
     )
 
