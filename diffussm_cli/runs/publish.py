@@ -26,7 +26,7 @@ UNKNOWN = (
 )
 USE = """## Use
 
-    diffussm sample OWNER/NAME
+    diffussm sample OWNER/NAME{option}
 
 or in Python, after `pip install diffussm`; `trust_remote_code` runs `pipeline.py`, which only imports that package:
 
@@ -35,9 +35,9 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)  # a folder works too
-image = pipe(generator=torch.Generator().manual_seed(0)).images[0]  # that of --seed 0 --precision fp32
+image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]  # that of --seed 0 --precision fp32
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-images = pipe(batch_size=8, num_inference_steps=20).images
+images = pipe({argument}batch_size=8, num_inference_steps=20).images
 ```
 """
 
@@ -89,15 +89,13 @@ def model_card(
 
     d, m, t, s = config.data, config.model, config.train, config.sample
     name, data = config.preset or "diffussm", d.path if d.path.startswith(BUILTIN) else Path(d.path).name
-    results = [
-        hub.EvalResult("unconditional-image-generation", data, data, metric, round(value, 4))
-        for metric, value in (scores or {}).items()
-    ]
-    conditional = "class-conditional" if m.num_classes else "unconditional"
+    task = "text-to-image" if m.text_width else "unconditional-image-generation"
+    results = [hub.EvalResult(task, data, data, metric, round(value, 4)) for metric, value in (scores or {}).items()]
+    conditional = "text-conditional" if m.text_width else "class-conditional" if m.num_classes else "unconditional"
     header = hub.ModelCardData(
         license=license,
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=task,
         tags=["diffussm", "diffusion", "image-generation", "state-space-model", conditional],
         datasets=[HUB_DATA[d.path]] if d.path in HUB_DATA else None,
         model_name=name,
@@ -114,8 +112,12 @@ def model_card(
     }
     parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}\n"]
     parts += [f"![Images that the model drew]({IMAGE})\n"] if image else []
-    parts += [f"{'A' if m.num_classes else 'An'} {conditional} {kind} with {parameters:,} parameters.\n"]
-    parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n", USE]
+    parts += [
+        f"{'An' if conditional == 'unconditional' else 'A'} {conditional} {kind} with {parameters:,} parameters.\n"
+    ]
+    parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n"]
+    option, argument = (' --prompt "red heart"', 'prompt="red heart", ') if m.text_width else ("", "")
+    parts += [USE.format(option=option, argument=argument)]
     if scores:
         numbers = {metric: f"{value:.4g}" for metric, value in scores.items()}
         parts += [f"## Metrics\n\n{measured}\n" + table({"Metric": "Value", **numbers})]

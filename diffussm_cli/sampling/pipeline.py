@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffussm_cli.data.images import to_uint8
+from diffussm_cli.data.text import Texts, open_texts
 from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.sampling import set_steps
 from diffussm_cli.runs import CONFIG, TrainedRun, fetch, find_run, load_model
-from diffussm_cli.sampling.generate import draw
+from diffussm_cli.sampling.generate import Text, draw
 from diffussm_cli.sampling.precision import cast_products
 
 
@@ -66,9 +67,12 @@ class DiffuSSMPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
         self._decoding: dict[torch.device, Decoding] = {}
+        self._texts: Texts | None = None  # loaded when prompts come
 
     def __call__(
         self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         class_labels: int | Sequence[int] | None = None,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
@@ -80,24 +84,28 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
+            prompt: for a model with text, one for all images, or one per image.
+            negative_prompt: what guidance leads away from.
             class_labels: one per image; by default each is drawn with the generator.
-            batch_size: number of images, if neither labels nor a list of generators gives it.
+            batch_size: number of images, if no list of prompts, labels or generators gives it.
             num_inference_steps, guidance_scale: by default those of the run.
             generator: on the CPU; one for all images or a list with one per image, as `diffussm sample` has.
             output_type: `pil`; `np`, float (B, H, W, C) in [0, 1]; or `pt`, float (B, C, H, W) in [0, 1].
 
         Raises:
-            ValueError: if the numbers of labels and generators differ, or the scheduler needs scaled inputs.
+            ValueError: if the numbers of prompts, labels and generators differ, the prompt does not fit the model, or
+                the scheduler needs scaled inputs.
         """
         model, config, device = self.denoiser.model, self.denoiser.run.config, self.denoiser.device
         labels = [class_labels] if isinstance(class_labels, int) else class_labels
+        listed = [list(given) for given in (None if isinstance(prompt, str) else prompt, labels) if given]
         if generator is None or isinstance(generator, torch.Generator):
-            generators = [generator or torch.default_generator] * len(labels or range(batch_size))
+            generators = [generator or torch.default_generator] * len(listed[0] if listed else range(batch_size))
         else:
             generators = list(generator)
-        n = len(labels or generators)
-        if len(generators) != n:
-            raise ValueError(f"{n} class_labels and {len(generators)} generators do not match")
+        if any(len(given) != len(generators) for given in listed):
+            counts = " and ".join(str(len(given)) for given in listed)
+            raise ValueError(f"{counts} prompts or class_labels and {len(generators)} generators do not match")
         if labels and not all(0 <= label < model.num_classes for label in labels):
             raise ValueError(f"class_labels: {list(labels)} must lie in 0..{model.num_classes - 1}")
         steps = config.sample.steps if num_inference_steps is None else num_inference_steps
@@ -106,11 +114,24 @@ class DiffuSSMPipeline(DiffusionPipeline):
         objective = make_objective(config.diffusion, device)
         scheduler = set_steps(self._scheduler(), objective, steps)
         try:
-            _, latents = draw(model, objective, sampling, generators, labels, self.denoiser.dtype, scheduler)
+            text = self._text([prompt] * len(generators) if isinstance(prompt, str) else prompt, negative_prompt)
+            _, latents = draw(model, objective, sampling, generators, labels, self.denoiser.dtype, scheduler, text)
         finally:
             model.forget_kernels()
         images = _as_output(self._decode(latents, device), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _text(self, prompts: Sequence[str] | None, negative: str | None) -> Text | None:
+        """Prompts as vectors, or None for a model without text."""
+        config = self.denoiser.run.config
+        if not config.model.text_width:
+            if prompts or negative:
+                raise ValueError("prompt: this model was trained without text")
+            return None
+        if not prompts:
+            raise ValueError("prompt: this model draws what a text says; give one")
+        self._texts = self._texts or open_texts(config)
+        return Text(self._texts(list(prompts)), None if negative is None else self._texts([negative]))
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError(f"copy the folder {self.denoiser.run.weights.parent}; it holds all that is needed")

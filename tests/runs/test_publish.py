@@ -12,7 +12,7 @@ from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.sampling import make_scheduler
 from diffussm_cli.runs.publish import last_scores
 
-MNIST = load_config("mnist")
+MNIST = load_config("mnist-noise")
 
 
 def test_the_hub_reads_the_card():
@@ -59,7 +59,7 @@ def test_a_damaged_log_gives_no_scores(tmp_path, text):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "unipc"])
 def test_the_scheduler_is_that_of_the_sampler(tmp_path, sampler):
-    files = runs.pipeline_files(load_config("mnist", [f"sample.sampler={sampler}"]))
+    files = runs.pipeline_files(load_config("mnist-noise", [f"sample.sampler={sampler}"]))
     (tmp_path / "scheduler_config.json").write_bytes(files["scheduler/scheduler_config.json"])
     library, kind = json.loads(files["model_index.json"])["scheduler"]
     stored = getattr(diffusers, kind).from_pretrained(tmp_path)

@@ -63,6 +63,24 @@ def test_the_images_are_those_of_sample(tiny, tmp_path, overrides):
     assert np.abs(alone - np.asarray(drawn[2])).max() <= 1
 
 
+def test_prompts_draw_what_sample_draws(tiny, tmp_path):
+    pytest.importorskip("wordllama")
+    folder = final_of(
+        tmp_path, tiny("data.text=wordllama", "model.text_width=256", "model.num_classes=0", "sample.guidance=3")
+    )
+    said = ["--prompt", "red heart", "--prompt", "sun", "--negative", "face"]
+    assert run("sample", folder, "-n", 2, "--precision", "fp32", "--out", tmp_path / "images", *said).exit_code == 0
+    pipe = load(folder)
+    found = pipe(["red heart", "sun"], "face", generator=seeded(0, 1)).images
+    for seed, image in enumerate(found):
+        drawn = np.array(Image.open(tmp_path / "images" / f"{seed:06d}.png"), np.int16)
+        assert abs(np.array(image, np.int16) - drawn).max() <= 1
+    other = pipe("sun", generator=seeded(0)).images[0]
+    assert not np.array_equal(np.array(other), np.array(found[0]))
+    with pytest.raises(ValueError, match="prompt: this model draws what a text says; give one"):
+        pipe()
+
+
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")  # earlier versions know no other name
 def test_bfloat16_is_that_of_sample(tiny, tmp_path):
     folder = final_of(tmp_path, tiny("sample.sampler=ddim"))
@@ -104,8 +122,10 @@ def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
     pipe = load(final_of(tmp_path, tiny()))
     with pytest.raises(ValueError, match=r"class_labels: \[10\] must lie in 0..9"):
         pipe(class_labels=10)
-    with pytest.raises(ValueError, match="2 class_labels and 1 generators"):
+    with pytest.raises(ValueError, match="2 prompts or class_labels and 1 generators"):
         pipe(class_labels=[1, 2], generator=seeded(0))
+    with pytest.raises(ValueError, match="prompt: this model was trained without text"):
+        pipe("red heart")
     with pytest.raises(NotImplementedError, match="copy the folder .*final"):
         pipe.save_pretrained(tmp_path / "copy")
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
