@@ -103,10 +103,10 @@ class CountingModel:
 
 def test_guidance_by_hand_all_channels_and_three():
     x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3.0, 5.0], device=device())
-    everything = guided(CountingModel(), y, null_class=1, scale=1.5)(x, 7)
+    everything = guided(CountingModel(), y, null=1, scale=1.5)(x, 7)
     assert everything[:, :4, 0, 0].tolist() == [[1 + 1.5 * 2] * 4, [1 + 1.5 * 4] * 4]
     assert everything[:, 4:, 0, 0].tolist() == [[30] * 4, [50] * 4]  # the covariance of the label itself
-    three = guided(CountingModel(), y, null_class=1, scale=1.5, channels=3)(x, 7)
+    three = guided(CountingModel(), y, null=1, scale=1.5, channels=3)(x, 7)
     assert three[:, :4, 0, 0].tolist() == [[4, 4, 4, 3], [7, 7, 7, 5]]
 
 

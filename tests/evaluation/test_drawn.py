@@ -7,6 +7,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.sampling.folder import FIXED
+from diffussm_cli.sampling.generate import Text
 
 FACTS = dict.fromkeys(FIXED, 1) | {"num": 5, "run": "a", "device": "cpu"}
 
@@ -17,8 +18,8 @@ class Painter:
     def __init__(self, *overrides):
         self.config, self.asked = load_config("digits", overrides), []
 
-    def draw(self, seeds, labels):
-        self.asked.append((list(seeds), labels))
+    def draw(self, seeds, labels, text):
+        self.asked.append((list(seeds), labels) if text is None else (list(seeds), labels, text.captions.tolist()))
         yield seeds, torch.tensor(seeds, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
@@ -30,6 +31,13 @@ def test_places_are_drawn_by_their_seeds_and_labels_in_the_channels_of_the_extra
     assert painter.asked == [([10, 12], [0, 2]), ([14], [4])]
     assert [b.shape for b in batches] == [(2, 3, 8, 8), (1, 3, 8, 8)]
     assert [b[:, c, 7, 7].tolist() for b in batches for c in range(3)] == [[10, 12]] * 3 + [[14]] * 3
+
+
+def test_places_are_drawn_by_their_captions():
+    painter = Painter()
+    captions = Text(torch.arange(3.0).view(3, 1, 1))
+    list(DrawnImages(painter, range(10, 13), None, 1, "run", text=captions).read([0, 2], 2))
+    assert painter.asked == [([10, 12], None, [[[0.0]], [[2.0]]])]
 
 
 def test_an_unconditional_model_is_asked_for_no_labels():
