@@ -9,10 +9,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from diffussm_cli import runs
+from diffussm_cli.data import text
 from diffussm_cli.data.emoji import emoji_file
 from diffussm_cli.runs.hub import BUNDLED
 from diffussm_cli.runs.layout import CARD
-from tests.helpers import run
+from tests.helpers import line_of, run
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "bundle.py"))
 NAMES = runs.bundled_names() or [pytest.param("", marks=pytest.mark.skip(reason="no model comes with the package yet"))]
@@ -43,6 +44,15 @@ def test_the_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
         pytest.importorskip("wordllama")
     assert run("sample", name, "-n", 1, "--steps", 1, *prompt).exit_code == 0
     assert (tmp_path / "runs" / f"{name}-bundled" / "images" / "000000.png").is_file()
+
+
+def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text.open_encoder.cache_clear()
+    line = line_of(run("sample", "emoji", "--prompt", "red heart"))
+    assert line == "diffussm: error: data.text: wordllama is not installed: pip install 'diffussm[text]'"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

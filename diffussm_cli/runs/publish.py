@@ -35,7 +35,8 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)  # a folder works too
-image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]  # that of --seed 0 --precision fp32
+# The image of --seed 0 --precision fp32.
+image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 images = pipe({argument}batch_size=8, num_inference_steps=20).images
 ```

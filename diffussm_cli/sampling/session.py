@@ -59,6 +59,7 @@ def sample(
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
+    sampler.text(prompts[:1])  # a missing text encoder is an error before anything is written
     path = Path(out) if out is not None else free_folder(trained.root, facts)
     if out is None and path.name != IMAGES:
         yield Message(f"{trained.root / IMAGES} holds images of another request; these go to {path}")
