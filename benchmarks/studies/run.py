@@ -11,7 +11,6 @@ configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curv
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -89,6 +88,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
 
     import diffussm_cli
     from diffussm_cli.events import Result
+    from diffussm_cli.machine.device import processor_name
     from diffussm_cli.training import train
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
             "torch": torch.__version__,
             "python": sys.version.split()[0],
         },
-        "machine": f"{machine()}, 1 thread",
+        "machine": f"{processor_name(torch.device('cpu'))}, 1 thread",
         "date": time.strftime("%Y-%m-%d"),
     }
     if job.searched is not None:
@@ -150,12 +150,6 @@ def days(gflops: float) -> float:
 def commit() -> str:
     command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def machine() -> str:
-    """The name of the processor."""
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(": ")[2] if names else platform.processor()
 
 
 if __name__ == "__main__":
