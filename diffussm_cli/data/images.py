@@ -6,13 +6,14 @@ white, Pillow converts CMYK, palettes and others without colour profiles, and an
 
 import contextlib
 import struct
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -121,14 +122,29 @@ def save_png(pixels: Tensor, path: Path | BinaryIO, prompt: str | None = None) -
     Image.fromarray(array).save(path, "PNG", pnginfo=chunks)
 
 
-def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, gap: int = 2, smallest: int = 56) -> None:
-    """Write uint8 (n, C, H, W) as one PNG, row by row; images under `smallest` pixels are enlarged by an integer."""
-    n, C, H, W = pixels.shape
-    rows, times = -(-n // columns), max(1, smallest // max(H, W))
+def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, titles: Sequence[str] = ()) -> None:
+    """Write uint8 (n, C, H, W) as one PNG, row by row, each image below its title if there are `titles`.
+
+    Images under 56 pixels, or 112 pixels with a title, are enlarged by an integer.
+    """
+    n, gap = len(pixels), 2
+    rows, times = -(-n // columns), max(1, (112 if titles else 56) // max(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
-    H, W = H * times, W * times
+    if titles:
+        strips = torch.stack([_title(text, pixels.shape[3]) for text in titles])[:, None]
+        pixels = torch.cat([strips.expand(-1, pixels.shape[1], -1, -1), pixels], 2)
+    _, C, H, W = pixels.shape
     canvas = torch.full((C, rows * (H + gap) + gap, columns * (W + gap) + gap), 128, dtype=torch.uint8)
     for i, image in enumerate(pixels):
         top, left = gap + (i // columns) * (H + gap), gap + (i % columns) * (W + gap)
         canvas[:, top : top + H, left : left + W] = image
     save_png(canvas, path)
+
+
+def _title(text: str, width: int) -> Tensor:
+    """Text on two lines of 12 pixels, cut at the width: uint8 (26, width)."""
+    font, image = ImageFont.load_default(11), Image.new("L", (width, 26), 255)
+    lines = textwrap.wrap(text, max(1, int(width / font.getlength("d")))) or [""]
+    kept = [*lines[:1], lines[1] + ("..." if len(lines) > 2 else "")] if len(lines) > 1 else lines
+    ImageDraw.Draw(image).multiline_text((2, 0), "\n".join(kept), fill=0, font=font, spacing=1)
+    return torch.from_numpy(np.array(image))

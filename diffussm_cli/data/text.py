@@ -10,9 +10,9 @@ import importlib.util
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
 MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 class Encoded(NamedTuple):
@@ -87,30 +88,13 @@ class Pretrained:
     """
 
     def __init__(self, name: str):
-        try:
-            import transformers
-        except ImportError as e:
-            raise DataError(f"data.text: {name!r} needs transformers: pip install 'diffussm[text]'") from e
-        if not os.path.isdir(name) and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
             known = f"{WORDLLAMA}, a folder, or a hub name such as openai/clip-vit-large-patch14"
             raise DataError(f"data.text: {name!r} must be {known}")
-        try:
-            with quiet():
-                reach_hub(name)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-                kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-                classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
-                cls = getattr(transformers, classes.get(kind, "AutoModel"))
-                self.model, info = cls.from_pretrained(
-                    name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-                )
-        except Exception as e:  # the libraries raise all kinds of errors for damaged files and missing networks
-            raise DataError(f"data.text: cannot load {name!r}: {reason(origin(e))}") from e
-        lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-        if lacking:
-            raise DataError(f"data.text: the weights of {name!r} lack {lacking[0]}")
-        self.model = self.model.float().eval().requires_grad_(False)
-        self.name, self.width, self.own_pooling = name, self.model.config.hidden_size, "clip" in kind
+        classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+        self.model, self.tokenizer = load_pretrained(name, "data.text", classes, "AutoTokenizer")
+        self.own_pooling = "clip" in self.model.config.model_type
+        self.name, self.width = name, self.model.config.hidden_size
         self.sha256 = weights_sha256(self.model)
 
     @torch.no_grad()
@@ -122,6 +106,39 @@ class Pretrained:
         tokens = found.last_hidden_state * mask[..., None]
         pooled = found.pooler_output if self.own_pooling else tokens.sum(1) / mask.sum(1, keepdim=True)
         return Encoded(pooled, tokens, mask)
+
+
+def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: str) -> tuple[Any, ...]:
+    """A frozen model in transformers' format, float32 on the CPU, from safetensors only, and what belongs to it.
+
+    Args:
+        name: a folder or a hub name; `option` is what errors call it.
+        classes: the class of transformers by the type of the model; AutoModel for others.
+        parts: further classes of transformers, such as `AutoTokenizer`.
+
+    Raises:
+        DataError: if transformers is missing, or something cannot be loaded.
+    """
+    try:
+        import transformers
+    except ImportError as e:
+        raise DataError(f"{option}: {name!r} needs transformers: pip install 'diffussm[text]'") from e
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with quiet():
+            reach_hub(name)
+            found = [getattr(transformers, part).from_pretrained(name, trust_remote_code=False) for part in parts]
+            kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+            cls = getattr(transformers, classes.get(kind, "AutoModel"))
+            model, info = cls.from_pretrained(
+                name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as e:  # the libraries raise all kinds of errors for damaged files and missing networks
+        raise DataError(f"{option}: cannot load {name!r}: {reason(origin(e))}") from e
+    lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if lacking:
+        raise DataError(f"{option}: the weights of {name!r} lack {lacking[0]}")
+    return model.float().eval().requires_grad_(False), *found
 
 
 @functools.lru_cache(maxsize=1)
@@ -231,14 +248,15 @@ def check_prompts(prompts: Sequence[str], negative: str | None, config: Config, 
     if not prompts:
         raise ConfigError('--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE')
     for prompt in prompts:
-        _check_prompt(prompt, "--prompt")
+        check_prompt(prompt, "--prompt")
     if negative is not None:
-        _check_prompt(negative, "--negative")
+        check_prompt(negative, "--negative")
         if sampling.guidance == 1:
             raise ConfigError(f"--negative: {negative!r:.60} has no effect at guidance 1; give --guidance 3")
 
 
-def _check_prompt(prompt: str, option: str) -> None:
+def check_prompt(prompt: str, option: str) -> None:
+    """Raises ConfigError for a prompt that is empty, too long or holds control characters."""
     wrong = next((c for c in prompt if _is_control(c)), None)
     if not prompt.strip():
         raise ConfigError(f"{option}: the prompt is empty")

@@ -5,6 +5,7 @@ B batch   pool features (B, d)   spatial features (B, s), for sFID   logits (B, 
 
 import hashlib
 import importlib
+import os
 import re
 import warnings
 import zipfile
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.data.source import BUILTIN
+from diffussm_cli.data.text import HUB_NAME
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
+from diffussm_cli.evaluation.clip import load_clip
 from diffussm_cli.evaluation.efficientnet import load_efficientnet
 from diffussm_cli.machine.files import sha256
 
@@ -129,10 +132,10 @@ def doubts(asked: str, used: str, compared_with: str) -> list[str]:
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), or `package.module:factory`.
+    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), `package.module:factory`, or a CLIP model.
 
-    The last two run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14 after
-    its own resize and normalisation.
+    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14
+    after its own resize and normalisation.
 
     Raises:
         ConfigError, DataError: if it cannot be loaded; the message names what is missing and where to put it.
@@ -149,7 +152,10 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Own(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
     if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return Own(*_call_factory(name), device)
-    raise ConfigError(f"--extractor: {name!r} must be {', '.join(NAMES)}, a .pt2 file, or package.module:factory")
+    if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
+        return Own(*load_clip(name), device)
+    known = f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
+    raise ConfigError(f"--extractor: {name!r} must be {known}")
 
 
 def _load_file(path: Path) -> nn.Module:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from diffussm_cli import runs
-from diffussm_cli.config import SampleConfig
+from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
+from diffussm_cli.evaluation.clip import Clip
 from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.features import AUTO, Extractor, doubts, load_extractor, usual_extractor
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
-from diffussm_cli.evaluation.sets import ImageSet, open_images, probe
+from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images, probe
+from diffussm_cli.evaluation.text import names_of, retrieval
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
@@ -97,6 +99,14 @@ class EvaluationSession:
         is_folder = not path.endswith(".npz") and not path.startswith(BUILTIN)
         return open_reference(path, self.extractor, size or (of_run if is_folder else None))
 
+    def captioned(self, config: Config, against: Reference) -> ImageSet | None:
+        """The images among whose captions a run's prompts are looked up: those held out, or else the reference's."""
+        d = config.data
+        path = f"{d.path}{HELD_OUT}" if d.path.startswith(BUILTIN) else d.held_out
+        if not config.model.text_width or not isinstance(path, str) or not path:
+            return against.images
+        return self.open(path, None if path.startswith(BUILTIN) else d.size, "data.held_out")
+
     def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
         """Compute the features of a set, or load them from the cache. Returns the finished Gathering."""
         yield Stage("loading the extractor")
@@ -141,6 +151,32 @@ class EvaluationSession:
                 yield Stage(f"metrics: {', '.join(values)}")
         return values, found
 
+    def prompted(
+        self, found: Gathered, prompts: Sequence[str], real: ImageSet | None
+    ) -> Generator[Event, None, dict[str, float]]:
+        """How well images with features `found` show what their prompts say; empty on processes other than the first.
+
+        `clip_score`, if the extractor is CLIP. If every prompt is a caption of the `real` images: the shares of images
+        whose nearest real image has the right name or class (`evaluation/text.py`). A Warned tells if none is.
+        """
+        values: dict[str, float] = {}
+        network = getattr(self.extractor, "network", None)
+        if isinstance(network, Clip) and self.world.rank == 0:
+            values["clip_score"] = network.score(found.pool, prompts)
+        wanted = names_of(prompts, real.captions) if real else None
+        if real is None or wanted is None:
+            yield Warned("retrieval is left out: the prompts are not captions of the held-out or reference images")
+            return values
+        pool = (yield from self.features(real, "captioned images")).result.pool
+        if self.world.rank == 0:
+            chosen = [i for i, own in enumerate(real.captions) if own]
+            names = [real.captions[i][0] for i in chosen]
+            labels = real.labels and [real.labels[i] for i in chosen]
+            values |= {
+                f"retrieval_{k}": v for k, v in retrieval(found.pool, wanted, pool[chosen], names, labels).items()
+            }
+        return values
+
 
 # ------------------------------------------------------------------------------------------------- whole evaluations
 def evaluate(
@@ -173,7 +209,7 @@ def evaluate(
         half: compute precision and recall in float16, as ADM's evaluator does.
         resolution: (H, W) to crop the reference images to; by default, the run's resolution.
         num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run; without effect for
-            other samples.
+            other samples. A run with text draws the names of its held-out images if there are no prompts.
         cache: the folder for cached features; None disables the cache.
         out: file for the result; by default beside the samples, with a warning if it cannot be written there.
         run: the run at `samples`, if `find_run_at` has already opened it.
@@ -190,19 +226,29 @@ def evaluate(
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
         trained, size = run or find_run_at(samples), None
+        images: ImageSet | None = None
         if trained is None:
             images, facts = session.open(str(samples)), read_facts(samples)
         else:
-            yield Stage("loading the run")
-            sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
-            facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
-            text = sampler.text(prompts_of(facts, seeds), negative)
-            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts, text)
+            session.choose(trained.config.data.size, trained.config.data.is_grey)
             reference, size = reference or reference_of(trained.config), trained.config.data.size
         if reference is None:
             raise ConfigError("--reference: name an .npz from ADM or --make-ref, or a folder of real images")
         against = session.reference(reference, resolution, size)
+        captioned = session.captioned(trained.config, against) if trained else against.images
+        if trained is not None:
+            yield Stage("loading the run")
+            sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
+            if not prompts and trained.config.model.text_width and captioned:
+                prompts = tuple(dict.fromkeys(own[0] for own in captioned.captions if own))
+            facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
+            text = sampler.text(prompts_of(facts, seeds), negative)
+            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts, text)
+        assert images is not None, "opened or drawn"
         values, gathered = yield from session.compare(images, against, metrics, half)
+        if facts.get("prompts") and facts["num"] == len(images):
+            asked = prompts_of(facts, range(facts["first_seed"], facts["first_seed"] + len(images)))
+            values |= yield from session.prompted(gathered, asked, captioned)
     if world.rank:
         return
     remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)

@@ -3,6 +3,7 @@
 B batch   C channels that the extractor takes   H x W pixels
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
+from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import Listing, list_source, read_entry
@@ -39,6 +41,10 @@ class ImageSet(Protocol):
     size: tuple[int, int]  # (H, W)
     labels: Sequence[int] | None
     lossy: bool
+
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]]:
+        """Captions of each image; empty if there are none."""
 
     def __len__(self) -> int: ...
 
@@ -86,6 +92,11 @@ class _Folder:
     def __len__(self) -> int:
         return len(self.listing.entries)
 
+    @functools.cached_property
+    def captions(self) -> Sequence[tuple[str, ...]]:
+        found = read_captions(self.listing)
+        return [found.get(e.name, ()) for e in self.listing.entries] if found else ()
+
     def _first(self) -> tuple[tuple[int, int], bool]:
         """The size of the first image, and whether it is grey."""
         image = read_entry(self.listing.root, self.listing.entries[0], None)
@@ -124,6 +135,8 @@ class _Folder:
 
 
 class _Npz:
+    captions: Sequence[tuple[str, ...]] = ()
+
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None):
         self.path, self.name, self.channels, self.lossy = path, str(path), channels, False
         arrays = open_npz(path)
@@ -198,6 +211,7 @@ class _Builtin:
             raise DataError(f"{path} is {IN_COLOUR}")
         self.images = found.images[order].expand(-1, channels, -1, -1)
         self.labels: Sequence[int] | None = found.labels[order].tolist()
+        self.captions: Sequence[tuple[str, ...]] = [found.captions[i] for i in order] if found.captions else ()
         height, width = found.images.shape[2:]
         self.name, self.size, self.lossy = path, (height, width), False
         _refuse_other_size(self, size)

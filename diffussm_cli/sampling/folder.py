@@ -134,7 +134,8 @@ class SampleFolder:
         """Write the grid of the first images, the .npz of all images if `npz`, and the final meta.json."""
         shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(shown, grid, columns=10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5)))
+        columns = 10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5))
+        save_grid(shown, grid, columns, prompts_of(self.facts, self.seeds[:GRID_IMAGES]))
         if npz:
             write_npz(self.path / NPZ, self._arrays(shown.permute(0, 2, 3, 1).shape[1:]))
         self._write_meta(complete=True)

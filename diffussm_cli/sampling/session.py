@@ -40,7 +40,8 @@ def sample(
         run: a run folder, its `final/` or `best/`, a checkpoint, a published DiT, or a name that `find_run` takes.
         out: the output folder; by default RUN/images, or a numbered one if that holds images of another request.
         classes: labels, used in turn; if empty, each seed draws its own.
-        prompts: captions, used in turn, for a run with text; `negative` is what guidance leads away from.
+        prompts: captions, used in turn, for a run with text, by default its `sample.prompts`; `negative` is what
+            guidance leads away from.
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
@@ -53,6 +54,7 @@ def sample(
         DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
+    prompts = prompts or trained.config.sample.prompts
     world, seeds = read_world(), range(seed, seed + num)
     if film:
         check_film(film)

@@ -19,6 +19,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import SAMPLERS, Config, SampleConfig
 from diffussm_cli.data.images import save_grid
 from diffussm_cli.data.source import Source, open_held_out
+from diffussm_cli.data.text import check_prompt, open_texts
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
@@ -73,6 +74,10 @@ class Trainer:
             raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
         scored = bool(config.eval.every and config.eval.images and (reference_of(config) or not held_out))
         self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
+        if config.sample.prompts and t.sample_every:  # a wrong one should end training before it begins
+            for prompt in config.sample.prompts:
+                check_prompt(prompt, "sample.prompts")
+            open_texts(config)
         self.scoring = None
         if self.decoding is not None and scored:
             self.scoring = Scoring(config, source, root, self.device, self.decoding, self.dtype, world)
@@ -300,16 +305,17 @@ class Trainer:
 def draw_grid(trainer: Trainer, model: Backbone, sampling: SampleConfig, path: Path) -> Path:
     """Draw images of seeds 0, 1, ... with one class per column (at most ten) and write them to `path`.
 
-    A run with text draws captions of its training images, the same ones every time.
+    A run with text draws `sample.prompts` in turn, or captions of its training images, the same ones every time.
     """
-    config = trainer.config
+    config, prompts = trainer.config, trainer.config.sample.prompts
     n, classes = config.train.sample_images, config.model.num_classes
+    titles = [prompts[i % len(prompts)] for i in range(n) if prompts]
     columns = min(10, classes or n)
     assert trainer.decoding is not None, "previews are decoded"
     sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)
-    text = captions_of(trainer.source, n) if config.model.text_width else None
+    text = sampler.text(titles) if titles else captions_of(trainer.source, n) if config.model.text_width else None
     drawn = sampler.draw(range(n), sampler.labels(range(n), range(columns) if classes else ()), text)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
-        save_grid(torch.cat([images for _, images in drawn]), file, columns)
+        save_grid(torch.cat([images for _, images in drawn]), file, columns, titles)
     return path

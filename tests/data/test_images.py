@@ -100,3 +100,15 @@ def test_grid_places_every_image(tmp_path, channels):
     assert grid.shape[:2] == (2 * 62 + 2, 3 * 62 + 2)
     centres = [grid[32 + 62 * (i // 3), 32 + 62 * (i % 3)] for i in range(5)]
     assert [int(np.max(c)) for c in centres] == [0, 40, 80, 120, 160]
+
+
+def test_titles_stand_above_their_images(tmp_path):
+    """Small images are enlarged to hold two lines; the second title is dark on white, the first is empty."""
+    pixels = torch.full((2, 3, 50, 50), 77, dtype=torch.uint8)
+    save_grid(pixels, tmp_path / "grid.png", 2, ["", "a very long title " * 20])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (100 + 26 + 4, 2 * 102 + 2, 3)
+    titles, images = grid[2:28], grid[28:-2]
+    assert (titles[:, 2:102] == 255).all()
+    assert titles[:13, 104:-2].min() == titles[13:, 104:-2].min() < 50  # both lines
+    assert (images[:, 2:102] == 77).all()
