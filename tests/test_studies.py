@@ -31,12 +31,17 @@ def make(**more):
 
 def test_runs_get_the_same_gflops_to_half_a_step():
     jobs = make(gflops=5.0).jobs({})
-    assert [(j.run, j.seed) for j in jobs] == [("a", 3), ("a", 4), ("b", 3), ("b", 4)]
-    assert [j.name for j in jobs[:2]] == ["a-s3", "a-s4"]
+    assert [(j.run, j.seed) for j in jobs] == [("a", 3), ("b", 3), ("a", 4), ("b", 4)]
+    assert [j.name for j in jobs[:2]] == ["a-s3", "b-s3"]
     for job in jobs:
         config = job.config()
         assert config.train.seed == job.seed
         assert abs(studies.step_gflops(config) * config.train.steps - 5.0) <= studies.step_gflops(config) / 2
+
+
+def test_runs_get_the_same_seconds_by_their_measured_steps():
+    jobs = make(seconds=30.0, step_seconds={"a": 0.1, "b": 0.3}).jobs({})
+    assert [job.config().train.steps for job in jobs] == [300, 100, 300, 100]
 
 
 def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kernels():
@@ -62,7 +67,8 @@ def test_the_search_takes_a_third_and_its_best_value_for_each_run():
 
 
 def test_the_hash_tells_configurations_apart_but_not_seeds():
-    a, b = make(images=64).jobs({})[0], make(images=64).jobs({})[1]
+    a, _, b, _ = make(images=64).jobs({})
+    assert (a.run, b.run, a.seed, b.seed) == ("a", "a", 3, 4)
     assert studies.config_hash(a.config()) == studies.config_hash(b.config())
     assert studies.config_hash(a.config()) != studies.config_hash(make(images=128).jobs({})[0].config())
 
@@ -80,12 +86,14 @@ def test_intervals_and_paired_differences_by_hand():
 def test_every_study_names_runs_that_exist(path):
     study = studies.load_study(path.stem)
     assert study.rule
+    if study.seconds:
+        study.step_seconds.update({run: 0.1 for run in study.runs if run not in study.step_seconds})
     for job in [*study.trials(), *study.jobs({})]:
         assert job.config().train.steps > 0
 
 
 @pytest.mark.slow
-def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
+def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypatch):
     small = {
         "preset": "mnist-noise",
         "model.hidden_size": 16,
@@ -107,3 +115,7 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path):
     lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
     assert any(line.startswith("| training images |") for line in lines)
     assert any(line.startswith("| a, seed 3, other samples |") for line in lines)
+    monkeypatch.setattr(runner, "TURN_STEPS", 20)
+    rates = runner.measure_rates(make(base=small, runs={"a": {}, "deep": {"model.depth": 4}}, seconds=1), tmp_path)
+    assert rates["step_seconds"].keys() == {"a", "deep"}
+    assert all(len(of) == runner.TURNS and min(of) > 0 for of in rates["turns"].values())

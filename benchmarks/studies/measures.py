@@ -1,6 +1,7 @@
 """What the studies measure of a trained run beside its held-out loss, and the same of real images: the floor."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from diffussm_cli.config import Config
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.source import open_source
 from diffussm_cli.evaluation.session import EvaluationSession
+from diffussm_cli.evaluation.sets import HELD_OUT, open_images
 from diffussm_cli.events import finish
+from diffussm_cli.machine.files import default_cache
 from diffussm_cli.runs import find_run
 from diffussm_cli.sampling.sampler import open_sampler
 
@@ -19,14 +22,25 @@ METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 
 
 def measure(root: Path, samples: int, seed: int = 0) -> dict[str, float]:
-    """Measures of images drawn with the averaged weights of a run, and images/s of drawing them."""
+    """Measures of images drawn with the averaged weights of a run, and images/s of drawing them.
+
+    A run with text draws the names of its held-out images in turn.
+    """
     trained = find_run(root)
     sampler, seeds = open_sampler(trained), range(seed, seed + samples)
-    labels, start = sampler.labels(seeds), time.perf_counter()
-    images = torch.cat([batch for _, batch in sampler.draw(seeds, labels)])
+    names = names_held_out(trained.config) if trained.config.model.text_width else []
+    prompts = [names[i % len(names)] for i in range(samples) if names]
+    labels, text, start = sampler.labels(seeds), sampler.text(prompts), time.perf_counter()
+    images = torch.cat([batch for _, batch in sampler.draw(seeds, labels, text)])
     seconds = time.perf_counter() - start
-    found = compare(trained.config, images, labels, root / f"samples-{seed}.npz")
+    found = compare(trained.config, images, labels, root / f"samples-{seed}.npz", prompts)
     return found | {"samples": samples, "sampling_images_per_second": samples / seconds}
+
+
+def names_held_out(config: Config) -> list[str]:
+    """The names of the held-out images of a built-in data set: each image's first caption."""
+    held_out = open_images(config.data.path + HELD_OUT, config.data.channels)
+    return list(dict.fromkeys(own[0] for own in held_out.captions))
 
 
 def floor(config: Config, samples: int, work: Path) -> dict[str, float]:
@@ -37,24 +51,29 @@ def floor(config: Config, samples: int, work: Path) -> dict[str, float]:
     return compare(config, ((x_0 + 1) * 127.5).round().to(torch.uint8), labels.tolist(), work / "floor.npz")
 
 
-def compare(config: Config, images: Tensor, labels: list[int] | None, file: Path) -> dict[str, float]:
+def compare(
+    config: Config, images: Tensor, labels: list[int] | None, file: Path, prompts: Sequence[str] = ()
+) -> dict[str, float]:
     """Measures of uint8 images (n, C, H, W), which are also written to `file`.
 
     Beside the metrics against the held-out images:
 
+    - `retrieval_...`: how often the images are found by their prompts, if there are prompts (docs/text.md).
     - `asked`: the share of images to which the extractor assigns the class that was asked for, if it knows the classes.
     - `nearness`: the median distance to the nearest training image in features, over that of held-out images. It is
       near 1 for new images, and 0 for copies of training images.
     """
-    session = EvaluationSession(config.eval.extractor)
+    session = EvaluationSession(config.eval.extractor, cache=default_cache())
     arrays = images.permute(0, 2, 3, 1).numpy()
     write_npz(file, {"arr_0": (arrays.shape, np.uint8, [arrays])})
-    opened, against = session.open(str(file)), session.reference(f"{config.data.path}/held-out", None, config.data.size)
+    opened, against = session.open(str(file)), session.reference(config.data.path + HELD_OUT, None, config.data.size)
     values, gathered = finish(session.compare(opened, against, METRICS))
     training = finish(session.features(session.open(config.data.path), "training")).result.pool
+    if prompts:
+        values |= finish(session.prompted(gathered, prompts, against.images))
     values["nearness"] = nearest(gathered.pool, training) / nearest(against.gathered.pool, training)
-    logits = torch.cat([session.extractor(part).logits for part in images.split(500)])
-    if labels is not None and logits.shape[1] == config.model.num_classes:
+    if labels is not None and gathered.classes is not None and session.name == "digits":
+        logits = torch.cat([session.extractor(part).logits for part in images.split(500)])
         values["asked"] = (logits.argmax(1).cpu() == torch.tensor(labels)).double().mean().item()
     return values
 

@@ -17,8 +17,7 @@ from pathlib import Path
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
-from run import FLOOR, RESULTS
-from study import Study, load_study
+from study import FLOOR, RATES, RESULTS, Study, load_study
 
 MEASURES = {
     "held_out": "held-out loss",
@@ -29,6 +28,9 @@ MEASURES = {
     "recall": "recall",
     "kid": "KID",
     "asked": "asked class",
+    "retrieval_top1": "retrieval, top 1",
+    "retrieval_top5": "top 5",
+    "retrieval_category": "category",
     "nearness": "nearness",
     "images_per_second": "training images/s",
     "sampling_images_per_second": "sampling images/s",
@@ -56,7 +58,7 @@ def main() -> None:
 
 def load_results(folder: Path) -> list[dict]:
     """Every result of a study but the trials of its search, its metrics beside the rest."""
-    paths = [path for path in sorted(folder.glob("*.json")) if path.name != FLOOR]
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return [{**r, **r["metrics"]} for r in found if r["searched"] is None]
 

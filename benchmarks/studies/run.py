@@ -12,6 +12,8 @@ import argparse
 import json
 import os
 import resource
+import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -19,12 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from measures import floor, measure
-from study import Job, Study, choose, config_hash, load_study, missing, step_gflops
+from study import FLOOR, RATES, RESULTS, Job, Study, choose, config_hash, load_study, missing, step_gflops
 
 from diffussm_cli.machine.files import write_text
 
 HERE = Path(__file__).parent
-RESULTS, FLOOR = HERE / "results", "floor.json"  # measures of real images
+TURNS, TURN_STEPS = 3, 60  # of each run when the seconds of a step are measured
 GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
 
 
@@ -38,6 +40,10 @@ def main() -> None:
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     folder = RESULTS / study.name
+    if study.seconds is not None and not study.step_seconds:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RATES, json.dumps(measure_rates(study, arguments.work), indent=1) + "\n")
+        study = load_study(arguments.name)
     if arguments.plan:
         show_plan(study)
     elif arguments.one:
@@ -51,6 +57,35 @@ def main() -> None:
         if not (folder / FLOOR).exists():
             config = study.jobs({})[0].config()
             write_text(folder / FLOOR, json.dumps(floor(config, study.samples, arguments.work / study.name)) + "\n")
+
+
+def measure_rates(study: Study, work: Path) -> dict:
+    """Seconds of a step of each run with one thread: the median over TURNS, in which all are trained for some steps."""
+    import torch
+
+    from diffussm_cli.config import load_config
+    from diffussm_cli.machine.device import processor_name
+    from diffussm_cli.training import train
+
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {run: [] for run in study.runs}
+    for turn in range(TURNS):
+        for run in study.runs:
+            preset, overrides = study.config(run, {})
+            config = load_config(preset, [*overrides, f"train.steps={TURN_STEPS}", "train.log_every=10"])
+            root = work / study.name / f"rate-{run}-{turn}"
+            shutil.rmtree(root, ignore_errors=True)
+            list(train(config, root))
+            found[run].append(config.train.batch_size / images_per_second(root))
+    middle = {run: statistics.median(seconds) for run, seconds in found.items()}
+    machine = f"{processor_name(torch.device('cpu'))}, 1 thread"
+    return {"step_seconds": middle, "turns": found, "machine": machine, "commit": commit()}
+
+
+def images_per_second(root: Path) -> float:
+    """The median rate in the log of a run."""
+    records = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return statistics.median(r["images_per_second"] for r in records if r.get("images_per_second"))
 
 
 def known_jobs(study: Study, folder: Path) -> list[Job]:
@@ -97,7 +132,6 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
     done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
     records = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
-    rates = sorted(r["images_per_second"] for r in records if r.get("images_per_second"))
     found = {
         "study": study.name,
         "run": job.run,
@@ -109,7 +143,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "steps": done.steps,
         "gflops": step_gflops(config) * done.steps,
         "cpu_seconds": time.process_time() - start,
-        "images_per_second": rates[len(rates) // 2],
+        "images_per_second": images_per_second(root),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "curve": curve,
         "held_out": curve[-1][2],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from diffussm_cli.config import Config, load_config, to_yaml
 from diffussm_cli.profiling.flops import cost
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+FLOOR, RATES = "floor.json", "rates.json"  # measures of real images; seconds of a step
 TRAINING_PASSES = 3  # a backward pass takes twice the multiply-adds of a forward pass
 
 
@@ -41,8 +44,9 @@ class Job:
 class Study:
     """A study as its file describes it.
 
-    `runs` maps a name to a preset and overrides. The budget is `gflops` of training or `images`. `search` maps one
-    field to its grid, which is tried at a third of the budget on the held-out loss.
+    `runs` maps a name to a preset and overrides. The budget is `gflops` of training, `images`, or `seconds` of training
+    on one thread, by the seconds of a step of each run that were measured in turn beforehand. `search` maps one field to
+    its grid, which is tried at a third of the budget on the held-out loss.
     """
 
     name: str
@@ -53,9 +57,11 @@ class Study:
     base: dict[str, Any] = field(default_factory=dict)
     gflops: float | None = None
     images: int | None = None
+    seconds: float | None = None
     search: dict[str, list] = field(default_factory=dict)
     samples: int = 2000
     evaluations: int = 10  # points of the held-out curve
+    step_seconds: dict[str, float] = field(default_factory=dict)  # of each run, in the file RATES
 
     def trials(self) -> list[Job]:
         """The trainings of the search, of every run and value, with the first seed."""
@@ -68,19 +74,25 @@ class Study:
 
     def jobs(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
         """The trainings that count, with the values that the search has chosen for each run."""
-        return [self._job(run, seed, chosen.get(run, {})) for run in self.runs for seed in self.seeds]
+        return [self._job(run, seed, chosen.get(run, {})) for seed in self.seeds for run in self.runs]
 
-    def _job(self, run: str, seed: int, values: dict[str, Any], searched: Any = None, share: float = 1.0) -> Job:
+    def config(self, run: str, values: dict[str, Any]) -> tuple[str, list[str]]:
+        """The preset of a run, and its overrides."""
         own = dict(self.runs[run] or {})
         preset = own.pop("preset", self.base.get("preset"))
         settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
-        overrides = [f"{k}={v}" for k, v in settings.items()]
-        steps = self.steps(load_config(preset, overrides), share)
+        return preset, [f"{k}={v}" for k, v in settings.items()]
+
+    def _job(self, run: str, seed: int, values: dict[str, Any], searched: Any = None, share: float = 1.0) -> Job:
+        preset, overrides = self.config(run, values)
+        steps = self.steps(run, load_config(preset, overrides), share)
         overrides += [f"train.steps={steps}", f"eval.every={math.ceil(steps / self.evaluations)}", "eval.images=0"]
         return Job(run, seed, preset, tuple(overrides), None if searched is None else str(searched))
 
-    def steps(self, config: Config, share: float = 1.0) -> int:
+    def steps(self, run: str, config: Config, share: float = 1.0) -> int:
         """The number of steps that a share of the budget pays for."""
+        if self.seconds is not None:
+            return round(share * self.seconds / self.step_seconds[run])
         if self.images is not None:
             return round(share * self.images / config.train.batch_size)
         return round(share * self.gflops / step_gflops(config))
@@ -100,8 +112,11 @@ def load_study(name: str) -> Study:
     if set(values) - known:
         raise SystemExit(f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}")
     study = Study(**({"name": path.stem} | values | {"seeds": tuple(values["seeds"])}))
-    if (study.gflops is None) == (study.images is None) or len(study.search) > 1:
-        raise SystemExit(f"{path}: give gflops or images, and at most one searched field")
+    if [study.gflops, study.images, study.seconds].count(None) != 2 or len(study.search) > 1:
+        raise SystemExit(f"{path}: give gflops, images or seconds, and at most one searched field")
+    rates = RESULTS / study.name / RATES
+    if study.seconds is not None and rates.is_file():
+        study.step_seconds.update(json.loads(rates.read_text(encoding="utf-8"))["step_seconds"])
     return study
 
 
