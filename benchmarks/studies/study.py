@@ -45,8 +45,8 @@ class Study:
     """A study as its file describes it.
 
     `runs` maps a name to a preset and overrides. The budget is `gflops` of training, `images`, or `seconds` of training
-    on one thread, by the seconds of a step of each run that were measured in turn beforehand. `search` maps one field to
-    its grid, which is tried at a third of the budget on the held-out loss.
+    on one thread, by the seconds of a step of each run that were measured in turn beforehand. `search` maps one field
+    to its grid, which is tried at a third of the budget on the held-out loss.
     """
 
     name: str
