@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.source import BUILTIN, open_source
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.evaluation.sets import HELD_OUT, open_images
 from diffussm_cli.events import finish
@@ -56,7 +56,7 @@ def compare(
 ) -> dict[str, float]:
     """Measures of uint8 images (n, C, H, W), which are also written to `file`.
 
-    Beside the metrics against the held-out images:
+    Beside the metrics against `eval.reference`, by default the held-out images of a built-in data set:
 
     - `retrieval_...`: how often the images are found by their prompts, if there are prompts (docs/text.md).
     - `asked`: the share of images to which the extractor assigns the class that was asked for, if it knows the classes.
@@ -66,12 +66,15 @@ def compare(
     session = EvaluationSession(config.eval.extractor, cache=default_cache())
     arrays = images.permute(0, 2, 3, 1).numpy()
     write_npz(file, {"arr_0": (arrays.shape, np.uint8, [arrays])})
-    opened, against = session.open(str(file)), session.reference(config.data.path + HELD_OUT, None, config.data.size)
+    own = config.data.path + HELD_OUT if config.data.path.startswith(BUILTIN) else None
+    opened = session.open(str(file))
+    against = session.reference(config.eval.reference or own or config.data.path, None, config.data.size)
     values, gathered = finish(session.compare(opened, against, METRICS))
-    training = finish(session.features(session.open(config.data.path), "training")).result.pool
     if prompts:
         values |= finish(session.prompted(gathered, prompts, against.images))
-    values["nearness"] = nearest(gathered.pool, training) / nearest(against.gathered.pool, training)
+    if own:
+        training = finish(session.features(session.open(config.data.path), "training")).result.pool
+        values["nearness"] = nearest(gathered.pool, training) / nearest(against.gathered.pool, training)
     if labels is not None and gathered.classes is not None and session.name == "digits":
         logits = torch.cat([session.extractor(part).logits for part in images.split(500)])
         values["asked"] = (logits.argmax(1).cpu() == torch.tensor(labels)).double().mean().item()

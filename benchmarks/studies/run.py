@@ -2,6 +2,7 @@
 
     python benchmarks/studies/run.py NAME [--jobs 2] [--work runs/studies]
     python benchmarks/studies/run.py NAME --plan        # what it would run, with Gflops and GPU days
+    torchrun --nproc-per-node 8 benchmarks/studies/run.py NAME --one RUN-s0   # one training, on several GPUs
 
 Every training is a process of its own with one thread. Its result is one JSON in benchmarks/studies/results/NAME/: the
 configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics
@@ -24,6 +25,7 @@ from measures import floor, measure
 from study import FLOOR, RATES, RESULTS, Job, Study, choose, config_hash, load_study, missing, step_gflops
 
 from diffussm_cli.machine.files import write_text
+from diffussm_cli.machine.processes import read_world
 
 HERE = Path(__file__).parent
 TURNS, TURN_STEPS = 3, 60  # of each run when the seconds of a step are measured
@@ -36,12 +38,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="where runs are kept meanwhile")
     parser.add_argument("--plan", action="store_true", help="show what would run, and stop")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="JOB", help="only this training, as --plan names it, in this process")
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     folder = RESULTS / study.name
-    if study.seconds is not None and not study.step_seconds:
+    if not arguments.plan:
         folder.mkdir(parents=True, exist_ok=True)
+    if study.seconds is not None and not study.step_seconds:
         write_text(folder / RATES, json.dumps(measure_rates(study, arguments.work), indent=1) + "\n")
         study = load_study(arguments.name)
     if arguments.plan:
@@ -49,9 +52,9 @@ def main() -> None:
     elif arguments.one:
         job = next(job for job in known_jobs(study, folder) if job.name == arguments.one)
         result = train_and_measure(job, study, arguments.work)
-        write_text(folder / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
+        if read_world().rank == 0:
+            write_text(folder / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
     else:
-        folder.mkdir(parents=True, exist_ok=True)
         run_all(missing(study.trials(), folder), arguments)
         run_all(missing(jobs_of(study, folder), folder), arguments)
         if not (folder / FLOOR).exists():
@@ -64,7 +67,6 @@ def measure_rates(study: Study, work: Path) -> dict:
     import torch
 
     from diffussm_cli.config import load_config
-    from diffussm_cli.machine.device import processor_name
     from diffussm_cli.training import train
 
     torch.set_num_threads(1)
@@ -78,8 +80,7 @@ def measure_rates(study: Study, work: Path) -> dict:
             list(train(config, root))
             found[run].append(config.train.batch_size / images_per_second(root))
     middle = {run: statistics.median(seconds) for run, seconds in found.items()}
-    machine = f"{processor_name(torch.device('cpu'))}, 1 thread"
-    return {"step_seconds": middle, "turns": found, "machine": machine, "commit": commit()}
+    return {"step_seconds": middle, "turns": found, "machine": machine_name(), "commit": commit()}
 
 
 def images_per_second(root: Path) -> float:
@@ -118,15 +119,15 @@ def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
 
 
 def train_and_measure(job: Job, study: Study, work: Path) -> dict:
-    """Train a job, or go on with it, and measure its averaged weights."""
+    """Train a job, or go on with it, and measure its averaged weights; under torchrun the first process does."""
     import torch
 
     import diffussm_cli
     from diffussm_cli.events import Result
-    from diffussm_cli.machine.device import processor_name
     from diffussm_cli.training import train
 
-    torch.set_num_threads(1)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
     config, root = job.config(), work / study.name / job.name
     start = time.process_time()
     done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
@@ -153,10 +154,10 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
             "torch": torch.__version__,
             "python": sys.version.split()[0],
         },
-        "machine": f"{processor_name(torch.device('cpu'))}, 1 thread",
+        "machine": machine_name(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if job.searched is not None:
+    if job.searched is not None or read_world().rank:
         return found
     found["metrics"] = measure(root, study.samples)
     if job.seed == study.seeds[0]:  # the spread over the seeds of sampling
@@ -179,6 +180,16 @@ def show_plan(study: Study) -> None:
 def days(gflops: float) -> float:
     """GPU days of so many billions of multiply-adds."""
     return 2 * gflops / (GPU_TFLOPS * 1e3) / 86400
+
+
+def machine_name() -> str:
+    import torch
+
+    from diffussm_cli.machine.device import processor_name
+
+    if torch.cuda.is_available():
+        return f"{read_world().size} x {processor_name(torch.device('cuda'))}"
+    return f"{processor_name(torch.device('cpu'))}, 1 thread"
 
 
 def commit() -> str:
