@@ -1,9 +1,10 @@
 """The tables and the figure of a study from its results, in seconds.
 
-    python benchmarks/studies/report.py NAME [--against RUN] [--out FOLDER]
+    python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg] [--grid NAME.png --work runs/studies]
 
 Means over seeds with 95% t-intervals. Differences to one run (the first by default) are paired by seed, which shares
-the order of the data. Prints markdown; with --out it also writes NAME.md and NAME.svg, the held-out loss by Gflops.
+the order of the data. Prints markdown. The figure shows the held-out loss by Gflops and by seconds of one thread; the
+grid shows samples of the same seeds, two rows for each run, if the trained runs are still in the folder of work.
 """
 
 import argparse
@@ -14,10 +15,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent))
 from study import FLOOR, RATES, RESULTS, Study, load_study
+
+from diffussm_cli.data.images import save_grid
+
+SAMPLING_SEED = 0  # of the first image that run.py draws
 
 MEASURES = {
     "held_out": "held-out loss",
@@ -42,18 +49,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("--against", help="the run that differences are taken to; by default the first")
-    parser.add_argument("--out", type=Path, help="a folder for NAME.md and NAME.svg")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--grid", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     results = load_results(RESULTS / study.name)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    text = "\n".join(page(study, results, arguments.against or next(iter(study.runs)), floor))
-    print(text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / f"{study.name}.md").write_text(text + "\n", encoding="utf-8")
-        draw(study, results, arguments.out / f"{study.name}.svg")
+    print("\n".join(page(study, results, arguments.against or next(iter(study.runs)), floor)))
+    if arguments.figure:
+        draw(study, results, arguments.figure)
+    if arguments.grid:
+        grid(study, arguments.work / study.name, arguments.grid)
 
 
 def load_results(folder: Path) -> list[dict]:
@@ -67,7 +75,7 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
     """The report in markdown, line by line."""
     done = [run for run in study.runs if any(r["run"] == run for r in results)]
     measures = [m for m in MEASURES if any(m in r for r in results)]
-    lines = [f"# {study.name}", "", study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
+    lines = [study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
     lines += ["| run | seeds | Gflops | " + " | ".join(MEASURES[m] for m in measures) + " |"]
     lines += ["|" + "---|" * (3 + len(measures))]
     for run in done:
@@ -120,21 +128,32 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:
-    """Held-out loss against Gflops of training, a line per run, every seed faint."""
+    """Held-out loss against Gflops and seconds of training, a colour for each run, a line for each seed."""
+    import matplotlib
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for i, run in enumerate(study.runs):
-        rows = [r for r in results if r["run"] == run]
-        for j, r in enumerate(rows):
-            x = [step / r["steps"] * r["gflops"] for step, _, _ in r["curve"]]
-            axis.plot(x, [loss for *_, loss in r["curve"]], color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
-    axis.set(xlabel="Gflops of training", ylabel="held-out loss", yscale="log")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    for axis, unit in zip(axes, ("gflops", "cpu_seconds")):
+        for i, run in enumerate(study.runs):
+            for j, r in enumerate(r for r in results if r["run"] == run):
+                x = [step / r["steps"] * r[unit] for step, _, _ in r["curve"]]
+                loss = [value for *_, value in r["curve"]]
+                axis.plot(x, loss, color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(xlabel={"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}[unit], yscale="log")
+    axes[0].set_ylabel("held-out loss")
+    axes[0].legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, format="svg")
+    figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
+
+
+def grid(study: Study, work: Path, path: Path, columns: int = 12) -> None:
+    """Samples of the first seed of each run, two rows of the same sampling seeds for each."""
+    files = [work / f"{run}-s{study.seeds[0]}" / f"samples-{SAMPLING_SEED}.npz" for run in study.runs]
+    images = [np.load(file)["arr_0"][: 2 * columns] for file in files]
+    save_grid(torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), path, columns)
 
 
 if __name__ == "__main__":
