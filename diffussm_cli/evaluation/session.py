@@ -13,7 +13,7 @@ from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.clip import Clip
 from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
-from diffussm_cli.evaluation.features import AUTO, Extractor, doubts, load_extractor, usual_extractor
+from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, load_extractor, usual_extractor
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
 from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images, probe
@@ -222,10 +222,11 @@ def evaluate(
     """
     if out is not None:
         check_writable(out)
-    world = read_world()
+    world, trained, size = read_world(), run or find_run_at(samples), None
+    if trained and extractor == AUTO and trained.config.eval.extractor in NAMES:  # never code that a run names
+        extractor = trained.config.eval.extractor
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
-        trained, size = run or find_run_at(samples), None
         images: ImageSet | None = None
         if trained is None:
             images, facts = session.open(str(samples)), read_facts(samples)
