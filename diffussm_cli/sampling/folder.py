@@ -135,6 +135,8 @@ class SampleFolder:
         shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
         columns = 10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5))
+        if 1 < len(self.facts["prompts"] or ()) <= columns:
+            columns = len(self.facts["prompts"])  # one prompt per column
         save_grid(shown, grid, columns, prompts_of(self.facts, self.seeds[:GRID_IMAGES]))
         if npz:
             write_npz(self.path / NPZ, self._arrays(shown.permute(0, 2, 3, 1).shape[1:]))
