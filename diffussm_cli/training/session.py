@@ -27,9 +27,9 @@ from diffussm_cli.events import Event, Message, Progress, Result, Stage, Trainin
 from diffussm_cli.machine.device import keep_freed_memory, pick_device, processor_name
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
+from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter, open_tracker
-from diffussm_cli.training.report import write_report
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 

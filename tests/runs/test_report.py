@@ -12,8 +12,10 @@ from diffussm_cli import runs
 from diffussm_cli.data.images import read_image
 from diffussm_cli.errors import RunError
 from diffussm_cli.model.s4d.layer import S4D
-from diffussm_cli.training import report, train, write_report
-from diffussm_cli.training.report import POINTS, Curve, Log, chart, kernels, number, round_values, thin
+from diffussm_cli.pages import POINTS, chart, thin
+from diffussm_cli.runs import report
+from diffussm_cli.runs.report import Log, kernels
+from diffussm_cli.training import train, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -178,31 +180,9 @@ def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
     assert [label for label, _ in fid["legend"]] == ["", "0.9"]
 
 
-def test_points_of_a_chart_lie_where_their_values_are():
-    linear = chart("", {"": Curve([0, 10], [0.0, 1.0])})
-    assert linear["lines"] == ["44.0,144.9 354.0,17.1"]  # 4% of the range is free above and below
-    assert [label for _, label in linear["rows"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
-    ratio = chart("", {"": Curve([0, 5, 10], [0.01, 0.1, 1.0])})
-    assert ratio["lines"] == ["44.0,144.9 199.0,81.0 354.0,17.1"]
-    assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
-    assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
-    assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
-def test_an_axis_has_two_to_seven_round_values(low, high):
-    found = round_values(low, high, whole=False)
-    assert 2 <= len(found) <= 7
-    assert all(low <= v <= high for v in found)
-
-
-def test_numbers_for_people():
-    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == ["0", "0.0123", "12.3", "1,234", "1e-07"]
-
-
 @pytest.mark.slow
 def test_a_browser_shows_it(run, tmp_path):
-    from tests.training.browser import CHROMIUM, browser
+    from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:
         pytest.skip("no Chromium found (Debian: apt-get install chromium)")
