@@ -6,7 +6,7 @@ A page is a template of Jinja that extends page.html. All text is escaped.
 import base64
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -33,20 +33,27 @@ def render(template: str, script: str = "", **content: Any) -> str:
     return environment.get_template(template).render(content, script=script, script_hash=digest)
 
 
-def chart(title: str, curves: Mapping[str, Curve], best: tuple[float, float] | None = None) -> dict[str, Any]:
+def chart(
+    title: str, curves: Mapping[str, Curve], best: tuple[float, float] | None = None, marks: Sequence[float] = ()
+) -> dict[str, Any]:
     """What the page draws: lines, ticks and the best point, placed in the picture.
 
-    Positive values that differ by more than 30 times get a log scale.
+    Positive values that differ by more than 30 times get a log scale. So does x if its ticks are given, `marks`; they
+    begin and end the axis, which otherwise begins at 0.
     """
     thinned = [thin(curve) for curve in curves.values()]
     every = np.concatenate([y for _, y in thinned])
     log = every.min() > 0 and every.max() > 30 * every.min()
     low, high = (math.log10(v) if log else float(v) for v in (every.min(), every.max()))
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
-    first, last = min(0.0, *(x[0] for x, _ in thinned)), max(1.0, *(x[-1] for x, _ in thinned))
+    scale, label = (np.log, "{:g}") if marks else (np.asarray, "{:,.0f}")
+    if not marks:
+        first, last = min(0.0, *(x[0] for x, _ in thinned)), max(1.0, *(x[-1] for x, _ in thinned))
+        marks = (first, (first + last) / 2, last)
+    start, *_, end = scale(marks)
 
     def across(x: Any) -> Any:
-        return LEFT + (RIGHT - LEFT) * (x - first) / (last - first)
+        return LEFT + (RIGHT - LEFT) * (scale(x) - start) / (end - start)
 
     def down(y: Any) -> Any:
         y = np.log10(y) if log else y
@@ -58,7 +65,7 @@ def chart(title: str, curves: Mapping[str, Curve], best: tuple[float, float] | N
         "lines": [" ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y)) for x, y in thinned],
         "legend": list(zip(curves, (curve.y[-1] for curve in curves.values()))),
         "rows": [(down(tick), number(tick)) for tick in ticks],
-        "columns": [(across(x), f"{x:,.0f}") for x in (first, (first + last) / 2, last)],
+        "columns": [(across(x), label.format(x)) for x in marks],
         "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
 

@@ -14,6 +14,8 @@ def test_points_of_a_chart_lie_where_their_values_are():
     assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
     assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
     assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
+    sizes = chart("", {"": Curve([256, 512, 1024], [1.0, 1.0, 2.0])}, marks=[256, 512, 1024])
+    assert sizes["columns"] == [(44.0, "256"), (pytest.approx(199.0), "512"), (354.0, "1024")]
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
