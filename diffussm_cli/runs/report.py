@@ -10,6 +10,7 @@ import datetime
 import io
 import json
 import math
+import os
 import shlex
 from array import array
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.pages import Curve, chart, render
 
 PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280  # previews; larger files (bytes) are shrunk to this width (pixels)
-ROWS, TAPS = 200, 4096  # most events in the table, taps of a kernel
+ROWS, TAPS, EVALUATIONS = 200, 4096, 20  # most events in the table, taps of a kernel, evaluations
+DRAWN = ("step", "ema", "sampler", "steps", "guidance", "label_choice")  # settings of samples
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
@@ -54,6 +56,7 @@ def write_report(root: Path | str) -> Path:
         written=datetime.datetime.now(datetime.timezone.utc),
         frames=list(frames(root / runs.SAMPLES)),
         metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
+        evaluations=list(evaluations(root)),
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
@@ -64,6 +67,24 @@ def write_report(root: Path | str) -> Path:
     )
     write_text(root / runs.REPORT, text)
     return root / runs.REPORT
+
+
+def evaluations(root: Path) -> Iterator[dict[str, Any]]:
+    """What `diffussm eval` has left in a run and its folders, the newest first; a damaged file is left out."""
+    places = ("", "*/", f"{runs.CHECKPOINTS}/*/")
+    files = [path for place in places for path in root.glob(f"{place}*{runs.RESULTS}") if path.is_file()]
+    for path in sorted(files, key=os.path.getmtime, reverse=True)[:EVALUATIONS]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            meta, values = result["meta"], {name: float(value) for name, value in result["metrics"].items()}
+            yield {
+                "file": path.relative_to(root),
+                "time": datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc),
+                "drawn": ", ".join(f"{name} {meta[name]}" for name in DRAWN if meta.get(name) is not None),
+                "values": {metric_name(name): value for name, value in values.items() if name != "kid_error"},
+                "what": f"{result['num']} samples against {result['reference']}",
+                "warnings": list(map(str, result["warnings"])),
+            }
 
 
 class Log:

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -149,6 +151,30 @@ def test_damaged_weights_leave_out_the_kernels(run):
     (run / "final" / "model.safetensors").write_bytes(b"damaged")
     shutil.rmtree(run / "checkpoints")
     assert "Learned kernels" not in page(run)
+
+
+def save_result(path, fid, age, **changes):
+    """A file as `diffussm eval` writes it, some seconds old."""
+    metrics = {"fid": fid, "kid": 0.5, "kid_error": 0.125}
+    result = {"metrics": metrics, "num": 70, "reference": HOSTILE, "warnings": ["few samples"]}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result | {"meta": {"sampler": "ddim", "steps": 7, "run": "no"}} | changes))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_evaluations_stand_in_it_newest_first(run):
+    save_result(run / "images" / "results.json", 3.5, age=1)
+    save_result(run / "results.json", 2.5, age=9)
+    save_result(run / "checkpoints" / "step-00000002" / "results.json", 4.5, age=5)
+    for i, changes in enumerate(({"metrics": [1]}, {"warnings": 3}, {"meta": None}, {"metrics": {"fid": "x"}})):
+        save_result(run / f"{i}.results.json", 9.5, 0, **changes)
+    (run / "b.results.json").write_text("[" * 100_000)
+    found = list(report.evaluations(run))
+    assert [f["values"] for f in found] == [{"FID": fid, "KID": 0.5} for fid in (3.5, 4.5, 2.5)]
+    assert found[0]["drawn"] == "sampler ddim, steps 7"
+    text = page(run)
+    for expected in ("<dd>3.5 ", "images/results.json", "70 samples against &lt;script", "Warning: few samples"):
+        assert expected in text
 
 
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
