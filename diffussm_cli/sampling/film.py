@@ -26,16 +26,27 @@ def check_film(path: Path) -> None:
         raise ConfigError(f"--film: there is no folder {str(path.parent)!r}")
 
 
-def write_film(sampler: Sampler, seeds: Sequence[int], labels: Sequence[int] | None, path: Path) -> None:
+def write_film(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    path: Path,
+    prompts: Sequence[str] = (),
+    negative: str | None = None,
+) -> None:
     """Draw the first images of a request again, and write evenly spaced steps of their denoising side by side.
+
+    Args:
+        labels, prompts: one per seed, for a model of classes or of text.
 
     Raises:
         ConfigError: if the file cannot be written.
     """
     seeds, labels = seeds[:IMAGES], labels and labels[:IMAGES]
+    text = sampler.text(prompts[:IMAGES], negative)
     states: list[torch.Tensor] = []  # what the network sees; with guidance, each image twice
     hook = sampler.model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][: len(seeds)].cpu()))
-    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype)
+    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype, text)
     states += [drawn.images for drawn in generate(*request)]
     hook.remove()
     frames = []

@@ -26,6 +26,7 @@ from diffussm_cli.events import Event, Message, Progress, Result, Stage, Trainin
 from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory, pick_device
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
+from diffussm_cli.model import count_parameters
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter, open_tracker
@@ -345,7 +346,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
         "device": str(trainer.device),
         "processes": trainer.world.size,
         "precision": str(trainer.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": count_parameters(trainer.model),
         **facts_of_machine(trainer.device),
     }
 
