@@ -31,6 +31,7 @@ MAX_PARAMETERS = 10**11
 MAX_VALUES = 2**31  # in one tensor of one image
 MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; a weaker signal is 0 in float32
 MAX_NAME = 255  # bytes in a file name
+BUNDLED = Path(__file__).parent / "bundled"
 COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
 
 # The samplers that fit each objective; the first one draws the previews during training.
@@ -217,6 +218,11 @@ SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) i
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+
+def bundled_names() -> list[str]:
+    """Names of the trained models that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.yaml"))
 
 
 def _presets():

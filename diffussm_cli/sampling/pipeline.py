@@ -115,9 +115,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler = set_steps(self._scheduler(), objective, steps)
         try:
             self._check_prompt(prompt, negative_prompt)
-            text = self._encode(
-                [prompt] * len(generators) if isinstance(prompt, str) else prompt or (), negative_prompt
-            )
+            said = [prompt] * len(generators) if isinstance(prompt, str) else prompt or ()
+            text = self._encode(said, negative_prompt)
             _, latents = draw(model, objective, sampling, generators, labels, self.denoiser.dtype, scheduler, text)
         finally:
             model.forget_kernels()
