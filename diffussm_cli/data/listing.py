@@ -68,7 +68,7 @@ class Listing:
         return digest.hexdigest()
 
 
-def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] | None = None) -> Listing:
+def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
     """List a folder, one .tar or .parquet file, or a pattern of .parquet files. No image is decoded.
 
     Args:
@@ -77,7 +77,6 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
     Raises:
         DataError: if the source is missing, unreadable, or holds no images.
     """
-    columns = columns or {}
     try:
         if source.suffix == ".tar" and source.is_file():
             listing = _list_archives(source.parent, [source.name], [])

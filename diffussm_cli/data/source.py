@@ -43,12 +43,7 @@ class ImageFolder(Captioned):
     """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
 
     def __init__(
-        self,
-        root: Path,
-        size: tuple[int, int],
-        channels: int,
-        flip: bool = False,
-        columns: Mapping[str, str] | None = None,
+        self, root: Path, size: tuple[int, int], channels: int, flip: bool = False, columns: Mapping[str, str] = {}
     ):
         if channels not in (1, 3):
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")

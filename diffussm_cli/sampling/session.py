@@ -11,7 +11,7 @@ from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.film import check_film, write_film
-from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, prompts_of, sample_facts
+from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
 from diffussm_cli.sampling.sampler import open_sampler
 
 
@@ -83,7 +83,7 @@ def sample(
             folder.finish(grid, npz)
     if film and world.rank == 0:
         yield Stage("filming")
-        write_film(sampler, seeds, facts["labels"], film, prompts_of(facts, seeds), negative)
+        write_film(sampler, seeds, facts, film)
         yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     yield Result(grid)
