@@ -1,3 +1,3 @@
 """DiffuSSM: image diffusion on bidirectional state space layers, without attention (arXiv 2311.18257)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

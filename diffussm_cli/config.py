@@ -31,6 +31,8 @@ MAX_PARAMETERS = 10**11
 MAX_VALUES = 2**31  # in one tensor of one image
 MIN_SIGNAL = -87.0  # log of the signal left at the last timestep; a weaker signal is 0 in float32
 MAX_NAME = 255  # bytes in a file name
+BUNDLED = Path(__file__).parent / "bundled"
+COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
 
 # The samplers that fit each objective; the first one draws the previews during training.
 SAMPLERS: dict[str, Any] = {
@@ -81,6 +83,9 @@ class DataConfig:
         "", "never trained on: a share, or a folder; empty: a built-in set's own part", least=0, below=1
     )
     class_names: tuple[str, ...] = _option((), "class names, found in the data and recorded with the run")
+    columns: tuple[str, ...] = _option(
+        (), "columns of parquet shards, such as image=photo,label=breed,text=title; those not given are found by name"
+    )
     text: str | None = _option(None, "text encoder: wordllama, a folder or a hub name; null: captions are not used")
     text_sha256: str = _option("", "hash of the text encoder's weights, found and recorded with the run")
 
@@ -214,6 +219,11 @@ SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) i
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _presets().iterdir() if f.name.endswith(".yaml"))
+
+
+def bundled_names() -> list[str]:
+    """Names of the trained models that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.yaml"))
 
 
 def _presets():
@@ -411,6 +421,17 @@ def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
         raise ConfigError(f"{name}: {value} must be less than {bounds['below']}")
 
 
+def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
+    """The names of columns in texts like `image=photo`, by what the columns hold. Raises ConfigError."""
+    found = {}
+    for text in texts:
+        kind, _, name = text.partition("=")
+        if kind not in COLUMNS or not name:
+            raise ConfigError(f"{option}: {text!r} must read {', '.join(f'{kind}=NAME' for kind in COLUMNS)}")
+        found[kind] = name
+    return found
+
+
 def check_text(text: str | os.PathLike, name: str) -> None:
     """Raises ConfigError for text that cannot name a file: not UTF-8, with a NUL byte, or a path with a long name."""
     path = os.fspath(text)
@@ -469,6 +490,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"train.ema: {','.join(map(str, t.ema))!r} must be one or more different numbers")
     if isinstance(d.held_out, str) and d.held_out and (d.held_out == d.path or d.held_out.startswith(BUILTIN)):
         raise ConfigError(f"data.held_out: {d.held_out!r} must be a share or a folder of other images than data.path")
+    if named_columns(d.columns, "data.columns") and (d.vae is not None or d.path.startswith(BUILTIN)):
+        raise ConfigError(f"data.columns: {d.columns[0]!r} given, but {d.path} is no folder of parquet shards")
     _check_text(config)
     if d.path.startswith(BUILTIN) and d.vae is not None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")

@@ -46,6 +46,12 @@ def test_the_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / f"{name}-bundled" / "images" / "000000.png").is_file()
 
 
+def test_the_help_of_sample_names_them():
+    shown = " ".join(run("sample", "--help").stdout.replace("│", " ").split())
+    assert f"a model of the package ({', '.join(runs.bundled_names())})" in shown
+    assert {"mnist", "emoji"} <= set(runs.bundled_names())
+
+
 def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

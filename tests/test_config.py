@@ -16,6 +16,7 @@ from diffussm_cli.config import (
     config_from_dict,
     field_names,
     load_config,
+    named_columns,
     parse_yaml,
     preset_names,
     preset_text,
@@ -71,6 +72,21 @@ def test_averages_are_one_number_or_several():
         assert config.train.ema == decays
         assert written in to_yaml(config)
         assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
+def test_columns_are_named_by_what_they_hold():
+    config = load_config("digits", ["data.path=photos", "data.columns=image=photo,text=a=b"])
+    assert named_columns(config.data.columns, "x") == {"image": "photo", "text": "a=b"}
+    for text, problem in {
+        "photo": "'photo' must read image=NAME, label=NAME, text=NAME",
+        "image=": "must read",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^data.columns: .*{problem}"):
+            load_config("digits", ["data.path=photos", f"data.columns={text}"])
+    with pytest.raises(
+        ConfigError, match="^data.columns: 'image=photo' given, but builtin:digits is no folder of parq"
+    ):
+        load_config("digits", ["data.columns=image=photo"])
 
 
 def test_held_out_is_a_share_or_a_folder():

@@ -110,4 +110,4 @@ def test_results_of_readme_stand_where_it_says():
 
 def test_citation_names_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
-    assert f"Version {__version__}" in (ROOT / "README.md").read_text("utf-8")
+    assert f"\n## {__version__} (20" in (ROOT / "CHANGELOG.md").read_text("utf-8")

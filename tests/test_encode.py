@@ -299,6 +299,8 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         (images, "out", "--vae", "./nowhere"): "--vae: no folder './nowhere'",
         (images, "out", "--vae", "empty"): "--vae: cannot load the folder 'empty'",
         (images, "out", "--strict"): "--strict: dog/notes.txt: not an image by its name or first bytes",
+        (images, "out", "--columns", "photo"): "--columns: 'photo' must read image=NAME, label=NAME, text=NAME",
+        (images, "out", "--columns", "image=a,label=b"): "SOURCE: the columns a, b are named, but",
         ("--verify", "empty"): "--verify: cannot read 'empty/manifest.json': No such file",
         ("--repair", images, "empty"): "--repair: cannot read 'empty/manifest.json': No such file",
         ("--verify",): "encode: give --verify LATENTS or --repair SOURCE LATENTS",

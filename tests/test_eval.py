@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data import builtin
 from tests.helpers import SETTINGS, line_of, run
 
@@ -118,8 +119,21 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     assert (direct["meta"]["steps"], direct["meta"]["num"]) == (3, 20)
     more = ("--precision", "fp32", "--out", tmp_path / "s")
     assert run("sample", root, "-n", 20, "--steps", 3, *more).exit_code == 0
+    assert ">Evaluations<" not in (root / "report.html").read_text(encoding="utf-8")
     through_files = measure(tmp_path / "s", *REFERENCE)
     assert direct["metrics"] == pytest.approx(through_files["metrics"], rel=1e-6)
+
+
+def test_an_evaluation_renews_the_report_of_its_run(digits, tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("mnist")))
+    result = measure(save(tmp_path / "images", digits[0][:70]), *REFERENCE, "--metrics", "is")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<dd>{result['metrics']['is']:.3g} " in page
+    (tmp_path / "config.yaml").write_text("[")
+    damaged = run("eval", tmp_path / "images", *REFERENCE, "--metrics", "is")
+    assert damaged.exit_code == 0
+    assert "report.html cannot be written: " in damaged.stderr
 
 
 def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ ROWS = [
     {"sampling"},
     {"runs"},
     {"model", "diffusion", "data"},
-    {"config", "machine"},
+    {"config", "machine", "pages"},
     {"errors", "events", "presets", ""},
 ]
 ROW = {name: i for i, row in enumerate(ROWS) for name in row}

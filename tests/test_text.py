@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -56,6 +57,18 @@ def test_prompts_are_used_in_turn_and_recorded(trained, tmp_path):
         with Image.open(images / f"{seed:06d}.png") as image:
             prompts.append(image.text["prompt"])
     assert prompts == meta["prompts"]
+
+
+def test_a_film_ends_with_the_images_of_its_prompts(trained, tmp_path):
+    film = tmp_path / "f.gif"
+    images = sample(trained, "--prompt", "red", "--prompt", "blue", "--guidance", 2, "--film", film, n=2)
+    with Image.open(film) as animation:
+        animation.seek(animation.n_frames - 1)
+        last = np.asarray(animation.convert("L")).astype(int)
+    for k in range(2):
+        with Image.open(images / f"{k:06d}.png") as image:
+            shown = last[2:58, 2 + 58 * k : 58 + 58 * k][::2, ::2]
+            np.testing.assert_allclose(shown, np.asarray(image), atol=1)
 
 
 def test_another_prompt_is_another_request(trained):

@@ -87,7 +87,7 @@ def measure(sampler, extractor, emoji, part, group, most, per_name, seed) -> dic
 def lookup(sampler, emoji, part, prompts) -> np.ndarray:
     """The training picture whose caption is the most similar one to each prompt."""
     rows, captions = zip(*((i, c) for i in np.flatnonzero(part == TRAINING) for c in emoji.captions[i] if c))
-    texts = sampler.texts
+    texts = sampler.text.texts
     similarity = texts(prompts)[:, 0] @ texts(list(captions))[:, 0].T
     return np.array(rows)[similarity.argmax(1).numpy()]
 

@@ -27,6 +27,9 @@ def encode(
     vae: Annotated[
         str | None, typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}.")
     ] = None,
+    columns: Annotated[
+        str, typer.Option(metavar="LIST", help="Of parquet shards: image=NAME,label=NAME,text=NAME. Default: found.")
+    ] = "",
     text: Annotated[
         str | None,
         typer.Option(metavar="NAME|FOLDER", help="Also store captions, by this text encoder."),
@@ -72,7 +75,7 @@ def encode(
     assert source is not None, "checked above"
     assert target is not None, "checked above"
     settings: dict[str, Any] = {"precision": precision, "flip": flip, "batch_size": batch_size, "device": device}
-    settings |= {"text": text, "text_tokens": text_tokens}
+    settings |= {"columns": [part for part in columns.split(",") if part], "text": text, "text_tokens": text_tokens}
     settings |= {"shard_size": shard_size, "workers": workers, "strict": strict}
     try:
         done = follow(console, encoding.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))

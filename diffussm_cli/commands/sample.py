@@ -8,6 +8,7 @@ import typer
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console
 from diffussm_cli.commands.options import parse_classes, parse_prompts, sampling_request
+from diffussm_cli.config import bundled_names
 
 
 def sample(
@@ -15,8 +16,8 @@ def sample(
         Path | None,
         typer.Argument(
             metavar="RUN",
-            help="Run folder, its final/, a checkpoint, a published DiT .pt, a model of the package (mnist), or "
-            "OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
+            help=f"Run folder, its final/, a checkpoint, a published DiT .pt, a model of the package "
+            f"({', '.join(bundled_names())}), or OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
         ),
     ] = None,
     ema: options.Average = None,

@@ -3,6 +3,7 @@
 metadata.jsonl     in a folder: one object per line, `file_name` and `text`, a string or a list (as Hugging Face's)
 NAME.txt           beside NAME.png, if there is no metadata.jsonl: one caption per line
 KEY.txt, KEY.json  in a WebDataset shard: one caption per line, and the fields `text` or `caption`
+text, caption      columns of a parquet shard: a string or a list
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from diffussm_cli.data import parquet
 from diffussm_cli.data.listing import MAX_FILE_BYTES, Listing, key_of
 from diffussm_cli.data.text import plain
 from diffussm_cli.errors import DataError, reading
@@ -41,7 +43,8 @@ def _all(listing: Listing) -> Iterator[tuple[str, Iterable[str]]]:
     if archives:
         names = {key_of(e.name): e.name for e in listing.entries}
         for archive in archives:
-            yield from ((names[key], texts) for key, texts in _in_archive(root, archive) if key in names)
+            shard = _in_parquet(listing, archive) if archive.endswith(".parquet") else _in_archive(root, archive)
+            yield from ((names[key], texts) for key, texts in shard if key in names)
     elif os.path.isfile(root / METADATA):
         yield from _in_metadata(root / METADATA)
     else:
@@ -62,6 +65,16 @@ def _in_metadata(path: Path) -> Iterator[tuple[str, list[str]]]:
                 if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
                     raise ValueError('is not an object with "file_name" and "text"')
                 yield record["file_name"], _texts(record)
+
+
+def _in_parquet(listing: Listing, shard: str) -> Iterator[tuple[str, list[str]]]:
+    try:
+        for row, found in enumerate(parquet.read_texts(listing.root / shard, listing.columns)):
+            name = f"{shard}/{row:07d}"
+            with reading(name, DataError):
+                yield name, _texts({"text": found})
+    except DataError as e:
+        raise DataError(f"data.text: {e}") from e
 
 
 def _in_archive(root: Path, archive: str) -> Iterator[tuple[str, list[str]]]:

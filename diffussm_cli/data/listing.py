@@ -12,8 +12,8 @@ import os
 import stat
 import tarfile
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     size: int  # in bytes; -1 if unknown; of its row group in a parquet shard
     archive: str = ""  # the shard that holds it; empty if it is a separate file
     offset: int = 0  # of the content in a tar file, in bytes; the row in a parquet shard
+    column: str = ""  # of a parquet shard
 
 
 def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
@@ -53,6 +54,7 @@ class Listing:
     entries: list[Entry]
     class_names: tuple[str, ...]
     ignored: list[tuple[str, str]]  # name, reason
+    columns: Mapping[str, str] = field(default_factory=dict)  # of parquet shards: those that the user has named
 
     def text(self) -> Iterator[bytes]:
         """One line of JSON per image: name, label, bytes."""
@@ -66,8 +68,11 @@ class Listing:
         return digest.hexdigest()
 
 
-def list_source(source: Path, option: str = "SOURCE") -> Listing:
+def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
     """List a folder, one .tar or .parquet file, or a pattern of .parquet files. No image is decoded.
+
+    Args:
+        columns: names of columns of parquet shards, from `named_columns`; the others are found by their usual names.
 
     Raises:
         DataError: if the source is missing, unreadable, or holds no images.
@@ -77,14 +82,17 @@ def list_source(source: Path, option: str = "SOURCE") -> Listing:
             listing = _list_archives(source.parent, [source.name], [])
         elif source.suffix == ".parquet" and not source.is_dir():
             shards = parquet.shard_names(sorted(path.name for path in source.parent.glob(source.name)))
-            listing = _list_parquet(source.parent, shards, [])
+            listing = _list_parquet(source.parent, shards, [], columns)
         else:
-            listing = _list_folder(source)
+            listing = _list_folder(source, columns)
     except DataError as e:
         raise DataError(f"{option}: {e}") from e
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, ".tar", ".parquet"))
         raise DataError(f"{option}: no images in {str(source)!r} (looked for {looked_for})")
+    if columns and not listing.entries[0].column:
+        named = ", ".join(columns.values())
+        raise DataError(f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards")
     return listing
 
 
@@ -106,7 +114,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
     path, name = root / (entry.archive or entry.name), Path(entry.name)
     if path.suffix == ".parquet":
         try:
-            return parquet.read_row(path, entry.offset)
+            return parquet.read_row(path, entry.offset, entry.column)
         except DataError as e:
             raise DataError(f"{name}: {e}") from e
     try:
@@ -125,7 +133,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------- folders
-def _list_folder(root: Path) -> Listing:
+def _list_folder(root: Path, columns: Mapping[str, str]) -> Listing:
     try:
         names = sorted(os.listdir(root))
     except OSError as e:
@@ -145,7 +153,7 @@ def _list_folder(root: Path) -> Listing:
     shards = parquet.shard_names(files)
     if shards:
         ignored += [(n, "a file next to parquet shards") for n in files if n not in shards]
-        return _list_parquet(root, shards, ignored)
+        return _list_parquet(root, shards, ignored, columns)
     return Listing(root, list(_entries(root, files, 0, ignored)), (), ignored)
 
 
@@ -237,19 +245,22 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
     return Listing(root, entries, tuple(str(i) for i in range(max(labels.values()) + 1)), ignored)
 
 
-def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]]) -> Listing:
+def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]], columns: Mapping[str, str]) -> Listing:
+    parquet.forget()
     entries: list[Entry] = []
     kinds: set[tuple[tuple[str, ...], bool]] = set()
     for name in shards:
-        labels, sizes, class_names = parquet.list_rows(root / name)
+        image, label_column = (parquet.find_column(root / name, kind, columns) for kind in ("image", "label"))
+        assert image is not None, "only labels may be missing"
+        labels, sizes, class_names = parquet.list_rows(root / name, label_column)
         kinds.add((class_names, labels is not None))
         rows = enumerate(zip(labels or [0] * len(sizes), sizes))
-        entries += [Entry(f"{name}/{row:07d}", label, size, name, row) for row, (label, size) in rows]
+        entries += [Entry(f"{name}/{row:07d}", label, size, name, row, image) for row, (label, size) in rows]
     if len(kinds) > 1:
         raise DataError(f"the parquet shards of {str(root)!r} have different classes; take those of one data set")
     named, labelled = next(iter(kinds), ((), False))
     numbers = range(1 + max(e.label for e in entries)) if labelled and entries else ()
-    return Listing(root, entries, named or tuple(map(str, numbers)), ignored)
+    return Listing(root, entries, named or tuple(map(str, numbers)), ignored, columns)
 
 
 def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:

@@ -1,4 +1,4 @@
-"""Images in parquet shards, as the hub stores image sets: a column of images, and perhaps one of integer labels.
+"""Images in parquet shards, as the hub stores image sets: a column of images, and perhaps of integer labels and texts.
 
 An image is a struct with `bytes`, or bytes alone. Shards are read by row groups, of which the last few are kept. So
 reading in order is cheap; in random order, every image costs the decoding of its group (in the hub's sets, 100 images).
@@ -10,13 +10,17 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffussm_cli.errors import DataError, reason
 
-IMAGES, LABELS = ("image", "img", "jpg", "png"), ("label", "labels", "fine_label", "cls")  # names of columns
+USUAL = {  # names of columns
+    "image": ("image", "img", "jpg", "png"),
+    "label": ("label", "labels", "fine_label", "cls"),
+    "text": ("text", "caption", "captions"),
+}
 MAX_GROUP_BYTES = 1 << 31  # of a row group
 _reading = threading.Lock()  # threads that want the same row group decode it once
 
@@ -30,15 +34,29 @@ def shard_names(names: Sequence[str]) -> list[str]:
     return shards
 
 
-def list_rows(path: Path) -> tuple[list[int] | None, list[int], tuple[str, ...]]:
+def find_column(path: Path, kind: str, given: Mapping[str, str]) -> str | None:
+    """The column of images, labels or texts, the given one or the first with a usual name; None without labels.
+
+    Raises:
+        DataError: if there is no such column, naming those of the shard.
+    """
+    columns = {column.name: str(column.type) for column in _open(path)[0].schema_arrow}
+    names = (given[kind],) if kind in given else USUAL[kind]
+    fitting = [n for n in names if n in columns and (kind != "label" or re.match("u?int", columns[n]))]
+    if not fitting and (kind != "label" or kind in given):
+        asked = ", ".join(names) + (" with integers" if kind == "label" else "")
+        remedy = f"; name one by {kind}=NAME (data.columns, or --columns of encode)"
+        raise DataError(f"{path.name}: none of its columns is {asked}: {', '.join(columns):.200}{remedy}")
+    return fitting[0] if fitting else None
+
+
+def list_rows(path: Path, label: str | None) -> tuple[list[int] | None, list[int], tuple[str, ...]]:
     """The labels of the rows, if any, the bytes of their row groups, and the class names that the schema has.
 
     Raises:
         DataError: if the shard cannot be read or a label is not a class.
     """
-    _open.cache_clear()  # files may have changed since an earlier listing
-    _images.cache_clear()
-    file, _, label, starts = _open(path)
+    file, starts = _open(path)
     sizes = [file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups)]
     names: tuple[str, ...] = ()
     with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):  # most schemas have no such entry
@@ -52,43 +70,51 @@ def list_rows(path: Path) -> tuple[list[int] | None, list[int], tuple[str, ...]]
     return labels, [n for n, a, b in zip(sizes, starts, starts[1:]) for _ in range(a, b)], names
 
 
-def read_row(path: Path, row: int) -> bytes:
+def read_row(path: Path, row: int, column: str) -> bytes:
     """The content of the image file in a row. Raises DataError."""
     with _reading:
-        *_, starts = _open(path)
+        _, starts = _open(path)
         group = next(g for g, end in enumerate(starts[1:]) if row < end)
-        value = _images(path, group)[row - starts[group]].as_py()
+        value = _column(path, group, column)[row - starts[group]].as_py()
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
         raise DataError("the image is null" if content is None else "the image is not stored as bytes")
     return content
 
 
+def read_texts(path: Path, given: Mapping[str, str]) -> Iterator[Any]:
+    """What the column of texts holds in each row. Raises DataError."""
+    column = find_column(path, "text", given)
+    assert column is not None, "only labels may be missing"
+    for group in range(len(_open(path)[1]) - 1):
+        yield from _column(path, group, column).to_pylist()
+
+
+def forget() -> None:
+    """Read all files again, which may have changed."""
+    _open.cache_clear()
+    _column.cache_clear()
+
+
 @functools.lru_cache(16)
-def _open(path: Path) -> tuple[Any, str, str | None, list[int]]:
-    """An open shard, its columns of images and labels, and the first row of every group, followed by the last's end."""
+def _open(path: Path) -> tuple[Any, list[int]]:
+    """An open shard, and the first row of every row group, followed by the last's end."""
     with _damage(path):
-        from pyarrow import types
         from pyarrow.parquet import ParquetFile
 
         file = ParquetFile(path, memory_map=True)
-    schema = file.schema_arrow
-    image = next((n for n in IMAGES if n in schema.names), None)
-    if image is None:
-        raise DataError(f"{path.name}: none of its columns is {', '.join(IMAGES)}: {', '.join(schema.names):.200}")
-    label = next((n for n in LABELS if n in schema.names and types.is_integer(schema.field(n).type)), None)
     counts = (file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))
-    return file, image, label, [0, *itertools.accumulate(counts)]
+    return file, [0, *itertools.accumulate(counts)]
 
 
 @functools.lru_cache(4)
-def _images(path: Path, group: int) -> Any:
-    """The column of images of a row group."""
-    file, image, *_ = _open(path)
+def _column(path: Path, group: int, name: str) -> Any:
+    """A column of a row group."""
+    file, _ = _open(path)
     if file.metadata.row_group(group).total_byte_size > MAX_GROUP_BYTES:
         raise DataError(f"row group {group} is larger than the limit of {MAX_GROUP_BYTES} bytes")
     with _damage(path):
-        return file.read_row_group(group, columns=[image])[0]
+        return file.read_row_group(group, columns=[name])[0]
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
@@ -42,11 +42,13 @@ class Source(Protocol):
 class ImageFolder(Captioned):
     """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
 
-    def __init__(self, root: Path, size: tuple[int, int], channels: int, flip: bool = False):
+    def __init__(
+        self, root: Path, size: tuple[int, int], channels: int, flip: bool = False, columns: Mapping[str, str] = {}
+    ):
         if channels not in (1, 3):
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
         self.size, self.channels, self.flip = size, channels, flip
-        self.listing = list_source(root, "data.path")
+        self.listing = list_source(root, "data.path", columns)
         self.entries, self.class_names = self.listing.entries, self.listing.class_names
         self._pool = helpers(min(8, own_cores()))
 
@@ -188,7 +190,7 @@ def _open_images(config: Config, held_out: bool) -> Source:
         source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
-    return ImageFolder(Path(d.path), d.size, d.channels, d.flip)
+    return ImageFolder(Path(d.path), d.size, d.channels, d.flip, named_columns(d.columns, "data.columns"))
 
 
 def _check_classes(config: Config, source: Source) -> None:

@@ -23,11 +23,10 @@ from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
+from diffussm_cli.runs.report import write_report
 from diffussm_cli.sampling.folder import META, prompts_of, read_meta, sample_facts
 from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
-
-RESULTS = "results.json"
 
 Size = tuple[int, int]  # height, width in pixels
 
@@ -215,7 +214,7 @@ def evaluate(
         run: the run at `samples`, if `find_run_at` has already opened it.
 
     Yields:
-        events; a Result holds the metrics and how they were obtained.
+        events; a Result holds the metrics and how they were obtained. The report of a run is renewed after it.
 
     Raises:
         DiffussmError: before the long work starts, where possible.
@@ -268,8 +267,14 @@ def evaluate(
         "samples": str(samples),
     }
     yield Result(result)
-    usual = trained.root / RESULTS if trained and runs.is_elsewhere(samples) else results_path(Path(samples))
+    usual = trained.root / runs.RESULTS if trained and runs.is_elsewhere(samples) else results_path(Path(samples))
     yield from _keep(result, out, usual)
+    root = trained.root if trained else usual.absolute().parent.parent  # images of a run lie in it
+    if (root / runs.LOG).is_file():
+        try:
+            write_report(root)
+        except (OSError, RunError) as e:
+            yield Warned(f"{root / runs.REPORT} cannot be written: {reason(e)}")
 
 
 def make_reference(
@@ -327,8 +332,8 @@ def read_facts(samples: str | Path) -> dict[str, Any]:
 def results_path(samples: Path) -> Path:
     """The default file for a result: beside the samples."""
     if samples.is_dir():
-        return samples / RESULTS
-    return samples.with_suffix(f".{RESULTS}") if samples.exists() else Path(RESULTS)
+        return samples / runs.RESULTS
+    return samples.with_suffix(f".{runs.RESULTS}") if samples.exists() else Path(runs.RESULTS)
 
 
 def check_writable(path: Path) -> None:

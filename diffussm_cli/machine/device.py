@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffussm_cli import __version__
 from diffussm_cli.errors import ConfigError
 
 
@@ -63,6 +64,16 @@ def processor_name(device: torch.device) -> str:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         return next((line.partition(": ")[2].strip() for line in file if line.startswith("model name")), "unknown")
     return platform.processor() or "unknown"
+
+
+def facts_of_machine(device: torch.device) -> dict[str, str]:
+    """The processor, the platform and the versions of programs, which belong to every measurement."""
+    versions = {"diffussm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "processor": processor_name(device),
+        "platform": platform.platform(),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
 
 
 def check_compiler(device: torch.device) -> None:

@@ -2,12 +2,19 @@
 
 from typing import Any
 
+from torch import nn
+
 from diffussm_cli.config import Config
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.diffussm import DiffuSSM
 from diffussm_cli.model.dit import DiT
 
-__all__ = ["Backbone", "DiT", "DiffuSSM", "build_model"]
+__all__ = ["Backbone", "DiT", "DiffuSSM", "build_model", "count_parameters"]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of parameters of a network or a part of it."""
+    return sum(p.numel() for p in module.parameters())
 
 
 def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbone:

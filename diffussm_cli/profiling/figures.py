@@ -20,12 +20,17 @@ MARKERS = ("o", "s", "^", "D", "v")
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name: resolutions and values
 
 
-def check_path(path: Path) -> None:
-    """Raises ConfigError for an unsupported file type, a folder that does not exist, or without matplotlib."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--figure: {str(path)!r} must end in {', '.join(SUFFIXES)}")
+def check_path(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """Raises ConfigError for an unsupported file type or a folder that does not exist."""
+    if path.suffix not in suffixes:
+        raise ConfigError(f"{option}: {str(path)!r} must end in {', '.join(suffixes)}")
     if not path.parent.is_dir():
-        raise ConfigError(f"--figure: there is no folder {str(path.parent)!r}")
+        raise ConfigError(f"{option}: there is no folder {str(path.parent)!r}")
+
+
+def check_figure(path: Path) -> None:
+    """Raises ConfigError for a file that cannot be drawn, or without matplotlib."""
+    check_path(path, "--figure", SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as e:

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig
-from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.model.mixers.linear import CHUNK
 from diffussm_cli.model.s4d.convolution import fft_length
 from diffussm_cli.model.s4d.kernel import levels
@@ -61,7 +60,7 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
         processes: number of processes, which share the batch of a step and, with `train.parallel=fsdp`, the parameters.
     """
     model, m, t = with_one_block(config), config.model, config.train
-    parameters = _numbers(model) + (m.depth - 1) * _numbers(model.blocks[0])
+    parameters = count_parameters(model) + (m.depth - 1) * count_parameters(model.blocks[0])
     H, W = config.data.grid
     L = H * W // m.patch_size**2
     sequence = in_sequence(m, L)
@@ -93,10 +92,6 @@ def with_one_block(config: Config) -> Backbone:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
     with torch.device("meta"):
         return build_model(config)
-
-
-def _numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _diffussm_block(m: ModelConfig, L: int) -> tuple[dict[str, float], float]:

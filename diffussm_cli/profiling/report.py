@@ -11,7 +11,14 @@ import torch
 from diffussm_cli.config import Config, load_config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message, Result, Stage
-from diffussm_cli.machine.device import check_compiler, has_bf16, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.device import (
+    check_compiler,
+    facts_of_machine,
+    has_bf16,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
 from diffussm_cli.machine.processes import read_world
 from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.count import count
@@ -123,6 +130,7 @@ def _add_latency(
         "batch_size": setting.batch_size,
         "repeats": setting.repeats,
         "compiled": setting.compiled,
+        **facts_of_machine(setting.device),
     }
     result["exponents"] = _exponents(result["models"])
 
@@ -168,4 +176,6 @@ def panels(result: dict, configs: Sequence[Config]) -> dict:
                 x, y = found.setdefault(title, {}).setdefault(m["name"], ([], []))
                 x.append(round(side))
                 y.append(value)
-    return {title: curves for title, curves in found.items() if all(len(x) > 1 and all(y) for x, y in curves.values())}
+    return {
+        title: curves for title, curves in found.items() if all(len(set(x)) > 1 and all(y) for x, y in curves.values())
+    }

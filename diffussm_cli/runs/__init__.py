@@ -1,12 +1,13 @@
 """Run folders: their contents, read and written so that a killed process leaves them intact."""
 
+from diffussm_cli.config import bundled_names
 from diffussm_cli.runs.checkpoints import (
     damage,
     has_final,
     newest_good,
     whole_folder,
 )
-from diffussm_cli.runs.hub import bundled_names, fetch, is_elsewhere
+from diffussm_cli.runs.hub import fetch, is_elsewhere
 from diffussm_cli.runs.layout import (
     BEFORE_CHECKPOINTS,
     BEST,
@@ -20,6 +21,7 @@ from diffussm_cli.runs.layout import (
     MODEL,
     OPTIMIZER,
     REPORT,
+    RESULTS,
     RUNS,
     SAMPLES,
     SKIPPED,
@@ -64,6 +66,7 @@ __all__ = [
     "MODEL",
     "OPTIMIZER",
     "REPORT",
+    "RESULTS",
     "RUNS",
     "SAMPLES",
     "SKIPPED",

@@ -2,21 +2,15 @@
 
 import os
 import re
-from importlib import resources
 from pathlib import Path
 
+from diffussm_cli.config import BUNDLED, bundled_names
 from diffussm_cli.data.vae import origin, quiet
 from diffussm_cli.errors import RunError, reason
-from diffussm_cli.runs.layout import CONFIG, FILES_TO_SAMPLE, RUNS
+from diffussm_cli.runs.layout import FILES_TO_SAMPLE, RUNS
 
-BUNDLED = Path(str(resources.files("diffussm_cli"))) / "bundled"
 NAME = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)(?:@(\w[\w./-]*))?")  # OWNER/NAME or OWNER/NAME@REVISION
 NOT_NAMES = (".npz", ".pt")
-
-
-def bundled_names() -> list[str]:
-    """The models that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{CONFIG}"))
 
 
 def is_elsewhere(path: Path | str) -> bool:

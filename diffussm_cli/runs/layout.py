@@ -4,6 +4,7 @@ RUN/config.yaml                      the resolved configuration
 RUN/metrics.jsonl, RUN/tensorboard/  records of training
 RUN/samples/step-*.png               previews
 RUN/report.html                      all of this on a page
+RUN/results.json                     what `diffussm eval RUN` measured last; in RUN/images, of those images
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs;
@@ -21,7 +22,7 @@ RUNS = Path("runs")
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
-LOG, SKIPPED, REPORT = "metrics.jsonl", "skipped.jsonl", "report.html"
+LOG, SKIPPED, REPORT, RESULTS = "metrics.jsonl", "skipped.jsonl", "report.html", "results.json"
 CARD, IMAGE = "README.md", "samples.png"
 FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]  # of a model on the hub; code is not among them
 # All that a run may hold before its first checkpoint.

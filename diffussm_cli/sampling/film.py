@@ -1,8 +1,9 @@
 """A film of the denoising: x_t from noise to image, as an animated GIF or WebP."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
+from diffussm_cli.sampling.folder import prompts_of
 from diffussm_cli.sampling.generate import generate
 from diffussm_cli.sampling.sampler import Sampler
 
@@ -26,16 +28,20 @@ def check_film(path: Path) -> None:
         raise ConfigError(f"--film: there is no folder {str(path.parent)!r}")
 
 
-def write_film(sampler: Sampler, seeds: Sequence[int], labels: Sequence[int] | None, path: Path) -> None:
+def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: Path) -> None:
     """Draw the first images of a request again, and write evenly spaced steps of their denoising side by side.
+
+    Args:
+        facts: of the request, from `sample_facts`.
 
     Raises:
         ConfigError: if the file cannot be written.
     """
-    seeds, labels = seeds[:IMAGES], labels and labels[:IMAGES]
+    seeds, labels = seeds[:IMAGES], facts["labels"] and facts["labels"][:IMAGES]
+    text = sampler.text(prompts_of(facts, seeds), facts["negative"])
     states: list[torch.Tensor] = []  # what the network sees; with guidance, each image twice
     hook = sampler.model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][: len(seeds)].cpu()))
-    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype)
+    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype, text)
     states += [drawn.images for drawn in generate(*request)]
     hook.remove()
     frames = []

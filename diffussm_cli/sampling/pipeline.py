@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffussm_cli.data.images import to_uint8
-from diffussm_cli.data.text import Texts, open_texts
 from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.sampling import set_steps
 from diffussm_cli.runs import CONFIG, TrainedRun, fetch, find_run, load_model
-from diffussm_cli.sampling.generate import Text, draw
+from diffussm_cli.sampling.generate import draw
 from diffussm_cli.sampling.precision import cast_products
+from diffussm_cli.sampling.sampler import PromptEncoder
 
 
 class Denoiser(nn.Module):
@@ -67,7 +67,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler)
         self._decoding: dict[torch.device, Decoding] = {}
-        self._texts: Texts | None = None  # loaded when prompts come
+        self._encode = PromptEncoder(denoiser.run.config)
 
     def __call__(
         self,
@@ -114,24 +114,21 @@ class DiffuSSMPipeline(DiffusionPipeline):
         objective = make_objective(config.diffusion, device)
         scheduler = set_steps(self._scheduler(), objective, steps)
         try:
-            text = self._text([prompt] * len(generators) if isinstance(prompt, str) else prompt, negative_prompt)
+            self._check_prompt(prompt, negative_prompt)
+            said = [prompt] * len(generators) if isinstance(prompt, str) else prompt or ()
+            text = self._encode(said, negative_prompt)
             _, latents = draw(model, objective, sampling, generators, labels, self.denoiser.dtype, scheduler, text)
         finally:
             model.forget_kernels()
         images = _as_output(self._decode(latents, device), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _text(self, prompts: Sequence[str] | None, negative: str | None) -> Text | None:
-        """Prompts as vectors, or None for a model without text."""
-        config = self.denoiser.run.config
-        if not config.model.text_width:
-            if prompts or negative:
-                raise ValueError("prompt: this model was trained without text")
-            return None
-        if not prompts:
+    def _check_prompt(self, prompt: str | Sequence[str] | None, negative: str | None) -> None:
+        with_text = self.denoiser.run.config.model.text_width > 0
+        if not with_text and (prompt or negative):
+            raise ValueError("prompt: this model was trained without text")
+        if with_text and not prompt:
             raise ValueError("prompt: this model draws what a text says; give one")
-        self._texts = self._texts or open_texts(config)
-        return Text(self._texts(list(prompts)), None if negative is None else self._texts([negative]))
 
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise NotImplementedError(f"copy the folder {self.denoiser.run.weights.parent}; it holds all that is needed")

@@ -1,5 +1,6 @@
 """The sampler: from seeds to decoded 8-bit images. `sample`, previews and evaluation all use it."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,23 @@ from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, load_model
 from diffussm_cli.sampling.generate import Text, generate, labels_of
 from diffussm_cli.sampling.precision import cast_products
+
+
+class PromptEncoder:
+    """Prompts as vectors, for a model with text. The encoder of the run is loaded when the first ones come."""
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    @functools.cached_property
+    def texts(self) -> Texts:
+        return open_texts(self.config)
+
+    def __call__(self, prompts: Sequence[str], negative: str | None = None) -> Text | None:
+        """The vectors, or None for a model without text. Raises DataError without the run's encoder."""
+        if not self.config.model.text_width:
+            return None
+        return Text(self.texts(prompts), None if negative is None else self.texts([negative]))
 
 
 class Sampler:
@@ -41,7 +59,7 @@ class Sampler:
     ):
         self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
         self.batch_size, self.dtype = batch_size, dtype
-        self.texts: Texts | None = None  # loaded when prompts come
+        self.text = PromptEncoder(config)
         self.device = next(model.parameters()).device
         self.objective = make_objective(config.diffusion, self.device)
 
@@ -51,13 +69,6 @@ class Sampler:
         if not n:
             return None
         return [classes[i % len(classes)] for i in range(len(seeds))] if classes else labels_of(seeds, n)
-
-    def text(self, prompts: Sequence[str], negative: str | None = None) -> Text | None:
-        """Prompts as vectors, or None for a model without text. Raises DataError without the run's encoder."""
-        if not self.config.model.text_width:
-            return None
-        self.texts = self.texts or open_texts(self.config)
-        return Text(self.texts(prompts), None if negative is None else self.texts([negative]))
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int] | None, text: Text | None = None

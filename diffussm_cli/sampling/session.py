@@ -85,7 +85,7 @@ def sample(
             folder.finish(grid, npz)
     if film and world.rank == 0:
         yield Stage("filming")
-        write_film(sampler, seeds, sampler.labels(seeds, classes), film)
+        write_film(sampler, seeds, facts, film)
         yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     yield Result(grid)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import platform
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,19 +16,20 @@ from typing import Any
 
 import torch
 
-from diffussm_cli import __version__, runs
+from diffussm_cli import runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
 from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import keep_freed_memory, pick_device, processor_name
+from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory, pick_device
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
+from diffussm_cli.model import count_parameters
+from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.record import RecordWriter, open_tracker
-from diffussm_cli.training.report import write_report
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
@@ -340,17 +340,14 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
 
 def facts_of(trainer: Trainer) -> dict[str, Any]:
     """Where and with what a session of training begins, for the log and the report."""
-    versions = {"diffussm": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "from_step": trainer.step,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": str(trainer.device),
-        "processor": processor_name(trainer.device),
         "processes": trainer.world.size,
         "precision": str(trainer.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "platform": platform.platform(),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "parameters": count_parameters(trainer.model),
+        **facts_of_machine(trainer.device),
     }
 
 

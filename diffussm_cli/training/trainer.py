@@ -28,7 +28,7 @@ from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
-from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches, captions_of
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect, full_tensors, load_checkpoint
@@ -94,7 +94,7 @@ class Trainer:
 
     def summary(self) -> str:
         """Number of parameters, device and precision in one line."""
-        t, n = self.config.train, sum(p.numel() for p in self.model.parameters())
+        t, n = self.config.train, count_parameters(self.model)
         where = f"{self.device}" + (f", {self.world.size} processes ({t.parallel})" if self.world.size > 1 else "")
         arithmetic = str(self.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
         return f"{n:,} parameters on {where}, {arithmetic}"
@@ -152,7 +152,7 @@ class Trainer:
             self.writer.finish()
             held = full_tensors(self._averages_by_file(runs.MODEL), keep=self.world.rank == 0)
             if self.world.rank == 0:
-                weights, parameters = held.pop(runs.MODEL), sum(p.numel() for p in self.ema.model.parameters())
+                weights, parameters = held.pop(runs.MODEL), count_parameters(self.ema.model)
                 others = runs.files_to_publish(self.root, self.config, self.step, parameters)
                 runs.write_weights(self.root / runs.FINAL, self.config, weights, self.step, None, held, others)
 

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.data import parquet
+from diffussm_cli.data import parquet, text
+from diffussm_cli.data.captions import read_captions
+from diffussm_cli.data.latents.encoding import encode_images
+from diffussm_cli.data.latents.repair import repair_store
 from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.source import ImageFolder, open_source
 from diffussm_cli.errors import DataError
-from tests.conftest import save_vae
+from tests.conftest import Letters, save_vae
 from tests.data.test_latents import make_encoder, make_source, write_store
 
 pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
@@ -131,7 +134,10 @@ FAULTS = {
     "has label 2, which must be a number from 0 to 1": {"labels": [0, 2]},
     "has label -1, which must be a number of at least 0": {"labels": [0, -1], "features": None},
     "has label None, which must be a number from 0 to 1": {"labels": [0, None]},
-    "none of its columns is image, img, jpg, png: picture, label": {"labels": [0, 1], "image": "picture"},
+    "none of its columns is image, img, jpg, png: picture, label; name one by image=": {
+        "labels": [0, 1],
+        "image": "picture",
+    },
 }
 
 
@@ -142,6 +148,80 @@ def test_a_fault_of_a_shard_is_one_line(tmp_path, line):
         list_source(tmp_path)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def named(both):
+    """One shard whose columns have names of their own; the title of the second image is a list."""
+    content = [(both[0] / name).read_bytes() for name in ("cat/00.png", "dog/07.png")]
+    table = pa.table({"photo": content, "breed": [1, 0], "title": [["a dog"], ["cats", "two cats"]]})
+    folder = both[0].parent / "named"
+    folder.mkdir()
+    pq.write_table(table, folder / "a.parquet", row_group_size=1)
+    return folder
+
+
+COLUMNS = {"image": "photo", "label": "breed", "text": "title"}
+
+
+def test_columns_may_be_named(named, both):
+    found = list_source(named, columns=COLUMNS)
+    assert ([e.label for e in found.entries], found.class_names) == ([1, 0], ("0", "1"))
+    dog = next(e for e in list_source(both[0]).entries if e.name == "dog/07.png")
+    np.testing.assert_array_equal(read_entry(named, found.entries[1], None), read_entry(both[0], dog, None))
+    with pytest.raises(DataError, match="^SOURCE: the columns photo are named, but '.*' holds no parquet shards$"):
+        list_source(both[0], columns={"image": "photo"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        ({"image": "pixels"}, "none of its columns is pixels: photo, breed, title; name one by image=NAME"),
+        ({"image": "photo", "label": "title"}, "none of its columns is title with integers: photo, breed, title; name"),
+    ],
+)
+def test_a_column_that_is_not_there_is_one_line(named, columns, line):
+    with pytest.raises(DataError, match="^data.path: a.parquet: ") as error:
+        list_source(named, "data.path", columns)
+    assert line in str(error.value)
+
+
+def test_captions_come_from_a_column(named):
+    texts = {"a.parquet/0000000": ("a dog",), "a.parquet/0000001": ("cats", "two cats")}
+    assert read_captions(list_source(named, columns=COLUMNS)) == texts
+    columns = {"image": "photo", "label": "breed"}
+    with pytest.raises(DataError, match="^data.text: a.parquet: none of its columns is text, caption, captions: photo"):
+        read_captions(list_source(named, columns=columns))
+    with pytest.raises(DataError, match="^data.text: a.parquet/0000000: a caption must be text, not 1$"):
+        read_captions(list_source(named, columns=columns | {"text": "breed"}))
+
+
+def test_training_reads_the_text_of_named_columns(named, monkeypatch):
+    monkeypatch.setattr(text, "open_encoder", lambda name: Letters())
+    settings = ["model.num_classes=2", "model.text_width=4", "data.text=letters", "data.channels=3"]
+    columns = "data.columns=image=photo,label=breed,text=title"
+    config = load_config("digits", [f"data.path={named}", "data.resolution=16", *settings, columns])
+    vectors = open_source(config).text([0], [torch.Generator()])
+    torch.testing.assert_close(vectors, text.Texts(Letters(), config.model)(["a dog"]))
+
+
+def test_a_store_keeps_the_columns_it_was_made_from(named):
+    store, vae = named.parent / "store", save_vae(named.parent / "vae")
+    columns = ["image=photo", "label=breed"]
+
+    def encode(asked):
+        return list(encode_images(named, store, (16, 16), str(vae), workers=0, columns=asked, flip=False))
+
+    assert encode(columns)[-1].value.settings.columns == tuple(columns)
+    with pytest.raises(DataError, match="^SOURCE: a.parquet: none of its columns is image"):
+        encode([])
+    with pytest.raises(DataError, match=r"columns was \('image=photo', 'label=breed'\) and is now \('label=breed', "):
+        encode(columns[::-1])
+    shard = store / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    list(repair_store(store, named, workers=0))
+    assert shard.read_bytes() == whole
 
 
 def test_a_broken_shard_is_one_line(both):
@@ -181,7 +261,7 @@ def test_a_huge_row_group_is_refused(both, monkeypatch):
 
 
 def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install 'diffussm\[parquet\]'$"):
         list_source(both[1])
 

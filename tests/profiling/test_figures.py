@@ -27,7 +27,7 @@ def test_labels_move_up_only_where_they_would_touch():
 @pytest.mark.parametrize("suffix", figures.SUFFIXES)
 def test_files_that_can_be_drawn_are_taken(tmp_path, suffix):
     pytest.importorskip("matplotlib")
-    figures.check_path(tmp_path / f"a{suffix}")
+    figures.check_figure(tmp_path / f"a{suffix}")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,4 +41,4 @@ def test_without_matplotlib_a_line_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ConfigError, match=r"--figure: .*diffussm\[figures\]"):
-        figures.check_path(tmp_path / "a.png")
+        figures.check_figure(tmp_path / "a.png")

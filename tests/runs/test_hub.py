@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from diffussm_cli import runs
+from diffussm_cli import config, runs
 from diffussm_cli.config import load_config
 from diffussm_cli.errors import RunError
 from diffussm_cli.evaluation.session import find_run_at
@@ -80,7 +80,8 @@ def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
 
 
 def test_a_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "BUNDLED", tmp_path / "bundled")
+    for module in (hub, config):
+        monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
     assert hub.bundled_names() == []
     runs.write_weights(tmp_path / "bundled" / "tiny", load_config("digits"), WEIGHTS, 4)

@@ -25,6 +25,10 @@ def sampler(tiny):
     return Sampler(model, config, config.sample, Decoding(lambda x: x, {}))
 
 
+def facts(labels):
+    return {"labels": labels, "prompts": None, "negative": None}
+
+
 def read(path):
     with Image.open(path) as animation:
         frames, times = [], []
@@ -38,7 +42,7 @@ def read(path):
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_from_noise_to_the_image_of_the_seed(sampler, tmp_path, suffix):
     path, labels = tmp_path / f"film{suffix}", [3, 5]
-    write_film(sampler, range(7, 9), labels, path)
+    write_film(sampler, range(7, 9), facts(labels), path)
     frames, times = read(path)
     assert sum(times) == 6 * 80 + 2000  # six steps, and the image; equal frames may be one
     ((_, images),) = sampler.draw(range(7, 9), labels)
@@ -55,7 +59,7 @@ def test_from_noise_to_the_image_of_the_seed(sampler, tmp_path, suffix):
 def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr(film, "FRAMES", 4)
     monkeypatch.setattr(film, "IMAGES", 2)
-    write_film(sampler, range(100), sampler.labels(range(100)), tmp_path / "film.gif")
+    write_film(sampler, range(100), facts(sampler.labels(range(100))), tmp_path / "film.gif")
     frames, times = read(tmp_path / "film.gif")
     assert frames.shape[1:] == (60, 118)
     assert sum(times) == 3 * 80 + 2000

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffussm_cli.config import DEFAULT_VAE, ModelConfig
+from diffussm_cli.config import DEFAULT_VAE, ModelConfig, named_columns
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import to_model_space
 from diffussm_cli.data.latents.manifest import (
@@ -345,6 +345,7 @@ def encode_images(
     resolution: tuple[int, int] = (256, 256),
     vae: str = DEFAULT_VAE,
     *,
+    columns: Sequence[str] = (),
     text: str | None = None,
     text_tokens: int = 0,
     precision: str = "fp32",
@@ -361,6 +362,7 @@ def encode_images(
         source: one folder per class, a flat folder, tar shards, or parquet shards (also a pattern of them).
         resolution: (height, width) in pixels; images are cropped as ADM does.
         vae: a hub name or a folder.
+        columns: of parquet shards, such as `image=photo`; those not given are found by their usual names.
         flip: also encode the horizontal flip of every image.
         workers: number of processes that decode images; by default one per core of this process, at most 16.
         strict: raise an error for the first unusable file, instead of skipping it.
@@ -373,7 +375,7 @@ def encode_images(
     """
     source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
-    listing = list_source(source)
+    listing = list_source(source, columns=named_columns(columns, "--columns"))
     if strict and listing.ignored:
         raise DataError(f"--strict: {listing.ignored[0][0]}: {listing.ignored[0][1]}")
     with open_store(target, source, world):
@@ -383,6 +385,7 @@ def encode_images(
         loaded = load_vae_on(facts, precision, device)
         captions = open_captions(listing, text, text_tokens)
         options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
+        options["columns"] = tuple(columns)
         settings = make_settings(listing, resolution, loaded, options | (captions.settings if captions else {}))
         if begin(target, listing, settings, world).complete:
             yield Message(f"{target} is complete already")

@@ -49,6 +49,7 @@ class StoreSettings:
     text_tokens: int = 0
     captions: int = 0  # stored per image at most
     captions_sha256: str = ""  # of all captions
+    columns: tuple[str, ...] = ()  # of parquet shards: those that were named, as image=photo
 
     @property
     def shards(self) -> int:
@@ -139,13 +140,14 @@ def read_manifest(store: Path, option: str) -> Manifest:
 def _settings(values: dict[str, Any]) -> StoreSettings:
     """Check the settings, so that no manifest can demand absurd memory. Raises ValueError, KeyError, TypeError."""
     lists = {k: tuple(values[k]) for k in ("class_names", "resolution", "scale", "shift")}
+    lists["columns"] = tuple(values.get("columns", ()))
     s = StoreSettings(**{**values, **lists})
     words = (s.text_width, s.text_tokens, s.captions)
     whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
     sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
     numbers = all(isinstance(v, float) and math.isfinite(v) for v in (*s.scale, *s.shift))
     names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "", *s.class_names)
-    names += (s.text_sha256, s.captions_sha256)
+    names += (s.text_sha256, s.captions_sha256, *s.columns)
     texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
     words_fit = all(type(n) is int and 0 <= n <= MAX_WORDS for n in words)
     if not sizes_fit or not words_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:

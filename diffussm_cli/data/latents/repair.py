@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
+from diffussm_cli.config import named_columns
 from diffussm_cli.data.latents.encoding import (
     Encoder,
     Step,
@@ -93,11 +94,12 @@ def repair_store(
     yield Stage("checking")
     shards = damaged_shards(store)
     yield Stage("listing")
-    listing = list_source(source)
+    listing = list_source(source, columns=named_columns(old.columns, "--repair"))
     with open_store(store, source, ALONE):
         yield Stage("loading the VAE")
         loaded = load_vae_on(read_facts(vae or old.vae), old.precision, device)
-        kept = {name: getattr(old, name) for name in ("precision", "flip", "batch_size", "shard_size", "vae")}
+        same = ("precision", "flip", "batch_size", "shard_size", "vae", "columns")
+        kept = {name: getattr(old, name) for name in same}
         captions = open_captions(listing, old.text, old.text_tokens)
         kept |= captions.settings if captions else {}
         check_same_request(store, old, make_settings(listing, old.resolution, loaded, kept), listing)

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ from diffussm_cli import runs
 from diffussm_cli.data.images import read_image
 from diffussm_cli.errors import RunError
 from diffussm_cli.model.s4d.layer import S4D
-from diffussm_cli.training import report, train, write_report
-from diffussm_cli.training.report import POINTS, Curve, Log, chart, kernels, number, round_values, thin
+from diffussm_cli.pages import POINTS, chart, thin
+from diffussm_cli.runs import report
+from diffussm_cli.runs.report import Log, kernels
+from diffussm_cli.training import train, write_report
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -149,6 +153,30 @@ def test_damaged_weights_leave_out_the_kernels(run):
     assert "Learned kernels" not in page(run)
 
 
+def save_result(path, fid, age, **changes):
+    """A file as `diffussm eval` writes it, some seconds old."""
+    metrics = {"fid": fid, "kid": 0.5, "kid_error": 0.125}
+    result = {"metrics": metrics, "num": 70, "reference": HOSTILE, "warnings": ["few samples"]}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result | {"meta": {"sampler": "ddim", "steps": 7, "run": "no"}} | changes))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_evaluations_stand_in_it_newest_first(run):
+    save_result(run / "images" / "results.json", 3.5, age=1)
+    save_result(run / "results.json", 2.5, age=9)
+    save_result(run / "checkpoints" / "step-00000002" / "results.json", 4.5, age=5)
+    for i, changes in enumerate(({"metrics": [1]}, {"warnings": 3}, {"meta": None}, {"metrics": {"fid": "x"}})):
+        save_result(run / f"{i}.results.json", 9.5, 0, **changes)
+    (run / "b.results.json").write_text("[" * 100_000)
+    found = list(report.evaluations(run))
+    assert [f["values"] for f in found] == [{"FID": fid, "KID": 0.5} for fid in (3.5, 4.5, 2.5)]
+    assert found[0]["drawn"] == "sampler ddim, steps 7"
+    text = page(run)
+    for expected in ("<dd>3.5 ", "images/results.json", "70 samples against &lt;script", "Warning: few samples"):
+        assert expected in text
+
+
 def test_a_folder_that_is_no_run_is_one_line(tmp_path):
     with pytest.raises(RunError, match="config.yaml"):
         write_report(tmp_path)
@@ -178,31 +206,9 @@ def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
     assert [label for label, _ in fid["legend"]] == ["", "0.9"]
 
 
-def test_points_of_a_chart_lie_where_their_values_are():
-    linear = chart("", {"": Curve([0, 10], [0.0, 1.0])})
-    assert linear["lines"] == ["44.0,144.9 354.0,17.1"]  # 4% of the range is free above and below
-    assert [label for _, label in linear["rows"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
-    ratio = chart("", {"": Curve([0, 5, 10], [0.01, 0.1, 1.0])})
-    assert ratio["lines"] == ["44.0,144.9 199.0,81.0 354.0,17.1"]
-    assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
-    assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
-    assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
-def test_an_axis_has_two_to_seven_round_values(low, high):
-    found = round_values(low, high, whole=False)
-    assert 2 <= len(found) <= 7
-    assert all(low <= v <= high for v in found)
-
-
-def test_numbers_for_people():
-    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == ["0", "0.0123", "12.3", "1,234", "1e-07"]
-
-
 @pytest.mark.slow
 def test_a_browser_shows_it(run, tmp_path):
-    from tests.training.browser import CHROMIUM, browser
+    from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:
         pytest.skip("no Chromium found (Debian: apt-get install chromium)")

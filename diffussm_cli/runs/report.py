@@ -7,17 +7,16 @@ gathers the content; report.html beside it, a template of Jinja, is the page and
 import base64
 import contextlib
 import datetime
-import hashlib
 import io
 import json
 import math
+import os
 import shlex
 from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jinja2
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -27,20 +26,14 @@ from diffussm_cli.data.images import open_image
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.model.s4d.kernel import s4d_kernel
+from diffussm_cli.pages import Curve, chart, render
 
 PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280  # previews; larger files (bytes) are shrunk to this width (pixels)
-POINTS, ROWS, TAPS = 500, 200, 4096  # most points of a curve, events in the table, taps of a kernel
-LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
+ROWS, TAPS, EVALUATIONS = 200, 4096, 20  # most events in the table, taps of a kernel, evaluations
+DRAWN = ("step", "ema", "sampler", "steps", "guidance", "label_choice")  # settings of samples
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
-
-
-class Curve(NamedTuple):
-    """Values by step, as two sequences of numbers or arrays."""
-
-    x: Any
-    y: Any
 
 
 def write_report(root: Path | str) -> Path:
@@ -52,14 +45,10 @@ def write_report(root: Path | str) -> Path:
     """
     root = Path(root)
     config, log = runs.read_config(root), Log(root / runs.LOG)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["number"] = number
-    environment.globals |= {"names": metric_name, "charts_of": charts_of, "timedelta": datetime.timedelta}
-    script = environment.get_template("report.js").render()
-    text = environment.get_template("report.html").render(
-        root=root,
+    text = render(
+        "runs/report.html",
+        Path(__file__).with_suffix(".js").read_text(encoding="utf-8"),
+        title=root.resolve().name,
         folder=shlex.quote(str(root)),
         config=config,
         log=log,
@@ -67,15 +56,35 @@ def write_report(root: Path | str) -> Path:
         written=datetime.datetime.now(datetime.timezone.utc),
         frames=list(frames(root / runs.SAMPLES)),
         metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
+        evaluations=list(evaluations(root)),
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
         yaml=to_yaml(config),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        names=metric_name,
+        charts_of=charts_of,
+        timedelta=datetime.timedelta,
     )
     write_text(root / runs.REPORT, text)
     return root / runs.REPORT
+
+
+def evaluations(root: Path) -> Iterator[dict[str, Any]]:
+    """What `diffussm eval` has left in a run and its folders, the newest first; a damaged file is left out."""
+    places = ("", "*/", f"{runs.CHECKPOINTS}/*/")
+    files = [path for place in places for path in root.glob(f"{place}*{runs.RESULTS}") if path.is_file()]
+    for path in sorted(files, key=os.path.getmtime, reverse=True)[:EVALUATIONS]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            meta, values = result["meta"], {name: float(value) for name, value in result["metrics"].items()}
+            yield {
+                "file": path.relative_to(root),
+                "time": datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc),
+                "drawn": ", ".join(f"{name} {meta[name]}" for name in DRAWN if meta.get(name) is not None),
+                "values": {metric_name(name): value for name, value in values.items() if name != "kid_error"},
+                "what": f"{result['num']} samples against {result['reference']}",
+                "warnings": list(map(str, result["warnings"])),
+            }
 
 
 class Log:
@@ -161,60 +170,6 @@ def metric_name(name: str) -> str:
     """A metric's name for people; the decay of a further average stays behind it."""
     short, at, decay = name.removeprefix("eval/").partition("@")
     return NAMES.get(short, short.replace("_", " ").capitalize()) + at + decay
-
-
-def chart(title: str, curves: Mapping[str, Curve], best: tuple[float, float] | None = None) -> dict[str, Any]:
-    """What the page draws: lines, ticks and the best point, placed in the picture.
-
-    Positive values that differ by more than 30 times get a log scale.
-    """
-    thinned = [thin(curve) for curve in curves.values()]
-    every = np.concatenate([y for _, y in thinned])
-    log = every.min() > 0 and every.max() > 30 * every.min()
-    low, high = (math.log10(v) if log else float(v) for v in (every.min(), every.max()))
-    margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
-    first, last = min(0.0, *(x[0] for x, _ in thinned)), max(1.0, *(x[-1] for x, _ in thinned))
-
-    def across(x: Any) -> Any:
-        return LEFT + (RIGHT - LEFT) * (x - first) / (last - first)
-
-    def down(y: Any) -> Any:
-        y = np.log10(y) if log else y
-        return BOTTOM - (BOTTOM - TOP) * (y - low + margin) / (high - low + 2 * margin)
-
-    ticks = [10.0**tick if log else tick for tick in round_values(low - margin, high + margin, whole=bool(log))]
-    return {
-        "title": title,
-        "lines": [" ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y)) for x, y in thinned],
-        "legend": list(zip(curves, (curve.y[-1] for curve in curves.values()))),
-        "rows": [(down(tick), number(tick)) for tick in ticks],
-        "columns": [(across(x), f"{x:,.0f}") for x in (first, (first + last) / 2, last)],
-        "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
-    }
-
-
-def thin(curve: Curve) -> Curve:
-    """At most POINTS points: the lowest and the highest value of every stretch, so that spikes remain."""
-    x, y = np.asarray(curve.x), np.asarray(curve.y)
-    if len(y) <= POINTS:
-        return Curve(x, y)
-    stretches = np.array_split(np.arange(len(y)), POINTS // 2)
-    kept = np.unique([(s[y[s].argmin()], s[y[s].argmax()]) for s in stretches])
-    return Curve(x[kept], y[kept])
-
-
-def round_values(low: float, high: float, whole: bool) -> list[float]:
-    """Two to seven round numbers between two numbers, or whole ones."""
-    most = (high - low) / 2.5
-    size = 10.0 ** math.floor(math.log10(most))
-    step = max(size * m for m in (1, 2, 5) if size * m <= most)
-    step = max(1, round(step)) if whole else step
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def number(value: float) -> str:
-    """A number for people to read, with three digits or more."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 # ------------------------------------------------------------------------------------------------- kernels

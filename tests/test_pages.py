@@ -1,0 +1,29 @@
+"""Charts: where points and ticks lie, and numbers as people read them."""
+
+import pytest
+
+from diffussm_cli.pages import Curve, chart, number, round_values
+
+
+def test_points_of_a_chart_lie_where_their_values_are():
+    linear = chart("", {"": Curve([0, 10], [0.0, 1.0])})
+    assert linear["lines"] == ["44.0,144.9 354.0,17.1"]  # 4% of the range is free above and below
+    assert [label for _, label in linear["rows"]] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    ratio = chart("", {"": Curve([0, 5, 10], [0.01, 0.1, 1.0])})
+    assert ratio["lines"] == ["44.0,144.9 199.0,81.0 354.0,17.1"]
+    assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
+    assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
+    assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
+    sizes = chart("", {"": Curve([256, 512, 1024], [1.0, 1.0, 2.0])}, marks=[256, 512, 1024])
+    assert sizes["columns"] == [(44.0, "256"), (pytest.approx(199.0), "512"), (354.0, "1024")]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
+def test_an_axis_has_two_to_seven_round_values(low, high):
+    found = round_values(low, high, whole=False)
+    assert 2 <= len(found) <= 7
+    assert all(low <= v <= high for v in found)
+
+
+def test_numbers_for_people():
+    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == ["0", "0.0123", "12.3", "1,234", "1e-07"]
