@@ -32,7 +32,10 @@ def evaluate(
         str, typer.Option(help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.")
     ] = "fid,sfid,is,precision,recall,kid",
     extractor: Annotated[
-        str, typer.Option(help="inception, digits, efficientnet, a .pt2 or TorchScript file, module:factory, or CLIP by folder or name.")
+        str,
+        typer.Option(
+            help="inception, digits, efficientnet, a .pt2 or .pt file, module:factory, or CLIP by folder or name."
+        ),
     ] = "auto",
     extractor_weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights of inception, instead of a download.")
