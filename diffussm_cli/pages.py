@@ -64,7 +64,7 @@ def chart(
         "title": title,
         "lines": [" ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y)) for x, y in thinned],
         "legend": list(zip(curves, (curve.y[-1] for curve in curves.values()))),
-        "rows": [(down(tick), number(tick)) for tick in ticks],
+        "rows": [(down(tick), number(tick) if abs(tick) < 1e5 else f"{tick:.0e}") for tick in ticks],
         "columns": [(across(x), label.format(x)) for x in marks],
         "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
