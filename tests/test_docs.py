@@ -1,6 +1,8 @@
 """What README and docs/ say is true of the code: links, commands, examples, and numbers that have an address."""
 
+import importlib
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -111,3 +113,18 @@ def test_results_of_readme_stand_where_it_says():
 def test_citation_names_this_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == __version__
     assert f"\n## {__version__} (20" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_tables_of_the_studies_stand_in_the_documentation(monkeypatch):
+    """As report.py makes them from the committed results."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "studies"))
+    report, studies = importlib.import_module("report"), importlib.import_module("study")
+    text = (ROOT / "docs" / "results.md").read_text("utf-8").splitlines()
+    shown = re.findall(r"report\.py (\S+)", "\n".join(text))
+    assert len(shown) >= 3
+    for name in shown:
+        folder = studies.RESULTS / name
+        floor = json.loads((folder / studies.FLOOR).read_text("utf-8"))
+        study = studies.load_study(name)
+        page = report.page(study, report.load_results(folder), next(iter(study.runs)), floor)
+        assert [line for line in page if line.startswith("|") and line not in text] == []

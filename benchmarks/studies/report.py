@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,9 @@ from diffussm_cli.data.images import save_grid
 SAMPLING_SEED = 0  # of the first image that run.py draws
 
 MEASURES = {
+    "steps": "steps",
+    "gflops": "Gflops",
+    "cpu_seconds": "seconds of one thread",
     "held_out": "held-out loss",
     "fid": "FID",
     "sfid": "sFID",
@@ -72,35 +75,35 @@ def load_results(folder: Path) -> list[dict]:
 
 
 def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
-    """The report in markdown, line by line."""
+    """The report in markdown, line by line: a row for each measure."""
     done = [run for run in study.runs if any(r["run"] == run for r in results)]
-    measures = [m for m in MEASURES if any(m in r for r in results)]
-    lines = [study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
-    lines += ["| run | seeds | Gflops | " + " | ".join(MEASURES[m] for m in measures) + " |"]
-    lines += ["|" + "---|" * (3 + len(measures))]
+    columns: dict[str, Callable[[str], list[float]]] = {}  # the values of a measure, by title
     for run in done:
-        rows = [r for r in results if r["run"] == run]
-        cells = [interval([r[m] for r in rows if m in r]) for m in measures]
-        lines.append(f"| {run} | {len(rows)} | {rows[0]['gflops']:.3g} | " + " | ".join(cells) + " |")
-        for again in (r["metrics_again"] for r in rows if "metrics_again" in r):
-            cells = [interval([again[m]] if m in again else []) for m in measures]
-            lines.append(f"| {run}, seed {study.seeds[0]}, other samples | | | " + " | ".join(cells) + " |")
-    if floor:
-        cells = [interval([floor[m]] if m in floor else []) for m in measures]
-        lines.append("| training images | | | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Differences to {against}, paired by seed:",
-        "",
-        "| run | seeds | held-out loss | FID |",
-        "|---|---|---|---|",
-    ]
+        columns[f"{run}, {sum(r['run'] == run for r in results)} seeds"] = lambda m, run=run: values_of(results, run, m)
     for run in done:
         if run != against:
-            pairs = {m: paired(results, run, against, m) for m in ("held_out", "fid")}
-            lines.append(f"| {run} | {len(pairs['fid'])} | {interval(pairs['held_out'])} | {interval(pairs['fid'])} |")
+            columns[f"{run} - {against}"] = lambda m, run=run: paired(results, run, against, m)
+    for r in results:
+        if "metrics_again" in r:
+            again = r["metrics_again"]
+            columns[f"{r['run']}, seed {r['seed']}, other samples"] = lambda m, again=again: (
+                [again[m]] if m in again else []
+            )
+    if floor:
+        columns["training images"] = lambda m: [floor[m]] if m in floor else []
+    lines = [study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
+    lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
+    for measure, title in MEASURES.items():
+        cells = [interval(values(measure)) for values in columns.values()]
+        if any(cells):
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
     return [*lines, "", *(f"- {m}" for m in machines)]
+
+
+def values_of(results: Sequence[dict], run: str, measure: str) -> list[float]:
+    """A measure of every seed of a run."""
+    return [r[measure] for r in results if r["run"] == run and measure in r]
 
 
 def paired(results: Sequence[dict], run: str, against: str, measure: str) -> list[float]:
@@ -124,7 +127,7 @@ def interval(values: Sequence[float]) -> str:
     if not values:
         return ""
     width = half_width(values)
-    return f"{statistics.mean(values):.4g}" + ("" if math.isinf(width) else f" ± {width:.2g}")
+    return f"{statistics.mean(values):.4g}" + (f" ± {width:.2g}" if 0 < width < math.inf else "")
 
 
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:
