@@ -36,6 +36,7 @@ def test_every_preset_loads_and_is_a_document(name):
     assert ["diffussm", "train", "--preset", name] in [words[:4] for words in commands]
     encoding = [words[3:] for words in commands if words[:2] == ["diffussm", "encode"]]
     expected = [config.data.path, "--resolution", str(config.data.resolution)]
+    expected += ["--text", config.data.text, "--text-tokens", str(config.model.text_tokens)] if config.data.text else []
     assert encoding == ([expected] if config.data.vae else [])
 
 
