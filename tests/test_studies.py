@@ -42,6 +42,8 @@ def test_runs_get_the_same_gflops_to_half_a_step():
 def test_runs_get_the_same_seconds_by_their_measured_steps():
     jobs = make(seconds=30.0, step_seconds={"a": 0.1, "b": 0.3}).jobs({})
     assert [job.config().train.steps for job in jobs] == [300, 100, 300, 100]
+    with pytest.raises(SystemExit, match="s: a step of a has not been timed yet; run it without --plan"):
+        make(seconds=30.0).jobs({})
 
 
 def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kernels():

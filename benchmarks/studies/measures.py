@@ -1,5 +1,6 @@
 """What the studies measure of a trained run beside its held-out loss, and the same of real images: the floor."""
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.source import BUILTIN, open_source
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.evaluation.sets import HELD_OUT, open_images
+from diffussm_cli.evaluation.text import names_in
 from diffussm_cli.events import finish
 from diffussm_cli.machine.files import default_cache
 from diffussm_cli.runs import find_run
@@ -29,7 +31,7 @@ def measure(root: Path, samples: int, seed: int = 0) -> dict[str, float]:
     trained = find_run(root)
     sampler, seeds = open_sampler(trained), range(seed, seed + samples)
     names = names_held_out(trained.config) if trained.config.model.text_width else []
-    prompts = [names[i % len(names)] for i in range(samples) if names]
+    prompts = list(itertools.islice(itertools.cycle(names), samples))
     labels, text, start = sampler.labels(seeds), sampler.text(prompts), time.perf_counter()
     images = torch.cat([batch for _, batch in sampler.draw(seeds, labels, text)])
     seconds = time.perf_counter() - start
@@ -39,8 +41,7 @@ def measure(root: Path, samples: int, seed: int = 0) -> dict[str, float]:
 
 def names_held_out(config: Config) -> list[str]:
     """The names of the held-out images of a built-in data set: each image's first caption."""
-    held_out = open_images(config.data.path + HELD_OUT, config.data.channels)
-    return list(dict.fromkeys(own[0] for own in held_out.captions))
+    return names_in(open_images(config.data.path + HELD_OUT, config.data.channels).captions)
 
 
 def floor(config: Config, samples: int, work: Path) -> dict[str, float]:

@@ -22,6 +22,7 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 from study import FLOOR, RATES, RESULTS, Study, load_study
 
+from diffussm_cli.data.arrays import open_npz
 from diffussm_cli.data.images import save_grid
 
 SAMPLING_SEED = 0  # of the first image that run.py draws
@@ -137,14 +138,15 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-    for axis, unit in zip(axes, ("gflops", "cpu_seconds")):
+    units = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
+    for axis, (unit, label) in zip(axes, units.items()):
         for i, run in enumerate(study.runs):
             for j, r in enumerate(r for r in results if r["run"] == run):
                 x = [step / r["steps"] * r[unit] for step, _, _ in r["curve"]]
                 loss = [value for *_, value in r["curve"]]
                 axis.plot(x, loss, color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(xlabel={"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}[unit], yscale="log")
+        axis.set(xlabel=label, yscale="log")
     axes[0].set_ylabel("held-out loss")
     axes[0].legend(frameon=False)
     figure.tight_layout()
@@ -155,7 +157,7 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
 def grid(study: Study, work: Path, path: Path, columns: int = 12) -> None:
     """Samples of the first seed of each run, two rows of the same sampling seeds for each."""
     files = [work / f"{run}-s{study.seeds[0]}" / f"samples-{SAMPLING_SEED}.npz" for run in study.runs]
-    images = [np.load(file)["arr_0"][: 2 * columns] for file in files]
+    images = [next(open_npz(file)["arr_0"].read(0, 2 * columns, 2 * columns)) for file in files]
     save_grid(torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), path, columns)
 
 

@@ -42,14 +42,14 @@ def main() -> None:
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     folder = RESULTS / study.name
-    if not arguments.plan:
-        folder.mkdir(parents=True, exist_ok=True)
+    if arguments.plan:
+        show_plan(study)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     if study.seconds is not None and not study.step_seconds:
         write_text(folder / RATES, json.dumps(measure_rates(study, arguments.work), indent=1) + "\n")
         study = load_study(arguments.name)
-    if arguments.plan:
-        show_plan(study)
-    elif arguments.one:
+    if arguments.one:
         job = next(job for job in known_jobs(study, folder) if job.name == arguments.one)
         result = train_and_measure(job, study, arguments.work)
         if read_world().rank == 0:
@@ -78,14 +78,18 @@ def measure_rates(study: Study, work: Path) -> dict:
             root = work / study.name / f"rate-{run}-{turn}"
             shutil.rmtree(root, ignore_errors=True)
             list(train(config, root))
-            found[run].append(config.train.batch_size / images_per_second(root))
+            found[run].append(config.train.batch_size / images_per_second(read_log(root)))
     middle = {run: statistics.median(seconds) for run, seconds in found.items()}
     return {"step_seconds": middle, "turns": found, "machine": machine_name(), "commit": commit()}
 
 
-def images_per_second(root: Path) -> float:
+def read_log(root: Path) -> list[dict]:
+    """The records of a run."""
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def images_per_second(records: list[dict]) -> float:
     """The median rate in the log of a run."""
-    records = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(r["images_per_second"] for r in records if r.get("images_per_second"))
 
 
@@ -131,7 +135,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
     config, root = job.config(), work / study.name / job.name
     start = time.process_time()
     done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
-    records = [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = read_log(root)
     curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
     found = {
         "study": study.name,
@@ -144,7 +148,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "steps": done.steps,
         "gflops": step_gflops(config) * done.steps,
         "cpu_seconds": time.process_time() - start,
-        "images_per_second": images_per_second(root),
+        "images_per_second": images_per_second(records),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "curve": curve,
         "held_out": curve[-1][2],

@@ -92,6 +92,8 @@ class Study:
     def steps(self, run: str, config: Config, share: float = 1.0) -> int:
         """The number of steps that a share of the budget pays for."""
         if self.seconds is not None:
+            if run not in self.step_seconds:
+                raise SystemExit(f"{self.name}: a step of {run} has not been timed yet; run it without --plan")
             return round(share * self.seconds / self.step_seconds[run])
         if self.images is not None:
             return round(share * self.images / config.train.batch_size)

@@ -24,26 +24,29 @@ METADATA = "metadata.jsonl"
 MAX_TEXT_BYTES = 1 << 20  # of the captions of one image
 
 
-def read_captions(listing: Listing) -> dict[str, tuple[str, ...]]:
+def read_captions(listing: Listing, needed: bool = True) -> dict[str, tuple[str, ...]]:
     """The captions of images by the name of their entry, without duplicates; images without one are missing.
 
     Raises:
-        DataError: for a file of captions that is not UTF-8, is damaged or too large.
+        DataError: for a file of captions that is not UTF-8, is damaged or too large; if captions are `needed`, for
+            parquet shards without a column of texts.
     """
     found: dict[str, list[str]] = defaultdict(list)
-    for name, texts in _all(listing):
+    for name, texts in _all(listing, needed):
         found[name] += filter(None, map(plain, texts))
     return {name: tuple(dict.fromkeys(texts)) for name, texts in found.items() if texts}
 
 
-def _all(listing: Listing) -> Iterator[tuple[str, Iterable[str]]]:
+def _all(listing: Listing, needed: bool) -> Iterator[tuple[str, Iterable[str]]]:
     """Names of entries with captions of theirs."""
     root = listing.root
     archives = dict.fromkeys(e.archive for e in listing.entries if e.archive)
     if archives:
         names = {key_of(e.name): e.name for e in listing.entries}
         for archive in archives:
-            shard = _in_parquet(listing, archive) if archive.endswith(".parquet") else _in_archive(root, archive)
+            shard = (
+                _in_parquet(listing, archive, needed) if archive.endswith(".parquet") else _in_archive(root, archive)
+            )
             yield from ((names[key], texts) for key, texts in shard if key in names)
     elif os.path.isfile(root / METADATA):
         yield from _in_metadata(root / METADATA)
@@ -67,9 +70,9 @@ def _in_metadata(path: Path) -> Iterator[tuple[str, list[str]]]:
                 yield record["file_name"], _texts(record)
 
 
-def _in_parquet(listing: Listing, shard: str) -> Iterator[tuple[str, list[str]]]:
+def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[str, list[str]]]:
     try:
-        for row, found in enumerate(parquet.read_texts(listing.root / shard, listing.columns)):
+        for row, found in enumerate(parquet.read_texts(listing.root / shard, listing.columns, needed)):
             name = f"{shard}/{row:07d}"
             with reading(name, DataError):
                 yield name, _texts({"text": found})

@@ -250,8 +250,9 @@ def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]],
     entries: list[Entry] = []
     kinds: set[tuple[tuple[str, ...], bool]] = set()
     for name in shards:
-        image, label_column = (parquet.find_column(root / name, kind, columns) for kind in ("image", "label"))
-        assert image is not None, "only labels may be missing"
+        image = parquet.find_column(root / name, "image", columns)
+        label_column = parquet.find_column(root / name, "label", columns, needed=False)
+        assert image is not None, "it is needed"
         labels, sizes, class_names = parquet.list_rows(root / name, label_column)
         kinds.add((class_names, labels is not None))
         rows = enumerate(zip(labels or [0] * len(sizes), sizes))

@@ -34,16 +34,16 @@ def shard_names(names: Sequence[str]) -> list[str]:
     return shards
 
 
-def find_column(path: Path, kind: str, given: Mapping[str, str]) -> str | None:
-    """The column of images, labels or texts, the given one or the first with a usual name; None without labels.
+def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = True) -> str | None:
+    """The column of images, labels or texts, the given one or the first with a usual name; None without one.
 
     Raises:
-        DataError: if there is no such column, naming those of the shard.
+        DataError: if there is no such column although it is needed or given, naming those of the shard.
     """
     columns = {column.name: str(column.type) for column in _open(path)[0].schema_arrow}
     names = (given[kind],) if kind in given else USUAL[kind]
     fitting = [n for n in names if n in columns and (kind != "label" or re.match("u?int", columns[n]))]
-    if not fitting and (kind != "label" or kind in given):
+    if not fitting and (needed or kind in given):
         asked = ", ".join(names) + (" with integers" if kind == "label" else "")
         remedy = f"; name one by {kind}=NAME (data.columns, or --columns of encode)"
         raise DataError(f"{path.name}: none of its columns is {asked}: {', '.join(columns):.200}{remedy}")
@@ -82,11 +82,10 @@ def read_row(path: Path, row: int, column: str) -> bytes:
     return content
 
 
-def read_texts(path: Path, given: Mapping[str, str]) -> Iterator[Any]:
-    """What the column of texts holds in each row. Raises DataError."""
-    column = find_column(path, "text", given)
-    assert column is not None, "only labels may be missing"
-    for group in range(len(_open(path)[1]) - 1):
+def read_texts(path: Path, given: Mapping[str, str], needed: bool = True) -> Iterator[Any]:
+    """What the column of texts holds in each row; nothing without one, unless it is `needed`. Raises DataError."""
+    column = find_column(path, "text", given, needed)
+    for group in range(len(_open(path)[1]) - 1) if column else ():
         yield from _column(path, group, column).to_pylist()
 
 

@@ -99,13 +99,17 @@ class Pretrained:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Encoded:
-        longest = min(self.tokenizer.model_max_length, MAX_TOKENS)
-        options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
-        inputs = self.tokenizer(list(captions), **options)
+        inputs = tokenize(self.tokenizer, captions)
         found, mask = self.model(**inputs), inputs["attention_mask"].bool()
         tokens = found.last_hidden_state * mask[..., None]
         pooled = found.pooler_output if self.own_pooling else tokens.sum(1) / mask.sum(1, keepdim=True)
         return Encoded(pooled, tokens, mask)
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
+    """The tokens of captions for a model of transformers, padded to the longest, and their mask."""
+    longest = min(tokenizer.model_max_length, MAX_TOKENS)
+    return tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
 
 
 def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: str) -> tuple[Any, ...]:

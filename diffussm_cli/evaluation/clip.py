@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffussm_cli.data.text import AT_ONCE, load_pretrained
+from diffussm_cli.data.text import AT_ONCE, load_pretrained, tokenize
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import DataError
 
@@ -29,9 +29,7 @@ class Clip(nn.Module):
     @torch.no_grad()
     def score(self, embeddings: Tensor, prompts: Sequence[str]) -> float:
         """The CLIP score of images with these embeddings (n, d): the mean of 100 max(cosine, 0), as in torchmetrics."""
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        parts = [list(prompts[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
-        inputs = [self.tokenizer(p, max_length=self.tokenizer.model_max_length, **options) for p in parts]
+        inputs = [tokenize(self.tokenizer, prompts[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
         found = [_pooled(self.model.get_text_features(**each.to(self.model.device))) for each in inputs]
         text = F.normalize(torch.cat(found).to(embeddings), dim=1)
         return 100 * (embeddings * text).sum(1).clamp(min=0).mean().item()

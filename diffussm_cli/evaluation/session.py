@@ -1,5 +1,6 @@
 """One way to measure images against a reference: `diffussm eval` and training both use it."""
 
+import itertools
 import json
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, loa
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
 from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images, probe
-from diffussm_cli.evaluation.text import names_of, retrieval
+from diffussm_cli.evaluation.text import names_in, names_of, retrieval
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
@@ -98,12 +99,12 @@ class EvaluationSession:
         is_folder = not path.endswith(".npz") and not path.startswith(BUILTIN)
         return open_reference(path, self.extractor, size or (of_run if is_folder else None))
 
-    def captioned(self, config: Config, against: Reference) -> ImageSet | None:
-        """The images among whose captions a run's prompts are looked up: those held out, or else the reference's."""
+    def held_out(self, config: Config) -> ImageSet | None:
+        """The images that a run with text never trains on, or None if they are no set of their own, or latents."""
         d = config.data
         path = f"{d.path}{HELD_OUT}" if d.path.startswith(BUILTIN) else d.held_out
-        if not config.model.text_width or not isinstance(path, str) or not path:
-            return against.images
+        if not config.model.text_width or d.vae is not None or not isinstance(path, str) or not path:
+            return None
         return self.open(path, None if path.startswith(BUILTIN) else d.size, "data.held_out")
 
     def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
@@ -226,28 +227,28 @@ def evaluate(
         extractor = trained.config.eval.extractor
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
-        images: ImageSet | None = None
-        if trained is None:
-            images, facts = session.open(str(samples)), read_facts(samples)
-        else:
+        images, captioned = None if trained else session.open(str(samples)), None
+        if trained:
             session.choose(trained.config.data.size, trained.config.data.is_grey)
+            captioned = None if reference else session.held_out(trained.config)
             reference, size = reference or reference_of(trained.config), trained.config.data.size
         if reference is None:
             raise ConfigError("--reference: name an .npz from ADM or --make-ref, or a folder of real images")
         against = session.reference(reference, resolution, size)
-        captioned = session.captioned(trained.config, against) if trained else against.images
-        if trained is not None:
+        captioned = captioned or against.images
+        if trained is None:
+            facts = read_facts(samples)
+        else:
             yield Stage("loading the run")
             sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
             if not prompts and trained.config.model.text_width and captioned:
-                prompts = tuple(dict.fromkeys(own[0] for own in captioned.captions if own))
+                prompts = names_in(captioned.captions)
             facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
             text = sampler.text(prompts_of(facts, seeds), negative)
             images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts, text)
         assert images is not None, "opened or drawn"
         values, gathered = yield from session.compare(images, against, metrics, half)
-        if facts.get("prompts") and facts["num"] == len(images):
-            asked = prompts_of(facts, range(facts["first_seed"], facts["first_seed"] + len(images)))
+        if asked := asked_for(facts, len(images)):
             values |= yield from session.prompted(gathered, asked, captioned)
     if world.rank:
         return
@@ -327,6 +328,14 @@ def read_facts(samples: str | Path) -> dict[str, Any]:
     path = Path(samples)
     folder = path.parent if path.suffix == ".npz" else path
     return read_meta(folder) if (folder / META).is_file() else {}
+
+
+def asked_for(facts: Mapping[str, Any], n: int) -> list[str]:
+    """The prompt of each of n samples by their facts; empty if there are none, or not for this number of images."""
+    prompts = facts.get("prompts")
+    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts) or facts.get("num") != n:
+        return []
+    return list(itertools.islice(itertools.cycle(prompts), n))
 
 
 def results_path(samples: Path) -> Path:

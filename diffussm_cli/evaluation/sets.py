@@ -94,7 +94,7 @@ class _Folder:
 
     @functools.cached_property
     def captions(self) -> Sequence[tuple[str, ...]]:
-        found = read_captions(self.listing)
+        found = read_captions(self.listing, needed=False)
         return [found.get(e.name, ()) for e in self.listing.entries] if found else ()
 
     def _first(self) -> tuple[tuple[int, int], bool]:

@@ -12,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def names_in(captions: Sequence[tuple[str, ...]]) -> list[str]:
+    """The different names of images, in the order of the images."""
+    return list(dict.fromkeys(own[0] for own in captions if own))
+
+
 def names_of(prompts: Sequence[str], captions: Sequence[tuple[str, ...]]) -> list[str] | None:
     """The name that each prompt stands for, names before other captions; None if a prompt is not among the captions."""
     name = {caption: own[0] for own in captions for caption in own}
-    name |= {own[0]: own[0] for own in captions if own}
+    name |= {own: own for own in names_in(captions)}
     return [name[p] for p in prompts] if name.keys() >= set(prompts) else None
 
 

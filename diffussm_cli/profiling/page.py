@@ -13,7 +13,8 @@ from diffussm_cli.machine.files import write_text
 from diffussm_cli.pages import Curve, chart, number, render
 from diffussm_cli.profiling.report import panels
 
-SUFFIXES, FLOOR = (".html",), "floor.json"  # FLOOR: measures of real images
+SUFFIXES = (".html",)
+NO_TRAININGS = ("floor.json", "rates.json")  # beside the results of a study: measures of real images, seconds of a step
 # Fields of a study's results, and their headings.
 MEASURES = {
     "gflops": "Gflops of training",
@@ -71,7 +72,7 @@ def read_study(folder: Path) -> list[Trained]:
     for file in sorted(folder.glob("*.json")):
         with reading(f"--quality: {str(file)!r}", ConfigError):
             record = json.loads(file.read_text(encoding="utf-8"))
-            if file.name != FLOOR:
+            if file.name not in NO_TRAININGS:
                 found += _trained(record)
     if not found:
         raise ConfigError(f"--quality: {str(folder)!r} holds no results of a study, as benchmarks/studies/results/NAME")

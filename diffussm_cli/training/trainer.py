@@ -6,6 +6,7 @@ B batch   C channels   T timesteps   x_0 (B, C, H, W) images, y (B,) labels
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,7 +310,7 @@ def draw_grid(trainer: Trainer, model: Backbone, sampling: SampleConfig, path: P
     """
     config, prompts = trainer.config, trainer.config.sample.prompts
     n, classes = config.train.sample_images, config.model.num_classes
-    titles = [prompts[i % len(prompts)] for i in range(n) if prompts]
+    titles = list(itertools.islice(itertools.cycle(prompts), n))
     columns = min(10, classes or n)
     assert trainer.decoding is not None, "previews are decoded"
     sampler = Sampler(model, config, sampling, trainer.decoding, dtype=trainer.dtype)

@@ -196,6 +196,14 @@ def test_captions_come_from_a_column(named):
         read_captions(list_source(named, columns=columns | {"text": "breed"}))
 
 
+def test_captions_that_are_not_needed_may_be_missing(named):
+    """As for a reference; a column that is named is wanted all the same."""
+    columns = {kind: COLUMNS[kind] for kind in ("image", "label")}
+    assert read_captions(list_source(named, columns=columns), needed=False) == {}
+    with pytest.raises(DataError, match="none of its columns is texts"):
+        read_captions(list_source(named, columns=columns | {"text": "texts"}), needed=False)
+
+
 def test_training_reads_the_text_of_named_columns(named, monkeypatch):
     monkeypatch.setattr(text, "open_encoder", lambda name: Letters())
     settings = ["model.num_classes=2", "model.text_width=4", "data.text=letters", "data.channels=3"]

@@ -49,6 +49,7 @@ def study(tmp_path):
         (folder / f"a-s{seed}.json").write_text(json.dumps(common | record))
     (folder / "a-0.1.json").write_text(json.dumps(common | {"searched": "0.1", "held_out": 77.0}))
     (folder / "floor.json").write_text(json.dumps({"fid": 88.0}))
+    (folder / "rates.json").write_text(json.dumps({"step_seconds": {HOSTILE: 0.5}}))
     return folder
 
 
