@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.model.mixers import MIXERS
 
 STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
 sys.path.insert(0, str(STUDIES))
@@ -15,6 +18,7 @@ import measures  # noqa: E402
 import report  # noqa: E402
 import run as runner  # noqa: E402
 import study as studies  # noqa: E402
+from changes import CHANGES  # noqa: E402
 
 VALUES = {
     "name": "s",
@@ -121,3 +125,38 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     rates = runner.measure_rates(make(base=small, runs={"a": {}, "deep": {"model.depth": 4}}, seconds=1), tmp_path)
     assert rates["step_seconds"].keys() == {"a", "deep"}
     assert all(len(of) == runner.TURNS and min(of) > 0 for of in rates["turns"].values())
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """Gives the classes and the mixers back that a change replaces."""
+    import diffussm_cli.model.diffussm as network
+
+    monkeypatch.setattr(network, "DiffuSSMBlock", network.DiffuSSMBlock)
+    monkeypatch.setattr(Backbone, "positions", Backbone.positions)
+    monkeypatch.setitem(MIXERS, "s4d", MIXERS["s4d"])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
+    config = load_config("digits")
+    before = build_model(config)
+    CHANGES[change]()
+    after = build_model(config)
+    mixer, N = after.blocks[0].mixer, config.model.d_state
+    u = torch.randn(1, config.model.hidden_size, 6, 1)
+    later = mixer(u)[:, :, :3] - mixer(torch.cat([u[:, :, :3], -u[:, :, 3:]], 2))[:, :, :3]  # what the future changes
+    poles = mixer.A_imag[0, 0, :2].tolist()
+    found = {
+        "one-direction": later.abs().max().item() < 1e-5,
+        "s4d-inv": poles == pytest.approx([N / math.pi * (N - 1), N / math.pi * (N / 3 - 1)]),
+        "long-steps": 1e-2 <= mixer.log_dt.exp().min() < mixer.log_dt.exp().max() <= 1,
+        "short-steps": 1e-4 <= mixer.log_dt.exp().min() < mixer.log_dt.exp().max() <= 1e-2,
+        "no-gate": not hasattr(after.blocks[0], "W1"),
+        "no-positions": after.position.abs().max().item() == 0,
+    }
+    assert [name for name, holds in found.items() if holds] == [change]
+    assert poles == pytest.approx([0, math.pi]) or change == "s4d-inv"
+    removed = {name for name, _ in before.named_parameters()} - {name for name, _ in after.named_parameters()}
+    assert {name.split(".")[2] for name in removed} == ({"W1"} if change == "no-gate" else set())
+    assert after(torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])).isfinite().all()

@@ -28,6 +28,7 @@ from diffussm_cli.data.images import save_grid
 SAMPLING_SEED = 0  # of the first image that run.py draws
 
 MEASURES = {
+    "parameters": "parameters",
     "steps": "steps",
     "gflops": "Gflops",
     "cpu_seconds": "seconds of one thread",
@@ -72,7 +73,7 @@ def load_results(folder: Path) -> list[dict]:
     """Every result of a study but the trials of its search, its metrics beside the rest."""
     paths = [path for path in sorted(folder.glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [{**r, **r["metrics"]} for r in found if r["searched"] is None]
+    return [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
 
 
 def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:

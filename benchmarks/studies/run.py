@@ -21,11 +21,13 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from changes import CHANGES
 from measures import floor, measure
 from study import FLOOR, RATES, RESULTS, Job, Study, choose, config_hash, load_study, missing, step_gflops
 
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.machine.processes import read_world
+from diffussm_cli.profiling.flops import cost
 
 HERE = Path(__file__).parent
 TURNS, TURN_STEPS = 3, 60  # of each run when the seconds of a step are measured
@@ -57,7 +59,7 @@ def main() -> None:
     else:
         run_all(missing(study.trials(), folder), arguments)
         run_all(missing(jobs_of(study, folder), folder), arguments)
-        if not (folder / FLOOR).exists():
+        if study.samples and not (folder / FLOOR).exists():
             config = study.jobs({})[0].config()
             write_text(folder / FLOOR, json.dumps(floor(config, study.samples, arguments.work / study.name)) + "\n")
 
@@ -132,6 +134,8 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    if job.change:
+        CHANGES[job.change]()
     config, root = job.config(), work / study.name / job.name
     start = time.process_time()
     done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
@@ -142,9 +146,11 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "run": job.run,
         "seed": job.seed,
         "searched": job.searched,
+        "change": job.change,
         "preset": job.preset,
         "overrides": list(job.overrides),
         "config": config_hash(config),
+        "parameters": cost(config).parameters,
         "steps": done.steps,
         "gflops": step_gflops(config) * done.steps,
         "cpu_seconds": time.process_time() - start,
@@ -161,7 +167,7 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "machine": machine_name(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if job.searched is not None or read_world().rank:
+    if job.searched is not None or read_world().rank or not study.samples:
         return found
     found["metrics"] = measure(root, study.samples)
     if job.seed == study.seeds[0]:  # the spread over the seeds of sampling

@@ -29,6 +29,7 @@ class Job:
     preset: str
     overrides: tuple[str, ...]
     searched: str | None = None  # the value of the searched field, in a trial of the search
+    change: str | None = None  # to the network, a name in `changes.CHANGES`
 
     @property
     def name(self) -> str:
@@ -44,9 +45,10 @@ class Job:
 class Study:
     """A study as its file describes it.
 
-    `runs` maps a name to a preset and overrides. The budget is `gflops` of training, `images`, or `seconds` of training
-    on one thread, by the seconds of a step of each run that were measured in turn beforehand. `search` maps one field
-    to its grid, which is tried at a third of the budget on the held-out loss.
+    `runs` maps a name to a preset, a change to the network (`changes.py`), and overrides. The budget is `gflops` of
+    training, `images`, or `seconds` of training on one thread, by the seconds of a step of each run that were measured
+    in turn beforehand. `search` maps one field to its grid, which is tried at a third of the budget on the held-out
+    loss.
     """
 
     name: str
@@ -59,7 +61,7 @@ class Study:
     images: int | None = None
     seconds: float | None = None
     search: dict[str, list] = field(default_factory=dict)
-    samples: int = 2000
+    samples: int = 2000  # 0: only the held-out loss
     evaluations: int = 10  # points of the held-out curve
     step_seconds: dict[str, float] = field(default_factory=dict)  # of each run, in the file RATES
 
@@ -80,6 +82,7 @@ class Study:
         """The preset of a run, and its overrides."""
         own = dict(self.runs[run] or {})
         preset = own.pop("preset", self.base.get("preset"))
+        own.pop("change", None)
         settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
         return preset, [f"{k}={v}" for k, v in settings.items()]
 
@@ -87,7 +90,8 @@ class Study:
         preset, overrides = self.config(run, values)
         steps = self.steps(run, load_config(preset, overrides), share)
         overrides += [f"train.steps={steps}", f"eval.every={math.ceil(steps / self.evaluations)}", "eval.images=0"]
-        return Job(run, seed, preset, tuple(overrides), None if searched is None else str(searched))
+        searched, change = None if searched is None else str(searched), (self.runs[run] or {}).get("change")
+        return Job(run, seed, preset, tuple(overrides), searched, change)
 
     def steps(self, run: str, config: Config, share: float = 1.0) -> int:
         """The number of steps that a share of the budget pays for."""

@@ -106,6 +106,10 @@ class DiffuSSMBlock(nn.Module):
         u = gelu(self.W_up.expand(gelu(self.W0(h))))  # U (B, D, J, M)
         y = self.mixer(self.local(u, grid) if self.local else u, grid)  # Y (B, 2D, J, M)
         z = gelu(self.W_down.contract(y))  # I' (B, J, 2D)
-        gated = gelu(self.W2(z)) * gelu(self.W1(h))  # (B, J, 2D)
+        gated = self.gate(gelu(self.W2(z)), h)  # (B, J, 2D)
         o = self.W3(gated.flatten(0, 1)).view_as(x)  # O (B, J, D); 2-D, as torch adds the bias of 3-D separately
         return x + self.scan.undo(o, grid)
+
+    def gate(self, o: Tensor, h: Tensor) -> Tensor:
+        """What the tokens gave, o (B, J, 2D), times the gate of the block's input, h (B, J, D) -> (B, J, 2D)."""
+        return o * gelu(self.W1(h))
