@@ -123,8 +123,8 @@ def test_tables_of_the_studies_stand_in_the_documentation(monkeypatch):
     shown = re.findall(r"report\.py (\S+)", "\n".join(text))
     assert len(shown) >= 3
     for name in shown:
-        folder = studies.RESULTS / name
-        floor = json.loads((folder / studies.FLOOR).read_text("utf-8"))
         study = studies.load_study(name)
-        page = report.page(study, report.load_results(folder), next(iter(study.runs)), floor)
+        file = studies.RESULTS / name / studies.FLOOR
+        floor = json.loads(file.read_text("utf-8")) if study.samples else {}
+        page = report.page(study, report.load_results(study), next(iter(study.runs)), floor)
         assert [line for line in page if line.startswith("|") and line not in text] == []

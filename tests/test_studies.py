@@ -88,6 +88,19 @@ def test_intervals_and_paired_differences_by_hand():
     assert report.paired(results, "b", "a", "fid") == [2.0]
 
 
+def test_losses_at_a_common_budget_are_read_from_the_curves(tmp_path, monkeypatch):
+    study = make(images=64, base=VALUES["base"] | {"train.lr_decay": "constant"})
+    for name, steps, gflops, curve in [("a", 10, 20.0, [(5, 40, 4.0), (10, 80, 2.0)]), ("b", 4, 12.0, [(4, 32, 3.0)])]:
+        (tmp_path / "s").mkdir(exist_ok=True)
+        values = {"run": name, "seed": 0, "searched": None, "steps": steps, "gflops": gflops, "curve": curve}
+        (tmp_path / "s" / f"{name}-s0.json").write_text(json.dumps(values), encoding="utf-8")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    a, b = report.load_results(study)
+    assert (a["at_gflops"], b["at_gflops"]) == (pytest.approx(4.0 - 2.0 * 2 / 10), 3.0)  # 12 Gflops are 6 steps of a
+    assert ("at_images" in a, b["at_images"]) == (False, 3.0)  # the curve of a begins after 40 images
+    assert "at_images" not in report.load_results(make(images=64))[0]
+
+
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_study_names_runs_that_exist(path):
     study = studies.load_study(path.stem)

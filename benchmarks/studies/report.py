@@ -22,8 +22,10 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).parent))
 from study import FLOOR, RATES, RESULTS, Study, load_study
 
+from diffussm_cli.config import load_config
 from diffussm_cli.data.arrays import open_npz
 from diffussm_cli.data.images import save_grid
+from diffussm_cli.profiling.flops import cost
 
 SAMPLING_SEED = 0  # of the first image that run.py draws
 
@@ -33,6 +35,8 @@ MEASURES = {
     "gflops": "Gflops",
     "cpu_seconds": "seconds of one thread",
     "held_out": "held-out loss",
+    "at_gflops": "the same after the Gflops that all reach",
+    "at_images": "the same after the images that all reach",
     "fid": "FID",
     "sfid": "sFID",
     "is": "IS",
@@ -59,7 +63,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()
     study = load_study(arguments.name)
-    results = load_results(RESULTS / study.name)
+    results = load_results(study)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     print("\n".join(page(study, results, arguments.against or next(iter(study.runs)), floor)))
@@ -69,11 +73,28 @@ def main() -> None:
         grid(study, arguments.work / study.name, arguments.grid)
 
 
-def load_results(folder: Path) -> list[dict]:
-    """Every result of a study but the trials of its search, its metrics beside the rest."""
-    paths = [path for path in sorted(folder.glob("*.json")) if path.name not in (FLOOR, RATES)]
+def load_results(study: Study) -> list[dict]:
+    """Every result of a study but the trials of its search, its metrics beside the rest.
+
+    With a constant rate of learning, the loss of a run is also read from its curve where the shortest run ends, unless
+    its curve begins later.
+    """
+    paths = [path for path in sorted((RESULTS / study.name).glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    return [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
+    results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
+    if study.base.get("train.lr_decay") == "constant":
+        for name, unit in {"at_gflops": "gflops", "at_images": "images"}.items():
+            common = min(curve(r, unit)[0][-1] for r in results)
+            for r in results:
+                if curve(r, unit)[0][0] <= common:
+                    r[name] = float(np.interp(common, *curve(r, unit)))
+    return results
+
+
+def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
+    """The held-out losses of a run, by "images", or by a total such as "gflops" that grows with the steps."""
+    steps, images, losses = map(list, zip(*result["curve"]))
+    return images if unit == "images" else [step / result["steps"] * result[unit] for step in steps], losses
 
 
 def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
@@ -133,21 +154,29 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:
-    """Held-out loss against Gflops and seconds of training, a colour for each run, a line for each seed."""
+    """Held-out loss against Gflops and seconds of training, a colour for each run, a line for each seed.
+
+    If the rate of learning is constant, a third panel has the last loss against the memory of training by formula.
+    """
     import matplotlib
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.6), sharey=True)
-    units = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
-    for axis, (unit, label) in zip(axes, units.items()):
+    panels = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
+    if any("at_gflops" in r for r in results):
+        panels["memory"] = "MiB of training, by formula"
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
+    for axis, (unit, label) in zip(axes, panels.items()):
         for i, run in enumerate(study.runs):
-            for j, r in enumerate(r for r in results if r["run"] == run):
-                x = [step / r["steps"] * r[unit] for step, _, _ in r["curve"]]
-                loss = [value for *_, value in r["curve"]]
-                axis.plot(x, loss, color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
+            of_run = [r for r in results if r["run"] == run]
+            if unit == "memory":
+                mib = cost(load_config(*study.config(run, {}))).training_bytes / 2**20
+                axis.plot([mib] * len(of_run), [r["held_out"] for r in of_run], "o", color=f"C{i}", alpha=0.6)
+                continue
+            for j, r in enumerate(of_run):
+                axis.plot(*curve(r, unit), color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(xlabel=label, yscale="log")
+        axis.set(xlabel=label, yscale="log", xscale="log" if unit == "memory" else "linear")
     axes[0].set_ylabel("held-out loss")
     axes[0].legend(frameon=False)
     figure.tight_layout()
