@@ -124,6 +124,8 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     found = [runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)]
     assert found[0]["held_out"] == found[1]["held_out"]
     assert [step for step, *_ in found[0]["curve"]][-1] == found[0]["steps"]
+    (tmp_path / "a-s3.json").write_text(json.dumps(found[0]), encoding="utf-8")
+    assert runner.repeat(tmp_path / "a-s3.json") == (found[0]["held_out"],) * 2
     metrics, again = (json.loads(json.dumps(found[0]))[name] for name in ("metrics", "metrics_again"))
     assert metrics == found[1]["metrics"] | {k: metrics[k] for k in ("sampling_images_per_second",)}
     assert metrics["fid"] != again["fid"] > 0

@@ -3,6 +3,7 @@
     python benchmarks/studies/run.py NAME [--jobs 2] [--work runs/studies]
     python benchmarks/studies/run.py NAME --plan        # what it would run, with Gflops and GPU days
     torchrun --nproc-per-node 8 benchmarks/studies/run.py NAME --one RUN-s0   # one training, on several GPUs
+    python benchmarks/studies/run.py NAME --repeat RUN-s0   # train it again from its JSON, and compare the loss
 
 Every training is a process of its own with one thread. Its result is one JSON in benchmarks/studies/results/NAME/: the
 configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics
@@ -17,6 +18,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -41,12 +43,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="where runs are kept meanwhile")
     parser.add_argument("--plan", action="store_true", help="show what would run, and stop")
     parser.add_argument("--one", metavar="JOB", help="only this training, as --plan names it, in this process")
+    parser.add_argument("--repeat", metavar="JOB", help="train a finished job again; exit code 1 if its loss differs")
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     folder = RESULTS / study.name
     if arguments.plan:
         show_plan(study)
         return
+    if arguments.repeat:
+        again, stored = repeat(folder / f"{arguments.repeat}.json")
+        print(f"held-out loss of {arguments.repeat}: {stored} stored, {again} again")
+        sys.exit(again != stored)
     folder.mkdir(parents=True, exist_ok=True)
     if study.seconds is not None and not study.step_seconds:
         write_text(folder / RATES, json.dumps(measure_rates(study, arguments.work), indent=1) + "\n")
@@ -83,6 +90,14 @@ def measure_rates(study: Study, work: Path) -> dict:
             found[run].append(config.train.batch_size / images_per_second(read_log(root)))
     middle = {run: statistics.median(seconds) for run, seconds in found.items()}
     return {"step_seconds": middle, "turns": found, "machine": machine_name(), "commit": commit()}
+
+
+def repeat(file: Path) -> tuple[float, float]:
+    """Train what a result describes once more: its held-out loss now, and the one that is stored."""
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    job = Job(stored["run"], stored["seed"], stored["preset"], tuple(stored["overrides"]), change=stored.get("change"))
+    with tempfile.TemporaryDirectory() as folder:
+        return train_job(job, Path(folder) / "run")["held_out"], stored["held_out"]
 
 
 def read_log(root: Path) -> list[dict]:
@@ -126,6 +141,18 @@ def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
 
 def train_and_measure(job: Job, study: Study, work: Path) -> dict:
     """Train a job, or go on with it, and measure its averaged weights; under torchrun the first process does."""
+    root = work / study.name / job.name
+    found = {"study": study.name, **train_job(job, root)}
+    if job.searched is not None or read_world().rank or not study.samples:
+        return found
+    found["metrics"] = measure(root, study.samples)
+    if job.seed == study.seeds[0]:  # the spread over the seeds of sampling
+        found["metrics_again"] = measure(root, study.samples, seed=study.samples)
+    return found
+
+
+def train_job(job: Job, root: Path) -> dict:
+    """Train a job in a folder, or go on with it there: what is known of it without samples."""
     import torch
 
     import diffussm_cli
@@ -136,13 +163,11 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         torch.set_num_threads(1)
     if job.change:
         CHANGES[job.change]()
-    config, root = job.config(), work / study.name / job.name
-    start = time.process_time()
+    config, start = job.config(), time.process_time()
     done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
     records = read_log(root)
     curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
-    found = {
-        "study": study.name,
+    return {
         "run": job.run,
         "seed": job.seed,
         "searched": job.searched,
@@ -167,12 +192,6 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
         "machine": machine_name(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if job.searched is not None or read_world().rank or not study.samples:
-        return found
-    found["metrics"] = measure(root, study.samples)
-    if job.seed == study.seeds[0]:  # the spread over the seeds of sampling
-        found["metrics_again"] = measure(root, study.samples, seed=study.samples)
-    return found
 
 
 def show_plan(study: Study) -> None:
