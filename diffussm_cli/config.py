@@ -594,16 +594,9 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
 # ------------------------------------------------------------------------------------------------- writing
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as `config_from_dict` reads them."""
-    values = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
-    if len(config.train.ema) == 1:
-        values["train"]["ema"] = config.train.ema[0]
+    values, ema = dataclasses.asdict(config), config.train.ema
+    values["train"]["ema"] = list(ema) if len(ema) > 1 else ema[0]
     return values
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def to_yaml(config: Config) -> str:

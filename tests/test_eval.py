@@ -84,7 +84,7 @@ def test_result_is_stored_and_shown(digits, tmp_path):
 def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
     folder = save(tmp_path / "s", digits[0][:70])
     first = measure(folder, *REFERENCE, "--metrics", "fid,kid")
-    monkeypatch.setattr("diffussm_cli.evaluation.features.Digits.__call__", None)  # no feature can be had any more
+    monkeypatch.setattr("diffussm_cli.evaluation.features.Extractor.__call__", None)  # no feature can be had any more
     again = measure(folder, *REFERENCE)
     assert again["metrics"]["kid"] == first["metrics"]["kid"]
 

@@ -101,6 +101,7 @@ def median(pairs: list) -> tuple[float, float]:
 def seconds_of_write(encoder: encoding.Encoder) -> tuple[float, float]:
     """From the first batch that workers have ready, as a long run is not their start, to the shard on disk."""
     steps = encoder.write([0])
+    next(steps)  # nothing is done yet
     next(steps)
     first = encoder.settings.batch_size
     scale = encoder.settings.images / (encoder.settings.images - first)

@@ -55,7 +55,7 @@ def metrics(n: int) -> dict[str, float]:
     """Seconds of each metric of n random features against 10,000, and the peak after it."""
     generator = torch.Generator().manual_seed(0)
     samples, pool = synthetic(n, generator), synthetic(10_000, generator)
-    reference = Reference("synthetic", None, None)
+    reference = Reference("synthetic", None)
     reference.complete(pool)
     seconds, start = {}, time.perf_counter()
     for name, _ in evaluate_features(samples, reference, METRICS):

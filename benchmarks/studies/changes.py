@@ -13,17 +13,18 @@ from torch import Tensor
 
 from diffussm_cli.model import Backbone
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.mixers import MIXERS, S4DMixer
+from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.model.s4d import S4D
 
 
-class OneDirection(S4DMixer):
+class OneDirection(S4D):
     """u (B, D, J, M) -> concat(forward, u) (B, 2D, J, M); the parameters of the backward direction are not used."""
 
     def forward(self, u: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return torch.cat([super().forward(u, grid)[:, : u.shape[1]], u], dim=1)
 
 
-class S4DInv(S4DMixer):
+class S4DInv(S4D):
     """S4D with the poles of S4D-Inv: Im A = N/pi (N/(2n + 1) - 1), n = 0..N/2-1 (arXiv 2206.11893)."""
 
     @torch.no_grad()
@@ -33,7 +34,7 @@ class S4DInv(S4DMixer):
         self.A_imag.copy_(N / math.pi * (N / (2 * n + 1) - 1))
 
 
-def mix_with(kind: type[S4DMixer], **settings: float) -> None:
+def mix_with(kind: type[S4D], **settings: float) -> None:
     """Let the mixer s4d be of this kind, with these settings of `S4D`."""
     MIXERS["s4d"] = lambda D, N, *_: kind(D, N, **settings)
 
@@ -65,8 +66,8 @@ def no_positions() -> None:
 CHANGES: dict[str, Callable[[], None]] = {
     "one-direction": lambda: mix_with(OneDirection),
     "s4d-inv": lambda: mix_with(S4DInv),
-    "long-steps": lambda: mix_with(S4DMixer, dt_min=1e-2, dt_max=1.0),
-    "short-steps": lambda: mix_with(S4DMixer, dt_min=1e-4, dt_max=1e-2),
+    "long-steps": lambda: mix_with(S4D, dt_min=1e-2, dt_max=1.0),
+    "short-steps": lambda: mix_with(S4D, dt_min=1e-4, dt_max=1e-2),
     "no-gate": no_gate,
     "no-positions": no_positions,
 }

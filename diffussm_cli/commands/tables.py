@@ -138,10 +138,7 @@ def paper_tables(as_json: bool) -> None:
 
     dit, training = list(paper.dit_rows()), list(paper.training_rows())
     if as_json:
-        rows = {
-            "dit": [r._asdict() | {"difference": r.difference} for r in dit],
-            "training": [t._asdict() | {"ours": t.ours, "difference": t.difference} for t in training],
-        }
+        rows = {"dit": [r._asdict() for r in dit], "training": [t._asdict() for t in training]}
         typer.echo(json.dumps(rows | {"sentence": paper.sentence()}, indent=1))
         return
     console = Console()

@@ -107,8 +107,8 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
         )
     if "is" in metrics and _in_order(samples.labels):
         found.append(f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low")
-    if reference.size and tuple(reference.size) != tuple(samples.size):
-        theirs, ours = ("x".join(map(str, s)) for s in (reference.size, samples.size))
+    if reference.images and tuple(reference.images.size) != tuple(samples.size):
+        theirs, ours = ("x".join(map(str, s)) for s in (reference.images.size, samples.size))
         found.append(f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared")
     if samples.lossy:
         found.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")

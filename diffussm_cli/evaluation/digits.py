@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from diffussm_cli.errors import ConfigError
+
 WEIGHTS = "digits.safetensors"
 SPATIAL_CHANNELS = 8
 POOL_SCALE = 11.2  # scale of the pool features on the training digits; they are divided by it
 
 
 class DigitsNet(nn.Module):
-    """uint8 (B, 1, 28, 28) -> pool, spatial, logits."""
+    """uint8 (B, 1, 28, 28) -> pool, spatial, logits. Raises ConfigError for another size."""
+
+    channels = 1
 
     def __init__(self):
         super().__init__()
@@ -29,6 +33,8 @@ class DigitsNet(nn.Module):
         self.classify = nn.Linear(64, 10)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if images.shape[2:] != (28, 28):
+            raise ConfigError(f"--extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}")
         h = images.float() / 127.5 - 1
         h = F.max_pool2d(F.relu(self.conv1(h)), 2)  # (B, 16, 14, 14)
         h = F.max_pool2d(F.relu(self.conv2(h)), 2)  # (B, 32, 7, 7)
@@ -38,17 +44,9 @@ class DigitsNet(nn.Module):
         return pool / POOL_SCALE, spatial, self.classify(F.relu(pool))
 
 
-def load_digits() -> DigitsNet:
-    """The trained network, in eval mode, on the CPU."""
+def load_digits() -> tuple[DigitsNet, str]:
+    """The trained network, in eval mode, on the CPU, and its identity with the hash of its weights."""
+    content = (resources.files("diffussm_cli.evaluation") / WEIGHTS).read_bytes()
     network = DigitsNet()
-    network.load_state_dict(load(_content()))
-    return network.eval().requires_grad_(False)
-
-
-def weights_sha256() -> str:
-    """SHA-256 of the shipped weights."""
-    return hashlib.sha256(_content()).hexdigest()
-
-
-def _content() -> bytes:
-    return (resources.files("diffussm_cli.evaluation") / WEIGHTS).read_bytes()
+    network.load_state_dict(load(content))
+    return network.eval().requires_grad_(False), f"digits-{hashlib.sha256(content).hexdigest()[:16]}"

@@ -40,7 +40,7 @@ class DrawnImages:
         if channels == 1 and not data.is_grey:
             raise ConfigError("--extractor: this one takes grey images, but the run draws colour images")
         self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
-        self.name, self.size, self.facts, self.text = name, data.size, facts, text
+        self.name, self.size, self.grey, self.facts, self.text = name, data.size, data.is_grey, facts, text
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -10,7 +10,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from diffussm_cli.data.text import HUB_NAME
 from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.evaluation.clip import load_clip
+from diffussm_cli.evaluation.digits import load_digits
 from diffussm_cli.evaluation.efficientnet import load_efficientnet
 from diffussm_cli.machine.files import sha256
 
@@ -35,24 +36,30 @@ class Features(NamedTuple):
     logits: Tensor | None = None
 
 
-class Extractor(Protocol):
-    """What `load_extractor` returns: `identity` identifies the weights, `channels` is 1 or 3."""
+class Extractor:
+    """A network of the user or of ours: uint8 images (B, channels, H, W) -> pool features, or (pool, spatial, logits).
 
-    identity: str
-    channels: int
+    Spatial features and logits may be None. `identity` identifies the weights. If the attribute `channels` of a network
+    is 1, it gets grey images.
+    """
 
+    def __init__(self, network: nn.Module, identity: str, device: torch.device):
+        self.network, self.identity, self.device = network.to(device), identity, device
+        self.channels: int = getattr(network, "channels", 3)
+
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, channels, H, W) on any device."""
+        found = self.network(images.to(self.device))
+        return Features(found) if isinstance(found, Tensor) else Features(*found)
 
 
-class Inception:
+class Inception(Extractor):
     """The Inception network of 2015-12-05 with ADM's layers, as shipped by torch-fidelity.
 
     Pool: 2,048 features. Spatial: the first 7 channels of Mixed_6d.branch1x1 after its ReLU, 17 x 17, flattened in NHWC
     order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as in TensorFlow 1.
     """
-
-    channels = 3
 
     def __init__(self, weights: Path | None, device: torch.device):
         import torch_fidelity.feature_extractor_inceptionv3 as module
@@ -63,8 +70,7 @@ class Inception:
             network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
         except (RuntimeError, AttributeError, TypeError) as e:
             raise DataError(f"--extractor-weights: {path} does not hold torch-fidelity's Inception weights") from e
-        self.network, self.device = network.to(device), device
-        self.identity = f"inception-{digest[:16]}"
+        super().__init__(network, f"inception-{digest[:16]}", device)
         self._spatial: list[Tensor] = []
         network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
 
@@ -75,50 +81,7 @@ class Inception:
         return Features(pool, spatial.permute(0, 2, 3, 1).flatten(1).float(), logits)
 
 
-class Digits:
-    """The built-in default for 28x28 digits: a small classifier."""
-
-    channels = 1
-
-    def __init__(self, device: torch.device):
-        from diffussm_cli.evaluation import digits
-
-        self.network, self.device = digits.load_digits().to(device), device
-        self.identity = f"digits-{digits.weights_sha256()[:16]}"
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        if images.shape[2:] != (28, 28):
-            raise ConfigError(f"--extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}")
-        return Features(*self.network(images.to(self.device)))
-
-
-class Own:
-    """A network of the user or of ours: uint8 images (B, 3, H, W) -> pool features, or (pool, spatial, logits).
-
-    Spatial features and logits may be None.
-
-    If its attribute `channels` is 1, it gets grey images.
-    """
-
-    channels = 3
-
-    def __init__(self, network: nn.Module, identity: str, device: torch.device):
-        self.network, self.identity, self.device = network.to(device), identity, device
-        self.channels = getattr(network, "channels", 3)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        found = self.network(images.to(self.device))
-        return Features(found) if isinstance(found, Tensor) else Features(*found)
-
-
 AUTO = "auto"
-
-
-def usual_extractor(size: tuple[int, int], grey: bool) -> str:
-    """The extractor that `auto` stands for: digits for grey 28x28 images, otherwise inception."""
-    return "digits" if tuple(size) == (28, 28) and grey else "inception"
 
 
 def doubts(asked: str, used: str, compared_with: str) -> list[str]:
@@ -145,15 +108,15 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
     if name == "inception":
         return Inception(weights, device)
     if name == "digits":
-        return Digits(device)
+        return Extractor(*load_digits(), device)
     if name == "efficientnet":
-        return Own(*load_efficientnet(), device)
+        return Extractor(*load_efficientnet(), device)
     if name.endswith((".pt", ".pt2")):
-        return Own(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
+        return Extractor(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
     if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        return Own(*_call_factory(name), device)
+        return Extractor(*_call_factory(name), device)
     if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
-        return Own(*load_clip(name), device)
+        return Extractor(*load_clip(name), device)
     known = f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
     raise ConfigError(f"--extractor: {name!r} must be {known}")
 

@@ -3,7 +3,6 @@
 FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s (s,), sigma_s (s, s) of spatial ones.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ class Reference:
     """What samples are compared with. Statistics that a file lacks are computed from its images when needed."""
 
     name: str
-    size: tuple[int, int] | None
     images: ImageSet | None
     pool: Statistics | None = None
     spatial: Statistics | None = None
@@ -63,7 +61,7 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     """
     if not path.endswith(".npz"):
         images = open_images(path, extractor.channels, size, "--reference")
-        return Reference(path, images.size, images)
+        return Reference(path, images)
     arrays = open_npz(Path(path))
     if IMAGES not in arrays and not set(POOL) <= set(arrays):
         has = ", ".join(sorted(arrays)) or "nothing"
@@ -72,13 +70,7 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     if made_with not in (None, extractor.identity):
         raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
     own = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
-    return Reference(
-        path,
-        own.size if own else None,
-        own,
-        _statistics(arrays, POOL),
-        _statistics(arrays, SPATIAL),
-    )
+    return Reference(path, own, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
 
 
 def _made_with(arrays: dict[str, Rows]) -> str | None:
@@ -143,9 +135,10 @@ def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, see
     n = min(count, len(images))
     chosen = sorted(np.random.default_rng(seed).choice(len(images), n, replace=False).tolist())
     channels = work.extractor.channels
+    blocks = (block.permute(0, 2, 3, 1).numpy() for block in images.read(chosen, BLOCK))
     pool, spatial = moments(gathered.pool), gathered.spatial
     arrays = {
-        IMAGES: ((n, *images.size, channels), np.uint8, _blocks(images, chosen)),
+        IMAGES: ((n, *images.size, channels), np.uint8, blocks),
         "mu": _whole(pool.mean),
         "sigma": _whole(pool.covariance),
     }
@@ -154,10 +147,6 @@ def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, see
     identity = np.frombuffer(work.extractor.identity.encode(), np.uint8)
     write_npz(path, arrays | {EXTRACTOR: (identity.shape, np.uint8, [identity])})
     return n
-
-
-def _blocks(images: ImageSet, chosen: list[int]) -> Iterator[np.ndarray]:
-    return (block.permute(0, 2, 3, 1).numpy() for block in images.read(chosen, BLOCK))
 
 
 def _whole(tensor: Tensor) -> tuple:

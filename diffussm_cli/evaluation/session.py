@@ -14,10 +14,10 @@ from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.clip import Clip
 from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
-from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, load_extractor, usual_extractor
+from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, load_extractor
 from diffussm_cli.evaluation.gathering import Gathered, Gathering
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
-from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images, probe
+from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images
 from diffussm_cli.evaluation.text import names_in, names_of, retrieval
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
@@ -63,15 +63,15 @@ class EvaluationSession:
         return self._extractor
 
     def choose(self, size: Size, grey: bool) -> None:
-        """Replace `auto` by the extractor for images of this size and colour."""
+        """Replace `auto` by digits for grey images of 28x28, and by inception for others."""
         if self.name == AUTO:
-            self.name = usual_extractor(size, grey)
+            self.name = "digits" if tuple(size) == (28, 28) and grey else "inception"
 
     def open(self, path: str, size: Size | None = None, option: str = "SAMPLES") -> ImageSet:
         """Open a set of images for the extractor, cropped to `size` if given. Raises DiffussmError."""
         if self.name == AUTO:
-            found, grey = probe(path, option)
-            self.choose(size or found, grey)
+            found = open_images(path, 3, None, option)
+            self.choose(size or found.size, found.grey)
         return open_images(path, self.extractor.channels, size, option)
 
     def draw(

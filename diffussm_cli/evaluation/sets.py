@@ -8,7 +8,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +38,7 @@ class ImageSet(Protocol):
 
     name: str
     size: tuple[int, int]  # (H, W)
+    grey: bool  # whether the first image is, or all of a built-in set
     labels: Sequence[int] | None
     lossy: bool
 
@@ -83,8 +83,9 @@ class _Folder:
         if not entries:
             raise DataError(f"{option}: {path} holds no image other than {GRID}")
         self.listing = Listing(listing.root, entries, listing.class_names, listing.ignored)
-        first, self.grey = self._first()
-        self.cropped, self.size = size is not None, size or first
+        first = read_entry(listing.root, entries[0], None)
+        self.cropped, self.size = size is not None, size or (first.shape[0], first.shape[1])
+        self.grey = is_grey(first)
         self.labels: Sequence[int] | None = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
         self._pool = helpers(min(8, own_cores()))
@@ -97,21 +98,12 @@ class _Folder:
         found = read_captions(self.listing, needed=False)
         return [found.get(e.name, ()) for e in self.listing.entries] if found else ()
 
-    def _first(self) -> tuple[tuple[int, int], bool]:
-        """The size of the first image, and whether it is grey."""
-        image = read_entry(self.listing.root, self.listing.entries[0], None)
-        height, width = image.shape[:2]
-        return (height, width), is_grey(image)
-
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
-        following = self._submit(batches[0]) if batches else []
+        begun = [self._pool.map(self._read_one, batch) for batch in batches[:1]]
         for k in range(len(batches)):
-            images, following = following, self._submit(batches[k + 1]) if k + 1 < len(batches) else []
-            yield torch.stack([f.result() for f in images])
-
-    def _submit(self, places: Sequence[int]) -> list[Future]:
-        return [self._pool.submit(self._read_one, i) for i in places]
+            begun += [self._pool.map(self._read_one, batch) for batch in batches[k + 1 : k + 2]]  # while k is used
+            yield torch.stack(list(begun.pop(0)))
 
     def _read_one(self, i: int) -> Tensor:
         entry = self.listing.entries[i]
@@ -145,6 +137,7 @@ class _Npz:
         self.rows = image_rows(arrays[IMAGES])
         height, width = self.rows.shape[1:3]
         self.size = (height, width)
+        self.grey = is_grey(next(self.rows.read(0, 1)))
         _refuse_other_size(self, size)
         labels = arrays.get(LABELS)
         if labels is not None and (labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"):
@@ -224,15 +217,3 @@ class _Builtin:
 
     def sha256(self) -> str:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
-
-
-def probe(path: str, option: str = "SAMPLES") -> tuple[tuple[int, int], bool]:
-    """The (height, width) of the first image of a set, and whether it is grey. Raises DataError."""
-    if path.startswith(BUILTIN):
-        found = _Builtin(path, 3)
-        return found.size, found.grey
-    if path.endswith(".npz"):
-        rows = _Npz(Path(path), 3, None)
-        return rows.size, is_grey(next(rows.rows.read(0, 1)))
-    folder = _Folder(Path(path), 3, None, option)
-    return folder.size, folder.grey

@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
+from diffussm_cli.errors import ConfigError
+
 PARTIAL, LOCK = ".partial-", ".lock"
 
 
@@ -28,6 +30,14 @@ def default_cache() -> Path | None:
         return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm")
     except RuntimeError:
         return None
+
+
+def check_path(path: Path, option: str, suffixes: Sequence[str]) -> None:
+    """Raises ConfigError for a file to write of another kind than these, or in a folder that does not exist."""
+    if path.suffix not in suffixes:
+        raise ConfigError(f"{option}: {str(path)!r} must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: there is no folder {str(path.parent)!r}")
 
 
 def sha256(path: Path) -> str:

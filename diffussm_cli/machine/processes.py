@@ -147,17 +147,8 @@ def first_works(world: World) -> Iterator[None]:
     gather(None, world)
 
 
-def total(tensor, world: World):
-    """The sum of a tensor over all processes, in place and without waiting for a CUDA device. Raises RunError."""
-    return _reduced(tensor, world, "SUM")
-
-
-def smallest(tensor, world: World):
-    """The minimum of a tensor over all processes, in place. Raises RunError."""
-    return _reduced(tensor, world, "MIN")
-
-
-def _reduced(tensor, world: World, operation: str):
+def reduced(tensor, world: World, operation: str = "SUM"):
+    """The sum or "MIN" of a tensor over all processes, in place, without waiting for a CUDA device. Raises RunError."""
     if world.size > 1:
         import torch.distributed as dist
 
@@ -172,7 +163,7 @@ def any_of(flag: bool, world: World) -> bool:
         return flag
     import torch
 
-    return bool(total(torch.tensor(float(flag)), world))
+    return bool(reduced(torch.tensor(float(flag)), world))
 
 
 @contextlib.contextmanager

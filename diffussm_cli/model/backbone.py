@@ -53,12 +53,12 @@ class Backbone(nn.Module):
         patch_size: int,
         hidden_size: int,
         compression: int,
-        num_classes: int,
-        learn_sigma: bool,
-        label_std: float,
-        text_width: int,
-        text_tokens: int,
-        gradient_checkpointing: bool,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+        label_std: float = 0.02,
+        text_width: int = 0,
+        text_tokens: int = 0,
+        gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -98,11 +98,13 @@ class Backbone(nn.Module):
         H, W = x.shape[-2:]
         grid = H // self.patch_size, W // (self.patch_size * self.compression)
         c, words = self.condition(t, y, text)  # (B, D), (B, K, D)
-        h = self.patch_in(patchify(x, self.patch_size, self.compression)) + self._position(H, W)  # (B, J, D)
+        position = self.position if self.input_size == (H, W) else self.positions(H, W).to(self.position)
+        h = self.patch_in(patchify(x, self.patch_size, self.compression)) + position  # (B, J, D)
         if words is not None:
             h = torch.cat([words.flip(1), h, words], dim=1)  # (B, K + J + K, D)
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            h = checkpoint(block, h, c, grid, use_reentrant=False) if self._recomputes() else block(h, c, grid)
+            h = checkpoint(block, h, c, grid, use_reentrant=False) if recomputes else block(h, c, grid)
         if words is not None:
             h = h[:, self.text_tokens : -self.text_tokens]
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
@@ -148,14 +150,6 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, S4D):
                 module.forget_kernels()
-
-    def _recomputes(self) -> bool:
-        return self.gradient_checkpointing and torch.is_grad_enabled()
-
-    def _position(self, H: int, W: int) -> Tensor:
-        if self.input_size == (H, W):
-            return self.position
-        return self.positions(H, W).to(self.position)
 
     def positions(self, H: int, W: int) -> Tensor:
         """The fixed position embedding of a grid, (J, D)."""

@@ -5,6 +5,7 @@ D hidden size   N state size of S4D
 """
 
 import itertools
+from typing import Any
 
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.block import DiffuSSMBlock
@@ -38,33 +39,17 @@ class DiffuSSM(Backbone):
         compression: int = 2,
         d_state: int = 64,
         num_classes: int = 1000,
-        learn_sigma: bool = True,
-        label_std: float = 0.02,
-        text_width: int = 0,
-        text_tokens: int = 0,
-        gradient_checkpointing: bool = False,
         mixer: str = "s4d",
         heads: int = 16,
         scan: str = "raster",
         local: int = 0,
+        **options: Any,
     ):
         if 2 * hidden_size % compression:
             raise ValueError(f"compression {compression} must divide twice hidden_size {hidden_size}")
         orders = itertools.islice(itertools.cycle(SCANS[scan]), depth)
-        super().__init__(
-            [DiffuSSMBlock(hidden_size, compression, d_state, mixer, heads, order, local) for order in orders],
-            input_size=input_size,
-            in_channels=in_channels,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            compression=compression,
-            num_classes=num_classes,
-            learn_sigma=learn_sigma,
-            label_std=label_std,
-            text_width=text_width,
-            text_tokens=text_tokens,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        blocks = [DiffuSSMBlock(hidden_size, compression, d_state, mixer, heads, order, local) for order in orders]
+        super().__init__(blocks, input_size, in_channels, patch_size, hidden_size, compression, num_classes, **options)
 
     def reset_parameters(self) -> None:
         """Initialise the layers as `Backbone` does, and the mixers by their own rules (S4D: S4D-Lin)."""

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffussm_cli.errors import ConfigError
-from diffussm_cli.machine.files import whole_file
+from diffussm_cli.errors import ConfigError, writing
+from diffussm_cli.machine.files import check_path, whole_file
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.models import display_name, named_model
 
@@ -18,14 +18,6 @@ DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v")
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name: resolutions and values
-
-
-def check_path(path: Path, option: str, suffixes: Sequence[str]) -> None:
-    """Raises ConfigError for an unsupported file type or a folder that does not exist."""
-    if path.suffix not in suffixes:
-        raise ConfigError(f"{option}: {str(path)!r} must end in {', '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option}: there is no folder {str(path.parent)!r}")
 
 
 def check_figure(path: Path) -> None:
@@ -76,10 +68,8 @@ def draw(panels: Mapping[str, Curves], path: Path) -> None:
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
     figure.tight_layout()
     try:
-        with whole_file(path) as file:
+        with writing(f"--figure: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:
             figure.savefig(file, format=path.suffix.removeprefix("."), dpi=160)
-    except OSError as e:
-        raise ConfigError(f"--figure: cannot write {str(path)!r}: {e.strerror}") from e
     finally:
         pyplot.close(figure)
 

@@ -43,18 +43,17 @@ def swept(name: str, config: Config, sweep: Sequence[str]) -> dict[str, Config]:
         ConfigError: for a wrong text or value, which the message names.
     """
     combinations = itertools.product(*map(_axis, sweep))
-    return {" ".join([name, *letters]): _changed(config, letters) for letters in combinations}
+    return {" ".join([name, *map("=".join, pairs)]): _changed(config, pairs) for pairs in combinations}
 
 
-def _changed(config: Config, letters: Sequence[str]) -> Config:
-    pairs = [text.split("=") for text in letters]
+def _changed(config: Config, pairs: Sequence[tuple[str, str]]) -> Config:
     fields = {f"model.{LETTERS[letter]}": value for letter, value in pairs}
     return config_from_dict(to_dict(config), config.preset, fields=fields)
 
 
-def _axis(text: str) -> list[str]:
-    """Split `M=1,2` into M=1 and M=2."""
+def _axis(text: str) -> list[tuple[str, str]]:
+    """`M=1,2` as M with each of its values."""
     letter, _, values = text.partition("=")
     if letter not in LETTERS or not values:
         raise ConfigError(f"--sweep: {text!r} must read LETTER=VALUES, such as M=1,2,4; letters: {', '.join(LETTERS)}")
-    return [f"{letter}={value}" for value in values.split(",")]
+    return [(letter, value) for value in values.split(",")]

@@ -34,10 +34,7 @@ class Row(NamedTuple):
     name: str
     published: float
     ours: float
-
-    @property
-    def difference(self) -> float:
-        return self.ours / self.published - 1
+    difference: float
 
 
 class Training(NamedTuple):
@@ -48,14 +45,8 @@ class Training(NamedTuple):
     printed: float
     implied: float
     forward: float
-
-    @property
-    def ours(self) -> float:
-        return self.forward * self.images
-
-    @property
-    def difference(self) -> float:
-        return self.ours / self.printed - 1
+    ours: float
+    difference: float
 
 
 def dit_rows() -> Iterator[Row]:
@@ -63,8 +54,9 @@ def dit_rows() -> Iterator[Row]:
     for size, by_patch in DIT_GFLOPS.items():
         for patch, published in by_patch.items():
             ours = cost(load_config(f"dit-{size}-256", [f"model.patch_size={patch}"])).gflops
-            yield Row(f"DiT-{size.upper()}/{patch}", published, ours)
-    yield Row("DiT-XL/2 at 512", DIT_XL_2_AT_512, cost(load_config("dit-xl-512")).gflops)
+            yield Row(f"DiT-{size.upper()}/{patch}", published, ours, ours / published - 1)
+    ours = cost(load_config("dit-xl-512")).gflops
+    yield Row("DiT-XL/2 at 512", DIT_XL_2_AT_512, ours, ours / DIT_XL_2_AT_512 - 1)
 
 
 def training_rows() -> Iterator[Training]:
@@ -72,7 +64,8 @@ def training_rows() -> Iterator[Training]:
     for preset, (printed, images) in TOTAL_GFLOPS.items():
         c = cost(load_config(preset))
         forward = c.gflops - c.parts.get("FFT", 0) - c.parts.get("spectra", 0)
-        yield Training(preset, images, printed, printed / images, forward)
+        ours = forward * images
+        yield Training(preset, images, printed, printed / images, forward, ours, ours / printed - 1)
 
 
 def sentence() -> str:

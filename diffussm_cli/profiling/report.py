@@ -123,7 +123,7 @@ def _add_latency(
             if measured is None:
                 yield Message(f"{entry['name']} at {size[0]}x{size[1]}: {kind} does not fit into memory, skipped")
             else:
-                entry.setdefault("measured", {})[kind] = _describe(measured, configs[i])
+                entry.setdefault("measured", {})[kind] = measured
     result["setting"] = {
         "device": str(setting.device),
         "precision": str(setting.dtype).removeprefix("torch."),
@@ -133,21 +133,6 @@ def _add_latency(
         **facts_of_machine(setting.device),
     }
     result["exponents"] = _exponents(result["models"])
-
-
-def _describe(measured: timing.Measured, config: Config) -> dict[str, Any]:
-    """A measurement as plain values; times in milliseconds per batch."""
-    return {
-        "median_ms": measured.time.median,
-        "low_ms": measured.time.low,
-        "high_ms": measured.time.high,
-        "images_per_second": measured.images_per_second,
-        "of_product_rate": measured.rate,
-        "peak_bytes": measured.peak_bytes,
-        "shares": measured.shares,
-        "blocks_measured": measured.blocks,
-        "scaled": measured.blocks < config.model.depth,
-    }
 
 
 def _exponents(models: Sequence[dict]) -> dict[str, dict[str, float]]:

@@ -10,8 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,26 +24,6 @@ from diffussm_cli.profiling.work import FORWARD, GUIDED, TRAINING, Setting, buil
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear")  # in place or not
 ATTENTION = "scaled_dot_product"
 SSM = "S4D"
-
-
-class Timing(NamedTuple):
-    """Milliseconds of one call: median and quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One model at one kind of work. `shares` of the time are products, attention, SSM, rest (forward only)."""
-
-    time: Timing
-    rate: float  # multiply-adds per second, relative to a large matrix product
-    images_per_second: float
-    peak_bytes: int | None
-    shares: dict[str, float]
-    blocks: int  # number measured; if the model has more, times are scaled
 
 
 # --------------------------------------------------------------------------------------------------- the clock
@@ -74,12 +53,10 @@ def _milliseconds(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def summary(times: Sequence[float]) -> Timing:
-    """Median and quartiles."""
-    if len(times) == 1:
-        return Timing(times[0], times[0], times[0])
-    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Timing(statistics.median(times), low, high)
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles, in milliseconds."""
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * [times[0]]
+    return {"median_ms": median, "low_ms": low, "high_ms": high}
 
 
 # ------------------------------------------------------------------------------------------- where time goes
@@ -131,14 +108,19 @@ def _ssm_named(model: nn.Module) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------- everything
-def measure(configs: Sequence[Config], kind: str, setting: Setting) -> list[Measured | None]:
-    """Time and memory of several models at one kind of work, in turn; None for one that does not fit."""
+def measure(configs: Sequence[Config], kind: str, setting: Setting) -> list[dict[str, Any] | None]:
+    """Time and memory of several models at one kind of work, in turn; None for one that does not fit.
+
+    Times are in milliseconds per batch; if only some blocks were measured, they are scaled to all. `of_product_rate` is
+    the rate in multiply-adds, relative to a large matrix product. `shares` of the time are products, attention, SSM and
+    rest, of a forward pass only.
+    """
     peaks = [_fits(config, kind, setting) for config in configs]
     models = [_Model(config, kind, setting) if fits else None for config, (fits, _) in zip(configs, peaks)]
     reference, macs = product(setting)
     calls = [reference, *(call for model in models if model for call in model.calls)]
     times = iter(take_turns(calls, setting))
-    best = macs / summary(next(times)).median
+    best = macs / summary(next(times))["median_ms"]
     return [m.result(times, best, peak) if m else None for m, (_, peak) in zip(models, peaks)]
 
 
@@ -159,14 +141,21 @@ class _Model:
         self.models = [build(config, setting, depth) for depth in depths]
         self.calls = [workload(model, config, kind, setting) for model in self.models]
 
-    def result(self, times: Iterator[list[float]], best: float, peak: int | None) -> Measured:
+    def result(self, times: Iterator[list[float]], best: float, peak: int | None) -> dict[str, Any]:
         """Summarise the times; `best` is in multiply-adds per millisecond."""
-        time = summary(self._whole([next(times) for _ in self.calls]))
+        found = summary(self._whole([next(times) for _ in self.calls]))
         B = self.setting.batch_size
         per_image = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if self.config.model.num_classes else 1}[self.kind]
         macs = cost(self.config).gflops * 1e9 * per_image * B
-        parts = shares(self.models[0], self.calls[0], self.setting.device) if self.kind == FORWARD else {}
-        return Measured(time, macs / time.median / best, 1e3 * B / time.median, peak, parts, self.blocks)
+        return {
+            **found,
+            "images_per_second": 1e3 * B / found["median_ms"],
+            "of_product_rate": macs / found["median_ms"] / best,
+            "peak_bytes": peak,
+            "shares": shares(self.models[0], self.calls[0], self.setting.device) if self.kind == FORWARD else {},
+            "blocks_measured": self.blocks,
+            "scaled": self.blocks < self.config.model.depth,
+        }
 
     def _whole(self, found: list[list[float]]) -> list[float]:
         """Times with all blocks, repeat by repeat, from those with some blocks and with none."""

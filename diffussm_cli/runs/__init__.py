@@ -1,12 +1,7 @@
 """Run folders: their contents, read and written so that a killed process leaves them intact."""
 
 from diffussm_cli.config import bundled_names
-from diffussm_cli.runs.checkpoints import (
-    damage,
-    has_final,
-    newest_good,
-    whole_folder,
-)
+from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, whole_folder
 from diffussm_cli.runs.hub import fetch, is_elsewhere
 from diffussm_cli.runs.layout import (
     BEFORE_CHECKPOINTS,
@@ -32,17 +27,9 @@ from diffussm_cli.runs.layout import (
     newest_run,
     step_of,
 )
-from diffussm_cli.runs.metadata import (
-    read_config,
-    read_metrics,
-    read_skipped,
-    read_state,
-    write_skipped,
-    write_state,
-)
+from diffussm_cli.runs.metadata import read_config, read_metrics, read_skipped, read_state, write_skipped, write_state
 from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_files
 from diffussm_cli.runs.weights import (
-    DTYPES,
     TrainedRun,
     check_weights_match,
     find_run,
@@ -51,52 +38,3 @@ from diffussm_cli.runs.weights import (
     write_tensors,
     write_weights,
 )
-
-__all__ = [
-    "BEFORE_CHECKPOINTS",
-    "BEST",
-    "BOARD",
-    "CHECKPOINTS",
-    "CONFIG",
-    "DTYPES",
-    "EMA",
-    "FINAL",
-    "LOG",
-    "METRICS",
-    "MODEL",
-    "OPTIMIZER",
-    "REPORT",
-    "RESULTS",
-    "RUNS",
-    "SAMPLES",
-    "SKIPPED",
-    "STATE",
-    "TrainedRun",
-    "bundled_names",
-    "check_weights_match",
-    "checkpoint_name",
-    "damage",
-    "ema_file",
-    "fetch",
-    "files_to_publish",
-    "find_run",
-    "has_final",
-    "is_elsewhere",
-    "list_checkpoints",
-    "load_model",
-    "model_card",
-    "newest_good",
-    "newest_run",
-    "pipeline_files",
-    "read_config",
-    "read_metrics",
-    "read_skipped",
-    "read_state",
-    "read_tensors",
-    "step_of",
-    "whole_folder",
-    "write_skipped",
-    "write_state",
-    "write_tensors",
-    "write_weights",
-]

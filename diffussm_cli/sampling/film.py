@@ -20,14 +20,6 @@ SUFFIXES = (".gif", ".webp")
 IMAGES, FRAMES, MILLISECONDS, LAST = 10, 40, 80, 2000  # most images and frames; how long a frame and the last one show
 
 
-def check_film(path: Path) -> None:
-    """Raises ConfigError for an unsupported file type or a folder that does not exist."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--film: {str(path)!r} must end in {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--film: there is no folder {str(path.parent)!r}")
-
-
 def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: Path) -> None:
     """Draw the first images of a request again, and write evenly spaced steps of their denoising side by side.
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from diffussm_cli import __version__
+from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.data.text import check_prompts
@@ -31,23 +32,8 @@ PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
 GRID_IMAGES = 100
 READ = 256  # images read back at a time
 # The facts of meta.json that must not change when more images are drawn into a folder.
-FIXED = (
-    "weights_sha256",
-    "sampler",
-    "steps",
-    "guidance",
-    "guidance_channels",
-    "guidance_interval",
-    "clip",
-    "first_seed",
-    "classes",
-    "prompts",
-    "negative",
-    "text_encoder",
-    "vae",
-    "decoded_by",
-    "precision",
-)
+FIXED: tuple[str, ...] = ("weights_sha256", *(f.name for f in dataclasses.fields(SampleConfig)))
+FIXED += ("first_seed", "classes", "negative", "text_encoder", "vae", "decoded_by", "precision")
 
 
 def sample_facts(

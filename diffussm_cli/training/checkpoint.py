@@ -13,30 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffussm_cli import runs
 from diffussm_cli.config import TrainConfig
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World, gather
-from diffussm_cli.runs import (
-    CHECKPOINTS,
-    EMA,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    check_weights_match,
-    checkpoint_name,
-    damage,
-    ema_file,
-    list_checkpoints,
-    newest_good,
-    read_state,
-    read_tensors,
-    step_of,
-    whole_folder,
-    write_state,
-    write_tensors,
-)
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
@@ -58,7 +40,8 @@ class CheckpointWriter:
         if self._thread is None:
             self._write(tensors, state)
             return
-        copies = {f: {k: _copy(v) for k, v in ts.items()} for f, ts in tensors.items()}
+        # copies on the CPU, which further training does not change
+        copies = {f: {k: v.detach().to("cpu", copy=True) for k, v in ts.items()} for f, ts in tensors.items()}
         self._running = self._thread.submit(self._write, copies, state)
 
     def check(self) -> None:
@@ -73,31 +56,26 @@ class CheckpointWriter:
             running.result()
 
     def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        path = self.root / CHECKPOINTS / checkpoint_name(state["step"])
-        with whole_folder(path) as folder:
-            hashes = {name: write_tensors(content, folder / name) for name, content in tensors.items()}
-            write_state(folder, state | {"sha256": hashes})
+        path = self.root / runs.CHECKPOINTS / runs.checkpoint_name(state["step"])
+        with runs.whole_folder(path) as folder:
+            hashes = {name: runs.write_tensors(content, folder / name) for name, content in tensors.items()}
+            runs.write_state(folder, state | {"sha256": hashes})
         self._remove_old(path.parent)
 
     def _remove_old(self, folder: Path) -> None:
-        every, kept = self.config.keep_every, set(list_checkpoints(self.root)[-self.config.keep_checkpoints :])
-        for old in list_checkpoints(self.root):
-            permanent = every and step_of(old) % every == 0
+        every, kept = self.config.keep_every, set(runs.list_checkpoints(self.root)[-self.config.keep_checkpoints :])
+        for old in runs.list_checkpoints(self.root):
+            permanent = every and runs.step_of(old) % every == 0
             if old not in kept and not permanent:
                 shutil.rmtree(old)
         for debris in folder.glob(f"{PARTIAL}*"):
             shutil.rmtree(debris)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    """A copy on the CPU, which further training does not change."""
-    return tensor.detach().to("cpu", copy=True)
-
-
 def collect(model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True) -> Tensors:
     """The full tensors of a checkpoint, if `keep` is true. If the models are sharded, every process must call this."""
     moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
-    return full_tensors({MODEL: model.state_dict(), **averages, OPTIMIZER: moments}, keep)
+    return full_tensors({runs.MODEL: model.state_dict(), **averages, runs.OPTIMIZER: moments}, keep)
 
 
 def full_tensors(files: Tensors, keep: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -121,17 +99,17 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
     """
     name, state = None, None
     damaged: list[str] = []
-    if world.rank == 0 and list_checkpoints(root):
-        newest, damaged = newest_good(root)
+    if world.rank == 0 and runs.list_checkpoints(root):
+        newest, damaged = runs.newest_good(root)
         if newest is None:
             raise RunError(
                 f"--resume: {root} has no good checkpoint: {damaged[0]}; choose another --out to begin a new run"
             )
-        name, state = newest.name, read_state(newest)
+        name, state = newest.name, runs.read_state(newest)
     name, state = gather((name, state), world)[0]
     if name is None:
         return None, damaged
-    path = root / CHECKPOINTS / name
+    path = root / runs.CHECKPOINTS / name
     for rank, wrong in enumerate(gather(_difference(path, state) if world.rank else None, world)):
         if wrong:
             raise RunError(f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}")
@@ -140,19 +118,20 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
 
 def _difference(path: Path, state: dict[str, Any]) -> str | None:
     """How a checkpoint differs from the one with the given state, or None."""
-    wrong = damage(path, (MODEL, EMA, OPTIMIZER), averages=True)
-    return wrong or (None if read_state(path) == state else f"{path / STATE} differs")
+    wrong = runs.damage(path, (runs.MODEL, runs.EMA, runs.OPTIMIZER), averages=True)
+    return wrong or (None if runs.read_state(path) == state else f"{path / runs.STATE} differs")
 
 
 def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer) -> dict[str, Any]:
     """Restore what `collect` returned, a new average as a copy of the first; returns the state. Raises RunError."""
-    state = read_state(path)
-    own = {decay: ema_file(decay) for decay in averages if (path / ema_file(decay)).is_file()}
-    for network, name in ((model, MODEL), *((average, own.get(decay, EMA)) for decay, average in averages.items())):
-        weights = read_tensors(path / name)
-        check_weights_match(network.state_dict(), weights, path / name)
+    state = runs.read_state(path)
+    own = {decay: runs.ema_file(decay) for decay in averages if (path / runs.ema_file(decay)).is_file()}
+    networks = [(model, runs.MODEL), *((average, own.get(decay, runs.EMA)) for decay, average in averages.items())]
+    for network, name in networks:
+        weights = runs.read_tensors(path / name)
+        runs.check_weights_match(network.state_dict(), weights, path / name)
         load_full(network, weights)
-    _restore_optimizer(model, optimizer, read_tensors(path / OPTIMIZER), path)
+    _restore_optimizer(model, optimizer, runs.read_tensors(path / runs.OPTIMIZER), path)
     return state
 
 
@@ -160,9 +139,9 @@ def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, 
     for name, p in model.named_parameters():
         entries = {k: saved[f"{name}/{k}"] for k in KINDS if f"{name}/{k}" in saved}
         if len(entries) < len(KINDS) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):
-            raise RunError(f"{path / OPTIMIZER}: optimiser state of another model: {name} does not fit")
+            raise RunError(f"{path / runs.OPTIMIZER}: optimiser state of another model: {name} does not fit")
         if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
-            raise RunError(f"{path / OPTIMIZER}: damaged: {name} holds numbers that are not finite")
+            raise RunError(f"{path / runs.OPTIMIZER}: damaged: {name} holds numbers that are not finite")
         # A clone, because the tensor maps the file, which is later deleted with its checkpoint.
         moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}
         optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config, to_dict
-from diffussm_cli.errors import ConfigError, reason
+from diffussm_cli.errors import ConfigError, reason, writing
 from diffussm_cli.machine.files import write_text
-from diffussm_cli.machine.processes import ALONE, World, total
+from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.runs import BOARD, LOG
 
 QUARTERS = 4
@@ -67,7 +67,7 @@ class Meter:
 
     def flush(self) -> dict[str, float]:
         """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Resets the meter."""
-        together = total(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)
+        together = reduced(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)
         sums = dict(zip(self._sums, together.split([v.numel() for v in self._sums.values()])))
         images, steps = sums.pop("images"), sums.pop("steps")
         quarters = (sums.pop("quarters") / sums.pop("in_quarters")).tolist()
@@ -112,9 +112,9 @@ class RecordWriter:
         self.warnings.append(f"{path} is damaged; it was renamed to {aside.name}, and a new one begins")
 
     def write(self, record: dict) -> None:
-        """Write a record. Raises OSError, naming the run folder, also for earlier records in TensorBoard's thread."""
+        """Write a record. Raises RunError, naming the run folder, also for earlier records in TensorBoard's thread."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self._named():
+        with writing(str(self.root)):
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
             numbers = {k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))}
@@ -124,19 +124,11 @@ class RecordWriter:
                 self.tracker.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        with self._named(), contextlib.closing(self.board):
+        with writing(str(self.root)), contextlib.closing(self.board):
             self.file.close()
             if self.tracker:
                 with contextlib.redirect_stdout(sys.stderr):
                     self.tracker.finish()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as e:  # the error of a full disk names no file
-            e.filename = e.filename or str(self.root)
-            raise
 
 
 def open_tracker(config: Config, root: Path) -> Any:

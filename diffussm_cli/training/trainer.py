@@ -28,7 +28,7 @@ from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
-from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, smallest, total
+from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, reduced
 from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches, captions_of
@@ -197,7 +197,7 @@ class Trainer:
         norm = norm_of(p.grad for p in self.model.parameters() if p.grad is not None)
         if t.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
-        bad = (total(bad + ~torch.isfinite(norm), self.world) > 0).float()
+        bad = (reduced(bad + ~torch.isfinite(norm), self.world) > 0).float()
         self.bad_steps.add(bad)
         meter.end_step(norm, bad)
         set_lr(self.optimizer, lr_factor(t, self.step))
@@ -291,10 +291,10 @@ class Trainer:
         """The size of the last update relative to the weights, by group, and the range of the SSM's time scales."""
         found = {}
         for name, sums in update_ratios(self.optimizer).items():
-            moved, size = total(sums, self.world if self._in_parts else ALONE).tolist()
+            moved, size = reduced(sums, self.world if self._in_parts else ALONE).tolist()
             found[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
         for name, ends in time_scales(self.model).items():
-            least, most = smallest(ends, self.world if self._in_parts else ALONE).exp().tolist()
+            least, most = reduced(ends, self.world if self._in_parts else ALONE, "MIN").exp().tolist()
             found |= {f"ssm/{name}_min": least, f"ssm/{name}_max": 1 / most}
         return found
 

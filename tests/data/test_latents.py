@@ -363,7 +363,6 @@ def test_parts_of_a_read_make_up_the_whole(whole):
 def captioned(tmp_path, monkeypatch):
     """An encoder of twelve images with one or two captions each, and what `encode_images` is asked for."""
     monkeypatch.setattr(encoding, "open_encoder", lambda name: Letters())
-    monkeypatch.setattr(repair, "open_captions", encoding.open_captions)
     save_vae(tmp_path / "vae")
     for i in range(6):
         path = make_source(tmp_path / "images") / "cat" / f"{i:02d}.txt"

@@ -55,7 +55,7 @@ STATISTICS = torch.tensor([3.0]).double(), torch.tensor([[4.0]]).double()
 
 
 def evaluated(metrics, samples, **reference):
-    return dict(ev.evaluate_features(samples, Reference("r", None, None, **reference), metrics))
+    return dict(ev.evaluate_features(samples, Reference("r", None, **reference), metrics))
 
 
 def test_distances_of_one_feature_by_hand():
@@ -78,7 +78,7 @@ def test_kid_comes_with_its_error_and_recall_can_come_alone():
 
 @pytest.mark.parametrize("metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"])
 def test_a_metric_that_cannot_be_had_is_an_error_or_left_out(metric):
-    samples, reference = Gathered(POOL, None, None), Reference("r", None, None)
+    samples, reference = Gathered(POOL, None, None), Reference("r", None)
     with pytest.raises((ConfigError, DataError), match="^--"):
         dict(ev.evaluate_features(samples, reference, [metric]))
     lenient = ev.possible([metric], samples, reference, lenient=True)
@@ -88,7 +88,7 @@ def test_a_metric_that_cannot_be_had_is_an_error_or_left_out(metric):
 
 def test_images_of_a_reference_are_needed_for_what_its_statistics_lack():
     def needed(**statistics):
-        return {m for m in ev.METRICS if ev.needs_images([m], Reference("r", None, None, **statistics))}
+        return {m for m in ev.METRICS if ev.needs_images([m], Reference("r", None, **statistics))}
 
     always = {"precision", "recall", "kid"}
     assert needed(pool=STATISTICS, spatial=STATISTICS) == always

@@ -13,7 +13,7 @@ from torch import nn
 
 from diffussm_cli.data import builtin
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation.features import load_extractor, usual_extractor
+from diffussm_cli.evaluation.features import load_extractor
 
 CPU = torch.device("cpu")
 
@@ -154,14 +154,6 @@ def test_digits_knows_held_out_digits():
 def test_digits_wants_28x28():
     with pytest.raises(ConfigError, match="digits takes 28x28 images, not 40x40"):
         load_extractor("digits", None, CPU)(images(channels=1))
-
-
-@pytest.mark.parametrize(
-    ("size", "grey", "name"),
-    [((28, 28), True, "digits"), ((28, 28), False, "inception"), ((256, 256), True, "inception")],
-)
-def test_usual_extractor(size, grey, name):
-    assert usual_extractor(size, grey) == name
 
 
 class Mean(nn.Module):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import comparison as ev
-from diffussm_cli.evaluation.sets import open_images, probe
+from diffussm_cli.evaluation.sets import open_images
 from tests.evaluation.conftest import folder
 
 
@@ -22,7 +22,8 @@ def test_folder_and_npz_of_the_same_images_are_the_same(pictures, tmp_path):
     assert torch.equal(torch.cat(list(files.read([1, 4, 9], 2))), stack[[1, 4, 9]])
     in_colour = open_images(str(tmp_path / "s.npz"), 3)
     assert torch.equal(next(in_colour.read(range(2), 2)), stack[:2].expand(-1, 3, -1, -1))
-    assert probe(str(pictures)) == probe(str(tmp_path / "s.npz")) == ((28, 28), True)
+    opened = [open_images(str(path), 3) for path in (pictures, tmp_path / "s.npz")]
+    assert [(images.size, images.grey) for images in opened] == [((28, 28), True)] * 2
 
 
 def test_grid_is_no_sample(tmp_path):
@@ -58,7 +59,8 @@ def test_builtin_emoji_are_in_colour(emoji):
     whole = [open_images(f"builtin:emoji{part}", 3) for part in ("", "/held-out")]
     assert [len(images) for images in whole] == [422, 178]
     assert next(whole[1].read([3], 1)).shape == (1, 3, 32, 32)
-    assert probe("builtin:emoji") == ((32, 32), False)
+    images = open_images("builtin:emoji", 3)
+    assert (images.size, images.grey) == ((32, 32), False)
     with pytest.raises(DataError, match="builtin:emoji is in colour, but the extractor takes only grey images"):
         open_images("builtin:emoji", 1)
 

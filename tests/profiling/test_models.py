@@ -54,3 +54,5 @@ def test_bad_sweeps(text):
 def test_sweep_values_are_checked():
     with pytest.raises(ConfigError, match=r"model\.patch_size: 3 must divide"):
         swept("S", named_model("s", 256), ["P=3"])
+    with pytest.raises(ConfigError, match="model.compression: '1=2' must be a whole number"):
+        swept("S", named_model("s", 256), ["M=1=2"])

@@ -29,6 +29,8 @@ def test_training_compute_of_the_paper():
 
 
 def test_differences_are_relative_to_what_was_printed():
-    assert paper.Row("a", published=4.0, ours=5.0).difference == 0.25
-    row = paper.Training("a", images=10.0, printed=40.0, implied=4.0, forward=3.0)
-    assert (row.ours, row.difference) == (30.0, -0.25)
+    for row in paper.dit_rows():
+        assert row.difference == row.ours / row.published - 1
+    for row in paper.training_rows():
+        assert row.ours == row.forward * row.images
+        assert row.difference == row.ours / row.printed - 1

@@ -34,14 +34,14 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
     t = trainer(tiny(), tmp_path)
     stop = iter([False, True])
     list(t.run(lambda: next(stop)))
-    write = checkpoint.write_tensors
+    write = runs.write_tensors
 
     def die(tensors, path):
         write(tensors, path)
         path.write_bytes(path.read_bytes()[:100])
         raise Killed
 
-    monkeypatch.setattr(checkpoint, "write_tensors", die)
+    monkeypatch.setattr(runs, "write_tensors", die)
     t.step = 3
     t.save()
     with pytest.raises(Killed):
@@ -130,7 +130,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, mon
     def full(tensors, path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(runs, "write_tensors", full)
     t.step = 2
     with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):  # noqa: PT012
         t.save()

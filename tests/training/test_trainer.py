@@ -11,7 +11,6 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.training import checkpoint
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.record import Meter
 from diffussm_cli.training.trainer import Trainer
@@ -107,7 +106,7 @@ def test_a_write_that_fails_beside_training_ends_it_at_the_next_step(tiny, tmp_p
     t = trainer(tiny("train.steps=1000", "train.checkpoint_every=1000"), tmp_path)
     stop = iter([True])
     list(t.run(lambda: next(stop)))
-    monkeypatch.setattr(checkpoint, "write_tensors", lambda *_: 1 / 0)
+    monkeypatch.setattr(runs, "write_tensors", lambda *_: 1 / 0)
     t.save()
     with pytest.raises(ZeroDivisionError):
         list(t.run())

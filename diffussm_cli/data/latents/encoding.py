@@ -11,11 +11,11 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,13 +51,6 @@ POLL_SECONDS = 0.2
 MAX_CAPTIONS = 5  # stored per image
 
 
-class Step(NamedTuple):
-    """Number of images processed since the last step, and how many of them were skipped."""
-
-    images: int
-    skipped: int
-
-
 @dataclass(frozen=True)
 class Encoder:
     """Encodes the images of a source into shards."""
@@ -70,17 +63,20 @@ class Encoder:
     strict: bool = False
     captions: "StoredCaptions | None" = None
 
-    def write(self, shards: Sequence[int]) -> Generator[Step, None, None]:
+    def write(self, shards: Sequence[int]) -> Iterator[Progress]:
         """Encode and write shards in order. Raises DataError; finished shards are kept."""
+        total, done, missed = sum(len(self.settings.span(i)) for i in shards), 0, 0
+        yield Progress(0, total)
         batches = iter(_loader(self, shards))
         with helpers() as writer:  # one shard is written while the next one is encoded
             written: Future | None = None
             for shard in shards:
                 arrays, skipped = empty_shard(self.settings, shard), []
                 for span in _batch_spans(self.settings, shard):
-                    missed = self._encode(span, arrays, *_next(batches))
-                    skipped += missed
-                    yield Step(len(span), len(missed))
+                    found = self._encode(span, arrays, *_next(batches))
+                    skipped += found
+                    done, missed = done + len(span), missed + len(found)
+                    yield Progress(done, total, news=f"{missed} skipped")
                 if written:
                     written.result()
                 written = writer.submit(write_shard, self.store, self.settings, shard, arrays, skipped)
@@ -391,15 +387,14 @@ def encode_images(
             yield Message(f"{target} is complete already")
         else:
             encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict, captions)
-            todo = unfinished(target, settings, world)
-            yield from progress(encode(encoder, world), sum(len(settings.span(i)) for i in todo))
+            yield from encode(encoder, world)
     if world.rank == 0:
         manifest = read_manifest(target, "TARGET")
         yield from _summary(target, manifest, listing)
         yield Result(manifest)
 
 
-def encode(encoder: Encoder, world: World) -> Generator[Step, None, None]:
+def encode(encoder: Encoder, world: World) -> Iterator[Event]:
     """Write the missing shards of this process; rank 0 then waits for the others and writes the manifest.
 
     Raises:
@@ -410,18 +405,7 @@ def encode(encoder: Encoder, world: World) -> Generator[Step, None, None]:
     if world.rank == 0:
         while unfinished(store, settings, ALONE):
             time.sleep(POLL_SECONDS)
-            yield Step(0, 0)
         finish(store, settings, encoder.listing.ignored)
-
-
-def progress(steps: Generator[Step, None, None], total: int) -> Iterator[Event]:
-    """Convert the steps of an encoder to events."""
-    done = skipped = 0
-    yield Progress(0, total)
-    with contextlib.closing(steps):
-        for step in steps:
-            done, skipped = done + step.images, skipped + step.skipped
-            yield Progress(done, total, news=f"{skipped} skipped")
 
 
 def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Event]:

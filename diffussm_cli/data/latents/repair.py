@@ -2,23 +2,11 @@
 
 import json
 import shlex
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from diffussm_cli.config import named_columns
-from diffussm_cli.data.latents.encoding import (
-    Encoder,
-    Step,
-    check_same_request,
-    decoding_processes,
-    load_vae_on,
-    make_settings,
-    open_captions,
-    open_store,
-    progress,
-    read_record,
-    write_manifest,
-)
+from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents.manifest import LISTING, SKIPPED, ShardRecord, StoreSettings, read_manifest, shard_name
 from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.data.listing import list_source
@@ -95,16 +83,16 @@ def repair_store(
     shards = damaged_shards(store)
     yield Stage("listing")
     listing = list_source(source, columns=named_columns(old.columns, "--repair"))
-    with open_store(store, source, ALONE):
+    with encoding.open_store(store, source, ALONE):
         yield Stage("loading the VAE")
-        loaded = load_vae_on(read_facts(vae or old.vae), old.precision, device)
+        loaded = encoding.load_vae_on(read_facts(vae or old.vae), old.precision, device)
         same = ("precision", "flip", "batch_size", "shard_size", "vae", "columns")
         kept = {name: getattr(old, name) for name in same}
-        captions = open_captions(listing, old.text, old.text_tokens)
+        captions = encoding.open_captions(listing, old.text, old.text_tokens)
         kept |= captions.settings if captions else {}
-        check_same_request(store, old, make_settings(listing, old.resolution, loaded, kept), listing)
-        encoder = Encoder(listing, old, store, loaded, decoding_processes(workers), captions=captions)
-        yield from progress(repair(encoder, shards), sum(len(old.span(i)) for i in shards))
+        encoding.check_same_request(store, old, encoding.make_settings(listing, old.resolution, loaded, kept), listing)
+        encoder = encoding.Encoder(listing, old, store, loaded, encoding.decoding_processes(workers), captions=captions)
+        yield from repair(encoder, shards)
     yield Message(f"{len(shards)} shards of {store} encoded again")
     yield Result(shards)
 
@@ -128,7 +116,7 @@ def verify_store(store: Path | str) -> Iterator[Event]:
     yield Result(len(checked))
 
 
-def repair(encoder: Encoder, shards: Sequence[int]) -> Generator[Step, None, None]:
+def repair(encoder: encoding.Encoder, shards: Sequence[int]) -> Iterator[Event]:
     """Encode damaged shards of a finished store again, in place. Raises DataError.
 
     On the machine that wrote the shards, their bytes are restored; if rounding differs, the manifest gets new hashes.
@@ -140,10 +128,10 @@ def repair(encoder: Encoder, shards: Sequence[int]) -> Generator[Step, None, Non
         _read_skipped(store, settings.shard_size, records)
     yield from encoder.write(shards)
     for i in shards:
-        records[i] = read_record(store, i)
+        records[i] = encoding.read_record(store, i)
     with whole_file(store / LISTING) as file:
         file.writelines(encoder.listing.text())
-    write_manifest(store, settings, records, encoder.listing.ignored)
+    encoding.write_manifest(store, settings, records, encoder.listing.ignored)
 
 
 def _read_skipped(store: Path, shard_size: int, records: list[dict]) -> None:

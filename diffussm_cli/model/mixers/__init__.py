@@ -9,7 +9,7 @@ other parameters initialises them in `reset_parameters`.
 
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from diffussm_cli.model.mixers.attention import Attention
 from diffussm_cli.model.mixers.conv import Conv
@@ -17,17 +17,9 @@ from diffussm_cli.model.mixers.linear import LinearAttention
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.scan import Scan
 
-
-class S4DMixer(S4D):
-    """S4D needs no grid: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M)."""
-
-    def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
-        return super().forward(u)
-
-
 # How to make each from D, the state size of S4D, the number of heads, and the order of the positions.
 MIXERS: dict[str, Callable[[int, int, int, Scan], nn.Module]] = {
-    "s4d": lambda D, N, *_: S4DMixer(D, N),
+    "s4d": lambda D, N, *_: S4D(D, N),
     "linear": lambda D, _, heads, __: LinearAttention(D, heads),
     "conv": lambda D, _, __, scan: Conv(D, scan),
     "attention": lambda D, _, heads, __: Attention(D, heads),

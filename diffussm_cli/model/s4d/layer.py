@@ -24,7 +24,8 @@ KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 class S4D(nn.Module):
     """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
 
-    Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) -> (B, 2D, L).
+    Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) -> (B, 2D, L). The grid
+    of an image, which other mixers use, is ignored.
 
     There are 194 parameters per channel and direction at N = 64. They stay float32 under `.half()`, `.to(bfloat16)`
     and autocast; `.double()` is honoured. They are initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform
@@ -58,7 +59,7 @@ class S4D(nn.Module):
         self.C.normal_(std=math.sqrt(0.5))
         self.D_skip.normal_()
 
-    def forward(self, u: Tensor) -> Tensor:
+    def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
         if u.ndim == 3:
             return self(u[..., None])[..., 0]
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
