@@ -120,8 +120,22 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
         cells = [interval(values(measure)) for values in columns.values()]
         if any(cells):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    lines += search_table(study)
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
     return [*lines, "", *(f"- {m}" for m in machines)]
+
+
+def search_table(study: Study) -> list[str]:
+    """The held-out losses of the trials of a search: a row for each value, a column for each run; empty without one."""
+    lines: list[str] = []
+    for name, grid in study.search.items():
+        lines += ["", f"| {name}, held-out loss of one seed after a third | " + " | ".join(study.runs) + " |"]
+        lines.append("|" + "---|" * (1 + len(study.runs)))
+        for value in grid:
+            files = [RESULTS / study.name / f"{run}-{value}.json" for run in study.runs]
+            found = [json.loads(f.read_text(encoding="utf-8"))["held_out"] if f.is_file() else None for f in files]
+            lines.append(f"| {value:g} | " + " | ".join("" if v is None else f"{v:.4g}" for v in found) + " |")
+    return lines
 
 
 def values_of(results: Sequence[dict], run: str, measure: str) -> list[float]:
