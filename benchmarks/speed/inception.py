@@ -19,10 +19,11 @@ from torch_fidelity import feature_extractor_inceptionv3 as module
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.evaluation.comparison import METRICS, evaluate_features
 from diffussm_cli.evaluation.features import Inception
-from diffussm_cli.evaluation.gathering import Gathered, Gathering
+from diffussm_cli.evaluation.gathering import Gathered, gather_features
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images
+from diffussm_cli.events import finish
 from diffussm_cli.profiling.memory import resident_peak
 
 
@@ -38,9 +39,8 @@ def main() -> None:
         shape = (a.images, a.size, a.size, 3)
         blocks = (rng.integers(0, 256, (1, *shape[1:]), np.uint8) for _ in range(a.images))
         write_npz(path, {"arr_0": (shape, np.uint8, blocks)})
-        work, start = Gathering(open_images(str(path), 3), extractor, 32), time.perf_counter()
-        for _ in work.run():
-            pass
+        start = time.perf_counter()
+        finish(gather_features(open_images(str(path), 3), extractor, 32))
         seconds = time.perf_counter() - start
     found = {
         "features_s": seconds,

@@ -74,7 +74,7 @@ def compare(
     if prompts:
         values |= finish(session.prompted(gathered, prompts, against.images))
     if own:
-        training = finish(session.features(session.open(config.data.path), "training")).result.pool
+        training = finish(session.features(session.open(config.data.path), "training")).pool
         values["nearness"] = nearest(gathered.pool, training) / nearest(against.gathered.pool, training)
     if labels is not None and gathered.classes is not None and session.name == "digits":
         logits = torch.cat([session.extractor(part).logits for part in images.split(500)])

@@ -3,7 +3,8 @@
 n images   d pool features   s spatial features   K classes
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.sets import ImageSet
+from diffussm_cli.events import Event, Progress, Stage, Warned
 from diffussm_cli.machine.device import full_float32
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, gather
@@ -29,7 +31,7 @@ class Gathered:
     classes: SplitSums | None
 
     def tensors(self) -> dict[str, Tensor]:
-        """As a flat dictionary, for files and other processes."""
+        """As a flat dictionary, for files."""
         found = {"pool": self.pool}
         if self.spatial:
             found |= {"spatial.n": torch.tensor(self.spatial.n)}
@@ -61,81 +63,57 @@ class Gathered:
 PARTS = ("spatial.", "classes.")
 
 
-class Gathering:
-    """Feature extraction for one set. After `run`, every process has the whole `result`; `warning` is for the user.
+def gather_features(
+    images: ImageSet,
+    extractor: Extractor,
+    batch_size: int = 64,
+    cache: Path | None = None,
+    world: World = ALONE,
+    what: str = "image",
+) -> Generator[Event, None, Gathered]:
+    """Compute the features of a set, or load them from the folder `cache`; every process gets those of all images.
 
-    Cached features are used only if every process of the job has them: the caches of several machines may differ.
+    Each process computes a contiguous share. Cached features are used only if every process of the job has them: the
+    caches of several machines may differ.
+
+    Args:
+        what: what the progress counts.
+
+    Raises:
+        DataError: if an image cannot be read.
     """
-
-    def __init__(
-        self,
-        images: ImageSet,
-        extractor: Extractor,
-        batch_size: int = 64,
-        cache: Path | None = None,
-        world: World = ALONE,
-    ):
-        self.images, self.extractor, self.batch_size, self.world = images, extractor, batch_size, world
-        self.file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
-        kept = _read(self.file) if self.file else None
-        self._result = kept if all(gather(kept is not None, world)) else None
-        self.warning: str | None = None
-
-    def run(self) -> Iterator[int]:
-        """Yield the number of images done since the last yield. Raises DataError."""
-        if self._result is not None:
-            return
-        part, at = Collector(len(self.images)), self.part.start
-        for batch in self.images.read(self.part, self.batch_size) if self.part else ():
-            with full_float32():
-                part.add(at, self.extractor(batch))
-            at += len(batch)
-            yield len(batch)
-        first, *others = [Gathered.of(t) for t in gather(part.gathered(), self.world) if t]
-        for other in others:
-            first = first.joined(other)
-        self._result = first
-        if self.file and self.world.rank == 0:
-            try:
-                _write(self.file, first)
-            except OSError as e:  # a full disk must not cost hours of work
-                self.warning = f"--cache: features cannot be saved in {str(self.file.parent)!r}: {e.strerror}"
-
-    @property
-    def result(self) -> Gathered:
-        """The features of the whole set, once `run` has ended."""
-        assert self._result is not None, "run it first"
-        return self._result
-
-    @property
-    def part(self) -> range:
-        """This process's share of the images, a contiguous range; empty once there is a result."""
-        n, (rank, size) = 0 if self._result is not None else len(self.images), self.world
-        return range(n * rank // size, n * (rank + 1) // size)
-
-
-class Collector:
-    """Collects the features of a set of n images, batch by batch."""
-
-    def __init__(self, n: int):
-        self.n = n
-        self.pool: list[Tensor] = []
-        self.spatial: Moments | None = None
-        self.classes: SplitSums | None = None
-
-    def add(self, at: int, features) -> None:
-        """Add the features of images at, at + 1, ..."""
-        self.pool.append(features.pool.float().cpu())
+    yield Stage("looking for cached features")
+    file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
+    kept = _read(file) if file else None
+    if all(gather(kept is not None, world)):
+        assert kept is not None, "this process is one of all"
+        return kept
+    part = world.share(len(images))
+    yield Progress(0, len(part), what)
+    pool: list[Tensor] = []
+    spatial: Moments | None = None
+    classes: SplitSums | None = None
+    at = part.start
+    for batch in images.read(part, batch_size) if part else ():
+        with full_float32():
+            features = extractor(batch)
+        pool.append(features.pool.float().cpu())
         if features.spatial is not None:
             moments = Moments.of(features.spatial.cpu())
-            self.spatial = self.spatial.joined(moments) if self.spatial else moments
+            spatial = spatial.joined(moments) if spatial else moments
         if features.logits is not None:
-            self.classes = self.classes or SplitSums.empty(self.n, features.logits.shape[1])
-            self.classes.add(at, features.logits)
-
-    def gathered(self) -> dict[str, Tensor]:
-        """The collected features, as `Gathered.tensors` returns them; empty if there were no images."""
-        return Gathered(torch.cat(self.pool), self.spatial, self.classes).tensors() if self.pool else {}
+            classes = classes or SplitSums.empty(len(images), features.logits.shape[1])
+            classes.add(at, features.logits)
+        at += len(batch)
+        yield Progress(at - part.start, len(part), what)
+    own = Gathered(torch.cat(pool), spatial, classes) if pool else None
+    whole = functools.reduce(Gathered.joined, filter(None, gather(own, world)))
+    if file and world.rank == 0:
+        try:
+            _write(file, whole)
+        except OSError as e:  # a full disk must not cost hours of work
+            yield Warned(f"--cache: features cannot be saved in {str(file.parent)!r}: {e.strerror}")
+    return whole
 
 
 def _read(path: Path) -> Gathered | None:

@@ -16,7 +16,7 @@ from diffussm_cli.data.arrays import Rows, open_npz, write_npz
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.features import Extractor
-from diffussm_cli.evaluation.gathering import Gathered, Gathering
+from diffussm_cli.evaluation.gathering import Gathered
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.sets import IMAGES, ImageSet, image_rows, open_images
 
@@ -118,11 +118,13 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------- making
-def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, seed: int = 0) -> int:
+def write_reference(
+    path: Path, images: ImageSet, gathered: Gathered, extractor: Extractor, count: int = RECALL_IMAGES, seed: int = 0
+) -> int:
     """Write an .npz that ADM's evaluator can also read: statistics of all images, and `count` of them drawn by `seed`.
 
     Args:
-        work: the gathered features of all images.
+        gathered: the features of all images.
 
     Returns:
         The number of images written.
@@ -130,21 +132,18 @@ def write_reference(path: Path, work: Gathering, count: int = RECALL_IMAGES, see
     Raises:
         DataError, OSError: if an image can no longer be read; if the file cannot be written.
     """
-    images, gathered = work.images, work.result
-    assert gathered is not None
     n = min(count, len(images))
     chosen = sorted(np.random.default_rng(seed).choice(len(images), n, replace=False).tolist())
-    channels = work.extractor.channels
     blocks = (block.permute(0, 2, 3, 1).numpy() for block in images.read(chosen, BLOCK))
     pool, spatial = moments(gathered.pool), gathered.spatial
     arrays = {
-        IMAGES: ((n, *images.size, channels), np.uint8, blocks),
+        IMAGES: ((n, *images.size, extractor.channels), np.uint8, blocks),
         "mu": _whole(pool.mean),
         "sigma": _whole(pool.covariance),
     }
     if spatial:
         arrays |= {"mu_s": _whole(spatial.mean), "sigma_s": _whole(spatial.covariance)}
-    identity = np.frombuffer(work.extractor.identity.encode(), np.uint8)
+    identity = np.frombuffer(extractor.identity.encode(), np.uint8)
     write_npz(path, arrays | {EXTRACTOR: (identity.shape, np.uint8, [identity])})
     return n
 

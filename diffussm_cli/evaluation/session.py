@@ -15,11 +15,11 @@ from diffussm_cli.evaluation.clip import Clip
 from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, load_extractor
-from diffussm_cli.evaluation.gathering import Gathered, Gathering
+from diffussm_cli.evaluation.gathering import Gathered, gather_features
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
 from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images
 from diffussm_cli.evaluation.text import names_in, names_of, retrieval
-from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.events import Event, Message, Result, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
@@ -107,20 +107,10 @@ class EvaluationSession:
             return None
         return self.open(path, None if path.startswith(BUILTIN) else d.size, "data.held_out")
 
-    def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathering]:
-        """Compute the features of a set, or load them from the cache. Returns the finished Gathering."""
+    def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathered]:
+        """Compute the features of a set, or load them from the cache."""
         yield Stage("loading the extractor")
-        extractor = self.extractor
-        yield Stage("looking for cached features")
-        work = Gathering(images, extractor, self.batch_size, self.cache, self.world)
-        done, total = 0, len(work.part)
-        yield Progress(0, total, what)
-        for n in work.run():
-            done += n
-            yield Progress(done, total, what)
-        if work.warning:
-            yield Warned(work.warning)
-        return work
+        return (yield from gather_features(images, self.extractor, self.batch_size, self.cache, self.world, what))
 
     def compare(
         self,
@@ -140,8 +130,8 @@ class EvaluationSession:
             DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot be computed.
         """
         if against.images is not None and against.gathered is None and needs_images(metrics, against):
-            against.complete((yield from self.features(against.images, "reference")).result)
-        found = (yield from self.features(images, "samples")).result
+            against.complete((yield from self.features(against.images, "reference")))
+        found = yield from self.features(images, "samples")
         check_extractor(against, found.pool.shape[1], self.extractor)
         values: dict[str, float] = {}
         if self.world.rank == 0:
@@ -167,7 +157,7 @@ class EvaluationSession:
         if real is None or wanted is None:
             yield Warned("retrieval is left out: the prompts are not captions of the held-out or reference images")
             return values
-        pool = (yield from self.features(real, "captioned images")).result.pool
+        pool = (yield from self.features(real, "captioned images")).pool
         if self.world.rank == 0:
             chosen = [i for i, own in enumerate(real.captions) if own]
             names = [real.captions[i][0] for i in chosen]
@@ -305,13 +295,14 @@ def make_reference(
     world = read_world()
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
-        work = yield from session.features(session.open(str(images), resolution), "image")
+        opened = session.open(str(images), resolution)
+        gathered = yield from session.features(opened, "image")
     if world.rank == 0:
         yield Stage("writing")
-        kept = write_reference(target, work, count, seed)
+        kept = write_reference(target, opened, gathered, session.extractor, count, seed)
         yield from map(Warned, doubts(session.asked, session.name, str(images)))
-        height, width = work.images.size
-        yield Message(f"statistics of {len(work.images):,} images of {height}x{width}, {kept:,} of them kept")
+        height, width = opened.size
+        yield Message(f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept")
         yield Result(target)
 
 

@@ -33,6 +33,10 @@ class World(NamedTuple):
     rank: int = 0
     size: int = 1
 
+    def share(self, n: int) -> range:
+        """The contiguous part of 0..n-1 that belongs to this process."""
+        return range(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
 
 ALONE = World()
 _patient: Any = None  # the group that `gather` uses, inside `process_group`

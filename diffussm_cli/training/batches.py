@@ -68,7 +68,7 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
     Everything random about an image depends only on (seed, step, its place in the batch), not on the process.
     """
     seed, B = config.train.seed, config.train.batch_size
-    places = range(B)[B * world.rank // world.size : B * (world.rank + 1) // world.size]
+    places = world.share(B)
     indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop].tolist()
     generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
     x_0, labels = source.read(indices, generators)

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 
 from diffussm_cli.evaluation.features import load_extractor
-from diffussm_cli.evaluation.gathering import Gathering
+from diffussm_cli.evaluation.gathering import gather_features
+from diffussm_cli.events import Progress, Warned
+from diffussm_cli.machine.processes import ALONE
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,13 @@ def folder(path, n, side=28, mode="L", classes=2):
     return path
 
 
-def gathered(images, extractor, cache=None):
-    work = Gathering(images, extractor, 5, cache)
-    done = sum(work.run())
-    return work, done
+def gathered(images, extractor, cache=None, world=ALONE, batch_size=5):
+    """The features of a set, how many images they were computed from, and the lines of warnings."""
+    session, done, lines = gather_features(images, extractor, batch_size, cache, world), 0, []
+    while True:
+        try:
+            event = next(session)
+        except StopIteration as e:
+            return e.value, done, lines
+        done = event.done if isinstance(event, Progress) else done
+        lines += [event.text] if isinstance(event, Warned) else []

@@ -17,7 +17,7 @@ from tests.evaluation.conftest import folder, gathered
 def test_warnings_name_what_is_wrong(tmp_path, digits):
     images = open_images(str(folder(tmp_path / "a", 12)), 1)
     reference = open_reference(str(folder(tmp_path / "b", 9, side=32)), digits, None)
-    small = gathered(images, digits)[0].result
+    small = gathered(images, digits)[0]
     reference.gathered = small
     found = " | ".join(ev.warnings(images, small, reference, ev.USUAL))
     for words in (

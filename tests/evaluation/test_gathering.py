@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffussm_cli.evaluation import gathering
 from diffussm_cli.evaluation.features import Features
-from diffussm_cli.evaluation.gathering import Collector, Gathered, Gathering
+from diffussm_cli.evaluation.gathering import Gathered
 from diffussm_cli.evaluation.metrics import Moments, SplitSums, inception_score
 from diffussm_cli.evaluation.sets import open_images
 from diffussm_cli.machine.processes import World
@@ -21,13 +21,13 @@ from tests.evaluation.conftest import folder, gathered
 
 def test_features_are_kept_by_content(pictures, tmp_path, digits):
     cache = tmp_path / "cache"
-    first, done = gathered(open_images(str(pictures), 1), digits, cache)
+    first, done, _ = gathered(open_images(str(pictures), 1), digits, cache)
     assert done == 12
     moved = pictures.rename(tmp_path / "elsewhere")
-    again, done = gathered(open_images(str(moved), 1), digits, cache)
+    again, done, _ = gathered(open_images(str(moved), 1), digits, cache)
     assert done == 0
-    for name, value in first.result.tensors().items():
-        assert torch.equal(value, again.result.tensors()[name])
+    for name, value in first.tensors().items():
+        assert torch.equal(value, again.tensors()[name])
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:100])  # damaged: made anew
     assert gathered(open_images(str(moved), 1), digits, cache)[1] == 12
@@ -38,19 +38,18 @@ def test_features_are_kept_by_content(pictures, tmp_path, digits):
 
 def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
     """A name that is too long stands for a folder that may not be entered: tests may run as root."""
-    work, done = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
+    _, done, lines = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
     assert done == 12
-    assert work.warning.startswith("--cache: features cannot be saved in 'xxx")
-    assert work.warning.endswith("File name too long")
+    assert len(lines) == 1
+    assert lines[0].startswith("--cache: features cannot be saved in 'xxx")
+    assert lines[0].endswith("File name too long")
 
 
 def test_batch_size_changes_nothing(pictures, digits):
     images = open_images(str(pictures), 1)
-    one, many = (Gathering(images, digits, size) for size in (1, 64))
-    for work in (one, many):
-        list(work.run())
-    for name, value in one.result.tensors().items():
-        torch.testing.assert_close(value, many.result.tensors()[name], rtol=1e-5, atol=1e-5)
+    one, many = (gathered(images, digits, batch_size=size)[0] for size in (1, 64))
+    for name, value in one.tensors().items():
+        torch.testing.assert_close(value, many.tensors()[name], rtol=1e-5, atol=1e-5)
 
 
 class Recorder:
@@ -93,17 +92,13 @@ def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_pat
     reference = open_images(str(pictures), 1)
     samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
     gathered(reference, digits, tmp_path / "0")
-    alone = [gathered(images, digits)[0].result.pool for images in (reference, samples)]
+    alone = [gathered(images, digits)[0].pool for images in (reference, samples)]
     monkeypatch.setattr(gathering, "gather", Job().gather)
     monkeypatch.setattr(gathering, "full_float32", contextlib.nullcontext)  # of the process: threads would disturb it
 
     def of_rank(rank):
-        found = []
-        for images in (reference, samples):
-            work = Gathering(images, digits, 5, tmp_path / str(rank), World(rank, 2))
-            list(work.run())
-            found.append(work.result.pool)
-        return found
+        sets = (reference, samples)
+        return [gathered(images, digits, tmp_path / str(rank), World(rank, 2))[0].pool for images in sets]
 
     with ThreadPoolExecutor(2) as ranks:
         found = list(ranks.map(of_rank, (0, 1)))
@@ -127,20 +122,29 @@ def test_what_is_gathered_survives_the_way_through_a_file(parts):
         assert again.classes.score() == classes.score()
 
 
-def test_a_set_is_shared_in_neighbouring_pieces(monkeypatch):
-    monkeypatch.setattr(gathering, "gather", lambda value, world: [value] * world.size)
-    images = range(10)  # ten of something
-    parts = [Gathering(images, None, world=World(rank, 3)).part for rank in range(3)]
-    assert parts == [range(3), range(3, 6), range(6, 10)]
+class Rows:
+    """Seven rows of numbers in place of images."""
+
+    numbers = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return 7
+
+    def read(self, places, batch_size):
+        return self.numbers[places.start : places.stop].split(batch_size)
 
 
-def test_a_collector_joins_batches_in_order_and_of_nothing_gives_nothing():
-    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    assert Collector(7).gathered() == {}
-    part = Collector(7)
-    for at, batch in ((0, x[:4]), (4, x[4:])):
-        part.add(at, Features(batch, spatial=2 * batch, logits=batch))
-    found = Gathered.of(part.gathered())
-    assert torch.equal(found.pool, x)
-    torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))
-    assert found.classes.score() == pytest.approx(inception_score(x))
+def test_batches_and_shares_are_joined_in_order(monkeypatch):
+    def extractor(batch):
+        return Features(batch, spatial=2 * batch, logits=batch)
+
+    job, x = Job(), Rows.numbers
+    monkeypatch.setattr(gathering, "gather", job.gather)
+    monkeypatch.setattr(gathering, "full_float32", contextlib.nullcontext)
+    with ThreadPoolExecutor(2) as ranks:
+        every = list(ranks.map(lambda rank: gathered(Rows(), extractor, None, World(rank, 2), 2), (0, 1)))
+    assert [done for _, done, _ in every] == [3, 4]
+    for found, _, _ in every:
+        assert torch.equal(found.pool, x)
+        torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))
+        assert found.classes.score() == pytest.approx(inception_score(x))

@@ -14,18 +14,19 @@ from tests.evaluation.conftest import gathered
 
 # ------------------------------------------------------------------------------------------------ gathering
 def test_a_reference_is_what_adm_reads(pictures, tmp_path, digits):
-    work, _ = gathered(open_images(str(pictures), 1), digits)
+    images = open_images(str(pictures), 1)
+    features = gathered(images, digits)[0]
     target = tmp_path / "ref.npz"
-    assert write_reference(target, work, count=5, seed=1) == 5
-    expected = moments(work.result.pool)
+    assert write_reference(target, images, features, digits, count=5, seed=1) == 5
+    expected = moments(features.pool)
     with np.load(target, allow_pickle=False) as found:
         assert {"arr_0", "mu", "sigma", "mu_s", "sigma_s"} <= set(found)
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 28, 28, 1), np.uint8)
         np.testing.assert_array_equal(found["mu"], expected.mean)
         np.testing.assert_array_equal(found["sigma"], expected.covariance)
-        np.testing.assert_array_equal(found["sigma_s"], work.result.spatial.covariance)
+        np.testing.assert_array_equal(found["sigma_s"], features.spatial.covariance)
         kept = found["arr_0"]
-    every = torch.cat(list(work.images.read(range(12), 12))).permute(0, 2, 3, 1).numpy()
+    every = torch.cat(list(images.read(range(12), 12))).permute(0, 2, 3, 1).numpy()
     places = [int(np.flatnonzero((every == k).all((1, 2, 3)))[0]) for k in kept]
     assert places == sorted(set(places))
     assert describe(target)["images"] == 5
@@ -35,18 +36,19 @@ def test_a_reference_is_what_adm_reads(pictures, tmp_path, digits):
 
 def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
     """Of 12 images, though the file holds 5: FID of the 12 against it is 0."""
-    work, _ = gathered(open_images(str(pictures), 1), digits)
-    write_reference(tmp_path / "ref.npz", work, count=5)
+    images = open_images(str(pictures), 1)
+    features = gathered(images, digits)[0]
+    write_reference(tmp_path / "ref.npz", images, features, digits, count=5)
     reference = open_reference(str(tmp_path / "ref.npz"), digits)
     assert not ev.needs_images(["fid", "sfid", "is"], reference)
     assert ev.needs_images(["recall"], reference)
-    found = dict(ev.evaluate_features(work.result, reference, ["fid", "sfid"]))
+    found = dict(ev.evaluate_features(features, reference, ["fid", "sfid"]))
     assert abs(found["fid"]) < 1e-6
     assert abs(found["sfid"]) < 1e-4  # its covariance has a trace of thousands
     with pytest.raises(DataError, match="holds statistics only; precision, recall and kid need its images"):
-        dict(ev.evaluate_features(work.result, reference, ["recall"]))
-    reference.complete(gathered(reference.images, digits)[0].result)
-    assert abs(dict(ev.evaluate_features(work.result, reference, ["fid"]))["fid"]) < 1e-6
+        dict(ev.evaluate_features(features, reference, ["recall"]))
+    reference.complete(gathered(reference.images, digits)[0])
+    assert abs(dict(ev.evaluate_features(features, reference, ["fid"]))["fid"]) < 1e-6
 
 
 def test_adm_file_without_extractor_is_taken(tmp_path, digits):
