@@ -26,7 +26,6 @@ from diffussm_cli.machine.processes import ALONE, World, process_group, read_wor
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.sampling.folder import META, prompts_of, read_meta, sample_facts
-from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 Size = tuple[int, int]  # height, width in pixels
@@ -73,22 +72,6 @@ class EvaluationSession:
             found = open_images(path, 3, None, option)
             self.choose(size or found.size, found.grey)
         return open_images(path, self.extractor.channels, size, option)
-
-    def draw(
-        self,
-        sampler: Sampler,
-        seeds: range,
-        labels: Sequence[int] | None,
-        name: str,
-        facts: Mapping[str, Any] | None = None,
-        text: Text | None = None,
-    ) -> DrawnImages:
-        """The images of a model, drawn when they are read. Raises DiffussmError."""
-        data = sampler.config.data
-        if sampler.decoding.warning:
-            raise DataError(f"eval: {sampler.decoding.warning}")
-        self.choose(data.size, data.is_grey)
-        return DrawnImages(sampler, seeds, labels, self.extractor.channels, name, facts, text)
 
     def reference(self, path: str, size: Size | None, of_run: Size | None = None) -> Reference:
         """Open a reference. Its images are cropped to `size`, or to the size of the run unless they are in an .npz.
@@ -230,12 +213,11 @@ def evaluate(
             facts = read_facts(samples)
         else:
             yield Stage("loading the run")
-            sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
             if not prompts and trained.config.model.text_width and captioned:
                 prompts = names_in(captioned.captions)
+            sampler, seeds = open_sampler(trained, sampling, batch_size, precision, device), range(seed, seed + num)
             facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
-            text = sampler.text(prompts_of(facts, seeds), negative)
-            images = session.draw(sampler, seeds, facts["labels"], str(trained.root), facts, text)
+            images = drawn_images(session, trained, sampler, seeds, facts)
         assert images is not None, "opened or drawn"
         values, gathered = yield from session.compare(images, against, metrics, half)
         if asked := asked_for(facts, len(images)):
@@ -266,6 +248,16 @@ def evaluate(
             write_report(root)
         except (OSError, RunError) as e:
             yield Warned(f"{root / runs.REPORT} cannot be written: {reason(e)}")
+
+
+def drawn_images(
+    session: EvaluationSession, trained: runs.TrainedRun, sampler: Sampler, seeds: range, facts: Mapping[str, Any]
+) -> DrawnImages:
+    """The images of a request, as `sample_facts` describes it, drawn when they are read. Raises DiffussmError."""
+    if sampler.decoding.warning:
+        raise DataError(f"eval: {sampler.decoding.warning}")
+    text = sampler.text(prompts_of(facts, seeds), facts["negative"])
+    return DrawnImages(sampler, seeds, facts["labels"], session.extractor.channels, str(trained.root), facts, text)
 
 
 def make_reference(

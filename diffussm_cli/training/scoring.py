@@ -11,6 +11,7 @@ from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import USUAL
+from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.features import doubts
 from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession
@@ -67,7 +68,8 @@ class Scoring:
         sampler = Sampler(model, config, sampling, self.decoding, dtype=self.dtype)
         seeds = range(config.eval.images)
         text = captions_of(self.source, len(seeds)) if config.model.text_width else None
-        images = self.session.draw(sampler, seeds, sampler.labels(seeds), "averaged weights", text=text)
+        channels, labels = self.session.extractor.channels, sampler.labels(seeds)
+        images = DrawnImages(sampler, seeds, labels, channels, "averaged weights", text=text)
         measured, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in measured.items()}
         best = self.root / runs.BEST

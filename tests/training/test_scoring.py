@@ -12,7 +12,9 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.evaluation.session import EvaluationSession, evaluate
+from diffussm_cli.evaluation.drawn import DrawnImages
+from diffussm_cli.evaluation.session import evaluate
+from diffussm_cli.training import scoring
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
 from diffussm_cli.training.trainer import Trainer
@@ -56,8 +58,7 @@ def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path
     """The second average is better all the time, and at its best when the first is not."""
     scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
     monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
-    draw = EvaluationSession.draw
-    monkeypatch.setattr(EvaluationSession, "draw", lambda s, *a, **k: drawn.append(a[0].model) or draw(s, *a, **k))
+    monkeypatch.setattr(scoring, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k))
     training = trainer(config("train.steps=6", "train.ema=0.9,0.1"), tmp_path / "run")
     records = list(training.run())
     assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [(5, 2), (3, 1.5), (4, 1)]
