@@ -33,7 +33,8 @@ MEASURES = {
     "parameters": "parameters",
     "steps": "steps",
     "gflops": "Gflops",
-    "cpu_seconds": "seconds of one thread",
+    "training_seconds": "seconds of its steps, by the times measured in turn",
+    "cpu_seconds": "seconds of the process, with evaluations",
     "held_out": "held-out loss",
     "at_gflops": "the same after the Gflops that all reach",
     "at_images": "the same after the images that all reach",
@@ -82,6 +83,8 @@ def load_results(study: Study) -> list[dict]:
     paths = [path for path in sorted((RESULTS / study.name).glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
+    for r in results if study.step_seconds else ():
+        r["training_seconds"] = r["steps"] * study.step_seconds[r["run"]]
     if study.base.get("train.lr_decay") == "constant":
         for name, unit in {"at_gflops": "gflops", "at_images": "images"}.items():
             common = min(curve(r, unit)[0][-1] for r in results)
@@ -168,7 +171,7 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:
-    """Held-out loss against Gflops and seconds of training, a colour for each run, a line for each seed.
+    """Held-out loss against Gflops and seconds, a colour for each run, a line for each seed.
 
     If the rate of learning is constant, a third panel has the last loss against the memory of training by formula.
     """
@@ -177,6 +180,8 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
 
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
     panels = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
+    if study.step_seconds:
+        panels = {"gflops": "Gflops of training", "training_seconds": "seconds of training on one thread"}
     if any("at_gflops" in r for r in results):
         panels["memory"] = "MiB of training, by formula"
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
