@@ -134,7 +134,7 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     assert real["asked"] > 0.9  # the extractor knows 98.4% of held-out digits, and was trained on these
     assert real["nearness"] < 1e-3  # they are themselves in the training set
     lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
-    assert "| | a, 1 seeds | a, seed 3, other samples | training images |" in lines
+    assert "| mean ± 95% | a, 1 seeds | a, seed 3, other samples | training images |" in lines
     assert f"| FID | {metrics['fid']:.4g} | {again['fid']:.4g} | {real['fid']:.4g} |" in lines
     monkeypatch.setattr(runner, "TURN_STEPS", 20)
     rates = runner.measure_rates(make(base=small, runs={"a": {}, "deep": {"model.depth": 4}}, seconds=1), tmp_path)

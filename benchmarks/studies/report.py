@@ -54,6 +54,9 @@ MEASURES = {
     "peak_mib": "peak MiB",
 }
 
+SIDE_BY_SIDE = 3  # the most runs that a table has in columns
+OF_MANY = ("parameters", "gflops", "images_per_second", "held_out", "at_gflops", "at_images", "fid", "asked")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,7 +104,7 @@ def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
 
 
 def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
-    """The report in markdown, line by line: a row for each measure."""
+    """The report in markdown, line by line: a row for each measure, or of many runs a row for each of them."""
     done = [run for run in study.runs if any(r["run"] == run for r in results)]
     columns: dict[str, Callable[[str], list[float]]] = {}  # the values of a measure, by title
     for run in done:
@@ -118,11 +121,12 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
     if floor:
         columns["training images"] = lambda m: [floor[m]] if m in floor else []
     lines = [study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
-    for measure, title in MEASURES.items():
-        cells = [interval(values(measure)) for values in columns.values()]
-        if any(cells):
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    measures = MEASURES if len(done) <= SIDE_BY_SIDE else {name: MEASURES[name] for name in OF_MANY}
+    rows = [[title, *(interval(values(name)) for values in columns.values())] for name, title in measures.items()]
+    rows = [["mean ± 95%", *columns], *(row for row in rows if any(row[1:]))]
+    rows = rows if len(done) <= SIDE_BY_SIDE else [list(column) for column in zip(*rows)]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines.insert(-len(rows) + 1, "|" + "---|" * len(rows[0]))
     lines += search_table(study)
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
     return [*lines, "", *(f"- {m}" for m in machines)]
