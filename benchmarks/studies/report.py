@@ -199,7 +199,7 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
             for j, r in enumerate(of_run):
                 axis.plot(*curve(r, unit), color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set(xlabel=label, yscale="log", xscale="log" if unit == "memory" else "linear")
+        axis.set(xlabel=label, yscale="log")
     axes[0].set_ylabel("held-out loss")
     axes[0].legend(frameon=False)
     figure.tight_layout()
