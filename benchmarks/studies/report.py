@@ -86,8 +86,9 @@ def load_results(study: Study) -> list[dict]:
     paths = [path for path in sorted((RESULTS / study.name).glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
-    for r in results if study.step_seconds else ():
-        r["training_seconds"] = r["steps"] * study.step_seconds[r["run"]]
+    if study.step_seconds:
+        for r in results:
+            r["training_seconds"] = r["steps"] * study.step_seconds[r["run"]]
     if study.base.get("train.lr_decay") == "constant":
         for name, unit in {"at_gflops": "gflops", "at_images": "images"}.items():
             common = min(curve(r, unit)[0][-1] for r in results)

@@ -134,16 +134,18 @@ class Rows:
         return self.numbers[places.start : places.stop].split(batch_size)
 
 
-def test_batches_and_shares_are_joined_in_order(monkeypatch):
+@pytest.mark.parametrize("shares", [(range(3), range(3, 7)), (range(0), range(7))], ids=["two", "one is empty"])
+def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
     def extractor(batch):
         return Features(batch, spatial=2 * batch, logits=batch)
 
     job, x = Job(), Rows.numbers
     monkeypatch.setattr(gathering, "gather", job.gather)
     monkeypatch.setattr(gathering, "full_float32", contextlib.nullcontext)
+    monkeypatch.setattr(World, "share", lambda world, _: shares[world.rank])
     with ThreadPoolExecutor(2) as ranks:
         every = list(ranks.map(lambda rank: gathered(Rows(), extractor, None, World(rank, 2), 2), (0, 1)))
-    assert [done for _, done, _ in every] == [3, 4]
+    assert [done for _, done, _ in every] == list(map(len, shares))
     for found, _, _ in every:
         assert torch.equal(found.pool, x)
         torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))

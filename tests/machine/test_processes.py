@@ -52,3 +52,9 @@ def test_only_gather_waits_for_days(monkeypatch):
     assert groups[0] == ("cpu:gloo,cuda:nccl", datetime.timedelta(minutes=10))
     assert groups[1] == ("gloo", distributed.PATIENCE)
     assert datetime.timedelta(days=1) < distributed.PATIENCE
+
+
+def test_work_is_shared_in_neighbouring_pieces():
+    assert [World(rank, 3).share(10) for rank in range(3)] == [range(3), range(3, 6), range(6, 10)]
+    assert World().share(10) == range(10)
+    assert [len(World(rank, 3).share(2)) for rank in range(3)] == [0, 1, 1]

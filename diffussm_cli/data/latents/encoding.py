@@ -404,6 +404,7 @@ def encode(encoder: Encoder, world: World) -> Iterator[Event]:
     yield from encoder.write(unfinished(store, settings, world))
     if world.rank == 0:
         while unfinished(store, settings, ALONE):
+            yield Stage("waiting for the other processes")  # the caller may stop here
             time.sleep(POLL_SECONDS)
         finish(store, settings, encoder.listing.ignored)
 
