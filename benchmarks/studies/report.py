@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()
     study = load_study(arguments.name)
+    if not any((RESULTS / study.name).glob("*-s*.json")):
+        raise SystemExit(f"{study.name}: no results yet; begin with python benchmarks/studies/run.py {study.name}")
     results = load_results(study)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -126,9 +128,7 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
     rows = [[title, *(interval(values(name)) for values in columns.values())] for name, title in measures.items()]
     rows = [["mean ± 95%", *columns], *(row for row in rows if any(row[1:]))]
     rows = rows if len(done) <= SIDE_BY_SIDE else [list(column) for column in zip(*rows)]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines.insert(-len(rows) + 1, "|" + "---|" * len(rows[0]))
-    lines += search_table(study)
+    lines += [*table(rows), *search_table(study)]
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
     return [*lines, "", *(f"- {m}" for m in machines)]
 
@@ -137,13 +137,19 @@ def search_table(study: Study) -> list[str]:
     """The held-out losses of the trials of a search: a row for each value, a column for each run; empty without one."""
     lines: list[str] = []
     for name, grid in study.search.items():
-        lines += ["", f"| {name}, held-out loss of one seed after a third | " + " | ".join(study.runs) + " |"]
-        lines.append("|" + "---|" * (1 + len(study.runs)))
+        rows = [[f"{name}, held-out loss of one seed after a third", *study.runs]]
         for value in grid:
             files = [RESULTS / study.name / f"{run}-{value}.json" for run in study.runs]
-            found = [json.loads(f.read_text(encoding="utf-8"))["held_out"] if f.is_file() else None for f in files]
-            lines.append(f"| {value:g} | " + " | ".join("" if v is None else f"{v:.4g}" for v in found) + " |")
+            found = [[json.loads(f.read_text(encoding="utf-8"))["held_out"]] if f.is_file() else [] for f in files]
+            rows.append([f"{value:g}", *map(interval, found)])
+        lines += ["", *table(rows)]
     return lines
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table in markdown, line by line; the first row is its head."""
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
 
 
 def values_of(results: Sequence[dict], run: str, measure: str) -> list[float]:

@@ -51,6 +51,8 @@ def main() -> None:
         show_plan(study)
         return
     if arguments.repeat:
+        if not (folder / f"{arguments.repeat}.json").is_file():
+            raise SystemExit(f"--repeat: {arguments.repeat!r} is not a result in {folder}")
         again, stored = repeat(folder / f"{arguments.repeat}.json")
         print(f"held-out loss of {arguments.repeat}: {stored} stored, {again} again")
         sys.exit(again != stored)
