@@ -91,6 +91,8 @@ if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text())
     if any(fault == "slow" for _, fault, _ in jobs):
         distributed.STEP = datetime.timedelta(seconds=PATIENCE)
+    # torchrun sends SIGTERM to the others when one has died. As `diffussm train` does, they go on until they see it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with process_group(read_world()):
             for out, fault, overrides in jobs:
