@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.mixers import MIXERS
 
@@ -142,22 +143,29 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     assert all(len(of) == runner.TURNS and min(of) > 0 for of in rates["turns"].values())
 
 
+def digits():
+    """The training images and the held-out images with their labels, as two sets."""
+    parts = (builtin.load("digits", None, held_out=held_out) for held_out in (False, True))
+    return [{(image.numpy().tobytes(), int(y)) for image, y in zip(part.images, part.labels)} for part in parts]
+
+
 @pytest.fixture
 def unchanged(monkeypatch):
-    """Gives the classes and the mixers back that a change replaces."""
+    """Gives back what a change replaces."""
     import diffussm_cli.model.diffussm as network
 
     monkeypatch.setattr(network, "DiffuSSMBlock", network.DiffuSSMBlock)
     monkeypatch.setattr(Backbone, "positions", Backbone.positions)
+    monkeypatch.setattr(builtin, "load", builtin.load)
     monkeypatch.setitem(MIXERS, "s4d", MIXERS["s4d"])
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
     config = load_config("digits")
-    before = build_model(config)
+    before, (images, held_out) = build_model(config), digits()
     CHANGES[change]()
-    after = build_model(config)
+    after, (fewer, same) = build_model(config), digits()
     mixer, N = after.blocks[0].mixer, config.model.d_state
     u = torch.randn(1, config.model.hidden_size, 6, 1)
     later = mixer(u)[:, :, :3] - mixer(torch.cat([u[:, :, :3], -u[:, :, 3:]], 2))[:, :, :3]  # what the future changes
@@ -169,9 +177,13 @@ def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
         "short-steps": 1e-4 <= mixer.log_dt.exp().min() < mixer.log_dt.exp().max() <= 1e-2,
         "no-gate": not hasattr(after.blocks[0], "W1"),
         "no-positions": after.position.abs().max().item() == 0,
+        "500-images": len(fewer) == 500,
+        "1500-images": len(fewer) == 1500,
     }
     assert [name for name, holds in found.items() if holds] == [change]
     assert poles == pytest.approx([0, math.pi]) or change == "s4d-inv"
     removed = {name for name, _ in before.named_parameters()} - {name for name, _ in after.named_parameters()}
     assert {name.split(".")[2] for name in removed} == ({"W1"} if change == "no-gate" else set())
     assert after(torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])).isfinite().all()
+    assert fewer <= images
+    assert same == held_out

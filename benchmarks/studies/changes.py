@@ -1,6 +1,6 @@
-"""Changes to the network that no configuration offers, because they are there only to learn what a part is worth.
+"""Changes to the network and to the data that no configuration offers, because only studies need them.
 
-A study names one for a run (`change: no-gate`). It changes the classes of this process, so it goes with a process that
+A study names one for a run (`change: no-gate`). It changes what this process imports, so it goes with a process that
 trains and measures one job. B batch, D channels, J positions, M tokens per position, N state size.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.mixers import MIXERS
@@ -63,6 +64,25 @@ def no_positions() -> None:
     Backbone.positions = lambda self, H, W: torch.zeros_like(positions(self, H, W))  # type: ignore[method-assign]
 
 
+def train_on(n: int) -> None:
+    """Let a built-in data set without captions have n training images, the same for every seed; the held-out ones stay.
+
+    A measure that compares samples with training images then takes these n.
+    """
+    load = builtin.load
+
+    def load_some(
+        name: str, size: tuple[int, int] | None, channels: int | None = None, flip: bool = False, held_out: bool = False
+    ) -> builtin.InMemory:
+        whole = load(name, size, channels, flip, held_out)
+        if held_out:
+            return whole
+        chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:n].sort().values
+        return builtin.InMemory(whole.images[chosen], whole.labels[chosen], whole.class_names, whole.flip)
+
+    builtin.load = load_some  # type: ignore[assignment]
+
+
 CHANGES: dict[str, Callable[[], None]] = {
     "one-direction": lambda: mix_with(OneDirection),
     "s4d-inv": lambda: mix_with(S4DInv),
@@ -70,4 +90,6 @@ CHANGES: dict[str, Callable[[], None]] = {
     "short-steps": lambda: mix_with(S4D, dt_min=1e-4, dt_max=1e-2),
     "no-gate": no_gate,
     "no-positions": no_positions,
+    "500-images": lambda: train_on(500),
+    "1500-images": lambda: train_on(1500),
 }
