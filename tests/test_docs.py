@@ -126,5 +126,5 @@ def test_tables_of_the_studies_stand_in_the_documentation(monkeypatch):
         study = studies.load_study(name)
         file = studies.RESULTS / name / studies.FLOOR
         floor = json.loads(file.read_text("utf-8")) if study.samples else {}
-        page = report.page(study, report.load_results(study), next(iter(study.runs)), floor)
+        page = report.page(study, report.load_results(study), report.names(study)[0], floor)
         assert [line for line in page if line.startswith("|") and line not in text] == []

@@ -89,17 +89,31 @@ def test_intervals_and_paired_differences_by_hand():
     assert report.paired(results, "b", "a", "fid") == [2.0]
 
 
+def store(root, study, run, steps=2, gflops=6.0, curve=((2, 16, 5.0),)):
+    """A result as run.py leaves it, as far as reading needs it."""
+    (root / study).mkdir(exist_ok=True)
+    values = {"run": run, "seed": 0, "searched": None, "steps": steps, "gflops": gflops, "curve": curve}
+    (root / study / f"{run}-s0.json").write_text(json.dumps(values), encoding="utf-8")
+
+
 def test_losses_at_a_common_budget_are_read_from_the_curves(tmp_path, monkeypatch):
     study = make(images=64, base=VALUES["base"] | {"train.lr_decay": "constant"})
-    for name, steps, gflops, curve in [("a", 10, 20.0, [(5, 40, 4.0), (10, 80, 2.0)]), ("b", 4, 12.0, [(4, 32, 3.0)])]:
-        (tmp_path / "s").mkdir(exist_ok=True)
-        values = {"run": name, "seed": 0, "searched": None, "steps": steps, "gflops": gflops, "curve": curve}
-        (tmp_path / "s" / f"{name}-s0.json").write_text(json.dumps(values), encoding="utf-8")
+    store(tmp_path, "s", "a", 10, 20.0, [(5, 40, 4.0), (10, 80, 2.0)])
+    store(tmp_path, "s", "b", 4, 12.0, [(4, 32, 3.0)])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     a, b = report.load_results(study)
     assert (a["at_gflops"], b["at_gflops"]) == (pytest.approx(4.0 - 2.0 * 2 / 10), 3.0)  # 12 Gflops are 6 steps of a
     assert ("at_images" in a, b["at_images"]) == (False, 3.0)  # the curve of a begins after 40 images
     assert "at_images" not in report.load_results(make(images=64))[0]
+
+
+def test_a_report_shows_the_study_beside_it_first(tmp_path, monkeypatch):
+    for study, run in [("s", "b"), ("s", "a"), ("later", "c")]:
+        store(tmp_path, study, run)
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    later = make(name="later", runs={"c": {}}, images=64, beside=make(images=64))
+    assert report.names(later) == ["a", "b", "c"]
+    assert [r["run"] for r in report.load_results(later)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)

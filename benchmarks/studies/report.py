@@ -72,15 +72,20 @@ def main() -> None:
     results = load_results(study)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    print("\n".join(page(study, results, arguments.against or next(iter(study.runs)), floor)))
+    print("\n".join(page(study, results, arguments.against or names(study)[0], floor)))
     if arguments.figure:
         draw(study, results, arguments.figure)
     if arguments.grid:
-        grid(study, arguments.work / study.name, arguments.grid)
+        grid(study, arguments.work, arguments.grid)
+
+
+def names(study: Study) -> list[str]:
+    """The runs of a report: those of the study beside it, then its own."""
+    return [run for of in study.shown() for run in of.runs]
 
 
 def load_results(study: Study) -> list[dict]:
-    """Every result of a study but the trials of its search, its metrics beside the rest.
+    """Every result of a study and of the one beside it, but no trials of a search; metrics beside the rest.
 
     With a constant rate of learning, the loss of a run is also read from its curve where the shortest run ends, unless
     its curve begins later.
@@ -97,7 +102,7 @@ def load_results(study: Study) -> list[dict]:
             for r in results:
                 if curve(r, unit)[0][0] <= common:
                     r[name] = float(np.interp(common, *curve(r, unit)))
-    return results
+    return [*(load_results(study.beside) if study.beside else []), *results]
 
 
 def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
@@ -108,7 +113,7 @@ def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
 
 def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
     """The report in markdown, line by line: a row for each measure, or of many runs a row for each of them."""
-    done = [run for run in study.runs if any(r["run"] == run for r in results)]
+    done = [run for run in names(study) if any(r["run"] == run for r in results)]
     columns: dict[str, Callable[[str], list[float]]] = {}  # the values of a measure, by title
     for run in done:
         columns[f"{run}, {sum(r['run'] == run for r in results)} seeds"] = lambda m, run=run: values_of(results, run, m)
@@ -197,11 +202,11 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
         panels["memory"] = "MiB of training, by formula"
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
     for axis, (unit, label) in zip(axes, panels.items()):
-        for i, run in enumerate(study.runs):
+        for i, run in enumerate(names(study)):
             of_run = [r for r in results if r["run"] == run]
             if unit == "memory":
-                mib = cost(load_config(*study.config(run, {}))).training_bytes / 2**20
-                axis.plot([mib] * len(of_run), [r["held_out"] for r in of_run], "o", color=f"C{i}", alpha=0.6)
+                mib = [cost(load_config(r["preset"], r["overrides"])).training_bytes / 2**20 for r in of_run]
+                axis.plot(mib, [r["held_out"] for r in of_run], "o", color=f"C{i}", alpha=0.6)
                 continue
             for j, r in enumerate(of_run):
                 axis.plot(*curve(r, unit), color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
@@ -216,7 +221,8 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
 
 def grid(study: Study, work: Path, path: Path, columns: int = 12) -> None:
     """Samples of the first seed of each run, two rows of the same sampling seeds for each."""
-    files = [work / f"{run}-s{study.seeds[0]}" / f"samples-{SAMPLING_SEED}.npz" for run in study.runs]
+    file = f"samples-{SAMPLING_SEED}.npz"
+    files = [work / of.name / f"{run}-s{of.seeds[0]}" / file for of in study.shown() for run in of.runs]
     images = [next(open_npz(file)["arr_0"].read(0, 2 * columns, 2 * columns)) for file in files]
     save_grid(torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), path, columns)
 

@@ -64,6 +64,11 @@ class Study:
     samples: int = 2000  # 0: only the held-out loss
     evaluations: int = 10  # points of the held-out curve
     step_seconds: dict[str, float] = field(default_factory=dict)  # of each run, in the file RATES
+    beside: "Study | None" = None  # an earlier study of the same budget and seeds, whose runs the report shows first
+
+    def shown(self) -> list["Study"]:
+        """The studies whose runs the report shows, in order."""
+        return [*(self.beside.shown() if self.beside else []), self]
 
     def trials(self) -> list[Job]:
         """The trainings of the search, of every run and value, with the first seed."""
@@ -117,7 +122,8 @@ def load_study(name: str) -> Study:
     known = {f.name for f in dataclasses.fields(Study)}
     if set(values) - known:
         raise SystemExit(f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}")
-    study = Study(**({"name": path.stem} | values | {"seeds": tuple(values["seeds"])}))
+    beside = load_study(values["beside"]) if "beside" in values else None
+    study = Study(**({"name": path.stem} | values | {"seeds": tuple(values["seeds"]), "beside": beside}))
     if [study.gflops, study.images, study.seconds].count(None) != 2 or len(study.search) > 1:
         raise SystemExit(f"{path}: give gflops, images or seconds, and at most one searched field")
     rates = RESULTS / study.name / RATES
