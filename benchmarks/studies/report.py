@@ -192,7 +192,7 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
     If the rate of learning is constant, a third panel has the last loss against the memory of training by formula.
     """
     import matplotlib
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
     panels = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
@@ -200,21 +200,26 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
         panels = {"gflops": "Gflops of training", "training_seconds": "seconds of training on one thread"}
     if any("at_gflops" in r for r in results):
         panels["memory"] = "MiB of training, by formula"
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), sharey=True)
+    size = (4 * len(panels) + 1, 3.6)  # with room for the legend
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    colours = matplotlib.colormaps["tab10" if len(names(study)) <= 10 else "tab20"].colors
     for axis, (unit, label) in zip(axes, panels.items()):
         for i, run in enumerate(names(study)):
             of_run = [r for r in results if r["run"] == run]
             if unit == "memory":
                 mib = [cost(load_config(r["preset"], r["overrides"])).training_bytes / 2**20 for r in of_run]
-                axis.plot(mib, [r["held_out"] for r in of_run], "o", color=f"C{i}", alpha=0.6)
+                axis.plot(mib, [r["held_out"] for r in of_run], "o", color=colours[i], alpha=0.6)
                 continue
             for j, r in enumerate(of_run):
-                axis.plot(*curve(r, unit), color=f"C{i}", alpha=0.6, label=run if j == 0 else None)
+                axis.plot(*curve(r, unit), color=colours[i], alpha=0.6, label=run if j == 0 else None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(xlabel=label, yscale="log")
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axis.yaxis.set_major_locator(ticker.MaxNLocator(7))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
     axes[0].set_ylabel("held-out loss")
-    axes[0].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
