@@ -75,10 +75,10 @@ def profile(
 
         figures.check_figure(figure)
     if report_file:
-        from diffussm_cli.machine.files import check_path
+        from diffussm_cli.machine.files import check_output
         from diffussm_cli.profiling import page
 
-        check_path(report_file, "--report", page.SUFFIXES)
+        check_output(report_file, "--report", page.SUFFIXES)
         study = page.read_study(quality) if quality else []
     if paper:
         paper_tables(as_json)

@@ -2,12 +2,13 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,12 +33,53 @@ def default_cache() -> Path | None:
         return None
 
 
-def check_path(path: Path, option: str, suffixes: Sequence[str]) -> None:
-    """Raises ConfigError for a file to write of another kind than these, or in a folder that does not exist."""
-    if path.suffix not in suffixes:
+def check_output(
+    path: Path,
+    option: str,
+    suffixes: Sequence[str] = (),
+    reads: Iterable[str | os.PathLike | None] = (),
+    replaces: Collection[str] = (),
+) -> None:
+    """Check a file that a command is going to write, so that no work is lost and nothing is overwritten by mistake.
+
+    Args:
+        option: the option that gave the path, for the error.
+        suffixes: the endings that the file may have; empty: any.
+        reads: files and folders that the command reads. A path that does not exist, or is None, is passed over.
+        replaces: names of files that the command may overwrite in a folder that it reads, because it wrote them itself.
+
+    Raises:
+        ConfigError: if the file has another ending, its folder is missing or cannot be written, it is a folder, a link
+            or a device, or the command reads it.
+    """
+    if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{option}: {str(path)!r} must end in {' or '.join(suffixes)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{option}: there is no folder {str(path.parent)!r}")
+    folder = path.parent
+    if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
+        raise ConfigError(f"{option}: there is no folder {str(folder)!r}")
+    if path.is_symlink():
+        target = os.readlink(path)
+        raise ConfigError(f"{option}: {str(path)!r} is a link to {target!r} and would be replaced; name another file")
+    if os.path.lexists(path) and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or pipe"
+        raise ConfigError(f"{option}: cannot write {str(path)!r}: it is {what}; name a file")
+
+    # What the command reads stays as it is.
+    for source in map(Path, filter(None, reads)):
+        if not path.exists() or not source.exists():
+            continue
+        in_folder = source.is_dir() and path.name not in replaces and path.resolve().is_relative_to(source.resolve())
+        if in_folder or path.samefile(source):
+            raise ConfigError(f"{option}: {str(path)!r} is read by this command; name another file")
+
+    # A file that appears and disappears shows whether the folder can be written.
+    trial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    try:
+        trial.unlink(missing_ok=True)
+        trial.touch(exist_ok=False)
+        trial.unlink(missing_ok=True)  # another process may have removed it
+    except OSError as e:
+        raise ConfigError(f"{option}: cannot write {str(path)!r}: {e.strerror}") from e
 
 
 def sha256(path: Path) -> str:
@@ -112,17 +154,23 @@ def sync(path: Path) -> None:
 def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file that takes its name only when complete and on disk; leftovers of a killed process are removed.
 
-    If not `durable`, a power failure may lose the file. This is faster, for one file of very many.
+    If not `durable`, a power failure may lose the file. This is faster, for one file of very many. A link of that name
+    is replaced by the file; its target is not touched.
 
     Raises:
-        OSError: if the file cannot be written; the error names it, and an earlier file of that name is untouched.
+        OSError: if the file cannot be written, or a device has its name; the error names it, and an earlier file of
+            that name is untouched.
     """
+    if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
+        raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
     if durable:  # listing a folder of very many files takes long
-        for old in path.parent.glob(f"{PARTIAL}{path.name}.*"):
-            old.unlink(missing_ok=True)
+        for old in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):
+            if old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():  # not of another file, as NAME.gz
+                old.unlink(missing_ok=True)
     temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # never through a link that somebody has put there
             yield file
             file.flush()
             if durable:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffussm_cli.errors import ConfigError, writing
-from diffussm_cli.machine.files import check_path, whole_file
+from diffussm_cli.machine.files import check_output, whole_file
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.models import display_name, named_model
 
@@ -22,7 +22,7 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by name: resol
 
 def check_figure(path: Path) -> None:
     """Raises ConfigError for a file that cannot be drawn, or without matplotlib."""
-    check_path(path, "--figure", SUFFIXES)
+    check_output(path, "--figure", SUFFIXES)
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as e:

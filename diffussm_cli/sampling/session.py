@@ -8,7 +8,7 @@ from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
 from diffussm_cli.errors import writing
 from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
-from diffussm_cli.machine.files import check_path
+from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.film import SUFFIXES, write_film
@@ -58,7 +58,7 @@ def sample(
     prompts = prompts or trained.config.sample.prompts
     world, seeds = read_world(), range(seed, seed + num)
     if film:
-        check_path(film, "--film", SUFFIXES)
+        check_output(film, "--film", SUFFIXES)
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)

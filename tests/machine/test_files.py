@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffussm_cli.machine.files import content, default_cache, held_folder, locked, whole_file, write_text
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine.files import check_output, content, default_cache, held_folder, locked, whole_file, write_text
 from diffussm_cli.runs.checkpoints import whole_folder
 from tests.helpers import line_of, run
 
@@ -48,6 +49,74 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
     assert caught.value.filename == str(path)
     assert path.read_bytes() == b"old\xc3\xa9"
     assert content(tmp_path) == {"a.txt"}
+
+
+OUTPUTS = {  # a path to write, and what the refusal says; None: it may be written
+    "new.json": None,
+    "old.json": None,
+    "folder": "it is a folder; name a file",
+    "pipe": "it is a device or pipe; name a file",
+    "link.json": "is a link to 'old.json' and would be replaced",
+    "dangling.json": "is a link to 'nothing' and would be replaced",
+    "none/new.json": "there is no folder",
+    "new.txt": "must end in .json or .npz",
+    "read.npz": "is read by this command",
+    "folder/../read.npz": "is read by this command",
+    "images/meta.json": "is read by this command",
+    "images/results.json": None,
+    "images/new.json": None,
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_replaces_no_input_link_or_device(tmp_path, name):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "folder").mkdir()
+    for file in ("old.json", "read.npz", "images/meta.json", "images/results.json"):
+        (tmp_path / file).write_text("old")
+    (tmp_path / "link.json").symlink_to("old.json")
+    (tmp_path / "dangling.json").symlink_to("nothing")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    reads, suffixes = [tmp_path / "read.npz", tmp_path / "images", tmp_path / "none", None], [".json", ".npz"]
+
+    def check():
+        path = tmp_path / name
+        check_output(path, "--out", suffixes if path.suffix else (), reads, replaces=["results.json"])
+
+    if OUTPUTS[name] is None:
+        check()
+    else:
+        with pytest.raises(ConfigError, match=r"^--out: ") as caught:
+            check()
+        assert OUTPUTS[name] in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_device_is_not_replaced_by_a_file(monkeypatch):
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("the device is replaced"))
+    with pytest.raises(OSError, match="it is a device, not a file") as caught:
+        write_text(Path("/dev/null"), "a")
+    assert caught.value.filename == "/dev/null"
+
+
+def test_a_link_with_the_name_of_a_partial_file_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("old")
+    for durable in (True, False):
+        (tmp_path / f".partial-a.txt.{os.getpid()}").symlink_to("precious")
+        with whole_file(tmp_path / "a.txt", durable) as file:
+            file.write(b"new")
+        assert (tmp_path / "a.txt").read_text() == "new"
+    assert (tmp_path / "precious").read_text() == "old"
+
+
+def test_a_file_leaves_the_partial_files_of_others(tmp_path):
+    others = [tmp_path / f".partial-{name}.{os.getpid()}" for name in ("a.txt.gz", "b.txt")]
+    for other in others:
+        other.touch()
+    (tmp_path / ".partial-a.txt.1").touch()
+    write_text(tmp_path / "a.txt", "a")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.txt", *others])
 
 
 def test_windows_opens_no_folder(tmp_path, monkeypatch):

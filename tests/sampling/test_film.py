@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from diffussm_cli.cli import app
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.machine.files import check_path
+from diffussm_cli.machine.files import check_output
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling import film
 from diffussm_cli.sampling.film import SUFFIXES, write_film
@@ -69,7 +69,7 @@ def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, mon
 @pytest.mark.parametrize(("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")])
 def test_a_film_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, name, line):
     with pytest.raises(ConfigError, match=f"^--film: .*{line}"):
-        check_path(tmp_path / name, "--film", SUFFIXES)
+        check_output(tmp_path / name, "--film", SUFFIXES)
 
 
 def test_the_command_writes_it(tiny, tmp_path):
