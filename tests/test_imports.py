@@ -31,7 +31,9 @@ ROW = {name: i for i, row in enumerate(ROWS) for name in row}
 
 
 def modules():
-    return sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
+    """Path and syntax tree of every module of the package."""
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
 
 
 def package(path):
@@ -39,33 +41,62 @@ def package(path):
     return "" if first == "__init__" else first
 
 
-def imports(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+def imports(tree):
+    """Names that a module imports; a relative import begins with a dot."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", modules(), ids=str)
-def test_imports_go_one_way(path):
-    own = package(path)
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "diffussm_cli":
-            other = parts[1] if parts[1] in ROW else ""
-            assert other == own or ROW[other] > ROW[own], f"{path} imports {name}"
-        if parts[0] in ("typer", "rich"):
-            assert own in ("cli", "commands"), f"{path} imports {name}"
+def is_wrong_import(package, name):
+    """Whether an import is relative, goes up a row, or takes what only commands may use."""
+    first, *rest = name.split(".")
+    if first == "diffussm_cli":
+        other = rest[0] if rest[0] in ROW else ""
+        return other != package and ROW[other] <= ROW[package]
+    return first == "" or (first in ("typer", "rich") and package not in ("cli", "commands"))
 
 
-@pytest.mark.parametrize("path", [p for p in modules() if package(p) not in ("cli", "commands", "__main__")], ids=str)
-def test_only_commands_print_and_exit(path):
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("print", "exit", "sys.exit", "quit", "os._exit"), f"{path} calls {called}"
+def test_imports_go_one_way():
+    assert [
+        f"{path} imports {name}"
+        for path, tree in modules()
+        for name in imports(tree)
+        if is_wrong_import(package(path), name)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "wrong"),
+    [
+        ("model", "from diffussm_cli.errors import ConfigError", False),
+        ("model", "from diffussm_cli.model.s4d import S4D", False),
+        ("model", "from diffussm_cli.data import vae", True),
+        ("runs", "import diffussm_cli.training", True),
+        ("runs", "from .layout import FINAL", True),
+        ("runs", "from diffussm_cli import __version__", False),
+        ("runs", "import rich.table", True),
+        ("commands", "import rich.table", False),
+    ],
+)
+def test_wrong_import_is_found(package, code, wrong):
+    (name,) = imports(ast.parse(code))
+    assert is_wrong_import(package, name) == wrong
+
+
+PRINTS_OR_EXITS = ("print", "exit", "sys.exit", "quit", "os._exit")
+
+
+def test_only_commands_print_and_exit():
+    assert [
+        f"{path}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in modules()
+        if package(path) not in ("cli", "commands", "__main__")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in PRINTS_OR_EXITS
+    ] == []
 
 
 def text_calls(tree):
@@ -81,10 +112,8 @@ def text_calls(tree):
                 yield node
 
 
-@pytest.mark.parametrize("path", modules(), ids=str)
-def test_text_files_are_utf_8_whatever_the_locale(path):
-    found = [f"{path}:{node.lineno}: {ast.unparse(node)}" for node in text_calls(ast.parse((ROOT / path).read_text()))]
-    assert not found
+def test_text_files_are_utf_8_whatever_the_locale():
+    assert [f"{path}:{node.lineno}: {ast.unparse(node)}" for path, tree in modules() for node in text_calls(tree)] == []
 
 
 def test_calls_without_an_encoding_are_found():
