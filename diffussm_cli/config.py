@@ -256,7 +256,7 @@ def read_text(path: Path, option: str) -> str:
             raise ConfigError(f"{option}: {path} is not a regular file")
         if size > MAX_YAML_BYTES:
             raise ConfigError(f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes, too large for a configuration")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Notepad begins a file with a byte order mark
 
 
 class _PlainLoader(yaml.SafeLoader):

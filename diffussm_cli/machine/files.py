@@ -82,12 +82,29 @@ def check_output(
         raise ConfigError(f"{option}: cannot write {str(path)!r}: {e.strerror}") from e
 
 
-def sha256(path: Path) -> str:
-    """Hash of a file, read in blocks. Raises OSError, also if it is not a regular file: reading a pipe would block."""
-    if not stat.S_ISREG(path.stat().st_mode):
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file of a user for reading. Raises OSError, also for a pipe or device, which might block for ever."""
+    waits_not = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no such pipes
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waits_not))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike, most: int) -> bytes:
+    """The content of a file of a user. Raises OSError as `open_regular`, ValueError for more than `most` bytes."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in blocks. Raises OSError as `open_regular`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from diffussm_cli.commands.options import parse_classes, parse_size, sampling_request
+from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request
 from diffussm_cli.config import config_from_dict, load_config
 from diffussm_cli.errors import ConfigError
 
@@ -60,3 +60,9 @@ def test_classes_of_an_unconditional_model_are_refused():
     assert parse_classes(None, config) == ()
     with pytest.raises(ConfigError, match="^--classes: .*unconditional"):
         parse_classes("3", config)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+    """Notepad writes one; a prompt with it draws another image from the same seed."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred heart\r\nsun\r\n")
+    assert parse_prompts(None, tmp_path / "prompts.txt") == ("red heart", "sun")

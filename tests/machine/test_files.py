@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.machine.files import check_output, content, default_cache, held_folder, locked, whole_file, write_text
+from diffussm_cli.machine.files import (
+    check_output,
+    content,
+    default_cache,
+    held_folder,
+    locked,
+    open_regular,
+    read_regular,
+    sha256,
+    whole_file,
+    write_text,
+)
 from diffussm_cli.runs.checkpoints import whole_folder
 from tests.helpers import line_of, run
 
@@ -154,3 +165,19 @@ def test_the_cache_is_below_the_users(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: Path("home"))
     assert default_cache() == Path("home") / ".cache" / "diffussm"
+
+
+@pytest.mark.parametrize("read", [open_regular, sha256, lambda path: read_regular(path, 10)])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        read(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"Is a directory|not a regular file"):
+        read(tmp_path)
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_regular(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(ValueError, match="it has more than 4 bytes"):
+        read_regular(tmp_path / "file", 4)
