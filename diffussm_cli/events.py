@@ -1,4 +1,4 @@
-"""Events that a session yields as it works. A command shows them; a notebook may print them or read only the last."""
+"""Events that a session yields as it works. It returns its value: `finish(session)` gives only that."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -51,15 +51,8 @@ class TrainingRecord(Event):
     steps: int
 
 
-@dataclass(frozen=True)
-class Result(Event):
-    """The result of a session; its last event."""
-
-    value: Any
-
-
 def finish(session: Generator[Event, None, T]) -> T:
-    """Run a session to its end, ignoring its events, and return its return value."""
+    """Run a session to its end and return its value; its events are not shown."""
     while True:
         try:
             next(session)

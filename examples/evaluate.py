@@ -6,10 +6,9 @@ python examples/evaluate.py images/ real-images/
 import sys
 
 from diffussm_cli.evaluation import evaluate
-from diffussm_cli.events import Result, Warned
+from diffussm_cli.events import finish
 
-for event in evaluate(sys.argv[1], sys.argv[2], metrics=("fid", "kid")):
-    if isinstance(event, Warned):
-        print("note:", event.text)
-    if isinstance(event, Result):
-        print(event.value["metrics"])
+result = finish(evaluate(sys.argv[1], sys.argv[2], metrics=("fid", "kid")))
+print(result["metrics"])
+for line in result["warnings"]:
+    print("note:", line)

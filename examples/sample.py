@@ -5,9 +5,8 @@ python examples/sample.py runs/example images/
 
 import sys
 
-from diffussm_cli.events import Result
+from diffussm_cli.events import finish
 from diffussm_cli.sampling import sample
 
-for event in sample(sys.argv[1], sys.argv[2], num=10, classes=range(10)):
-    if isinstance(event, Result):
-        print(f"a grid of the images: {event.value}")
+grid = finish(sample(sys.argv[1], sys.argv[2], num=10, classes=range(10)))
+print(f"a grid of the images: {grid}")

@@ -23,7 +23,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.evaluation import evaluate
-from diffussm_cli.events import Result
+from diffussm_cli.events import finish
 from diffussm_cli.runs.hub import BUNDLED
 from diffussm_cli.runs.layout import CARD, IMAGE
 from diffussm_cli.sampling import sample
@@ -58,7 +58,7 @@ def main() -> None:
         runs.write_weights(draft, config, weights, step)
         print(f"{(draft / runs.MODEL).stat().st_size:,} bytes of weights", flush=True)
         wanted = {"prompts": PROMPTS} if config.data.text else {"classes": range(10)}
-        grid = result(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
+        grid = finish(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
         numbers, notes, measured = checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
     notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(encoding="utf-8").strip() + notes
     commit = output("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
@@ -127,7 +127,7 @@ def measure(
     """Metrics of a run's samples, in float32."""
     with tempfile.TemporaryDirectory() as place:
         options = {"num": num, "seed": seed, "sampling": sampling, "precision": "fp32", "out": Path(place) / "result"}
-        return result(evaluate(run, reference, metrics, **options))["metrics"]
+        return finish(evaluate(run, reference, metrics, **options))["metrics"]
 
 
 def quick_fid(run: Path, n: int, block: int) -> float:
@@ -157,11 +157,6 @@ def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: 
 
 def output(*command: Any) -> str:
     return subprocess.run([*map(str, command)], check=True, capture_output=True, text=True).stdout
-
-
-def result(session: Any) -> Any:
-    """The value of a session's result."""
-    return next(event.value for event in session if isinstance(event, Result))
 
 
 if __name__ == "__main__":

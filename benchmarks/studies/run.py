@@ -158,7 +158,7 @@ def train_job(job: Job, root: Path) -> dict:
     import torch
 
     import diffussm_cli
-    from diffussm_cli.events import Result
+    from diffussm_cli.events import finish
     from diffussm_cli.training import train
 
     if not torch.cuda.is_available():
@@ -166,7 +166,7 @@ def train_job(job: Job, root: Path) -> dict:
     if job.change:
         CHANGES[job.change]()
     config, start = job.config(), time.process_time()
-    done = [event.value for event in train(config, root, resume=root.exists()) if isinstance(event, Result)][-1]
+    done = finish(train(config, root, resume=root.exists()))
     records = read_log(root)
     curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
     return {

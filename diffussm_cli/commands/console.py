@@ -4,11 +4,12 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterator
+from typing import TypeVar
 
-from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
+from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 
+T = TypeVar("T")
 LONG = 60  # seconds; longer work announces its duration at the start
 ALARMS = {"left_out": "non-finite steps, left out", "spike": "rose to three times the median"}
 
@@ -25,18 +26,17 @@ def warn(console, text: str) -> None:
     console.print(f"warning: {text}", style="bold")
 
 
-def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None = None) -> Any:
-    """Show the events of a session: a spinner for a stage, a bar for progress, lines for messages and warnings.
+def follow(console, session: Generator[Event, None, T]) -> T:
+    """Show the events of a session, and return its value.
 
-    Args:
-        view: called with the value of a Result as soon as it arrives.
-
-    Returns:
-        The value of the Result, or None.
+    A stage is a spinner, progress a bar; messages and warnings are lines.
     """
-    found, shown = None, _Shown(console)
-    with contextlib.closing(shown):
-        for event in events:
+    with contextlib.closing(_Shown(console)) as shown:
+        while True:
+            try:
+                event = next(session)
+            except StopIteration as end:
+                return end.value
             if isinstance(event, Progress):
                 shown.progress(event)
                 continue
@@ -51,11 +51,6 @@ def follow(console, events: Iterable[Event], view: Callable[[Any], None] | None 
                 console.print(event.text)
             elif isinstance(event, Warned):
                 warn(console, event.text)
-            elif isinstance(event, Result):
-                found = event.value
-                if view is not None:
-                    view(found)
-    return found
 
 
 class _Shown:

@@ -108,7 +108,9 @@ def evaluate(
         warn(console, "features are not cached: there is no home folder; set --cache FOLDER")
     if make_ref:
         assert target is not None, "checked above"
-        follow(console, session.make_reference(samples, target, count=ref_images, **common), view=typer.echo)
+        written = follow(console, session.make_reference(samples, target, count=ref_images, **common))
+        if written is not None:
+            typer.echo(written)
         return
     trained, drawn = session.find_run_at(samples, ema), dict[str, Any]()
     if trained is not None:
@@ -117,7 +119,9 @@ def evaluate(
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
         drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
     events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
-    follow(console, events, view=lambda result: show(console, result, as_json))
+    result = follow(console, events)
+    if result is not None:
+        show(console, result, as_json)
 
 
 def show(console, result: dict[str, Any], as_json: bool) -> None:

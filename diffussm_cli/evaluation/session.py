@@ -19,7 +19,7 @@ from diffussm_cli.evaluation.gathering import Gathered, gather_features
 from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
 from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images
 from diffussm_cli.evaluation.text import names_in, names_of, retrieval
-from diffussm_cli.events import Event, Message, Result, Stage, Warned
+from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.files import PARTIAL, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
@@ -173,7 +173,7 @@ def evaluate(
     cache: Path | None = None,
     out: Path | None = None,
     run: runs.TrainedRun | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, dict[str, Any] | None]:
     """Measure samples, or images drawn from a run, by ADM's protocol.
 
     Args:
@@ -188,7 +188,11 @@ def evaluate(
         run: the run at `samples`, if `find_run_at` has already opened it.
 
     Yields:
-        events; a Result holds the metrics and how they were obtained. The report of a run is renewed after it.
+        events.
+
+    Returns:
+        The metrics and how they were obtained, also written to `out`; None on processes other than the first. The
+        report of a run is renewed too.
 
     Raises:
         DiffussmError: before the long work starts, where possible.
@@ -223,7 +227,7 @@ def evaluate(
         if asked := asked_for(facts, len(images)):
             values |= yield from session.prompted(gathered, asked, captioned)
     if world.rank:
-        return
+        return None
     remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are scores of previews")
@@ -239,7 +243,6 @@ def evaluate(
         "meta": dict(facts),
         "samples": str(samples),
     }
-    yield Result(result)
     usual = trained.root / runs.RESULTS if trained and runs.is_elsewhere(samples) else results_path(Path(samples))
     yield from _keep(result, out, usual)
     root = trained.root if trained else usual.absolute().parent.parent  # images of a run lie in it
@@ -248,6 +251,7 @@ def evaluate(
             write_report(root)
         except (OSError, RunError) as e:
             yield Warned(f"{root / runs.REPORT} cannot be written: {reason(e)}")
+    return result
 
 
 def drawn_images(
@@ -272,11 +276,14 @@ def make_reference(
     batch_size: int = 64,
     device: str = "auto",
     cache: Path | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, Path | None]:
     """Write a reference file for a set of images, with `count` of them for recall; ADM's evaluator can read it too.
 
     Yields:
-        events; the last one is a Result that holds the path of the file.
+        events.
+
+    Returns:
+        The path of the file; None on processes other than the first.
 
     Raises:
         DiffussmError: if the images cannot be read or the file cannot be written.
@@ -289,13 +296,14 @@ def make_reference(
     with process_group(world):
         opened = session.open(str(images), resolution)
         gathered = yield from session.features(opened, "image")
-    if world.rank == 0:
-        yield Stage("writing")
-        kept = write_reference(target, opened, gathered, session.extractor, count, seed)
-        yield from map(Warned, doubts(session.asked, session.name, str(images)))
-        height, width = opened.size
-        yield Message(f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept")
-        yield Result(target)
+    if world.rank:
+        return None
+    yield Stage("writing")
+    kept = write_reference(target, opened, gathered, session.extractor, count, seed)
+    yield from map(Warned, doubts(session.asked, session.name, str(images)))
+    height, width = opened.size
+    yield Message(f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept")
+    return target
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -349,5 +357,6 @@ def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Eve
         write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:
+            yield Message(json.dumps(result["metrics"]))  # they took long
             raise RunError(f"--out: cannot write {str(out)!r}: {reason(e)}") from e
         yield Warned(f"the result cannot be saved in {str(usual)!r}: {reason(e)}; choose a file with --out FILE")

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from diffussm_cli.config import Config, load_config
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Event, Message, Result, Stage
+from diffussm_cli.events import Event, Message, Stage
 from diffussm_cli.machine.device import (
     check_compiler,
     facts_of_machine,
@@ -38,7 +38,7 @@ def profile(
     work: Sequence[str] = (),
     setting: Setting | None = None,
     estimate: bool = False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, dict[str, Any]]:
     """Report the cost of models as nested plain values.
 
     Args:
@@ -49,7 +49,10 @@ def profile(
         estimate: also measure one optimiser step of each configuration and estimate its training time.
 
     Yields:
-        events; the last one is a Result with a dictionary.
+        events.
+
+    Returns:
+        The report.
     """
     result: dict[str, Any] = {"convention": CONVENTION, "models": []}
     for name, config in models:
@@ -68,7 +71,7 @@ def profile(
         for entry, config in zip(result["models"], configs):
             yield Stage(f"measuring a step of {entry['name']}")
             entry["training"] = plan(config, available_bytes(pick_device(config.train.device)))._asdict()
-    yield Result(result)
+    return result
 
 
 def choose_models(

@@ -1,13 +1,13 @@
 """Drawing from a trained run into a folder, as `diffussm sample` does."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
 from diffussm_cli.errors import writing
-from diffussm_cli.events import Event, Message, Progress, Result, Stage, Warned
+from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
@@ -32,7 +32,7 @@ def sample(
     grid: Path | None = None,
     npz: bool = False,
     film: Path | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, Path]:
     """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an interrupted one.
 
     Under torchrun the processes share the work.
@@ -49,7 +49,10 @@ def sample(
         film: also write the denoising of the first images into this .gif or .webp.
 
     Yields:
-        events; the last one is a Result with the path of the grid.
+        events.
+
+    Returns:
+        The path of the grid.
 
     Raises:
         DiffussmError: where possible, before anything is drawn.
@@ -89,4 +92,4 @@ def sample(
         write_film(sampler, seeds, facts, film)
         yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
-    yield Result(grid)
+    return grid

@@ -22,7 +22,7 @@ from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
-from diffussm_cli.events import Event, Message, Progress, Result, Stage, TrainingRecord, Warned
+from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory, pick_device
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
 from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
@@ -63,7 +63,7 @@ def train(
     overrides: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, TrainingResult]:
     """Train a model and write a self-describing run folder. Under torchrun, train on all its processes.
 
     Args:
@@ -75,7 +75,10 @@ def train(
         stop: called after every step; if it returns true, a checkpoint is written and training ends.
 
     Yields:
-        events, a TrainingRecord every `train.log_every` steps; the last one is a Result with a TrainingResult.
+        events, a TrainingRecord every `train.log_every` steps.
+
+    Returns:
+        Where training ended.
 
     Raises:
         DiffussmError: for anything that a user can fix; before the model is built where possible.
@@ -90,12 +93,12 @@ def train(
         stack.enter_context(process_group(world, cuda=world.size > 1 and torch.cuda.is_available()))
         root, config = gather(chosen, world)[0]  # other processes may see a stale run folder
         check_batch(config, world)
-        yield from _train_in(root, config, resume, world, stop)
+        return (yield from _train_in(root, config, resume, world, stop))
 
 
 def _train_in(
     root: Path, config: Config, resume: bool, world: World, stop: Callable[[], bool]
-) -> Generator[Event, None, None]:
+) -> Generator[Event, None, TrainingResult]:
     yield Stage("listing")
     source = open_source(config)
     with held_alone(root, world), contextlib.ExitStack() as stack:
@@ -111,8 +114,7 @@ def _train_in(
         complete = trainer.step >= steps and world.rank == 0 and runs.has_final(root, trainer.step)
         if gather(complete, world)[0]:
             yield Message(f"{root} is at step {trainer.step} and train.steps is {steps}; nothing to do")
-            yield Result(TrainingResult(root, trainer.step, steps, was_finished=True, processes=world.size))
-            return
+            return TrainingResult(root, trainer.step, steps, was_finished=True, processes=world.size)
         yield Message(f"{root}  {trainer.summary()}")
         if config.train.compile:
             yield Message(COMPILING)
@@ -135,7 +137,7 @@ def _train_in(
             yield TrainingRecord(record, steps)
         if writer:
             write_report(root)
-    yield Result(TrainingResult(root, trainer.step, steps, processes=world.size))
+    return TrainingResult(root, trainer.step, steps, processes=world.size)
 
 
 # ------------------------------------------------------------------------------------------------- what and where

@@ -3,11 +3,12 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Generator, Iterator
+from typing import Any, TypeVar
 
 from diffussm_cli.events import Event, Stage
 
+T = TypeVar("T")
 INTERRUPTED, PREEMPTED = 130, 75  # exit codes of Ctrl-C and SIGTERM (EX_TEMPFAIL: saved, run the same command again)
 TRAINING = Stage("training")  # what a session yields before its first step
 
@@ -20,13 +21,19 @@ class StopRequest:
     def __call__(self) -> bool:
         return self.code is not None
 
-    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
-        """Pass on a session's events; from the first step on, signals request a stop instead of ending the process.
+    def watch(self, session: Generator[Event, None, T]) -> Generator[Event, None, T]:
+        """Pass on a session's events and value.
 
-        Ctrl-C and SIGTERM let the loop finish its step and save a checkpoint; a second Ctrl-C interrupts at once.
+        From the first step on, signals request a stop instead of ending the process. Ctrl-C and
+        SIGTERM let the loop finish its step and save a checkpoint; a second Ctrl-C interrupts at
+        once.
         """
         with contextlib.ExitStack() as stack:
-            for event in events:
+            while True:
+                try:
+                    event = next(session)
+                except StopIteration as end:
+                    return end.value
                 if event == TRAINING:
                     stack.enter_context(self._handlers())
                 yield event

@@ -5,7 +5,7 @@ import io
 import rich.console
 
 from diffussm_cli.commands import console
-from diffussm_cli.events import Message, Result, Stage, TrainingRecord, Warned
+from diffussm_cli.events import Message, Stage, TrainingRecord, Warned
 
 
 def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
@@ -31,19 +31,22 @@ def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
     assert {seconds: console.duration(seconds) for seconds in lengths} == lengths
 
 
-def followed(events, view=None):
+def followed(events, value=None):
     """What `follow` gives, and what it shows, line by line, on a console that is no terminal."""
     shown = io.StringIO()
     shown_on = rich.console.Console(file=shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
-    found = console.follow(shown_on, iter(events), view)
+
+    def session():
+        yield from events
+        return value
+
+    found = console.follow(shown_on, session())
     return found, [line for line in shown.getvalue().splitlines() if line.strip()]
 
 
-def test_lines_are_shown_as_they_are_and_the_value_of_the_result_is_given():
-    viewed = []
-    events = [Stage("loading"), Message("a [b]:cat:"), Warned("careful"), Result(7)]
-    found, lines = followed(events, viewed.append)
-    assert (found, viewed) == (7, [7])
+def test_lines_are_shown_as_they_are_and_the_value_of_the_session_is_given():
+    found, lines = followed([Stage("loading"), Message("a [b]:cat:"), Warned("careful")], 7)
+    assert found == 7
     assert lines == ["a [b]:cat:", "warning: careful"]
     assert followed([Message("x")]) == (None, ["x"])
 
@@ -55,17 +58,6 @@ def test_a_record_is_a_line_with_what_was_evaluated():
     shown = [line for line in lines if line.startswith("step ")]
     assert shown[0] == "step 2/4  loss 0.5000  9.0 images/s"
     assert shown[1] == "step 4/4  loss 0.5000  9.0 images/s  held-out 0.2500  FID 3"
-
-
-def test_the_view_sees_a_result_before_what_comes_after_it():
-    seen = []
-
-    def events():
-        yield Result(1)
-        seen.append("after")
-
-    followed(events(), seen.append)
-    assert seen == [1, "after"]
 
 
 def test_without_a_terminal_a_record_is_a_line_and_alarms_stand_before_it():

@@ -15,6 +15,7 @@ from diffussm_cli.data.latents.repair import repair_store
 from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.source import ImageFolder, open_source
 from diffussm_cli.errors import DataError
+from diffussm_cli.events import finish
 from tests.conftest import Letters, save_vae
 from tests.data.test_latents import make_encoder, make_source, write_store
 
@@ -218,9 +219,9 @@ def test_a_store_keeps_the_columns_it_was_made_from(named):
     columns = ["image=photo", "label=breed"]
 
     def encode(asked):
-        return list(encode_images(named, store, (16, 16), str(vae), workers=0, columns=asked, flip=False))
+        return finish(encode_images(named, store, (16, 16), str(vae), workers=0, columns=asked, flip=False))
 
-    assert encode(columns)[-1].value.settings.columns == tuple(columns)
+    assert encode(columns).settings.columns == tuple(columns)
     with pytest.raises(DataError, match="^SOURCE: a.parquet: none of its columns is image"):
         encode([])
     with pytest.raises(DataError, match=r"columns was \('image=photo', 'label=breed'\) and is now \('label=breed', "):

@@ -14,6 +14,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.session import evaluate
+from diffussm_cli.events import finish
 from diffussm_cli.training import scoring
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
@@ -121,7 +122,7 @@ def test_a_score_of_training_is_that_of_eval_to_the_last_digit(config, tmp_path)
     list(train(settings, tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     sampling = dataclasses.replace(settings.sample, steps=settings.eval.steps)
-    *_, result = evaluate(tmp_path / "run", num=settings.eval.images, sampling=sampling, precision="fp32")
+    result = finish(evaluate(tmp_path / "run", num=settings.eval.images, sampling=sampling, precision="fp32"))
     scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
     assert len(scores) > 4
-    assert {k: result.value["metrics"][k] for k in scores} == scores
+    assert {k: result["metrics"][k] for k in scores} == scores

@@ -6,28 +6,38 @@ import pytest
 import torch
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Message, Result, TrainingRecord
+from diffussm_cli.events import Message, TrainingRecord, finish
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, processes_of, train
 from diffussm_cli.training.stopping import TRAINING
 
 
+def told(session):
+    """The events of a session, and its value."""
+    events = []
+    while True:
+        try:
+            events.append(next(session))
+        except StopIteration as end:
+            return events, end.value
+
+
 def test_a_training_tells_its_records_and_then_where_it_ended(tiny, tmp_path):
-    events = list(train(tiny(), tmp_path / "run"))
+    events, result = told(train(tiny(), tmp_path / "run"))
     begun = events.index(TRAINING)
-    assert [(e.record["step"], e.steps) for e in events[begun + 1 : -1]] == [(2, 4), (4, 4)]
+    assert [(e.record["step"], e.steps) for e in events[begun + 1 :]] == [(2, 4), (4, 4)]
     assert not any(isinstance(e, TrainingRecord) for e in events[:begun])
-    assert events[-1] == Result(TrainingResult(tmp_path / "run", 4, 4))
-    assert events[-1].value.finished
-    again = list(train(tiny(), tmp_path / "run", resume=True))
+    assert result == TrainingResult(tmp_path / "run", 4, 4)
+    assert result.finished
+    again, result = told(train(tiny(), tmp_path / "run", resume=True))
     assert TRAINING not in again
-    assert again[-1] == Result(TrainingResult(tmp_path / "run", 4, 4, was_finished=True))
+    assert result == TrainingResult(tmp_path / "run", 4, 4, was_finished=True)
 
 
 def test_a_training_that_is_asked_to_stop_ends_after_the_step_in_hand(tiny, tmp_path):
-    *_, last = train(tiny(), tmp_path / "run", stop=lambda: True)
-    assert last == Result(TrainingResult(tmp_path / "run", 1, 4))
-    assert not last.value.finished
+    result = finish(train(tiny(), tmp_path / "run", stop=lambda: True))
+    assert result == TrainingResult(tmp_path / "run", 1, 4)
+    assert not result.finished
 
 
 @pytest.mark.parametrize(("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)])
@@ -72,8 +82,8 @@ def test_processes_of_a_notebook_train_as_one(tiny, tmp_path):
     losses = {}
     for n in (1, 2):
         before = torch.get_num_threads(), os.environ.get("WORLD_SIZE"), os.environ.get("OMP_NUM_THREADS")
-        *events, last = train(tiny(f"train.processes={n}", "train.device=cpu"), tmp_path / str(n))
-        assert last.value == TrainingResult(tmp_path / str(n), 4, 4, processes=n)
+        events, result = told(train(tiny(f"train.processes={n}", "train.device=cpu"), tmp_path / str(n)))
+        assert result == TrainingResult(tmp_path / str(n), 4, 4, processes=n)
         assert before == (torch.get_num_threads(), os.environ.get("WORLD_SIZE"), os.environ.get("OMP_NUM_THREADS"))
         losses[n] = [e.record["loss"] for e in events if isinstance(e, TrainingRecord)]
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)

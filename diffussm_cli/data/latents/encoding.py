@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,7 @@ from diffussm_cli.data.listing import Listing, list_source, read_entry, skipped_
 from diffussm_cli.data.text import Texts, check_complete, open_encoder
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.events import Event, Message, Progress, Result, Stage
+from diffussm_cli.events import Event, Message, Progress, Stage
 from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import PARTIAL, content, held_folder, sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
@@ -351,7 +351,7 @@ def encode_images(
     workers: int | None = None,
     strict: bool = False,
     device: str = "auto",
-) -> Iterator[Event]:
+) -> Generator[Event, None, Manifest | None]:
     """Encode a source into a store. The same call resumes after an interruption; torchrun's processes share the shards.
 
     Args:
@@ -364,7 +364,10 @@ def encode_images(
         strict: raise an error for the first unusable file, instead of skipping it.
 
     Yields:
-        events; the last one is a Result with the manifest, on the first process.
+        events.
+
+    Returns:
+        The manifest; None on processes other than the first.
 
     Raises:
         DiffussmError: for anything that a user can fix; before the VAE is loaded where possible.
@@ -388,10 +391,11 @@ def encode_images(
         else:
             encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict, captions)
             yield from encode(encoder, world)
-    if world.rank == 0:
-        manifest = read_manifest(target, "TARGET")
-        yield from _summary(target, manifest, listing)
-        yield Result(manifest)
+    if world.rank:
+        return None
+    manifest = read_manifest(target, "TARGET")
+    yield from _summary(target, manifest, listing)
+    return manifest
 
 
 def encode(encoder: Encoder, world: World) -> Iterator[Event]:

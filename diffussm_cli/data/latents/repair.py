@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 from diffussm_cli.config import named_columns
@@ -12,7 +12,7 @@ from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.vae import read_facts
 from diffussm_cli.errors import DataError
-from diffussm_cli.events import Event, Message, Result, Stage
+from diffussm_cli.events import Event, Message, Stage
 from diffussm_cli.machine.files import sha256, whole_file
 from diffussm_cli.machine.processes import ALONE
 
@@ -64,7 +64,7 @@ def repair_store(
     *,
     workers: int | None = None,
     device: str = "auto",
-) -> Iterator[Event]:
+) -> Generator[Event, None, list[int]]:
     """Encode the damaged shards of a finished store again, in place.
 
     Args:
@@ -72,7 +72,10 @@ def repair_store(
         vae: another name or folder of the same VAE.
 
     Yields:
-        events; the last one is a Result with the indices of the shards.
+        events.
+
+    Returns:
+        The indices of the shards.
 
     Raises:
         DiffussmError: if the source or the VAE is not that of the store.
@@ -94,14 +97,17 @@ def repair_store(
         encoder = encoding.Encoder(listing, old, store, loaded, encoding.decoding_processes(workers), captions=captions)
         yield from repair(encoder, shards)
     yield Message(f"{len(shards)} shards of {store} encoded again")
-    yield Result(shards)
+    return list(shards)
 
 
-def verify_store(store: Path | str) -> Iterator[Event]:
+def verify_store(store: Path | str) -> Generator[Event, None, int]:
     """Check every file of a finished store against its hash.
 
     Yields:
-        events; the last one is a Result with the number of files.
+        events.
+
+    Returns:
+        The number of files.
 
     Raises:
         DataError: naming the damaged files.
@@ -113,7 +119,7 @@ def verify_store(store: Path | str) -> Iterator[Event]:
         some = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         remedy = f"diffussm encode --repair SOURCE {shlex.quote(str(store))}"
         raise DataError(f"--verify: {len(damaged)} of {len(checked)} files are damaged: {some}; repair with: {remedy}")
-    yield Result(len(checked))
+    return len(checked)
 
 
 def repair(encoder: encoding.Encoder, shards: Sequence[int]) -> Iterator[Event]:
