@@ -1,28 +1,34 @@
 """Read untrusted image files, crop them as ADM does, and write PNG files and grids.
 
-Arrays are uint8. Every image becomes upright 8-bit RGB or grey: 16-bit values are scaled, transparent parts become
-white, Pillow converts CMYK, palettes and others without colour profiles, and animations keep only their first frame.
+Arrays are uint8. Every image becomes upright 8-bit RGB or grey: 12-bit and 16-bit values are scaled, transparent parts
+become white, Pillow converts CMYK, palettes and others without colour profiles, and animations keep only their first
+frame.
 """
 
 import contextlib
+import io
 import struct
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Tensor
 
 from diffussm_cli.errors import DataError, reason
+from diffussm_cli.machine.files import open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MAX_PIXELS = 1 << 26
+MAX_PIXELS = 1 << 26  # of a file, and of an image that is enlarged before it is cropped
 GRID = "grid.png"  # the overview beside a set of images; not one of the set
+ORIENTATION = 0x0112  # of EXIF
+WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of two TIFF tags
 # Errors that Pillow's decoders raise for damaged files.
 DECODING: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError)
 DECODING += (TypeError, MemoryError, struct.error, Image.DecompressionBombError)
@@ -36,7 +42,10 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
         DataError: naming the file and the problem.
     """
     try:
-        with Image.open(content or path, formats=FORMATS) as image:
+        with (
+            contextlib.nullcontext(content) if content else open_regular(path) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
             yield image
@@ -59,12 +68,23 @@ def read_image(path: Path, size: tuple[int, int] | None, channels: int, content:
 
 
 def flatten(image: Image.Image, channels: int) -> Image.Image:
-    """The first frame, upright, as 8-bit grey (1 channel) or RGB (3 channels); transparent parts become white."""
-    image = ImageOps.exif_transpose(image)
+    """The first frame, upright, as 8-bit grey (1 channel) or RGB (3 channels); transparent parts become white.
+
+    Raises:
+        ValueError: for pixels without a standard range: floating point, signed, or of more than 16 bits.
+    """
+    # Eight bits and transparency, for which Pillow needs help.
     if image.mode == "F":
         raise ValueError("floating-point pixels have no standard range")
+    opaque = _opaque(image)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
+    if opaque is not None:
+        image.info.pop("transparency", None)
+        image.putalpha(Image.fromarray(opaque))
+
+    # Upright, over white.
+    image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -72,21 +92,79 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Convert 16-bit grey to 8-bit, v / 257 rounded to the nearest; Pillow itself would clip all values above 255."""
-    values = np.asarray(image).astype(np.int64)
-    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-        raise ValueError("pixels of more than 16 bits have no standard range")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    """Scale grey of more than 8 bits, rounded to the nearest. Pillow itself would clip all values above 255."""
+    # What the values mean.
+    bits, inverted = 16, False
+    if isinstance(image, TiffImageFile):
+        tags = image.tag_v2
+        bits = tags.get(BITSPERSAMPLE, (1,))[0]
+        inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+        if bits > 16 or tags.get(SAMPLEFORMAT, (UNSIGNED,))[0] != UNSIGNED:
+            raise ValueError("signed pixels, and those of more than 16 bits, have no standard range")
+    top = (1 << bits) - 1
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > top):
+        raise ValueError(f"pixels of more than {bits} bits have no standard range")
+
+    # A table of all values takes less memory than arithmetic on a large image.
+    grey = ((np.arange(top + 1) * 255 * 2 + top) // (2 * top)).astype(np.uint8)
+    scaled = Image.fromarray((grey[::-1] if inverted else grey)[values])
+    exif = Image.Exif()
+    exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    scaled.info["exif"] = exif.tobytes()
+    return scaled
+
+
+def _opaque(image: Image.Image) -> np.ndarray | None:
+    """The opacity of a PNG that names a transparent colour with 2, 4 or 16 bits: uint8 (height, width), 0 or 255.
+
+    None for other images, also of 1 and 8 bits, whose transparent colour Pillow finds. It compares the colour as it
+    stands in the file with pixels that it has scaled to 8 bits.
+    """
+    colour = image.info.get("transparency")
+    if colour is None or not isinstance(image, PngImageFile) or not image.tile:
+        return None
+    layout = image.tile[0].args
+    if layout == "RGB;16B":
+        low = _low_bytes(image)
+        high = np.asarray(image)
+        transparent = (high == np.array(colour) >> 8).all(2) & (low == np.array(colour) & 0xFF).all(2)
+    elif layout in ("L;2", "L;4", "I;16B"):
+        unit = {"L;2": 85, "L;4": 17, "I;16B": 1}[layout]
+        transparent = np.asarray(image) == colour * unit
+    else:
+        return None
+    return np.where(transparent, 0, 255).astype(np.uint8)
+
+
+def _low_bytes(image: PngImageFile) -> np.ndarray:
+    """The low bytes of the pixels of an RGB image of 16 bits, of which Pillow reads the high bytes; not loaded yet."""
+    file: Any = image.fp
+    place = file.tell()
+    file.seek(0)
+    again = PngImageFile(io.BytesIO(file.read()))
+    file.seek(place)
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    return np.asarray(again)
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """ADM's centre crop: halve with a box filter while twice too large, resize bicubically, and crop the centre."""
+    """ADM's centre crop: halve with a box filter while twice too large, resize bicubically, and crop the centre.
+
+    Raises:
+        ValueError: for an image so narrow that it would be enlarged to more than MAX_PIXELS.
+    """
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
+    enlarged = (round(image.width * scale), round(image.height * scale))
+    limit = max(MAX_PIXELS, 4 * height * width)
+    if enlarged[0] * enlarged[1] > limit:
+        what = f"{image.width}x{image.height} pixels become {enlarged[0]}x{enlarged[1]} before the crop"
+        raise ValueError(f"{what}, more than the limit of {limit}")
     if scale != 1:
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        image = image.resize(enlarged, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 

@@ -1,5 +1,10 @@
 """Reading, cropping and writing images, and what bad ones get."""
 
+import io
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +88,99 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
         read_image(good, (8, 8), 3)
     with pytest.raises(DataError, match="none.png"):
         read_image(tmp_path / "none.png", (8, 8), 3)
+
+
+def png(pixels, bits, transparent=None):
+    """A PNG of grey (height, width) or RGB (height, width, 3) values, of a transparent colour, written by hand."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = np.asarray(pixels, ">u2").reshape(height, -1)
+    if bits == 16:
+        packed = [row.tobytes() for row in rows]
+    else:
+        parts = (rows[:, :, None] >> np.arange(bits)[::-1]) & 1
+        packed = [np.packbits(row).tobytes() for row in parts.reshape(height, -1).astype(np.uint8)]
+    head = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    colour = b"" if transparent is None else chunk(b"tRNS", np.asarray(transparent, ">u2").tobytes())
+    image = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + colour + image + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_transparent_colour_of_grey_becomes_white_at_every_depth(tmp_path, bits):
+    top = 2**bits - 1
+    values = np.arange(8).reshape(2, 4) * max(1, top // 8) % (top + 1)
+    colour = int(values[0, 1])
+    expected = np.where(values == colour, 255, np.round(values * 255 / top))
+    (tmp_path / "x.png").write_bytes(png(values, bits, colour))
+    assert np.array_equal(read_image(tmp_path / "x.png", None, 1)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_transparent_colour_of_rgb_becomes_white_and_its_neighbours_do_not(tmp_path, bits):
+    unit = 2 ** (bits - 8)
+    colour, neighbour = (3 * unit, 7 * unit, 200 * unit), (3 * unit + 1, 7 * unit, 200 * unit)
+    (tmp_path / "x.png").write_bytes(png(np.array([[colour, neighbour]] * 2), bits, colour))
+    assert read_image(tmp_path / "x.png", None, 3)[0].tolist() == [[255] * 3, [neighbour[0] // unit, 7, 200]]
+
+
+def tiff(values, bits, photometric=1, sample_format=1):
+    """A TIFF of grey values (height, width) without compression, written by hand."""
+    height, width = values.shape
+    if bits == 12:
+        ones = (values[:, :, None] >> np.arange(12)[::-1]) & 1
+        data = b"".join(np.packbits(row).tobytes() for row in ones.reshape(height, -1).astype(np.uint8))
+    else:
+        data = values.astype({16: "<u2", 32: "<u4"}[bits]).tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    tags |= {339: sample_format}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
+def test_grey_of_a_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
+    top = 2**bits - 1
+    values = np.linspace(0, top, 32).round().astype(int).reshape(2, 16)
+    (tmp_path / "x.tif").write_bytes(tiff(values, bits, photometric))
+    grey = np.round(values * 255 / top)
+    expected = grey if photometric else 255 - grey
+    assert np.array_equal(read_image(tmp_path / "x.tif", None, 1)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2)])
+def test_grey_without_a_standard_range_is_refused(tmp_path, bits, sample_format):
+    (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 2), 300), bits, sample_format=sample_format))
+    with pytest.raises(DataError, match="signed pixels, and those of more than 16 bits, have no standard range"):
+        read_image(tmp_path / "x.tif", None, 1)
+
+
+def test_sixteen_bits_are_turned_upright(tmp_path):
+    values = (np.arange(6).reshape(2, 3) * 9000).astype(np.uint16)
+    for name in ("x.png", "x.tif"):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # a quarter turn to the right
+        Image.fromarray(values).save(tmp_path / name, exif=exif)
+        expected = np.rot90(np.round(values / 257), -1)
+        assert np.array_equal(read_image(tmp_path / name, None, 1)[:, :, 0], expected)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 200_000), (200_000, 1), (2, 4_000_000)])
+def test_narrow_images_do_not_unfold(tmp_path, width, height):
+    content = io.BytesIO()
+    Image.new("1", (width, height)).save(content, "PNG")
+    with pytest.raises(DataError, match=rf"x.png: .*{width}x{height} pixels become .* more than the limit of 67108864"):
+        read_image(tmp_path / "x.png", (64, 64), 3, content)
+
+
+def test_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(DataError, match="x.png: cannot be decoded: not a regular file"):
+        read_image(tmp_path / "x.png", None, 3)
 
 
 def test_pixel_rule():
