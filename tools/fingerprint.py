@@ -2,6 +2,7 @@
 
     python tools/fingerprint.py > before.json        # at one commit
     python tools/fingerprint.py > after.json         # at another; then compare the two
+    python tools/fingerprint.py --checkout DIR       # of the package in another checkout, by this script
 
 Everything goes through the commands, in float32 on one thread of the CPU: losses and weights of seeded training, the
 bytes of sampled PNG files, of an encoded latent store and of its training, and evaluation figures.
@@ -14,12 +15,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+checkout = ROOT  # set by --checkout
 # Of a record in metrics.jsonl, what depends on the clock or the machine.
 TIMED = ("images_per_second", "session")
 EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu", "--set", "train.processes=1"]
@@ -28,7 +31,7 @@ EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu", "--set", 
 def command(folder: Path, *arguments: object) -> str:
     """Run `diffussm` in a folder; gives its standard output."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(checkout),
         "OMP_NUM_THREADS": "1",
         "DIFFUSSM_CACHE": str(folder / "cache"),
     }
@@ -54,13 +57,15 @@ def losses(run: Path) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def trained(folder: Path, preset: str, steps: int, *settings: str) -> dict[str, str]:
-    """Seeded training of a preset, and eight images of it by two samplers."""
+def trained(
+    folder: Path, preset: str, steps: int, *settings: str, samplers: Sequence[str] = ("ddpm", "dpmpp")
+) -> dict[str, str]:
+    """Seeded training of a preset, and eight images of it by each sampler."""
     run = folder / preset
     more = [part for s in (f"train.steps={steps}", "train.log_every=1", *settings) for part in ("--set", s)]
     command(folder, "train", "--preset", preset, "--out", run, *EXACT, *more)
     found = {"losses": losses(run), "final weights": digest(run / "final" / "model.safetensors")}
-    for sampler in ("ddpm", "dpmpp"):
+    for sampler in samplers:
         out = folder / f"{preset}-{sampler}"
         fixed = ("--sampler", sampler, "--steps", 6, "--precision", "fp32", "--device", "cpu")
         command(folder, "sample", run, "--num", 8, "--out", out, *fixed)
@@ -103,12 +108,23 @@ def encoded(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    global checkout
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="the folder whose package is measured")
+    checkout = parser.parse_args().checkout.resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = {
             "digits": trained(folder, "digits", 20, "train.sample_every=10"),
-            "mnist": trained(folder, "mnist", 3, "train.sample_every=3", "train.sample_images=10", "sample.steps=4"),
+            "mnist": trained(
+                folder,
+                "mnist",
+                3,
+                "train.sample_every=3",
+                "train.sample_images=10",
+                "sample.steps=4",
+                samplers=("heun", "dpmpp"),
+            ),
             "mnist-noise": trained(folder, "mnist-noise", 3, "train.sample_every=3", "sample.steps=4"),
             "mnist-dit": trained(folder, "mnist-dit", 2, "train.sample_every=2", "sample.steps=4"),
             "evaluation": evaluated(folder),
