@@ -114,6 +114,9 @@ class DiffusionConfig:
     """What the model predicts, and how images are noised: by ADM's linear variances, or by a flow's straight lines."""
 
     objective: Literal["noise", "velocity", "flow"] = _option("noise", "what the model predicts; flow: also its path")
+    predicts: Literal["velocity", "image"] = _option(
+        "velocity", "what the model of a flow predicts; not used by others"
+    )
     timesteps: int = _option(1000, "T, number of timesteps; of a flow, the scale of its times", least=2, most=10_000)
     beta_start: float = _option(1e-4, "first variance; not used by flow", above=0, most=0.999)
     beta_end: float = _option(0.02, "last variance; not used by flow", above=0, most=0.999)
@@ -555,6 +558,10 @@ def _check_objective(config: Config) -> None:
     """Raises ConfigError for options that make no sense with the objective, or with each other."""
     d, t = config.diffusion, config.train
     flow, min_snr = d.objective == "flow", t.loss_weight == "min_snr"
+    if d.predicts == "image" and not flow:
+        raise ConfigError(
+            f"diffusion.predicts: image needs diffusion.objective=flow; {d.objective} says what the model predicts"
+        )
     if flow and config.model.learn_sigma:
         raise ConfigError("model.learn_sigma: true given, but a flow has no covariance to learn; set it to false")
     if d.zero_terminal_snr and d.objective != "velocity":

@@ -214,6 +214,7 @@ REFUSED = {
     (*VELOCITY, "sample.sampler=sde"): "sample.sampler: sde is for a flow; with objective velocity, choose euler",
     (ZERO,): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that predicts pure noise",
     (*FLOW, ZERO): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
+    ("diffusion.predicts=image",): "diffusion.predicts: image needs diffusion.objective=flow; noise says what",
     (*VELOCITY, ZERO, "sample.sampler=ddim"): "sample.sampler: ddim does not begin at pure noise",
     (*VELOCITY, "train.mse_weight_cap=5"): "train.mse_weight_cap: 5 turns the MSE of the noise",
     (*FLOW, "train.mse_weight_cap=5"): "leave it at 1 with diffusion.objective=flow",
@@ -223,6 +224,7 @@ REFUSED = {
 }
 ALLOWED = [
     FLOW,
+    (*FLOW, "diffusion.predicts=image", "sample.sampler=dpmpp"),
     (*FLOW, "sample.sampler=sde", "diffusion.timesteps_drawn=logit_normal", "diffusion.logit_mean=-1"),
     (*FLOW, "sample.sampler=unipc", "diffusion.timesteps_drawn=shifted"),
     (*VELOCITY, "train.loss_weight=min_snr"),

@@ -33,13 +33,15 @@ def training_losses(
             model predicts the velocity (arXiv 2202.00512).
         min_snr_gamma: instead, weight the MSE by `Objective.min_snr_weight`.
 
+    Without either, the weight is `Objective.loss_weight`: 1, except for a flow whose model predicts the image.
+
     Returns:
         `mse` of the prediction; with a learned covariance `vb`, the term of the bound at t in bits per dimension, whose
         gradient reaches v but not the mean; and `loss`, their weighted sum. Each is (B,).
     """
     C = x_0.shape[1]
     mse = _mean((model_output[:, :C] - objective.target(x_0, t, noise)) ** 2)
-    weight = torch.ones_like(mse)
+    weight = objective.loss_weight(t).to(mse.dtype)
     if min_snr_gamma is not None:
         weight = objective.min_snr_weight(t, min_snr_gamma).to(mse.dtype)
     elif weight_cap > 1:

@@ -6,9 +6,11 @@
     noise       a^2 = alpha_bar, s^2 = 1 - a^2  eps             f = 1/a, g = s/a         a eps - s x_0, atan2(s, a)
     velocity    a and s as above                a eps - s x_0   f = a, g = s             the same
     flow        a = 1 - t/T, s = t/T            eps - x_0       f = 1, g = s             eps - x_0, s
+    its image   a and s as above                x_0             f = 0, g = -1            the same
 
 Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672). Velocity:
-arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT, arXiv 2401.08740, section 2.
+arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT, arXiv 2401.08740, section 2. Predicting the
+image of a flow: JiT, arXiv 2511.13720.
 """
 
 import math
@@ -84,6 +86,10 @@ class Objective(ABC):
     def predict_velocity(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The velocity implied by x_t and the model's output."""
         return self.velocity(self.predict_x_0(x_t, t, output), t, self.predict_noise(x_t, t, output))
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """The weight (B,) of the target's MSE in the loss."""
+        return torch.ones_like(t, dtype=torch.float32)
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv 2303.09556, 3.4."""
@@ -215,10 +221,35 @@ class LinearFlow(Objective):
         return [self.T * (1 - i / steps) for i in range(steps)]
 
 
+class ImageFlow(LinearFlow):
+    """The same lines, and a model that predicts the image; the loss is the MSE of the velocity that it implies.
+
+    That velocity is (x_t - x_0) / s, so the weight of the image's MSE is 1 / s^2. Below s = 0.05 the weight is that of
+    0.05, as in JiT: it would grow without bound.
+    """
+
+    least_noise = 0.05
+
+    def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
+        super().__init__(T, device)
+        self.schedule = self.schedule | {"prediction_type": "sample"}
+
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        a, s, one, _ = super().factors(t, like)
+        return a, s, torch.zeros_like(one), -one
+
+    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
+        return x_0
+
+    def loss_weight(self, t: Tensor) -> Tensor:
+        return (t.float() / self.T).clamp(min=self.least_noise) ** -2
+
+
 def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") -> Objective:
     """The objective of a configuration's `diffusion` section, with its tables on `device`."""
     if config.objective == "flow":
-        return LinearFlow(config.timesteps, device)
+        flow = ImageFlow if config.predicts == "image" else LinearFlow
+        return flow(config.timesteps, device)
     kind = VelocityDiffusion if config.objective == "velocity" else GaussianDiffusion
     return kind.from_config(config, device)
 

@@ -9,6 +9,7 @@ from diffussm_cli.config import SAMPLERS, DiffusionConfig
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import (
     GaussianDiffusion,
+    ImageFlow,
     LinearFlow,
     VelocityDiffusion,
     draw_timestep,
@@ -24,6 +25,7 @@ OBJECTIVES = {
     "velocity": VelocityDiffusion(device=device()),
     "zero_snr": VelocityDiffusion(device=device(), zero_snr=True),
     "flow": LinearFlow(device=device()),
+    "image": ImageFlow(device=device()),
 }
 ALL = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 TIMES = torch.tensor([1, 50, 400, 700, 998])
@@ -99,13 +101,25 @@ def test_optimal_predictor_has_no_excess_loss(objective):
     noise = randn(len(t), 1, n, 1, seed=2, dtype=torch.float64)
     x_t = objective.q_sample(x_0, t, noise)
     a, s = (v.flatten() for v in path(objective, t, x_t))
-    p, q = {"epsilon": (0, 1), "v_prediction": (-s, a), "flow_prediction": (-1, 1)}[
-        objective.schedule["prediction_type"]
-    ]
+    targets = {"epsilon": (0, 1), "v_prediction": (-s, a), "flow_prediction": (-1, 1), "sample": (1, 0)}
+    p, q = targets[objective.schedule["prediction_type"]]
     left = VARIANCE * (a * q - s * p) ** 2 / (VARIANCE * a**2 + s**2)
     losses = training_losses(objective, optimal(objective)(x_t, t), x_0, x_t, t, noise)
     torch.testing.assert_close(losses["mse"], left, rtol=5 * math.sqrt(2 / n), atol=0)
-    assert torch.equal(losses["loss"], losses["mse"])
+    torch.testing.assert_close(losses["loss"], losses["mse"] * objective.loss_weight(t), rtol=1e-6, atol=0)
+
+
+def test_loss_of_a_predicted_image_is_that_of_its_velocity_but_for_the_least_noise():
+    """The same prediction as an image and as a velocity; below s = 0.05 the weight stays 400."""
+    image, flow = OBJECTIVES["image"], OBJECTIVES["flow"]
+    t = batch_of(torch.tensor([10.0, 50.0, 400.0, 999.0], dtype=torch.float64))
+    x_0, noise, guess = (randn(4, 1, 4, 4, seed=i, dtype=torch.float64) for i in range(3))
+    x_t = flow.q_sample(x_0, t, noise)
+    of_image = training_losses(image, guess, x_0, x_t, t, noise)["loss"]
+    of_velocity = training_losses(flow, flow.output_for(x_t, t, guess), x_0, x_t, t, noise)["loss"]
+    ratio = torch.tensor([(0.01 / 0.05) ** 2, 1, 1, 1], dtype=torch.float64).to(device())
+    torch.testing.assert_close(of_image / of_velocity, ratio, rtol=1e-5, atol=0)
+    assert torch.equal(flow.loss_weight(t), torch.ones(4).to(device()))
 
 
 @ALL
@@ -180,10 +194,11 @@ def test_solvers_of_the_flow_converge_with_their_order(objective, name, order, s
     assert slope(name, objective, steps) == pytest.approx(-order, abs=0.15)
 
 
+@pytest.mark.parametrize("of", ["flow", "image"])
 @pytest.mark.parametrize("name", ["dpmpp", "unipc"])
-def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name):
+def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name, of):
     """Their own timesteps are rounded down to whole numbers; the model must see the noise level of the step."""
-    objective = OBJECTIVES["flow"]
+    objective = OBJECTIVES[of]
     assert ode_error(name, objective, 160) < 1e-3
     assert ode_error(name, objective, 320) < 0.4 * ode_error(name, objective, 160)
 
@@ -214,9 +229,12 @@ def test_stochastic_sampler_reproduces_mean_and_variance():
     assert relative(end, deterministic) > 0.5  # and it is not the deterministic one
 
 
-@pytest.mark.parametrize("objective", ["noise", "velocity", "flow"])
-def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(objective):
-    process = make_objective(DiffusionConfig(objective=objective), device())
+@pytest.mark.parametrize(
+    ("objective", "predicts"),
+    [("noise", "velocity"), ("velocity", "velocity"), ("flow", "velocity"), ("flow", "image")],
+)
+def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(objective, predicts):
+    process = make_objective(DiffusionConfig(objective=objective, predicts=predicts), device())
     x = randn(3, 2, 4, 4, dtype=torch.float64)
     for name in SAMPLERS[objective]:
         together, alone = (
