@@ -247,21 +247,9 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
 
 def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]], columns: Mapping[str, str]) -> Listing:
     parquet.forget()
-    entries: list[Entry] = []
-    kinds: set[tuple[tuple[str, ...], bool]] = set()
-    for name in shards:
-        image = parquet.find_column(root / name, "image", columns)
-        label_column = parquet.find_column(root / name, "label", columns, needed=False)
-        assert image is not None, "it is needed"
-        labels, sizes, class_names = parquet.list_rows(root / name, label_column)
-        kinds.add((class_names, labels is not None))
-        rows = enumerate(zip(labels or [0] * len(sizes), sizes))
-        entries += [Entry(f"{name}/{row:07d}", label, size, name, row, image) for row, (label, size) in rows]
-    if len(kinds) > 1:
-        raise DataError(f"the parquet shards of {str(root)!r} have different classes; take those of one data set")
-    named, labelled = next(iter(kinds), ((), False))
-    numbers = range(1 + max(e.label for e in entries)) if labelled and entries else ()
-    return Listing(root, entries, named or tuple(map(str, numbers)), ignored, columns)
+    rows, class_names = parquet.list_rows(root, shards, columns)
+    entries = [Entry(f"{shard}/{row:07d}", label, size, shard, row, column) for shard, row, column, label, size in rows]
+    return Listing(root, entries, class_names, ignored, columns)
 
 
 def _list_members(tar: tarfile.TarFile, archive: str, entries: list[Entry], labels: dict, ignored: list) -> None:

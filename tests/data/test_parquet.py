@@ -1,6 +1,7 @@
 """Parquet shards as the hub stores image sets: the same images and labels as folders, and one line for each fault."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.data import parquet, text
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.latents.encoding import encode_images
+from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.latents.repair import repair_store
 from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.source import ImageFolder, open_source
@@ -119,14 +121,14 @@ def test_raw_bytes_other_names_and_numbers_as_classes(both, tmp_path):
 
 
 def test_a_row_group_is_decoded_once_for_all_threads(both, monkeypatch):
-    decoded, original = [], pq.ParquetFile.read_row_group
+    decoded, original = [], pq.ParquetFile.iter_batches
 
-    def counted(self, group, columns):
-        decoded.append(group)
-        return original(self, group, columns=columns)
+    def counted(self, size, groups, columns):
+        decoded.extend(groups)
+        return original(self, size, groups, columns)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     source = ImageFolder(both[1], (16, 24), 3)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
     source.read(range(5), [torch.Generator() for _ in range(5)])
     assert decoded == [0, 1, 2]
 
@@ -135,6 +137,8 @@ FAULTS = {
     "has label 2, which must be a number from 0 to 1": {"labels": [0, 2]},
     "has label -1, which must be a number of at least 0": {"labels": [0, -1], "features": None},
     "has label None, which must be a number from 0 to 1": {"labels": [0, None]},
+    "row 1 has label None, which must be a name of at most 255 characters": {"labels": ["a", None]},
+    "which must be a name of at most 255 characters": {"labels": ["a", "x" * 300]},
     "none of its columns is image, img, jpg, png: picture, label; name one by image=": {
         "labels": [0, 1],
         "image": "picture",
@@ -178,7 +182,10 @@ def test_columns_may_be_named(named, both):
     ("columns", "line"),
     [
         ({"image": "pixels"}, "none of its columns is pixels: photo, breed, title; name one by image=NAME"),
-        ({"image": "photo", "label": "title"}, "none of its columns is title with integers: photo, breed, title; name"),
+        (
+            {"image": "photo", "label": "title"},
+            "none of its columns is title with integers or names: photo, breed, title; name",
+        ),
     ],
 )
 def test_a_column_that_is_not_there_is_one_line(named, columns, line):
@@ -249,12 +256,102 @@ def test_a_broken_shard_is_one_line(both):
 
 
 def test_images_that_are_null_or_not_stored_are_named(tmp_path):
-    write(tmp_path / "a.parquet", [None], features=None)
-    write(tmp_path / "b.parquet", ["a/path.png"], features=None, raw=True)
-    for name, line in (("a", "the image is null"), ("b", "the image is not stored as bytes")):
-        found = list_source(tmp_path / f"{name}.parquet")
-        with pytest.raises(DataError, match=f"^{name}.parquet/0000000: {line}$"):
-            read_entry(tmp_path, found.entries[0], None)
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    images = pa.array([{"bytes": None, "path": "cat/a.png"}, {"bytes": None, "path": None}, None], kind)
+    write(tmp_path / "a.parquet", images, features=None, raw=True)
+    found = list_source(tmp_path / "a.parquet")
+    stored = "the image is stored as a path, 'cat/a.png'; save the data set with the images embedded as bytes"
+    for row, line in enumerate((stored, "the image is null", "the image is null")):
+        with pytest.raises(DataError, match=f"^a.parquet/000000{row}: {line}$"):
+            read_entry(tmp_path, found.entries[row], None)
+
+
+@pytest.mark.parametrize(
+    ("images", "kind"),
+    [
+        (["cat/a.png"], "string"),
+        ([[1, 2, 3]], "list<"),
+        ([[[1.0, 2.0]]], "list<"),
+        ([{"path": "a.png"}], "struct<path: string>"),
+        ([{"bytes": "text", "path": "a.png"}], "struct<bytes: string, path: string>"),
+        ([7], "int64"),
+    ],
+)
+def test_images_of_another_type_are_refused_when_listed(tmp_path, images, kind):
+    write(tmp_path / "a.parquet", images, features=None, raw=True)
+    line = f"^SOURCE: a.parquet: the column image holds {kind}.*, not image files as bytes; save the data set with"
+    with pytest.raises(DataError, match=line):
+        list_source(tmp_path / "a.parquet")
+
+
+def test_column_with_bytes_is_taken_before_one_with_paths(tmp_path):
+    pq.write_table(pa.table({"image": ["a.png"], "jpg": [b"content"]}), tmp_path / "a.parquet")
+    assert list_source(tmp_path).entries[0].column == "jpg"
+
+
+@pytest.mark.parametrize("stored", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_labels_of_text_are_classes_sorted_by_name(tmp_path, stored):
+    """Over all shards, of which none holds every name."""
+    write(tmp_path / "0.parquet", [b"x"] * 3, pa.array(["dog", "ant", "dog"]).cast(stored), features=None)
+    write(tmp_path / "1.parquet", [b"x"] * 2, pa.array(["cat", "ant"]).cast(stored), features=None)
+    found = list_source(tmp_path)
+    assert found.class_names == ("ant", "cat", "dog")
+    assert [e.label for e in found.entries] == [2, 0, 2, 1, 0]
+
+
+def test_integers_are_taken_before_text(tmp_path):
+    table = {"image": [b"x"] * 2, "label": ["a", "b"], "cls": [3, 0]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert [e.label for e in list_source(tmp_path).entries] == [3, 0]
+    assert list_source(tmp_path, columns={"label": "label"}).class_names == ("a", "b")
+
+
+def test_numbers_as_names_in_the_schema_become_text(both):
+    features = HUB | {"label": {"names": [7, 8], "_type": "ClassLabel"}}
+    for path in sorted(both[1].iterdir()):
+        table = pq.read_table(path)
+        metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert list_source(both[1]).class_names == ("7", "8")
+    save_vae(both[1].parent / "vae")
+    assert LatentStore(write_store(make_encoder(both[1].parent)), flip=True).class_names == ("7", "8")
+
+
+def not_utf8(values):
+    return pa.array(values, pa.binary()).view(pa.string())
+
+
+def test_text_that_is_not_utf8_is_counted(tmp_path):
+    captions = not_utf8([b"ok", b"\xff", b"caf\xe9", None, b"ok"])
+    pq.write_table(pa.table({"image": [b"x"] * 5, "text": captions}), tmp_path / "a.parquet", row_group_size=2)
+    with pytest.raises(DataError, match="^data.text: a.parquet: 2 of 5 rows of text are not UTF-8, such as row 1$"):
+        read_captions(list_source(tmp_path))
+    write(tmp_path / "b" / "b.parquet", [b"x"] * 2, not_utf8([b"ok", b"\xff"]), features=None)
+    with pytest.raises(DataError, match="^SOURCE: b.parquet: 1 of 2 rows of label are not UTF-8, such as row 1$"):
+        list_source(tmp_path / "b")
+
+
+def test_one_value_that_stands_for_many_does_not_unfold(tmp_path, monkeypatch):
+    """Dictionary and compression make a shard of a few bytes from a gigabyte; here from 16 MiB."""
+    images = pa.array([bytes(1 << 16)] * 256)
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", compression="zstd")
+    found = list_source(tmp_path)
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 1 << 23)
+    with pytest.raises(DataError, match="row group 0 is larger than the limit of 8388608 bytes"):
+        read_entry(tmp_path, found.entries[0], None)
+
+
+def test_more_rows_than_bytes_are_not_listed(tmp_path):
+    pq.write_table(pa.table({"image": pa.nulls(100_000, pa.binary())}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(DataError, match=r"a.parquet: 100000 rows in \d+ bytes cannot be images of their own"):
+        list_source(tmp_path)
+
+
+def test_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet.*not a regular file"):
+        list_source(tmp_path / "a.parquet")
 
 
 def test_shards_of_two_data_sets_are_refused(both):
