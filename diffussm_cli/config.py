@@ -34,6 +34,10 @@ MAX_NAME = 255  # bytes in a file name
 BUNDLED = Path(__file__).parent / "bundled"
 COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
 
+# Other spellings of truth values, as in YAML 1.1, and numbers that no field takes.
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+NOT_FINITE = (".nan", ".inf", "-.inf")
+
 # The samplers that fit each objective; the first one draws the previews during training.
 SAMPLERS: dict[str, Any] = {
     "noise": ("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"),
@@ -42,9 +46,9 @@ SAMPLERS: dict[str, Any] = {
 }
 
 
-def _option(default: Any, help: str, **bounds: float) -> Any:
-    """A field with its help and bounds: `least`, `above`, `most`, `below`."""
-    return field(default=default, metadata={"help": help, **bounds})
+def _option(default: Any, help: str, commas: bool = True, **bounds: float) -> Any:
+    """A field with its help and bounds: `least`, `above`, `most`, `below`; `commas`: whether they separate values."""
+    return field(default=default, metadata={"help": help, "commas": commas, **bounds})
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,6 @@ class TrainConfig:
     keep_every: int = _option(0, "steps between checkpoints that are never deleted; 0: none", least=0, most=MANY)
     async_checkpoint: bool = _option(True, "write checkpoints in the background, from a copy in memory")
     max_bad_steps: int = _option(10, "non-finite steps in a row after which training ends", least=1, most=MANY)
-    processes: int = _option(1, "processes of a CPU that share the batch; 0: one per core", least=0, most=1024)
     parallel: Literal["ddp", "fsdp"] = _option("ddp", "several processes: each holds the model, or a part of it")
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)
@@ -185,7 +188,11 @@ class SampleConfig:
     guidance_channels: Literal["all", "3"] = _option("all", "guide all channels, or the first three as in DiT")
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
-    prompts: tuple[str, ...] = _option((), "prompts of the grids of a run with text; empty: captions of its data")
+    prompts: tuple[str, ...] = _option(
+        (),
+        "prompts of the grids of a run with text, such as [red heart, sun]; empty: captions of its data",
+        commas=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,10 @@ class Config:
     eval: EvalConfig = EvalConfig()
 
 
+# Fields of earlier versions, which files may still hold: the only value that is accepted, and the remedy for another.
+RETIRED: dict[str, tuple[Any, str]] = {
+    "train.processes": (1, "several processes are started by torchrun --nproc-per-node N -m diffussm_cli train"),
+}
 SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config) if f.name != "preset"}
 
 
@@ -263,7 +274,13 @@ def read_text(path: Path, option: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without aliases (nine lines of them can expand to a terabyte) and without duplicate keys."""
+    """Safe YAML without aliases (nine lines of them can expand to a terabyte) and without duplicate keys.
+
+    Unlike YAML 1.1, it takes text for something else only where nothing of its spelling is lost: `no`, `2024-01-01`,
+    `0100` and `1:30` stay text, which the type of a field may turn into a decimal number or a truth value.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -278,6 +295,28 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+def _float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | str:
+    """A number, or its text if the number would be written in another way."""
+    text = loader.construct_scalar(node)
+    number = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    return number if repr(number) == text or not math.isfinite(number) else text
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_PlainLoader.add_constructor("tag:yaml.org,2002:float", _float)
+for _kind, _pattern in {
+    "null": r"~|null|",
+    "bool": r"true|false",
+    "int": r"0|-?[1-9]\d*",
+    "float": r"-?\d+(\.\d+)?([eE][-+]?\d+)?|-?\.inf|\.nan",
+}.items():
+    _PlainLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$", re.ASCII), None)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -296,7 +335,7 @@ def load_config(preset: str, overrides: Iterable[str] = (), fields: Mapping[str,
 
     Args:
         preset: a name from `preset_names()` or the path of a YAML file.
-        overrides: strings `section.field=value`; the value is YAML.
+        overrides: strings `section.field=value`; the value is YAML, or plain text for a field of text.
         fields: more overrides, such as {"data.path": "folder"}.
 
     Raises:
@@ -349,15 +388,29 @@ def _split_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"--set: {text!r} must read section.field=value, such as train.lr=2e-4")
-    return key.strip(), parse_yaml(value, f"--set {key.strip()}")
+    return key.strip(), _override_value(key.strip(), value.strip())
+
+
+def _override_value(key: str, text: str) -> Any:
+    """The value that text stands for: YAML, but a field of text takes it as it stands, or what quotes enclose."""
+    section, _, option = key.partition(".")
+    hint = typing.get_type_hints(SECTIONS[section]).get(option) if section in SECTIONS else None
+    choices = typing.get_args(hint)
+    is_quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    is_list = typing.get_origin(hint) is tuple and text.startswith("[")
+    if is_quoted or is_list or not (hint is str or str in choices):
+        return parse_yaml(text, f"--set {key}")
+    return None if type(None) in choices and text in ("null", "~", "") else text
 
 
 def _section(cls: type, section: str, values: Mapping) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+    values = _without_retired(section, values)
     for name in values:
         if name not in fields:
             raise ConfigError(f"unknown field {section}.{name}{nearest(f'{section}.{name}', field_names())}")
+    values = {n: [v] if isinstance(v, str) and v and not fields[n].metadata["commas"] else v for n, v in values.items()}
     read = {name: _coerce(hints[name], value, f"{section}.{name}") for name, value in values.items()}
     for name, value in read.items():
         for item in value if isinstance(value, tuple) else (value,):
@@ -365,8 +418,17 @@ def _section(cls: type, section: str, values: Mapping) -> Any:
     return cls(**read)
 
 
+def _without_retired(section: str, values: Mapping) -> Mapping:
+    """The fields of a section that are still in use. Raises ConfigError for a retired one that asks for something."""
+    retired = {name: RETIRED[f"{section}.{name}"] for name in values if f"{section}.{name}" in RETIRED}
+    for name, (neutral, remedy) in retired.items():
+        if _coerce(type(neutral), values[name], f"{section}.{name}") != neutral:
+            raise ConfigError(f"{section}.{name}: {values[name]!r} given, but the field was removed; {remedy}")
+    return {name: value for name, value in values.items() if name not in retired}
+
+
 def _coerce(hint: Any, value: Any, name: str) -> Any:
-    """Convert a YAML value to the field's type. YAML reads 1e-4 as text, so numbers may be given as text."""
+    """Convert a YAML value to the field's type. Numbers and truth values may be given as text (see `_PlainLoader`)."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         choices = {str(option): option for option in options}
@@ -374,13 +436,15 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name}: {value!r} is not a choice{nearest(str(value), choices)}")
         return choices[str(value)]
     if origin is tuple:
-        items = value if isinstance(value, (list, tuple)) else [v for v in str(value).split(",") if v]
+        text = "" if value is None else str(value)
+        items = value if isinstance(value, (list, tuple)) else [v for v in text.split(",") if v]
         return tuple(_coerce(options[0], v, name) for v in items)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in options:
             return None
         for kind_of_number in {int, float} & set(options):
-            if isinstance(value, kind_of_number) or _as_number(value, kind_of_number) is not None:
+            number = isinstance(value, kind_of_number) or _as_number(value, kind_of_number) is not None
+            if number or value in NOT_FINITE:
                 return _coerce(kind_of_number, value, name)
         return _coerce(str, value, name)
     if hint in (int, float):
@@ -388,10 +452,12 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if number is None:
             raise ConfigError(f"{name}: {value!r} must be {'a whole' if hint is int else 'a finite'} number")
         return number
+    if hint is str and isinstance(value, (bool, int, float, type(None))):
+        return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if hint is bool and isinstance(value, str):
+        value = TRUTH.get(value.lower(), value)
     if not isinstance(value, hint):
         kind = {bool: "true or false", str: "text"}[hint]
-        if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return str(value)
         raise ConfigError(f"{name}: {value!r} must be {kind}")
     return value
 
@@ -400,6 +466,8 @@ def _as_number(value: Any, kind: type) -> int | float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
+        if kind is int and isinstance(value, str) and value.lstrip("+-").isdecimal():
+            return int(value)  # all its digits
         number = float(value)
     except (ValueError, OverflowError):
         return None

@@ -95,7 +95,7 @@ def fields_table() -> str:
 def field_row(section: str, field: dataclasses.Field, hint: typing.Any) -> tuple[str, ...]:
     """Name, type with bounds, default, help."""
     facts = dict(field.metadata)
-    meaning = facts.pop("help")
+    meaning, _ = facts.pop("help"), facts.pop("commas")
     kind = ", ".join([f"`{type_name(hint)}`", *limits(facts)])
     return f"`{section}.{field.name}`", kind, f"`{shown(field.default)}`", meaning
 

@@ -21,7 +21,6 @@ TINY = [
     "model.depth=2",
     "model.d_state=4",
     "train.batch_size=8",
-    "train.processes=1",
     "train.steps=4",
     "train.log_every=2",
     "train.checkpoint_every=2",

@@ -112,6 +112,94 @@ def test_a_written_configuration_holds_every_section_and_field():
     assert [f"{section}.{name}" for section, fields in written.items() for name in fields] == field_names()
 
 
+TEXTS = {  # what --set is given, and what a field of text takes
+    **{
+        text: text for text in ("no", "2024-01-01", "0100", "1:30", "1.50", "1e3", "0x10", "1_000", "true", "Null", "~")
+    },
+    **{text: text for text in ("a: b", "photos #2", "*all", "[a]", "'n Sync", "- a", "%x", "a, b", "@home", "null")},
+    "'no'": "no",
+    '"a\\tb"': "a\tb",
+    " x ": "x",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS.items(), ids=repr)
+def test_a_field_of_text_takes_text_as_it_stands(text, expected):
+    config = load_config("digits", [f"data.path={text}"])
+    assert config.data.path == expected
+    assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
+PLAIN = ("no", "2024-01-01", "0100", "1:30", "1.50", "1e3", "1e-05", "1.0e-05", "0x10", "true", "photos")
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_text_in_a_file_is_text_and_a_number_is_decimal(text):
+    values = parse_yaml(f"data: {{path: {text}, downsample: 1, resolution: 32}}", "x")
+    assert config_from_dict(values, "x").data.path == text
+
+
+NUMBERS_AS_TEXT = {  # the value that is given, the field, and what it is; None: refused
+    ("train.steps", "0100"): 100,
+    ("train.steps", "1e3"): 1000,
+    ("train.steps", "1:30"): None,
+    ("train.steps", "0x10"): None,
+    ("train.steps", "!!int 0100"): 100,
+    ("train.lr", "1e-4"): 1e-4,
+    ("train.lr", "2024-01-01"): None,
+    ("train.seed", "+4611686018427387903"): 4611686018427387903,  # no float holds it
+    ("train.compile", "yes"): True,
+    ("train.compile", "Off"): False,
+    ("train.compile", "maybe"): None,
+    ("data.vae", "null"): None,
+    ("data.held_out", "0.10"): 0.1,
+    ("data.held_out", "2024-01-01"): "2024-01-01",
+    ("sample.guidance_interval", "007,9"): (7, 9),
+    ("sample.guidance_interval", "null"): (),
+}
+
+
+@pytest.mark.parametrize(("field", "text"), NUMBERS_AS_TEXT)
+def test_numbers_are_decimal_and_truth_has_its_usual_words(field, text):
+    expected = NUMBERS_AS_TEXT[field, text]
+    section, _, name = field.partition(".")
+    if expected is None and field != "data.vae":
+        with pytest.raises(ConfigError, match=f"^{field}: '{text}' must be"):
+            load_config("digits", [f"{field}={text}"])
+    else:
+        config = load_config("digits", [f"{field}={text}"])
+        assert getattr(getattr(config, section), name) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("a red, round heart", ("a red, round heart",)),
+        ("what? no: yes", ("what? no: yes",)),
+        ("[red heart, 'a red, round one', 1]", ("red heart", "a red, round one", "1")),
+        ("", ()),
+    ],
+)
+def test_a_comma_in_a_prompt_does_not_part_it(text, prompts):
+    text_model = ["data.text=wordllama", "model.text_width=256"]
+    config = load_config("mnist", [*text_model, f"sample.prompts={text}"])
+    assert config.sample.prompts == prompts
+    assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
+
+
+def test_a_retired_field_is_read_at_its_old_value_alone():
+    assert load_config("digits", ["train.processes=1"]) == load_config("digits")
+    saved = to_dict(load_config("digits"))
+    assert "processes" not in saved["train"]
+    saved["train"]["processes"] = 1
+    assert config_from_dict(saved, "x") == load_config("digits")
+    for value in (0, 2):
+        saved["train"]["processes"] = value
+        with pytest.raises(ConfigError, match=f"^train.processes: {value} given, .* torchrun --nproc-per-node"):
+            config_from_dict(saved, "x")
+
+
 WRONG = {
     "train.learning_rate=1": "unknown field train.learning_rate",
     "model.lr=1": "unknown field model.lr; did you mean 'train.lr'?",

@@ -26,7 +26,7 @@ VALUES = {
     "question": "q",
     "rule": "r",
     "seeds": (3, 4),
-    "base": {"preset": "digits", "train.processes": 1},
+    "base": {"preset": "digits"},
 }
 
 
@@ -132,7 +132,6 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
         "preset": "mnist-noise",
         "model.hidden_size": 16,
         "model.depth": 1,
-        "train.processes": 1,
         "train.sample_every": 0,
     }
     study = make(base=small | {"sample.steps": 4, "eval.held_out_images": 32}, images=64, samples=32, evaluations=2)

@@ -170,7 +170,7 @@ def test_pictures_of_what_they_should_show_are_found(tmp_path):
 
 
 def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):
-    shown = [*LARGE, "sample.prompts=red,a blue heart", "train.sample_every=4", "train.sample_images=2"]
+    shown = [*LARGE, "sample.prompts=[red, a blue heart]", "train.sample_every=4", "train.sample_images=2"]
     list(train(captioned(*shown), tmp_path / "run"))
     with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as grid:
         assert grid.size == (2 * 114 + 2, 112 + 26 + 4)  # with titles

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 checkout = ROOT  # set by --checkout
 # Of a record in metrics.jsonl, what depends on the clock or the machine.
 TIMED = ("images_per_second", "session")
-EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu", "--set", "train.processes=1"]
+EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu"]
 
 
 def command(folder: Path, *arguments: object) -> str:

@@ -3,9 +3,6 @@
 import contextlib
 import datetime
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -55,44 +52,6 @@ def own_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // max(1, int(local))) if local.isdecimal() else cores
-
-
-@contextlib.contextmanager
-def local_world(size: int) -> Iterator[World]:
-    """Start `size` - 1 more `diffussm train` processes on this machine, of which this one becomes the first.
-
-    They share the cores, compute on the CPU, and get the folder and the configuration through `gather`. When this
-    process ends, they end: those that still run after an error are stopped.
-    """
-    if size == 1:
-        yield ALONE
-        return
-    import torch
-
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    threads = max(1, own_cores() // size)
-    shared = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": threads}
-    places = [{k: str(v) for k, v in (shared | {"RANK": i, "LOCAL_RANK": i}).items()} for i in range(size)]
-    command = [sys.executable, "-m", "diffussm_cli", "train"]
-    before, usual_threads = dict(os.environ), torch.get_num_threads()
-    others = [subprocess.Popen(command, env=before | place) for place in places[1:]]  # noqa: S603 (our own program)
-    try:
-        os.environ.update(places[0])
-        torch.set_num_threads(threads)
-        yield World(0, size)
-    except BaseException:
-        for process in others:
-            process.terminate()
-        raise
-    finally:
-        for process in others:
-            process.wait()
-        for name in places[0]:
-            os.environ.pop(name)
-        os.environ.update({name: before[name] for name in places[0] if name in before})
-        torch.set_num_threads(usual_threads)
 
 
 @contextlib.contextmanager

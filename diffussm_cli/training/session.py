@@ -23,9 +23,9 @@ from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, tex
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory, pick_device
+from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory
 from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
-from diffussm_cli.machine.processes import World, first_works, gather, local_world, own_cores, process_group, read_world
+from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
 from diffussm_cli.model import count_parameters
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
@@ -33,7 +33,6 @@ from diffussm_cli.training.record import RecordWriter, open_tracker
 from diffussm_cli.training.stopping import TRAINING
 from diffussm_cli.training.trainer import Trainer
 
-LEAST_SHARE = 4  # images per process and part, below which another process does not pay
 NAMED = 5  # number of unreadable images that an error lists
 COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
 
@@ -83,14 +82,11 @@ def train(
     Raises:
         DiffussmError: for anything that a user can fix; before the model is built where possible.
     """
-    world, chosen, processes = read_world(), None, 1
+    world, chosen = read_world(), None
     if world.rank == 0:
         found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
-        chosen, processes = (run_folder(found, config, resume), config), processes_of(config)
-    with contextlib.ExitStack() as stack:
-        if world.size == 1:
-            world = stack.enter_context(local_world(processes))
-        stack.enter_context(process_group(world, cuda=world.size > 1 and torch.cuda.is_available()))
+        chosen = run_folder(found, config, resume), config
+    with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
         root, config = gather(chosen, world)[0]  # other processes may see a stale run folder
         check_batch(config, world)
         return (yield from _train_in(root, config, resume, world, stop))
@@ -208,17 +204,6 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
     if not resume and (begun or foreign):
         raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder")
     return root
-
-
-def processes_of(config: Config) -> int:
-    """The number of processes that `train.processes` stands for. Raises ConfigError if the device is not a CPU."""
-    t, on_cpu = config.train, pick_device(config.train.device).type == "cpu"
-    if t.processes > 1 and not on_cpu:
-        raise ConfigError(f"train.processes: {t.processes} processes need train.device=cpu; on GPUs use torchrun")
-    if t.processes or not on_cpu:
-        return max(1, t.processes)
-    most = min(own_cores(), t.batch_size // (LEAST_SHARE * t.accumulate))
-    return max(n for n in range(1, max(1, most) + 1) if t.batch_size % (n * t.accumulate) == 0)
 
 
 def check_batch(config: Config, world: World) -> None:
