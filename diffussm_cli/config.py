@@ -654,6 +654,9 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
         raise ConfigError(f"sample.sampler: {s.sampler} is for a {of}; with objective {objective}, choose {fitting}")
     if s.sampler == "ddim" and config.diffusion.zero_terminal_snr:
         raise ConfigError("sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; choose euler")
+    if s.clip and config.data.vae is not None:
+        latents = f"the latents of {config.data.vae!r} go beyond that"
+        raise ConfigError(f"sample.clip: true clamps pixels to [-1, 1], and {latents}; leave it at false")
     if s.steps > config.diffusion.timesteps:
         raise ConfigError(f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}")
     if s.guidance != 1 and not (config.model.num_classes or config.model.text_width):

@@ -23,6 +23,21 @@ class RunError(DiffussmError):
     """A run folder, checkpoint or weights file that cannot be read, written or continued."""
 
 
+class NotFiniteError(DiffussmError, ValueError):
+    """An image that holds NaN or infinite values, which are no picture.
+
+    Args:
+        image: what the error calls the image.
+        index: its place in its batch.
+        where: the step that made it so, such as `after step 3 of 25`, if that is known.
+    """
+
+    def __init__(self, image: str, index: int, where: str = ""):
+        self.index, self.where = index, where
+        what = f"{image} has values that are not finite" + (f" {where}" if where else "")
+        super().__init__(f"{what}, so it is no picture; try precision fp32, less guidance or another sampler")
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's message, joined with the second after a colon; the error's class if it is empty."""
     message = getattr(error, "strerror", None) or str(error).strip().replace(":\n", ":")

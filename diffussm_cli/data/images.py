@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
 from torch import Tensor
 
-from diffussm_cli.errors import DataError, reason
+from diffussm_cli.errors import DataError, NotFiniteError, reason
 from diffussm_cli.machine.files import open_regular
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -184,9 +184,26 @@ def to_model_space(pixels: Tensor, mirrored: Tensor | None = None) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Convert model space [-1, 1] to pixels: floor(clamp(127.5 x + 128, 0, 255)), the rule of the ADM evaluation."""
+def to_uint8(x: Tensor, names: Sequence[str] = ()) -> Tensor:
+    """Convert model space [-1, 1] to pixels: floor(clamp(127.5 x + 128, 0, 255)), the rule of the ADM evaluation.
+
+    Raises:
+        NotFiniteError: as `check_finite`. A NaN would become a black pixel.
+    """
+    check_finite(x, names)
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def check_finite(x: Tensor, names: Sequence[str] = ()) -> None:
+    """Raises NotFiniteError for the first image of x (B, ...) that holds NaN or an infinite value.
+
+    Args:
+        names: what the error calls each image, by default its place.
+    """
+    if bool(torch.isfinite(x).all()):
+        return
+    broken = [i for i, image in enumerate(x) if not bool(torch.isfinite(image).all())]
+    raise NotFiniteError(names[broken[0]] if names else f"image {broken[0]}", broken[0])
 
 
 # ------------------------------------------------------------------------------------------------- writing

@@ -14,6 +14,7 @@ image of a flow: JiT, arXiv 2511.13720.
 """
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -35,9 +36,11 @@ class Prediction(NamedTuple):
 class Objective(ABC):
     """A row of the table, all that losses and samplers know. t is (B,); images and outputs (without v) are (B, C, ...).
 
-    `schedule` says the same to diffusers' schedulers. `continuous`: t is anywhere in 0..T, not one of 0..T-1.
+    `name` is that of the configuration. `schedule` says the same to diffusers' schedulers. `continuous`: t is anywhere
+    in 0..T, not one of 0..T-1.
     """
 
+    name: str
     T: int
     device: torch.device
     schedule: dict[str, Any]
@@ -57,7 +60,17 @@ class Objective(ABC):
 
     @abstractmethod
     def timesteps(self, steps: int) -> Sequence[float]:
-        """`steps` evenly spaced timesteps, descending from the noisiest one; the step after the last ends at time 0."""
+        """`steps` evenly spaced timesteps, descending from the noisiest one; the step after the last ends at time 0.
+
+        Raises:
+            ValueError: if `steps` is not a whole number in 1..T.
+        """
+
+    def check_steps(self, steps: int) -> None:
+        """Raises ValueError for a number of steps that is not whole or does not lie in 1..T."""
+        is_whole = isinstance(steps, numbers.Integral) and not isinstance(steps, bool)
+        if not is_whole or not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be a whole number in 1..{self.T}, got {steps!r}")
 
     def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the model should predict."""
@@ -104,7 +117,7 @@ class GaussianDiffusion(Objective):
     stays in float64, on the CPU. `zero_snr` rescales them so that x_{T-1} is pure noise.
     """
 
-    prediction_type = "epsilon"
+    name, prediction_type = "noise", "epsilon"
 
     def __init__(
         self,
@@ -159,10 +172,14 @@ class GaussianDiffusion(Objective):
         return math.atan2(math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar))
 
     def timesteps(self, steps: int) -> list[int]:
-        """Evenly spaced in 0..T-1, both ends included, descending: ADM's respacing with one section."""
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must lie in 1..{self.T}, got {steps}")
-        stride = (self.T - 1) / (steps - 1) if steps > 1 else 0.0
+        """Evenly spaced in 0..T-1, both ends included, descending: ADM's respacing with one section.
+
+        A single step begins at T-1, the noisiest timestep; ADM's would begin at 0, where nothing is left to denoise.
+        """
+        self.check_steps(steps)
+        if steps == 1:
+            return [self.T - 1]
+        stride = (self.T - 1) / (steps - 1)
         position, kept = 0.0, []
         for _ in range(steps):  # like ADM, which adds up the stride: the rounding of the sum decides some steps
             kept.append(round(position))
@@ -190,7 +207,8 @@ class GaussianDiffusion(Objective):
 class VelocityDiffusion(GaussianDiffusion):
     """The same process, and a model that predicts the velocity. It keeps the bound, whose mean comes from x_0."""
 
-    prediction_type, target = "v_prediction", Objective.target
+    name, prediction_type = "velocity", "v_prediction"
+    target = Objective.target
 
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, s = _at(self.signal, t, like), _at(self.noise, t, like)
@@ -200,7 +218,7 @@ class VelocityDiffusion(GaussianDiffusion):
 class LinearFlow(Objective):
     """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in ADM."""
 
-    continuous = True
+    name, continuous = "flow", True
 
     def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
         self.T, self.device = T, torch.device(device)
@@ -218,6 +236,7 @@ class LinearFlow(Objective):
 
     def timesteps(self, steps: int) -> list[float]:
         """T, ..., 2T/steps, T/steps."""
+        self.check_steps(steps)
         return [self.T * (1 - i / steps) for i in range(steps)]
 
 

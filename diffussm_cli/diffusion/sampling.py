@@ -6,6 +6,7 @@ A denoiser is any `denoise(x, t) -> (B, 2C or C, H, W)`: it returns what the obj
 is learned. `t` is one number for the whole batch: whole for a discrete process, fractional for a flow.
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -14,66 +15,180 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm_cli.diffusion.process import GaussianDiffusion, Objective, timestep_batch
+from diffussm_cli.config import SAMPLERS
+from diffussm_cli.diffusion.process import Objective, timestep_batch
+from diffussm_cli.errors import NotFiniteError
 
 Denoiser = Callable[[Tensor, float], Tensor]
 LabelledModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, t (B,), y (B,)) -> (B, 2C or C, H, W)
 
+# The class of diffusers that each sampler is; None for those of `OdeScheduler`.
+KINDS: dict[str, str | None] = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": None,
+    "heun": None,
+    "sde": None,
+}
 
-def make_scheduler(name: str, objective: Objective, steps: int, learned_covariance: bool):
+
+def make_scheduler(name: str, objective: Objective, steps: int, learned_covariance: bool = False):
     """A scheduler, ready to step: one of diffusers, or an `OdeScheduler`.
 
     `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there is one
-    `ddim`   DDIM with eta 0, timesteps from 0 at an integer stride (ADM's ddimN)
+    `ddim`   DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) where these reach the last tenth of T,
+             otherwise as for `ddpm`
     `dpmpp`  DPM-Solver++(2M)
     `unipc`  UniPC, second order
     `euler`  the probability flow in Euler's steps
     `heun`   the same with Heun's steps, second order; the model is computed 2 steps - 1 times
     `sde`    a flow's stochastic equation in Euler-Maruyama steps
 
-    All but `ddpm` ignore the covariance. `config.SAMPLERS` lists those that fit an objective.
+    All but `ddpm` ignore the covariance. One step of any of them returns the image that the model predicts at the
+    noisiest timestep. `config.SAMPLERS` lists those that fit an objective.
+
+    Raises:
+        ValueError: if the sampler is unknown or does not fit the objective, or `steps` is not a whole number in 1..T.
     """
     import diffusers
 
-    if name in ("euler", "heun", "sde"):
+    if name not in KINDS:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(KINDS)}")
+    if name not in SAMPLERS[objective.name]:
+        fitting = ", ".join(SAMPLERS[objective.name])
+        raise ValueError(f"sampler {name!r} does not fit the objective {objective.name}; choose {fitting}")
+    kind = KINDS[name]
+    if kind is None:
         return OdeScheduler(objective, steps, heun=name == "heun", stochastic=name == "sde")
     kind, options = scheduler_settings(name, objective, learned_covariance)
     return set_steps(getattr(diffusers, kind)(**options), objective, steps)
 
 
 def scheduler_settings(name: str, objective: Objective, learned_covariance: bool) -> tuple[str, dict[str, Any]]:
-    """The class and the options of the scheduler of diffusers that a sampler is. Raises ValueError if it is none."""
-    settings: dict[str, tuple[str, dict[str, Any]]] = {
-        "ddpm": ("DDPMScheduler", {"variance_type": "learned_range" if learned_covariance else "fixed_small"}),
-        "ddim": ("DDIMScheduler", {"timestep_spacing": "leading"}),
-        "dpmpp": ("DPMSolverMultistepScheduler", {"variance_type": None}),
-        "unipc": ("UniPCMultistepScheduler", {}),
+    """The class and the options of the scheduler of diffusers that a sampler is, one of those that `KINDS` names."""
+    kind = KINDS[name]
+    assert kind is not None, f"{name} is no scheduler of diffusers"
+    options: dict[str, dict[str, Any]] = {
+        "ddpm": {"variance_type": "learned_range" if learned_covariance else "fixed_small", "clip_sample": False},
+        "ddim": {"timestep_spacing": "leading", "clip_sample": False},
+        "dpmpp": {"variance_type": None},
+        "unipc": {},
     }
-    if name not in settings:
-        raise ValueError(f"sampler {name!r} is not one of {', '.join(settings)}, euler, heun, sde")
-    kind, options = settings[name]
-    clip = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
-    return kind, options | clip | objective.schedule
+    return kind, options[name] | objective.schedule
 
 
 def set_steps(scheduler, objective: Objective, steps: int):
-    """Choose the timesteps of a scheduler of diffusers; returns it, ready to step."""
-    if _is_ddpm(scheduler):
-        assert isinstance(objective, GaussianDiffusion), "checked by the configuration"
+    """Choose the timesteps of a scheduler of diffusers; returns it, or what steps in its place, ready to step.
+
+    Raises:
+        ValueError: if the scheduler does not fit the objective, cannot take this number of steps, or would begin
+            before the image is noise.
+    """
+    objective.check_steps(steps)
+    check_fit(scheduler, objective)
+
+    # DDPM and DDIM
+    name = type(scheduler).__name__
+    if name == "DDPMScheduler" and steps > 1:
         scheduler.set_timesteps(timesteps=objective.timesteps(steps))
         scheduler.alphas_cumprod = objective.alpha_bar64  # its own float32 table adds 7e-6 of error in 250 steps
         return scheduler
+    if name == "DDPMScheduler":
+        return Respaced(scheduler, objective.timesteps(steps))
     scheduler.set_timesteps(steps)
+    if name == "DDIMScheduler":
+        return scheduler if _covers(scheduler, objective.T) else Respaced(scheduler, objective.timesteps(steps))
+
+    # others of diffusers
+    if "solver_order" in scheduler.config and _repeats(scheduler.sigmas):  # they divide by the difference
+        scheduler.register_to_config(timestep_spacing="trailing")
+        scheduler.set_timesteps(steps)
     if objective.continuous:  # diffusers rounds them, so that the model would see another noise level
         scheduler.timesteps = scheduler.sigmas[:-1] * objective.T
+    _check_timesteps(scheduler, objective, steps)
     return scheduler
+
+
+def check_fit(scheduler, objective: Objective) -> None:
+    """Raises ValueError if a scheduler of diffusers was made for another process or prediction than the objective."""
+    name, settings = type(scheduler).__name__, scheduler.config
+    expected = dict(objective.schedule)
+    if name.startswith("FlowMatch"):
+        if objective.schedule["prediction_type"] != "flow_prediction":
+            others = "DPMSolverMultistepScheduler or UniPCMultistepScheduler"
+            raise ValueError(f"scheduler: {name} is for models that predict the velocity of a flow; use {others}")
+        expected = {"num_train_timesteps": objective.T}
+    elif objective.continuous and "use_flow_sigmas" not in settings:
+        others = "DPMSolverMultistepScheduler, UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler"
+        raise ValueError(f"scheduler: {name} cannot step along a flow, as this model needs; use {others}")
+    for key, value in expected.items():
+        if settings.get(key, False) != value:
+            raise ValueError(
+                f"scheduler: {key} of {name} is {settings.get(key)!r}, but this model needs {value!r}; make the "
+                "scheduler by from_config of the one that came with the model"
+            )
+
+
+def _check_timesteps(scheduler, objective: Objective, steps: int) -> None:
+    """Raises ValueError for timesteps that repeat, that leave the path or that begin before the image is noise."""
+    name, first = type(scheduler).__name__, float(scheduler.timesteps.max())
+    if "solver_order" in scheduler.config and _repeats(scheduler.sigmas):
+        raise ValueError(f"scheduler: {name} visits a timestep twice in {steps} steps; choose fewer")
+    if objective.continuous and float(scheduler.sigmas.max()) > 1:
+        spacings = [key for key in scheduler.config if key.startswith("use_") and scheduler.config[key] is True]
+        chosen = ", ".join(key for key in spacings if key != "use_flow_sigmas") or "its settings"
+        raise ValueError(f"scheduler: {chosen} of {name} do not fit a flow, whose noise levels are at most 1")
+    if first < objective.T - _tenth(objective.T):
+        raise ValueError(
+            f"scheduler: {name} begins at timestep {first:g} of {objective.T} in {steps} steps, where the image is not "
+            f"yet noise; choose at least 10 steps that divide {objective.T}, or timestep_spacing='trailing'"
+        )
+
+
+def _covers(scheduler, T: int) -> bool:
+    """Whether DDIM's timesteps begin in the last tenth of T and lie at the stride at which its step takes them."""
+    n, t = scheduler.num_inference_steps, scheduler.timesteps
+    stride = T // n
+    is_even = T % n == 0 and bool((t[:-1] - t[1:] == stride).all()) and int(t[-1]) < stride
+    return is_even and int(t[0]) >= T - _tenth(T)
+
+
+def _tenth(T: int) -> int:
+    return max(1, T // 10)
+
+
+def _repeats(sigmas: Tensor) -> bool:
+    return bool((sigmas[1:] == sigmas[:-1]).any())
+
+
+class Respaced:
+    """DDIM or DDPM of diffusers on chosen timesteps: their tables keep these timesteps alone, as ADM respaces them.
+
+    Their own step would look for the next timestep at the distance T // steps.
+    """
+
+    def __init__(self, scheduler, timesteps: Sequence[float]):
+        n = len(timesteps)
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod[list(reversed(timesteps))]
+        scheduler.register_to_config(num_train_timesteps=n, timestep_spacing="leading", steps_offset=0)
+        scheduler.set_timesteps(n)
+        self.scheduler, self.timesteps, self._done = scheduler, torch.tensor(timesteps), 0
+
+    def step(self, output: Tensor, t: Tensor, x: Tensor, **options: Any) -> tuple[Tensor]:  # noqa: ARG002
+        """x at the next of the timesteps."""
+        place = self.scheduler.timesteps[self._done]
+        self._done += 1
+        return self.scheduler.step(output, place, x, **options)
 
 
 class OdeScheduler:
     """Steps along the probability flow, dx = velocity dtime, with the interface of diffusers' schedulers.
 
     `heun` takes the mean of the velocities at both ends of each step but the last. `stochastic` adds the noise and the
-    drift of SiT, section 2, to a flow, with w_t = t; the last step adds no noise.
+    drift of SiT, section 2, to a flow, with w_t = t; the last step adds no noise. A single step returns the predicted
+    image: along the arc of the discrete process and for `stochastic`, the straight step would return its noise.
     """
 
     def __init__(self, objective: Objective, steps: int, heun: bool = False, stochastic: bool = False):
@@ -89,6 +204,8 @@ class OdeScheduler:
         from diffusers.utils.torch_utils import randn_tensor
 
         batch, (start, end) = timestep_batch(t.item(), x), self._times[self._done : self._done + 2]
+        if len(self._times) == 2 and (self.stochastic or not self.objective.continuous):
+            return (self.objective.predict_x_0(x, batch, output),)
         velocity = self.objective.predict_velocity(x, batch, output)
         if self.stochastic:  # the score is -noise / t
             velocity = velocity + self.objective.predict_noise(x, batch, output) / 2
@@ -108,7 +225,7 @@ class OdeScheduler:
 
 @torch.no_grad()
 def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-    """Denoise x_T down to x_0 with a scheduler from `make_scheduler`.
+    """Denoise x_T down to x_0 with a scheduler from `make_scheduler`, which may be used again: a copy of it steps.
 
     Args:
         x: starting noise x_T, (B, C, H, W).
@@ -117,16 +234,31 @@ def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.G
 
     Returns:
         x_0, (B, C, H, W).
+
+    Raises:
+        NotFiniteError: if an image becomes NaN or infinite; it names its place in the batch and the step.
     """
-    C = x.shape[1]
+    C, scheduler = x.shape[1], copy.deepcopy(scheduler)
     takes_covariance = _is_ddpm(scheduler) and scheduler.config.variance_type == "learned_range"
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if generators and takes_generators else {}
+    finite_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)  # counted there, and read only at the end
     for t in scheduler.timesteps:
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
+        finite_steps += torch.isfinite(x).flatten(1).all(1)  # what is not finite once never becomes finite again
+    _check_steps(finite_steps.tolist(), scheduler.timesteps)
     return x
+
+
+def _check_steps(finite_steps: Sequence[int], timesteps: Tensor) -> None:
+    """Raises NotFiniteError for the first image that was finite after fewer steps than there are."""
+    n = len(timesteps)
+    for i, done in enumerate(finite_steps):
+        if done < n:
+            where = f"after step {done + 1} of {n} (timestep {timesteps[done].item():g})"
+            raise NotFiniteError(f"image {i}", i, where)
 
 
 def _is_ddpm(scheduler) -> bool:

@@ -13,7 +13,7 @@ from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.sampling.folder import prompts_of
-from diffussm_cli.sampling.generate import generate
+from diffussm_cli.sampling.generate import generate, name_of
 from diffussm_cli.sampling.sampler import Sampler
 
 SUFFIXES = (".gif", ".webp")
@@ -28,6 +28,7 @@ def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: P
 
     Raises:
         ConfigError: if the file cannot be written.
+        NotFiniteError: if a frame holds NaN or infinite values.
     """
     seeds, labels = seeds[:IMAGES], facts["labels"] and facts["labels"][:IMAGES]
     text = sampler.text(prompts_of(facts, seeds), facts["negative"])
@@ -39,7 +40,8 @@ def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: P
     frames = []
     for i in np.unique(np.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().astype(int)):
         png = io.BytesIO()
-        save_grid(to_uint8(sampler.decoding.decode(states[i])), png, columns=min(5, len(seeds)))
+        names = [f"{name_of(seed)} in frame {i} of the film" for seed in seeds]
+        save_grid(to_uint8(sampler.decoding.decode(states[i]), names), png, columns=min(5, len(seeds)))
         frames.append(Image.open(png))
     shown = [*[MILLISECONDS] * (len(frames) - 1), LAST]
     with writing(f"--film: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:

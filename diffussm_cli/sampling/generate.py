@@ -12,6 +12,7 @@ from torch import Tensor
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import Objective
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.sampling.precision import in_precision
 
@@ -53,16 +54,27 @@ def generate(
         labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
         text: one caption per seed, for a model with text.
+
+    Raises:
+        NotFiniteError: if an image becomes NaN or infinite; it names the seed and the step.
     """
     try:
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
             own = text and text.of(chosen)
-            drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype, text=own)
+            try:
+                drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype, text=own)
+            except NotFiniteError as e:
+                raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
             yield Drawn(list(seeds[chosen]), *drawn)
     finally:
         model.forget_kernels()
+
+
+def name_of(seed: int) -> str:
+    """What an error calls the image of a seed."""
+    return f"the image of seed {seed}"
 
 
 def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:

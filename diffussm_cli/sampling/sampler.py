@@ -15,7 +15,7 @@ from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, load_model
-from diffussm_cli.sampling.generate import Text, generate, labels_of
+from diffussm_cli.sampling.generate import Text, generate, labels_of, name_of
 from diffussm_cli.sampling.precision import cast_products
 
 
@@ -76,13 +76,15 @@ class Sampler:
         """Yield seeds and their images, uint8 (B, C, H, W), batch by batch; a model with text needs its captions.
 
         Raises:
+            NotFiniteError: if an image holds NaN or infinite values, before its batch is handed out.
             RunError: if the images do not fit into memory.
         """
         requested = (seeds, labels, self.batch_size, self.dtype, text)
         batches = generate(self.model, self.objective, self.sampling, *requested)
         try:
             for drawn in batches:
-                yield drawn.seeds, to_uint8(self.decoding.decode(drawn.images))
+                images = self.decoding.decode(drawn.images)
+                yield drawn.seeds, to_uint8(images, [name_of(seed) for seed in drawn.seeds])
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise

@@ -31,6 +31,10 @@ ALL = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 TIMES = torch.tensor([1, 50, 400, 700, 998])
 
 
+def seeded(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
+
+
 def batch_of(t):
     return t.to(device())
 
@@ -201,6 +205,42 @@ def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name, of):
     objective = OBJECTIVES[of]
     assert ode_error(name, objective, 160) < 1e-3
     assert ode_error(name, objective, 320) < 0.4 * ode_error(name, objective, 160)
+
+
+@ALL
+def test_one_step_of_any_sampler_is_the_image_predicted_from_the_noisiest_timestep(objective):
+    x = randn(2, 1, 4, 4, dtype=torch.float64)
+    for name in SAMPLERS[objective.name]:
+        seen = []
+
+        def denoise(x, t):
+            seen.append(t)  # noqa: B023
+            return optimal(objective)(x, t)
+
+        end = sample(denoise, make_scheduler(name, objective, 1, learned_covariance=False), x, seeded(2))
+        assert len(seen) == 1
+        assert seen[0] >= objective.T - 1
+        assert (end - MEAN).abs().max() < 0.03, name  # all that can be said of the image from noise
+
+
+@ALL
+@pytest.mark.parametrize("T", [2, 10, 50, 1000])
+def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
+    """DPM-Solver++ and UniPC of diffusers would visit the last timestep twice, and divide by zero."""
+    betas = {} if objective.continuous else {"beta_start": 0.1 / T, "beta_end": min(0.9, 20 / T)}
+    process = type(objective)(T, **betas)
+    x = randn(4, 1, 8, 8, dtype=torch.float64)
+    for name in SAMPLERS[process.name]:
+        if name in ("ddpm", "sde"):
+            continue
+        most, one_less = (
+            relative(
+                sample(optimal(process), make_scheduler(name, process, steps), x),
+                flow_end(process, x, make_scheduler(name, process, steps).timesteps[0].item()),
+            )
+            for steps in (T, T - 1)
+        )
+        assert most < one_less + 0.03, name
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp", "unipc", "euler", "heun"])

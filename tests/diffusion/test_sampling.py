@@ -6,12 +6,17 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
 
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow
 from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, sample
+from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
 
 PROCESS = GaussianDiffusion(device=device())
 VARIANCE = 0.25  # of the data
+
+
+def seeded(n):
+    return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
 def gaussian_denoiser(x, t):
@@ -40,12 +45,13 @@ def test_ddim_equals_adm():
 
 
 def test_respacing_ends_and_bounds():
-    assert PROCESS.timesteps(1) == [0]
+    assert PROCESS.timesteps(1) == [999]  # ADM's would be 0, where nothing is left to denoise
     assert PROCESS.timesteps(2) == [999, 0]
     assert PROCESS.timesteps(1000) == list(range(999, -1, -1))
-    for steps in (0, 1001):
-        with pytest.raises(ValueError, match="must lie in 1..1000"):
-            PROCESS.timesteps(steps)
+    for steps in (0, -1, 1001, 10.0, True):
+        for objective in (PROCESS, LinearFlow()):
+            with pytest.raises(ValueError, match=f"must be a whole number in 1..1000, got {steps}"):
+                objective.timesteps(steps)
 
 
 def ode_error(name, steps):
@@ -77,14 +83,67 @@ def test_unknown_sampler_is_named():
         make_scheduler("eulr", PROCESS, 10, learned_covariance=True)
 
 
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "sde"])
+def test_a_sampler_of_another_process_is_refused(name):
+    objective = PROCESS if name == "sde" else LinearFlow()
+    with pytest.raises(ValueError, match=f"'{name}' does not fit the objective {objective.name}; choose .*euler"):
+        make_scheduler(name, objective, 10)
+
+
+def test_ddim_begins_at_the_noisiest_timestep_whatever_the_steps():
+    """ADM's ddimN where N divides T and reaches the last tenth, bit for bit; otherwise evenly spaced from T-1 to 0."""
+    for steps in (10, 25, 50, 250, 500, 1000):
+        stride = 1000 // steps
+        assert make_scheduler("ddim", PROCESS, steps).timesteps.tolist() == list(range(1000 - stride, -1, -stride))
+    for steps in (1, 2, 3, 8, 334, 501, 600, 999):
+        assert make_scheduler("ddim", PROCESS, steps).timesteps.tolist() == PROCESS.timesteps(steps)
+    for steps in (334, 501, 600):
+        assert ode_error("ddim", steps) < 1.1 * ode_error("ddim", 250)
+
+
+def test_ddim_on_uneven_timesteps_by_hand():
+    """x_0 and the noise are kept, and mixed again at the next timestep."""
+    scheduler, x = make_scheduler("ddim", PROCESS, 3), randn(2, 1, 4, 4, dtype=torch.float64)
+    expected = x
+    for t, following in ((999, 500), (500, 0), (0, None)):
+        eps = gaussian_denoiser(expected, t)[:, :1]
+        abar = PROCESS.alpha_bar64[t]
+        x_0 = (expected - (1 - abar).sqrt() * eps) / abar.sqrt()
+        later = torch.tensor(1.0) if following is None else PROCESS.alpha_bar64[following]
+        expected = later.sqrt() * x_0 + (1 - later).sqrt() * eps
+    assert scheduler.timesteps.tolist() == [999, 500, 0]
+    assert relative(sample(gaussian_denoiser, scheduler, x), expected) < 1e-4
+
+
+def test_a_scheduler_may_be_used_again():
+    x = randn(2, 1, 4, 4, dtype=torch.float64)
+    for name in ("ddpm", "ddim", "dpmpp", "unipc", "euler", "heun"):
+        for steps in (7, 10):
+            scheduler = make_scheduler(name, PROCESS, steps)
+            first, second = (sample(gaussian_denoiser, scheduler, x, seeded(2)) for _ in range(2))
+            assert torch.equal(first, second), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_that_is_not_finite_is_an_error_that_names_it_and_the_step(value):
+    def denoise(x, t):
+        output = gaussian_denoiser(x, t)
+        output[1, 0, 2, 2] = value if t < 500 else output[1, 0, 2, 2]
+        return output
+
+    for name, where in (("ddim", r"step 6 of 10 \(timestep 400\)"), ("euler", r"step 6 of 10 \(timestep 444\)")):
+        with pytest.raises(NotFiniteError, match=f"^image 1 has values that are not finite after {where}, so") as e:
+            sample(denoise, make_scheduler(name, PROCESS, 10), randn(2, 1, 4, 4, dtype=torch.float64))
+        assert e.value.index == 1
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "unipc"])
 @pytest.mark.parametrize("learned", [True, False])
 def test_every_sampler_takes_four_channels_with_and_without_covariance(name, learned):
     def denoise(x, t):
         return gaussian_denoiser(x, t) if learned else gaussian_denoiser(x, t)[:, :4]
 
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), randn(2, 4, 3, 5), generators)
+    x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), randn(2, 4, 3, 5), seeded(2))
     assert x.shape == (2, 4, 3, 5)
     assert torch.isfinite(x).all()
 

@@ -124,7 +124,7 @@ def reader(request):
 
 
 def read(model, seeds, text, labels=None, batch_size=64, **how):
-    how = SampleConfig(**{"sampler": "ddim", "steps": 3, **how})
+    how = SampleConfig(**{"sampler": "ddim", "steps": 10, **how})
     process = GaussianDiffusion(device=device())
     return torch.cat([d.images for d in generate(model, process, how, seeds, labels, batch_size, text=text)])
 
@@ -134,9 +134,9 @@ def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
     labels = [1] * 5 if reader.num_classes else None
     together = read(reader, range(5), text, labels, guidance=2.0)
     alone = read(reader, [3], text.of(slice(3, 4)), labels and [1], guidance=2.0)
-    torch.testing.assert_close(alone[0], together[3], rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone[0], together[3], rtol=1e-6, atol=1e-5)
     parts = read(reader, range(5), text, labels, batch_size=2, guidance=2.0)
-    torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
+    torch.testing.assert_close(parts, together, rtol=1e-6, atol=1e-5)
     shuffled = read(reader, range(5), text.of([1, 2, 3, 4, 0]), labels, guidance=2.0)
     assert (shuffled - together).abs().amax((1, 2, 3)).min() > 1e-3
 
