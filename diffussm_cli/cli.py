@@ -92,7 +92,7 @@ EXAMPLES = {
   diffussm profile --resolution 256,512            DiffuSSM-XL beside DiT-XL
   diffussm profile --models s/2 --sweep M=1,2,4 P=1,2
   diffussm profile --preset mnist --estimate       how long a training takes here
-  diffussm profile --latency --report costs.html   figure 3, time and memory on one page
+  diffussm profile --latency --figure costs.png    figure 3, time and memory as a picture
 """,
 }
 

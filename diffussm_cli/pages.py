@@ -6,7 +6,7 @@ A page is a template of Jinja that extends page.html. All text is escaped.
 import base64
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jinja2
@@ -24,50 +24,66 @@ class Curve(NamedTuple):
 
 
 def render(template: str, script: str = "", **content: Any) -> str:
-    """A page from the template at a path in the package, with its `title` and a script, which alone may run."""
+    """A page from a template in the package. No script but the given one may run on it."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__, "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
+
+    # The page's security policy admits the script with this hash and no other.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.get_template(template).render(content, script=script, script_hash=digest)
 
 
 def chart(
-    title: str, curves: Mapping[str, Curve], best: tuple[float, float] | None = None, marks: Sequence[float] = ()
+    title: str,
+    curves: Mapping[str, Curve],
+    best: tuple[float, float] | None = None,
 ) -> dict[str, Any]:
-    """What the page draws: lines, ticks and the best point, placed in the picture.
+    """What the page draws: lines, ticks and the best point (step, value), placed in the picture.
 
-    Positive values that differ by more than 30 times get a log scale. So does x if its ticks are given, `marks`; they
-    begin and end the axis, which otherwise begins at 0.
+    The axis of steps begins at 0. Positive values that differ by more than 30 times get a log
+    scale.
     """
     thinned = [thin(curve) for curve in curves.values()]
-    every = np.concatenate([y for _, y in thinned])
-    log = every.min() > 0 and every.max() > 30 * every.min()
-    low, high = (math.log10(v) if log else float(v) for v in (every.min(), every.max()))
+
+    # The range of the values, with a margin.
+    values = np.concatenate([y for _, y in thinned])
+    log = values.min() > 0 and values.max() > 30 * values.min()
+    low = math.log10(values.min()) if log else float(values.min())
+    high = math.log10(values.max()) if log else float(values.max())
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
-    scale, label = (np.log, "{:g}") if marks else (np.asarray, "{:,.0f}")
-    if not marks:
-        first, last = min(0.0, *(x[0] for x, _ in thinned)), max(1.0, *(x[-1] for x, _ in thinned))
-        marks = (first, (first + last) / 2, last)
-    start, *_, end = scale(marks)
+    low -= margin
+    high += margin
+
+    # The range of the steps.
+    start = min(0.0, *(x[0] for x, _ in thinned))
+    end = max(1.0, *(x[-1] for x, _ in thinned))
 
     def across(x: Any) -> Any:
-        return LEFT + (RIGHT - LEFT) * (scale(x) - start) / (end - start)
+        return LEFT + (RIGHT - LEFT) * (np.asarray(x) - start) / (end - start)
 
     def down(y: Any) -> Any:
         y = np.log10(y) if log else y
-        return BOTTOM - (BOTTOM - TOP) * (y - low + margin) / (high - low + 2 * margin)
+        return BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
 
-    ticks = [10.0**tick if log else tick for tick in round_values(low - margin, high + margin, whole=bool(log))]
+    ticks = [10.0**tick if log else tick for tick in round_values(low, high, integers=bool(log))]
+    steps = (start, (start + end) / 2, end)
     return {
         "title": title,
-        "lines": [" ".join(f"{across(a):.1f},{down(b):.1f}" for a, b in zip(x, y)) for x, y in thinned],
-        "legend": list(zip(curves, (curve.y[-1] for curve in curves.values()))),
-        "rows": [(down(tick), number(tick) if abs(tick) < 1e5 else f"{tick:.0e}") for tick in ticks],
-        "columns": [(across(x), label.format(x)) for x in marks],
+        "lines": [_points(across(x), down(y)) for x, y in thinned],
+        "legend": [(name, curve.y[-1]) for name, curve in curves.items()],
+        "rows": [(down(y), number(y) if abs(y) < 1e5 else f"{y:.0e}") for y in ticks],
+        "columns": [(across(x), f"{x:,.0f}") for x in steps],
         "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
+
+
+def _points(x: Any, y: Any) -> str:
+    """Coordinates as SVG writes the points of a line."""
+    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
 
 
 def thin(curve: Curve) -> Curve:
@@ -76,17 +92,22 @@ def thin(curve: Curve) -> Curve:
     if len(y) <= POINTS:
         return Curve(x, y)
     stretches = np.array_split(np.arange(len(y)), POINTS // 2)
-    kept = np.unique([(s[y[s].argmin()], s[y[s].argmax()]) for s in stretches])
-    return Curve(x[kept], y[kept])
+    extremes = np.unique([(s[y[s].argmin()], s[y[s].argmax()]) for s in stretches])
+    return Curve(x[extremes], y[extremes])
 
 
-def round_values(low: float, high: float, whole: bool) -> list[float]:
-    """Two to seven round numbers between two numbers, or whole ones."""
-    most = (high - low) / 2.5
-    size = 10.0 ** math.floor(math.log10(most))
-    step = max(size * m for m in (1, 2, 5) if size * m <= most)
-    step = max(1, round(step)) if whole else step
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+def round_values(low: float, high: float, integers: bool) -> list[float]:
+    """Two to seven round numbers between two numbers; on request only integers."""
+    # The largest of 1, 2 and 5 times a power of ten that fits at least two and a half times.
+    longest = (high - low) / 2.5
+    size = 10.0 ** math.floor(math.log10(longest))
+    step = max(size * m for m in (1, 2, 5) if size * m <= longest)
+    if integers:
+        step = max(1, round(step))
+
+    first = math.ceil(low / step)
+    last = math.floor(high / step)
+    return [i * step for i in range(first, last + 1)]
 
 
 def number(value: float) -> str:

@@ -48,12 +48,6 @@ def profile(
     figure: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the paper's figure 3, and --latency, as png, svg or pdf.")
     ] = None,
-    report_file: Annotated[
-        Path | None, typer.Option("--report", metavar="FILE.html", help="Write one page with figure 3 and all of this.")
-    ] = None,
-    quality: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Results of a study, for --report to show beside the costs.")
-    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what models cost: parameters, Gflops by part, training compute, time and memory, DiffuSSM beside DiT."""
@@ -61,8 +55,6 @@ def profile(
         raise ConfigError("--estimate: choose what to measure with --preset")
     if models and preset:
         raise ConfigError("--models: cannot be combined with --preset")
-    if quality and not report_file:
-        raise ConfigError("--quality: is shown by --report FILE.html; give that too")
     kinds = parse_work(work) if latency else []
     from diffussm_cli.commands.tables import paper_tables, show_costs
     from diffussm_cli.profiling import report
@@ -74,12 +66,6 @@ def profile(
         from diffussm_cli.profiling import figures
 
         figures.check_figure(figure)
-    if report_file:
-        from diffussm_cli.machine.files import check_output
-        from diffussm_cli.profiling import page
-
-        check_output(report_file, "--report", page.SUFFIXES)
-        study = page.read_study(quality) if quality else []
     if paper:
         paper_tables(as_json)
         return
@@ -97,9 +83,6 @@ def profile(
     if figure:
         figures.draw(report.panels(result, [config for _, config in chosen]), figure)
         console.print(f"figure written to {figure}")
-    if report_file:
-        page.write_page(report_file, result, [config for _, config in chosen], study)
-        console.print(f"report written to {report_file}")
 
 
 def parse_work(text: str) -> list[str]:
