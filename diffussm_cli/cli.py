@@ -90,7 +90,7 @@ EXAMPLES = {
 """,
     "profile": """
   diffussm profile --resolution 256,512            DiffuSSM-XL beside DiT-XL
-  diffussm profile --models s/2 --sweep M=1,2,4 P=1,2
+  diffussm profile --models s/2 --sweep M=1,2,4 --sweep P=1,2
   diffussm profile --preset mnist --estimate       how long a training takes here
   diffussm profile --latency --figure costs.png    figure 3, time and memory as a picture
 """,

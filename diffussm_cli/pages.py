@@ -1,4 +1,4 @@
-"""HTML pages that need no network: their frame with its styles (page.html), and charts as inline SVG.
+"""HTML pages that need no network: their frame (page.html), and charts as inline SVG.
 
 A page is a template of Jinja that extends page.html. All text is escaped.
 """
@@ -87,7 +87,7 @@ def _points(x: Any, y: Any) -> str:
 
 
 def thin(curve: Curve) -> Curve:
-    """At most POINTS points: the lowest and the highest value of every stretch, so that spikes remain."""
+    """At most POINTS points: the lowest and highest of every stretch, so that spikes remain."""
     x, y = np.asarray(curve.x), np.asarray(curve.y)
     if len(y) <= POINTS:
         return Curve(x, y)

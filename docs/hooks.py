@@ -131,17 +131,17 @@ def shown(default: typing.Any) -> str:
 
 def presets_table() -> str:
     """Every preset: what it is, what it takes, and its file."""
-    from diffussm_cli.profiling.presets import preset_rows
+    from diffussm_cli.profiling import cost
 
-    presets, rows, files = {row.name: row for row in preset_rows()}, [], []
+    rows, files = [], []
     for name in settings.preset_names():
-        config, text = settings.load_config(name), settings.preset_text(name)
-        known, steps = presets[name].cost, f"{config.train.steps:,}"
-        gflops = f"{known.gflops:,.0f}" if known.gflops > 10 else f"{known.gflops:.2g}"
-        sizes = (f"{known.tokens:,}", f"{known.parameters:,}", gflops)
-        rows.append((f"[`{name}`](#{name})", f"`{config.data.path}`", *sizes, steps, presets[name].run))
-        files.append(f"### {name}\n\n```yaml\n{text}```")
-    head = ("Preset", "Data", "Tokens", "Parameters", "Gflops", "Steps", "Run")
+        config = settings.load_config(name)
+        c = cost(config)
+        gflops = f"{c.gflops:,.0f}" if c.gflops > 10 else f"{c.gflops:.2g}"
+        sizes = (f"{c.tokens:,}", f"{c.parameters:,}", gflops, f"{config.train.steps:,}")
+        rows.append((f"[`{name}`](#{name})", f"`{config.data.path}`", *sizes))
+        files.append(f"### {name}\n\n```yaml\n{settings.preset_text(name)}```")
+    head = ("Preset", "Data", "Tokens", "Parameters", "Gflops", "Steps")
     return "\n\n".join([table(head, rows), "## The files", *files])
 
 

@@ -34,7 +34,8 @@ def test_default_is_diffussm_beside_dit():
 def test_grid_of_resolutions_and_letters():
     out = json.loads(
         profile(
-            "--models", "s,dit-s/2", "--resolution", "256,512x256", "--no-count", "--json", "--sweep", "M=1,2", "P=2,4"
+            *("--models", "s,dit-s/2", "--resolution", "256,512x256", "--no-count", "--json"),
+            *("--sweep", "M=1,2", "--sweep", "P=2,4"),
         )
     )
     assert len(out["models"]) == 2 * 2 * 4
@@ -59,8 +60,7 @@ def test_paper():
     assert len(rows["training"]) == 4
 
 
-def test_latency_of_every_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 3 << 20)  # has tests of its own, in fresh processes
+def test_latency_of_every_kind(tmp_path):
     figure = tmp_path / "figure.png"
     out = json.loads(
         profile(
@@ -73,23 +73,27 @@ def test_latency_of_every_kind(tmp_path, monkeypatch):
     for found in measured.values():
         assert found["median_ms"] > 0
         assert found["images_per_second"] == pytest.approx(2e3 / found["median_ms"])
-        assert not found["scaled"]
-        assert found["peak_bytes"] == 3 << 20
     assert out["setting"]["batch_size"] == 2
     with Image.open(figure) as image:
         assert min(image.size) > 500
 
 
-def test_latency_table_says_what_was_scaled_and_how_time_grows(monkeypatch):
-    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 3 << 30)
+def test_latency_table_says_how_time_grows(monkeypatch):
+    times = iter([2.0, 4.0, 16.0, 4.0])  # of each resolution, DiffuSSM first
+
+    def measure(configs, kind, setting):
+        facts = {"low_ms": 1, "high_ms": 9, "images_per_second": 1, "of_product_rate": 0.5}
+        return [{"median_ms": next(times), "peak_bytes": 3 << 30, **facts} for _ in configs]
+
+    monkeypatch.setattr(timing, "measure", measure)
     out = profile(
         *("--models", "s,dit-s/2", "--resolution", "64,128", "--latency", "--work", "forward"),
-        *("--repeats", "1", "--depth", "1", "--no-count"),
+        "--no-count",
     )
-    assert "1 blocks" in out
     assert "3.00 GiB" in out
-    assert "DiffuSSM-S: forward grows with L to the power of" in out
-    assert "DiT-S/2: forward grows with L to the power of" in out
+    assert "2 ms (1 to 9)" in out
+    assert "DiffuSSM-S: forward grows with L to the power of 1.50" in out
+    assert "DiT-S/2: forward grows with L to the power of 0.00" in out
 
 
 def test_estimate_measures_a_real_step():
@@ -143,6 +147,7 @@ def test_a_figure_that_cannot_be_written_is_named_and_costs_no_result(tmp_path, 
         (["--models", "xl", "--preset", "mnist"], "--models: cannot be combined with --preset"),
         (["--resolution", "25x"], "data.resolution: '25x'"),
         (["--resolution", "100"], "data.resolution: 100 must be a multiple"),
+        (["--sweep", "M=1", "P=2"], "unexpected extra argument"),
         (["--sweep", "Q=1"], "--sweep: 'Q=1' must read LETTER=VALUES"),
         (["--set", "model.depth=1"], "name them with --preset"),
         (["--work", "sleep", "--latency"], "--work: 'sleep' must be one of"),
@@ -158,7 +163,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_estimate_of_what_can_never_fit(monkeypatch):
-    monkeypatch.setattr("diffussm_cli.profiling.report.available_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr("diffussm_cli.profiling.timing.available_bytes", lambda device: 1 << 30)
     line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line

@@ -2,8 +2,8 @@
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, toeplitz, length, memory, options,
-compiled; by default all.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, toeplitz, length, beside_dit, memory,
+options, compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from diffussm_cli.config import Config, load_config
+from diffussm_cli.config import Config, config_from_dict, load_config, to_dict
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import numerics
@@ -36,9 +36,9 @@ from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra
 from diffussm_cli.model.s4d.kernel import Modes, s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive
-from diffussm_cli.profiling import timing, work
+from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.flops import cost
-from diffussm_cli.profiling.memory import peak_bytes
+from diffussm_cli.profiling.paper import display_name, named_model
 from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import make_batch
@@ -48,6 +48,7 @@ from diffussm_cli.training.trainer import Trainer
 D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
 SIDES = (32, 64, 128, 256)  # of latents, in the row `length`
+RESOLUTIONS = (256, 512, 1024)  # of images, in the row `beside_dit`
 LARGE = 2048  # pixels of an image's side, in the row `memory`
 SMALLER: list[str] = []  # settings that make models of presets small; with --toy
 
@@ -72,7 +73,7 @@ class TextbookS4D(nn.Module):
 
 def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
     """Medians in milliseconds, and every ratio to the last one."""
-    setting = work.Setting(device, repeats=repeats)
+    setting = timing.Setting(device, repeats=repeats)
     times = timing.take_turns(list(calls.values()), setting)
     found = {name: statistics.median(taken) for name, taken in zip(calls, times)}
     reference = list(found.values())[-1]
@@ -183,7 +184,7 @@ def block_bf16(device: torch.device) -> dict:
 
 
 KINDS = {  # of the operators that do work themselves; what is not named is elementwise
-    "products": timing.PRODUCTS,
+    "products": ("mm", "addmm", "bmm", "baddbmm", "mkldnn_linear", "linear"),
     "FFT": ("_fft_r2c", "_fft_c2r"),
     "copies": ("copy_", "fill_", "cat", "constant_pad_nd"),
 }
@@ -300,9 +301,9 @@ def saved(device: torch.device) -> dict:
 
 def length(device: torch.device) -> dict:
     """Time of two blocks of S against L, 1k to 64k tokens, and the exponent of the fit."""
-    setting = work.Setting(device, repeats=3)
+    setting = timing.Setting(device, repeats=3)
     config = load_config("s-256", [*SMALLER, "model.depth=2"])
-    model = work.build(config, setting, 2).eval()
+    model = timing.random_model(config, setting).eval()
     t, y = torch.tensor([500], device=device), torch.tensor([1], device=device)
 
     def forward(side: int) -> None:
@@ -315,14 +316,38 @@ def length(device: torch.device) -> dict:
     return {"tokens": tokens, "ms": medians, "exponent": timing.exponent(tokens, medians)}
 
 
-def memory(device: torch.device) -> dict:
-    """Peak memory of a 2048 x 2048 image through XL without gradients: of four blocks, and the weights of the others.
+def beside_dit(device: torch.device) -> dict:
+    """Milliseconds of a forward pass of one image, by resolution and model, of the first blocks scaled to all.
 
-    At this length a block keeps nothing, and peaks of few blocks differ more from call to call than by their weights.
+    A model with two blocks takes turns with the same model with one; the other blocks take as long
+    as the second one. So models are timed that take minutes for a pass, or do not fit.
+    """
+    results = {}
+    setting = timing.Setting(device, repeats=3)
+    for resolution in RESOLUTIONS:
+        configs = [named_model(name, resolution) for name in ("xl", "dit-xl/2", "dit-xl/1")]
+        calls = []
+        for config, blocks in itertools.product(configs, (1, 2)):
+            few = config_from_dict(to_dict(config), "", [*SMALLER, f"model.depth={blocks}"])
+            model = timing.random_model(few, setting)
+            calls.append(timing.workload(model, few, timing.FORWARD, setting))
+        medians = [statistics.median(times) for times in timing.take_turns(calls, setting)]
+        results[resolution] = {
+            display_name(config): one + (config.model.depth - 1) * (two - one)
+            for config, one, two in zip(configs, medians[::2], medians[1::2])
+        }
+    return results
+
+
+def memory(device: torch.device) -> dict:
+    """Peak memory of a 2048 x 2048 image through XL without gradients: of four blocks, and the weights of all.
+
+    At this length a block keeps nothing, so that more blocks take no more memory than their weights.
     """
     whole, four = (load_config("xl-256", [*SMALLER, f"data.resolution={LARGE}", f"model.depth={n}"]) for n in (29, 4))
-    weights = 4 * (cost(whole).parameters - cost(four).parameters)
-    return {"peak_gib": (peak_bytes(four, work.FORWARD, work.Setting(device)) + weights) / 2**30}
+    setting = timing.Setting(device)
+    call = timing.workload(timing.random_model(four, setting), four, timing.FORWARD, setting)
+    return {"peak_gib": (_peak_mib(call) * 2**20 + 4 * cost(whole).parameters) / 2**30}
 
 
 def compiled(device: torch.device) -> dict:
@@ -450,6 +475,7 @@ ROWS = {
         traffic,
         toeplitz,
         length,
+        beside_dit,
         memory,
         options,
         compiled,
@@ -464,8 +490,8 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes and no code generation, to see that rows run")
     arguments = parser.parse_args()
     if arguments.toy:
-        global D, SHORT, LONG, SIDES, LARGE, SMALLER
-        D, SHORT, LONG, SIDES, LARGE = 32, 64, 128, (8, 16), 64
+        global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, SMALLER
+        D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE = 32, 64, 128, (8, 16), (64,), 64
         SMALLER = ["model.hidden_size=32", "model.depth=1"]
         # Graphs are traced; generating code for them takes minutes at any size.
         nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")

@@ -11,6 +11,7 @@ counted: they compile, allocate memory and build the kernels of the SSM.
 import argparse
 import dataclasses
 import json
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from diffussm_cli.config import Config, load_config
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.machine.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
-from diffussm_cli.profiling import memory, work
+from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.generate import generate
 from diffussm_cli.sampling.precision import cast_products
@@ -59,7 +60,7 @@ def sample(config: Config, images: int, steps: int) -> dict:
     """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the second."""
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
-    model = work.build(config, work.Setting(device), config.model.depth).eval()
+    model = timing.random_model(config, timing.Setting(device)).eval()
     cast_products(model, dtype)
     process = GaussianDiffusion.from_config(config.diffusion, device)
     guidance = 1.5 if config.model.num_classes else 1.0
@@ -79,9 +80,11 @@ def sample(config: Config, images: int, steps: int) -> dict:
     }
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """Peak memory of the allocator on CUDA, of this process elsewhere."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory.resident_peak()
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory of the allocator on CUDA, of this process elsewhere (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main() -> None:

@@ -15,73 +15,112 @@ WORK = "forward,forward+backward,guided step"
 
 
 def profile(
-    grid: Annotated[list[str] | None, typer.Argument(metavar="[LETTER=VALUES]...", help="More for --sweep.")] = None,
     models: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help=f"Such as s/2, xl/1-m1, dit-xl/1-m2. Default: {DEFAULT_MODELS}."),
+        typer.Option(
+            metavar="NAMES",
+            help=f"Such as s/2, xl/1-m1, dit-xl/1-m2. Default: {DEFAULT_MODELS}.",
+        ),
     ] = None,
-    resolution: Annotated[str, typer.Option(metavar="LIST", help="For --models: 256,512 or HxW, in pixels.")] = "256",
+    resolution: Annotated[
+        str,
+        typer.Option(metavar="LIST", help="For --models: 256,512 or HxW, in pixels."),
+    ] = "256",
     sweep: Annotated[
-        list[str] | None, typer.Option(metavar="LETTER=VALUES", help="Every combination, as in --sweep M=1,2,4 P=1,2.")
+        list[str] | None,
+        typer.Option(
+            metavar="LETTER=VALUES",
+            help="Every value, such as M=1,2,4. Repeatable: every combination.",
+        ),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="A preset or YAML file, instead of --models. Repeatable.")
+        list[str] | None,
+        typer.Option(help="A preset or YAML file, instead of --models. Repeatable."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the presets.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.FIELD=VALUE",
+            help="Change a field of the presets.",
+        ),
     ] = None,
-    count: Annotated[bool, typer.Option("--count/--no-count", help="Also count by a trace of each model.")] = True,
-    latency: Annotated[bool, typer.Option("--latency", help="Measure time and memory on this machine.")] = False,
+    count: Annotated[
+        bool,
+        typer.Option("--count/--no-count", help="Also count by a trace of each model."),
+    ] = True,
+    latency: Annotated[
+        bool,
+        typer.Option("--latency", help="Measure time, and memory on CUDA, on this machine."),
+    ] = False,
     work: Annotated[str, typer.Option(metavar="LIST", help="What --latency measures.")] = WORK,
-    compiled: Annotated[bool, typer.Option("--compile", help="Measure models compiled by torch.compile.")] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Measure models compiled by torch.compile."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size for --latency.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Number of times each model is measured.")] = 5,
-    depth: Annotated[
-        int | None, typer.Option(min=1, help="Measure this many blocks and scale to all; the result says so.")
-    ] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="For --latency.")] = "auto",
+    repeats: Annotated[
+        int,
+        typer.Option(min=1, help="Number of times each model is measured."),
+    ] = 5,
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        typer.Option(help="For --latency."),
+    ] = "auto",
     device: options.Device = "auto",
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Measure one step of each preset; estimate memory and days.")
+        bool,
+        typer.Option(
+            "--estimate",
+            help="Measure one step of each preset; estimate memory and days.",
+        ),
     ] = False,
-    paper: Annotated[bool, typer.Option("--paper", help="Print published figures beside ours and exit.")] = False,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="Print published figures beside ours and exit."),
+    ] = False,
     figure: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the paper's figure 3, and --latency, as png, svg or pdf.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the paper's figure 3, and --latency, as png, svg or pdf.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what models cost: parameters, Gflops by part, training compute, time and memory, DiffuSSM beside DiT."""
+    """Show what models cost, DiffuSSM beside DiT: parameters, Gflops by part, training compute, time and memory."""
+    # Mistakes first, before torch is imported.
     if estimate and not preset:
         raise ConfigError("--estimate: choose what to measure with --preset")
     if models and preset:
         raise ConfigError("--models: cannot be combined with --preset")
     kinds = parse_work(work) if latency else []
+
     from diffussm_cli.commands.tables import paper_tables, show_costs
-    from diffussm_cli.profiling import report
+    from diffussm_cli.profiling import figures, report
 
-    everything = [*(sweep or []), *(grid or [])]
-    chosen = report.choose_models(models or DEFAULT_MODELS, resolution, preset or [], overrides or [], everything)
-    console = make_console()
+    chosen = report.choose_models(models or DEFAULT_MODELS, resolution, preset or [], overrides or [], sweep or [])
     if figure:
-        from diffussm_cli.profiling import figures
-
         figures.check_figure(figure)
     if paper:
         paper_tables(as_json)
         return
+
+    console = make_console()
     setting = None
     if latency:
-        setting, warnings = report.make_setting(precision, device, batch_size, repeats, depth, compiled)
+        setting, warnings = report.make_setting(precision, device, batch_size, repeats, compiled)
         for warning in warnings:
             warn(console, warning)
     events = report.profile(chosen, counting=count, work=kinds, setting=setting, estimate=estimate)
     result = follow(console, events)
+
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
         show_costs(result)
     if figure:
-        figures.draw(report.panels(result, [config for _, config in chosen]), figure)
+        figures.draw(figures.panels(result, [config for _, config in chosen]), figure)
         console.print(f"figure written to {figure}")
 
 

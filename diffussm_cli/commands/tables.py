@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from diffussm_cli.commands.console import duration, make_console
+from diffussm_cli.commands.console import make_console
 
 NAMES_WIDTH, MODEL_WIDTH = 32, 16  # column widths of a cost table, in characters
 
@@ -28,22 +28,19 @@ def metrics_table(result: dict[str, Any]) -> None:
 
 
 def presets_table(rows: Sequence) -> None:
-    """Print the presets, one per row, and the meaning of the columns on stderr."""
+    """Print the presets, one per row, and on stderr how to learn more."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in ("preset", "data", "tokens", "parameters", "memory", "time", "run"):
-        table.add_column(name, justify="left" if name in ("preset", "data") else "right", no_wrap=True)
+    table.add_column("preset", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("what it is")
     for row in rows:
-        c, memory = row.cost, f"{row.cost.training_bytes / 2**30:,.1f} GiB"
-        time = "unknown" if row.seconds is None else duration(row.seconds)
-        table.add_row(row.name, row.data, f"{c.tokens:,}", f"{c.parameters / 1e6:,.1f} M", memory, time, row.run)
-    Console().print(table)
+        table.add_row(row.name, f"{row.parameters / 1e6:,.1f} M", row.title)
+    Console(markup=False, emoji=False, highlight=False).print(table)
     make_console().print(
-        "memory: by formula, for the whole batch on one device; train.accumulate divides it\n"
-        "time: of the whole training, at the rate in the preset's header, on one or two CPU cores\n"
-        "run: whether we have run it to its end with this code\n"
+        "configuration and memory: diffussm train --preset NAME --dry-run\n"
         "time on this machine: diffussm profile --preset NAME --estimate"
     )
 
@@ -114,14 +111,11 @@ def _measured_rows(row, kind: str, setting: dict | None) -> None:
     row(f"{kind}, {setting['precision']}, batch {setting['batch_size']}", cell(_time))
     row("  images per second", cell(lambda v: f"{v['images_per_second']:.3g}"))
     row("  share of a large product's rate", cell(lambda v: f"{v['of_product_rate']:.0%}"))
-    row("  peak memory", cell(lambda v: _gib(v["peak_bytes"]) if v["peak_bytes"] is not None else "unknown"))
-    for share in ("products", "attention", "SSM", "rest"):
-        row(f"  time in {share}", cell(lambda v, s=share: f"{v['shares'][s]:.0%}" if v["shares"].get(s) else ""))
+    row("  peak memory", cell(lambda v: _gib(v["peak_bytes"]) if v["peak_bytes"] else ""))
 
 
 def _time(v: dict) -> str:
-    scaled = f", {v['blocks_measured']} blocks scaled" if v["scaled"] else ""
-    return f"{v['median_ms']:.4g} ms ({v['low_ms']:.4g} to {v['high_ms']:.4g}{scaled})"
+    return f"{v['median_ms']:.4g} ms ({v['low_ms']:.4g} to {v['high_ms']:.4g})"
 
 
 def _gib(size: int) -> str:

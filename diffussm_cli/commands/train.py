@@ -51,7 +51,7 @@ def train(
         int | None, typer.Option(min=0, metavar="STEPS", help="Evaluate every STEPS steps; keep the best weights.")
     ] = None,
     list_presets: Annotated[
-        bool, typer.Option("--list", help="Print the presets with their data, size, memory and time, and exit.")
+        bool, typer.Option("--list", help="Print the presets with their parameters, and exit.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and exit.")
@@ -63,7 +63,7 @@ def train(
     """
     if list_presets:
         from diffussm_cli.commands.tables import presets_table
-        from diffussm_cli.profiling.presets import preset_rows
+        from diffussm_cli.profiling.report import preset_rows
 
         presets_table(preset_rows())
         return

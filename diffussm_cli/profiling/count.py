@@ -1,8 +1,9 @@
-"""Multiply-adds counted by fvcore from a trace of the model itself, as a check of the formulas in `flops.py`.
+"""Multiply-adds counted by fvcore from a trace of the model, a check of the formulas in `flops.py`.
 
-fvcore counts linear layers and plain matrix products. Counters for what it skips are added here: fused attention,
-transforms, complex products, baddbmm. SSM kernels are counted separately, as they are computed once per weight update.
-Any operator that is neither counted nor named in NOT_COUNTED is an error.
+fvcore counts linear layers and plain matrix products. Counters for what it skips are added here:
+fused attention, transforms, complex products, baddbmm. SSM kernels are counted separately, as they
+are computed once per weight update. Any operator that is neither counted nor named in NOT_COUNTED
+is an error.
 """
 
 import importlib
@@ -31,8 +32,8 @@ NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_r
 def count(config: Config) -> dict[str, float]:
     """Gflops per image by kind: products, attention, FFT, spectra; and `kernels`, per weight update.
 
-    A model with a single block is traced, and its block is counted as often as the model has blocks. The trace runs on
-    the meta device, so that a large model takes no memory.
+    A model with a single block is traced, and its block is counted as often as the model has
+    blocks. The trace runs on the meta device, so that a large model takes no memory.
 
     Raises:
         ConfigError: if the model has an operator that is not counted.
@@ -40,23 +41,30 @@ def count(config: Config) -> dict[str, float]:
     model = with_one_block(config).eval()
     m = config.model
     tokens = in_sequence(m, math.prod(config.data.grid) // m.patch_size**2)
+
+    # One image with all conditions that the model takes.
     with torch.device("meta"):
-        x, t = torch.empty(1, config.data.channels, *config.data.grid), torch.zeros(1, dtype=torch.long)
-        sequence, text = torch.empty(1, tokens), torch.empty(1, 1 + m.text_tokens, m.text_width)
+        x = torch.empty(1, config.data.channels, *config.data.grid)
+        t = torch.zeros(1, dtype=torch.long)
+        text = torch.empty(1, 1 + m.text_tokens, m.text_width)
+        sequence = torch.empty(1, tokens)
     inputs = (x, t, t if m.num_classes else None, text if m.text_width else None)
-    everything, block = _trace(model, inputs, "blocks.0")
+
+    # Of the model with one block, of that block, and of its kernels, which both include.
+    total, block = _trace(model, inputs, "blocks.0")
     model.forget_kernels()
     kernels, _ = _trace(_Kernels(model), (sequence,))
+    total.subtract(kernels)
     block.subtract(kernels)
-    everything.subtract(kernels)
+
     for kind, macs in block.items():
-        everything[kind] += (config.model.depth - 1) * macs
-    everything["kernels"] = config.model.depth * kernels.total()
-    return {kind: macs / 1e9 for kind, macs in everything.items() if macs}
+        total[kind] += (m.depth - 1) * macs
+    total["kernels"] = m.depth * kernels.total()
+    return {kind: macs / 1e9 for kind, macs in total.items() if macs}
 
 
 class _Kernels(nn.Module):
-    """The work done once per weight update, as a module that can be traced: x (1, L) gives the length."""
+    """The work of one weight update, as a module for a trace: x (1, L) gives the length."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -73,14 +81,17 @@ def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...], part: str = "") 
     for module in model.modules():
         if isinstance(module, Local):  # torch cannot trace a convolution on the meta device
             module.convolve = module.convolve_naive  # type: ignore[method-assign]
+
     analysis = fvcore.FlopCountAnalysis(model, inputs)
     analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False)
     for operator, handle in _handles(fvcore.jit_handles).items():
         analysis.set_op_handle(f"aten::{operator}", handle)
     counted = analysis.by_module_and_operator()
-    unknown = {name.removeprefix("aten::") for name in analysis.unsupported_ops()} - NOT_COUNTED
+
+    operators = {name.removeprefix("aten::") for name in analysis.unsupported_ops()}
+    unknown = ", ".join(sorted(operators - NOT_COUNTED))
     if unknown:
-        raise ConfigError(f"profile: no counter for {', '.join(sorted(unknown))}; add one to profiling/count.py")
+        raise ConfigError(f"profile: no counter for {unknown}; add one to profiling/count.py")
     return Counter(counted[""]), Counter(counted[part])
 
 
@@ -91,7 +102,7 @@ def _fvcore() -> types.ModuleType:
 
 
 def _handles(jit: types.ModuleType) -> dict[str, Callable]:
-    """Counters by operator: (inputs, outputs) as values of a traced graph -> multiply-adds by kind."""
+    """Counters by operator: values of a traced graph (inputs, outputs) -> multiply-adds by kind."""
     shape = jit.get_shape
 
     def linear(inputs, outputs) -> Counter:
@@ -118,8 +129,12 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
         return Counter(FFT=math.prod(rows) * fft_macs(n))
 
     def mul(inputs, outputs) -> Counter:  # noqa: ARG001
-        is_complex = "Complex" in (outputs[0].type().scalarType() or "")
-        return Counter(spectra=math.prod(shape(outputs[0])) * COMPLEX_PRODUCT) if is_complex else Counter()
+        if "Complex" not in (outputs[0].type().scalarType() or ""):
+            return Counter()  # elementwise on real numbers
+        return Counter(spectra=math.prod(shape(outputs[0])) * COMPLEX_PRODUCT)
+
+    def layer_norm(inputs, outputs) -> Counter:  # noqa: ARG001
+        return Counter()  # elementwise too, but fvcore counts it
 
     return {
         "linear": linear,
@@ -130,5 +145,5 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
         "fft_rfft": rfft,
         "fft_irfft": irfft,
         "mul": mul,
-        "layer_norm": lambda inputs, outputs: Counter(),  # noqa: ARG005 (elementwise too, but fvcore counts it)
+        "layer_norm": layer_norm,
     }

@@ -18,7 +18,7 @@ from diffussm_cli.training.trainer import Trainer
 
 
 class Plan(NamedTuple):
-    """Seconds per optimiser step on the whole batch, seconds of training, number of images in the measured step."""
+    """Seconds per optimiser step on the whole batch, and of training; images of a measured part."""
 
     step_seconds: float
     seconds: float
@@ -46,28 +46,31 @@ class Noise:
 
 
 def plan(config: Config, available: int | None) -> Plan:
-    """Measure an optimiser step on as many images as fit into `available` bytes, and extrapolate to the run.
+    """Measure an optimiser step on as many images as fit into `available` bytes, and extrapolate.
 
-    A step on n images takes a + b n seconds; a and b come from a step of one part and a step of two parts.
+    A step on n images takes a + b n seconds; a and b come from a step of one part and of two parts.
 
     Raises:
         RunError: if not even one image fits.
     """
     images = _images_that_fit(config, available)
-    one, two = (_step_seconds(config, images, parts) for parts in (1, 2))
-    batch = config.train.batch_size
-    step = one + max(0.0, two - one) * (batch / images - 1)
+    one_part = step_seconds(config, images, 1)
+    two_parts = step_seconds(config, images, 2)
+    per_part = max(0.0, two_parts - one_part)
+    step = one_part + per_part * (config.train.batch_size / images - 1)
     return Plan(step, step * config.train.steps, images)
 
 
 def _images_that_fit(config: Config, available: int | None) -> int:
     images = config.train.batch_size // config.train.accumulate
-    while available is not None and cost(_with_batch(config, images, 1)).training_bytes > available:
+    if available is None:
+        return images
+    while (needed := cost(_with_batch(config, images, 1)).training_bytes) > available:
         if images == 1:
             raise RunError(
-                f"--estimate: one image of {config.preset} takes about "
-                f"{cost(_with_batch(config, 1, 1)).training_bytes / 2**30:.0f} GiB, more than is free on this machine; "
-                "set train.gradient_checkpointing=true, or measure on a larger machine"
+                f"--estimate: one image of {config.preset} takes about {needed / 2**30:.0f} GiB, "
+                "more than is free on this machine; set train.gradient_checkpointing=true, or "
+                "measure on a larger machine"
             )
         images //= 2
     return images
@@ -78,8 +81,13 @@ def _with_batch(config: Config, images: int, parts: int) -> Config:
     return dataclasses.replace(config, train=train, eval=EvalConfig())
 
 
-def _step_seconds(config: Config, images: int, parts: int) -> float:
-    """Time the second of two steps; the first one creates the optimiser's state."""
+def step_seconds(config: Config, images: int, parts: int) -> float:
+    """Time the second of two steps on noise; the first one creates the optimiser's state.
+
+    Args:
+        images: number of images in each part of the batch.
+        parts: number of accumulated parts.
+    """
     small = _with_batch(config, images, parts)
     source = Noise(small)
     trainer = Trainer(small, source, Path("unused"))

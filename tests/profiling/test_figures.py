@@ -4,6 +4,7 @@ import builtins
 
 import pytest
 
+from diffussm_cli.config import load_config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.profiling import figures
 
@@ -19,9 +20,26 @@ def test_figure_3_compares_five_models_at_six_resolutions():
 
 
 def test_labels_move_up_only_where_they_would_touch():
-    assert figures._spread([0.0, 0.5, 0.75, 9.0], 1.0) == [0.0, 1.0, 2.0, 9.0]
-    assert figures._spread([0.0, 1.0, 2.0], 1.0) == [0.0, 1.0, 2.0]
-    assert figures._spread([], 1.0) == []
+    assert figures.spread([0.0, 0.5, 0.75, 9.0], 1.0) == [0.0, 1.0, 2.0, 9.0]
+    assert figures.spread([0.0, 1.0, 2.0], 1.0) == [0.0, 1.0, 2.0]
+    assert figures.spread([], 1.0) == []
+
+
+def test_panels_show_what_was_measured_at_two_resolutions(monkeypatch):
+    monkeypatch.setattr(figures, "figure_3", lambda: {"x": ([1, 2], [3.0, 4.0])})
+    sizes = ("8", "16x64")
+    configs = [load_config("digits", ["data.path=x", f"data.resolution={s}"]) for s in sizes]
+
+    def entry(milliseconds, peak):
+        return {"name": "a", "measured": {"forward": {"median_ms": milliseconds, "peak_bytes": peak}}}
+
+    measured = [entry(500.0, 1 << 30), entry(2000.0, 1 << 30)]
+    panels = figures.panels({"models": measured}, configs)
+    assert panels["forward (seconds)"] == {"a": ([8, 32], [0.5, 2.0])}
+    assert panels["peak memory of forward (GiB)"] == {"a": ([8, 32], [1.0, 1.0])}
+    on_cpu = figures.panels({"models": [entry(500.0, None), entry(2000.0, None)]}, configs)
+    assert list(on_cpu) == ["Gflops of a forward pass", "forward (seconds)"]
+    assert list(figures.panels({"models": measured[:1]}, configs)) == ["Gflops of a forward pass"]
 
 
 @pytest.mark.parametrize("suffix", figures.SUFFIXES)

@@ -3,9 +3,14 @@
 import pytest
 import torch
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import load_config, preset_names
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.profiling import report
+from diffussm_cli.events import Message, finish
+from diffussm_cli.profiling import report, timing
+from diffussm_cli.profiling.paper import named_model
+from diffussm_cli.profiling.report import swept
+
+CPU = torch.device("cpu")
 
 
 def test_models_come_resolution_by_resolution_with_every_value_of_a_sweep():
@@ -22,30 +27,71 @@ def test_presets_take_overrides_and_models_do_not():
         report.choose_models("xl", "256", [], ["model.depth=3"], [])
 
 
-def entry(name, tokens, **milliseconds):
-    measured = {kind: {"median_ms": ms, "peak_bytes": 1 << 30} for kind, ms in milliseconds.items()}
-    return {"name": name, "tokens": tokens, "measured": measured}
+def test_sweep_is_every_combination_on_top_of_the_name():
+    configs = swept("S", named_model("s/2", 512), ["M=1,2,4", "P=1,4"])
+    assert list(configs) == [f"S M={m} P={p}" for m in (1, 2, 4) for p in (1, 4)]
+    m = configs["S M=4 P=1"].model
+    assert (m.compression, m.patch_size, m.hidden_size) == (4, 1, 384)
+    assert swept("S", named_model("s/2", 512), []) == {"S": named_model("s/2", 512)}
 
 
-def test_the_exponent_is_of_the_lengths_of_one_model_and_kind():
-    models = [entry("a", 100, forward=2.0, other=7.0), entry("a", 400, forward=16.0), entry("b", 100, forward=9.0)]
-    assert report._exponents(models) == {"a": {"forward": pytest.approx(1.5)}}  # 8 times at 4 times the length
-    assert report._exponents([{"name": "a", "tokens": 1}]) == {}
+@pytest.mark.parametrize("text", ["M", "M=", "Q=1", "=2"])
+def test_bad_sweeps_are_rejected(text):
+    with pytest.raises(ConfigError, match="LETTER=VALUES"):
+        swept("S", named_model("s", 256), [text])
 
 
-def test_panels_show_what_was_measured_at_two_resolutions(monkeypatch):
-    monkeypatch.setattr(report, "figure_3", lambda: {"x": ([1, 2], [3.0, 4.0])})
-    sizes = [load_config("digits", ["data.path=x", f"data.resolution={r}"]) for r in ("8", "16x64")]
-    found = report.panels({"models": [entry("a", 64, forward=500.0), entry("a", 1024, forward=2000.0)]}, sizes)
-    assert found["forward (seconds)"] == {"a": ([8, 32], [0.5, 2.0])}
-    assert found["peak memory of forward (GiB)"] == {"a": ([8, 32], [1.0, 1.0])}
-    assert list(report.panels({"models": [entry("a", 64, forward=500.0)]}, sizes)) == ["Gflops of a forward pass"]
+def test_sweep_values_are_checked():
+    with pytest.raises(ConfigError, match=r"model\.patch_size: 3 must divide"):
+        swept("S", named_model("s", 256), ["P=3"])
+    with pytest.raises(ConfigError, match="model.compression: '1=2' must be a whole number"):
+        swept("S", named_model("s", 256), ["M=1=2"])
+
+
+def test_exponent_is_of_the_lengths_of_one_model_and_kind(monkeypatch):
+    """a takes 8 times as long at 4 times the length; b has one length; c does not fit."""
+    times = {("a", 64): 2.0, ("a", 256): 16.0, ("b", 64): 9.0}
+
+    def measure(configs, kind, setting):
+        results = []
+        for config in configs:
+            ms = times.get((config.preset, config.data.resolution**2))
+            results.append(None if ms is None else {"median_ms": ms})
+        return results
+
+    monkeypatch.setattr(timing, "measure", measure)
+    sizes = [("a", 8), ("b", 8), ("a", 16), ("c", 16)]
+    models = []
+    for name, size in sizes:
+        config = load_config("digits", ["data.path=x", f"data.resolution={size}"])
+        object.__setattr__(config, "preset", name)
+        models.append((name, config))
+
+    setting = timing.Setting(CPU)
+
+    def run():
+        return report.profile(models, counting=False, work=["forward"], setting=setting)
+
+    assert finish(run())["exponents"] == {"a": {"forward": pytest.approx(1.5)}}
+    assert [event.text for event in run() if isinstance(event, Message)] == [
+        "c at 16x16: forward does not fit into memory, skipped"
+    ]
 
 
 @pytest.mark.parametrize(("fast", "warned"), [(True, 0), (False, 1)])
 def test_bf16_without_hardware_is_measured_with_a_warning(monkeypatch, fast, warned):
     monkeypatch.setattr(report, "has_bf16", lambda device: fast)
     monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: fast)
-    setting, warnings = report.make_setting("bf16", "cpu", 2, 3, None)
+    setting, warnings = report.make_setting("bf16", "cpu", 2, 3)
     assert (setting.dtype, setting.batch_size, setting.repeats) == (torch.bfloat16, 2, 3)
     assert len(warnings) == warned
+
+
+def test_preset_rows_hold_the_first_line_and_come_by_cost():
+    rows = report.preset_rows()
+    assert sorted(row.name for row in rows) == preset_names()
+    assert rows[0].name == "digits"
+    by_name = {row.name: row for row in rows}
+    assert by_name["xl-256"].parameters == 673_088_272
+    title = "DiffuSSM-XL on ImageNet 256x256: the paper's main model, 673,088,272 parameters."
+    assert by_name["xl-256"].title == title

@@ -1,24 +1,49 @@
-"""The measuring itself: who takes turns, what is scaled, what the shares are. No time is asserted."""
-
-import contextlib
-import types
+"""Measuring: what is run, who takes turns, what the figures are. No time is asserted."""
 
 import pytest
 import torch
-import torch.profiler
-from torch.autograd import DeviceType
 
 from diffussm_cli.config import load_config
-from diffussm_cli.profiling import memory, timing, work
+from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.flops import cost
-from diffussm_cli.profiling.work import Setting
+from diffussm_cli.profiling.timing import Setting
 
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("kind", timing.KINDS)
+@pytest.mark.parametrize("preset", ["digits", "mnist-dit"])
+def test_workloads_do_what_they_say(kind, preset):
+    config, setting = load_config(preset, ["model.depth=1"]), Setting(CPU, batch_size=2)
+    model = timing.random_model(config, setting)
+    seen = []
+    model.register_forward_hook(lambda m, args, out: seen.append((len(args[0]), m.training, out.requires_grad)))
+    timing.workload(model, config, kind, setting)()
+    expected = {
+        "forward": (2, False, False),
+        "forward+backward": (2, True, True),
+        "guided step": (4, False, False),
+    }
+    assert seen == [expected[kind]]
+
+
+def test_random_models_have_no_zero_weights_and_finite_output():
+    model = timing.random_model(load_config("digits"), Setting(CPU))
+    assert all(p.abs().sum() > 0 for p in model.parameters())
+    output = model(torch.randn(1, 1, 8, 8), torch.tensor([5]), torch.tensor([1]))
+    assert torch.isfinite(output).all()
+
+
+def test_product_that_rates_are_compared_with_has_the_multiply_adds_it_says():
+    call, macs = timing.product(Setting(CPU), rows=3, width=5)
+    assert call().shape == (3, 10)
+    assert macs == 3 * 5 * 10
+
+
 def test_calls_take_turns_after_one_warm_up_each():
     order = []
-    times = timing.take_turns([lambda: order.append("a"), lambda: order.append("b")], Setting(CPU, repeats=3))
+    calls = [lambda: order.append("a"), lambda: order.append("b")]
+    times = timing.take_turns(calls, Setting(CPU, repeats=3))
     assert order == ["a", "b"] * 4
     assert [len(t) for t in times] == [3, 3]
 
@@ -33,75 +58,54 @@ def test_exponent_is_the_slope():
     assert timing.exponent(lengths, [3 * n**1.25 for n in lengths]) == pytest.approx(1.25)
 
 
-def test_shares_add_up_and_know_the_ssm():
-    config, setting = load_config("mnist"), Setting(CPU, batch_size=4)
-    model = work.build(config, setting, 2)
-    call = work.workload(model, config, work.FORWARD, setting)
-    call()
-    parts = timing.shares(model, call, CPU)
-    assert sum(parts.values()) == pytest.approx(1)
-    assert parts["products"] > 0
-    assert parts["SSM"] > 0
-    assert parts["attention"] == 0
-    assert not model.blocks[0].s4d._forward_hooks
-
-
-def test_shares_on_a_gpu_count_each_kernel_once(monkeypatch):
-    """There a profile lists time twice: under the operator, and under the kernel or range that it ran on the device."""
-    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
-
-    def event(key, own, whole, kind):
-        times = {"self_device_time_total": own, "device_time_total": whole}
-        return types.SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=9, cpu_time_total=9, **times)
-
-    events = [event("aten::addmm", 60, 60, cpu), event("aten::gelu", 20, 20, cpu), event(timing.SSM, 0, 20, cpu)]
-    events += [event("aten::_fft_r2c", 20, 20, cpu), event("cudaLaunchKernel", 0, 0, cpu)]
-    events += [event("gemm_kernel", 60, 60, gpu), event("gelu_kernel", 20, 20, gpu), event("fft_kernel", 20, 20, gpu)]
-    events += [event(timing.SSM, 20, 20, gpu)]
-    profiler = types.SimpleNamespace(key_averages=lambda: events)
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
-    parts = timing.shares(torch.nn.Linear(1, 1), lambda: None, torch.device("cuda"))
-    assert parts == pytest.approx({"products": 0.6, "attention": 0, "SSM": 0.2, "rest": 0.2})
-
-
-def test_events_are_recorded_on_the_device_that_is_measured(monkeypatch):
-    """Not on the current device, whose stream would be empty."""
-    recorded = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self, stream=None):
-            recorded.append(stream)
-
-        def synchronize(self):
-            pass
-
-        def elapsed_time(self, end):
-            return 3.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    assert timing._milliseconds(lambda: recorded.append("call"), torch.device("cuda:1")) == 3.5
-    assert recorded == ["stream of cuda:1", "call", "stream of cuda:1"]
-
-
-@pytest.mark.slow
-def test_what_does_not_fit_is_left_out(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 50 << 20)
-    config = load_config("s-256", ["data.resolution=64"])
-    assert timing.measure([config], work.FORWARD, Setting(CPU, repeats=1)) == [None]
+def test_model_that_does_not_fit_is_left_out_and_the_others_are_measured(monkeypatch):
+    """2.7 GB of weights where 300 MB are free."""
+    monkeypatch.setattr(timing, "available_bytes", lambda device: 300 << 20)
+    configs = [load_config("xl-256"), load_config("digits")]
+    none, measured = timing.measure(configs, timing.FORWARD, Setting(CPU, repeats=1))
+    assert none is None
+    assert measured["median_ms"] > 0
+    assert torch.empty(400 << 20, dtype=torch.uint8).fill_(1)[-1] == 1  # no limit stays behind
 
 
 def test_measured_models_get_their_own_times(monkeypatch):
-    """Product 1 ms, a whole model 2 ms, half of another 9 ms and 3 ms without any block: 15 ms, twice 1 ms off."""
-    monkeypatch.setattr(timing, "peak_bytes", lambda *_: 7)
-    monkeypatch.setattr(timing, "take_turns", lambda calls, _: [[1] * 3, [2] * 3, [9, 10, 8], [3, 4, 2]])
-    whole, half = load_config("digits"), load_config("digits", ["model.depth=4"])
-    found = timing.measure([whole, half], work.FORWARD, Setting(CPU, batch_size=2, depth=2))
-    assert [(m["median_ms"], m["low_ms"], m["high_ms"]) for m in found] == [(2, 2, 2), (15, 14.5, 15.5)]
-    assert [(m["blocks_measured"], m["scaled"], m["peak_bytes"]) for m in found] == [(2, False, 7), (2, True, 7)]
-    assert found[0]["images_per_second"] == pytest.approx(1e3)
-    macs, product = cost(whole).gflops * 1e9 * 2, 4096 * 1152 * 2304
-    assert found[0]["of_product_rate"] == pytest.approx(macs / 2 / product)
+    """The product takes 1 ms, one model 2 ms, another 8 to 10 ms."""
+    monkeypatch.setattr(timing, "take_turns", lambda calls, _: [[1] * 3, [2] * 3, [9, 10, 8]])
+    configs = [load_config("digits"), load_config("digits", ["model.depth=4"])]
+    first, second = timing.measure(configs, timing.FORWARD, Setting(CPU, batch_size=2))
+    assert (first["median_ms"], first["low_ms"], first["high_ms"]) == (2, 2, 2)
+    assert (second["median_ms"], second["low_ms"], second["high_ms"]) == (9, 8.5, 9.5)
+    assert first["images_per_second"] == pytest.approx(1e3)
+    assert first["peak_bytes"] is None  # a CPU does not tell
+    macs = cost(configs[0]).gflops * 1e9 * 2
+    assert first["of_product_rate"] == pytest.approx(macs / 2 / (4096 * 1152 * 2304))
+
+
+@pytest.mark.parametrize("condition", ["classes", "text"])
+def test_guided_step_counts_as_two_passes(monkeypatch, condition):
+    monkeypatch.setattr(timing, "take_turns", lambda calls, _: [[1], [1]])
+    text = ["data.text=x", "model.text_width=12", "model.num_classes=0"]
+    config = load_config("digits", text if condition == "text" else [])
+    rates = [
+        timing.measure([config], kind, Setting(CPU))[0]["of_product_rate"] for kind in (timing.FORWARD, timing.GUIDED)
+    ]
+    assert rates[1] == pytest.approx(2 * rates[0])
+
+
+@pytest.mark.parametrize("kind", timing.KINDS)
+def test_peak_on_cuda_is_that_of_one_model(kind):
+    """Weights at least, and not those of the model measured before it."""
+    from tests.conftest import device
+
+    if device().type != "cuda":
+        pytest.skip("needs pytest --device cuda")
+    configs = [load_config("s-256", ["model.depth=8"]), load_config("s-256", ["model.depth=1"])]
+    large, small = timing.measure(configs, kind, Setting(device(), repeats=1))
+    weights = [4 * cost(config).parameters for config in configs]
+    assert large["peak_bytes"] > weights[0] > small["peak_bytes"] > weights[1]
+
+
+def test_memory_of_a_gpu_is_what_is_free_there(monkeypatch):
+    free = {torch.device("cuda:1"): 5 << 30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 << 30))
+    assert timing.available_bytes(torch.device("cuda:1")) == 5 << 30
