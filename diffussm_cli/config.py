@@ -18,6 +18,7 @@ import yaml
 from diffussm_cli.errors import ConfigError, reading
 
 MAX_YAML_BYTES = 1 << 20
+YAML_SUFFIXES = (".yaml", ".yml")
 DEFAULT_PRESET = "mnist"
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 BUILTIN = "builtin:"  # prefix of `data.path` for a data set that a Python package ships
@@ -248,8 +249,11 @@ def _presets():
         return Path(__file__).parents[1] / "presets"
 
 
-def preset_text(name: str) -> str:
+def preset_text(name: str, option: str = "--preset") -> str:
     """The text of a preset: one of the package's by name, or a YAML file by path.
+
+    Args:
+        option: what named it, for errors.
 
     Raises:
         ConfigError: if there is no such preset or file.
@@ -257,9 +261,9 @@ def preset_text(name: str) -> str:
     if name in preset_names():
         return (_presets() / f"{name}.yaml").read_text(encoding="utf-8")
     path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        return read_text(path, "--preset")
-    raise ConfigError(f"--preset: there is no preset {name!r}{nearest(name, preset_names())}")
+    if path.suffix in YAML_SUFFIXES:
+        return read_text(path, option)
+    raise ConfigError(f"{option}: there is no preset {name!r}{nearest(name, preset_names())}")
 
 
 def read_text(path: Path, option: str) -> str:
@@ -341,8 +345,40 @@ def load_config(preset: str, overrides: Iterable[str] = (), fields: Mapping[str,
     Raises:
         ConfigError: one line that names the field, its value and the remedy.
     """
-    values = parse_yaml(preset_text(preset), f"preset {preset}")
+    values = _preset_values(preset)
     return config_from_dict(values, f"preset {preset}", overrides, fields, name=Path(preset).stem)
+
+
+def _preset_values(preset: str, chain: tuple[str, ...] = (), option: str = "--preset") -> dict[str, Any]:
+    """The values of a preset, laid over those of the preset or file that it names as its `base`.
+
+    Args:
+        chain: the presets that led to this one, as `base` of each other.
+        option: what named this preset, for errors.
+    """
+    where = f"preset {preset}"
+    values = dict(_mapping(parse_yaml(preset_text(preset, option), where), where))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+
+    # A file is looked for beside the one that names it.
+    option = f"{where}: base"
+    if not isinstance(base, str):
+        raise ConfigError(f"{option}: {base!r} must be the name of a preset or a YAML file")
+    if Path(base).suffix in YAML_SUFFIXES:
+        base = os.path.realpath(Path(preset).parent / base)
+    chain = (*chain, preset if preset in preset_names() else os.path.realpath(preset))
+    if base in chain:
+        raise ConfigError(f"{option}: {' -> '.join((*chain, base))} goes in a circle")
+
+    merged = _preset_values(base, chain, option)
+    for section, fields in values.items():
+        if section in SECTIONS:
+            inherited = _mapping(merged.get(section), f"preset {base}: {section}")
+            fields = {**inherited, **_mapping(fields, f"{where}: {section}")}
+        merged[section] = fields
+    return merged
 
 
 def config_from_dict(

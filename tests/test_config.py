@@ -24,6 +24,7 @@ from diffussm_cli.config import (
     to_yaml,
 )
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.model.sizes import SIZES
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -40,16 +41,57 @@ def test_every_preset_loads_and_is_a_document(name):
     assert encoding == ([expected] if config.data.vae else [])
 
 
-def test_the_presets_of_the_paper():
-    assert {"digits", "mnist", "s-256", "l-256", "xl-256", "xl-512", "church-256", "bedroom-256", "xl-1024"} <= set(
-        preset_names()
-    )
-    sizes = {n: load_config(n).model for n in ("s-256", "l-256", "xl-256")}
-    assert {n: (m.hidden_size, m.depth) for n, m in sizes.items()} == {
-        "s-256": (384, 13),
-        "l-256": (768, 25),
-        "xl-256": (1152, 29),
-    }
+@pytest.mark.parametrize("name", ["s-256", "xl-256", "xl-512", "dit-s-256", "dit-xl-256"])
+def test_presets_of_the_papers_have_their_sizes(name):
+    assert load_config(name).model == SIZES[name.rpartition("-")[0]]
+
+
+def test_preset_inherits_what_it_does_not_change(tmp_path):
+    """A chain of two files and a preset; the nearer one wins, field by field."""
+    (tmp_path / "near.yaml").write_text("base: far.yaml\ntrain:\n  steps: 7\nmodel:\n")
+    (tmp_path / "far.yaml").write_text("base: digits\ntrain: {steps: 5, lr: 0.5}\nsample: {steps: 3}")
+    config = load_config(str(tmp_path / "near.yaml"))
+    changes = ["train.steps=7", "train.lr=0.5", "sample.steps=3"]
+    assert config == dataclasses.replace(load_config("digits", changes), preset="near")
+
+
+def test_file_named_as_its_base_is_another_preset(tmp_path):
+    (tmp_path / "digits.yaml").write_text("base: digits\ntrain:\n  steps: 7")
+    assert load_config(str(tmp_path / "digits.yaml")) == load_config("digits", ["train.steps=7"])
+
+
+def test_configuration_of_a_run_serves_as_a_base(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits", ["train.lr=0.5"])))
+    (tmp_path / "mine.yaml").write_text("base: config.yaml\ntrain:\n  steps: 7")
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.preset, config.train.lr, config.train.steps) == ("mine", 0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("digit", "base: there is no preset 'digit'; did you mean 'digits'?"),
+        ("gone.yaml", "base: cannot read '.*gone.yaml'"),
+        ("a.yaml", "base: .*a.yaml -> .*a.yaml goes in a circle"),
+        ("sub/../b.yaml", "base: .*a.yaml -> .*b.yaml -> .*a.yaml goes in a circle"),
+        ("[digits]", r"base: \['digits'\] must be the name of a preset or a YAML file"),
+        ("broken.yaml", "preset .*broken.yaml: train: must be a mapping"),
+    ],
+)
+def test_bad_base_is_one_line(tmp_path, base, message):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.yaml").write_text(f"base: {base}\ntrain:\n  steps: 7")
+    (tmp_path / "b.yaml").write_text("base: sub/../a.yaml")
+    (tmp_path / "broken.yaml").write_text("train: 7")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(str(tmp_path / "a.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_saved_configuration_may_not_name_a_base():
+    """It may come from a stranger, and is complete."""
+    with pytest.raises(ConfigError, match="unknown section 'base'"):
+        config_from_dict({"base": "digits"}, "config.yaml")
 
 
 def test_overrides_and_round_trip():

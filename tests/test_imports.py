@@ -109,7 +109,9 @@ def text_calls(tree):
                 if node.func.attr in ("read_text", "write_text") or (node.func.attr == "open" and plain):
                     yield node
             elif isinstance(node.func, ast.Name) and node.func.id == "open":
-                yield node
+                mode = node.args[1] if len(node.args) > 1 else None
+                if not (isinstance(mode, ast.Constant) and "b" in mode.value):
+                    yield node
 
 
 def test_text_files_are_utf_8_whatever_the_locale():
@@ -118,7 +120,7 @@ def test_text_files_are_utf_8_whatever_the_locale():
 
 def test_calls_without_an_encoding_are_found():
     wrong = 'p.read_text(); p.write_text(t); p.open(); p.open("a"); open(p, "w")'
-    right = 'p.open("rb"); os.open(p, 0); write_text(p, t); p.open("a", encoding=u)'
+    right = 'p.open("rb"); open(p, "rb"); os.open(p, 0); write_text(p, t); p.open("a", encoding=u)'
     assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
 
 

@@ -22,12 +22,12 @@ def test_checkpoints_are_listed_by_step_once_they_are_complete(tmp_path):
 
 
 def test_the_newest_run_is_the_one_whose_configuration_was_written_last(tmp_path):
-    for age, name in enumerate(("mnist-full", "mnist-2", "other", "mnist-10", "mnist")):
+    for age, name in enumerate(("mnist-dit", "mnist-2", "other", "mnist-10", "mnist")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("")
         os.utime(tmp_path / name / "config.yaml", (1e9 - age, 1e9 - age))
     (tmp_path / "mnist-3").mkdir()  # holds no run
-    assert runs.newest_run(tmp_path) == tmp_path / "mnist-full"
+    assert runs.newest_run(tmp_path) == tmp_path / "mnist-dit"
     assert runs.newest_run(tmp_path, "mnist") == tmp_path / "mnist-2"
     assert runs.newest_run(tmp_path, "mnis") is None
     assert runs.newest_run(tmp_path / "none") is None
