@@ -16,7 +16,7 @@ ROOT = Path(diffussm_cli.__file__).parent
 # A module may import what stands in a later row, or in its own row if the row says so.
 ROWS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "library"},
     {"commands"},
     {"profiling"},
     {"training"},

@@ -218,7 +218,12 @@ def save_png(pixels: Tensor, path: Path | BinaryIO, prompt: str | None = None) -
 
 
 def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, titles: Sequence[str] = ()) -> None:
-    """Write uint8 (n, C, H, W) as one PNG, row by row, each image below its title if there are `titles`.
+    """Write uint8 (n, C, H, W) as one PNG, row by row, each image below its title if there are `titles`."""
+    save_png(image_grid(pixels, columns, titles), path)
+
+
+def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tensor:
+    """uint8 (n, C, H, W) -> one image (C, H', W'), row by row, each below its title if there are `titles`.
 
     Images under 56 pixels, or 112 pixels with a title, are enlarged by an integer.
     """
@@ -233,7 +238,7 @@ def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, titles: Seque
     for i, image in enumerate(pixels):
         top, left = gap + (i // columns) * (H + gap), gap + (i % columns) * (W + gap)
         canvas[:, top : top + H, left : left + W] = image
-    save_png(canvas, path)
+    return canvas
 
 
 def _title(text: str, width: int) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data.captions import read_captions
+from diffussm_cli.data.datasets import PYTHON, DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts
@@ -130,13 +132,17 @@ def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def open_source(config: Config) -> Source:
+def open_source(config: Config, dataset: Dataset | None = None) -> Source:
     """Open the data set of `data.path`, without the images that `data.held_out` excludes, and check it.
+
+    Args:
+        dataset: the data as an object, in place of those at `data.path`.
 
     Raises:
         DataError, ConfigError: if the data set is missing, is empty or does not fit the model.
     """
-    source, share = _open(config), config.data.held_out
+    source = _open(config) if dataset is None else DatasetSource(dataset, config)
+    share = config.data.held_out
     _check_classes(config, source)
     return Part(source, share) if share and isinstance(share, float) else source
 
@@ -182,6 +188,10 @@ def _open_images(config: Config, held_out: bool) -> Source:
     d = config.data
     if d.path.startswith(BUILTIN):
         return builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip, held_out)
+    if d.path.startswith(PYTHON):
+        raise ConfigError(
+            f"data.path: {d.path!r} was a dataset of a Python program; give it again, as diffussm.train(data=...)"
+        )
     if not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
     if d.vae is not None:

@@ -16,7 +16,7 @@ image of a flow: JiT, arXiv 2511.13720.
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,90 @@ class Objective(ABC):
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight (B,) of the target's MSE in the loss."""
         return torch.ones_like(t, dtype=torch.float32)
+
+    def loss(
+        self,
+        model: Callable[..., Tensor],
+        x_0: Tensor,
+        y: Tensor | None = None,
+        text: Tensor | None = None,
+        *,
+        label_dropout: float = 0.1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The training loss of each image, (B,), at timesteps and with noise that are drawn here.
+
+        Args:
+            model: (x_t, t, y, text) -> what this objective predicts, (B, C or 2C, H, W).
+            x_0: images or latents, (B, C, H, W), about in [-1, 1].
+            y: labels (B,), for a model of classes.
+            text: captions (B, 1 + K, E), for a model with text; rows of zeros stand for none.
+            label_dropout: the share of labels that become `model.null_class`, and of captions that become zeros, so
+                that sampling can guide.
+            generator: on the CPU; the default one if None.
+        """
+        from diffussm_cli.diffusion.losses import training_losses
+
+        # timesteps and noise
+        B = len(x_0)
+        share = torch.rand(B, generator=generator).to(x_0.device)
+        t = share * self.T if self.continuous else (share * self.T).long()
+        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype).to(x_0.device)
+
+        # labels and captions, some of them dropped
+        dropped = (torch.rand(B, generator=generator) < label_dropout).to(x_0.device)
+        if y is not None:
+            y = torch.where(dropped, model.null_class, y)  # type: ignore[attr-defined]
+        if text is not None:
+            text = text * ~dropped[:, None, None]
+
+        x_t = self.q_sample(x_0, t, noise)
+        return training_losses(self, model(x_t, t, y, text), x_0, x_t, t, noise)["loss"]
+
+    def sample(
+        self,
+        model: Callable[..., Tensor],
+        n: int,
+        y: Tensor | Sequence[int] | int | None = None,
+        *,
+        steps: int = 25,
+        guidance: float = 1.0,
+        sampler: str = "heun",
+        seed: int = 0,
+        shape: tuple[int, int, int] | None = None,
+    ) -> Tensor:
+        """Draw n images or latents, (n, C, H, W), float32. Image i depends on the seed `seed` + i alone.
+
+        Args:
+            model: a network of this package in eval mode, or with `shape` any (x_t, t, y) -> prediction.
+            y: a label for all images, or one for each.
+            guidance: scale of classifier-free guidance; 1 for none.
+            sampler: a name that `make_scheduler` takes.
+            shape: (C, H, W); by default, that of the model's input.
+        """
+        from diffussm_cli.diffusion import sampling
+
+        # the starting noise, in float64 as the steps are
+        C, H, W = shape or (model.in_channels, *model.input_size)  # type: ignore[attr-defined]
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(n)]
+        empty = torch.empty(0, C, H, W, dtype=torch.float64)
+        noise = [torch.randn(1, C, H, W, generator=g, dtype=torch.float64) for g in generators]
+        x = torch.cat([empty, *noise]).to(self.device)
+
+        # the denoiser
+        def predict(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+            return model(x.float(), t, y).to(x.dtype)
+
+        if y is None:
+            denoise = sampling.labelled(predict, None)
+        else:
+            labels = torch.as_tensor(y, device=self.device).expand(n)
+            null = getattr(model, "null_class", 0)
+            denoise = sampling.guided(predict, labels, null, guidance)
+
+        covariance = getattr(model, "learn_sigma", False)
+        scheduler = sampling.make_scheduler(sampler, self, steps, covariance)
+        return sampling.sample(denoise, scheduler, x, generators).float()
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv 2303.09556, 3.4."""

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset
 
 from diffussm_cli import runs
 from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
+from diffussm_cli.data.datasets import PYTHON
 from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
 from diffussm_cli.errors import ConfigError, DataError, RunError
@@ -61,6 +63,7 @@ def train(
     preset: str | None = None,
     overrides: Sequence[str] = (),
     fields: Mapping[str, Any] | None = None,
+    dataset: Dataset | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[Event, None, TrainingResult]:
     """Train a model and write a self-describing run folder. Under torchrun, train on all its processes.
@@ -71,6 +74,7 @@ def train(
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
         resume: continue the run in `out`, or the newest run of the preset, from its newest undamaged checkpoint. A run
             without checkpoints starts from the beginning; a finished run is not changed.
+        dataset: data as an object, in place of those at `data.path`; `DatasetSource` says what it may hold.
         stop: called after every step; if it returns true, a checkpoint is written and training ends.
 
     Yields:
@@ -85,18 +89,21 @@ def train(
     world, chosen = read_world(), None
     if world.rank == 0:
         found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
+        if dataset is not None:
+            path = f"{PYTHON}{type(dataset).__name__}"
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
         chosen = run_folder(found, config, resume), config
     with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
         root, config = gather(chosen, world)[0]  # other processes may see a stale run folder
         check_batch(config, world)
-        return (yield from _train_in(root, config, resume, world, stop))
+        return (yield from _train_in(root, config, resume, world, dataset, stop))
 
 
 def _train_in(
-    root: Path, config: Config, resume: bool, world: World, stop: Callable[[], bool]
+    root: Path, config: Config, resume: bool, world: World, dataset: Dataset | None, stop: Callable[[], bool]
 ) -> Generator[Event, None, TrainingResult]:
     yield Stage("listing")
-    source = open_source(config)
+    source = open_source(config, dataset)
     with held_alone(root, world), contextlib.ExitStack() as stack:
         yield Stage("looking for checkpoints")
         checkpoint, damaged = agree_on_checkpoint(root, world)

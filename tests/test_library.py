@@ -1,0 +1,210 @@
+"""The public interface, as a notebook uses it."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffussm as ds
+from diffussm_cli.errors import ConfigError, DataError
+from tests.conftest import randn
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.d_state": 4, "sample.steps": 4}
+SHORT = {"steps": 4, "batch_size": 8, "log_every": 2, "checkpoint_every": 2, "sample_every": 0}
+
+
+class Squares(torch.utils.data.Dataset):
+    """Bright and dark images, with their labels."""
+
+    def __init__(self, side=8, kind=torch.uint8, labelled=True):
+        self.side = side
+        self.kind = kind
+        self.labelled = labelled
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        bright = i % 2
+        image = torch.full((1, self.side, self.side), 230 * bright, dtype=torch.uint8)
+        image = image if self.kind == torch.uint8 else image / 127.5 - 1
+        return (image, bright) if self.labelled else image
+
+
+def train(out, data=None, **fields):
+    settings = SMALL | {"model.num_classes": 2} if data is not None else SMALL
+    return ds.train("digits", out, data=data, set=settings, show=False, **(SHORT | fields))
+
+
+# ------------------------------------------------------------------------------------------------- the door
+def test_import_takes_no_torch_until_a_name_is_used():
+    code = "import sys, diffussm; print('torch' in sys.modules); diffussm.LinearFlow; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_every_public_name_exists_and_is_known_to_editors():
+    tree = ast.parse((ROOT / "diffussm" / "__init__.py").read_text())
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+        for imported in node.body
+        if isinstance(imported, ast.ImportFrom)
+        for alias in imported.names
+    }
+    assert typed == set(ds.__all__) - {"__version__"}
+    for name in ds.__all__:
+        assert getattr(ds, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'diffuse'"):
+        ds.diffuse  # noqa: B018
+
+
+def test_public_functions_have_complete_type_hints():
+    for name in ("load", "train", "sample", "evaluate", "encode", "cost", "grid"):
+        signature = inspect.signature(getattr(ds, name))
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert all(p.annotation is not p.empty for p in signature.parameters.values()), name
+
+
+# ------------------------------------------------------------------------------------------------- own loops
+@pytest.mark.parametrize("process", [ds.GaussianDiffusion(), ds.LinearFlow(), ds.ImageFlow()])
+def test_a_network_learns_in_a_loop_of_ones_own(process):
+    torch.manual_seed(0)
+    learn_sigma = isinstance(process, ds.GaussianDiffusion)
+    sizes = {"hidden_size": 16, "depth": 2, "d_state": 4, "num_classes": 2, "learn_sigma": learn_sigma}
+    model = ds.DiffuSSM(input_size=8, in_channels=1, **sizes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    x_0 = torch.stack([torch.full((1, 8, 8), value) for value in (-0.8, 0.8)]).repeat(8, 1, 1, 1)
+    y = torch.tensor([0, 1]).repeat(8)
+    losses = []
+    for step in range(40):
+        loss = process.loss(model, x_0, y, generator=torch.Generator().manual_seed(step)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    images = process.sample(model.eval(), n=4, y=[0, 1, 0, 1], steps=6, guidance=1.5)
+    assert images.shape == (4, 1, 8, 8)
+    assert images[1].mean() > images[0].mean()
+
+
+def test_loss_of_the_true_answer_is_zero():
+    """A model that knows image and noise predicts the target exactly."""
+    process = ds.LinearFlow()
+    x_0 = randn(4, 3, 8, 8)
+
+    def exact(x_t, t, y, text):
+        share = (t / 1000).view(-1, 1, 1, 1)
+        return (x_t - x_0) / share
+
+    assert process.loss(exact, x_0).abs().max() < 1e-6
+
+
+def test_samples_depend_on_their_seed_alone():
+    process = ds.LinearFlow()
+    together = process.sample(lambda x, t, y: torch.sin(x), n=4, steps=5, shape=(1, 4, 4))
+    alone = process.sample(lambda x, t, y: torch.sin(x), n=1, steps=5, shape=(1, 4, 4), seed=3)
+    torch.testing.assert_close(together[3:], alone)
+    assert process.sample(lambda x, t, y: x, n=0, steps=5, shape=(1, 4, 4)).shape == (0, 1, 4, 4)
+
+
+# ------------------------------------------------------------------------------------------------- runs
+def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
+    run = ds.load("mnist")
+    images = run.sample(3, classes=range(10), steps=4, guidance=2)
+    assert images.dtype == torch.uint8
+    assert images.shape == (3, 1, 28, 28)
+    path = ds.sample("mnist", tmp_path / "images", 3, classes=range(10), steps=4, guidance=2, show=False)
+    assert path == tmp_path / "images" / "grid.png"
+    for i, image in enumerate(images):
+        with Image.open(tmp_path / "images" / f"{i:06d}.png") as stored:
+            assert np.array_equal(image[0].numpy(), np.asarray(stored))
+    assert ds.grid(images).mode == "L"
+
+
+def test_wrong_requests_are_one_line_that_names_the_parameter():
+    run = ds.load("mnist")
+    with pytest.raises(ConfigError, match="^classes: 99 is not a class of this model; it has 0 to 9$"):
+        run.sample(1, classes=[99])
+    with pytest.raises(ConfigError, match="unknown field sample.step"):
+        run.sample(1, step=4)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        ds.grid(torch.zeros(2, 1, 4, 4))
+
+
+def test_costs_are_those_of_the_command():
+    assert ds.cost("xl-256").parameters == 673_088_272
+    assert ds.cost(ds.load_config("xl-256"), {"model.depth": 1}).gflops < 12
+
+
+# ------------------------------------------------------------------------------------------------- own data
+def test_a_dataset_of_ones_own_is_trained_resumed_sampled_and_evaluated(tmp_path):
+    data = Squares(side=28)
+    sizes = {"data.resolution": 28, "model.patch_size": 7, "model.num_classes": 2}
+    config = ds.load_config("digits", fields=SMALL | sizes | {f"train.{k}": v for k, v in SHORT.items()})
+    straight = ds.train(config, tmp_path / "straight", data=data, show=False)
+    calls = []
+    ds.train(config, tmp_path / "run", data=data, show=False, stop=lambda: calls.append(1) or len(calls) > 1)
+    assert not (tmp_path / "run" / "final").exists()
+    run = ds.train(config, tmp_path / "run", data=data, resume=True, show=False)
+    assert run.config.data.path == "python:Squares"
+    assert run.config.data.class_names == ("0", "1")
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("straight", "run")]
+    assert weights[0] == weights[1]
+    assert torch.equal(run.sample(5, steps=3), straight.sample(5, steps=3))
+    scores = ds.evaluate(run, data, ("kid",), num=16, steps=2, cache=None, show=False)
+    assert 0 < scores["kid"] < 10
+
+
+def test_bytes_and_floats_of_the_same_images_train_alike(tmp_path):
+    logs = []
+    for kind in (torch.uint8, torch.float32):
+        run = train(tmp_path / str(kind), Squares(kind=kind), steps=2)
+        records = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+        logs.append([record["loss"] for record in records])
+    assert logs[0] == logs[1]
+
+
+def test_a_dataset_without_labels_trains_an_unconditional_model(tmp_path):
+    settings = SMALL | {"model.num_classes": 0, "sample.guidance": 1}
+    run = ds.train("digits", tmp_path / "run", data=Squares(labelled=False), set=settings, show=False, **SHORT)
+    assert run.sample(2).shape == (2, 1, 8, 8)
+
+
+class Odd(Squares):
+    def __init__(self, item):
+        super().__init__()
+        self.item = item
+
+    def __getitem__(self, i):
+        return self.item
+
+
+@pytest.mark.parametrize(
+    ("item", "line"),
+    [
+        (torch.zeros(1, 9, 8), r"data: item 0 of the Odd has the shape \(1, 9, 8\), but the model takes \(1, 8, 8\)"),
+        (torch.full((1, 8, 8), torch.nan), "data: item 0 of the Odd holds a number that is not finite"),
+        ("a.png", r"data: an item must be a tensor \(C, H, W\), or a pair of it and a label, not str"),
+        (torch.zeros(8, 8), "not a tensor of 2 dimensions"),
+    ],
+)
+def test_items_that_do_not_fit_are_named_before_training(tmp_path, item, line):
+    with pytest.raises(DataError, match=line):
+        train(tmp_path / "run", Odd(item))
+
+
+def test_a_run_on_a_dataset_cannot_go_on_without_it(tmp_path):
+    run = train(tmp_path / "run", Squares())
+    with pytest.raises(ConfigError, match="^data.path: 'python:Squares' was a dataset of a Python program"):
+        ds.train(run.config, tmp_path / "again", show=False)
