@@ -10,11 +10,13 @@ import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data import builtin
-from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.model import Backbone, build_model, dit
+from diffussm_cli.model.embeddings import patchify
 from diffussm_cli.model.mixers import MIXERS
 
 STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
 sys.path.insert(0, str(STUDIES))
+import changes  # noqa: E402
 import measures  # noqa: E402
 import report  # noqa: E402
 import run as runner  # noqa: E402
@@ -150,10 +152,12 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
     assert "| mean ± 95% | a, 1 seeds | a, seed 3, other samples | training images |" in lines
     assert f"| FID | {metrics['fid']:.4g} | {again['fid']:.4g} | {real['fid']:.4g} |" in lines
-    monkeypatch.setattr(runner, "TURN_STEPS", 20)
-    rates = runner.measure_rates(make(base=small, runs={"a": {}, "deep": {"model.depth": 4}}, seconds=1), tmp_path)
-    assert rates["step_seconds"].keys() == {"a", "deep"}
-    assert all(len(of) == runner.TURNS and min(of) > 0 for of in rates["turns"].values())
+    monkeypatch.setattr(runner, "TURNS", 1)
+    earlier = make(base=small, runs={"deep": {"model.depth": 4}}, seconds=1, step_seconds={"deep": 7.0})
+    later = make(name="later", base=small, seconds=1, runs={"a": {}}, beside=earlier, timed_by="deep")
+    rates = runner.measure_rates(later, tmp_path, steps=20)
+    assert rates["turns"].keys() == {"a", "deep"}
+    assert rates["step_seconds"] == {"a": pytest.approx(7 * rates["measured"]["a"] / rates["measured"]["deep"])}
 
 
 def digits():
@@ -168,12 +172,18 @@ def unchanged(monkeypatch):
     import diffussm_cli.model.diffussm as network
 
     monkeypatch.setattr(network, "DiffuSSMBlock", network.DiffuSSMBlock)
+    monkeypatch.setattr(Backbone, "__init__", Backbone.__init__)
+    monkeypatch.setattr(Backbone, "reset_parameters", Backbone.reset_parameters)
     monkeypatch.setattr(Backbone, "positions", Backbone.positions)
+    monkeypatch.setattr(dit, "Attention", dit.Attention)
     monkeypatch.setattr(builtin, "load", builtin.load)
     monkeypatch.setitem(MIXERS, "s4d", MIXERS["s4d"])
 
 
-@pytest.mark.parametrize("change", CHANGES)
+OF_DIT = ("qk-norm", "rope", "local-attention", "stem", "mimetic", "modern")
+
+
+@pytest.mark.parametrize("change", [name for name in CHANGES if name not in OF_DIT])
 def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
     config = load_config("digits")
     before, (images, held_out) = build_model(config), digits()
@@ -200,3 +210,103 @@ def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
     assert after(torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])).isfinite().all()
     assert fewer <= images
     assert same == held_out
+
+
+@torch.no_grad()
+def small_dit():
+    """An 8 x 8 DiT with 16 tokens, 12 channels and 2 heads; nothing in it is zero."""
+    overrides = ["model.backbone=dit", "model.hidden_size=12", "model.heads=2", "model.compression=1"]
+    torch.manual_seed(0)
+    return build_model(load_config("digits", [*overrides, "model.patch_size=2", "model.depth=2"]))
+
+
+def neighbours_matter(model):
+    """Whether the first token changes with a pixel of the second one's patch."""
+    x, other = torch.zeros(2, 1, 1, 8, 8)
+    other[0, 0, 0, 2] = 1
+    tokens = [model.patch_in(patchify(image, 2, 1))[0, 0] for image in (x, other)]
+    return not torch.equal(*tokens)
+
+
+@torch.no_grad()
+def scale_matters(model):
+    """Whether attention changes with the length of its queries."""
+    layer, x = model.blocks[0].attention, torch.randn(1, 16, 12)
+    before = layer(x)
+    layer.qkv.weight[:12] *= 10
+    return not torch.allclose(before, layer(x), atol=1e-5)
+
+
+@torch.no_grad()
+def order_matters(model):
+    """Whether attention without positions changes what it gives a token when the tokens move."""
+    layer, x = model.blocks[0].attention, torch.randn(1, 16, 12)
+    return not torch.allclose(layer(x).roll(1, 1), layer(x.roll(1, 1)), atol=1e-5)
+
+
+@torch.no_grad()
+def likes_itself(model):
+    """Whether the scores of tokens with themselves are clearly positive before training."""
+    weight = model.blocks[0].attention.qkv.weight
+    q, k = weight[:12].view(2, 6, 12), weight[12:24].view(2, 6, 12)
+    return ((q * k).sum((1, 2)) > 2).all().item()  # the traces
+
+
+@pytest.mark.parametrize("change", [None, *OF_DIT])
+def test_a_change_of_dit_changes_what_it_says_and_no_more(change, unchanged):
+    if change:
+        CHANGES[change]()
+    model = small_dit()
+    present = {
+        "stem": neighbours_matter(model),
+        "qk-norm": not scale_matters(small_dit()),
+        "rope": order_matters(model),
+        "mimetic": likes_itself(model),
+        "local-attention": hasattr(model.blocks[0].attention, "near"),
+    }
+    expected = {"modern": {"stem", "qk-norm", "rope"}, None: set()}.get(change, {change})
+    assert {name for name, holds in present.items() if holds} == expected
+
+    # every parameter gets a gradient, and an averaged copy loads as a run does
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    image, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])
+    output = model(image, t, y)
+    output.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    with torch.device("meta"):
+        again = small_dit()
+    again.materialize("cpu")
+    again.load_state_dict(model.state_dict())
+    assert torch.allclose(again(image, t, y), output)
+
+
+def test_the_local_convolution_of_attention_begins_as_the_identity():
+    class Local(changes.ChangedAttention):
+        local = True
+
+    plain, layer, x = dit.Attention(12, 1, 2), Local(12, 1, 2), torch.randn(3, 16, 12)
+    torch.nn.init.normal_(plain.proj.weight)
+    torch.nn.init.normal_(plain.proj.bias)
+    layer.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.allclose(layer(x), plain(x), atol=1e-5)
+
+
+def test_turned_queries_and_keys_know_only_their_distance():
+    side, (q, k) = 4, torch.randn(2, 1, 1, 1, 10).double()  # 2 of the 10 channels stay
+    scores = (changes.turn(q.expand(1, 1, 16, 10), side) @ changes.turn(k.expand(1, 1, 16, 10), side).mT).view(
+        side, side, side, side
+    )  # by row and column of the query, then of the key
+    assert torch.allclose(scores[:3, :3, :3, :3], scores[1:, 1:, 1:, 1:], atol=1e-6)
+    assert scores[0, 0, 0, 0] == pytest.approx((q * k).sum().item())
+    values = [scores[i, j, 0, 0].item() for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+    assert len({round(value, 9) for value in values}) == 4
+
+
+def test_mimetic_queries_and_keys_without_noise_project_on_a_subspace(unchanged):
+    changes.mimetic(a=0.0, b=0.5)
+    weight = small_dit().blocks[1].attention.qkv.weight.detach()
+    for q, k in zip(weight[:12].split(6), weight[12:24].split(6)):
+        product = 2 * q.mT @ k  # of rank d = 6
+        assert torch.allclose(product @ product, product, atol=1e-6)
+        assert product.trace().item() == pytest.approx(6, abs=1e-5)

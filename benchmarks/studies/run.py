@@ -5,13 +5,18 @@
     torchrun --nproc-per-node 8 benchmarks/studies/run.py NAME --one RUN-s0   # one training, on several GPUs
     python benchmarks/studies/run.py NAME --repeat RUN-s0   # train it again from its JSON, and compare the loss
 
-Every training is a process of its own with one thread. Its result is one JSON in benchmarks/studies/results/NAME/: the
-configuration's hash, seed, commit, versions, machine, Gflops, seconds, the curve of the held-out loss, and metrics
-(`measures.py`). For the first seed the metrics are also those of other sampling seeds; floor.json is of real images.
+Every training is a process of its own with one thread. Its result is one JSON in
+benchmarks/studies/results/NAME/: the configuration and its hash, seed, versions, machine, when it
+began, the commit then and whether its code was changed, Gflops, seconds, the log, the curve of the
+held-out loss, the loss of each held-out image, and metrics (`measures.py`). Where all trainings
+share their sampling seeds, the metrics of the first seed are also those of other samples; floor.json
+is of real images, and rates.json holds the seconds of a step.
 """
 
 import argparse
+import datetime
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -20,19 +25,37 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 from changes import CHANGES
-from measures import floor, measure
-from study import FLOOR, RATES, RESULTS, Job, Study, choose, config_hash, load_study, missing, step_gflops
+from measures import floor, held_out_losses, measure
+from study import (
+    FLOOR,
+    RATES,
+    RESULTS,
+    Job,
+    Study,
+    choose,
+    config_hash,
+    load_study,
+    missing,
+    step_gflops,
+    stored_config,
+)
 
+from diffussm_cli.config import Config, load_config, to_dict
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.machine.processes import read_world
 from diffussm_cli.profiling.flops import cost
 
 HERE = Path(__file__).parent
-TURNS, TURN_STEPS = 3, 60  # of each run when the seconds of a step are measured
+TURNS, TURN_STEPS = 3, 40  # of each run when the seconds of a step are measured
+LOGGED = 100  # the most records of a training's log that its result keeps
 GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
 
 
@@ -58,48 +81,92 @@ def main() -> None:
         sys.exit(again != stored)
     folder.mkdir(parents=True, exist_ok=True)
     if study.seconds is not None and not study.step_seconds:
-        write_text(folder / RATES, json.dumps(measure_rates(study, arguments.work), indent=1) + "\n")
+        write_text(folder / RATES, as_text(measure_rates(study, arguments.work)))
         study = load_study(arguments.name)
     if arguments.one:
         job = next(job for job in known_jobs(study, folder) if job.name == arguments.one)
         result = train_and_measure(job, study, arguments.work)
         if read_world().rank == 0:
-            write_text(folder / f"{job.name}.json", json.dumps(result, indent=1) + "\n")
+            write_text(folder / f"{job.name}.json", as_text(result))
     else:
         run_all(missing(study.trials(), folder), arguments)
         run_all(missing(jobs_of(study, folder), folder), arguments)
         if study.samples and not (folder / FLOOR).exists():
             config = study.jobs({})[0].config()
-            write_text(folder / FLOOR, json.dumps(floor(config, study.samples, arguments.work / study.name)) + "\n")
+            measured = floor(config, study.samples, arguments.work / study.name)
+            write_text(folder / FLOOR, json.dumps(measured) + "\n")
 
 
-def measure_rates(study: Study, work: Path) -> dict:
-    """Seconds of a step of each run with one thread: the median over TURNS, in which all are trained for some steps."""
+def as_text(result: dict) -> str:
+    """A result as JSON with a line for each field."""
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def measure_rates(study: Study, work: Path, steps: int = TURN_STEPS) -> dict:
+    """Seconds of a step of each run with one thread: the median over TURNS, in which all are trained for some steps.
+
+    With `timed_by`, this run of the study beside is timed too, and the seconds are scaled such that
+    its own are what that study measured: equal seconds then mean the same in both.
+    """
+    timed = dict.fromkeys(study.runs, study)
+    if study.timed_by and study.beside:
+        timed = {study.timed_by: study.beside, **timed}
+
+    turns: dict[str, list[float]] = {run: [] for run in timed}
+    for _ in range(TURNS):
+        for run, of in timed.items():
+            preset, overrides = of.config(run, {})
+            change = (of.runs[run] or {}).get("change")
+            overrides = [*overrides, f"train.steps={steps}", "train.log_every=10"]
+            root = work / study.name / f"rate-{run}"
+            shutil.rmtree(root, ignore_errors=True)
+            # a change stays in its process
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                done = alone.submit(time_steps, load_config(preset, overrides), change, root)
+                turns[run].append(done.result())
+
+    measured = {run: statistics.median(seconds) for run, seconds in turns.items()}
+    scale = 1.0
+    if study.timed_by and study.beside:
+        scale = study.beside.step_seconds[study.timed_by] / measured[study.timed_by]
+    return {
+        "step_seconds": {run: scale * measured[run] for run in study.runs},
+        "measured": measured,
+        "turns": turns,
+        "machine": machine_name(),
+        **provenance(),
+    }
+
+
+def time_steps(config: Config, change: str | None, root: Path) -> float:
+    """Seconds of a step of a short training with one thread, by the time of its processor.
+
+    Other work on the machine disturbs it less than the time of the clock.
+    """
     import torch
 
-    from diffussm_cli.config import load_config
+    from diffussm_cli.events import TrainingRecord
     from diffussm_cli.training import train
 
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {run: [] for run in study.runs}
-    for turn in range(TURNS):
-        for run in study.runs:
-            preset, overrides = study.config(run, {})
-            config = load_config(preset, [*overrides, f"train.steps={TURN_STEPS}", "train.log_every=10"])
-            root = work / study.name / f"rate-{run}-{turn}"
-            shutil.rmtree(root, ignore_errors=True)
-            list(train(config, root))
-            found[run].append(config.train.batch_size / images_per_second(read_log(root)))
-    middle = {run: statistics.median(seconds) for run, seconds in found.items()}
-    return {"step_seconds": middle, "turns": found, "machine": machine_name(), "commit": commit()}
+    if change:
+        CHANGES[change]()
+    times = [time.process_time() for event in train(config, root) if isinstance(event, TrainingRecord)]
+    return statistics.median(np.diff(times).tolist()) / config.train.log_every
 
 
 def repeat(file: Path) -> tuple[float, float]:
-    """Train what a result describes once more: its held-out loss now, and the one that is stored."""
+    """Train what a result describes once more: its held-out loss now, and the one that is stored.
+
+    Raises:
+        SystemExit: if the result does not hold its configuration, and its preset is another today.
+    """
     stored = json.loads(file.read_text(encoding="utf-8"))
-    job = Job(stored["run"], stored["seed"], stored["preset"], tuple(stored["overrides"]), change=stored.get("change"))
+    config, change = stored_config(stored), stored.get("change")
     with tempfile.TemporaryDirectory() as folder:
-        return train_job(job, Path(folder) / "run")["held_out"], stored["held_out"]
+        again = train_config(config, change, Path(folder) / "run", stored.get("held_out_images"))
+    return again["held_out"], stored["held_out"]
 
 
 def read_log(root: Path) -> list[dict]:
@@ -147,14 +214,37 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
     found = {"study": study.name, **train_job(job, root)}
     if job.searched is not None or read_world().rank or not study.samples:
         return found
-    found["metrics"] = measure(root, study.samples)
-    if job.seed == study.seeds[0]:  # the spread over the seeds of sampling
-        found["metrics_again"] = measure(root, study.samples, seed=study.samples)
+    seed = study.sampling_seed(job.seed)
+    found["metrics"] = measure(root, study.samples, seed, study.balanced)
+    if job.seed == study.seeds[0] and not study.own_samples:  # the spread over the seeds of sampling
+        found["metrics_again"] = measure(root, study.samples, study.samples, study.balanced)
     return found
 
 
 def train_job(job: Job, root: Path) -> dict:
     """Train a job in a folder, or go on with it there: what is known of it without samples."""
+    config = job.config()
+    return {
+        "run": job.run,
+        "seed": job.seed,
+        "searched": job.searched,
+        "change": job.change,
+        "preset": job.preset,
+        "overrides": list(job.overrides),
+        "held_out_images": job.held_out_images,
+        "config": config_hash(config, job.change),
+        **train_config(config, job.change, root, job.held_out_images),
+        "machine": machine_name(),
+        "configuration": to_dict(config),
+    }
+
+
+def train_config(config: Config, change: str | None, root: Path, held_out_images: int | None = None) -> dict[str, Any]:
+    """Train a configuration with a change to the network, or go on with it: its cost, log and losses.
+
+    Args:
+        held_out_images: number of images of the last held-out loss; by default as for the curve.
+    """
     import torch
 
     import diffussm_cli
@@ -163,37 +253,46 @@ def train_job(job: Job, root: Path) -> dict:
 
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    if job.change:
-        CHANGES[job.change]()
-    config, start = job.config(), time.process_time()
+    if change:
+        CHANGES[change]()
+    origin, start = provenance(), time.process_time()
     done = finish(train(config, root, resume=root.exists()))
+    seconds = time.process_time() - start
+
     records = read_log(root)
-    curve = [(r["step"], r["images"], r["held_out"]) for r in records if "held_out" in r]
+    curve = [(r["step"], r["images"], round(r["held_out"], 6)) for r in records if "held_out" in r]
+    losses: dict[str, Any] = {}
+    if read_world().rank == 0:
+        losses = held_out_losses(root, held_out_images)
     return {
-        "run": job.run,
-        "seed": job.seed,
-        "searched": job.searched,
-        "change": job.change,
-        "preset": job.preset,
-        "overrides": list(job.overrides),
-        "config": config_hash(config),
         "parameters": cost(config).parameters,
         "steps": done.steps,
         "gflops": step_gflops(config) * done.steps,
-        "cpu_seconds": time.process_time() - start,
+        "cpu_seconds": seconds,
         "images_per_second": images_per_second(records),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "left_out": sum(len(r.get("left_out", ())) for r in records),
+        "log": short_log(records),
         "curve": curve,
-        "held_out": curve[-1][2],
-        "commit": commit(),
+        **losses,
+        **origin,
         "versions": {
             "diffussm": diffussm_cli.__version__,
             "torch": torch.__version__,
             "python": sys.version.split()[0],
         },
-        "machine": machine_name(),
-        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def short_log(records: list[dict]) -> dict[str, list[float]]:
+    """Training loss, gradient norm and images/s by step: means of neighbouring records, at most LOGGED of them."""
+    parts = np.array_split(np.arange(len(records)), min(len(records), LOGGED))
+    log: dict[str, list[float]] = {"step": [records[part[-1]]["step"] for part in parts]}
+    for name in ("loss", "grad_norm", "images_per_second"):
+        # a record has None in place of a number that is not finite
+        numbers = [[records[i][name] for i in part if records[i].get(name) is not None] for part in parts]
+        log[name] = [float(f"{statistics.mean(n):.4g}") if n else None for n in numbers]
+    return log
 
 
 def show_plan(study: Study) -> None:
@@ -223,8 +322,19 @@ def machine_name() -> str:
     return f"{processor_name(torch.device('cpu'))}, 1 thread"
 
 
-def commit() -> str:
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
+def provenance() -> dict[str, Any]:
+    """When this began (UTC), at which commit, and whether files other than results were changed."""
+    code = ["--", str(HERE.parents[1]), f":(exclude){RESULTS}"]
+    return {
+        "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", *code)),
+    }
+
+
+def git(*arguments: str) -> str:
+    """What git says of this checkout."""
+    command = ["git", "-C", str(HERE), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
