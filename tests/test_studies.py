@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import load_config, to_dict
 from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone, build_model, dit
 from diffussm_cli.model.embeddings import patchify
@@ -75,6 +75,91 @@ def test_the_search_takes_a_third_and_its_best_value_for_each_run():
         studies.choose(study, held_out | {"b-0.3": 1.0})
 
 
+def test_a_search_has_its_own_seed_and_share_and_leaves_out_runs_with_a_value():
+    runs = {"a": {}, "b": {"train.lr": 0.5}}
+    study = make(images=9600, runs=runs, search={"train.lr": [0.1, 0.2, 0.3]}, search_seed=9, search_share=1.0)
+    trials = study.trials()
+    assert [t.name for t in trials] == ["a-0.1", "a-0.2", "a-0.3"]
+    assert {t.seed for t in trials} == {9}
+    assert trials[0].config().train.steps == study.jobs({})[0].config().train.steps
+    chosen = studies.choose(study, {"a-0.1": 2.0, "a-0.2": 1.0, "a-0.3": 2.0})
+    assert [job.config().train.lr for job in study.jobs(chosen)[:2]] == [0.2, 0.5]
+
+
+def test_warm_up_is_a_share_of_every_run_that_does_not_set_it():
+    runs = {"a": {}, "b": {"train.batch_size": 32}, "c": {"train.warmup_steps": 7}}
+    a, b, c = make(images=6400, runs=runs, warmup=0.1).jobs({})[:3]
+    assert a.config().train.warmup_steps == a.config().train.steps // 10 > 0
+    assert b.config().train.warmup_steps == b.config().train.steps // 10
+    assert c.config().train.warmup_steps == 7
+
+
+def test_the_curve_takes_some_held_out_images_and_the_last_loss_all():
+    job = make(images=640, curve_images=8).jobs({})[0]
+    assert job.config().eval.held_out_images == 8
+    assert job.held_out_images == load_config("digits").eval.held_out_images
+    assert make(images=640).jobs({})[0].held_out_images is None
+
+
+def test_every_seed_of_training_may_have_samples_of_its_own():
+    assert [make(images=64, samples=50).sampling_seed(seed) for seed in (3, 4)] == [0, 0]
+    study = make(images=64, samples=50, own_samples=True)
+    assert [study.sampling_seed(seed) for seed in (3, 4)] == [150, 200]
+
+
+def test_repeat_takes_the_stored_configuration_or_refuses_another_one():
+    job = make(images=640).jobs({})[0]
+    config = job.config()
+    old = {"run": "a", "seed": 3, "preset": "digits", "overrides": list(job.overrides), "commit": "abc1234"}
+    old["config"] = studies.config_hash(config)
+    assert studies.stored_config(old) == config
+    with pytest.raises(SystemExit, match=f"is configuration {old['config']} today, and 0123 was trained.* abc1234"):
+        studies.stored_config(old | {"config": "0123"})
+    new = json.loads(json.dumps({"configuration": to_dict(config), "preset": "gone"}))
+    assert studies.stored_config(new) == config
+
+
+def test_the_hash_tells_changes_of_the_network_apart():
+    config = load_config("digits")
+    hashes = {studies.config_hash(config, change) for change in (None, "no-gate", "s4d-inv")}
+    assert len(hashes) == 3
+    assert studies.config_hash(config) in hashes
+
+
+def test_p_values_are_corrected_by_holm_as_in_his_example():
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    assert report.holm(p) == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+@pytest.mark.parametrize(
+    ("differences", "p", "expected"),
+    [
+        ([0.001, 0.0011, 0.0009], 0.001, "equal"),  # told apart, but by less than the margin
+        ([-0.01, -0.011, -0.009], 0.001, "better"),
+        ([0.01, 0.011, 0.009], 0.001, "worse"),
+        ([-0.01, -0.011, -0.009], 0.06, "unknown"),  # by the corrected p
+        ([-0.001, 0.004, 0.001], 0.5, "unknown"),  # its interval leaves the margin
+    ],
+)
+def test_a_verdict_is_better_worse_equal_or_unknown(differences, p, expected):
+    assert report.verdict(differences, p, margin=0.002) == expected
+
+
+def test_seconds_to_a_loss_are_read_between_two_points():
+    curve = [10.0, 20.0, 30.0], [0.5, 0.3, 0.1]
+    assert report.seconds_to(0.25, *curve) == pytest.approx(22.5)
+    assert report.seconds_to(0.6, *curve) == 10.0
+    assert report.seconds_to(0.05, *curve) is None
+
+
+def test_the_log_of_a_result_is_short_and_holds_the_means():
+    records = [{"step": i, "loss": float(i), "grad_norm": None, "images_per_second": 2.0} for i in range(1, 401)]
+    log = runner.short_log(records)
+    assert len(log["step"]) == runner.LOGGED
+    assert (log["step"][0], log["step"][-1]) == (4, 400)
+    assert (log["loss"][0], log["grad_norm"][0]) == (2.5, None)
+
+
 def test_the_hash_tells_configurations_apart_but_not_seeds():
     a, _, b, _ = make(images=64).jobs({})
     assert (a.run, b.run, a.seed, b.seed) == ("a", "a", 3, 4)
@@ -139,6 +224,13 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     study = make(base=small | {"sample.steps": 4, "eval.held_out_images": 32}, images=64, samples=32, evaluations=2)
     found = [runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)]
     assert found[0]["held_out"] == found[1]["held_out"]
+    assert found[0]["held_out"] == pytest.approx(found[0]["curve"][-1][2], abs=1e-6)  # of as many images
+    each = found[0]["held_out_of_each"]
+    assert len(each) == 32
+    assert sum(each) / 32 == pytest.approx(found[0]["held_out"], rel=1e-3)
+    assert found[0]["begun"] <= found[1]["begun"]
+    assert len(runner.as_text(found[0])) < 60_000
+    assert json.loads(runner.as_text(found[0])) == json.loads(json.dumps(found[0]))
     assert [step for step, *_ in found[0]["curve"]][-1] == found[0]["steps"]
     (tmp_path / "a-s3.json").write_text(json.dumps(found[0]), encoding="utf-8")
     assert runner.repeat(tmp_path / "a-s3.json") == (found[0]["held_out"],) * 2

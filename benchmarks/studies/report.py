@@ -1,13 +1,16 @@
 """The tables and the figure of a study from its results, in seconds.
 
     python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg] [--grid NAME.png --work runs/studies]
+    python benchmarks/studies/report.py --csv docs/results/all.csv   # every training of every study
 
 Means over seeds with 95% t-intervals. Differences to one run (the first by default) are paired by seed, which shares
 the order of the data. Prints markdown. The figure shows the held-out loss by Gflops and by seconds of one thread; the
 grid shows samples of the same seeds, two rows for each run, if the trained runs are still in the folder of work.
+A study with a margin also gets a verdict for each difference, with p-values corrected by Holm.
 """
 
 import argparse
+import csv
 import json
 import math
 import statistics
@@ -38,12 +41,13 @@ MEASURES = {
     "held_out": "held-out loss",
     "at_gflops": "the same after the Gflops that all reach",
     "at_images": "the same after the images that all reach",
+    "to_target": "seconds to the target loss",
+    "kid": "KID",
     "fid": "FID",
     "sfid": "sFID",
     "is": "IS",
     "precision": "precision",
     "recall": "recall",
-    "kid": "KID",
     "asked": "asked class",
     "retrieval_top1": "retrieval, top 1",
     "retrieval_top5": "top 5",
@@ -55,24 +59,43 @@ MEASURES = {
 }
 
 SIDE_BY_SIDE = 3  # the most runs that a table has in columns
-OF_MANY = ("parameters", "gflops", "images_per_second", "held_out", "at_gflops", "at_images", "fid", "asked")
+OF_MANY = (
+    "parameters",
+    "gflops",
+    "images_per_second",
+    "held_out",
+    "at_gflops",
+    "at_images",
+    "to_target",
+    "kid",
+    "fid",
+    "asked",
+)
+SIGNIFICANT = 0.05  # a corrected p-value below this tells two runs apart
+# What the table of all trainings has of each, and then the measures that only some have.
+FACTS = ("study", "run", "seed", "searched", "change", "preset", "overrides", "config", "commit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
+    parser.add_argument("name", nargs="?")
+    parser.add_argument("--csv", type=Path, help="write a row for every training of every study")
     parser.add_argument("--against", help="the run that differences are taken to; by default the first")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()
+    if arguments.csv:
+        write_csv(arguments.csv)
+    if not arguments.name:
+        return
     study = load_study(arguments.name)
     if not any((RESULTS / study.name).glob("*-s*.json")):
         raise SystemExit(f"{study.name}: no results yet; begin with python benchmarks/studies/run.py {study.name}")
     results = load_results(study)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    print("\n".join(page(study, results, arguments.against or names(study)[0], floor)))
+    print("\n".join(page(study, results, arguments.against or study.compared(), floor)))
     if arguments.figure:
         draw(study, results, arguments.figure)
     if arguments.grid:
@@ -88,21 +111,44 @@ def load_results(study: Study) -> list[dict]:
     """Every result of a study and of the one beside it, but no trials of a search; metrics beside the rest.
 
     With a constant rate of learning, the loss of a run is also read from its curve where the shortest run ends, unless
-    its curve begins later.
+    its curve begins later. With a target, so are the seconds that lead to it, if the run gets there.
     """
+    results = [*(load_results(study.beside) if study.beside else []), *own_results(study)]
+    if study.target is not None:
+        for r in results:
+            seconds = seconds_to(study.target, *curve(r, "training_seconds"))
+            if seconds is not None:
+                r["to_target"] = seconds
+    return results
+
+
+def own_results(study: Study) -> list[dict]:
+    """The results of a study itself, as `load_results` gives them."""
     paths = [path for path in sorted((RESULTS / study.name).glob("*.json")) if path.name not in (FLOOR, RATES)]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
     if study.step_seconds:
         for r in results:
             r["training_seconds"] = r["steps"] * study.step_seconds[r["run"]]
+
     if study.base.get("train.lr_decay") == "constant":
         for name, unit in {"at_gflops": "gflops", "at_images": "images"}.items():
             common = min(curve(r, unit)[0][-1] for r in results)
             for r in results:
                 if curve(r, unit)[0][0] <= common:
                     r[name] = float(np.interp(common, *curve(r, unit)))
-    return [*(load_results(study.beside) if study.beside else []), *results]
+    return results
+
+
+def seconds_to(target: float, seconds: Sequence[float], losses: Sequence[float]) -> float | None:
+    """When a curve with straight lines between its points first reaches a loss; None if it does not."""
+    for i, loss in enumerate(losses):
+        if loss <= target:
+            if i == 0:
+                return seconds[0]
+            share = (losses[i - 1] - target) / (losses[i - 1] - loss)
+            return seconds[i - 1] + share * (seconds[i] - seconds[i - 1])
+    return None
 
 
 def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
@@ -133,18 +179,56 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
     rows = [[title, *(interval(values(name)) for values in columns.values())] for name, title in measures.items()]
     rows = [["mean ± 95%", *columns], *(row for row in rows if any(row[1:]))]
     rows = rows if len(done) <= SIDE_BY_SIDE else [list(column) for column in zip(*rows)]
-    lines += [*table(rows), *search_table(study)]
+    lines += [*table(rows), *verdict_table(study, results, against), *search_table(study)]
     machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
     return [*lines, "", *(f"- {m}" for m in machines)]
+
+
+def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[str]:
+    """For each difference in held-out loss, p-values and a verdict; empty for a study without a margin."""
+    if study.margin is None:
+        return []
+    runs = [run for run in names(study) if run != against]
+    differences = {run: paired(results, run, against, "held_out") for run in runs}
+    differences = {run: values for run, values in differences.items() if len(values) > 1}
+    p = {run: float(stats.ttest_1samp(values, 0).pvalue) for run, values in differences.items()}
+    corrected = holm(p)
+    rows = [["held-out loss", "difference ± 95%", "p", "p by Holm", f"verdict (margin {study.margin:g})"]]
+    for run, values in differences.items():
+        decided = verdict(values, corrected[run], study.margin)
+        numbers = [f"{p[run]:.2g}", f"{corrected[run]:.2g}"]
+        rows.append([f"{run} - {against}", interval(values), *numbers, decided])
+    return ["", *table(rows)]
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values of several comparisons, corrected by Holm: the i-th smallest of n times n - i, i = 0..n-1, rising."""
+    corrected, least = {}, 0.0
+    for i, name in enumerate(sorted(p, key=p.__getitem__)):
+        least = max(least, min(1.0, (len(p) - i) * p[name]))
+        corrected[name] = least
+    return corrected
+
+
+def verdict(differences: Sequence[float], p: float, margin: float) -> str:
+    """equal if the 95% interval lies within the margin; else better or worse if p tells them apart; else unknown."""
+    middle = statistics.mean(differences)
+    if abs(middle) + half_width(differences) <= margin:
+        return "equal"
+    if p < SIGNIFICANT:
+        return "better" if middle < 0 else "worse"
+    return "unknown"
 
 
 def search_table(study: Study) -> list[str]:
     """The held-out losses of the trials of a search: a row for each value, a column for each run; empty without one."""
     lines: list[str] = []
+    part = {1 / 3: "a third", 1: "the whole budget"}.get(study.search_share, f"{study.search_share:.0%}")
     for name, grid in study.search.items():
-        rows = [[f"{name}, held-out loss of one seed after a third", *study.runs]]
+        runs = study.searched(name)
+        rows = [[f"{name}, held-out loss of one seed after {part}", *runs]]
         for value in grid:
-            files = [RESULTS / study.name / f"{run}-{value}.json" for run in study.runs]
+            files = [RESULTS / study.name / f"{run}-{value}.json" for run in runs]
             found = [[json.loads(f.read_text(encoding="utf-8"))["held_out"]] if f.is_file() else [] for f in files]
             rows.append([f"{value:g}", *map(interval, found)])
         lines += ["", *table(rows)]
@@ -184,6 +268,22 @@ def interval(values: Sequence[float]) -> str:
         return ""
     width = half_width(values)
     return f"{statistics.mean(values):.4g}" + (f" ± {width:.2g}" if 0 < width < math.inf else "")
+
+
+def write_csv(path: Path) -> None:
+    """A row for every training of every study, trials of searches included, with empty cells for what it has not."""
+    rows = []
+    for file in sorted(RESULTS.glob("*/*.json")):
+        if file.name not in (FLOOR, RATES):
+            result = json.loads(file.read_text(encoding="utf-8"))
+            values = result | result.get("metrics", {}) | {"study": file.parent.name}
+            values |= {"overrides": " ".join(result["overrides"]), "begun": result.get("begun", result.get("date"))}
+            rows.append(values)
+    measures = [name for name in MEASURES if any(name in row for row in rows)]
+    with path.open("w", encoding="utf-8", newline="") as to:
+        writer = csv.DictWriter(to, [*FACTS, "begun", *measures], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:

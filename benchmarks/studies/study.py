@@ -53,7 +53,7 @@ class Study:
     itself is not searched. With `train.lr_decay: constant`, the averaged weights take the place of
     annealing, and one run answers for equal images, Gflops and seconds.
 
-    The defaults are what the first studies did; docs/results/index.md says what a new study takes.
+    The defaults are what the first studies did; docs/results.md says what a new study takes.
     """
 
     name: str
