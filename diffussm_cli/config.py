@@ -61,9 +61,11 @@ class ModelConfig:
     depth: int = _option(29, "number of blocks", least=1, most=1000)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
     compression: int = _option(2, "M, tokens that each position becomes inside a block", least=1, most=256)
-    d_state: int = _option(64, "N, state size of S4D", least=2, most=4096)
+    d_state: int = _option(64, "N, state size of s4d and axial (16 is enough for axial)", least=2, most=4096)
     heads: int = _option(16, "heads of DiT and of the mixers linear and attention", least=1, most=256)
-    mixer: Literal["s4d", "linear", "conv", "attention"] = _option("s4d", "layer that mixes tokens; not used by DiT")
+    mixer: Literal["s4d", "axial", "linear", "conv", "attention"] = _option(
+        "s4d", "layer that mixes tokens; not used by DiT"
+    )
     scan: Literal["raster", "alternate", "four"] = _option("raster", "orders of tokens by block; not used by DiT")
     local: Literal[0, 3] = _option(0, "3: a depthwise 3x3 convolution before each mixer; not used by DiT")
     num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
@@ -638,10 +640,10 @@ def _check_text(config: Config) -> None:
         raise ConfigError(f"data.text: {d.text!r} needs model.text_width, the width of its vectors (wordllama: 256)")
     if m.text_tokens and not m.text_width:
         raise ConfigError(f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text")
-    if m.text_tokens and m.backbone == "diffussm" and (m.local or m.mixer == "conv"):
-        given = f"model.local={m.local}" if m.local else "model.mixer=conv"
+    if m.text_tokens and m.backbone == "diffussm" and (m.local or m.mixer in ("conv", "axial")):
+        given = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
-            f"model.text_tokens: {m.text_tokens} given, but {given} convolves an image, and text tokens have no place "
+            f"model.text_tokens: {m.text_tokens} given, but {given} reads an image, and text tokens have no place "
             "in one; set text_tokens to 0"
         )
 

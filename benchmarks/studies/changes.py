@@ -18,6 +18,7 @@ from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone, dit
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.embeddings import patchify
+from diffussm_cli.model.mixer import Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.s4d import S4D
 
@@ -41,7 +42,13 @@ class S4DInv(S4D):
 
 def mix_with(kind: type[S4D], **settings: float) -> None:
     """Let the mixer s4d be of this kind, with these settings of `S4D`."""
-    MIXERS["s4d"] = lambda D, N, *_: kind(D, N, **settings)
+
+    class Changed(kind):  # type: ignore[misc, valid-type]
+        @classmethod
+        def of(cls, sizes: Sizes) -> S4D:
+            return kind(sizes.D, sizes.N, **settings)
+
+    MIXERS["s4d"] = Changed
 
 
 class NoGate(DiffuSSMBlock):

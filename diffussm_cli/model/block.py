@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffussm_cli.model.local import Local
+from diffussm_cli.model.mixer import Mixer, Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import RASTER, Scan
 
@@ -75,11 +76,20 @@ class DiffuSSMBlock(nn.Module):
     """x (B, J, D), c (B, D), grid (H, W/M) -> (B, J, D). The names of the Linears are the paper's.
 
     The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of `scan`; x is always
-    in raster order. `local` is 3 for a convolution before the mixer, or 0. The defaults need no grid.
+    in raster order. `local` is 3 for a convolution before the mixer, or 0. `grid` is that of
+    the tokens which the mixer is made for. The defaults need no grid.
     """
 
     def __init__(
-        self, D: int, M: int, N: int, mixer: str = "s4d", heads: int = 16, scan: Scan = RASTER, local: int = 0
+        self,
+        D: int,
+        M: int,
+        N: int,
+        mixer: str = "s4d",
+        heads: int = 16,
+        scan: Scan = RASTER,
+        local: int = 0,
+        grid: tuple[int, int] = (16, 16),
     ):
         super().__init__()
         self.mixer_name, self.scan = mixer, scan
@@ -87,7 +97,7 @@ class DiffuSSMBlock(nn.Module):
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)
         self.local = Local(D, scan) if local else None
-        self.add_module(mixer, MIXERS[mixer](D, N, heads, scan))
+        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid)))
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
         self.W1 = ChannelsFirstLinear(D, 2 * D)
         self.W2 = ChannelsFirstLinear(2 * D, 2 * D)
@@ -98,7 +108,7 @@ class DiffuSSMBlock(nn.Module):
         return [self.norm.adaLN, self.W3]
 
     @property
-    def mixer(self) -> nn.Module:
+    def mixer(self) -> Mixer:
         return getattr(self, self.mixer_name)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

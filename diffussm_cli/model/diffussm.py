@@ -19,7 +19,7 @@ class DiffuSSM(Backbone):
         hidden_size: D, a multiple of 4. The paper's XL: 1152.
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
-        d_state: N, even; N/2 complex modes per channel and direction.
+        d_state: N of the mixers "s4d" and "axial", even; N/2 complex modes per channel and direction.
         mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
@@ -47,8 +47,11 @@ class DiffuSSM(Backbone):
     ):
         if 2 * hidden_size % compression:
             raise ValueError(f"compression {compression} must divide twice hidden_size {hidden_size}")
+        H, W = (input_size, input_size) if isinstance(input_size, int) else input_size
+        tokens = (H // patch_size, W // patch_size)
         orders = itertools.islice(itertools.cycle(SCANS[scan]), depth)
-        blocks = [DiffuSSMBlock(hidden_size, compression, d_state, mixer, heads, order, local) for order in orders]
+        sizes = (hidden_size, compression, d_state, mixer, heads)
+        blocks = [DiffuSSMBlock(*sizes, order, local, tokens) for order in orders]
         super().__init__(blocks, input_size, in_channels, patch_size, hidden_size, compression, num_classes, **options)
 
     def reset_parameters(self) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from diffussm_cli.config import Config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model.local import Local
-from diffussm_cli.model.s4d.layer import S4D
-from diffussm_cli.profiling.flops import COMPLEX_PRODUCT, fft_macs, in_sequence, with_one_block
+from diffussm_cli.model.mixer import COMPLEX_PRODUCT, fft_macs, kept_kernels
+from diffussm_cli.profiling.flops import with_one_block
 
 # Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
@@ -40,38 +40,25 @@ def count(config: Config) -> dict[str, float]:
     """
     model = with_one_block(config).eval()
     m = config.model
-    tokens = in_sequence(m, math.prod(config.data.grid) // m.patch_size**2)
 
     # One image with all conditions that the model takes.
     with torch.device("meta"):
         x = torch.empty(1, config.data.channels, *config.data.grid)
         t = torch.zeros(1, dtype=torch.long)
         text = torch.empty(1, 1 + m.text_tokens, m.text_width)
-        sequence = torch.empty(1, tokens)
     inputs = (x, t, t if m.num_classes else None, text if m.text_width else None)
 
-    # Of the model with one block, of that block, and of its kernels, which both include.
-    total, block = _trace(model, inputs, "blocks.0")
-    model.forget_kernels()
-    kernels, _ = _trace(_Kernels(model), (sequence,))
-    total.subtract(kernels)
-    block.subtract(kernels)
+    # Of the model with one block, and of that block, with its kernels and with kernels that are kept.
+    _, with_kernels = _trace(model, inputs, "blocks.0")
+    with torch.no_grad(), kept_kernels(model):
+        model(*inputs)
+        total, block = _trace(model, inputs, "blocks.0")
+    kernels = with_kernels - block
 
     for kind, macs in block.items():
         total[kind] += (m.depth - 1) * macs
     total["kernels"] = m.depth * kernels.total()
     return {kind: macs / 1e9 for kind, macs in total.items() if macs}
-
-
-class _Kernels(nn.Module):
-    """The work of one weight update, as a module for a trace: x (1, L) gives the length."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.layers = nn.ModuleList(m for m in model.modules() if isinstance(m, S4D))
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [layer.spectra(x.shape[-1]) for layer in self.layers]  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
 from diffussm_cli.machine.device import is_out_of_memory
 from diffussm_cli.model import Backbone, build_model
-from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.mixer import StateSpace, kept_kernels
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.sampling.generate import Text, make_denoiser
 from diffussm_cli.sampling.precision import cast_products
@@ -55,7 +55,7 @@ def random_model(config: Config, setting: Setting) -> Backbone:
         for p in model.parameters():
             p.normal_(std=0.02)
         for module in model.modules():
-            if isinstance(module, S4D):
+            if isinstance(module, StateSpace):
                 module.reset_parameters()
     if setting.compiled:
         model.compile()
@@ -98,7 +98,7 @@ def workload(model: Backbone, config: Config, kind: str, setting: Setting) -> Ca
 
     def run() -> None:
         if model.training != (kind == TRAINING):
-            model.train(kind == TRAINING)  # frees kept kernels, so only if the mode changes
+            model.train(kind == TRAINING)  # walks all modules, so only if the mode changes
         with torch.autocast(device.type, setting.dtype, enabled=setting.dtype != torch.float32):
             call()
 
@@ -174,10 +174,11 @@ def measure(
     multiply-adds, relative to a large matrix product. `peak_bytes` is the peak of the allocator
     with the weights, on CUDA, and None elsewhere.
     """
-    prepared = [_prepare(config, kind, setting) for config in configs]
-    reference, reference_macs = product(setting)
-    calls = [reference, *(call for call, _ in filter(None, prepared))]
-    times = iter(take_turns(calls, setting))
+    with contextlib.ExitStack() as kernels:
+        prepared = [_prepare(config, kind, setting, kernels) for config in configs]
+        reference, reference_macs = product(setting)
+        calls = [reference, *(call for call, _ in filter(None, prepared))]
+        times = iter(take_turns(calls, setting))
     product_rate = reference_macs / summary(next(times))["median_ms"]
 
     results: list[dict[str, Any] | None] = []
@@ -205,8 +206,12 @@ def _prepare(
     config: Config,
     kind: str,
     setting: Setting,
+    kernels: contextlib.ExitStack,
 ) -> tuple[Callable[[], None], int | None] | None:
-    """A model's call, run twice, and its peak memory on CUDA; None if it does not fit."""
+    """A model's call, run twice, and its peak memory on CUDA; None if it does not fit.
+
+    Until `kernels` is closed the model keeps its kernels, as while images are drawn.
+    """
     device = setting.device
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -214,7 +219,9 @@ def _prepare(
         torch.cuda.reset_peak_memory_stats(device)
     try:
         with _limited_memory(device):
-            call = workload(random_model(config, setting), config, kind, setting)
+            model = random_model(config, setting)
+            call = workload(model, config, kind, setting)
+            kernels.enter_context(kept_kernels(model))
             call()
             call()
     except RuntimeError as e:

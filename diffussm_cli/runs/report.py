@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config, load_config, preset_names, to_dict, to_yaml
@@ -174,22 +175,34 @@ def metric_name(name: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- kernels
 def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
-    """Charts of the newest averaged weights: the first, middle and last S4D layer, a slow, median and fast channel."""
+    """Charts of the newest averaged weights: the first, middle and last SSM layer, a slow, median and fast channel.
+
+    The mixer axial has kernels along rows and along columns; its steps are shown in tokens, as those of S4D are.
+    """
     held = [(runs.step_of(path), path / runs.EMA) for path in runs.list_checkpoints(root)[-1:]]
     with contextlib.suppress(RunError):
         held.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
     H, W = config.data.grid
-    L = min(TAPS, H * W // config.model.patch_size**2)
+    H, W = H // config.model.patch_size, W // config.model.patch_size
     with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(max(held)[1], "pt") as weights:
         layers = [name.removesuffix("log_dt") for name in weights.keys() if name.endswith("log_dt")]  # noqa: SIM118
         layers.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdecimal()])
         for i in sorted({0, len(layers) // 2, len(layers) - 1}) if layers else ():
-            log_dt, log_A_real, A_imag, B, C = (weights.get_tensor(layers[i] + name).float() for name in PARAMETERS)
-            taps = s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L)  # (2, D, L)
-            ranked = log_dt.mean(0).argsort().tolist()
-            for k in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
-                dt = log_dt[:, k].exp().mean()
-                yield chart(f"Layer {i + 1}, channel {k}, dt {dt:.2g}", both_ways(taps[:, k].double().numpy()))
+            parameters = [weights.get_tensor(layers[i] + name).float() for name in PARAMETERS]
+            sequences: dict[str, tuple[list[Tensor], int]] = {"": (parameters, H * W)}
+            if parameters[0].ndim == 3:
+                log_dt, *others = parameters
+                sequences = {
+                    f" {words}": ([log_dt[axis] - math.log(S), *(p[axis] for p in others)], S)
+                    for axis, (words, S) in enumerate((("along rows", W), ("along columns", H)))
+                }
+            for words, ((log_dt, log_A_real, A_imag, B, C), L) in sequences.items():
+                taps = s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, min(TAPS, L))  # (2, D, L)
+                ranked = log_dt.mean(0).argsort().tolist()
+                for k in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
+                    dt = log_dt[:, k].exp().mean()
+                    title = f"Layer {i + 1}{words}, channel {k}, dt {dt:.2g}"
+                    yield chart(title, both_ways(taps[:, k].double().numpy()))
 
 
 def both_ways(taps: np.ndarray) -> dict[str, Curve]:

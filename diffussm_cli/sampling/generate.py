@@ -14,6 +14,7 @@ from diffussm_cli.diffusion.process import Objective
 from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
 from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model.backbone import Backbone
+from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.sampling.precision import in_precision
 
 
@@ -46,7 +47,7 @@ def generate(
     dtype: torch.dtype = torch.float32,
     text: Text | None = None,
 ) -> Iterator[Drawn]:
-    """Draw one image per seed, batch by batch. At the end, the kernels that the model keeps are freed.
+    """Draw one image per seed, batch by batch. Kernels are made once for all batches.
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `objective`.
@@ -58,7 +59,7 @@ def generate(
     Raises:
         NotFiniteError: if an image becomes NaN or infinite; it names the seed and the step.
     """
-    try:
+    with kept_kernels(model):
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
@@ -68,8 +69,6 @@ def generate(
             except NotFiniteError as e:
                 raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
             yield Drawn(list(seeds[chosen]), *drawn)
-    finally:
-        model.forget_kernels()
 
 
 def name_of(seed: int) -> str:

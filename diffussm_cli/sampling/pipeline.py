@@ -16,6 +16,7 @@ from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.sampling import set_steps
+from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.runs import CONFIG, TrainedRun, fetch, find_run, load_model
 from diffussm_cli.sampling.generate import draw
 from diffussm_cli.sampling.precision import cast_products
@@ -113,13 +114,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
         sampling = dataclasses.replace(config.sample, steps=steps, guidance=guidance)
         objective = make_objective(config.diffusion, device)
         scheduler = set_steps(self._scheduler(), objective, steps)
-        try:
-            self._check_prompt(prompt, negative_prompt)
-            said = [prompt] * len(generators) if isinstance(prompt, str) else prompt or ()
-            text = self._encode(said, negative_prompt)
+        self._check_prompt(prompt, negative_prompt)
+        said = [prompt] * len(generators) if isinstance(prompt, str) else prompt or ()
+        text = self._encode(said, negative_prompt)
+        with kept_kernels(model):
             _, latents = draw(model, objective, sampling, generators, labels, self.denoiser.dtype, scheduler, text)
-        finally:
-            model.forget_kernels()
         images = _as_output(self._decode(latents, device), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

@@ -7,7 +7,7 @@ from collections import deque
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.mixer import StateSpace
 from diffussm_cli.training.parallel import local_shards
 
 SPIKE, WINDOW, LEAST = 3.0, 20, 5  # factor over the median of the last records; maximum and minimum number of them
@@ -77,7 +77,7 @@ def time_scales(model: nn.Module) -> dict[str, Tensor]:
     """Range of dt and -Re A over all SSMs, for the parts that this process holds, as [min, -max] of the log: (2,)."""
     found = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
-        values = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, S4D))
+        values = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, StateSpace))
         if values:
             held = torch.cat([v.reshape(-1) for v in values])
             none = torch.full((2,), math.inf, device=held.device)

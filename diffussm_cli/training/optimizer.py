@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import TrainConfig
-from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.mixer import StateSpace
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -16,7 +16,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a capped rate."""
-    ssm = {id(p) for module in model.modules() if isinstance(module, S4D) for p in module.parameters()}
+    ssm = {id(p) for module in model.modules() if isinstance(module, StateSpace) for p in module.parameters()}
     groups: dict[str, list] = {"matrices": [], "vectors": [], "ssm": []}
     for name, p in model.named_parameters():
         is_vector = p.ndim < 2 or name.endswith("bias")  # the hourglass keeps M biases in one tensor

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diffussm_cli.machine.device import check_compiler
 from diffussm_cli.machine.processes import World
 from diffussm_cli.model.backbone import Backbone
-from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.mixer import StateSpace
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
@@ -46,7 +46,7 @@ def shard(model: Backbone, world: World, device: torch.device, dtype: torch.dtyp
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in model.modules():
-        if isinstance(module, S4D):
+        if isinstance(module, StateSpace):
             fully_shard(module, mesh=mesh, mp_policy=exact)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -30,6 +30,7 @@ from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtyp
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, reduced
 from diffussm_cli.model import Backbone, build_model, count_parameters
+from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import Batch, batches, captions_of
 from diffussm_cli.training.checkpoint import CheckpointWriter, collect, full_tensors, load_checkpoint
@@ -230,10 +231,10 @@ class Trainer:
         found: Record = {}
         for ema in self.averages:
             model, first = self.averaged(ema), ema is self.ema
-            values = self.held_out.measure(functools.partial(self.losses, model=model)) if self.held_out else {}
-            if self.scoring:
-                values |= self.scoring.score(model, self.step, keep=first)
-            model.forget_kernels()
+            with kept_kernels(model):
+                values = self.held_out.measure(functools.partial(self.losses, model=model)) if self.held_out else {}
+                if self.scoring:
+                    values |= self.scoring.score(model, self.step, keep=first)
             found |= {name if first else f"{name}@{ema.decay}": value for name, value in values.items()}
         return found
 

@@ -201,10 +201,14 @@ def test_another_encoder_than_the_runs_is_refused(captioned):
         (["data.text=wordllama"], "data.text: 'wordllama' needs model.text_width"),
         (["model.text_width=4"], "model.text_width: 4 needs a text encoder, such as data.text=wordllama"),
         (["model.text_tokens=4"], "model.text_tokens: 4 needs model.text_width"),
-        (["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.local=3"], "model.local=3 convolves"),
+        (["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.local=3"], "model.local=3 reads an image"),
         (
             ["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.mixer=conv"],
-            "model.mixer=conv convolves",
+            "model.mixer=conv reads an image",
+        ),
+        (
+            ["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.mixer=axial"],
+            "model.mixer=axial reads an image",
         ),
     ],
 )

@@ -17,7 +17,7 @@ MODELS = {
 }
 OTHERS = {  # every mixer, every order of positions and the convolution in one model each
     mixer: lambda mixer=mixer: DiffuSSM(**SIZES | {"depth": 4}, mixer=mixer, heads=2, d_state=4, scan="four", local=3)
-    for mixer in ("s4d", "linear", "conv", "attention")
+    for mixer in ("s4d", "axial", "linear", "conv", "attention")
 }
 CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.model.s4d import layer as layer_module
 from diffussm_cli.model.s4d import numerics
 from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra, convolve, fft_length, kernel_spectra
@@ -112,11 +113,11 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_
         expected = s4d(u)
         monkeypatch.setattr(layer_module, "KEEP_BYTES", 16 * 6 * 33)
         monkeypatch.setattr(numerics, "SLICE", {True: 2 * 33 * 4, False: 1})
-        s4d.eval()
         kernels_built.clear()
-        torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
-    assert kernels_built == [33, 33]  # of 4 channels and of 2
-    assert not s4d._kept
+        with kept_kernels(s4d):
+            for _ in range(2):
+                torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
+    assert kernels_built == [33, 33] * 2  # of 4 channels and of 2
 
 
 def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypatch):
@@ -298,46 +299,22 @@ def test_reduced_precision_products_do_not_reach_the_kernel(monkeypatch):
     assert not float32_arithmetic()["products"]
 
 
-def test_frozen_kernels_are_built_once(kernels_built):
+def test_kernels_are_kept_by_length_inside_the_context_only(kernels_built):
     s4d, u = layer(dtype=torch.float32), randn(1, 6, 16)
     with torch.no_grad():
-        for _ in range(5):
-            s4d(u)
-        assert kernels_built == [16]
-        s4d(randn(1, 6, 20))
         s4d(u)
-        assert kernels_built == [16, 20]  # one per length
-    s4d(u)
-    s4d(u)
-    assert kernels_built == [16, 20, 16, 16]  # training builds at each step
-
-
-def sgd_step(s4d, u):
-    with torch.enable_grad():
-        s4d(u).square().sum().backward()
-    torch.optim.SGD(s4d.parameters(), lr=0.1).step()
-
-
-CHANGES = {
-    "optimiser step": sgd_step,
-    "load_state_dict": lambda s4d, u: s4d.load_state_dict(layer(dtype=torch.float32, seed=1).state_dict()),
-    "move there and back": lambda s4d, u: (
-        s4d.to("meta").to_empty(device=device()).load_state_dict(layer(dtype=torch.float32, seed=1).state_dict())
-    ),
-    "foreach update": lambda s4d, u: torch._foreach_mul_([p.detach() for p in s4d.parameters()], 1.5),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_kept_kernels_follow_the_weights(change):
-    s4d, u = layer(dtype=torch.float32), randn(1, 6, 16)
-    with torch.no_grad():
-        before = s4d(u)
-        change(s4d, u)
-        fresh = S4D(6, 8).to(device())
-        fresh.load_state_dict(s4d.state_dict())
-        assert torch.equal(s4d(u), fresh(u))
-        assert not torch.equal(s4d(u), before)
+        s4d(u)
+        assert kernels_built == [16, 16]
+        kernels_built.clear()
+        with kept_kernels(s4d):
+            for L in (16, 20, 16):
+                s4d(randn(1, 6, L))
+            assert kernels_built == [16, 20]
+            with torch.enable_grad():  # training makes them at each step
+                s4d(u)
+            assert kernels_built == [16, 20, 16]
+        s4d(u)
+        assert kernels_built == [16, 20, 16, 16]
 
 
 def test_odd_state_size_is_refused():

@@ -5,8 +5,9 @@ import torch
 
 from diffussm_cli.config import load_config, preset_names
 from diffussm_cli.model import build_model
+from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.profiling.count import count
-from diffussm_cli.profiling.flops import MIXER_MACS, cost
+from diffussm_cli.profiling.flops import cost
 
 
 @pytest.mark.parametrize(("preset", "gflops"), [("xl-256", 295.6), ("xl-512", 1182.4)])
@@ -54,7 +55,7 @@ def test_formula_equals_the_trace_with_text(words, backbone):
 
 @pytest.mark.parametrize("local", [0, 3])
 @pytest.mark.parametrize("scan", ["raster", "alternate", "four"])
-@pytest.mark.parametrize("mixer", sorted(MIXER_MACS))
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
     chosen = [f"model.mixer={mixer}", f"model.scan={scan}", f"model.local={local}", "model.heads=4"]
     config = load_config("digits", [*chosen, "data.resolution=8x12", "data.path=folder", "model.depth=3"])
@@ -68,7 +69,13 @@ def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
 def test_parameters_of_mixers_at_xl():
     """Per block, by closed forms; at N = 64, S4D has 194 numbers per channel and direction."""
     D, h = 1152, 16
-    expected = {"s4d": 2 * 194 * D, "linear": 2 * (D + 1) * (D + h), "conv": D * (D + 11), "attention": 2 * D * (D + 1)}
+    expected = {
+        "s4d": 2 * 194 * D,
+        "axial": 2 * (2 * 193 + 1) * D,
+        "linear": 2 * (D + 1) * (D + h),
+        "conv": D * (D + 11),
+        "attention": 2 * D * (D + 1),
+    }
     for local in (0, 3):
         found = {m: cost(load_config("xl-256", [f"model.mixer={m}", f"model.local={local}"])) for m in expected}
         rest = {mixer: c.parameters - 29 * (expected[mixer] + 10 * D * (local > 0)) for mixer, c in found.items()}

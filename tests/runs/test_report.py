@@ -13,7 +13,9 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.data.images import read_image
 from diffussm_cli.errors import RunError
+from diffussm_cli.model.mixers.axial import Axial
 from diffussm_cli.model.s4d.layer import S4D
+from diffussm_cli.model.s4d.reference import s4d_kernel_naive
 from diffussm_cli.pages import POINTS, chart, thin
 from diffussm_cli.runs import report
 from diffussm_cli.runs.report import Log, kernels
@@ -117,6 +119,19 @@ def test_kernels_are_those_of_the_averaged_weights(run):
     assert first["lines"] == chart("", expected)["lines"]
     assert first["title"].startswith(f"Layer 1, channel {channel}, dt ")
     np.testing.assert_array_equal(expected["earlier tokens"].y[::-1], taps[0, : len(expected["later tokens"].x)])
+
+
+def test_kernels_of_axial_are_those_of_both_axes_in_tokens(tiny, tmp_path):
+    list(train(tiny("model.mixer=axial", "train.steps=2"), tmp_path / "run"))
+    trained = runs.find_run(tmp_path / "run")
+    layer = next(m for m in runs.load_model(trained).modules() if isinstance(m, Axial))
+    charts = list(kernels(tmp_path / "run", trained.config))
+    for axis, (words, first) in enumerate((("rows", charts[0]), ("columns", charts[3]))):
+        channel = int(layer.log_dt[axis].mean(0).argmin())
+        ssm = (layer.log_dt.exp() / 8, -layer.log_A_real.exp(), layer.A_imag, layer.B, layer.C)
+        taps = s4d_kernel_naive(*(p[axis] for p in ssm), 8)[:, channel]  # of eight tokens a side
+        assert first["lines"] == chart("", report.both_ways(taps.double().numpy()))["lines"]
+        assert first["title"].startswith(f"Layer 1 along {words}, channel {channel}, dt ")
 
 
 def test_a_run_without_weights_previews_or_log_has_a_page(run):

@@ -8,6 +8,8 @@ from diffussm_cli.model import build_model
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
 from tests.conftest import device
 
+SSM = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
+
 
 def test_learning_rate_courses():
     def course(**changes):
@@ -33,6 +35,19 @@ def test_optimiser_groups_hold_every_parameter_once(tiny):
     assert (groups["matrices"]["weight_decay"], groups["vectors"]["weight_decay"]) == (0.1, 0.0)
     assert groups["ssm"]["weight_decay"] == 0.0
     assert (groups["matrices"]["lr"], groups["ssm"]["lr"]) == (5e-3, 1e-3)
+
+
+def test_state_spaces_of_every_mixer_are_the_ssm_group(tiny):
+    for mixer, expected in (("s4d", SSM), ("axial", SSM), ("conv", set()), ("attention", set())):
+        config = tiny(f"model.mixer={mixer}", "model.heads=4", "train.lr=5e-3", "train.weight_decay=0.1")
+        model = build_model(config)
+        groups = {g["name"]: g for g in parameter_groups(model, config.train)}
+        ssm = {id(p) for p in groups.get("ssm", {"params": []})["params"]}
+        assert {n for n, p in model.named_parameters() if id(p) in ssm} == {
+            f"blocks.{i}.{mixer}.{name}" for i in range(2) for name in expected
+        }
+        if expected:
+            assert (groups["ssm"]["lr"], groups["ssm"]["weight_decay"]) == (config.train.ssm_lr, 0.0)
 
 
 def optimizer_of(tiny, *overrides):

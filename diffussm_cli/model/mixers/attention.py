@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffussm_cli.model.mixer import Mixer, Sizes
 
-class Heads(nn.Module):
+
+class Heads(Mixer):
     """A mixer with heads. The values are U itself, because W_up and W_down already project into and out of a mixer.
 
     Raises:
@@ -21,6 +23,10 @@ class Heads(nn.Module):
             raise ValueError(f"hidden_size {D} must be a multiple of heads {heads}")
         self.heads = heads
         self.qk = nn.Linear(D, 2 * D)
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Heads":
+        return cls(sizes.D, sizes.heads)
 
     def split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u (B, D, J, M) -> queries, keys, values (B, h, L, d), and the tokens (B, L, D)."""
@@ -40,3 +46,10 @@ class Attention(Heads):
         q, k, v, _ = self.split(u)  # (B, h, L, d) each
         y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
         return torch.cat([y.mT.reshape(u.shape), u], dim=1)  # (B, 2D, J, M)
+
+    def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
+        D = self.qk.in_features
+        return {"mixer": 2 * L * D**2, "attention": 2 * L**2 * D}
+
+    def saved(self) -> float:
+        return 4 * self.qk.in_features

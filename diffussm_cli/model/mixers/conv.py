@@ -8,22 +8,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffussm_cli.model.local import Local
+from diffussm_cli.model.mixer import Mixer, Sizes
 from diffussm_cli.model.scan import RASTER, Scan
 
 
-class Conv(nn.Module):
+class Conv(Mixer):
     """u (B, D, J, M) -> concat(gated convolution, u) (B, 2D, J, M); a token sees the 3x3 tokens around it.
 
     The gate is DiCo's compact channel attention: a sigmoid of a Linear of each channel's mean over the image. DiCo's
     pointwise convolutions before and after are W_up and W_down here. Why u takes the second place: see `Attention`.
     """
 
+    needs_image = True
+
     def __init__(self, D: int, scan: Scan = RASTER):
         super().__init__()
         self.depthwise = Local(D, scan)
         self.gate = nn.Linear(D, D)
 
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Conv":
+        return cls(sizes.D, sizes.scan)
+
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         v = F.gelu(self.depthwise(u, grid))  # (B, D, J, M)
         gate = torch.sigmoid(self.gate(v.mean((2, 3))))  # (B, D)
         return torch.cat([v * gate[..., None, None], u], dim=1)  # (B, 2D, J, M)
+
+    def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
+        D = self.gate.in_features
+        return {"mixer": 9 * L * D + D**2}
+
+    def saved(self) -> float:
+        return 3 * self.gate.in_features

@@ -8,6 +8,8 @@ per channel of the keys. Here there is one per head, as in Mamba-2 (arXiv 2405.2
 products, and its decays, exponentials of numbers that are at most 0, cannot overflow.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,6 +40,15 @@ class LinearAttention(Heads):
         y = gated_linear_attention(q, k, v, log_decay)  # (2, B, h, L, d)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-6)  # (2, B, h, L, d)
         return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(len(u), -1, *u.shape[2:])  # (B, 2D, J, M)
+
+    def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
+        """Queries, keys and gates; per direction and token T products with keys and values, and two with a state."""
+        D, h = self.qk.in_features, self.heads
+        padded = math.ceil(L / CHUNK) * CHUNK
+        return {"mixer": 2 * L * D * (D + h) + 2 * padded * (2 * CHUNK * D + 2 * D**2 / h)}
+
+    def saved(self) -> float:
+        return 19 * self.qk.in_features + 6 * self.heads * CHUNK
 
 
 def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, T: int = CHUNK) -> Tensor:

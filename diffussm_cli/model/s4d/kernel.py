@@ -9,11 +9,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffussm_cli.model.mixer import COMPLEX_PRODUCT
 from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of, worth_keeping
 
 
 def s4d_kernel(
-    dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int, D_skip: Tensor | None = None
+    dt: Tensor,
+    A_real: Tensor,
+    A_imag: Tensor,
+    B: Tensor,
+    C: Tensor,
+    L: int,
+    D_skip: Tensor | None = None,
+    one_level: bool = False,
 ) -> Tensor:
     """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as a batched real matrix product.
 
@@ -26,6 +34,7 @@ def s4d_kernel(
         B, C: input and output vectors as (real, imaginary) pairs, (..., D, N/2, 2).
         L: number of taps.
         D_skip: added to the tap at lag 0, (..., D).
+        one_level: compute all N/2 x L exponentials. That takes fewer operators, so it is faster if they are few.
 
     Returns:
         K, (..., D, L), in the dtype of `dt`.
@@ -33,6 +42,10 @@ def s4d_kernel(
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
     re, im = _discretise(x, y, A_real, A_imag, B, C)
     modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): one row per channel and direction
+    if one_level:
+        one: Callable[..., Tensor] = ModesInOneLevel.apply if torch.is_grad_enabled() else _sum_in_one_level
+        K = one(*modes, L).unflatten(0, dt.shape)
+        return K if D_skip is None else torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
     skip = torch.zeros_like(dt) if D_skip is None else D_skip
     sum_of_modes: Callable[..., Tensor] = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
@@ -95,10 +108,67 @@ class Modes(torch.autograd.Function):
         return *gradients, dK[:, 0, 0], None
 
 
+def _sum_in_one_level(re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int, kept: list[Tensor] | None = None) -> Tensor:
+    """`_sum_of_modes` without a skip, from all its exponentials: (R, N/2) four times -> (R, L).
+
+    `kept` takes l and the exponentials as real and imaginary parts, (R, N, L).
+    """
+    l = torch.arange(L, device=x.device, dtype=x.dtype)  # noqa: E741
+    decay, angle = _without_denormals(torch.exp(x[..., None] * l)), y[..., None] * l
+    powers = torch.cat([decay * torch.cos(angle), decay * torch.sin(angle)], dim=1)
+    if kept is not None:
+        kept += [l, powers]
+    with full_float32_products():
+        return torch.bmm(torch.cat([2 * re, -2 * im], dim=1)[:, None], powers)[:, 0]
+
+
+class ModesInOneLevel(torch.autograd.Function):
+    """`_sum_in_one_level` with its own backward: the gradients are those of `Modes`, with sums over l."""
+
+    @staticmethod
+    def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
+        kept: list[Tensor] = []
+        K = _sum_in_one_level(re, im, x, y, L, kept)
+        ctx.save_for_backward(re, im, *kept)
+        return K
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
+        re, im, l, powers = ctx.saved_tensors  # noqa: E741
+        with no_autocast(re.device), full_float32_products():
+            W = torch.bmm(powers, torch.stack([dK, dK * l], dim=-1))  # (R, N, 2)
+        (W0_re, W1_re), (W0_im, W1_im) = (half.unbind(-1) for half in W.chunk(2, dim=1))
+        d_x = 2 * (re * W1_re - im * W1_im)
+        d_y = -2 * (re * W1_im + im * W1_re)
+        return 2 * W0_re, -2 * W0_im, d_x, d_y, None
+
+
+def _without_denormals(decay: Tensor) -> Tensor:
+    """Set decay factors below tiny^(1/4) to 0: a product of four others is never denormal.
+
+    A denormal number takes a CPU a hundred times as long, and half of the modes decay that far within 4096 tokens.
+    """
+    return torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
+
+
 def levels(L: int) -> tuple[int, int]:
     """A and T of l = aT + b, 0 <= a < A and 0 <= b < T; T is a power of two near sqrt(L)."""
     T = 1 << math.ceil(math.log2(L) / 2)
     return math.ceil(L / T), T
+
+
+def kernel_macs(L: int, N: int) -> float:
+    """Multiply-adds of a kernel of L taps, for one channel and direction."""
+    A, T = levels(L)
+    tables = (_table_size(A) + A + _table_size(T)) * N // 2 * COMPLEX_PRODUCT
+    return N * A * T + tables
+
+
+def _table_size(count: int) -> int:
+    """The size of the product of two short tables that holds at least `count` powers."""
+    p = math.ceil(math.sqrt(count))
+    return p * math.ceil(count / p)
 
 
 def _row_slices(re: Tensor, T: int) -> list[slice]:
@@ -121,14 +191,9 @@ def _tables(x: Tensor, y: Tensor, A: int, T: int) -> tuple[Tensor, Tensor]:
 
 
 def _exponentials(x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
-    """exp((x + iy) l): (R, N/2) and l (n,) -> (R, n, N/2), by exp, cos and sin.
-
-    Decay factors below tiny^(1/4) become 0, so that a product of four of them is never denormal: a denormal number
-    takes a CPU a hundred times as long, and half of the modes decay that far within 4096 tokens.
-    """
+    """exp((x + iy) l): (R, N/2) and l (n,) -> (R, n, N/2), by exp, cos and sin."""
     l = l[:, None].to(x.dtype)  # noqa: E741
-    decay, angle = torch.exp(x[:, None] * l), y[:, None] * l
-    decay = torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
+    decay, angle = _without_denormals(torch.exp(x[:, None] * l)), y[:, None] * l
     return torch.complex(decay * torch.cos(angle), decay * torch.sin(angle))
 
 

@@ -14,26 +14,31 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra, convolve_slices, kernel_spectra
-from diffussm_cli.model.s4d.kernel import s4d_kernel
+from diffussm_cli.model.mixer import COMPLEX_PRODUCT, Sizes, StateSpace, fft_macs
+from diffussm_cli.model.s4d.convolution import (
+    Convolution,
+    KernelSpectra,
+    convolve_slices,
+    fft_length,
+    kernel_spectra,
+)
+from diffussm_cli.model.s4d.kernel import kernel_macs, s4d_kernel
 from diffussm_cli.model.s4d.numerics import no_autocast, wants_toeplitz
 
 KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
 
-class S4D(nn.Module):
+class S4D(StateSpace):
     """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
 
     Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) -> (B, 2D, L). The grid
     of an image, which other mixers use, is ignored.
 
-    There are 194 parameters per channel and direction at N = 64. They stay float32 under `.half()`, `.to(bfloat16)`
-    and autocast; `.double()` is honoured. They are initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform
-    between log dt_min and log dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
+    There are 194 parameters per channel and direction at N = 64, at least in float32. They are initialised by S4D-Lin:
+    Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
-    Without gradients the spectra are kept until a parameter changes, so that sampling computes them once and not at
-    each denoising step. They take 16 D (L + 1) bytes or slightly more per layer and length. Beyond KEEP_BYTES they are
-    computed slice by slice instead, so that memory stays bounded. Compiled code computes them at each call.
+    Inside `kept_kernels` the spectra are computed once. They take 16 D (L + 1) bytes or slightly more per layer and
+    length. Beyond KEEP_BYTES they are computed slice by slice instead, so that memory stays bounded.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -47,8 +52,11 @@ class S4D(nn.Module):
         self.B = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.C = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.D_skip = nn.Parameter(torch.empty(2, D))
-        self._kept: dict[int, tuple[tuple, Tensor]] = {}
         self.reset_parameters()
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> "S4D":
+        return cls(sizes.D, sizes.N)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -82,32 +90,20 @@ class S4D(nn.Module):
             return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L, D_skip)
 
     def spectra(self, L: int) -> Tensor:
-        """Spectra for length L without gradients, (2, D, F), kept until a parameter changes."""
-        state = tuple((p.data_ptr(), p._version) for p in self.parameters())
-        if L not in self._kept or self._kept[L][0] != state:
-            self._kept[L] = (state, kernel_spectra(self.taps(L)))
-        return self._kept[L][1]
+        """Spectra for length L without gradients, (2, D, F), kept inside `kept_kernels`."""
+        # While a model is traced, sizes are tensors.
+        return self.keep(int(L), lambda: kernel_spectra(self.taps(L)))
 
-    def forget_kernels(self) -> None:
-        """Free the kept spectra."""
-        self._kept.clear()
+    def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
+        D, n = self.log_dt.shape[-1], fft_length(L)
+        return {
+            "FFT": 3 * D * fft_macs(n),  # one forward transform, two inverse
+            "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
+        }
 
-    def train(self, mode: bool = True) -> "S4D":
-        self.forget_kernels()
-        return super().train(mode)
+    def kernel_macs(self, L: int, _grid: tuple[int, int]) -> float:
+        D, half_N = self.A_imag.shape[-2:]
+        return 2 * D * (kernel_macs(L, 2 * half_N) + fft_macs(fft_length(L)))
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.forget_kernels()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn, recurse: bool = True) -> "S4D":
-        """Called by `.to`, `.cuda`, `.half` and the like: changes the device; precision stays at least float32."""
-        self.forget_kernels()
-
-        def keep_precision(t: Tensor) -> Tensor:
-            wanted = fn(t.new_empty(0))
-            if wanted.dtype in (torch.float32, torch.float64):
-                return fn(t)
-            return t.to(wanted.device, torch.float32)
-
-        return super()._apply(keep_precision, recurse)
+    def saved_kernels(self, L: int, _grid: tuple[int, int]) -> float:
+        return 4 * self.log_dt.shape[-1] * L  # as complex spectra
