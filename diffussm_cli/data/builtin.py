@@ -26,6 +26,7 @@ class InMemory(Captioned):
     flip: bool = False
     names: tuple[str, ...] = ()
     captions: tuple[tuple[str, ...], ...] = ()
+    left_out = ""  # of the data
 
     def __len__(self) -> int:
         return len(self.images)

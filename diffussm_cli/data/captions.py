@@ -1,73 +1,107 @@
 """Captions beside the images of a folder or archive.
 
-metadata.jsonl     in a folder: one object per line, `file_name` and `text`, a string or a list (as Hugging Face's)
-NAME.txt           beside NAME.png, if there is no metadata.jsonl: one caption per line
+metadata.jsonl     in the folder of an image, or above it: one object per line, `text`, a string or a list, and
+                   `file_name` relative to the folder of this file (as Hugging Face's)
+NAME.txt           beside NAME.png, if no metadata.jsonl lies in its folder or above: one caption per line
 KEY.txt, KEY.json  in a WebDataset shard: one caption per line, and the fields `text` or `caption`
 text, caption      columns of a parquet shard: a string or a list
 """
 
 import contextlib
+import itertools
 import json
 import os
-import tarfile
+import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffussm_cli.data import parquet
-from diffussm_cli.data.listing import MAX_FILE_BYTES, Listing, key_of
+from diffussm_cli.data.listing import MAX_FILE_BYTES, METADATA, LeftOut, Listing
+from diffussm_cli.data.tar import Damaged, key_of, members
 from diffussm_cli.data.text import plain
 from diffussm_cli.errors import DataError, reading
+from diffussm_cli.machine.files import read_regular
 
-METADATA = "metadata.jsonl"
 MAX_TEXT_BYTES = 1 << 20  # of the captions of one image
 
 
-def read_captions(listing: Listing, needed: bool = True) -> dict[str, tuple[str, ...]]:
+def read_captions(
+    listing: Listing, needed: bool = True, left_out: list[LeftOut] | None = None
+) -> dict[str, tuple[str, ...]]:
     """The captions of images by the name of their entry, without duplicates; images without one are missing.
 
+    Args:
+        needed: raise an error for parquet shards without a column of texts.
+        left_out: gets what is not used of the captions, by reason.
+
     Raises:
-        DataError: for a file of captions that is not UTF-8, is damaged or too large; if captions are `needed`, for
-            parquet shards without a column of texts.
+        DataError: for a file of captions that is not UTF-8, is damaged or too large.
     """
+    # All captions, by the name of an image or by a key in a shard.
     found: dict[str, list[str]] = defaultdict(list)
-    for name, texts in _all(listing, needed):
-        found[name] += filter(None, map(plain, texts))
-    return {name: tuple(dict.fromkeys(texts)) for name, texts in found.items() if texts}
-
-
-def _all(listing: Listing, needed: bool) -> Iterator[tuple[str, Iterable[str]]]:
-    """Names of entries with captions of theirs."""
-    root = listing.root
+    unused: list[LeftOut] = []
     archives = dict.fromkeys(e.archive for e in listing.entries if e.archive)
-    if archives:
-        names = {key_of(e.name): e.name for e in listing.entries}
-        for archive in archives:
-            shard = (
-                _in_parquet(listing, archive, needed) if archive.endswith(".parquet") else _in_archive(root, archive)
-            )
-            yield from ((names[key], texts) for key, texts in shard if key in names)
-    elif os.path.isfile(root / METADATA):
-        yield from _in_metadata(root / METADATA)
-    else:
-        for entry in listing.entries:
-            path = (root / entry.name).with_suffix(".txt")
-            if path.is_file():
-                with reading(f"data.text: {path}: cannot be read", DataError):
-                    yield entry.name, _bounded(path.read_bytes(), MAX_TEXT_BYTES).decode().splitlines()
+    parts = [_in_folders(listing.root, [e.name for e in listing.entries], unused)] if not archives else []
+    for archive in archives:
+        in_parquet = archive.lower().endswith(".parquet")
+        parts.append(_in_parquet(listing, archive, needed) if in_parquet else _in_archive(listing.root, archive))
+    for name, texts in itertools.chain.from_iterable(parts):
+        found[name] += filter(None, map(plain, texts))
+
+    # Those of the images.
+    names = {e.name: key_of(e.name) if archives else e.name for e in listing.entries}
+    if left_out is not None:
+        used = set(names.values())
+        strange = [name for name, texts in found.items() if texts and name not in used]
+        left_out += unused
+        left_out += [LeftOut(len(strange), "caption", "of no image in the source", strange[0])] if strange else []
+    captions = {name: tuple(dict.fromkeys(found.get(key, ()))) for name, key in names.items()}
+    return {name: texts for name, texts in captions.items() if texts}
 
 
-def _in_metadata(path: Path) -> Iterator[tuple[str, list[str]]]:
+def _in_folders(root: Path, names: Sequence[str], unused: list[LeftOut]) -> Iterator[tuple[str, list[str]]]:
+    """Captions of image files: from metadata.jsonl in a folder that contains them, or else from their own .txt."""
+    described: dict[str, bool] = {}  # folders, by whether they or one above have a metadata.jsonl
+
+    def is_described(folder: str) -> bool:
+        if folder not in described:
+            own = os.path.lexists(root / folder / METADATA)
+            described[folder] = own | bool(folder and is_described(folder.rpartition("/")[0]))
+        return described[folder]
+
+    # Every image has its own file, ...
+    passed_over = []
+    for name in names:
+        path = (root / name).with_suffix(".txt")
+        if not os.path.lexists(path):
+            is_described(name.rpartition("/")[0])
+        elif is_described(name.rpartition("/")[0]):
+            passed_over.append(os.path.relpath(path, root))
+        else:
+            with reading(f"data.text: {path}: cannot be read", DataError):
+                yield name, read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
+    if passed_over:
+        unused.append(LeftOut(len(passed_over), "file", f"beside a {METADATA}, which is read instead", passed_over[0]))
+
+    # ... or is one of those that a file describes.
+    for folder in described:
+        if os.path.lexists(root / folder / METADATA):
+            yield from _in_metadata(root / folder / METADATA, folder)
+
+
+def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Names of images, relative to the root of the source, with their captions; `folder` is that of the file."""
     with reading(f"data.text: {path}: cannot be read", DataError):
-        lines = _bounded(path.read_bytes(), MAX_FILE_BYTES).decode().split("\n")
+        lines = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip():
             with reading(f"data.text: {path}: line {number}", DataError):
                 record = json.loads(line)
                 if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
                     raise ValueError('is not an object with "file_name" and "text"')
-                yield record["file_name"], _texts(record)
+                yield posixpath.normpath(posixpath.join(folder, record["file_name"])), _texts(record)
 
 
 def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[str, list[str]]]:
@@ -81,26 +115,17 @@ def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[st
 
 
 def _in_archive(root: Path, archive: str) -> Iterator[tuple[str, list[str]]]:
-    with (
-        contextlib.suppress(tarfile.TarError),
-        tarfile.open(root / archive, "r:") as tar,
-    ):  # as the listing: up to damage
-        for member in tar:
-            tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
+    with contextlib.suppress(Damaged):  # as the listing: up to the damage
+        for member, read in members(root / archive):
             name = f"{archive}/{member.name}"
             key = key_of(name)
             suffix = name.removeprefix(key).lower()
             if member.isreg() and suffix in (".txt", ".json"):
                 with reading(f"data.text: {name}: cannot be read", DataError):
-                    content = tar.extractfile(member).read(MAX_TEXT_BYTES + 1)  # type: ignore[union-attr]
-                    text = _bounded(content, MAX_TEXT_BYTES).decode()
+                    if member.size > MAX_TEXT_BYTES:
+                        raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
+                    text = read(MAX_TEXT_BYTES).decode("utf-8-sig")
                     yield key, text.splitlines() if suffix == ".txt" else _texts(json.loads(text))
-
-
-def _bounded(content: bytes, most: int) -> bytes:
-    if len(content) > most:
-        raise ValueError(f"it has more than {most} bytes")
-    return content
 
 
 def _texts(record: Any) -> list[str]:

@@ -26,6 +26,8 @@ class DatasetSource:
         DataError: if it is empty, its first item does not fit the model, or the run needs captions.
     """
 
+    left_out = ""  # of the items
+
     def __init__(self, dataset: Dataset, config: Config):
         if config.data.text is not None:
             raise DataError(f"data.text: {config.data.text!r} needs captions, which a Dataset has not; set it to null")

@@ -35,13 +35,9 @@ BINARY = r"null|(large_)?binary(_view)?|fixed_size_binary.*|dictionary<values=(l
 _reading = threading.Lock()  # threads that want the same row group decode it once
 
 
-def shard_names(names: Sequence[str]) -> list[str]:
-    """The parquet files among names. Raises DataError if they belong to several splits of a data set."""
-    shards = [n for n in names if n.endswith(".parquet") and not n.startswith(".")]
-    splits = sorted({n.partition("-")[0] for n in shards if re.search(r"-\d+-of-\d+\.parquet$", n)})
-    if len(splits) > 1:
-        raise DataError(f"the parquet shards are of {', '.join(splits)}; choose one: '{splits[0]}-*.parquet'")
-    return shards
+def column_names(path: Path) -> list[str]:
+    """The names of all columns of a shard. Raises DataError."""
+    return _open(path)[0].schema_arrow.names
 
 
 def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = True) -> str | None:

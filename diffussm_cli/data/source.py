@@ -18,10 +18,10 @@ from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.datasets import PYTHON, DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
-from diffussm_cli.data.listing import list_source, read_entry
+from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.processes import own_cores
 
 AT_ONCE = 256  # images that are handed to the threads at a time
@@ -31,6 +31,10 @@ class Source(Protocol):
     """Images by index. All randomness comes from the generators, one per image, so that a step can be repeated."""
 
     class_names: tuple[str, ...]
+
+    @property
+    def left_out(self) -> str:
+        """One line that counts what is not used of the data, with the reasons; empty if everything is."""
 
     def __len__(self) -> int: ...
 
@@ -52,7 +56,14 @@ class ImageFolder(Captioned):
         self.size, self.channels, self.flip = size, channels, flip
         self.listing = list_source(root, "data.path", columns)
         self.entries, self.class_names = self.listing.entries, self.listing.class_names
-        self._pool = helpers(min(8, own_cores()))
+        self._pool = Helpers(min(8, own_cores()))
+        self._unused_captions: list[LeftOut] = []
+
+    @property
+    def left_out(self) -> str:
+        """One line that counts what is not used of the folder, with the reasons; empty if everything is."""
+        parts = self.listing.left_out(with_text=self.texts is not None)
+        return left_out_line(self.listing.root, [*parts, *self._unused_captions])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -73,7 +84,7 @@ class ImageFolder(Captioned):
 
     @functools.cached_property
     def _captions(self) -> dict[str, tuple[str, ...]]:
-        return read_captions(self.listing)
+        return read_captions(self.listing, left_out=self._unused_captions)
 
     def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
         """Decode images once; yields the number of images in each block, and the reason of each failure by index."""
@@ -109,6 +120,11 @@ class Part:
 
     def __init__(self, whole: Source, share: float, held_out: bool = False):
         self.whole, self.share, self.held_out, self.class_names = whole, share, held_out, whole.class_names
+
+    @property
+    def left_out(self) -> str:
+        """As that of the whole source."""
+        return self.whole.left_out
 
     @property
     def indices(self) -> np.ndarray:
@@ -212,7 +228,8 @@ def _check_classes(config: Config, source: Source) -> None:
         )
     wanted, found = config.model.num_classes, len(source.class_names)
     if wanted and wanted != found:
-        kind = "classes" if config.data.path.startswith(BUILTIN) else "class folders"
+        in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
+        kind = "class folders" if in_folders else "classes"
         has = f"has {found or 'no'} {kind}"
         raise ConfigError(f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}")
 

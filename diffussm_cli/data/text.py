@@ -28,6 +28,7 @@ MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
 MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
+PLACES = "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, or in a column text"
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
@@ -233,7 +234,7 @@ def check_complete(captions: Sequence[tuple[str, ...]], name_of: Callable[[int],
     without = [i for i, own in enumerate(captions) if not own]
     if without:
         some = f"{len(without)} of {len(captions)} images, such as {name_of(without[0])!r}"
-        raise DataError(f"{where} has no caption for {some}; docs/text.md says where captions stand")
+        raise DataError(f"{where} has no caption for {some}; {PLACES}")
 
 
 def plain(caption: str) -> str:

@@ -24,6 +24,7 @@ class DrawnImages:
     """
 
     lossy = False
+    left_out = ""
     captions: Sequence[tuple[str, ...]] = ()  # `text` is what was asked for
 
     def __init__(

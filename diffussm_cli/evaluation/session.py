@@ -91,7 +91,9 @@ class EvaluationSession:
         return self.open(path, None if path.startswith(BUILTIN) else d.size, "data.held_out")
 
     def features(self, images: ImageSet, what: str) -> Generator[Event, None, Gathered]:
-        """Compute the features of a set, or load them from the cache."""
+        """Compute the features of a set, or load them from the cache. A Message tells what of the set is not used."""
+        if images.left_out:
+            yield Message(images.left_out)
         yield Stage("loading the extractor")
         return (yield from gather_features(images, self.extractor, self.batch_size, self.cache, self.world, what))
 

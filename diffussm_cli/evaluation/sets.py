@@ -3,6 +3,7 @@
 B batch   C channels that the extractor takes   H x W pixels
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -20,16 +21,17 @@ from diffussm_cli.data.arrays import Rows, open_npz
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.latents.manifest import MANIFEST
-from diffussm_cli.data.listing import Listing, list_source, read_entry
+from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.machine.device import helpers
+from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import own_cores
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
 HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
 IN_COLOUR = "in colour, but the extractor takes only grey images; use --extractor inception"
+OWN_FILES = (GRID, "meta.json", "samples.npz", "results.json")  # beside samples: not of the set
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -41,6 +43,10 @@ class ImageSet(Protocol):
     grey: bool  # whether the first image is, or all of a built-in set
     labels: Sequence[int] | None
     lossy: bool
+
+    @property
+    def left_out(self) -> str:
+        """One line that counts what is not used, with the reasons; empty if everything is."""
 
     @property
     def captions(self) -> Sequence[tuple[str, ...]]:
@@ -82,16 +88,21 @@ class _Folder:
         entries = [e for e in listing.entries if e.name != GRID]
         if not entries:
             raise DataError(f"{option}: {path} holds no image other than {GRID}")
-        self.listing = Listing(listing.root, entries, listing.class_names, listing.ignored)
+        self.listing = dataclasses.replace(listing, entries=entries)
         first = read_entry(listing.root, entries[0], None)
         self.cropped, self.size = size is not None, size or (first.shape[0], first.shape[1])
         self.grey = is_grey(first)
         self.labels: Sequence[int] | None = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
-        self._pool = helpers(min(8, own_cores()))
+        self._pool = Helpers(min(8, own_cores()))
 
     def __len__(self) -> int:
         return len(self.listing.entries)
+
+    @property
+    def left_out(self) -> str:
+        """One line that counts what is not used of the folder, with the reasons; empty if everything is."""
+        return left_out_line(self.name, self.listing.left_out(with_text=True, own=OWN_FILES))
 
     @functools.cached_property
     def captions(self) -> Sequence[tuple[str, ...]]:
@@ -140,7 +151,10 @@ class _Npz:
         self.grey = is_grey(next(self.rows.read(0, 1)))
         _refuse_other_size(self, size)
         labels = arrays.get(LABELS)
+        self.left_out = ""
         if labels is not None and (labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"):
+            why = f"{labels.dtype} of shape {labels.shape}, which is not one integer per image"
+            self.left_out = left_out_line(self.name, [LeftOut(1, "array", why, LABELS)])
             labels = None
         self.labels: Sequence[int] | None = None if labels is None else labels.whole().tolist()
 
@@ -193,6 +207,8 @@ def image_rows(rows: Rows) -> Rows:
 
 
 class _Builtin:
+    left_out = ""
+
     def __init__(self, path: str, channels: int, size: tuple[int, int] | None = None):
         held_out = path.endswith(HELD_OUT)
         name = path.removeprefix(BUILTIN).removesuffix(HELD_OUT)

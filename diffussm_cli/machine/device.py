@@ -6,14 +6,17 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from diffussm_cli import __version__
 from diffussm_cli.errors import ConfigError
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,6 +131,23 @@ def helpers(count: int = 1) -> ThreadPoolExecutor:
     """
     torch.get_num_threads()  # otherwise this thread would take the number that another one set last
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class Helpers:
+    """`helpers` that start at first use in each process, so that an owner of them may be pickled or forked."""
+
+    def __init__(self, count: int):
+        self.count, self._process = count, 0
+        self._threads: ThreadPoolExecutor | None = None
+
+    def map(self, function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
+        """As ThreadPoolExecutor.map."""
+        if self._threads is None or self._process != os.getpid():  # threads do not survive a fork
+            self._threads, self._process = helpers(self.count), os.getpid()
+        return self._threads.map(function, values)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"count": self.count, "_process": 0, "_threads": None}
 
 
 def keep_freed_memory() -> None:

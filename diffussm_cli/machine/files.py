@@ -84,12 +84,12 @@ def check_output(
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """Open a file of a user for reading. Raises OSError, also for a pipe or device, which might block for ever."""
-    waits_not = getattr(os, "O_NONBLOCK", 0)  # Windows has none, and no such pipes
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | waits_not))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # of Unix, of Windows
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return file
+    return os.fdopen(handle, "rb")
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:

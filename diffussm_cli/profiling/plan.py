@@ -28,6 +28,8 @@ class Plan(NamedTuple):
 class Noise:
     """A source of random images and captions, so that no data is needed."""
 
+    left_out = ""
+
     def __init__(self, config: Config):
         self.shape = (config.data.channels, *config.data.grid)
         self.words = (1 + config.model.text_tokens, config.model.text_width)

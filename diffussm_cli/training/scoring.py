@@ -52,6 +52,8 @@ class Scoring:
         self.session.choose(config.data.size, config.data.is_grey)
         self.warnings = doubts(self.session.asked, self.session.name, path)
         self.reference = self.session.reference(path, None, config.data.size)
+        if self.reference.images is not None and self.reference.images.left_out:
+            self.warnings.append(self.reference.images.left_out)
 
     def score(self, model: Backbone, step: int, keep: bool = True) -> dict[str, float]:
         """Metrics of a model in eval mode by name, as `eval/fid`; empty on all processes but the first.

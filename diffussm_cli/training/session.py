@@ -104,6 +104,8 @@ def _train_in(
 ) -> Generator[Event, None, TrainingResult]:
     yield Stage("listing")
     source = open_source(config, dataset)
+    if source.left_out:
+        yield Message(source.left_out)
     with held_alone(root, world), contextlib.ExitStack() as stack:
         yield Stage("looking for checkpoints")
         checkpoint, damaged = agree_on_checkpoint(root, world)

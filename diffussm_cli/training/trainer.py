@@ -92,7 +92,10 @@ class Trainer:
     def warnings(self) -> list[str]:
         """What the user should know before training begins."""
         decoding = [self.decoding.warning] if self.decoding and self.decoding.warning else []
-        return decoding + (self.scoring.warnings if self.scoring else [])
+        scoring = self.scoring.warnings if self.scoring else []
+        held_out = self.held_out.source.left_out if self.held_out else ""
+        left_out = [held_out] if held_out not in ("", self.source.left_out, *scoring) else []
+        return decoding + scoring + left_out
 
     def summary(self) -> str:
         """Number of parameters, device and precision in one line."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -39,7 +40,12 @@ def test_metadata_takes_the_place_of_text_files(tmp_path):
     lines += [{"file_name": "gone.png", "text": "gone"}, {"file_name": "2.png", "text": None}]
     content = "\n".join(json.dumps(line) for line in lines).encode()
     write(tmp_path, {"1.png": None, "2.png": None, "2.txt": b"two", METADATA: content})
-    assert captions(tmp_path) == {"1.png": ("one", "uno", "ein"), "gone.png": ("gone",)}
+    left_out = []
+    assert read_captions(list_source(tmp_path), left_out=left_out) == {"1.png": ("one", "uno", "ein")}
+    assert left_out == [
+        (1, "file", "beside a metadata.jsonl, which is read instead", "2.txt"),
+        (1, "caption", "of no image in the source", "gone.png"),
+    ]
 
 
 def test_shards_hold_text_and_json_beside_images(tmp_path):
@@ -75,3 +81,52 @@ def test_a_damaged_file_is_named(tmp_path, name, content, problem):
     with pytest.raises(DataError, match=problem) as found:
         captions(tmp_path)
     assert "\n" not in str(found.value)
+
+
+def test_metadata_is_found_below_and_names_what_lies_beside_it(tmp_path):
+    """Each folder may have its own, as in Hugging Face's imagefolder; others have files of captions."""
+    cat = [{"file_name": "1.png", "text": "a cat"}, {"file_name": "./sub/2.png", "text": "another"}]
+    cat += [{"file_name": "9.png", "text": "gone"}]
+    content = "\n".join(json.dumps(line) for line in cat).encode()
+    images = dict.fromkeys(["cat/1.png", "cat/sub/2.png", "dog/1.png"])
+    write(tmp_path, {**images, f"cat/{METADATA}": content, "cat/1.txt": b"not this", "dog/1.txt": b"a dog"})
+    found, left_out = list_source(tmp_path), []
+    expected = {"cat/1.png": ("a cat",), "cat/sub/2.png": ("another",), "dog/1.png": ("a dog",)}
+    assert read_captions(found, left_out=left_out) == expected
+    assert left_out == [
+        (1, "file", "beside a metadata.jsonl, which is read instead", "cat/1.txt"),
+        (1, "caption", "of no image in the source", "cat/9.png"),
+    ]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    """Notepad begins every file with one."""
+    mark = b"\xef\xbb\xbf"
+    members = {"3.png": png(), "3.txt": mark + b"three", "4.png": png(), "4.json": mark + b'{"text": "four"}'}
+    write(tmp_path / "flat", {"1.png": None, "1.txt": mark + b"one"})
+    write(tmp_path / "described", {"2.png": None, METADATA: mark + b'{"file_name": "2.png", "text": "two"}'})
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert captions(tmp_path / "flat") == {"1.png": ("one",)}
+    assert captions(tmp_path / "described") == {"2.png": ("two",)}
+    assert captions(tmp_path / "0.tar") == {"0.tar/3.png": ("three",), "0.tar/4.png": ("four",)}
+
+
+def test_two_images_of_one_key_share_their_caption(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in {"1.png": png(), "1.jpg": png(), "1.txt": b"one"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    assert captions(tmp_path / "0.tar") == {"0.tar/1.png": ("one",), "0.tar/1.jpg": ("one",)}
+
+
+@pytest.mark.parametrize("name", ["1.txt", METADATA])
+def test_a_pipe_in_place_of_captions_is_named_and_not_waited_for(tmp_path, name):
+    write(tmp_path, {"1.png": None})
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: cannot be read: not a regular file"):
+        captions(tmp_path)

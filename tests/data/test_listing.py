@@ -183,12 +183,287 @@ def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
         "zero.png": "the file is empty",
         "loop.png": "cannot be read: Too many levels of symbolic links",
         "gone.png": "cannot be read: No such file or directory",
-        "pipe.png": "not a regular file",
+        "pipe.png": "cannot be read: not a regular file",
         "huge.png": f"10000x10000 pixels, more than the limit of {images.MAX_PIXELS}",
     }
     monkeypatch.setattr(listing, "MAX_FILE_BYTES", 10)
     with pytest.raises(DataError, match=f"good.png: {len(content())} bytes, more than the limit of 10"):
         read_entry(tmp_path, next(e for e in found.entries if e.name == "good.png"), (8, 8))
+
+
+# ----------------------------------------------------------------------------------------- what is not used
+def shard(**members):
+    """The content of a tar file; None is a small picture."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            data = content() if data is None else data
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return file.getvalue()
+
+
+CAPTION = "captions, which only a run with text reads"
+NOT_READ = "labels or captions that are not read: classes are folders, captions stand in metadata.jsonl"
+PACKED = "a compressed archive, which is not read; unpack it first"
+LEFT_OUT = {  # files; how many images are used; what is left out
+    "images beside class folders": (
+        {"a/1.png": None, "2.png": None, "3.png": None, "x.tar": b""},
+        1,
+        [(2, "image", "not in a class folder", "2.png"), (1, "shard", "not in a class folder", "x.tar")],
+    ),
+    "images beside a shard": (
+        {"0.tar": shard(**{"1.png": None}), "2.png": None, "3.png": None},
+        1,
+        [(2, "image", "a file next to tar shards", "2.png")],
+    ),
+    "images beside folders without any": (
+        {"1.png": None, "2.png": None, "notes/a.md": b""},
+        2,
+        [
+            (1, "file", "not an image by its name or first bytes", "notes/a.md"),
+            (1, "file", "a folder without images", "notes"),
+        ],
+    ),
+    "folders that systems make": (
+        {"a/1.png": None, "a/@eaDir/1.png": None, "__MACOSX/a/._1.png": None, "@eaDir/1.png": None},
+        1,
+        [(3, "file", "a folder that the system made", "@eaDir")],
+    ),
+    "other forms of labels": (
+        {"a/1.png": None, "dataset.json": b"{}", "a/metadata.csv": b""},
+        1,
+        [(2, "file", NOT_READ, "a/metadata.csv")],
+    ),
+    "a table of captions in parquet": (
+        {"1.png": None, "metadata.parquet": b""},
+        1,
+        [(1, "shard", NOT_READ, "metadata.parquet")],
+    ),
+    "archives": (
+        {"1.png": None, "a.zip": b"", "b.tar.gz": b"", "c.TGZ": b"", "x.npz": b""},
+        1,
+        [
+            (3, "file", PACKED, "a.zip"),
+            (1, "file", "a format that is not read; save the images as files, or in tar or parquet shards", "x.npz"),
+        ],
+    ),
+    "captions": (
+        {
+            "a/1.png": None,
+            "a/1.txt": b"a cat",
+            "a/2.txt": b"of no image",
+            "metadata.jsonl": b"",
+            "a/metadata.jsonl": b"",
+        },
+        1,
+        [(1, "file", "not an image by its name or first bytes", "a/2.txt"), (3, "file", CAPTION, "")],
+    ),
+    "texts in shards": (
+        {
+            "0.tar": shard(
+                **{
+                    "1.png": None,
+                    "1.txt": b"",
+                    "1.json": b'{"label": 3}',
+                    "2.json": b"",
+                    "._1.png": b"",
+                    "1.image.png": b"",
+                }
+            )
+        },
+        1,
+        [
+            (1, "image", "a hidden file", "0.tar/._1.png"),
+            (1, "image", "not an image by its name", "0.tar/1.image.png"),
+            (1, "file", CAPTION, ""),
+            (2, "file", "of a .json file, only captions are read, by a run with text", ""),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_what_is_not_used_is_counted_with_its_reason(tmp_path, case):
+    files, used, expected = LEFT_OUT[case]
+    found = list_source(write(tmp_path, **files))
+    assert len(found.entries) == used
+    assert found.left_out() == expected
+    assert not [part for part in found.left_out(with_text=True) if part.reason == CAPTION]
+
+
+def test_what_is_not_used_is_one_line():
+    parts = [
+        listing.LeftOut(60, "image", "not in a class folder", "0\n.png"),
+        listing.LeftOut(1, "file", "a hidden file", ".x"),
+    ]
+    line = "left out of 'faces': 60 images (not in a class folder, such as '0\\n.png'), 1 file (a hidden file: '.x')"
+    assert listing.left_out_line("faces", parts) == line
+    assert listing.left_out_line("faces", []) == ""
+
+
+def test_a_source_without_images_says_what_it_holds(tmp_path):
+    write(tmp_path, **{"0.tar": shard(**{"1.image.png": None, "2.image.png": None})})
+    with pytest.raises(
+        DataError, match=r"no images in .*; left out of .*: 2 images \(not an image by its name, such as '0.tar/1.image"
+    ):
+        list_source(tmp_path)
+    with pytest.raises(
+        DataError, match=r"no images in .*: 2 files \(a compressed archive, which is not read; unpack it first, such"
+    ):
+        list_source(write(tmp_path / "packed", **{"0.tar.gz": b"", "1.tar.gz": b""}))
+
+
+# ------------------------------------------------------------------------------------------------ what is listed
+REFUSED = {  # files, what is given, the line
+    "splits of tar shards": (
+        {"train-0.tar": b"", "train-1.tar": b"", "val-0.tar": b""},
+        "",
+        "the shards are of train, validation; choose one: 'train-*.tar'",
+    ),
+    "splits in the middle of names": (
+        {"in1k-test-00.parquet": b"", "in1k-validation-00.parquet": b""},
+        "",
+        "the shards are of test, validation; choose one: 'in1k-test-*.parquet'",
+    ),
+    "one shard for each split": (
+        {"train.parquet": b"", "test.parquet": b""},
+        "",
+        "the shards are of test, train; choose one: 'train.parquet'",
+    ),
+    "splits below a pattern": (
+        {"train-0.tar": b"", "val-0.tar": b""},
+        "*-0.tar",
+        "the shards are of train, validation",
+    ),
+    "split folders": (
+        {"train/cat/1.png": None, "val/cat/1.png": None},
+        "",
+        "ROOT' holds the splits train, val of a data set, not classes; give one: 'ROOT/train'",
+    ),
+    "split folders beside others": (
+        {"train2017/1.png": None, "val2017/1.png": None, "annotations/a.json": b"", "readme": b""},
+        "",
+        "ROOT' holds the splits train2017, val2017 of a data set, not classes; give one: 'ROOT/train2017'",
+    ),
+    "one split folder": (
+        {"train/cat/1.png": None, "train/dog/1.png": None},
+        "",
+        "ROOT' holds only the split train of a data set, not classes; give one: 'ROOT/train'",
+    ),
+    "ImageNet of Kaggle": (
+        {f"ILSVRC/Data/CLS-LOC/{name}/1.JPEG": None for name in ("train/n01440764", "val", "test")}
+        | {"ILSVRC/Annotations/CLS-LOC/val/1.xml": b"", "LOC_synset_mapping.txt": b""},
+        "",
+        "ROOT/ILSVRC/Data/CLS-LOC' holds the splits test, train, val of a data set, not classes; "
+        "give one: 'ROOT/ILSVRC/Data/CLS-LOC/train'",
+    ),
+    "splits within every class": (
+        {f"{name}/{split}/1.png": None for name in ("bottle", "cable") for split in ("train", "test")},
+        "",
+        "ROOT/bottle' holds the splits test, train of a data set, not classes, and other folders in it do too",
+    ),
+    "shards in several folders": (
+        {"a/0.tar": b"", "b/0.tar": b""},
+        "",
+        "ROOT' holds shards in 2 folders; give one of them: 'ROOT/a', 'ROOT/b'",
+    ),
+    "shards beside class folders": (
+        {"a/1.png": None, "data/0.tar": b""},
+        "",
+        "the class folder 'ROOT/data' holds no images, but shards; give this folder, or move it away: 'data/0.tar'",
+    ),
+    "an archive": (
+        {"x.zip": b""},
+        "x.zip",
+        "ROOT/x.zip' is a compressed archive, which is not read; unpack it first; give a",
+    ),
+    "a compressed shard": (
+        {"x.tar.gz": b""},
+        "x.tar.gz",
+        "is a compressed archive, which is not read; unpack it first",
+    ),
+    "arrays": ({"x.npz": b""}, "x.npz", "is a format that is not read; save the images as files"),
+    "an image": ({"x.png": None}, "x.png", "ROOT/x.png' is a file; give a folder, or a .tar or .parquet file"),
+    "a pattern with two stars": ({"ab.txt": b""}, "x**b", "the pattern fits no name in 'ROOT'"),
+    "a pattern that ends in two stars": (
+        {"ab.txt": b""},
+        "x/**.parquet",
+        "cannot read the folder 'ROOT/x': No such file",
+    ),
+    "a pattern of folders": ({"a/0.tar": b""}, "*/0.tar", "a pattern may stand in the last part of a path only"),
+    "keys that stand twice": (
+        {"0.tar": shard(**{"1.png": None})[:1024] + shard(**{"1.png": None})},
+        "",
+        "0.tar/1.png stands twice in the archive; give every image a name of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_source_of_doubtful_content_is_one_line(tmp_path, case):
+    files, given, line = REFUSED[case]
+    write(tmp_path, **files)
+    with pytest.raises(DataError, match=r"^data\.path: ") as refused:
+        list_source(tmp_path / given, "data.path")
+    assert line in str(refused.value).replace(str(tmp_path), "ROOT")
+    assert "\n" not in str(refused.value)
+
+
+LISTED = {  # files, what is given, names, classes
+    "a pattern of tar shards": (
+        {"train-0.tar": shard(**{"1.png": None}), "train-1.tar": shard(**{"2.png": None}), "val-0.tar": b""},
+        "train-*.tar",
+        ["train-0.tar/1.png", "train-1.tar/2.png"],
+        (),
+    ),
+    "a pattern of images": ({"a1.png": None, "a2.png": None, "b1.png": None}, "a*", ["a1.png", "a2.png"], ()),
+    "a pattern of classes": (
+        {"n1/1.png": None, "n2/1.png": None, "x/1.png": None},
+        "n[12]",
+        ["n1/1.png", "n2/1.png"],
+        ("n1", "n2"),
+    ),
+    "a name with brackets": ({"a[1]/1.png": None}, "a[1]", ["1.png"], ()),
+    "classes named as splits, among others": (
+        {"bus/1.png": None, "car/1.png": None, "train/1.png": None},
+        "",
+        ["bus/1.png", "car/1.png", "train/1.png"],
+        ("bus", "car", "train"),
+    ),
+    "shards in one folder below, as in a repository": (
+        {"data/0.tar": shard(**{"1.png": None}), "README.md": b"", ".gitattributes": b""},
+        "",
+        ["data/0.tar/1.png"],
+        (),
+    ),
+    "a shard in capitals": ({"X.TAR": shard(**{"1.png": None})}, "", ["X.TAR/1.png"], ()),
+    "two images of one key": (
+        {"0.tar": shard(**{"1.png": None, "1.jpg": None, "1.cls": b"\xef\xbb\xbf1"})},
+        "",
+        ["0.tar/1.png", "0.tar/1.jpg"],
+        ("0", "1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LISTED)
+def test_layouts_that_are_listed(tmp_path, case):
+    files, given, expected, classes = LISTED[case]
+    found = list_source(write(tmp_path, **files) / given)
+    assert (names(found), found.class_names) == (expected, classes)
+    for entry in found.entries:
+        assert read_entry(found.root, entry, (8, 8)).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["0.tar", "0.parquet", "0.png"])
+def test_a_pipe_is_no_source_and_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"is not a regular file|is a file; give a folder"):
+        list_source(tmp_path / name)
+    with pytest.raises(DataError, match="SOURCE: .*not a regular file"):
+        list_source(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------- pixel kinds

@@ -85,9 +85,7 @@ def test_a_run_checks_and_skips_rows_as_files(both):
 def test_a_split_is_chosen_by_a_pattern(both):
     _, shards = both
     write(shards / "test-00000-of-00001.parquet", [b"x"], [-1])
-    with pytest.raises(
-        DataError, match=r"^SOURCE: the parquet shards are of test, train; choose one: 'test-\*.parquet'$"
-    ):
+    with pytest.raises(DataError, match=r"^SOURCE: the shards are of test, train; choose one: 'train-\*.parquet'$"):
         list_source(shards)
     assert len(list_source(shards / "train-*.parquet").entries) == 11
     assert len(list_source(shards / "train-00001-of-00002.parquet").entries) == 4

@@ -1,6 +1,9 @@
 """Built-in sets, and how a configuration is matched with its data."""
 
+import multiprocessing
 import os
+import pickle
+import sys
 import tarfile
 
 import numpy as np
@@ -77,7 +80,7 @@ def test_bad_folders_are_named(tmp_path):
     refused(tmp_path / "none", "data.path: cannot read .*No such file")
     refused(tmp_path, "data.path: no images in")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "Not a directory")
+    refused(tmp_path / "file", "file' is a file; give a folder, or a .tar or .parquet file")
     (tmp_path / "class").mkdir()
     refused(tmp_path, "class folder .* holds no image")
 
@@ -117,3 +120,55 @@ def test_a_builtin_set_has_classes_and_no_folders():
     pytest.importorskip("sklearn")
     with pytest.raises(ConfigError, match="num_classes: 11, but builtin:digits has 10 classes; --set"):
         open_source(load_config("digits", ["model.num_classes=11"]))
+
+
+# ------------------------------------------------------------------------------------------- processes, and the rest
+def read_in_child(source, answers):
+    answers.put(source.read([0, 1], generators(2))[0].shape)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_folder_that_was_read_is_also_read_in_a_forked_process(tmp_path):
+    """As by a DataLoader; threads of the parent do not live on in the child, which would wait for them for ever."""
+    for i in range(2):
+        write(tmp_path / f"{i}.png")
+    source = ImageFolder(tmp_path, (4, 6), 3)
+    assert source.read([0, 1], generators(2))[0].shape == (2, 3, 4, 6)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=read_in_child, args=(source, answers), daemon=True)
+    child.start()
+    child.join(30)
+    alive = child.is_alive()
+    child.kill()
+    assert not alive
+    assert answers.get() == (2, 3, 4, 6)
+
+
+def test_a_folder_may_be_pickled_before_and_after_it_is_read(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.png", 100 * i)
+    source = pickle.loads(pickle.dumps(ImageFolder(tmp_path, (4, 6), 3)))  # noqa: S301
+    first = source.read([1], generators(1))[0]
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301
+    torch.testing.assert_close(again.read([1], generators(1))[0], first)
+
+
+def test_a_source_says_what_it_does_not_use(tmp_path):
+    for name in ("a/1.png", "2.png", "3.png"):
+        write(tmp_path / name)
+    line = f"left out of {str(tmp_path)!r}: 2 images (not in a class folder, such as '2.png')"
+    whole = open_source(folder_config(tmp_path, 0, "data.channels=3"))
+    assert whole.left_out == line
+    for name in ("a/2.png", "a/3.png"):
+        write(tmp_path / name)
+    assert open_source(folder_config(tmp_path, 0, "data.channels=3", "data.held_out=0.5")).left_out == line
+
+
+def test_shards_without_labels_are_said_to_have_no_classes(tmp_path):
+    write(tmp_path / "1.png")
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        tar.add(tmp_path / "1.png", "1.png")
+    with pytest.raises(ConfigError, match="0.tar has no classes; --set model.num_classes=0"):
+        open_source(folder_config(tmp_path / "0.tar", 10))

@@ -38,7 +38,7 @@ from diffussm_cli.data.latents.manifest import (
     shard_name,
 )
 from diffussm_cli.data.latents.shard import empty_shard, header
-from diffussm_cli.data.listing import Listing, list_source, read_entry, skipped_text
+from diffussm_cli.data.listing import LeftOut, Listing, left_out_line, list_source, read_entry, skipped_text
 from diffussm_cli.data.text import Texts, check_complete, open_encoder
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
@@ -151,11 +151,20 @@ class StoredCaptions:
         return np.array([len(part) for part in own]), vectors
 
 
-def open_captions(listing: Listing, name: str | None, tokens: int) -> StoredCaptions | None:
-    """The captions of a source for the text encoder `name`; None without one. Raises DataError for missing captions."""
+def open_captions(
+    listing: Listing, name: str | None, tokens: int, unused: list[LeftOut] | None = None
+) -> StoredCaptions | None:
+    """The captions of a source for the text encoder `name`; None without one. `unused` gets what of them is not used.
+
+    Raises:
+        DataError: for missing captions.
+    """
     if name is None:
         return None
-    known = read_captions(listing)
+    known = read_captions(listing, left_out=unused)
+    surplus = sum(max(0, len(texts) - MAX_CAPTIONS) for texts in known.values())
+    if unused is not None and surplus:
+        unused.append(LeftOut(surplus, "caption", f"after the first {MAX_CAPTIONS} of an image"))
     captions = [known.get(e.name, ())[:MAX_CAPTIONS] for e in listing.entries]
     check_complete(captions, lambda i: listing.entries[i].name, f"--text: {str(listing.root)!r}")
     encoder = open_encoder(name)
@@ -382,7 +391,8 @@ def encode_images(
         facts = read_facts(vae)
         check_resolution(resolution, facts)
         loaded = load_vae_on(facts, precision, device)
-        captions = open_captions(listing, text, text_tokens)
+        unused: list[LeftOut] = []
+        captions = open_captions(listing, text, text_tokens, unused)
         options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
         options["columns"] = tuple(columns)
         settings = make_settings(listing, resolution, loaded, options | (captions.settings if captions else {}))
@@ -395,6 +405,9 @@ def encode_images(
         return None
     manifest = read_manifest(target, "TARGET")
     yield from _summary(target, manifest, listing)
+    line = left_out_line(source, [*listing.left_out(with_text=captions is not None), *unused])
+    if line:
+        yield Message(line)
     return manifest
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffussm_cli.data.images import coins
 from diffussm_cli.data.latents.manifest import SKIPPED, read_manifest
 from diffussm_cli.data.latents.shard import map_shard
+from diffussm_cli.data.listing import LeftOut, left_out_line
 from diffussm_cli.errors import DataError
 
 
@@ -41,6 +42,13 @@ class LatentStore:
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def left_out(self) -> str:
+        """One line that counts the images that could not be encoded; empty if there are none."""
+        missing = self.settings.images - len(self.places)
+        parts = [LeftOut(missing, "image", f"not encoded; reasons in {SKIPPED}")] if missing else []
+        return left_out_line(self.root, parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_shards": {}}  # another process creates its own memory maps
