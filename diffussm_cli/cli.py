@@ -1,6 +1,7 @@
 """The `diffussm` program: its commands, and the one place that turns errors into a line and an exit code. No torch."""
 
 import contextlib
+import os
 import sys
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ class ErrorBoundary(WithExamples, TyperGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+        os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started from here import nothing from this folder
         with contextlib.suppress(AttributeError):  # a replaced stdout may lack `reconfigure`
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for odd file names
         try:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -172,3 +175,32 @@ def test_class_names_are_text_and_no_paths(tmp_path):
     written = {p.name for p in tmp_path.rglob("*") if tmp_path / "data" not in p.parents}
     assert not written & set(names)
     assert load_config(str(tmp_path / "run" / "config.yaml")).data.class_names == tuple(sorted(names))
+
+
+@pytest.fixture
+def strange(tmp_path, monkeypatch):
+    """The current folder, with modules that a data set from a stranger may hold; each writes a file when imported."""
+    folder = tmp_path / "strange"
+    folder.mkdir()
+    for name in ("typer", "multiprocessing", "torch", "yaml"):
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    return folder
+
+
+def test_the_program_imports_nothing_from_the_current_folder(strange, tmp_path):
+    command = [sys.executable, "-m", "diffussm_cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=strange)
+    assert not (tmp_path / "owned").exists()
+    assert done.stdout.startswith("diffussm ")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
+def test_processes_that_the_program_starts_import_nothing_from_the_current_folder(strange, tmp_path):
+    assert run("--version").exit_code == 0
+    child = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    child.start()
+    child.join()
+    assert not (tmp_path / "owned").exists()
+    assert child.exitcode == 0
