@@ -7,7 +7,7 @@ import sys
 if sys.path[0] in ("", os.getcwd()) and not os.path.samefile(os.getcwd(), os.path.dirname(os.path.dirname(__file__))):
     del sys.path[0]
 
-from diffussm_cli.cli import app  # noqa: E402
+from diffussm_cli.cli import app
 
 if __name__ == "__main__":
     app()

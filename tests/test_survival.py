@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import ImageFolder
+from diffussm_cli.errors import DataError
+from diffussm_cli.events import TrainingRecord
 from diffussm_cli.machine.files import locked
+from diffussm_cli.training import session
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.stopping import PREEMPTED
 from tests.conftest import TINY
@@ -501,12 +505,93 @@ def test_unreadable_images_are_left_out_and_recorded(pictures, tmp_path, monkeyp
     assert f"skipped: 2 images that cannot be read; reasons in {root / 'skipped.jsonl'}" in result.stderr
     monkeypatch.setattr(ImageFolder, "check", lambda *_: 1 / 0)  # on resume nothing is decoded again
     assert train_on(pictures, root, *skip, "--resume", "--set", "train.steps=6").exit_code == 0
-    (pictures / "00.png").unlink()
-    line = line_of(train_on(pictures, root, *skip, "--resume", "--set", "train.steps=8"))
-    assert f"data.path: image 3 of '{pictures}' is no longer '03.png'" in line
-    (root / "skipped.jsonl").unlink()
+    (root / "skipped.jsonl").write_text("{}")
     line = line_of(train_on(pictures, root, *skip, "--resume", "--set", "train.steps=8"))
     assert "skipped.jsonl: damaged" in line
+
+
+def mend(pictures):
+    for i in (3, 7):
+        (pictures / f"{i:02d}.png").write_bytes((pictures / "04.png").read_bytes())
+
+
+def test_images_that_have_changed_are_said_and_checked_before_a_run_goes_on(pictures, tmp_path):
+    root, more = tmp_path / "run", ("--resume", "--set", "train.steps=6")
+    mend(pictures)
+    assert train_on(pictures, root).exit_code == 0
+    (pictures / "99.png").write_bytes(b"no image")
+    result = train_on(pictures, root, *more)
+    assert f"the images in '{pictures}' are not those that {root} began with (12 then, 13 now)" in result.stderr
+    assert "data.path: 1 of 13 images in" in line_of(result)
+    assert steps(root) == [2, 4]
+    (pictures / "99.png").unlink()
+    Image.new("L", (8, 8), 3).save(pictures / "00.png", optimize=True, pnginfo=comment("a"))  # of another size
+    result = train_on(pictures, root, *more)
+    assert result.exit_code == 0
+    assert "(12 as before, with other names, labels or sizes)" in result.stderr
+    assert "are not those" not in train_on(pictures, root, "--resume", "--set", "train.steps=8").stderr
+
+
+def comment(text):
+    info = PngInfo()
+    info.add_text("comment", text)
+    return info
+
+
+def test_an_image_that_breaks_during_a_run_is_named_with_the_two_ways_on(pictures, tmp_path):
+    root = tmp_path / "run"
+    mend(pictures)
+    config = load_config("digits", [*TINY, f"data.path={pictures}", "model.num_classes=0", "train.steps=40"])
+    good = (pictures / "05.png").read_bytes()
+
+    def broken_at(step, **request):
+        for event in session.train(config, root, **request):
+            if isinstance(event, TrainingRecord) and event.record["step"] == step:
+                (pictures / "05.png").write_bytes(b"no image")
+
+    with pytest.raises(DataError) as caught:
+        broken_at(4)
+    words = ("data.path: 05.png: not a PNG", "restore the image", "data.skip_unreadable=true", f"--resume --out {root}")
+    assert all(word in str(caught.value) for word in words)
+    with pytest.raises(DataError, match="data.path: 1 of 12 images in"):  # before a step
+        broken_at(None, resume=True)
+    assert train_on(pictures, root, "--resume", "--set", "data.skip_unreadable=true").exit_code == 0
+    assert [json.loads(line)["file"] for line in (root / "skipped.jsonl").read_text().splitlines()] == ["05.png"]
+    (pictures / "05.png").write_bytes(good)
+
+
+def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_says(pictures, tmp_path, monkeypatch):
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mend(pictures)
+    monkeypatch.chdir(pictures.parent)
+    assert train_on(pictures.name, root).exit_code == 0
+    monkeypatch.chdir(elsewhere)
+    line = line_of(run("train", "--resume", "--out", root, "--set", "train.steps=6"))
+    assert "cannot read the folder 'pictures'" in line
+    assert f"the run has read '{pictures}': give it as --data, or where it is now" in line
+    result = run("train", "--resume", "--out", root, "--set", "train.steps=6", "--set", f"data.path={pictures}")
+    assert result.exit_code == 0, result.output
+    assert f"changed: data.path was 'pictures' and is now '{pictures}'" in result.stderr
+
+
+def test_a_class_folder_whose_name_is_no_text_is_refused_before_training(tmp_path):
+    for name in (b"caf\xe9", b"tea"):
+        folder = os.fsencode(tmp_path / "pictures") + b"/" + name
+        os.makedirs(folder)
+        Image.new("L", (8, 8)).save(Path(os.fsdecode(folder)) / "a.png")
+    line = line_of(train(tmp_path / "run", "--data", tmp_path / "pictures", "--set", "model.num_classes=2"))
+    assert "is not UTF-8 text; rename it" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_removed_during_training_is_written_again(tmp_path):
+    config = load_config("digits", TINY)
+    for event in session.train(config, tmp_path / "run"):
+        if isinstance(event, TrainingRecord):
+            (tmp_path / "run" / runs.CONFIG).unlink(missing_ok=True)
+    assert runs.read_config(tmp_path / "run").data.class_names == tuple("0123456789")
+    assert (tmp_path / "run" / runs.REPORT).is_file()
 
 
 def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(trained):

@@ -59,7 +59,7 @@ def train(
 ) -> None:
     """Train a model: without options, on digits, in minutes. Under torchrun, the processes share the work.
 
-    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM. After 130 and 75 a checkpoint has been saved.
+    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 130 and 75 a checkpoint has been saved.
     """
     if list_presets:
         from diffussm_cli.commands.tables import presets_table

@@ -10,7 +10,7 @@ import stat
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -209,13 +209,17 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def tensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]]) -> bytes:
+def tensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """The header of a safetensors file: everything before the tensors.
 
     Args:
         tensors: (dtype as safetensors spells it, shape, number of bytes) by name, in the order of the file.
+        metadata: what the file says about itself; accelerate asks that weights have the format `pt`.
     """
-    entries, end = {}, 0
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, (dtype, shape, size) in tensors.items():
         start, end = end, end + size
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}

@@ -1,7 +1,7 @@
 """Run folders: their contents, read and written so that a killed process leaves them intact."""
 
 from diffussm_cli.config import bundled_names
-from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, whole_folder
+from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, remove, whole_folder
 from diffussm_cli.runs.hub import fetch, is_elsewhere
 from diffussm_cli.runs.layout import (
     BEFORE_CHECKPOINTS,
@@ -27,7 +27,18 @@ from diffussm_cli.runs.layout import (
     newest_run,
     step_of,
 )
-from diffussm_cli.runs.metadata import read_config, read_metrics, read_skipped, read_state, write_skipped, write_state
+from diffussm_cli.runs.metadata import (
+    check_config,
+    read_config,
+    read_data,
+    read_metrics,
+    read_skipped,
+    read_state,
+    write_config,
+    write_data,
+    write_skipped,
+    write_state,
+)
 from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_files
 from diffussm_cli.runs.weights import (
     TrainedRun,

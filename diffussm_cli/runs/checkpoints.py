@@ -2,11 +2,12 @@
 
 import contextlib
 import fnmatch
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import DiffussmError, RunError
 from diffussm_cli.machine.files import PARTIAL, sha256, sync
 from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, ema_file, list_checkpoints
 from diffussm_cli.runs.metadata import read_config, read_state
@@ -50,6 +51,15 @@ def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> st
 
 
 # ------------------------------------------------------------------------------------------------- writing
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link, but never the target of a link. What cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: it appears under its name complete and on disk, or not at all.
@@ -59,18 +69,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     temporary, replaced = (path.with_name(f"{PARTIAL}{path.name}{end}") for end in ("", ".old"))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(path):
+            remove(replaced)
             path.rename(replaced)
         temporary.rename(path)
         sync(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
+    except DiffussmError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not path.exists():

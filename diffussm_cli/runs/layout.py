@@ -6,6 +6,7 @@ RUN/samples/step-*.png               previews
 RUN/report.html                      all of this on a page
 RUN/results.json                     what `diffussm eval RUN` measured last; in RUN/images, of those images
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
+RUN/data.json                        where the training images were, how many, and a hash of their list
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs;
                                      and a model card and a pipeline of diffusers, see publish.py
@@ -22,11 +23,12 @@ RUNS = Path("runs")
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
-LOG, SKIPPED, REPORT, RESULTS = "metrics.jsonl", "skipped.jsonl", "report.html", "results.json"
+LOG, SKIPPED, DATA = "metrics.jsonl", "skipped.jsonl", "data.json"
+REPORT, RESULTS = "report.html", "results.json"
 CARD, IMAGE = "README.md", "samples.png"
 FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]  # of a model on the hub; code is not among them
 # All that a run may hold before its first checkpoint.
-BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, REPORT, "wandb", CHECKPOINTS}
+BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, DATA, REPORT, "wandb", CHECKPOINTS}
 
 
 def ema_file(decay: float | str) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config import Config, config_from_dict, parse_yaml, read_text
+from diffussm_cli.config import MAX_YAML_BYTES, Config, check_text, config_from_dict, parse_yaml, read_text, to_yaml
 from diffussm_cli.data.listing import skipped_text
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import write_text
-from diffussm_cli.runs.layout import CONFIG, METRICS, SKIPPED, STATE
+from diffussm_cli.runs.layout import CONFIG, DATA, METRICS, SKIPPED, STATE
 
 
 def read_config(folder: Path, option: str = "RUN") -> Config:
@@ -30,6 +30,43 @@ def _saved_values(text: str, where: str) -> dict[str, Any]:
         remedy = "delete it and repeat the command that made the run, with --preset and --resume"
         raise ConfigError(f"{where} is empty or damaged{problem}; {remedy}")
     return values
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Write the file that `read_config` reads. Raises OSError."""
+    write_text(folder / CONFIG, to_yaml(config))
+
+
+def check_config(config: Config) -> None:
+    """Check, before a run begins, that the configuration that it will write can be read again. Raises ConfigError."""
+    for name in config.data.class_names:
+        check_text(name, "data.class_names")
+    text = to_yaml(config)
+    if len(text.encode()) > MAX_YAML_BYTES:
+        n = len(config.data.class_names)
+        raise ConfigError(
+            f"data.class_names: the names of {n:,} classes make {CONFIG} larger than {MAX_YAML_BYTES} bytes, which is "
+            "the most that is read; use shorter names"
+        )
+    assert config_from_dict(parse_yaml(text, CONFIG), CONFIG) == config, "what is written is what is read"
+
+
+def write_data(root: Path, facts: Mapping[str, Any]) -> None:
+    """Write where the images of a run are (`path`, absolute), their number `images` and the hash of their list.
+
+    `checked` is whether all of them could be read, or are skipped. Raises OSError.
+    """
+    write_text(root / DATA, json.dumps(dict(facts)) + "\n")
+
+
+def read_data(root: Path) -> dict[str, Any] | None:
+    """Read the file that `write_data` writes; None if it is missing, as in runs of earlier versions, or damaged."""
+    try:
+        facts = _read_object(root / DATA)
+    except RunError:
+        return None
+    kinds = {"path": str, "images": int, "sha256": str, "checked": bool}
+    return facts if all(type(facts.get(name)) is kind for name, kind in kinds.items()) else None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What makes `final/` useful to others: a model card, as the hub reads it, and a pipeline that diffusers loads."""
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -139,4 +140,4 @@ def last_scores(root: Path, step: int) -> dict[str, float]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/") and "@" not in k}
-    return {k: v for k, v in found.items() if isinstance(v, float)}
+    return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}

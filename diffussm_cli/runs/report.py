@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffussm_cli import runs
-from diffussm_cli.config import Config, load_config, preset_names, to_dict, to_yaml
+from diffussm_cli.config import MANY, Config, load_config, preset_names, to_dict, to_yaml
 from diffussm_cli.data.images import open_image
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.files import write_text
@@ -34,6 +34,8 @@ ROWS, TAPS, EVALUATIONS = 200, 4096, 20  # most events in the table, taps of a k
 DRAWN = ("step", "ema", "sampler", "steps", "guidance", "label_choice")  # settings of samples
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
+DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a line that is no record raises
+NAMED = 5  # damaged lines that are listed
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
 
 
@@ -96,14 +98,22 @@ class Log:
         self.events: list[tuple[Any, str]] = []  # step and text
         self.sessions: list[dict[str, Any]] = []
         self.step = 0
+        self.damaged: list[int] = []  # numbers of lines that are passed over, from 1
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as lines:
-                for line in lines:
-                    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # such as half a line
+                for number, line in enumerate(lines, 1):
+                    try:
                         self._add(json.loads(line))
+                    except DAMAGE:
+                        if line.endswith("\n"):  # otherwise it is only unfinished
+                            self.damaged.append(number)
+        if self.damaged:
+            some = ", ".join(map(str, self.damaged[:NAMED])) + (", ..." if len(self.damaged) > NAMED else "")
+            self.events.append((self.step, f"{path.name}: lines passed over, because they are damaged: {some}"))
 
     def _add(self, record: dict[str, Any]) -> None:
-        self.step = step = int(record["step"])
+        step = step_in(record)
+        self.step = step
         for name, value in record.items():
             if name == "session":
                 what = "training continued" if value["from_step"] else "training began"
@@ -112,7 +122,7 @@ class Log:
             elif name in ("left_out", "spike"):
                 words = "not finite, left out: steps" if name == "left_out" else "rose to three times the median:"
                 self.events.append((step, f"{words} {', '.join(map(str, value))}"))
-            elif isinstance(value, (int, float)) and math.isfinite(value):
+            elif isinstance(value, (int, float)) and math.isfinite(float(value)):
                 x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
                 x.append(step)
                 y.append(value)
@@ -121,6 +131,14 @@ class Log:
         """The place of the best value of a metric in its curve."""
         higher = name.removeprefix("eval/").partition("@")[0] in HIGHER_IS_BETTER
         return int(np.argmax(self.curves[name].y) if higher else np.argmin(self.curves[name].y))
+
+
+def step_in(record: Mapping[str, Any]) -> int:
+    """The step of a record. Raises ValueError, KeyError or TypeError if it is missing or cannot be one."""
+    step = record["step"]
+    if type(step) is not int or not 0 <= step <= MANY:
+        raise ValueError(f"{step!r:.40} is no step")
+    return step
 
 
 def is_metric(name: str) -> bool:

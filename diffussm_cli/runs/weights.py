@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffussm_cli.config import Config, to_yaml
+from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError, reason
-from diffussm_cli.machine.files import tensors_header, whole_file, write_text
+from diffussm_cli.machine.files import PARTIAL, tensors_header, whole_file, write_text
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint, hub
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
 from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, ema_file, newest_run
-from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_state
+from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_config, write_state
 
 DTYPES = {  # of weights, with their names in safetensors
     torch.float64: "F64",
@@ -147,12 +147,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Write tensors of any device to a safetensors file; returns its sha256, computed while writing. Raises OSError."""
+    """Write tensors of any device to a safetensors file; returns its sha256, computed while writing.
+
+    Raises:
+        RunError: if a number is not finite; nothing is written then.
+        OSError: if the file cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not finite")
     held = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
     digest = hashlib.sha256()
     with path.open("wb") as file:
         parts: Iterator[Any] = itertools.chain(
-            [tensors_header({n: (DTYPES[t.dtype], t.shape, t.nbytes) for n, t in held})],
+            [tensors_header({n: (DTYPES[t.dtype], t.shape, t.nbytes) for n, t in held}, {"format": "pt"})],
             (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in held),
         )
         for part in parts:
@@ -178,7 +186,7 @@ def write_weights(
     with whole_folder(path) as folder:
         files = {MODEL: weights, **(further or {})}
         hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
-        write_text(folder / CONFIG, to_yaml(config))
+        write_config(folder, config)
         if metrics is not None:
             write_text(folder / METRICS, json.dumps(metrics) + "\n")
         for name, content in (others or {}).items():

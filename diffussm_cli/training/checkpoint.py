@@ -4,7 +4,6 @@ A checkpoint gets its final name once it is complete and on disk. The hashes rev
 checkpoint is used.
 """
 
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -67,9 +66,9 @@ class CheckpointWriter:
         for old in runs.list_checkpoints(self.root):
             permanent = every and runs.step_of(old) % every == 0
             if old not in kept and not permanent:
-                shutil.rmtree(old)
-        for debris in folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(debris)
+                runs.remove(old)
+        for debris in folder.glob(f"{PARTIAL}step-*"):
+            runs.remove(debris)
 
 
 def collect(model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True) -> Tensors:

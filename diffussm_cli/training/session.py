@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import os
 import shlex
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -18,15 +19,17 @@ import torch
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict, to_yaml
+from diffussm_cli.config import BUILTIN, DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict
 from diffussm_cli.data.datasets import PYTHON
+from diffussm_cli.data.latents.manifest import MANIFEST
+from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory
-from diffussm_cli.machine.files import LOCK, content, held_folder, locked, write_text
+from diffussm_cli.machine.files import LOCK, content, held_folder, locked, sha256
 from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
 from diffussm_cli.model import count_parameters
 from diffussm_cli.runs.report import write_report
@@ -103,7 +106,7 @@ def _train_in(
     root: Path, config: Config, resume: bool, world: World, dataset: Dataset | None, stop: Callable[[], bool]
 ) -> Generator[Event, None, TrainingResult]:
     yield Stage("listing")
-    source = open_source(config, dataset)
+    source = open_data(root, config, dataset)
     if source.left_out:
         yield Message(source.left_out)
     with held_alone(root, world), contextlib.ExitStack() as stack:
@@ -112,9 +115,11 @@ def _train_in(
         yield from (Message(f"skipped: {line}") for line in damaged)
         if resume and checkpoint is None:
             yield Message(f"no checkpoint in {root} yet; training begins")
-        yield from leave_out_unreadable(source, config, root, world, fresh=checkpoint is None)
+        before = gather(runs.read_data(root) if checkpoint is not None else None, world)[0]
+        data = yield from compare_data(source, config, root, before)
+        yield from leave_out_unreadable(source, config, root, world, fresh=checkpoint is None or not data["checked"])
         yield Stage("loading")
-        trainer = yield from _prepare(config, source, root, checkpoint, world)
+        trainer = yield from _prepare(config, source, root, checkpoint, world, data)
         steps = config.train.steps
         complete = trainer.step >= steps and world.rank == 0 and runs.has_final(root, trainer.step)
         if gather(complete, world)[0]:
@@ -131,17 +136,25 @@ def _train_in(
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
         yield TRAINING
         begun = {"session": facts_of(trainer)}  # in the first record of the log
+        left_out, first = 0, trainer.step
         if writer:
-            trainer.after_preview = functools.partial(write_report, root)
-        for record in trainer.run(stop):
-            if writer:
-                writer.write(record | begun)
-                begun = {}
-                if config.eval.every and trainer.step % config.eval.every == 0:
-                    write_report(root)
-            yield TrainingRecord(record, steps)
+            trainer.after_preview = functools.partial(renew_report, root, trainer.config)
+        with _ways_on(source, root, data, world):
+            for record in trainer.run(stop):
+                if writer:
+                    writer.write(record | begun)
+                    begun = {}
+                    if config.eval.every and trainer.step % config.eval.every == 0:
+                        renew_report(root, trainer.config)
+                left_out += len(record.get("left_out", ()))
+                yield TrainingRecord(record, steps)
         if writer:
-            write_report(root)
+            renew_report(root, trainer.config)
+        if left_out:
+            yield Warned(
+                f"{left_out} of {trainer.step - first} steps were left out, because their loss or gradient was not "
+                f"finite; {runs.LOG} names them"
+            )
     return TrainingResult(root, trainer.step, steps, processes=world.size)
 
 
@@ -238,11 +251,76 @@ def held_alone(root: Path, world: World) -> Iterator[None]:
         yield
 
 
+# ------------------------------------------------------------------------------------------------- the images
+def open_data(root: Path, config: Config, dataset: Dataset | None = None) -> Source:
+    """As `open_source`. Raises DataError, which also says where the images of this run were before."""
+    try:
+        return open_source(config, dataset)
+    except DataError as e:
+        before = runs.read_data(root)
+        if before is None or before["path"] == data_place(config):
+            raise
+        raise DataError(f"{e}; the run has read {before['path']!r}: give it as --data, or where it is now") from e
+
+
+def data_place(config: Config) -> str:
+    """`data.path` as an absolute path; names of built-in sets and objects as they are."""
+    path = config.data.path
+    return path if path.startswith((BUILTIN, PYTHON)) or not path else os.path.abspath(path)
+
+
+def compare_data(
+    source: Source, config: Config, root: Path, before: Mapping[str, Any] | None
+) -> Generator[Event, None, dict[str, Any]]:
+    """The facts of the images for RUN/data.json; `before` is what the file says when a run continues.
+
+    The facts are `checked` if all images were decoded before, and are still the same.
+    """
+    complete = source.whole if isinstance(source, Part) else source
+    identity = ""
+    if isinstance(complete, ImageFolder):
+        identity = complete.listing.sha256()
+    elif isinstance(complete, LatentStore):
+        identity = sha256(complete.root / MANIFEST)
+    facts = {"path": data_place(config), "images": len(complete), "sha256": identity, "checked": True}
+    if before is None:
+        return facts
+    if before["sha256"] != identity:
+        number = f"{before['images']:,} then, {len(complete):,} now"
+        if before["images"] == len(complete):
+            number = f"{len(complete):,} as before, with other names, labels or sizes"
+        yield Warned(
+            f"data.path: the images in {config.data.path!r} are not those that {root} began with ({number}); "
+            "from here on they come in another order"
+        )
+    return facts | {"checked": before["checked"] and before["sha256"] == identity}
+
+
+@contextlib.contextmanager
+def _ways_on(source: Source, root: Path, data: Mapping[str, Any], world: World) -> Iterator[None]:
+    """Name the ways on if an image cannot be read any more, and have all images checked on resume."""
+    try:
+        yield
+    except DataError as e:
+        complete = source.whole if isinstance(source, Part) else source
+        if not isinstance(complete, ImageFolder):
+            raise
+        if world.rank == 0:
+            with contextlib.suppress(OSError):
+                runs.write_data(root, {**data, "checked": False})
+        command = f"diffussm train --resume --out {shlex.quote(str(root))}"
+        raise DataError(
+            f"data.path: {e}; restore the image, or skip what cannot be read with --set data.skip_unreadable=true; "
+            f"then continue with: {command}"
+        ) from e
+
+
 # ------------------------------------------------------------------------------------------------- before the loop
 def leave_out_unreadable(
     source: Source, config: Config, root: Path, world: World, fresh: bool
 ) -> Generator[Event, None, None]:
-    """Decode every image before a run begins, so that no bad one ends it after days. On resume, use the run's record.
+    """Decode every image before a run begins, so that no bad one ends it after days. On resume, use the run's record,
+    unless the images have changed or one of them has ended the run.
 
     Raises:
         DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
@@ -252,7 +330,8 @@ def leave_out_unreadable(
         return
     if world.size > 1 and len(set(gather(source.listing.sha256(), world))) > 1:
         raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
-    if fresh:
+    unrecorded = config.data.skip_unreadable and not (root / runs.SKIPPED).exists()  # not set when the run began
+    if fresh or gather(unrecorded, world)[0]:
         skipped = yield from _unreadable(source, world)
         if skipped and not config.data.skip_unreadable:
             some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
@@ -288,16 +367,23 @@ def _unreadable(source: ImageFolder, world: World) -> Generator[Event, None, lis
 
 
 def _prepare(
-    config: Config, source: Source, root: Path, checkpoint: Path | None, world: World
+    config: Config, source: Source, root: Path, checkpoint: Path | None, world: World, facts: Mapping[str, Any]
 ) -> Generator[Event, None, Trainer]:
-    """Create a Trainer that is ready to run in `root`, and write its configuration there. Raises DiffussmError."""
+    """Create a Trainer that is ready to run in `root`, and write its configuration and `facts` of its images there.
+
+    Raises:
+        DiffussmError: for anything that does not fit; before the model is built where possible.
+    """
     keep_freed_memory()
     data = dataclasses.replace(config.data, class_names=source.class_names, text_sha256=text_hash(config, source))
     config = dataclasses.replace(config, data=data)
+    runs.check_config(config)
     with first_works(world):
         if checkpoint is not None and world.rank == 0:
             if (root / runs.CONFIG).exists():
-                changes = check_unchanged(runs.read_config(root, "--resume"), config)
+                before = runs.read_data(root)
+                moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
+                changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
                 yield Message(f"{root / runs.CONFIG} was missing; it will be written again from this command line")
@@ -307,20 +393,32 @@ def _prepare(
         trainer.resume(checkpoint)
     if world.rank == 0:
         try:
-            write_text(root / runs.CONFIG, to_yaml(config))
+            runs.write_config(root, config)
+            runs.write_data(root, facts | {"checked": True})
         except OSError as e:
             raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer
 
 
-def check_unchanged(saved: Config, config: Config) -> list[str]:
+def renew_report(root: Path, config: Config) -> None:
+    """Write the report of a run; before that, its configuration, if somebody has removed it. Raises OSError."""
+    if not (root / runs.CONFIG).exists():
+        runs.write_config(root, config)
+    write_report(root)
+
+
+def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[str]:
     """Check that resuming does not change the nature of the run; returns the harmless changes, one per line.
+
+    Args:
+        moved: whether `data.path` may differ, because the same images are there.
 
     Raises:
         ConfigError: naming the first difference in model, data, diffusion, batch or seed.
     """
     old, new = to_dict(saved), to_dict(config)
-    fixed = [(s, f) for s in ("model", "data", "diffusion") for f in new[s]]
+    harmless = [("data", "skip_unreadable"), *([("data", "path")] if moved else [])]
+    fixed = [(s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless]
     for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:
         was, now = old[section][name], new[section][name]
         if was != now:
@@ -328,7 +426,8 @@ def check_unchanged(saved: Config, config: Config) -> list[str]:
                 f"--resume: {section}.{name} was {was!r} and is now {now!r}; omit --preset and --set to keep the "
                 "run's own values, or choose another --out to begin a new run"
             )
-    values = [(s, f, old[s][f], new[s][f]) for s in ("train", "sample", "eval") for f in new[s]]
+    free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
+    values = [(s, f, old[s][f], new[s][f]) for s, f in free]
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
     added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
     return changes + [f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}" for decay in added]

@@ -87,6 +87,7 @@ class Trainer:
         self.bad_steps, self.alarm = BadSteps(self.device), SpikeAlarm()
         self.after_preview: Callable[[], Any] = lambda: None
         self.step = 0
+        self._any_finite = False  # whether a record had a finite loss
 
     @property
     def warnings(self) -> list[str]:
@@ -283,7 +284,8 @@ class Trainer:
         risen = self.alarm.check(record)
         if risen:
             record["spike"] = risen
-        if in_a_row >= t.max_bad_steps:
+        self._any_finite |= math.isfinite(record["loss"])
+        if in_a_row >= t.max_bad_steps or (self.step == t.steps and not self._any_finite):
             raise RunError(
                 f"train: {in_a_row} steps in a row before step {self.step} had no finite loss or gradient; "
                 "the newest checkpoint is intact; try a smaller train.lr "

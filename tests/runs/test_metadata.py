@@ -1,10 +1,12 @@
 """Small text files of a run: what is written is read again, and what is damaged is named."""
 
+import dataclasses
+
 import pytest
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import ConfigError, RunError
 
 SKIPPED = [(3, "cat/sk\u00f6ld\n.png", "no bytes"), (None, "notes.txt", 'a "text"')]
 
@@ -23,6 +25,49 @@ def test_a_run_without_metrics_has_none(tmp_path):
     assert runs.read_metrics(tmp_path) == {}
     (tmp_path / runs.METRICS).write_text('{"step": 4, "eval/fid": 3.5}')
     assert runs.read_metrics(tmp_path) == {"step": 4, "eval/fid": 3.5}
+
+
+NAMES = {
+    "not UTF-8": (("caf\udce9",), "data.class_names: 'caf\\udce9' is not UTF-8 text; rename it"),
+    "too long together": (
+        tuple(f"{i:04d}" + "a" * 240 for i in range(5000)),
+        "data.class_names: the names of 5,000 classes make config.yaml larger than 1048576 bytes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("names", "line"), NAMES.values(), ids=NAMES)
+def test_a_configuration_that_could_not_be_read_again_is_refused(names, line):
+    config = load_config("digits")
+    with pytest.raises(ConfigError) as caught:
+        runs.check_config(dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names)))
+    assert line in str(caught.value)
+
+
+def test_odd_class_names_are_read_as_they_were_written(tmp_path):
+    config = load_config("digits")
+    names = (
+        "no",
+        "01",
+        "1",
+        "1.0",
+        "1e5",
+        "null",
+        "~",
+        "",
+        " a",
+        "a: b",
+        "#",
+        "\x85",
+        "\u2028",
+        "2024-01-01",
+        "'",
+        "[",
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))
+    runs.check_config(config)
+    runs.write_config(tmp_path, config)
+    assert runs.read_config(tmp_path) == config
 
 
 DAMAGED = {

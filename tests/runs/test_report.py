@@ -153,6 +153,12 @@ def test_damaged_lines_of_the_log_are_passed_over(run):
         '{"loss": 1}',
         '{"step": 1, "session": 5}',
         '{"step": 1, "session": {}}',
+        '{"step": 1e999}',
+        '{"step": -Infinity}',
+        '{"step": 1.5}',
+        '{"step": true}',
+        f'{{"step": 1{"0" * 400}}}',
+        f'{{"step": 1, "loss": 1{"0" * 400}}}',
     ]
     whole = json.dumps({"step": 2, "session": session, "loss": 0.75, "images_per_second": 0.0})
     (run / "metrics.jsonl").write_text("\n".join([*damaged, whole]))
@@ -160,6 +166,7 @@ def test_damaged_lines_of_the_log_are_passed_over(run):
     assert "training began at noon on abacus" in text
     assert "last 0.75" in text
     assert "Parameters" not in text
+    assert "metrics.jsonl: lines passed over, because they are damaged: 1, 2, 3, 4, 5, ..." in text
 
 
 def test_damaged_weights_leave_out_the_kernels(run):

@@ -30,6 +30,45 @@ def test_old_checkpoints_go_and_debris_with_them(tiny, tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_links_in_checkpoints_are_removed_and_their_targets_kept(tiny, tmp_path):
+    list(trainer(tiny("train.checkpoint_every=2"), tmp_path / "other").run())
+    kept = tmp_path / "other" / "checkpoints" / "step-00000002"
+    files = sorted(kept.iterdir())
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    for name in ("step-00000001", ".partial-step-00000003", ".partial-step-00000004.old"):
+        (checkpoints / name).symlink_to(kept)
+    list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path / "run").run())
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(kept.iterdir()) == files
+
+
+def test_other_files_in_a_linked_folder_of_checkpoints_are_kept(tiny, tmp_path):
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "run"
+    (elsewhere / ".partial-of-another-program").mkdir(parents=True)
+    (elsewhere / ".partial-notes.txt.7").write_text("a")
+    root.mkdir()
+    (root / "checkpoints").symlink_to(elsewhere)
+    before = set(elsewhere.iterdir())
+    list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=1"), root).run())
+    assert set(elsewhere.iterdir()) == before | {elsewhere / "step-00000004"}
+
+
+def test_a_weight_that_is_not_finite_enters_no_checkpoint_and_is_named(tiny, tmp_path):
+    t = trainer(tiny("train.steps=2"), tmp_path)
+    list(t.run())
+    parameter = t.model.blocks[1].s4d.log_dt if hasattr(t.model.blocks[1], "s4d") else next(t.model.parameters())
+    name = next(name for name, p in t.model.named_parameters() if p is parameter)
+    before = sorted(tmp_path.rglob("*"))
+    with torch.no_grad():
+        parameter.view(-1)[-1] = torch.inf
+    t.step = 3
+    t.save()
+    with pytest.raises(RunError, match=f"step-00000003: {name} holds numbers that are not finite"):
+        t.writer.finish()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch):
     t = trainer(tiny(), tmp_path)
     stop = iter([False, True])

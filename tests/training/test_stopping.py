@@ -8,23 +8,26 @@ import pytest
 from diffussm_cli.events import Message, Stage
 from diffussm_cli.training.stopping import TRAINING, StopRequest
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EVENTS = [Stage("loading"), TRAINING, Message("a step")]
 
 
 def handlers():
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number in SIGNALS]
 
 
 @pytest.fixture(autouse=True)
 def before():
     """Python's own handlers, whatever started the tests; gives them."""
-    found = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    found = handlers()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield handlers()
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), found):
+    for number, handler in zip(SIGNALS, found):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
     stop = StopRequest()
     events = stop.watch(iter(EVENTS))
@@ -36,6 +39,17 @@ def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
     assert (stop(), stop.code) == (True, code)
     assert list(events) == EVENTS[2:]
     assert handlers() == before
+
+
+def test_a_lost_terminal_is_left_alone_under_nohup(before):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    events = stop.watch(iter(EVENTS))
+    assert [next(events), next(events)] == EVENTS[:2]
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop()
+    events.close()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_second_ctrl_c_interrupts_at_once(before):

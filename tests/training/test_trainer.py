@@ -141,6 +141,15 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
         assert torch.equal(v, before[k]), k
 
 
+def test_a_run_without_a_finite_loss_is_no_success(tiny, tmp_path):
+    """Four bad steps are less than `train.max_bad_steps`, but all there are."""
+    t = trainer(tiny(), tmp_path)
+    t.losses = lambda part: {k: x * math.nan for k, x in Trainer.losses(t, part).items()}
+    with pytest.raises(RunError, match="before step 4 had no finite loss"):
+        list(t.run())
+    assert not (tmp_path / "final").exists()
+
+
 def test_a_step_does_not_wait_for_the_device(tiny, tmp_path, monkeypatch):
     """torch.tensor of a Python number, and `item`, copy between host and device and wait for it."""
     t = trainer(tiny("train.accumulate=2", "train.grad_clip=1"), tmp_path)
