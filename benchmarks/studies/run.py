@@ -113,6 +113,7 @@ def measure_rates(study: Study, work: Path, steps: int = TURN_STEPS) -> dict:
     if study.timed_by and study.beside:
         timed = {study.timed_by: study.beside, **timed}
 
+    origin = provenance()
     turns: dict[str, list[float]] = {run: [] for run in timed}
     for _ in range(TURNS):
         for run, of in timed.items():
@@ -135,7 +136,7 @@ def measure_rates(study: Study, work: Path, steps: int = TURN_STEPS) -> dict:
         "measured": measured,
         "turns": turns,
         "machine": machine_name(),
-        **provenance(),
+        **origin,
     }
 
 
