@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffussm_cli import __version__
+from diffussm_cli.commands.console import printable
 from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.eval import evaluate
 from diffussm_cli.commands.options import Command, WithExamples
@@ -57,8 +58,7 @@ def _refuse(message: str) -> int:
 
 
 def _one_line(message: str) -> str:
-    """Join lines and escape control characters: file names can come from strangers."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.split()))
+    return printable(" ".join(message.split()))
 
 
 EXAMPLES = {
@@ -76,7 +76,7 @@ EXAMPLES = {
     "train": """
   diffussm train                                   the preset mnist, without a download
   diffussm train --list                            the presets and what they cost
-  diffussm train --data faces/ --set model.num_classes=0 --set data.resolution=32 --set data.channels=3
+  diffussm train --data faces/ --set model.num_classes=0 --set sample.guidance=1
   torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume
 """,
     "sample": """

@@ -224,6 +224,11 @@ class Config:
     sample: SampleConfig = SampleConfig()
     eval: EvalConfig = EvalConfig()
 
+    @property
+    def reference(self) -> str | None:
+        """What samples are compared with by default: `eval.reference`, or the built-in data set that is trained on."""
+        return self.eval.reference or (self.data.path if self.data.path.startswith(BUILTIN) else None)
+
 
 # Fields of earlier versions, which files may still hold: the only value that is accepted, and the remedy for another.
 RETIRED: dict[str, tuple[Any, str]] = {
@@ -403,7 +408,7 @@ def config_from_dict(
     unknown = [s for s in values if s not in SECTIONS]
     if unknown:
         raise ConfigError(f"{where}: unknown section {unknown[0]!r}{nearest(str(unknown[0]), SECTIONS)}")
-    sections = {s: _section(SECTIONS[s], s, _mapping(v, f"{where}: {s}")) for s, v in values.items()}
+    sections = {s: read_section(s, _mapping(v, f"{where}: {s}")) for s, v in values.items()}
     config = Config(preset=name if name is not None else str(saved_name), **sections)
     check(config)
     return config
@@ -441,7 +446,9 @@ def _override_value(key: str, text: str) -> Any:
     return None if type(None) in choices and text in ("null", "~", "") else text
 
 
-def _section(cls: type, section: str, values: Mapping) -> Any:
+def read_section(section: str, values: Mapping) -> Any:
+    """One section from plain values; types and bounds are checked, but nothing across fields. Raises ConfigError."""
+    cls = SECTIONS[section]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = _without_retired(section, values)

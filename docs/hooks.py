@@ -151,7 +151,8 @@ def commands_table() -> str:
     for command in app.registered_commands:
         function = command.callback
         hints = typing.get_type_hints(function, include_extras=True)
-        rows = [option_row(p.name, hints[p.name], p.default) for p in inspect.signature(function).parameters.values()]
+        options = [p for p in inspect.signature(function).parameters.values() if p.name != "ctx"]
+        rows = [option_row(p.name, hints[p.name], p.default) for p in options]
         head = ("Argument or option", "Values", "Default", "Meaning")
         name, text = command.name or function.__name__, inspect.cleandoc(function.__doc__).replace("\b", "")
         parts.append(f"## {name}\n\n{text}\n\n{table(head, rows)}")

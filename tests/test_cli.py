@@ -207,6 +207,13 @@ MISTAKES = {
     "choice": (["sample", "x", "--sampler", "eulr"], "'eulr' is not one of"),
     "name too long": (["train", "--out", "x" * 300], "--out: 'xxx"),
     "folder too long": (["encode", "a", "b/" + "x" * 300], "TARGET: 'b/xxx"),
+    "empty run": (["sample", ""], "RUN: is empty; name a file or folder, or leave it out"),
+    "empty data": (["train", "--data", ""], "--data: is empty; name a file or folder, or leave it out"),
+    "empty source": (["encode", "", "b"], "SOURCE: is empty; name a file or folder, or leave it out"),
+    "paper and figure": (
+        ["profile", "--paper", "--figure", "x.svg"],
+        "--figure: not used, because --paper only prints",
+    ),
     "run too long": (["sample", "x" * 300], "RUN: 'xxx"),
     "samples too long": (["eval", "x" * 300], "xxx"),
     "no UTF-8": (["train", "--out", "o_caf\udce9"], r"--out: 'o_caf\udce9' is not UTF-8 text"),
@@ -253,6 +260,9 @@ SAMPLE_MISTAKES = {
     "too many steps": (["--steps", "1001"], "steps: 1001 must be at most"),
     "interval": (["--guidance-interval", "9,1"], "must be LO,HI"),
     "out is a file": (["--out", "/dev/null/x"], "--out: cannot write"),
+    "grid of another kind": (["--grid", "g.jpg"], "--grid: 'g.jpg' must end in .png"),
+    "grid as an image": (["--out", "o", "--grid", "o/000002.png"], "--grid: 'o/000002.png' is the name of an image"),
+    "empty out": (["--out", ""], "--out: is empty; name a file or folder"),
 }
 
 
@@ -281,6 +291,29 @@ def test_sample_says_which_run_and_which_folder_it_takes(trained, tmp_path, monk
     assert "another request" not in first.stderr
     second = run("sample", "--num", 1, "--steps", 2)
     assert "runs/mine/images holds images of another request; these go to runs/mine/images-2" in second.stderr
+
+
+def test_a_grid_replaces_no_other_file(trained, tmp_path):
+    grid, arguments = tmp_path / "mine.png", ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path / "o")
+    grid.write_bytes(b"mine")
+    assert "mine.png' exists and would be replaced" in line_of(run(*arguments, "--grid", grid))
+    assert grid.read_bytes() == b"mine"
+    grid.unlink()
+    for _ in range(2):  # the same command again replaces its own grid
+        assert run(*arguments, "--grid", grid).exit_code == 0
+    other = ("sample", trained, "--num", 1, "--steps", 2, "--out", tmp_path / "o2", "--grid", grid)
+    assert "exists and would be replaced" in line_of(run(*other))
+
+
+def test_an_empty_image_is_drawn_again(trained, tmp_path):
+    """As a power failure may leave it; the grid does not show it."""
+    arguments = ("sample", trained, "--num", 101, "--steps", 1, "--out", tmp_path, "--batch-size", 101)
+    assert run(*arguments).exit_code == 0
+    last = tmp_path / "000100.png"
+    before = last.read_bytes()
+    last.write_bytes(b"")
+    assert run(*arguments).exit_code == 0
+    assert last.read_bytes() == before
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])

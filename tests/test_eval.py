@@ -286,10 +286,13 @@ MISTAKES = {
     "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "info": (["--ref-info", "TEXT"], "cannot be read as .npz"),
-    "out": (["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"], "no folder '/dev/null' for x"),
-    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "no folder 'none' for x.npz"),
-    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "eval: cannot write 'xxx"),
-    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "eval: cannot write 'xxx"),
+    "out": (
+        ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"],
+        "--out: there is no folder '/dev/null'",
+    ),
+    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "--make-ref: there is no folder 'none'"),
+    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "--out: cannot write 'xxx"),
+    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "--make-ref: cannot write 'xxx"),
     "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
     "resolution": (["PICTURES", *REFERENCE, "--resolution", "99999"], "--resolution: '99999' must be a number of"),
@@ -298,6 +301,19 @@ MISTAKES = {
     "negative": (["NEGATIVE", *REFERENCE], "NEGATIVE.npz: arr_0.npy holds an array of an unsupported order"),
     "empty statistics": (["PICTURES", "--reference", "NOTHING"], "mu and sigma are (0,) and (0, 0), not (d,) and"),
     "integer statistics": (["PICTURES", "--reference", "INTEGERS"], "mu and sigma are int64 and int64, not floating"),
+    "one image": (["ONE", *REFERENCE], "ONE holds 1 image, but fid needs at least 2"),
+    "against one": (["PICTURES", "--reference", "ONE"], "--reference: {ONE} holds 1 image, but fid needs at least 2"),
+    "kid of one": (["ONE", *REFERENCE, "--metrics", "kid"], "ONE holds 1 image, but kid needs at least 2"),
+    "recall of three": (["PICTURES", *REFERENCE, "--metrics", "recall"], "but recall needs at least 4"),
+    "precision against three": (["FIVE", "--reference", "PICTURES", "--metrics", "precision"], "needs at least 4"),
+    "fid_infinity of five": (["FIVE", *REFERENCE, "--metrics", "fid_infinity"], "fid_infinity needs at least 9"),
+    "reference of one": (["--make-ref", "ONE", "x.npz"], "ONE holds one image, but statistics need at least two"),
+    "no covariance": (["FIVE", "--reference", "NEGATIVE_SIGMA"], "sigma has the eigenvalue -1, so it is no covariance"),
+    "not symmetric": (["FIVE", "--reference", "SKEW"], "sigma is not symmetric, so it is no covariance"),
+    "empty samples": (["", *REFERENCE], "SAMPLES: is empty; name a file or folder"),
+    "empty reference": (["PICTURES", "--reference", ""], "--reference: is empty; name a file or folder"),
+    "empty out": (["PICTURES", *REFERENCE, "--out", ""], "--out: is empty; name a file or folder"),
+    "empty info": (["--ref-info", ""], "--ref-info: is empty; name a file or folder"),
     "odd extractor": (["PICTURES", "--reference", "ODD"], "extractor is float64 of shape (2, 2), not a name"),
 }
 
@@ -310,6 +326,7 @@ def things(tmp_path_factory, digits):
     made["EMPTY"].mkdir()
     Image.new("L", (20, 20)).save(made["MIXED"] / "1.png")
     (made["CORRUPT"] / "1.png").write_bytes(b"nothing")
+    made |= {n: save(root / n, digits[0][:k]) for n, k in {"ONE": 1, "FIVE": 5}.items()}
     made |= {n: root / f"{n}.npz" for n in ("FLOAT", "LABELS", "TEXT")}
     np.savez(made["FLOAT"], np.zeros((2, 28, 28, 1)))
     np.savez(made["LABELS"], y=np.zeros(2))
@@ -318,6 +335,8 @@ def things(tmp_path_factory, digits):
         "FLAT": {"arr_0": np.zeros((2, 0, 28, 3), np.uint8)},
         "NOTHING": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "INTEGERS": {"mu": np.zeros(64, int), "sigma": np.zeros((64, 64), int)},
+        "NEGATIVE_SIGMA": {"mu": np.zeros(64), "sigma": np.diag([-1.0] + [1.0] * 63)},
+        "SKEW": {"mu": np.zeros(64), "sigma": np.eye(64) + np.eye(64, k=1)},
         "ODD": {"mu": np.zeros(64), "sigma": np.eye(64), "extractor": np.zeros((2, 2))},
     }
     for name, content in arrays.items():
@@ -335,5 +354,84 @@ def things(tmp_path_factory, digits):
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_get_one_line(arguments, words, things, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert words in line_of(run("eval", *(things.get(a, a) for a in arguments)))
+    assert words.format(**things) in line_of(run("eval", *(things.get(a, a) for a in arguments)))
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------- what is not finite or not its own
+META = {"sampler": "ddim", "steps": 7, "guidance": 1.5, "num": 40, "complete": True}
+WRONG_FACTS = {
+    "not finite": ({"guidance": float("nan")}, "meta.json: cannot be read: NaN is not a finite number"),
+    "too large": ({"guidance": "@"}, "meta.json: cannot be read: 1e999 is not a finite number"),
+    "list": ({"sampler": [1, 2]}, "meta.json: sampler: [1, 2] is not a choice"),
+    "no sampler": ({"sampler": "magic"}, "meta.json: sampler: 'magic' is not a choice"),
+    "negative": ({"steps": -7}, "meta.json: steps: -7 must be at least 1"),
+    "half an image": ({"num": 40.5}, "meta.json: num: 40.5 must be a whole number from 0"),
+    "no text": ({"run": ["x"]}, "meta.json: run: ['x'] must be text"),
+    "other prompts": ({"prompts": ["a", 1]}, "meta.json: prompts: ['a', 1] must be a list of texts"),
+    "label choice": ({"label_choice": "best"}, "meta.json: label_choice: 'best' must be random or balanced or given"),
+    "complete": ({"complete": 1}, "meta.json: complete: 1 must be true or false"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_FACTS.values(), ids=WRONG_FACTS)
+def test_a_meta_file_without_sense_is_one_line(change, words, tmp_path):
+    (tmp_path / "meta.json").write_text(json.dumps(META | change).replace('"@"', "1e999"))
+    assert words in line_of(run("eval", tmp_path, *REFERENCE))
+
+
+def test_a_meta_file_of_other_images_is_warned_of(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:39])
+    (folder / "meta.json").write_text(json.dumps(META | {"complete": False}))
+    found = measure(folder, *REFERENCE, "--metrics", "is")["warnings"]
+    assert "meta.json tells of 40 images, but there are 39: it may be of others" in found
+    assert any("these images are not complete" in line for line in found)
+
+
+def test_drawn_images_are_compared_with_the_reference_of_their_run(tmp_path):
+    root, images = tmp_path / "run", tmp_path / "elsewhere"
+    assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
+    assert run("sample", root, "-n", 10, "--steps", 2, "--out", images).exit_code == 0
+    shown = run("eval", images, "--metrics", "fid")
+    assert shown.exit_code == 0, shown.output
+    assert "10 samples against builtin:mnist" in shown.stdout
+    assert "reference: builtin:mnist, as meta.json says" in shown.stderr
+
+
+@pytest.mark.parametrize("option", ["--out", "--make-ref"])
+def test_what_is_read_is_not_replaced(option, digits, tmp_path):
+    path = tmp_path / "s.npz"
+    np.savez(path, digits[0][:20, :, :, None])
+    before = path.read_bytes()
+    command = {"--out": [path, *REFERENCE, "--metrics", "is", "--out", path], "--make-ref": ["--make-ref", path, path]}
+    assert f"{option}: {str(path)!r} is read by this command" in line_of(run("eval", *command[option]))
+    assert path.read_bytes() == before
+
+
+def test_distances_of_a_set_from_itself_are_zero(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:40])
+    found = measure(folder, "--reference", folder, "--metrics", "fid,sfid")["metrics"]
+    assert 0 <= found["fid"] < 1e-6
+    assert 0 <= found["sfid"] < 1e-6
+
+
+def test_options_that_are_not_used_are_named(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:40])
+    shown = run("eval", folder, *REFERENCE, "--metrics", "is", "-n", 20, "--steps", 3)
+    assert "warning: --num, --steps: not used, because SAMPLES are images, not a run" in shown.stderr
+    made = run("eval", "--make-ref", folder, tmp_path / "r.npz", "--metrics", "is")
+    assert "warning: --metrics: not used, because --make-ref draws and compares nothing" in made.stderr
+
+
+def test_foreign_text_reaches_no_terminal_as_an_escape(digits, tmp_path, monkeypatch):
+    """Of a folder's name on stdout, and of meta.json on stderr."""
+    folder = save(tmp_path / "\x1b[31mred\u202e", digits[0][:40])
+    (folder / "meta.json").write_text(json.dumps({"run": "\x1b]0;title"}))
+    monkeypatch.setenv("COLUMNS", "400")
+    shown = run("eval", folder, "--reference", folder, "--metrics", "is")
+    assert shown.exit_code == 0, shown.output
+    assert r"\x1b[31mred\u202e" in shown.stdout
+    assert r"run \x1b]0;title" in shown.stderr
+    made = run("eval", "--make-ref", folder, folder.with_suffix(".npz"))
+    assert made.stdout.strip().endswith(r"\x1b[31mred\u202e.npz")
+    assert not set("\x1b\u202e") & set(shown.output + made.output)

@@ -33,6 +33,15 @@ ROOT = Path(__file__).parents[1]
 USUAL = ("fid", "sfid", "is", "precision", "recall", "kid")
 QUICK, BLOCKS, QUICK_IMAGES = {"sampler": "dpmpp", "steps": 8}, 10, 300
 PROMPTS = ["red heart", "smiling face", "flag of France", "sun", "green apple", "woman with red hair", "blue flower"]
+USE = """## Use
+
+This model comes with the package diffussm:
+
+    diffussm sample {name}{prompt}
+
+The folder has no pipeline for diffusers; `final/` of a run that you train has one.
+
+"""
 
 
 def main() -> None:
@@ -66,6 +75,9 @@ def main() -> None:
     scores = {k: v for k, v in numbers.items() if not k.startswith("quick")}
     parameters = sum(t.numel() for t in weights.values())
     card = runs.model_card(config, step, parameters, scores, measured, notes, a.license, image=True)
+    start, end = card.index("## Use"), card.index("## Metrics")
+    prompt = ' --prompt "red heart"' if config.data.text else ""
+    card = card[:start] + USE.format(name=a.name, prompt=prompt) + card[end:]
     others = {CARD: card.encode(), IMAGE: grid}
     runs.write_weights(folder, config, weights, step, {"step": step, **numbers}, None, others)
     print(f"wrote {folder}")

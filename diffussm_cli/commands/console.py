@@ -1,11 +1,14 @@
 """What the commands show on stderr: plain lines, and the events of a session as they arrive."""
 
 import contextlib
+import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, TypeVar
+from unicodedata import category
 
 from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 
@@ -14,11 +17,58 @@ LONG = 60  # seconds; longer work announces its duration at the start
 ALARMS = {"left_out": "non-finite steps, left out", "spike": "rose to three times the median"}
 
 
-def make_console(quiet: bool = False):
-    """A console on stderr that prints text verbatim: a file name may look like rich's markup or an emoji."""
-    from rich.console import Console
+def printable(text: str) -> str:
+    """A text with control characters escaped, but for line breaks and tabs: names and facts may come from strangers.
 
-    return Console(stderr=True, quiet=quiet, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    An escape sequence in a file name, or a mark that turns the direction of writing, would change the terminal.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else repr(c)[1:-1] for c in text)
+
+
+def say(text: Any) -> None:
+    """Print a line on stdout; control characters are escaped."""
+    import typer
+
+    typer.echo(printable(str(text)))
+
+
+def print_json(value: Any, console, indent: int | None = 1) -> None:
+    """Print one JSON object on stdout; numbers that JSON does not have become null, and a warning counts them."""
+    import typer
+
+    lost: list[float] = []
+    text = json.dumps(_without_nan(value, lost), indent=indent, allow_nan=False)
+    if lost:
+        warn(console, f"{len(lost)} numbers are not finite; they are null in the JSON")
+    typer.echo(text)
+
+
+def _without_nan(value: Any, lost: list[float]) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v, lost) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(v, lost) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        lost.append(value)
+        return None
+    return value
+
+
+def make_console(quiet: bool = False, stderr: bool = True):
+    """A console that prints text verbatim, as a file name may look like rich's markup, and escapes like `printable`."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class PlainConsole(Console):
+        """Everything that is shown passes through `render`: lines, tables, bars and spinners."""
+
+        def render(self, renderable, options=None):
+            for segment in super().render(renderable, options):
+                plain = segment.control or segment.text.isprintable()
+                yield segment if plain else Segment(printable(segment.text), segment.style)
+
+    more: dict[str, Any] = {"soft_wrap": True} if stderr else {}  # tables on stdout fit the terminal
+    return PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more)
 
 
 def warn(console, text: str) -> None:

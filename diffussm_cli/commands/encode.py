@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console
+from diffussm_cli.commands.console import follow, make_console, say
 from diffussm_cli.commands.options import parse_size
 from diffussm_cli.config import DEFAULT_VAE
 from diffussm_cli.errors import ConfigError
@@ -67,7 +67,7 @@ def encode(
     console = make_console()
     if verify:
         files = follow(console, repairing.verify_store(source))
-        typer.echo(f"{files} files of {source} match their hashes")
+        say(f"{files} files of {source} match their hashes")
         return
     if repair is not None:
         follow(console, repairing.repair_store(source, repair, vae, workers=workers, device=device))

@@ -1,22 +1,27 @@
 """`diffussm eval`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console, warn
-from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request
+from diffussm_cli.commands.console import follow, make_console, print_json, say, warn
+from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request, unused
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
+# Parameters that have a meaning only for images that are drawn from a run.
+OF_RUN = ("ema", "num", "classes", "balanced", "prompts", "negative", "steps", "sampler", "guidance")
+OF_RUN += ("guidance_channels", "guidance_interval", "precision")
+OF_SCORES = ("reference", "metrics", "adm_half", "out", "as_json")
+OF_REFERENCE = ("ref_images",)
 REQUEST = ("sampler", "steps", "guidance", "guidance_channels", "guidance_interval", "num", "first_seed")
 META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
 
 
 def evaluate(
+    ctx: typer.Context,
     samples: Annotated[
         str | None,
         typer.Argument(
@@ -83,7 +88,7 @@ def evaluate(
     if ref_info is not None:
         from diffussm_cli.evaluation.reference import describe
 
-        typer.echo(json.dumps(describe(ref_info), indent=1))
+        print_json(describe(ref_info), make_console())
         return
     if samples is None:
         raise ConfigError("eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz")
@@ -106,14 +111,23 @@ def evaluate(
     }
     if keep and common["cache"] is None:
         warn(console, "features are not cached: there is no home folder; set --cache FOLDER")
+
+    def warn_unused(names: tuple[str, ...], because: str) -> None:
+        if line := unused(ctx, names, because):
+            warn(console, line)
+
     if make_ref:
+        warn_unused((*OF_RUN, *OF_SCORES), "--make-ref draws and compares nothing")
         assert target is not None, "checked above"
         written = follow(console, session.make_reference(samples, target, count=ref_images, **common))
         if written is not None:
-            typer.echo(written)
+            say(written)
         return
+    warn_unused(OF_REFERENCE, "there is no --make-ref")
     trained, drawn = session.find_run_at(samples, ema), dict[str, Any]()
-    if trained is not None:
+    if trained is None:
+        warn_unused((*OF_RUN, "seed"), "SAMPLES are images, not a run")
+    else:
         request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
         labels = parse_classes(classes, trained.config, balanced)
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
@@ -127,7 +141,7 @@ def evaluate(
 def show(console, result: dict[str, Any], as_json: bool) -> None:
     """Print one JSON object, or a table on stdout and the settings of the samples on stderr."""
     if as_json:
-        typer.echo(json.dumps(result))
+        print_json(result, console, indent=None)
         return
     facts = {k: result["meta"][k] for k in META_SHOWN if result["meta"].get(k) is not None}
     if facts:

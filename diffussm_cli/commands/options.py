@@ -3,6 +3,8 @@
 import csv
 import os
 import re
+import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +24,7 @@ from diffussm_cli.config import (
 from diffussm_cli.errors import ConfigError
 
 MAX_IMAGES = 10**6  # images in one request
+PLACES = ("samples", "reference", "data", "vae")  # parameters of text that name files or folders, or the hub
 
 Classes = Annotated[
     str | None,
@@ -79,16 +82,41 @@ class WithExamples:
 class Command(WithExamples, TyperCommand):
     """A command that checks its text arguments before it runs."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As in the parent class. Raises ConfigError for an empty path, which Python takes for the current folder."""
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        hints = typing.get_type_hints(self.callback)
+        for parameter in self.params:
+            is_place = Path in typing.get_args(hints.get(parameter.name)) or parameter.name in PLACES
+            if is_place and given.get(parameter.name) == "":
+                raise ConfigError(f"{option_name(parameter)}: is empty; name a file or folder, or leave it out")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """As in the parent class. Raises ConfigError for text that cannot name a file."""
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
-            option = max(parameter.opts, key=len)
-            name = option if option.startswith("-") else parameter.metavar or option
             for text in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(text, str | os.PathLike):
-                    check_text(text, name)
+                    check_text(text, option_name(parameter))
+        ctx.obj = [p for p in self.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"]
         return super().invoke(ctx)
+
+
+def option_name(parameter: Any) -> str:
+    """What an error calls a parameter: its longest option, or the word that stands for an argument."""
+    option = max(parameter.opts, key=len)
+    return option if option.startswith("-") else parameter.metavar or option
+
+
+def unused(ctx: Any, names: Collection[str], because: str) -> str:
+    """A line about the given options, of those with these parameter names, that a command does not use; may be empty.
+
+    Args:
+        because: why, such as `SAMPLES is a folder of images`.
+    """
+    given = [option_name(parameter) for parameter in ctx.obj if parameter.name in names]
+    return f"{', '.join(given)}: not used, because {because}" if given else ""
 
 
 # ------------------------------------------------------------------------------------------------- requests

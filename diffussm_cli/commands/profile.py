@@ -1,20 +1,23 @@
 """`diffussm profile`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console, warn
+from diffussm_cli.commands.console import follow, make_console, print_json, warn
+from diffussm_cli.commands.options import unused
 from diffussm_cli.errors import ConfigError
 
 DEFAULT_MODELS = "xl,dit-xl/2,dit-xl/1"
 WORK = "forward,forward+backward,guided step"
+OF_LATENCY = ("work", "compiled", "batch_size", "repeats", "precision", "device")
+OF_FILES = ("figure",)
 
 
 def profile(
+    ctx: typer.Context,
     models: Annotated[
         str | None,
         typer.Option(
@@ -94,6 +97,8 @@ def profile(
         raise ConfigError("--estimate: choose what to measure with --preset")
     if models and preset:
         raise ConfigError("--models: cannot be combined with --preset")
+    if paper and (line := unused(ctx, OF_FILES, "--paper only prints")):
+        raise ConfigError(f"{line}; give --paper alone")
     kinds = parse_work(work) if latency else []
 
     from diffussm_cli.commands.tables import paper_tables, show_costs
@@ -108,6 +113,10 @@ def profile(
 
     console = make_console()
     setting = None
+    if not latency and (line := unused(ctx, OF_LATENCY, "there is no --latency")):
+        warn(console, line)
+    if preset and (line := unused(ctx, ("resolution",), "a preset has its own data.resolution")):
+        warn(console, line)
     if latency:
         setting, warnings = report.make_setting(precision, device, batch_size, repeats, compiled)
         for warning in warnings:
@@ -116,7 +125,7 @@ def profile(
     result = follow(console, events)
 
     if as_json:
-        typer.echo(json.dumps(result, indent=1))
+        print_json(result, console)
     else:
         show_costs(result)
     if figure:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console
+from diffussm_cli.commands.console import follow, make_console, say
 from diffussm_cli.commands.options import parse_classes, parse_prompts, sampling_request
 from diffussm_cli.config import bundled_names
 
@@ -70,4 +70,4 @@ def sample(
         console.print("interrupted; finished images are kept, and the same command continues from there")
         raise
     if read_world().rank == 0:
-        typer.echo(found)
+        say(found)

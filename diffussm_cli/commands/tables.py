@@ -1,20 +1,16 @@
 """Tables that the commands print on stdout."""
 
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import typer
-
-from diffussm_cli.commands.console import make_console
+from diffussm_cli.commands.console import make_console, print_json
 
 NAMES_WIDTH, MODEL_WIDTH = 32, 16  # column widths of a cost table, in characters
 
 
 def metrics_table(result: dict[str, Any]) -> None:
     """The metrics of an evaluation, one per row."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("metric", "value")
@@ -22,14 +18,13 @@ def metrics_table(result: dict[str, Any]) -> None:
     error = found.pop("kid_error", None)
     for name, value in found.items():
         table.add_row(name, f"{value:.6g}" + (f" ± {error:.2g}" if name == "kid" else ""))
-    stdout = Console(markup=False, emoji=False, highlight=False)
+    stdout = make_console(stderr=False)
     stdout.print(f"{result['num']:,} samples against {result['reference']}", soft_wrap=True)
     stdout.print(table)
 
 
 def presets_table(rows: Sequence) -> None:
     """Print the presets, one per row, and on stderr how to learn more."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0))
@@ -38,7 +33,7 @@ def presets_table(rows: Sequence) -> None:
     table.add_column("what it is")
     for row in rows:
         table.add_row(row.name, f"{row.parameters / 1e6:,.1f} M", row.title)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    make_console(stderr=False).print(table)
     make_console().print(
         "configuration and memory: diffussm train --preset NAME --dry-run\n"
         "time on this machine: diffussm profile --preset NAME --estimate"
@@ -47,9 +42,7 @@ def presets_table(rows: Sequence) -> None:
 
 def show_costs(result: dict[str, Any]) -> None:
     """Print the cost tables on stdout."""
-    from rich.console import Console
-
-    console = Console()
+    console = make_console(stderr=False)
     wide = MODEL_WIDTH + (16 if "setting" in result else 0)
     columns = max(1, (console.width - NAMES_WIDTH) // wide)
     for _, group in itertools.groupby(result["models"], key=lambda m: m["resolution"]):
@@ -58,7 +51,7 @@ def show_costs(result: dict[str, Any]) -> None:
             console.print(cost_table(models[start : start + columns], result.get("setting")))
     for name, fits in result.get("exponents", {}).items():
         for kind, slope in fits.items():
-            console.print(f"{name}: {kind} grows with L to the power of {slope:.2f}", highlight=False)
+            console.print(f"{name}: {kind} grows with L to the power of {slope:.2f}")
 
 
 def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool = False):
@@ -125,7 +118,6 @@ def _gib(size: int) -> str:
 def paper_tables(as_json: bool) -> None:
     """Print published figures beside ours."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from diffussm_cli.profiling import paper
@@ -133,9 +125,9 @@ def paper_tables(as_json: bool) -> None:
     dit, training = list(paper.dit_rows()), list(paper.training_rows())
     if as_json:
         rows = {"dit": [r._asdict() for r in dit], "training": [t._asdict() for t in training]}
-        typer.echo(json.dumps(rows | {"sentence": paper.sentence()}, indent=1))
+        print_json(rows | {"sentence": paper.sentence()}, make_console())
         return
-    console = Console()
+    console = make_console(stderr=False)
     grid = Table(
         "", "published", "ours", "difference", box=SIMPLE_HEAD, title="Gflops of DiT (arXiv 2212.09748, table 4)"
     )
@@ -150,4 +142,4 @@ def paper_tables(as_json: bool) -> None:
         cells = (f"{t.images / 1e6:.0f} M", f"{t.printed:.3g}", f"{t.ours:.3g}", f"{t.difference:+.1%}")
         grid.add_row(t.name, *cells, f"{t.implied:.1f}", f"{t.forward:.1f}")
     console.print(grid)
-    console.print(paper.sentence(), highlight=False)
+    console.print(paper.sentence())

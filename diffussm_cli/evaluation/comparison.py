@@ -9,6 +9,7 @@ import torch
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.gathering import Gathered
 from diffussm_cli.evaluation.metrics import (
+    LEAST,
     SPLIT,
     fid_infinity,
     frechet_distance,
@@ -79,6 +80,20 @@ def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
     return bool(wanted & set(metrics))
 
 
+def check_counts(metrics: Sequence[str], samples: Any, reference: Reference) -> None:
+    """Raises DataError if a metric needs more images than there are. `samples` is an ImageSet.
+
+    Statistics of a reference that come from its file need no images.
+    """
+    for metric in metrics:
+        least = LEAST.get(metric, 1)
+        of_reference = needs_images([metric], reference) and reference.images is not None
+        for option, images in (("SAMPLES", samples), ("--reference", reference.images if of_reference else None)):
+            if images is not None and len(images) < least:
+                has = f"{len(images)} image" + ("s" if len(images) != 1 else "")
+                raise DataError(f"{option}: {images.name} holds {has}, but {metric} needs at least {least}")
+
+
 def possible(metrics: Sequence[str], samples: Gathered, reference: Reference, lenient: bool) -> Sequence[str]:
     """The given metrics, or if `lenient`, only those that the features and the reference support."""
     if not lenient:
@@ -97,9 +112,10 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
     found = []
     if n < PUBLISHED_SAMPLES and "fid" in metrics:
         bias = frechet_bias(gathered)
+        by_how_much = "" if bias is None else f", here by about {bias:.3g}"
         found.append(
-            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it, here by about "
-            f"{bias:.3g}; --metrics all adds fid_infinity, which does not have this bias"
+            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it{by_how_much}; "
+            "--metrics all adds fid_infinity, which does not have this bias"
         )
     if n <= d:
         found.append(
@@ -118,14 +134,14 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
     return found
 
 
-def frechet_bias(gathered: Gathered) -> float:
-    """A rough estimate of how much FID rises with n samples instead of 50,000.
+def frechet_bias(gathered: Gathered) -> float | None:
+    """A rough estimate of how much FID rises with n samples instead of 50,000; None for fewer than eight.
 
     The bias of FID is c / n. Two random halves have the same distribution, so FID between them is all bias: 4 c / n.
     """
     n = len(gathered.pool)
     if n < 8:
-        return float("inf")
+        return None
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     halves = [moments(gathered.pool[part]) for part in (order[: n // 2], order[n // 2 :])]
     apart = frechet_distance(halves[0].mean, halves[0].covariance, halves[1].mean, halves[1].covariance)

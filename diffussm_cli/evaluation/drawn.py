@@ -54,6 +54,10 @@ class DrawnImages:
             for _, images in self.sampler.draw([self.seeds[i] for i in chosen], labels, text):
                 yield images.expand(-1, self.channels, -1, -1)
 
+    def image_name(self, i: int) -> str:
+        """The name of an image, for an error."""
+        return f"{self.name}: the image of seed {self.seeds[i]}"
+
     def sha256(self) -> str:
         """Hash of what determines the images: weights, sampler, seeds."""
         assert self.facts is not None, "the hash of drawn images needs their facts"

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from diffussm_cli.evaluation.features import Extractor
+from diffussm_cli.errors import DataError
+from diffussm_cli.evaluation.features import Extractor, Features
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.sets import ImageSet
 from diffussm_cli.events import Event, Progress, Stage, Warned
@@ -34,7 +35,7 @@ class Gathered:
         """As a flat dictionary, for files."""
         found = {"pool": self.pool}
         if self.spatial:
-            found |= {"spatial.n": torch.tensor(self.spatial.n)}
+            found |= {N: torch.tensor(self.spatial.n)}
             found |= {"spatial.mean": self.spatial.mean, "spatial.M2": self.spatial.M2}
         if self.classes:
             found |= {f"classes.{k}": v for k, v in vars(self.classes).items()}
@@ -61,6 +62,7 @@ class Gathered:
 
 
 PARTS = ("spatial.", "classes.")
+N = "spatial.n"  # the only whole number among the tensors
 
 
 def gather_features(
@@ -80,11 +82,11 @@ def gather_features(
         what: what the progress counts.
 
     Raises:
-        DataError: if an image cannot be read.
+        DataError: if an image cannot be read, or has features that are not finite numbers.
     """
     yield Stage("looking for cached features")
     file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
-    kept = _read(file) if file else None
+    kept = _read(file, len(images)) if file else None
     if all(gather(kept is not None, world)):
         assert kept is not None, "this process is one of all"
         return kept
@@ -97,6 +99,7 @@ def gather_features(
     for batch in images.read(part, batch_size) if part else ():
         with full_float32():
             features = extractor(batch)
+        _check_finite(features, images, at, extractor)
         pool.append(features.pool.float().cpu())
         if features.spatial is not None:
             moments = Moments.of(features.spatial.cpu())
@@ -116,12 +119,38 @@ def gather_features(
     return whole
 
 
-def _read(path: Path) -> Gathered | None:
-    """The cached features; None if there are none or the file is damaged, which `_write` then replaces."""
+def _check_finite(features: Features, images: ImageSet, first: int, extractor: Extractor) -> None:
+    """Raises DataError if features of a batch, which begins with the image `first` of a set, are not finite."""
+    for part, values in features._asdict().items():
+        if values is None:
+            continue
+        finite = values.flatten(1).isfinite().all(1)
+        if not finite.all():
+            name = images.image_name(first + int(finite.cpu().int().argmin()))
+            raise DataError(f"{name}: {part} features of {extractor.identity} that are not finite numbers")
+
+
+def _read(path: Path, n: int) -> Gathered | None:
+    """The cached features of n images; None if there are none or the file is damaged, which `_write` then replaces."""
     try:
-        return Gathered.of(load_file(path)) if path.is_file() else None
+        found = Gathered.of(load_file(path)) if path.is_file() else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+    return found if found is not None and _is_sound(found, n) else None
+
+
+def _is_sound(gathered: Gathered, n: int) -> bool:
+    """Whether cached features are those of n images, in shapes that fit each other, and finite."""
+    pool, spatial, classes = gathered.pool, gathered.spatial, gathered.classes
+    sound = pool.ndim == 2 and len(pool) == n
+    if spatial is not None:
+        d = spatial.mean.numel()
+        sound &= spatial.n == n and spatial.mean.shape == (d,) and spatial.M2.shape == (d, d)
+    if classes is not None:
+        splits, of_n = len(classes.p), SplitSums.empty(n, 1)
+        sound &= classes.p.ndim == 2 and len(of_n.p) == splits and classes.n.sum().item() == n
+        sound &= classes.n.shape == classes.negentropy.shape == (splits,)
+    return sound and all(t.is_floating_point() and t.isfinite().all() for k, t in gathered.tensors().items() if k != N)
 
 
 def _write(path: Path, gathered: Gathered) -> None:

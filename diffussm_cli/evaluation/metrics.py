@@ -19,6 +19,8 @@ SPLIT = 5000  # consecutive images per split of the Inception Score
 BLOCK = 2048  # rows of a distance matrix computed at a time
 KID_SUBSETS, KID_SIZE = 100, 1000
 EXTRAPOLATED_FROM = 8  # sample sizes that FID-infinity is fitted to
+LEAST = {"fid": 2, "sfid": 2, "kid": 2, "precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}  # images of each set
+LEAST["fid_infinity"] = EXTRAPOLATED_FROM + 1  # so that the sizes from 2 on differ
 
 
 @dataclass
@@ -66,20 +68,23 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); float64 throughout.
 
     The trace of the root is the sum of the square roots of the eigenvalues of R S2 R with R = S1^(1/2). That matrix is
-    symmetric, so no complex numbers arise, and the result is finite for singular covariances.
+    symmetric, so no complex numbers arise, and the result is finite for singular covariances. The distance of two
+    equal distributions, which rounding may put below zero, is zero.
     """
     m1, S1, m2, S2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
     values, vectors = torch.linalg.eigh((S1 + S1.T) / 2)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ S2 @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    return ((m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * trace).item()
+    distance = (m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * trace
+    return distance.clamp(min=0).item()  # NaN stays NaN
 
 
 def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int = 0) -> float:
     """FID for infinitely many samples (Chong and Forsyth 2020): the intercept of a line fitted to FID against 1/n.
 
-    The line is fitted at eight sample sizes, from a tenth of the samples to all, drawn without replacement.
+    The line is fitted at eight sample sizes, from a tenth of the samples to all, drawn without replacement. It needs
+    at least nine samples. As an estimate it may be below zero.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     sizes = np.linspace(max(2, len(features) // 10), len(features), EXTRAPOLATED_FROM).astype(int)
@@ -93,7 +98,7 @@ def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int =
 def kid(features1: Tensor, features2: Tensor, seed: int = 0) -> tuple[float, float]:
     """Kernel Inception Distance (Binkowski 2018): mean and standard error over 100 subsets of up to 1,000.
 
-    The unbiased MMD^2 with the kernel (x.y / d + 1)^3.
+    The unbiased MMD^2 with the kernel (x.y / d + 1)^3. As an estimate it may be below zero.
     """
     generator = np.random.default_rng(seed)
     size = min(KID_SIZE, len(features1), len(features2))

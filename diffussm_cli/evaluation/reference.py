@@ -11,9 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config
 from diffussm_cli.data.arrays import Rows, open_npz, write_npz
-from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.gathering import Gathered
@@ -24,6 +22,7 @@ POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 EXTRACTOR = "extractor"  # not in ADM's files: the identity of the extractor, as bytes
 MAX_NAME = 256
 RECALL_IMAGES = 10_000
+TOLERANCE = 1e-4  # of a covariance in a file: negative eigenvalues and asymmetry, relative to its largest number
 BLOCK = 64
 
 Statistics = tuple[Tensor, Tensor]  # mean (d,), covariance (d, d), float64
@@ -46,11 +45,6 @@ class Reference:
         self.pool = self.pool or (found.mean, found.covariance)
         if gathered.spatial:
             self.spatial = self.spatial or (gathered.spatial.mean, gathered.spatial.covariance)
-
-
-def reference_of(config: Config) -> str | None:
-    """The default reference of a run: its `eval.reference`, or the built-in data set that it was trained on."""
-    return config.eval.reference or (config.data.path if config.data.path.startswith(BUILTIN) else None)
 
 
 def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None = None) -> Reference:
@@ -101,7 +95,18 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
     found = [torch.from_numpy(a.whole().astype(np.float64)) for a in (mean, covariance)]
     if not all(t.isfinite().all() for t in found):
         raise DataError(f"{mean.path}: {names[0]} or {names[1]} holds values that are not finite")
+    _check_covariance(found[1], f"{mean.path}: {names[1]}")
     return found[0], found[1]
+
+
+def _check_covariance(S: Tensor, name: str) -> None:
+    """Raises DataError for a matrix (d, d) that is not symmetric or has negative eigenvalues, beyond rounding."""
+    largest = S.abs().max()
+    if (S - S.T).abs().max() > TOLERANCE * largest:
+        raise DataError(f"{name} is not symmetric, so it is no covariance; make the file again")
+    lowest = torch.linalg.eigvalsh((S + S.T) / 2).min()
+    if lowest < -TOLERANCE * largest:
+        raise DataError(f"{name} has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
 
 
 def describe(path: Path) -> dict[str, Any]:

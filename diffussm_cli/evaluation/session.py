@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,16 +13,24 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.clip import Clip
-from diffussm_cli.evaluation.comparison import USUAL, evaluate_features, needs_images, possible, warnings
+from diffussm_cli.evaluation.comparison import (
+    USUAL,
+    check_counts,
+    evaluate_features,
+    needs_images,
+    possible,
+    warnings,
+)
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.features import AUTO, NAMES, Extractor, doubts, load_extractor
 from diffussm_cli.evaluation.gathering import Gathered, gather_features
-from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, reference_of, write_reference
+from diffussm_cli.evaluation.metrics import LEAST
+from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, write_reference
 from diffussm_cli.evaluation.sets import HELD_OUT, ImageSet, open_images
 from diffussm_cli.evaluation.text import names_in, names_of, retrieval
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
-from diffussm_cli.machine.files import PARTIAL, write_text
+from diffussm_cli.machine.files import check_output, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.report import write_report
@@ -112,8 +121,11 @@ class EvaluationSession:
             lenient: leave out metrics that the extractor or the reference does not support, instead of raising.
 
         Raises:
-            DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot be computed.
+            DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot be computed or,
+                unless `lenient`, is not a finite number.
         """
+        if not lenient:
+            check_counts(metrics, images, against)
         if against.images is not None and against.gathered is None and needs_images(metrics, against):
             against.complete((yield from self.features(against.images, "reference")))
         found = yield from self.features(images, "samples")
@@ -122,6 +134,8 @@ class EvaluationSession:
         if self.world.rank == 0:
             yield Stage("metrics")
             for name, value in evaluate_features(found, against, possible(metrics, found, against, lenient), half):
+                if not lenient and not math.isfinite(value):
+                    raise DataError(f"--metrics: {name} of {images.name} against {against.name} is {value}")
                 values[name] = value
                 yield Stage(f"metrics: {', '.join(values)}")
         return values, found
@@ -180,7 +194,8 @@ def evaluate(
 
     Args:
         samples: a folder of PNG, an .npz, or a run.
-        reference: an .npz from ADM or `make_reference`, or images; by default, the run's reference.
+        reference: an .npz from ADM or `make_reference`, or images; by default, the reference of the run, also for a
+            folder of images that `sample` has drawn from it.
         half: compute precision and recall in float16, as ADM's evaluator does.
         resolution: (H, W) to crop the reference images to; by default, the run's resolution.
         num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run; without effect for
@@ -200,24 +215,30 @@ def evaluate(
         DiffussmError: before the long work starts, where possible.
     """
     if out is not None:
-        check_writable(out)
+        earlier = [out.name] if out.name.endswith(runs.RESULTS) else []
+        check_output(out, "--out", reads=[samples, reference], replaces=earlier)
     world, trained, size = read_world(), run or find_run_at(samples), None
-    if trained and extractor == AUTO and trained.config.eval.extractor in NAMES:  # never code that a run names
-        extractor = trained.config.eval.extractor
+    facts = {} if trained else read_facts(samples)
+    usual_extractor = trained.config.eval.extractor if trained else facts.get("extractor")
+    if extractor == AUTO and usual_extractor in NAMES:  # never code that a run names
+        extractor = usual_extractor
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
         images, captioned = None if trained else session.open(str(samples)), None
         if trained:
             session.choose(trained.config.data.size, trained.config.data.is_grey)
             captioned = None if reference else session.held_out(trained.config)
-            reference, size = reference or reference_of(trained.config), trained.config.data.size
+            reference, size = reference or trained.config.reference, trained.config.data.size
+        elif reference is None and facts.get("reference"):
+            reference, size = facts["reference"], images.size
+            yield Message(f"reference: {reference}, as {META} says; --reference names another one")
+            if facts.get("prompts") and reference.startswith(BUILTIN):
+                captioned = session.open(f"{reference}{HELD_OUT}")
         if reference is None:
             raise ConfigError("--reference: name an .npz from ADM or --make-ref, or a folder of real images")
         against = session.reference(reference, resolution, size)
         captioned = captioned or against.images
-        if trained is None:
-            facts = read_facts(samples)
-        else:
+        if trained is not None:
             yield Stage("loading the run")
             if not prompts and trained.config.model.text_width and captioned:
                 prompts = names_in(captioned.captions)
@@ -231,6 +252,10 @@ def evaluate(
     if world.rank:
         return None
     remarks = doubts(session.asked, session.name, reference) + warnings(images, gathered, against, metrics)
+    if facts.get("num", len(images)) != len(images):
+        remarks.append(f"{META} tells of {facts['num']:,} images, but there are {len(images):,}: it may be of others")
+    if facts.get("complete") is False:
+        remarks.append(f"{META} says that these images are not complete; the command that drew them continues")
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are scores of previews")
     yield from map(Warned, remarks)
@@ -290,13 +315,13 @@ def make_reference(
     Raises:
         DiffussmError: if the images cannot be read or the file cannot be written.
     """
-    if target.suffix != ".npz":
-        raise ConfigError(f"--make-ref: {str(target)!r} must end in .npz")
-    check_writable(target)
+    check_output(target, "--make-ref", [".npz"], reads=[images])
     world = read_world()
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
     with process_group(world):
         opened = session.open(str(images), resolution)
+        if len(opened) < LEAST["fid"]:
+            raise DataError(f"--make-ref: {opened.name} holds one image, but statistics need at least two")
         gathered = yield from session.features(opened, "image")
     if world.rank:
         return None
@@ -317,7 +342,7 @@ def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRu
 
 
 def read_facts(samples: str | Path) -> dict[str, Any]:
-    """The meta.json beside samples; empty if there is none. Raises RunError."""
+    """The meta.json beside samples, checked; empty if there is none. Raises RunError."""
     path = Path(samples)
     folder = path.parent if path.suffix == ".npz" else path
     return read_meta(folder) if (folder / META).is_file() else {}
@@ -336,20 +361,6 @@ def results_path(samples: Path) -> Path:
     if samples.is_dir():
         return samples / runs.RESULTS
     return samples.with_suffix(f".{runs.RESULTS}") if samples.exists() else Path(runs.RESULTS)
-
-
-def check_writable(path: Path) -> None:
-    """Raises ConfigError if a file cannot be written, so that no hours of work are lost."""
-    if not os.path.isdir(path.absolute().parent):
-        raise ConfigError(f"eval: there is no folder {str(path.parent)!r} for {path.name}")
-    if os.path.isdir(path):
-        raise ConfigError(f"eval: cannot write {str(path)!r}: it is a folder")
-    trial = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
-    try:
-        trial.touch()
-        trial.unlink(missing_ok=True)  # another process may have removed it
-    except OSError as e:
-        raise ConfigError(f"eval: cannot write {str(path)!r}: {e.strerror}") from e
 
 
 def _keep(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:

@@ -57,6 +57,9 @@ class ImageSet(Protocol):
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """Yield the images at increasing indices as uint8 (B, C, H, W). Raises DataError."""
 
+    def image_name(self, i: int) -> str:
+        """The name of an image, for an error."""
+
     def sha256(self) -> str:
         """Hash of the content, independent of its name."""
 
@@ -120,14 +123,17 @@ class _Folder:
         entry = self.listing.entries[i]
         array = read_entry(self.listing.root, entry, self.size if self.cropped else None)
         if self.channels == 1:
-            _refuse_colour(array, f"{self.name}: {entry.name}")
+            _refuse_colour(array, self.image_name(i))
         if array.shape[:2] != self.size:
             has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
             raise DataError(
-                f"{self.name}: {entry.name} is {has}, the first image is {first}; give images of one size "
+                f"{self.image_name(i)} is {has}, the first image is {first}; give images of one size "
                 "(--resolution crops those of --reference and --make-ref)"
             )
         return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)
+
+    def image_name(self, i: int) -> str:
+        return f"{self.name}: {self.listing.entries[i].name}"
 
     def sha256(self) -> str:
         crop = self.size if self.cropped else None
@@ -168,9 +174,12 @@ class _Npz:
             at += len(block)
             if self.channels == 1:
                 for i in chosen:
-                    _refuse_colour(block[i], f"{self.path}: image {at - len(block) + i} of {IMAGES}")
+                    _refuse_colour(block[i], self.image_name(at - len(block) + i))
             images = torch.from_numpy(block[chosen][..., : self.channels]).permute(0, 3, 1, 2)
             yield images.expand(-1, self.channels, -1, -1)
+
+    def image_name(self, i: int) -> str:
+        return f"{self.path}: image {i} of {IMAGES}"
 
     def sha256(self) -> str:
         return f"{self.channels}-{sha256(self.path)}"
@@ -230,6 +239,9 @@ class _Builtin:
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         yield from self.images[torch.as_tensor(places)].split(batch_size)
+
+    def image_name(self, i: int) -> str:
+        return f"{self.name}: image {i}"
 
     def sha256(self) -> str:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()

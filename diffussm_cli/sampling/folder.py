@@ -6,8 +6,9 @@ interruptions. meta.json is written first and describes the request; its field `
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,11 +18,11 @@ import numpy as np
 import torch
 
 from diffussm_cli import __version__
-from diffussm_cli.config import SampleConfig
+from diffussm_cli.config import SampleConfig, read_section
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.data.text import check_prompts
-from diffussm_cli.errors import RunError, reading
+from diffussm_cli.errors import ConfigError, RunError, reading
 from diffussm_cli.machine.files import sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
@@ -30,9 +31,11 @@ from diffussm_cli.sampling.sampler import Sampler
 IMAGES, META, NPZ = "images", "meta.json", "samples.npz"
 PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
 GRID_IMAGES = 100
+CHOICES = ("random", "balanced", "given")  # of labels
 READ = 256  # images read back at a time
 # The facts of meta.json that must not change when more images are drawn into a folder.
-FIXED: tuple[str, ...] = ("weights_sha256", *(f.name for f in dataclasses.fields(SampleConfig)))
+SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
+FIXED: tuple[str, ...] = ("weights_sha256", *SETTINGS)
 FIXED += ("first_seed", "classes", "negative", "text_encoder", "vae", "decoded_by", "precision")
 
 
@@ -66,6 +69,8 @@ def sample_facts(
         "prompts": list(prompts) or None,
         "negative": negative,
         "text_encoder": {"name": config.data.text, "sha256": config.data.text_sha256} if prompts else None,
+        "reference": config.reference,
+        "extractor": config.eval.extractor,
         "null_class": config.model.num_classes or None,
         "pixel_rule": PIXEL_RULE,
         **sampler.decoding.record,
@@ -98,8 +103,8 @@ class SampleFolder:
         """The batches of this process that still lack an image."""
         size = self.sampler.batch_size
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
-        with os.scandir(self.path) as entries:  # one stat per file would take half a minute for a million
-            existing = {entry.name for entry in entries if entry.is_file()}
+        with os.scandir(self.path) as entries:  # an empty file is what a power failure may leave
+            existing = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
         incomplete = [batch for batch in every if not all(file_name(seed) in existing for seed in batch)]
         return incomplete[world.rank :: world.size]
 
@@ -111,10 +116,14 @@ class SampleFolder:
             text = self.sampler.text(prompts_of(self.facts, batch), self.facts["negative"])
             for seeds, images in self.sampler.draw(batch, own, text):
                 for seed, image in zip(seeds, images):
-                    if not self.file(seed).is_file():
+                    if not self._is_drawn(seed):
                         with whole_file(self.file(seed), durable=False) as file:
                             save_png(image, file, *prompts_of(self.facts, [seed]))
                 yield len(seeds)
+
+    def _is_drawn(self, seed: int) -> bool:
+        file = self.file(seed)
+        return file.is_file() and file.stat().st_size > 0
 
     def finish(self, grid: Path, npz: bool) -> None:
         """Write the grid of the first images, the .npz of all images if `npz`, and the final meta.json."""
@@ -166,6 +175,12 @@ def file_name(seed: int) -> str:
     return f"{seed:06d}.png"
 
 
+def is_image_name(name: str) -> bool:
+    """Whether `file_name` gives this name to some seed."""
+    stem, _, suffix = name.rpartition(".")
+    return suffix == "png" and stem.isdecimal() and name == file_name(int(stem))
+
+
 def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raises RunError if `folder` holds images that were drawn with other settings."""
     if not (folder / META).is_file():
@@ -194,10 +209,62 @@ def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a folder of samples. Raises RunError."""
+    """meta.json of a folder of samples, which may come from a stranger. Raises RunError for values without sense."""
     path, remedy = folder / META, "; delete the folder to draw its images again"
     with reading(f"{path}: cannot be read", RunError, remedy):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
     if not isinstance(found, dict):
         raise RunError(f"{path}: is not a JSON object{remedy}")
+    known = {name: value for name, value in found.items() if value is not None}
+
+    # The settings of sampling are checked as those of a configuration are.
+    try:
+        read_section("sample", {name: known[name] for name in SETTINGS if name in known})
+    except ConfigError as e:
+        raise RunError(f"{path}: {str(e).removeprefix('sample.')}{remedy}") from e
+    for name, (is_right, words) in CHECKS.items():
+        if name in known and not is_right(known[name]):
+            raise RunError(f"{path}: {name}: {known[name]!r:.80} must be {words}{remedy}")
     return found
+
+
+def _finite(text: str) -> float:
+    """A number in JSON, which Python also reads if it is NaN or infinite. Raises ValueError for these."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_whole(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
+
+
+# What must be true of facts in meta.json that others read or print, and how an error calls it.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("run", "weights", "weights_sha256", "negative", "reference", "extractor"), (_is_text, "text")),
+    "grid": (_is_text, "text"),
+    **dict.fromkeys(("step", "first_seed", "num"), (_is_whole, "a whole number from 0")),
+    **dict.fromkeys(("prompts", "class_names"), (_are_texts, "a list of texts")),
+    **dict.fromkeys(("labels", "classes"), (_are_whole, "a list of labels")),
+    "ema": (_is_number, "a number"),
+    "complete": (lambda value: isinstance(value, bool), "true or false"),
+    "label_choice": (lambda value: value in CHOICES, " or ".join(CHOICES)),
+}

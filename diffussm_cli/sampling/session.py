@@ -1,18 +1,27 @@
 """Drawing from a trained run into a folder, as `diffussm sample` does."""
 
+import os
 import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
-from diffussm_cli.errors import writing
+from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.film import SUFFIXES, write_film
-from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder, sample_facts
+from diffussm_cli.sampling.folder import (
+    IMAGES,
+    META,
+    SampleFolder,
+    free_folder,
+    is_image_name,
+    read_meta,
+    sample_facts,
+)
 from diffussm_cli.sampling.sampler import open_sampler
 
 
@@ -60,6 +69,8 @@ def sample(
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
     prompts = prompts or trained.config.sample.prompts
     world, seeds = read_world(), range(seed, seed + num)
+    if grid and grid.suffix.lower() != ".png":
+        raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
     if film:
         check_output(film, "--film", SUFFIXES)
     yield Stage("loading")
@@ -71,7 +82,8 @@ def sample(
         yield Message(f"{trained.root / IMAGES} holds images of another request; these go to {path}")
     if sampler.decoding.warning:
         yield Warned(sampler.decoding.warning)
-    folder, grid = SampleFolder(path, sampler, seeds, facts), grid or path / GRID
+    grid = check_grid(grid, path) if grid else path / GRID
+    folder = SampleFolder(path, sampler, seeds, {**facts, "grid": os.path.relpath(grid, path)})
     with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
         if world.rank == 0:
             folder.begin()
@@ -80,7 +92,8 @@ def sample(
         batches, done = folder.missing(world), 0
         gather(None, world)  # every process looks before any of them draws
         total = sum(map(len, batches))
-        yield Progress(0, total)
+        if total:
+            yield Progress(0, total)
         for n in folder.draw(batches):
             done += n
             yield Progress(done, total)
@@ -92,4 +105,20 @@ def sample(
         write_film(sampler, seeds, facts, film)
         yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
+    return grid
+
+
+def check_grid(grid: Path, folder: Path) -> Path:
+    """Return the file for the grid of a folder of images. It replaces nothing but the grid of that folder.
+
+    Raises:
+        ConfigError: if it has the name of an image of the folder, or is another file that exists.
+    """
+    if grid.parent.is_dir():
+        check_output(grid, "--grid")
+    if grid.resolve().parent == folder.resolve() and is_image_name(grid.name):
+        raise ConfigError(f"--grid: {str(grid)!r} is the name of an image; name another file")
+    before = read_meta(folder).get("grid") if (folder / META).is_file() else None
+    if grid.exists() and os.path.relpath(grid, folder) not in (before, GRID):
+        raise ConfigError(f"--grid: {str(grid)!r} exists and would be replaced; name another file")
     return grid

@@ -13,7 +13,6 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.features import doubts
-from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.events import finish
 from diffussm_cli.machine.processes import ALONE, World
@@ -43,7 +42,7 @@ class Scoring:
     ):
         if decoding.warning:
             raise DataError(f"eval.every: {decoding.warning}")
-        path = reference_of(config)
+        path = config.reference
         if path is None:
             raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out")
         self.config, self.source, self.root, self.decoding = config, source, root, decoding

@@ -25,7 +25,6 @@ from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import ConfigError, DataError, RunError
-from diffussm_cli.evaluation.reference import reference_of
 from diffussm_cli.machine.device import is_out_of_memory, pick_device, pick_dtype
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors, reduced
@@ -74,7 +73,7 @@ class Trainer:
         self.held_out = HeldOut(held_out, config, self.device, world) if held_out else None
         if config.eval.every and not config.eval.images and not held_out:
             raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
-        scored = bool(config.eval.every and config.eval.images and (reference_of(config) or not held_out))
+        scored = bool(config.eval.every and config.eval.images and (config.reference or not held_out))
         self.decoding = open_decoding(config, self.device) if t.sample_every or scored else None
         if config.sample.prompts and t.sample_every:  # a wrong one should end training before it begins
             for prompt in config.sample.prompts:

@@ -1,6 +1,7 @@
 """What commands show while a session works."""
 
 import io
+import json
 
 import rich.console
 
@@ -66,3 +67,41 @@ def test_without_a_terminal_a_record_is_a_line_and_alarms_stand_before_it():
     *alarms, last = [line for line in lines if line.startswith("warning") or "  loss " in line][:3]
     assert [alarm.rpartition(": ")[2] for alarm in alarms] == ["[1]", "['loss']"]
     assert last == "step 2/4  loss 0.1235  10.0 images/s  FID 3"
+
+
+def test_only_what_controls_a_terminal_is_escaped():
+    """Letters, accents, full-width spaces and line breaks stay; escapes, bells and reversals of writing do not."""
+    assert console.printable("caf\u00e9 \u6f22\u3000\u5b57\n\tx") == "caf\u00e9 \u6f22\u3000\u5b57\n\tx"
+    assert console.printable("\x1b[2J\x07\r\x9b\u202ea\udce9") == r"\x1b[2J\x07\r\x9b\u202ea\udce9"
+
+
+def test_every_way_to_the_terminal_is_escaped(capsys):
+    """A line, a cell and title of a table, a spinner and a bar."""
+    from rich.table import Table
+
+    foreign = "a\x1b]0;b[red]"
+    shown = console.make_console()
+    shown.print(foreign)
+    table = Table(foreign, title=foreign)
+    table.add_row(foreign)
+    shown.print(table)
+    with console.bar(shown, 2, foreign) as advance:
+        advance(1, foreign)
+    console.follow(shown, (event for event in [Stage(foreign), Message(foreign)]))
+    console.say(foreign)
+    said = capsys.readouterr()
+    assert said.err.count(r"a\x1b]0;b") >= 7  # a cell, which is as wide as the text was, is cut
+    assert said.out == "a\\x1b]0;b[red]\n"
+    assert "\x1b" not in said.out + said.err
+
+
+def test_json_is_json_also_of_what_is_not_finite(capsys):
+    value = {"a": [1.0, float("nan"), (float("inf"), 2)], "b": "NaN"}
+    console.print_json(value, console.make_console())
+    said = capsys.readouterr()
+
+    def refuse(text):
+        raise ValueError(text)
+
+    assert json.loads(said.out, parse_constant=refuse) == {"a": [1.0, None, [None, 2]], "b": "NaN"}
+    assert said.err == "warning: 2 numbers are not finite; they are null in the JSON\n"

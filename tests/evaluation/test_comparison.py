@@ -108,3 +108,11 @@ def test_images_of_a_reference_are_needed_for_what_its_statistics_lack():
 )
 def test_labels_in_the_order_of_their_classes(labels, in_order):
     assert ev._in_order(labels) == in_order
+
+
+def test_the_bias_of_few_samples_is_not_given_as_infinite(tmp_path, digits):
+    images = open_images(str(folder(tmp_path / "a", 5)), 1)
+    small = gathered(images, digits)[0]
+    found = " | ".join(ev.warnings(images, small, Reference("r", None), ["fid"]))
+    assert "fewer samples raise it; --metrics all adds" in found
+    assert "inf;" not in found

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from diffussm_cli.errors import DataError
 from diffussm_cli.evaluation import gathering
 from diffussm_cli.evaluation.features import Features
 from diffussm_cli.evaluation.gathering import Gathered
@@ -150,3 +152,50 @@ def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
         assert torch.equal(found.pool, x)
         torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))
         assert found.classes.score() == pytest.approx(inception_score(x))
+
+
+@pytest.mark.parametrize("part", ["pool", "spatial", "logits"])
+def test_features_that_are_not_finite_name_their_image(pictures, part):
+    """The seventh of twelve images is black, and its logarithm is infinite."""
+    images = open_images(str(pictures), 1)
+    Image.new("L", (28, 28)).save(pictures / images.listing.entries[6].name)
+
+    class Logarithm(Recorder):
+        def __call__(self, batch):
+            x = batch.float().mean((2, 3))
+            return Features(**{"pool": x, part: x.log()})
+
+    with pytest.raises(DataError, match=f"{images.listing.entries[6].name}: {part} features of recorder that are not"):
+        gathered(images, Logarithm())
+
+
+def shorter(found):
+    return found | {"pool": found["pool"][1:]}
+
+
+def not_finite(found):
+    return found | {"pool": found["pool"].index_fill(0, torch.tensor([3]), torch.nan)}
+
+
+def of_others(found):
+    return found | {"spatial.n": torch.tensor(11)}
+
+
+def flat(found):
+    return found | {"classes.p": found["classes.p"][0]}
+
+
+def whole_numbers(found):
+    return found | {"pool": found["pool"].long()}
+
+
+@pytest.mark.parametrize("change", [shorter, not_finite, of_others, flat, whole_numbers])
+def test_kept_features_that_cannot_be_of_these_images_are_made_anew(pictures, tmp_path, digits, change):
+    images, cache = open_images(str(pictures), 1), tmp_path / "cache"
+    first = gathered(images, digits, cache)[0]
+    (file,) = cache.iterdir()
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
+    again, done, _ = gathered(images, digits, cache)
+    assert done == 12
+    assert torch.equal(first.pool, again.pool)
+    assert gathered(images, digits, cache)[1] == 0

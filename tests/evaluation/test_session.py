@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from diffussm_cli.errors import ConfigError
 from diffussm_cli.evaluation import session
 from diffussm_cli.evaluation.session import EvaluationSession
 from tests.evaluation.conftest import folder
@@ -50,17 +49,6 @@ def test_facts_are_those_of_the_folder(tmp_path):
     assert session.read_facts(tmp_path) == {}
     (tmp_path / "meta.json").write_text(json.dumps({"steps": 7}))
     assert session.read_facts(tmp_path) == session.read_facts(tmp_path / "samples.npz") == {"steps": 7}
-
-
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path):
-    session.check_writable(tmp_path / "r.json")
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "r.json").write_text("old")
-    session.check_writable(tmp_path / "r.json")
-    assert (tmp_path / "r.json").read_text() == "old"
-    for path in (tmp_path, tmp_path / "none" / "r.json"):
-        with pytest.raises(ConfigError, match="folder"):
-            session.check_writable(path)
 
 
 def test_a_folder_of_images_is_no_run(tmp_path):
