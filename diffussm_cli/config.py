@@ -142,6 +142,7 @@ class TrainConfig:
     batch_size: int = _option(256, "images per optimiser step, over all accumulated parts", least=1, most=MAX_BATCH)
     accumulate: int = _option(1, "number of parts that the batch is computed in", least=1, most=MAX_BATCH)
     lr: float = _option(1e-4, "learning rate", above=0, most=10)
+    optimizer: Literal["adamw", "muon"] = _option("adamw", "muon: for the matrices of the blocks, adamw for all others")
     ssm_lr: float = _option(1e-3, "cap on the learning rate of the SSM's parameters", above=0, most=10)
     warmup_steps: int = _option(0, "steps of linear warm-up", least=0, most=MANY)
     lr_decay: Literal["constant", "linear", "cosine"] = _option("constant", "learning rate schedule after warm-up")
@@ -600,6 +601,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
+    if t.optimizer == "muon" and t.parallel == "fsdp":
+        raise ConfigError("train.optimizer: muon needs whole matrices, which train.parallel=fsdp splits; take ddp")
     if t.batch_size % t.accumulate:
         raise ConfigError(f"train.accumulate: {t.accumulate} must divide train.batch_size {t.batch_size}")
     if not t.ema or len(set(t.ema)) < len(t.ema):

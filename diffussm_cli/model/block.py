@@ -14,6 +14,7 @@ from diffussm_cli.model.local import Local
 from diffussm_cli.model.mixer import Mixer, Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import RASTER, Scan
+from diffussm_cli.model.stacked import StackedLinear
 
 
 class ShiftScaleNorm(nn.Module):
@@ -22,7 +23,7 @@ class ShiftScaleNorm(nn.Module):
     def __init__(self, D: int):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.adaLN = nn.Linear(D, 2 * D)
+        self.adaLN = StackedLinear(D, D, parts=2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN(F.silu(c))[:, None].chunk(2, dim=-1)  # (B, 1, D) each

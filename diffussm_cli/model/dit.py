@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.block import HourglassLinear
+from diffussm_cli.model.stacked import StackedLinear
 
 
 class Attention(nn.Module):
@@ -24,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, D: int, M: int, heads: int):
         super().__init__()
         self.M, self.heads = M, heads
-        self.qkv = nn.Linear(D, M * 3 * D)  # M Linears, one per place of a token within its position
+        self.qkv = StackedLinear(D, D, parts=3 * M)  # one set per place of a token within its position
         self.proj = HourglassLinear(M, D, D // M)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class DiTBlock(nn.Module):
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(D, M, heads)
         self.mlp = nn.Sequential(nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D))
-        self.adaLN = nn.Linear(D, 6 * D)
+        self.adaLN = StackedLinear(D, D, parts=6)
 
     def zeroed(self) -> list[nn.Linear]:
         """The layers that start at zero, so that the block starts as the identity."""

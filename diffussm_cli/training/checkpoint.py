@@ -18,11 +18,12 @@ from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World, gather
+from diffussm_cli.training.muon import MOMENT
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
 Averages = Mapping[float, nn.Module]  # by decay
-KINDS = ("step", "exp_avg", "exp_avg_sq")
+KINDS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps of a parameter
 
 
 class CheckpointWriter:
@@ -135,12 +136,15 @@ def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer:
 
 
 def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor], path: Path) -> None:
+    matrices = {id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
     for name, p in model.named_parameters():
-        entries = {k: saved[f"{name}/{k}"] for k in KINDS if f"{name}/{k}" in saved}
-        if len(entries) < len(KINDS) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):
+        kinds = (MOMENT,) if id(p) in matrices else KINDS
+        entries = {k: saved[f"{name}/{k}"] for k in kinds if f"{name}/{k}" in saved}
+        if len(entries) < len(kinds) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):
             raise RunError(f"{path / runs.OPTIMIZER}: optimiser state of another model: {name} does not fit")
         if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
             raise RunError(f"{path / runs.OPTIMIZER}: damaged: {name} holds numbers that are not finite")
         # A clone, because the tensor maps the file, which is later deleted with its checkpoint.
         moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}
-        optimizer.state[p] = {"step": entries["step"].to(p.device), **moments}
+        step = {"step": entries["step"].to(p.device)} if "step" in entries else {}
+        optimizer.state[p] = {**step, **moments}

@@ -54,10 +54,14 @@ class SpikeAlarm:
 
 
 @torch.no_grad()
-def update_ratios(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Squared norms of the last update and of the weights by group: (2,), for the parts that this process holds."""
     found = {}
     for group in optimizer.param_groups:
+        if group.get("muon"):
+            size = sum(p.square().sum() for p in group["params"])
+            found[group["name"]] = torch.stack([group["moved"], size])
+            continue
         beta1, beta2 = group["betas"]
         sums = torch.zeros(2, device=group["params"][0].device)
         for p in group["params"]:

@@ -1,4 +1,4 @@
-"""AdamW with the parameter groups that an SSM needs, and the learning rate schedule."""
+"""AdamW or Muon with the parameter groups that an SSM needs, and the learning rate schedule."""
 
 import math
 
@@ -6,12 +6,33 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import TrainConfig
+from diffussm_cli.model import Backbone
 from diffussm_cli.model.mixer import StateSpace
+from diffussm_cli.model.stacked import StackedLinear
+from diffussm_cli.training.muon import Muon
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW over `parameter_groups`. It skips a step on the device when its `found_inf` is 1."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, config.beta2), fused=True)
+def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | Muon:
+    """Fused AdamW over `parameter_groups`, or Muon for the matrices of the blocks and AdamW for all others.
+
+    Either skips a step on the device when its `found_inf` is 1.
+    """
+    groups = parameter_groups(model, config)
+    betas = 0.9, config.beta2
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+    # of the matrices, those of the blocks; the embeddings and the last layer stay with AdamW
+    inside = {id(p) for p in model.blocks.parameters()}
+    muon = []
+    for group in groups:
+        group["muon"] = False
+        if group["name"] == "matrices":
+            chosen = [p for p in group["params"] if id(p) in inside and p.ndim < 4]
+            group["params"] = [p for p in group["params"] if not (id(p) in inside and p.ndim < 4)]
+            muon.append({**group, "name": "muon", "params": chosen, "muon": True})
+    parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, StackedLinear)}
+    return Muon([*groups, *muon], parts, betas)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:

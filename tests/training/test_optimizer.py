@@ -1,12 +1,16 @@
 """The groups of parameters and the course of the learning rate."""
 
+import math
+
 import pytest
 import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import build_model
+from diffussm_cli.training.muon import Muon, orthogonalised
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, parameter_groups, set_lr
-from tests.conftest import device
+from tests.conftest import device, randn
 
 SSM = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
@@ -48,6 +52,93 @@ def test_state_spaces_of_every_mixer_are_the_ssm_group(tiny):
         }
         if expected:
             assert (groups["ssm"]["lr"], groups["ssm"]["weight_decay"]) == (config.train.ssm_lr, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- Muon
+def exactly_orthogonal(matrices):
+    U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
+    return U @ Vh
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 4, 16), (2, 16, 4)])
+def test_orthogonalised_matrices_keep_directions_and_have_singular_values_near_one(shape):
+    matrices = randn(*shape)
+    result = orthogonalised(matrices)
+    values = torch.linalg.svdvals(result)
+    assert 0.65 < values.min() < values.max() < 1.25
+    cosine = torch.nn.functional.cosine_similarity(result.flatten(1), exactly_orthogonal(matrices).flatten(1))
+    assert cosine.min() > 0.97
+    torch.testing.assert_close(orthogonalised(100 * matrices), result, rtol=1e-4, atol=1e-5)
+    assert torch.equal(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_moves_each_part_of_a_stacked_matrix_as_if_it_were_alone():
+    """Against the rule written out, for three matrices in one parameter, over two steps."""
+    weight = torch.nn.Parameter(randn(12, 6))
+    alone = weight.detach().clone().view(3, 4, 6)
+    group = {"name": "muon", "params": [weight], "lr": 0.1, "weight_decay": 0.5, "muon": True}
+    optimizer = Muon([group, others()], {id(weight): 3}, (0.9, 0.999))
+    optimizer.found_inf = torch.zeros((), device=device())
+    momentum = torch.zeros(3, 4, 6, device=device())
+    for seed in (1, 2):
+        gradient = randn(12, 6, seed=seed)
+        weight.grad = gradient
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * gradient.view(3, 4, 6)
+        direction = orthogonalised(0.05 * gradient.view(3, 4, 6) + 0.95 * momentum)
+        alone = alone - 0.1 * (0.2 * math.sqrt(6) * direction + 0.5 * alone)
+        torch.testing.assert_close(weight.detach().view(3, 4, 6), alone, rtol=1e-5, atol=1e-5)
+
+
+def others():
+    parameter = torch.nn.Parameter(torch.ones(1, device=device()))
+    return {"name": "vectors", "params": [parameter], "lr": 0.1, "weight_decay": 0.0, "muon": False}
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_muon_skips_a_step_that_is_not_finite_and_keeps_its_momentum(wrong):
+    weight = torch.nn.Parameter(randn(4, 4))
+    vector = others()
+    group = {"name": "muon", "params": [weight], "lr": 0.1, "weight_decay": 0.5, "muon": True}
+    optimizer = Muon([group, vector], {}, (0.9, 0.999))
+    for bad, value in ((0.0, 1.0), (1.0, wrong)):
+        before = weight.detach().clone(), optimizer.state[weight].get("momentum", torch.zeros(4, 4)).clone()
+        weight.grad = torch.full((4, 4), value, device=device())
+        vector["params"][0].grad = torch.full((1,), value, device=device())
+        optimizer.found_inf = torch.full((), bad, device=device())
+        optimizer.step()
+    assert torch.equal(weight, before[0])
+    assert torch.equal(optimizer.state[weight]["momentum"], before[1])
+    assert torch.isfinite(vector["params"][0]).all()
+
+
+@pytest.mark.parametrize("backbone", ["diffussm", "dit"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_others(tiny, backbone):
+    config = tiny("train.optimizer=muon", f"model.backbone={backbone}", "model.heads=2")
+    model = build_model(config)
+    optimizer = make_optimizer(model, config.train)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]}
+    expected = {
+        name
+        for name, p in model.named_parameters()
+        if name.startswith("blocks.") and name.endswith("weight") and p.ndim in (2, 3)
+    }
+    assert matrices == expected
+    parts = {
+        names[id(p)].split(".", 2)[2]: optimizer.parts.get(id(p), 1)
+        for p in model.parameters()
+        if id(p) in names and names[id(p)] in matrices
+    }
+    shown = {"diffussm": ("norm.adaLN.weight", 2), "dit": ("attention.qkv.weight", 6)}[backbone]
+    assert parts[shown[0]] == shown[1]
+    everything = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(everything) == sorted(names)
+
+
+def test_muon_is_refused_where_matrices_are_split(tiny):
+    with pytest.raises(ConfigError, match="^train.optimizer: muon needs whole matrices, which train.parallel=fsdp"):
+        tiny("train.optimizer=muon", "train.parallel=fsdp")
 
 
 def optimizer_of(tiny, *overrides):

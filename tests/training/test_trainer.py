@@ -27,9 +27,13 @@ def weights(t):
     }
 
 
-@pytest.mark.parametrize("kind", ["tiny", "captioned"])
-def test_two_steps_resume_two_steps_equal_four_bitwise(kind, request, tmp_path):
-    tiny = request.getfixturevalue(kind)
+@pytest.mark.parametrize(("kind", "settings"), [("tiny", []), ("captioned", []), ("tiny", ["train.optimizer=muon"])])
+def test_two_steps_resume_two_steps_equal_four_bitwise(kind, settings, request, tmp_path):
+    fixture = request.getfixturevalue(kind)
+
+    def tiny(*overrides):
+        return fixture(*settings, *overrides)
+
     whole = trainer(tiny(), tmp_path / "whole")
     records = list(whole.run())
     first = trainer(tiny(), tmp_path / "parts")

@@ -5,9 +5,10 @@ B batch   D channels   J positions   M tokens per position   L = J M tokens   h 
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffussm_cli.model.mixer import Mixer, Sizes
+from diffussm_cli.model.stacked import StackedLinear
 
 
 class Heads(Mixer):
@@ -22,7 +23,7 @@ class Heads(Mixer):
         if D % heads:
             raise ValueError(f"hidden_size {D} must be a multiple of heads {heads}")
         self.heads = heads
-        self.qk = nn.Linear(D, 2 * D)
+        self.qk = StackedLinear(D, D, parts=2)
 
     @classmethod
     def of(cls, sizes: Sizes) -> "Heads":
