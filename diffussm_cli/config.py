@@ -39,6 +39,7 @@ COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOT_FINITE = (".nan", ".inf", "-.inf")
 
+MIXERS = ("s4d", "axial", "linear", "conv", "attention")
 # The samplers that fit each objective; the first one draws the previews during training.
 SAMPLERS: dict[str, Any] = {
     "noise": ("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"),
@@ -63,16 +64,25 @@ class ModelConfig:
     compression: int = _option(2, "M, tokens that each position becomes inside a block", least=1, most=256)
     d_state: int = _option(64, "N, state size of s4d and axial (16 is enough for axial)", least=2, most=4096)
     heads: int = _option(16, "heads of DiT and of the mixers linear and attention", least=1, most=256)
-    mixer: Literal["s4d", "axial", "linear", "conv", "attention"] = _option(
-        "s4d", "layer that mixes tokens; not used by DiT"
+    mixer: str = _option(
+        "s4d",
+        "layer that mixes tokens: s4d, axial, linear, conv or attention; a list such as conv,axial repeats along the "
+        "blocks; not used by DiT",
     )
+    kernel: Literal[3, 5, 7] = _option(3, "side of the convolution of the mixer conv, in tokens")
     scan: Literal["raster", "alternate", "four"] = _option("raster", "orders of tokens by block; not used by DiT")
     local: Literal[0, 3] = _option(0, "3: a depthwise 3x3 convolution before each mixer; not used by DiT")
+    skips: bool = _option(False, "add each block of the first half to its mirror image, by layers that start at zero")
     num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
     learn_sigma: bool = _option(True, "also learn the covariance")
     label_std: float = _option(0.02, "initial standard deviation of the label table", above=0, most=100)
     text_width: int = _option(0, "E, width of the text encoder's vectors; 0: no text", least=0, most=2**14)
     text_tokens: int = _option(0, "K, positions for tokens of a caption; 0: its pooled vector only", least=0, most=1024)
+
+    @property
+    def mixers(self) -> list[str]:
+        """The mixers of the blocks, in turn."""
+        return mixer_names(self.mixer)
 
 
 @dataclass(frozen=True)
@@ -597,7 +607,11 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"model.compression: {m.compression} must divide the {wide} channels that the hourglass contracts"
         )
-    if (m.backbone == "dit" or m.mixer in ("linear", "attention")) and m.hidden_size % m.heads:
+    wrong = [name for name in m.mixers if name not in MIXERS]
+    if wrong:
+        raise ConfigError(f"model.mixer: {wrong[0]!r} is not a choice; valid: {', '.join(MIXERS)}")
+    with_heads = m.backbone == "dit" or {"linear", "attention"} & set(m.mixers)
+    if with_heads and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
@@ -622,13 +636,20 @@ def check(config: Config) -> None:
     check_sampling(s, config)
 
 
+def mixer_names(text: str) -> list[str]:
+    """The names in a list of mixers such as `conv,axial`."""
+    return [name.strip() for name in text.split(",")]
+
+
 def _check_size(config: Config) -> None:
     """Raises ConfigError, before anything is built, for sizes that are valid one by one but absurd together."""
     m, d = config.model, config.data
     D, taps = m.hidden_size, d.channels * m.patch_size**2
     tokens = math.prod(d.grid) // m.patch_size**2
     block = (16 + m.compression) * D**2 + 8 * D * m.d_state
-    parameters = m.depth * block + m.num_classes * D + 3 * m.compression * taps * D  # to a few percent
+    parameters = (
+        m.depth * block + m.depth // 2 * m.skips * D**2 + m.num_classes * D + 3 * m.compression * taps * D
+    )  # to a few percent
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
             f"model.hidden_size: {D} with model.depth {m.depth} makes about {parameters:.1e} parameters; "
@@ -650,7 +671,7 @@ def _check_text(config: Config) -> None:
         raise ConfigError(f"data.text: {d.text!r} needs model.text_width, the width of its vectors (wordllama: 256)")
     if m.text_tokens and not m.text_width:
         raise ConfigError(f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text")
-    if m.text_tokens and m.backbone == "diffussm" and (m.local or m.mixer in ("conv", "axial")):
+    if m.text_tokens and m.backbone == "diffussm" and (m.local or {"conv", "axial"} & set(m.mixers)):
         given = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} given, but {given} reads an image, and text tokens have no place "

@@ -275,6 +275,7 @@ WRONG = {
     "model.compression=3": "model.compression: 3 must divide the 8 tokens of a row",
     "model.hidden_size=30": "model.hidden_size: 30 must be a multiple of 4",
     "model.d_state=7": "model.d_state: 7 must be even",
+    "model.mixer=conv,mamba": "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention",
     "model.mixer=mamba": "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention",
     "model.scan=zigzag": "model.scan: 'zigzag' is not a choice; valid: raster, alternate, four",
     "model.local=5": "model.local: 5 is not a choice; valid: 0, 3",

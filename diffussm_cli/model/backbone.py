@@ -4,7 +4,7 @@ B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 to
 E width of text vectors   K text tokens
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Backbone(nn.Module):
         text_width: E; 0 for a model without text.
         text_tokens: K; 0 for the pooled vector only.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        skips: before each block of the last half, add what its mirror image in the first half gave, through a Linear
+            that starts at zero.
 
     Raises:
         ValueError: if sizes do not divide; the message names them.
@@ -58,9 +60,10 @@ class Backbone(nn.Module):
         text_width: int = 0,
         text_tokens: int = 0,
         gradient_checkpointing: bool = False,
+        skips: bool = False,
     ):
         super().__init__()
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.input_size = pair(input_size)
         self.in_channels, self.patch_size, self.compression = in_channels, patch_size, compression
         self.num_classes, self.learn_sigma, self.label_std = num_classes, learn_sigma, label_std
         self.text_width, self.text_tokens = text_width, text_tokens
@@ -75,6 +78,7 @@ class Backbone(nn.Module):
         self.y_embed = nn.Embedding(num_classes + 1, D) if num_classes else None
         self.text_embed = TextEmbedding(text_width, D, text_tokens) if text_width else None
         self.blocks = nn.ModuleList(blocks)
+        self.skips = nn.ModuleList(nn.Linear(D, D) for _ in range(len(self.blocks) // 2)) if skips else None
         self.norm_out = ShiftScaleNorm(D)
         self.patch_out = nn.Linear(D, M * P * P * self.out_channels)
         self.register_buffer("position", self.positions(*self.input_size), persistent=False)
@@ -94,6 +98,7 @@ class Backbone(nn.Module):
 
         y is None for a model without classes, and text for one without text; `TextEmbedding` describes text.
         """
+        self._check_inputs(x, t, y, text)
         H, W = x.shape[-2:]
         grid = H // self.patch_size, W // (self.patch_size * self.compression)
         c, words = self.condition(t, y, text)  # (B, D), (B, K, D)
@@ -102,8 +107,13 @@ class Backbone(nn.Module):
         if words is not None:
             h = torch.cat([words.flip(1), h, words], dim=1)  # (B, K + J + K, D)
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
+        earlier: list[Tensor] = []  # what the blocks of the first half gave
+        for i, block in enumerate(self.blocks):
+            if self.skips is not None and i >= len(self.blocks) - len(self.skips):
+                h = h + self.skips[i - len(self.blocks)](earlier.pop())
             h = checkpoint(block, h, c, grid, use_reentrant=False) if recomputes else block(h, c, grid)
+            if self.skips is not None and i < len(self.skips):
+                earlier.append(h)
         if words is not None:
             h = h[:, self.text_tokens : -self.text_tokens]
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
@@ -113,10 +123,10 @@ class Backbone(nn.Module):
         """Timestep, label and caption -> c (B, D), which is their sum, and the text tokens (B, K, D), if any."""
         c, words = self.t_embed(t), None
         if self.y_embed is not None:
-            assert y is not None, "a class-conditional model needs labels; the null class is model.null_class"
+            assert y is not None
             c = c + self.y_embed(y)
         if self.text_embed is not None:
-            assert text is not None, "a model with text needs captions; zeros stand for none"
+            assert text is not None
             pooled, words = self.text_embed(text)
             c = c + pooled
         return c, words
@@ -135,7 +145,7 @@ class Backbone(nn.Module):
         if self.y_embed is not None:
             nn.init.normal_(self.y_embed.weight, std=self.label_std)
         zeroed = [z for block in self.blocks for z in block.zeroed()]  # type: ignore[operator]
-        for layer in [self.norm_out.adaLN, self.patch_out, *zeroed]:
+        for layer in [self.norm_out.adaLN, self.patch_out, *zeroed, *(self.skips or [])]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -150,10 +160,45 @@ class Backbone(nn.Module):
         P = self.patch_size
         return position_table(H // P, W // P, self.compression, self.patch_in.out_features)
 
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None, text: Tensor | None) -> None:
+        """Raises ValueError for sizes that do not fit; the content of tensors is only seen on a CPU."""
+        B = x.shape[0]
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x: shape {tuple(x.shape)} must be (B, {self.in_channels}, H, W)")
+        if t.shape != (B,):
+            raise ValueError(f"t: shape {tuple(t.shape)} must be ({B},), one timestep per image")
+        if self.y_embed is not None:
+            if y is None or y.shape != (B,):
+                given = "None" if y is None else f"shape {tuple(y.shape)}"
+                raise ValueError(f"y: {given} must be ({B},), one label per image; no class is {self.null_class}")
+            if _is_at_hand(y) and not ((y >= 0) & (y <= self.null_class)).all():
+                low, high = y.min().item(), y.max().item()
+                raise ValueError(f"y: labels from {low} to {high} must lie in 0..{self.null_class}")
+        if self.text_width:
+            sizes = (B, 1 + self.text_tokens, self.text_width)
+            if text is None or text.shape != sizes:
+                given = "None" if text is None else f"shape {tuple(text.shape)}"
+                raise ValueError(f"text: {given} must be {sizes}; zeros stand for no caption")
+
     def _check_grid(self, H: int, W: int) -> None:
         P, M = self.patch_size, self.compression
+        if H < 1 or W < 1:
+            raise ValueError(f"a grid of {H}x{W} has no tokens")
         if H % P or W % (P * M):
             raise ValueError(
                 f"a grid of {H}x{W} cannot be split: patch_size {P} must divide the height, "
                 f"and patch_size {P} x compression {M} the width"
             )
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of a size, or of one number for a square. Raises TypeError for anything else."""
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise TypeError(f"input_size {size!r} must be a whole number or (height, width)")
+    return (sides[0], sides[1])
+
+
+def _is_at_hand(tensor: Tensor) -> bool:
+    """Whether its numbers can be read without waiting for a device, breaking a graph or leaving a trace."""
+    return tensor.is_cpu and tensor.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

@@ -78,7 +78,7 @@ class DiffuSSMBlock(nn.Module):
 
     The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of `scan`; x is always
     in raster order. `local` is 3 for a convolution before the mixer, or 0. `grid` is that of
-    the tokens which the mixer is made for. The defaults need no grid.
+    the tokens which the mixer is made for, `kernel` the side of its convolution. The defaults need no grid.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class DiffuSSMBlock(nn.Module):
         scan: Scan = RASTER,
         local: int = 0,
         grid: tuple[int, int] = (16, 16),
+        kernel: int = 3,
     ):
         super().__init__()
         self.mixer_name, self.scan = mixer, scan
@@ -98,7 +99,7 @@ class DiffuSSMBlock(nn.Module):
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)
         self.local = Local(D, scan) if local else None
-        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid)))
+        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid, kernel)))
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
         self.W1 = ChannelsFirstLinear(D, 2 * D)
         self.W2 = ChannelsFirstLinear(2 * D, 2 * D)

@@ -5,10 +5,11 @@ D hidden size   N state size of S4D
 """
 
 import itertools
-from typing import Any
 
-from diffussm_cli.model.backbone import Backbone
+from diffussm_cli.config import mixer_names
+from diffussm_cli.model.backbone import Backbone, pair
 from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
 
 
@@ -20,13 +21,15 @@ class DiffuSSM(Backbone):
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
         d_state: N of the mixers "s4d" and "axial", even; N/2 complex modes per channel and direction.
-        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D.
+        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D. A list such as "conv,axial"
+            repeats along the blocks.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
+        kernel: side of the convolution of the mixer "conv", odd.
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
 
     Raises:
-        ValueError: if sizes do not divide; the message names them.
+        ValueError: if sizes do not divide or there is no such mixer or scan; the message names them.
     """
 
     def __init__(
@@ -41,18 +44,50 @@ class DiffuSSM(Backbone):
         num_classes: int = 1000,
         mixer: str = "s4d",
         heads: int = 16,
+        kernel: int = 3,
         scan: str = "raster",
         local: int = 0,
-        **options: Any,
+        skips: bool = False,
+        learn_sigma: bool = True,
+        label_std: float = 0.02,
+        text_width: int = 0,
+        text_tokens: int = 0,
+        gradient_checkpointing: bool = False,
     ):
+        # What Backbone does not see.
+        mixers = mixer_names(mixer)
+        for option, name, choices in [("scan", scan, SCANS), *(("mixer", name, MIXERS) for name in mixers)]:
+            if name not in choices:
+                raise ValueError(f"{option} {name!r} must be one of {', '.join(choices)}")
+        if text_tokens and (local or any(MIXERS[name].needs_image for name in mixers)):
+            raise ValueError(
+                f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image without text"
+            )
         if 2 * hidden_size % compression:
             raise ValueError(f"compression {compression} must divide twice hidden_size {hidden_size}")
-        H, W = (input_size, input_size) if isinstance(input_size, int) else input_size
+        H, W = pair(input_size)
         tokens = (H // patch_size, W // patch_size)
-        orders = itertools.islice(itertools.cycle(SCANS[scan]), depth)
-        sizes = (hidden_size, compression, d_state, mixer, heads)
-        blocks = [DiffuSSMBlock(*sizes, order, local, tokens) for order in orders]
-        super().__init__(blocks, input_size, in_channels, patch_size, hidden_size, compression, num_classes, **options)
+        orders = itertools.cycle(SCANS[scan])
+        names = itertools.cycle(mixers)
+        blocks = [
+            DiffuSSMBlock(hidden_size, compression, d_state, name, heads, order, local, tokens, kernel)
+            for name, order, _ in zip(names, orders, range(depth))
+        ]
+        super().__init__(
+            blocks,
+            input_size,
+            in_channels,
+            patch_size,
+            hidden_size,
+            compression,
+            num_classes,
+            learn_sigma,
+            label_std,
+            text_width,
+            text_tokens,
+            gradient_checkpointing,
+            skips,
+        )
 
     def reset_parameters(self) -> None:
         """Initialise the layers as `Backbone` does, and the mixers by their own rules (S4D: S4D-Lin)."""

@@ -7,8 +7,6 @@ M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, an
 This is the hourglass around attention whose Gflops the DiffuSSM paper compares (section 4 and figure 3).
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -78,12 +76,31 @@ class DiT(Backbone):
         heads: int = 16,
         compression: int = 1,
         num_classes: int = 1000,
-        **options: Any,
+        skips: bool = False,
+        learn_sigma: bool = True,
+        label_std: float = 0.02,
+        text_width: int = 0,
+        text_tokens: int = 0,
+        gradient_checkpointing: bool = False,
     ):
         if hidden_size % heads or hidden_size % compression:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of heads {heads} and of M {compression}")
         blocks = [DiTBlock(hidden_size, compression, heads) for _ in range(depth)]
-        super().__init__(blocks, input_size, in_channels, patch_size, hidden_size, compression, num_classes, **options)
+        super().__init__(
+            blocks,
+            input_size,
+            in_channels,
+            patch_size,
+            hidden_size,
+            compression,
+            num_classes,
+            learn_sigma,
+            label_std,
+            text_width,
+            text_tokens,
+            gradient_checkpointing,
+            skips,
+        )
 
     def positions(self, H: int, W: int) -> Tensor:
         """The fixed position embedding, (J, D), in DiT's order: sin and cos of the column, then of the row."""

@@ -8,22 +8,23 @@ from diffussm_cli.model.scan import RASTER, Scan
 
 
 class Local(nn.Module):
-    """Depthwise 3x3 convolution with zeros around the image: u (B, D, J, M) in the order of a scan -> the same.
+    """Depthwise convolution with zeros around the image: u (B, D, J, M) in the order of a scan -> the same.
 
-    It starts as the identity. In DiG (arXiv 2405.18428) that start improved the FID of a small model, and a random one
-    made it worse.
+    `kernel` is its side in tokens. It starts as the identity. In DiG (arXiv 2405.18428) that start improved the FID of
+    a small model, and a random one made it worse.
     """
 
-    def __init__(self, D: int, scan: Scan = RASTER):
+    def __init__(self, D: int, scan: Scan = RASTER, kernel: int = 3):
         super().__init__()
-        self.D, self.scan = D, scan
-        self.weight = nn.Parameter(torch.empty(D, 1, 3, 3))
+        self.D, self.scan, self.kernel = D, scan, kernel
+        self.weight = nn.Parameter(torch.empty(D, 1, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(D))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.zero_()[..., 1, 1] = 1
+        middle = self.kernel // 2
+        self.weight.zero_()[..., middle, middle] = 1
         self.bias.zero_()
 
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,10 +33,11 @@ class Local(nn.Module):
 
     def convolve(self, image: Tensor) -> Tensor:
         """(B, D, H, W) -> (B, D, H, W)."""
-        return F.conv2d(image, self.weight, self.bias, padding=1, groups=self.D)
+        return F.conv2d(image, self.weight, self.bias, padding=self.kernel // 2, groups=self.D)
 
     def convolve_naive(self, image: Tensor) -> Tensor:
-        """Reference for `convolve`: the nine products of every token and channel."""
-        around = F.pad(image, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (B, D, H, W, 3, 3)
-        products = around.flatten(2, 3).flatten(3) @ self.weight.view(self.D, 9, 1)  # (B, D, HW, 1)
+        """Reference for `convolve`: the k x k products of every token and channel."""
+        k, edge = self.kernel, self.kernel // 2
+        around = F.pad(image, (edge, edge, edge, edge)).unfold(2, k, 1).unfold(3, k, 1)  # (B, D, H, W, k, k)
+        products = around.flatten(2, 3).flatten(3) @ self.weight.view(self.D, k * k, 1)  # (B, D, HW, 1)
         return products.view_as(image) + self.bias[:, None, None]

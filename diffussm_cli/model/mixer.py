@@ -27,8 +27,8 @@ def fft_macs(n: int) -> float:
 class Sizes:
     """What a mixer can be made from.
 
-    `N` is the state size, `heads` the number of heads, `scan` the order of the positions, and `grid` (H, W) the
-    number of tokens that the model is built for; a mixer also accepts other grids.
+    `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid` (H, W) the number of
+    tokens that the model is built for (a mixer also accepts other grids), and `kernel` the side of a convolution.
     """
 
     D: int
@@ -36,6 +36,7 @@ class Sizes:
     heads: int = 1
     scan: Scan = RASTER
     grid: tuple[int, int] = (16, 16)
+    kernel: int = 3
 
 
 class Mixer(nn.Module):

@@ -20,7 +20,7 @@ from diffussm_cli.config import Config
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model.local import Local
 from diffussm_cli.model.mixer import COMPLEX_PRODUCT, fft_macs, kept_kernels
-from diffussm_cli.profiling.flops import with_one_block
+from diffussm_cli.profiling.flops import shortened
 
 # Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
@@ -32,13 +32,14 @@ NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_r
 def count(config: Config) -> dict[str, float]:
     """Gflops per image by kind: products, attention, FFT, spectra; and `kernels`, per weight update.
 
-    A model with a single block is traced, and its block is counted as often as the model has
-    blocks. The trace runs on the meta device, so that a large model takes no memory.
+    A model with one block of each kind is traced, and each block is counted as often as the model
+    has it. The trace runs on the meta device, so that a large model takes no memory.
 
     Raises:
         ConfigError: if the model has an operator that is not counted.
     """
-    model = with_one_block(config).eval()
+    model, missing = shortened(config)
+    model.eval()
     m = config.model
 
     # One image with all conditions that the model takes.
@@ -48,22 +49,26 @@ def count(config: Config) -> dict[str, float]:
         text = torch.empty(1, 1 + m.text_tokens, m.text_width)
     inputs = (x, t, t if m.num_classes else None, text if m.text_width else None)
 
-    # Of the model with one block, and of that block, with its kernels and with kernels that are kept.
-    _, with_kernels = _trace(model, inputs, "blocks.0")
+    # With kernels, and with kernels that are kept.
+    with_kernels = _trace(model, inputs)
     with torch.no_grad(), kept_kernels(model):
         model(*inputs)
-        total, block = _trace(model, inputs, "blocks.0")
-    kernels = with_kernels - block
+        counted = _trace(model, inputs)
 
-    for kind, macs in block.items():
-        total[kind] += (m.depth - 1) * macs
-    total["kernels"] = m.depth * kernels.total()
+    total = Counter(counted[""])
+    kernels = 0.0
+    for part, times in missing.items():
+        of_kernels = Counter(with_kernels[part]) - Counter(counted[part])
+        kernels += (1 + times) * of_kernels.total()
+        for kind, macs in counted[part].items():
+            total[kind] += times * macs
+    total["kernels"] = kernels
     return {kind: macs / 1e9 for kind, macs in total.items() if macs}
 
 
 @torch.no_grad()
-def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...], part: str = "") -> tuple[Counter, Counter]:
-    """Multiply-adds by kind, of one call of the model and of one submodule in it."""
+def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...]) -> dict[str, Counter]:
+    """Multiply-adds by kind of one call of the model, by submodule; the model itself is ""."""
     fvcore = _fvcore()
     for module in model.modules():
         if isinstance(module, Local):  # torch cannot trace a convolution on the meta device
@@ -79,7 +84,7 @@ def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...], part: str = "") 
     unknown = ", ".join(sorted(operators - NOT_COUNTED))
     if unknown:
         raise ConfigError(f"profile: no counter for {unknown}; add one to profiling/count.py")
-    return Counter(counted[""]), Counter(counted[part])
+    return counted
 
 
 def _fvcore() -> types.ModuleType:

@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.model import Backbone, build_model, count_parameters
@@ -49,24 +50,31 @@ class Cost:
 
 
 def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
-    """The cost of a configuration, under its preset's name or another; builds one block, on the meta device.
+    """The cost of a configuration, under its preset's name or another, from a shorter model on the meta device.
 
     Args:
         processes: number of processes, which share the batch of a step and, with `train.parallel=fsdp`, the parameters.
     """
-    model, m, t = with_one_block(config), config.model, config.train
-    parameters = count_parameters(model) + (m.depth - 1) * count_parameters(model.blocks[0])
-    H, W = config.data.grid
-    tokens = (H // m.patch_size, W // m.patch_size)
-    L = math.prod(tokens)
+    m, t = config.model, config.train
+    model, missing = shortened(config)
+    parameters = count_parameters(model)
+    for part, times in missing.items():
+        parameters += times * count_parameters(model.get_submodule(part))
+
+    # Multiply-adds by part, first of the blocks.
+    L = math.prod(token_grid(config))
     sequence = in_sequence(m, L)
-    if m.backbone == "dit":
-        blocks, kernel = _dit_block(m, sequence), 0.0
-    else:
-        blocks, kernel = _diffussm_block(m, mixer_of(model), sequence, tokens)
-    parts = {part: m.depth * macs for part, macs in blocks.items()}
-    for part, macs in _outside(config, L).items():
-        parts[part] = parts.get(part, 0) + macs
+    parts: dict[str, float] = {}
+    kernels = 0.0
+    for i, block in enumerate(model.blocks):
+        times = 1 + missing[f"blocks.{i}"]
+        macs = _dit_block(m, sequence)
+        if m.backbone == "diffussm":
+            macs = _diffussm_block(m, mixer_of(block), sequence, token_grid(config))
+            kernels += times * mixer_of(block).kernel_macs(sequence, token_grid(config))
+        _add(parts, macs, times)
+    _add(parts, _outside(config, L))
+
     return Cost(
         name=name or config.preset,
         resolution=config.data.size,
@@ -74,11 +82,22 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
         tokens=L,
         positions=L // m.compression,
         parts={part: macs / 1e9 for part, macs in parts.items()},
-        kernel_gflops=m.depth * kernel / 1e9,
+        kernel_gflops=kernels / 1e9,
         training_images=t.steps * t.batch_size,
-        training_bytes=training_bytes(config, model, parameters, processes),
+        training_bytes=training_bytes(config, parameters, processes),
         processes=processes,
     )
+
+
+def _add(parts: dict[str, float], more: dict[str, float], times: int = 1) -> None:
+    for part, macs in more.items():
+        parts[part] = parts.get(part, 0) + times * macs
+
+
+def token_grid(config: Config) -> tuple[int, int]:
+    """(H, W) in tokens."""
+    H, W = config.data.grid
+    return H // config.model.patch_size, W // config.model.patch_size
 
 
 def in_sequence(m: ModelConfig, L: int) -> int:
@@ -86,23 +105,36 @@ def in_sequence(m: ModelConfig, L: int) -> int:
     return L + 2 * m.text_tokens * m.compression
 
 
-def with_one_block(config: Config) -> Backbone:
-    """The model of a configuration on the meta device, with a single block, as all blocks are alike."""
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
+def shortened(config: Config) -> tuple[Backbone, dict[str, int]]:
+    """A model on the meta device with a block of each kind, and how often its parts are missing, by name.
+
+    Blocks are alike if they have the same mixer, and all skips are.
+    """
+    m = config.model
+    kinds = len(m.mixers) if m.backbone == "diffussm" else 1
+    depth = min(m.depth, max(kinds, 2 if m.skips else 1))
+    short = dataclasses.replace(config, model=dataclasses.replace(m, depth=depth))
     with torch.device("meta"):
-        return build_model(config)
+        model = build_model(short)
+
+    missing = {f"blocks.{i}": 0 for i in range(depth)}
+    for i in range(depth, m.depth):
+        missing[f"blocks.{i % kinds}"] += 1
+    if m.skips and depth > 1:
+        missing["skips.0"] = m.depth // 2 - depth // 2
+    return model, missing
 
 
-def mixer_of(model: Backbone) -> Mixer:
-    """The mixer of the first block of a DiffuSSM."""
-    return model.blocks[0].mixer  # type: ignore[return-value]
+def mixer_of(block: nn.Module) -> Mixer:
+    """The mixer of a block of a DiffuSSM."""
+    return block.mixer  # type: ignore[return-value]
 
 
-def _diffussm_block(m: ModelConfig, mixer: Mixer, L: int, grid: tuple[int, int]) -> tuple[dict[str, float], float]:
-    """Multiply-adds of one block per image, and of its kernels: (13/M + 1) L D^2 is the paper's formula."""
+def _diffussm_block(m: ModelConfig, mixer: Mixer, L: int, grid: tuple[int, int]) -> dict[str, float]:
+    """Multiply-adds of one block per image: (13/M + 1) L D^2 is the paper's formula."""
     M, D = m.compression, m.hidden_size
     parts = {"dense layers": (13 / M + 1) * L * D**2, "conditioning": 2 * D**2, **mixer.macs(L, grid)}
-    return parts | ({"local": 9 * L * D} if m.local else {}), mixer.kernel_macs(L, grid)
+    return parts | ({"local": 9 * L * D} if m.local else {})
 
 
 def _dit_block(m: ModelConfig, L: int) -> dict[str, float]:
@@ -117,37 +149,50 @@ def _outside(config: Config, L: int) -> dict[str, float]:
     D, taps = m.hidden_size, config.data.channels * m.patch_size**2
     out = (2 if m.learn_sigma else 1) * taps
     parts: dict[str, float] = {"conditioning": (256 + D) * D + 2 * D**2, "in and out": L * D * (taps + out)}
+    if m.skips:
+        parts["skips"] = m.depth // 2 * in_sequence(m, L) / m.compression * D**2
     return parts | ({"text": ((1 + m.text_tokens) * m.text_width + D) * D} if m.text_width else {})
 
 
-def training_bytes(config: Config, model: Backbone, parameters: int, processes: int = 1) -> int:
+def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     """An estimate of peak memory in training: weights, gradients, two Adam moments, EMAs, saved activations, workspace.
 
-    `model` has a single block. It is per process if several share the batch. With FSDP they also share the
-    parameters, and each gathers the weights and gradients of two blocks at a time; otherwise each holds all of them.
+    It is per process if several share the batch. With FSDP they also share the parameters, and each gathers the weights
+    and gradients of two blocks at a time; otherwise each holds all of them.
 
     Activations are those that eager autograd saves for one part of the batch, in float32 unless `train.precision` is
     bf16, plus the kernels. A backward pass needs another two blocks. Peaks measured on a CPU were within 25% of it
     (s-256 at batch 8, with and without checkpointing and with every mixer; mnist at batch 64).
     """
     m, t = config.model, config.train
-    H, W = config.data.grid
-    L = in_sequence(m, H * W // m.patch_size**2)
+    model, missing = shortened(config)
+    L = in_sequence(m, math.prod(token_grid(config)))
     B, D, M = max(1, t.batch_size // t.accumulate // processes), m.hidden_size, m.compression
     wide, narrow = 4, 2 if t.precision == "bf16" else 4
-    kernels = 0.0
-    if m.backbone == "dit":
-        per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
+
+    # What each block saves, as often as there are such blocks.
+    saved: list[tuple[float, float, int]] = []
+    for i, block in enumerate(model.blocks):
+        kernels = 0.0
+        if m.backbone == "dit":
+            per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
+        else:
+            mixer = mixer_of(block)
+            positions = 20 * D * narrow / M  # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
+            tokens = 4 * D * narrow  # U before and after GELU, Y
+            per_token = positions + tokens + (mixer.saved() + (2 * D if m.local else 0)) * narrow
+            kernels = mixer.saved_kernels(L, token_grid(config)) * wide
+        saved.append((B * L * per_token, kernels, 1 + missing[f"blocks.{i}"]))
+    most = max(activations for activations, _, _ in saved)
+
+    # All blocks at once, or one at a time.
+    if t.gradient_checkpointing:
+        blocks = max(activations + kernels for activations, kernels, _ in saved)
+        blocks += B * L / M * D * wide * m.depth
     else:
-        positions = 20 * D * narrow / M  # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
-        mixer = mixer_of(model)
-        tokens = 4 * D * narrow  # U before and after GELU, Y
-        per_token = positions + tokens + (mixer.saved() + (2 * D if m.local else 0)) * narrow
-        kernels = mixer.saved_kernels(L, (H // m.patch_size, W // m.patch_size)) * wide
-    activations = B * L * per_token
-    blocks = 1 if t.gradient_checkpointing else m.depth
-    kept = B * L / M * D * wide * m.depth if t.gradient_checkpointing else 0
+        blocks = sum(times * (activations + kernels) for activations, kernels, times in saved)
+
     state: float = parameters * (4 + len(t.ema)) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
-    return int(state + blocks * (activations + kernels) + kept + 2 * activations)
+    return int(state + blocks + 2 * most)

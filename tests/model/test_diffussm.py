@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.model import DiffuSSM, build_model
+from diffussm_cli.model import DiffuSSM, DiT, build_model
 from diffussm_cli.model.embeddings import patchify
+from diffussm_cli.model.mixers import MIXERS
 from tests.conftest import device, fill, randn
 
 
@@ -79,8 +80,115 @@ def test_sizes_that_do_not_divide_are_named(changes, message):
         tiny(**changes)
 
 
+DIT = {"in_channels": 2, "hidden_size": 16, "depth": 2, "heads": 2, "num_classes": 3}
+NETWORKS = {
+    "diffussm": tiny,
+    "dit": lambda **changes: fill(DiT(**{"input_size": 8, **DIT, **changes})),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_classes": 0}, {"learn_sigma": False}, {"compression": 1, "patch_size": 2}]
+    ("change", "message"),
+    [
+        (lambda x, t, y: (x[:, :1], t, y), r"x: shape \(2, 1, 8, 8\) must be \(B, 2, H, W\)"),
+        (lambda x, t, y: (x[0], t, y), r"x: shape \(2, 8, 8\) must be"),
+        (lambda x, t, y: (x[:, :, :0], t, y), "a grid of 0x8 has no tokens"),
+        (lambda x, t, y: (x, t[:1], y), r"t: shape \(1,\) must be \(2,\)"),
+        (lambda x, t, y: (x, t, y[:1]), r"y: shape \(1,\) must be \(2,\)"),
+        (lambda x, t, y: (x, t, None), r"y: None must be \(2,\), one label per image; no class is 3"),
+        (lambda x, t, y: (x, t, y, randn(2, 1, 5)), r"text: shape \(2, 1, 5\) must be \(2, 1, 4\)"),
+        (lambda x, t, y: (x, t, y, None), r"text: None must be \(2, 1, 4\)"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named_with_their_shapes(network, change, message):
+    given = change(*inputs())
+    model = NETWORKS[network](**({"text_width": 4} if len(given) == 4 else {}))
+    with pytest.raises(ValueError, match=message):
+        model(*given)
+
+
+@pytest.mark.skipif(device().type != "cpu", reason="reading labels would wait for the device")
+@pytest.mark.parametrize("label", [-1, 4])
+def test_label_out_of_range_is_named(label):
+    x, t, _ = inputs()
+    with pytest.raises(ValueError, match=rf"y: labels from .*{label}.* must lie in 0..3"):
+        tiny()(x, t, torch.tensor([2, label]))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_empty_batch_gives_an_empty_result(mixer):
+    model = tiny(mixer=mixer, heads=2, scan="four", local=3)
+    x, t, y = inputs(B=2)
+    for _ in range(2):
+        output = model(x[:0], t[:0], y[:0])
+        assert output.shape == (0, 4, 8, 8)
+        output.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+        with torch.no_grad():
+            assert model(x[:0], t[:0], y[:0]).shape == (0, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"mixer": "mamba"}, ValueError, "mixer 'mamba' must be one of s4d, axial, linear, conv, attention"),
+        ({"mixer": "conv,mamba"}, ValueError, "mixer 'mamba' must be one of"),
+        ({"scan": "spiral"}, ValueError, "scan 'spiral' must be one of raster, alternate, four"),
+        (
+            {"mixer": "axial", "text_width": 4, "text_tokens": 2},
+            ValueError,
+            "mixer 'axial' with local 0 reads an image",
+        ),
+        ({"input_size": 8.0}, TypeError, r"input_size 8.0 must be a whole number or \(height, width\)"),
+        ({"input_size": (8, 8, 8)}, TypeError, r"input_size \(8, 8, 8\) must be"),
+        ({"foo": 1}, TypeError, "DiffuSSM.* unexpected keyword argument 'foo'"),
+    ],
+)
+def test_options_that_do_not_exist_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        tiny(**changes)
+
+
+# ------------------------------------------------------------------------------------------------ skips
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("depth", [1, 4, 5])
+def test_skips_start_as_nothing_and_add_mirrored_blocks(network, depth):
+    plain, skipped = (NETWORKS[network](depth=depth, skips=skips) for skips in (False, True))
+    skipped.load_state_dict(plain.state_dict(), strict=False)
+    for skip in skipped.skips:
+        torch.nn.init.zeros_(skip.weight)
+        torch.nn.init.zeros_(skip.bias)
+    given = inputs()
+    assert torch.equal(skipped(*given), plain(*given))
+
+    # Each skip takes the output of a block of the first half, and adds to the input of its mirror image.
+    half = depth // 2
+    assert len(skipped.skips) == half
+    seen, entered = {}, {}
+    for i, block in enumerate(skipped.blocks):
+        block.register_forward_hook(
+            lambda _m, args, output, i=i: (entered.update({i: args[0]}), seen.update({i: output}))[1]
+        )
+    for k, skip in enumerate(skipped.skips):
+        torch.nn.init.eye_(skip.weight)
+        skip.bias.data.fill_(k + 1.0)
+    skipped(*given)
+    for i in range(1, depth):
+        mirror = depth - 1 - i
+        added = seen[mirror] + (i - (depth - half)) + 1 if i >= depth - half else 0
+        torch.testing.assert_close(entered[i], seen[i - 1] + added)
+
+
+def test_skips_of_a_new_network_are_zero():
+    model = DiffuSSM(8, 2, 1, 16, 4, 2, 4, 3, skips=True)
+    assert len(model.skips) == 2
+    assert not any(p.any() for p in model.skips.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_classes": 0}, {"learn_sigma": False}, {"compression": 1, "patch_size": 2}, {"depth": 3, "skips": True}],
 )
 def test_every_parameter_gets_a_gradient(changes):
     model = tiny(**changes)

@@ -1,5 +1,6 @@
 """Every mixer in every order: gradients everywhere, checkpointing, names; and how a mixer is added."""
 
+import contextlib
 import itertools
 import typing
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from diffussm_cli import config
 from diffussm_cli.config import ModelConfig
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.mixer import Mixer
@@ -70,9 +73,19 @@ def test_names_of_the_published_weights():
     assert {n.split(".")[0] for n in DiffuSSMBlock(8, 2, 4, "conv", local=3).state_dict()} >= {"conv", "local"}
 
 
+def test_list_of_mixers_repeats_along_the_blocks():
+    model = tiny(mixer="conv, axial", depth=5)
+    assert [block.mixer_name for block in model.blocks] == ["conv", "axial", "conv", "axial", "conv"]
+    assert dead(model) == []
+
+
 def test_configuration_knows_every_mixer_and_scan():
     hints = typing.get_type_hints(ModelConfig)
-    assert set(typing.get_args(hints["mixer"])) == set(MIXERS)
+    assert tuple(MIXERS) == config.MIXERS
+    for name, mixer in MIXERS.items():
+        text = ["data.text=x", "model.text_width=4", "model.text_tokens=4", f"model.mixer=s4d,{name}", "model.heads=4"]
+        with pytest.raises(ConfigError) if mixer.needs_image else contextlib.nullcontext():
+            config.load_config("digits", text)
     assert set(typing.get_args(hints["scan"])) == set(SCANS)
 
 

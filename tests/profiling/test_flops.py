@@ -66,6 +66,34 @@ def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
         assert c.parameters == sum(p.numel() for p in build_model(config).parameters())
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.mixer=conv,axial", "model.depth=5", "model.kernel=7"],
+        ["model.mixer=conv,axial,s4d", "model.depth=4", "model.skips=true"],
+        ["model.mixer=conv,axial", "model.depth=1", "model.skips=true"],
+        ["model.backbone=dit", "model.heads=4", "model.depth=5", "model.skips=true"],
+    ],
+    ids=str,
+)
+def test_formula_equals_the_trace_of_lists_of_mixers_and_of_skips(overrides):
+    config = load_config("digits", overrides)
+    counted, c = count(config), cost(config)
+    assert counted.pop("kernels", 0) == pytest.approx(c.kernel_gflops, rel=1e-9)
+    assert sum(counted.values()) == pytest.approx(c.gflops, rel=1e-9)
+    with torch.device("meta"):
+        assert c.parameters == sum(p.numel() for p in build_model(config).parameters())
+
+
+def test_memory_of_a_list_of_mixers_lies_between_those_of_its_mixers():
+    conv, both, linear = (
+        cost(load_config("s-256", [f"model.mixer={mixer}", "model.heads=6", "model.depth=12"])).training_bytes
+        for mixer in ("conv", "conv,linear", "linear")
+    )
+    assert conv < both < linear
+    assert both == pytest.approx((conv + linear) / 2, rel=0.07)
+
+
 def test_parameters_of_mixers_at_xl():
     """Per block, by closed forms; at N = 64, S4D has 194 numbers per channel and direction."""
     D, h = 1152, 16

@@ -13,7 +13,8 @@ from diffussm_cli.model.scan import RASTER, Scan
 
 
 class Conv(Mixer):
-    """u (B, D, J, M) -> concat(gated convolution, u) (B, 2D, J, M); a token sees the 3x3 tokens around it.
+    """u (B, D, J, M) -> concat(gated convolution, u) (B, 2D, J, M); a token sees the 3x3 tokens around
+    it, or with `kernel` 5 or 7 more.
 
     The gate is DiCo's compact channel attention: a sigmoid of a Linear of each channel's mean over the image. DiCo's
     pointwise convolutions before and after are W_up and W_down here. Why u takes the second place: see `Attention`.
@@ -21,14 +22,14 @@ class Conv(Mixer):
 
     needs_image = True
 
-    def __init__(self, D: int, scan: Scan = RASTER):
+    def __init__(self, D: int, scan: Scan = RASTER, kernel: int = 3):
         super().__init__()
-        self.depthwise = Local(D, scan)
+        self.depthwise = Local(D, scan, kernel)
         self.gate = nn.Linear(D, D)
 
     @classmethod
     def of(cls, sizes: Sizes) -> "Conv":
-        return cls(sizes.D, sizes.scan)
+        return cls(sizes.D, sizes.scan, sizes.kernel)
 
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         v = F.gelu(self.depthwise(u, grid))  # (B, D, J, M)
@@ -37,7 +38,7 @@ class Conv(Mixer):
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
         D = self.gate.in_features
-        return {"mixer": 9 * L * D + D**2}
+        return {"mixer": self.depthwise.kernel**2 * L * D + D**2}
 
     def saved(self) -> float:
         return 3 * self.gate.in_features

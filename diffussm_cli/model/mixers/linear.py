@@ -39,7 +39,7 @@ class LinearAttention(Heads):
         log_decay = F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / TEMPERATURE
         y = gated_linear_attention(q, k, v, log_decay)  # (2, B, h, L, d)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-6)  # (2, B, h, L, d)
-        return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(len(u), -1, *u.shape[2:])  # (B, 2D, J, M)
+        return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(len(u), 2 * u.shape[1], *u.shape[2:])
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
         """Queries, keys and gates; per direction and token T products with keys and values, and two with a state."""

@@ -70,6 +70,8 @@ class S4D(StateSpace):
     def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
         if u.ndim == 3:
             return self(u[..., None])[..., 0]
+        if not len(u):  # FFTs need an image
+            return torch.cat([u, u], dim=1)
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with no_autocast(u.device):
             if torch.is_grad_enabled():

@@ -18,7 +18,7 @@ TOEPLITZ_TOKENS = 4096  # beyond, Toeplitz products cost more than half as many 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
     """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary."""
-    size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // numbers)
+    size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // max(1, numbers))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 

@@ -11,13 +11,24 @@ from tests.conftest import fill, randn
 H, W, M, D = 4, 6, 2, 3
 
 
-def test_equals_the_formula():
-    layer, image = fill(Conv(D), 0.5).double(), randn(2, D, H, W, dtype=torch.double)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+def test_equals_the_formula(kernel):
+    layer, image = fill(Conv(D, kernel=kernel), 0.5).double(), randn(2, D, H, W, dtype=torch.double)
     v = F.gelu(layer.depthwise.convolve_naive(image))
     weights = torch.sigmoid(v.mean((2, 3)) @ layer.gate.weight.T + layer.gate.bias)
     y, rest = layer(image.view(2, D, H * W // M, M), (H, W // M)).chunk(2, dim=1)
     torch.testing.assert_close(y.reshape(image.shape), v * weights[..., None, None])
     assert torch.equal(rest.reshape(image.shape), image)
+
+
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_kernel_is_the_square_of_tokens_that_a_token_sees(kernel):
+    layer, image = Conv(1, kernel=kernel).double(), torch.zeros(1, 1, 9, 9, dtype=torch.double)
+    assert torch.equal(layer.depthwise.convolve(image + 1), image + 1)  # it starts as the identity
+    layer.depthwise.weight.data.fill_(1)
+    image[0, 0, 4, 4] = 1
+    assert layer.depthwise.convolve(image).sum() == kernel**2
+    torch.testing.assert_close(layer.depthwise.convolve(image), layer.depthwise.convolve_naive(image))
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)
