@@ -25,6 +25,9 @@ from diffussm_cli.config import (
 )
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model.sizes import SIZES
+from diffussm_cli.profiling.flops import cost
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -44,6 +47,17 @@ def test_every_preset_loads_and_is_a_document(name):
 @pytest.mark.parametrize("name", ["s-256", "xl-256", "xl-512", "dit-s-256", "dit-xl-256"])
 def test_presets_of_the_papers_have_their_sizes(name):
     assert load_config(name).model == SIZES[name.rpartition("-")[0]]
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
+def test_axial_presets_have_the_parameters_of_dit_and_fewer_gflops(size):
+    preset = load_config(f"axial-{size}-256")
+    dit = cost(dataclasses.replace(load_config("dit-xl-256"), model=SIZES[f"dit-{size}"]))
+    assert cost(preset).parameters == pytest.approx(dit.parameters, rel=0.03)
+    assert cost(preset).gflops < 0.64 * dit.gflops
+    said = (ROOT / "presets" / f"axial-{size}-256.yaml").read_text()
+    assert f"{cost(preset).parameters:,} parameters" in said
+    assert f"{cost(preset).gflops:.1f} Gflops" in said
 
 
 def test_preset_inherits_what_it_does_not_change(tmp_path):
