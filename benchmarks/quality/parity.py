@@ -20,12 +20,13 @@ from diffussm_cli.config import load_config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.sampling import make_scheduler, sample
-from diffussm_cli.evaluation.metrics import inception_score, precision_recall
+from diffussm_cli.evaluation.metrics import inception_score
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d.convolution import convolve, kernel_spectra
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from tests.conftest import fill, golden, relative
 from tests.diffusion.test_sampling import gaussian_denoiser
+from tests.evaluation import adm_half
 from tests.evaluation.test_metrics import distance
 from tests.model.test_dit import in_diffusers
 from tests.model.test_dit import tiny as tiny_dit
@@ -65,7 +66,7 @@ def metrics() -> dict[str, float]:
     logits = g["gen_pool"] @ g["logit_weight"]
     ours |= {f"is_split{split}": inception_score(logits, split) for split in (5000, 1000)}
     found = {name: abs(value / g[name].item() - 1) for name, value in ours.items()}
-    half = precision_recall(g["ref_pool"], g["gen_pool"], half=True)
+    half = adm_half.precision_recall(g["ref_pool"], g["gen_pool"], adm_half.half_distances)
     return found | {f"{n}, float16, absolute": abs(v - g[n].item()) for n, v in zip(("precision", "recall"), half)}
 
 

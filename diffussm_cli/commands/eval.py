@@ -14,7 +14,7 @@ from diffussm_cli.errors import ConfigError
 # Parameters that have a meaning only for images that are drawn from a run.
 OF_RUN = ("ema", "num", "classes", "balanced", "prompts", "negative", "steps", "sampler", "guidance")
 OF_RUN += ("guidance_channels", "guidance_interval", "precision")
-OF_SCORES = ("reference", "metrics", "adm_half", "out", "as_json")
+OF_SCORES = ("reference", "metrics", "out", "as_json")
 OF_REFERENCE = ("ref_images",)
 REQUEST = ("sampler", "steps", "guidance", "guidance_channels", "guidance_interval", "num", "first_seed")
 META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
@@ -45,9 +45,6 @@ def evaluate(
     extractor_weights: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Weights of inception, instead of a download.")
     ] = None,
-    adm_half: Annotated[
-        bool, typer.Option("--adm-half", help="Compute precision and recall in float16, as ADM's evaluator does.")
-    ] = False,
     resolution: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's.")
     ] = None,
@@ -76,20 +73,12 @@ def evaluate(
         bool, typer.Option("--make-ref", help="Make the reference file REF.npz from the images in SAMPLES and exit.")
     ] = False,
     ref_images: Annotated[int, typer.Option(min=1, help="Number of images that --make-ref keeps for recall.")] = 10_000,
-    ref_info: Annotated[
-        Path | None, typer.Option("--ref-info", metavar="FILE", help="Print what a reference holds and exit.")
-    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="File for the result. Default: results.json beside the samples.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure samples against a reference: FID, sFID, Inception Score, precision, recall, KID, by ADM's protocol."""
-    if ref_info is not None:
-        from diffussm_cli.evaluation.reference import describe
-
-        print_json(describe(ref_info), make_console())
-        return
     if samples is None:
         raise ConfigError("eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz")
     if (target is not None) != make_ref:
@@ -132,7 +121,7 @@ def evaluate(
         labels = parse_classes(classes, trained.config, balanced)
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
         drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
-    events = session.evaluate(samples, reference, chosen, half=adm_half, out=out, run=trained, **common, **drawn)
+    events = session.evaluate(samples, reference, chosen, out=out, run=trained, **common, **drawn)
     result = follow(console, events)
     if result is not None:
         show(console, result, as_json)

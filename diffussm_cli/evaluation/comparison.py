@@ -4,8 +4,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.gathering import Gathered
 from diffussm_cli.evaluation.metrics import (
@@ -25,12 +23,9 @@ PUBLISHED_SAMPLES = 50_000
 
 
 def evaluate_features(
-    samples: Gathered, reference: Reference, metrics: Sequence[str] = USUAL, half: bool = False
+    samples: Gathered, reference: Reference, metrics: Sequence[str] = USUAL
 ) -> Iterator[tuple[str, float]]:
     """Yield the name and value of each metric; `kid_error` follows `kid`.
-
-    Args:
-        half: compute precision and recall in float16, as ADM does.
 
     Raises:
         ConfigError, DataError: if the extractor or the reference does not support a metric.
@@ -54,7 +49,7 @@ def evaluate_features(
             yield metric, samples.classes.score()
         elif metric in ("precision", "recall"):
             if not both:
-                both = dict(zip(("precision", "recall"), precision_recall(_features(reference), samples.pool, half)))
+                both = dict(zip(("precision", "recall"), precision_recall(_features(reference), samples.pool)))
             yield metric, both[metric]
         elif metric == "kid":
             value, error = kid(samples.pool, _features(reference))
@@ -111,10 +106,8 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
     n, d = gathered.pool.shape
     found = []
     if n < PUBLISHED_SAMPLES and "fid" in metrics:
-        bias = frechet_bias(gathered)
-        by_how_much = "" if bias is None else f", here by about {bias:.3g}"
         found.append(
-            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it{by_how_much}; "
+            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it; "
             "--metrics all adds fid_infinity, which does not have this bias"
         )
     if n <= d:
@@ -132,20 +125,6 @@ def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Se
         has = len(reference.gathered.pool)
         found.append(f"recall uses {has:,} reference images; published recall uses {RECALL_IMAGES:,}")
     return found
-
-
-def frechet_bias(gathered: Gathered) -> float | None:
-    """A rough estimate of how much FID rises with n samples instead of 50,000; None for fewer than eight.
-
-    The bias of FID is c / n. Two random halves have the same distribution, so FID between them is all bias: 4 c / n.
-    """
-    n = len(gathered.pool)
-    if n < 8:
-        return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    halves = [moments(gathered.pool[part]) for part in (order[: n // 2], order[n // 2 :])]
-    apart = frechet_distance(halves[0].mean, halves[0].covariance, halves[1].mean, halves[1].covariance)
-    return apart / 4 * (1 - n / PUBLISHED_SAMPLES)
 
 
 def _in_order(labels: Sequence[int] | None) -> bool:

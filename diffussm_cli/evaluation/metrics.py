@@ -5,7 +5,6 @@
 Statistics are float64 and can be gathered in parts, in any order, by any number of processes.
 """
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,36 +160,34 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
 
 
 # --------------------------------------------------------------------------------------------- precision, recall
-def precision_recall(reference: Tensor, samples: Tensor, half: bool = False) -> tuple[float, float]:
+def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi 2019), k = 3: shares of samples and of references inside the balls.
 
     The ball of a feature reaches to its third nearest neighbour in the same set, boundary included. ADM's evaluator
-    rounds features and distances to float16, unless a block overflows. Many distances then equal the radius, and the
-    shares differ from those in float32 by up to 0.003. `half` rounds every sum where TensorFlow rounds it on a CPU,
-    which reproduces ADM's shares exactly.
+    computes distances in float16, so that many are equal to the radius; its shares differ by up to 0.003.
 
     Args:
         reference: (n, d).
         samples: (m, d).
     """
-    reference_radii, sample_radii = (_radii(f, half) for f in (reference, samples))
+    reference_radii, sample_radii = _radii(reference), _radii(samples)
     inside_reference = torch.zeros(len(samples), dtype=torch.bool)
     inside_samples = torch.zeros(len(reference), dtype=torch.bool)
     for i, rows in _blocks(reference):
         for j, columns in _blocks(samples):
-            distance = _distances(rows, columns, half)
+            distance = _distances(rows, columns)
             inside_reference[j] |= (distance <= reference_radii[i][:, None]).any(0)
             inside_samples[i] |= (distance <= sample_radii[j]).any(1)
     return inside_reference.double().mean().item(), inside_samples.double().mean().item()
 
 
-def _radii(features: Tensor, half: bool) -> Tensor:
+def _radii(features: Tensor) -> Tensor:
     """Squared distance of each feature to its k-th nearest neighbour, not counting itself: (n,)."""
     radii = []
     for _, rows in _blocks(features):
         nearest = torch.full((len(rows), 0), 0.0)
         for _, columns in _blocks(features):
-            nearest = torch.cat([nearest, _distances(rows, columns, half)], 1)
+            nearest = torch.cat([nearest, _distances(rows, columns)], 1)
             nearest = nearest.topk(min(NEIGHBOURS + 1, nearest.shape[1]), largest=False).values
         radii.append(nearest.max(1).values)
     return torch.cat(radii)
@@ -202,33 +199,7 @@ def _blocks(features: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, features[part]
 
 
-def _distances(a: Tensor, b: Tensor, half: bool) -> Tensor:
+def _distances(a: Tensor, b: Tensor) -> Tensor:
     """Squared distances (n, m), float32."""
-    if half:
-        distance = _half_distances(a.half(), b.half())
-        if torch.isfinite(distance).all():
-            return distance.float()
     a, b = a.float(), b.float()
     return (a.square().sum(1)[:, None] - 2 * (a @ b.T) + b.square().sum(1)).clamp(min=0)
-
-
-def _half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """The same in float16, rounded after each step; matrix products accumulate in float32."""
-    products = (a.float() @ b.float().T).half()
-    return (_half_sum(a.square())[:, None] - 2 * products + _half_sum(b.square())).clamp(min=0)
-
-
-def _half_sum(x: Tensor) -> Tensor:
-    """Sum of float16 (n, d) over d in TensorFlow's order: 2,048 or more numbers are split into halves; packets of eight
-    lanes are added, every fourth one, then the four sums and the rest; then the lanes in float32, then what is left."""
-    n, d = x.shape
-    if d >= 2048:
-        return _half_sum(x[:, : d // 2]) + _half_sum(x[:, d // 2 :])
-    packets = [x[:, i : i + 8] for i in range(0, d // 8 * 8, 8)]
-    whole = len(packets) // 4 * 4
-    total = torch.zeros(n, 8, dtype=x.dtype)
-    for first in range(min(4, whole)):
-        total = total + functools.reduce(torch.add, packets[first:whole:4])
-    total = functools.reduce(torch.add, packets[whole:], total)
-    lanes = total.float().sum(1).half()
-    return lanes + functools.reduce(torch.add, x[:, d // 8 * 8 :].unbind(1), torch.zeros_like(lanes))

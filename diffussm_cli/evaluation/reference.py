@@ -5,7 +5,6 @@ FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.features import Extractor
 from diffussm_cli.evaluation.gathering import Gathered
 from diffussm_cli.evaluation.metrics import moments
-from diffussm_cli.evaluation.sets import IMAGES, ImageSet, image_rows, open_images
+from diffussm_cli.evaluation.sets import IMAGES, ImageSet, open_images
 
 POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 EXTRACTOR = "extractor"  # not in ADM's files: the identity of the extractor, as bytes
@@ -107,19 +106,6 @@ def _check_covariance(S: Tensor, name: str) -> None:
     lowest = torch.linalg.eigvalsh((S + S.T) / 2).min()
     if lowest < -TOLERANCE * largest:
         raise DataError(f"{name} has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
-
-
-def describe(path: Path) -> dict[str, Any]:
-    """Describe a reference file: shapes and dtypes, images, statistics, extractor. Raises DataError."""
-    arrays = open_npz(path)
-    found: dict[str, Any] = {"arrays": {k: f"{'x'.join(map(str, r.shape))} {r.dtype}" for k, r in arrays.items()}}
-    if IMAGES in arrays:
-        n, *size = image_rows(arrays[IMAGES]).shape
-        found |= {"images": n, "size": "x".join(map(str, size))}
-    for kind, names in {"pool": POOL, "spatial": SPATIAL}.items():
-        statistics = _statistics(arrays, names)
-        found[f"{kind}_features"] = len(statistics[0]) if statistics else None
-    return found | {"extractor": _made_with(arrays)}
 
 
 # ------------------------------------------------------------------------------------------------- making

@@ -111,13 +111,11 @@ class EvaluationSession:
         images: ImageSet,
         against: Reference,
         metrics: Sequence[str] = USUAL,
-        half: bool = False,
         lenient: bool = False,
     ) -> Generator[Event, None, tuple[dict[str, float], Gathered]]:
         """The metrics of a set, and the features behind them. On processes other than the first, metrics are empty.
 
         Args:
-            half: compute precision and recall in float16, as ADM does.
             lenient: leave out metrics that the extractor or the reference does not support, instead of raising.
 
         Raises:
@@ -133,7 +131,7 @@ class EvaluationSession:
         values: dict[str, float] = {}
         if self.world.rank == 0:
             yield Stage("metrics")
-            for name, value in evaluate_features(found, against, possible(metrics, found, against, lenient), half):
+            for name, value in evaluate_features(found, against, possible(metrics, found, against, lenient)):
                 if not lenient and not math.isfinite(value):
                     raise DataError(f"--metrics: {name} of {images.name} against {against.name} is {value}")
                 values[name] = value
@@ -175,7 +173,6 @@ def evaluate(
     *,
     extractor: str = AUTO,
     extractor_weights: Path | None = None,
-    half: bool = False,
     resolution: Size | None = None,
     num: int = 50_000,
     seed: int = 0,
@@ -196,7 +193,6 @@ def evaluate(
         samples: a folder of PNG, an .npz, or a run.
         reference: an .npz from ADM or `make_reference`, or images; by default, the reference of the run, also for a
             folder of images that `sample` has drawn from it.
-        half: compute precision and recall in float16, as ADM's evaluator does.
         resolution: (H, W) to crop the reference images to; by default, the run's resolution.
         num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run; without effect for
             other samples. A run with text draws the names of its held-out images if there are no prompts.
@@ -246,7 +242,7 @@ def evaluate(
             facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
             images = drawn_images(session, trained, sampler, seeds, facts)
         assert images is not None, "opened or drawn"
-        values, gathered = yield from session.compare(images, against, metrics, half)
+        values, gathered = yield from session.compare(images, against, metrics)
         if asked := asked_for(facts, len(images)):
             values |= yield from session.prompted(gathered, asked, captioned)
     if world.rank:
@@ -265,7 +261,6 @@ def evaluate(
         "reference_images": against.gathered and len(against.gathered.pool),
         "reference": reference,
         "extractor": session.extractor.identity,
-        "adm_half": half,
         "warnings": remarks,
         "meta": dict(facts),
         "samples": str(samples),

@@ -15,6 +15,7 @@ from diffussm_cli.evaluation.metrics import (
     precision_recall,
 )
 from tests.conftest import golden
+from tests.evaluation import adm_half
 
 CPU = torch.device("cpu")  # where metrics are computed, whatever device the features come from
 
@@ -60,7 +61,7 @@ def test_inception_score_equals_adm(adm, split):
 
 
 def test_precision_and_recall_in_half_equal_adm(adm):
-    found = precision_recall(adm["ref_pool"], adm["gen_pool"], half=True)
+    found = adm_half.precision_recall(adm["ref_pool"], adm["gen_pool"], adm_half.half_distances)
     assert found == (adm["precision"].item(), adm["recall"].item())
 
 
@@ -71,20 +72,22 @@ def test_precision_and_recall_in_single_are_near(adm):
 
 
 def test_blocks_do_not_change_precision_and_recall(adm, monkeypatch):
-    whole = precision_recall(adm["ref_pool"], adm["gen_pool"], half=True)
+    in_one_block = precision_recall(adm["ref_pool"], adm["gen_pool"])
     monkeypatch.setattr(metrics, "BLOCK", 257)
-    assert precision_recall(adm["ref_pool"], adm["gen_pool"], half=True) == whole
+    assert precision_recall(adm["ref_pool"], adm["gen_pool"]) == in_one_block
 
 
-def test_half_falls_back_where_float16_overflows():
-    large = 1000 * normal(40, 8)
-    assert precision_recall(large, large + 1, half=True) == precision_recall(large, large + 1)
+def test_precision_and_recall_equal_their_definition():
+    reference, samples = normal(90, 6), 0.8 * normal(70, 6, seed=1) + 0.3
+    expected = adm_half.precision_recall(reference, samples, adm_half.exact_distances)
+    assert precision_recall(reference, samples) == expected
+    assert 0.2 < expected[1] < expected[0] < 0.98
 
 
 @pytest.mark.parametrize("d", [5, 20, 61, 512, 2048])
 def test_half_sum_rounds_as_tensorflow_does(d):
     sums = golden("adm_half", CPU)
-    assert torch.equal(metrics._half_sum(sums[f"x{d}"].square()), sums[f"n{d}"])
+    assert torch.equal(adm_half.half_sum(sums[f"x{d}"].square()), sums[f"n{d}"])
 
 
 # -------------------------------------------------------------------------------------------- known answers
