@@ -118,6 +118,19 @@ def test_samples_depend_on_their_seed_alone():
     assert process.sample(lambda x, t, y: x, n=0, steps=5, shape=(1, 4, 4)).shape == (0, 1, 4, 4)
 
 
+@pytest.mark.parametrize("mixer", ["s4d", "conv,axial"])
+def test_a_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
+    sizes = {"input_size": (8, 16), "in_channels": 1, "hidden_size": 16, "depth": 2, "d_state": 4, "num_classes": 3}
+    model = ds.DiffuSSM(**sizes, mixer=mixer).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "model")
+    loaded = ds.DiffuSSM.from_pretrained(tmp_path / "model")
+    inputs = randn(2, 1, 8, 16), torch.tensor([10, 900]), torch.tensor([0, 3])
+    assert torch.equal(loaded(*inputs), model(*inputs))
+    assert not list((tmp_path / "model").glob("*.bin"))
+
+
 # ------------------------------------------------------------------------------------------------- runs
 def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
     run = ds.load("mnist")

@@ -7,6 +7,7 @@ E width of text vectors   K text tokens
 from collections.abc import Iterable, Sequence
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -15,12 +16,15 @@ from diffussm_cli.model.embeddings import TextEmbedding, TimestepEmbedding, patc
 from diffussm_cli.model.local import Local
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license="apache-2.0"):
     """A denoiser made of a stack of blocks: (x_t, t, y, text) -> noise, and the covariance if it is learned.
 
     The pooled vector of a caption joins the conditioning. Its K tokens, if any, stand before the image and, mirrored,
     behind it, so that a layer that reads in order meets the words first in both directions, and padding comes before
     words. Each token takes a whole position, whatever M is; scans only reorder the image.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its arguments and weights, as
+    huggingface_hub's mixin does. A run folder holds more: how to draw, names of classes, the VAE.
 
     Args:
         blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of the positions to
