@@ -94,6 +94,7 @@ class DataConfig:
     channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)
     downsample: int = _option(8, "f: 1 for pixels, the VAE's for latents", least=1, most=256)
     vae: str | None = _option(None, "hub name or folder of the VAE that made the latents; null for pixels")
+    vae_sha256: str = _option("", "hash of the VAE's weights, found in the latents and recorded with the run")
     flip: bool = _option(False, "random horizontal flips")
     skip_unreadable: bool = _option(False, "leave out images that cannot be read at the start of a run")
     held_out: float | str = _option(

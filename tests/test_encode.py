@@ -5,6 +5,8 @@ import fcntl
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffussm_cli import runs
+from diffussm_cli.data import parquet
 from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents.encoding import decoding_processes
 from diffussm_cli.data.listing import list_source
@@ -52,7 +56,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"))
+    return save_vae(tmp_path_factory.mktemp("vae"), scaling_factor=0.9)  # so that latents have about unit variance
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,10 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert f"11 images of 2 classes in {tmp_path / 'store'}" in result.stderr
-    assert "skipped: 1 unreadable images, 1 other files; reasons in" in result.stderr
+    line = f"left out of {str(images)!r}: 1 image (not encoded; reasons in {tmp_path / 'store' / 'skipped.jsonl'}), "
+    line += "1 file (not an image by its name or first bytes: 'dog/notes.txt')"
+    assert line in " ".join(result.stderr.split())
+    assert result.stderr.count("skipped.jsonl") == 1
     assert f"diffussm encode --verify {tmp_path / 'store'}" in result.stderr
     skipped = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
     assert [(s["index"], s["file"]) for s in skipped] == [(3, "cat/03.png"), (None, "dog/notes.txt")]
@@ -337,6 +344,112 @@ def test_strict_stops_at_the_first_broken_image(images, vae, tmp_path):
     assert "--strict: 03.png: not a PNG" in line
 
 
+def test_nothing_is_left_of_a_source_without_a_readable_image(vae, tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(b"text")
+    line = line_of(run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS))
+    assert "SOURCE: none of the 2 images can be read, such as a.png: not a PNG" in line
+    assert not (tmp_path / "store").exists()
+
+
+def write_source(folder, kind, content):
+    """Image files by name, as a folder, a tar shard or two parquet shards."""
+    folder.mkdir()
+    if kind == "folders":
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    elif kind == "tar":
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    else:
+        pa = pytest.importorskip("pyarrow", reason="needs the extra parquet")
+        pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
+        for i, part in enumerate((list(content.values())[:6], list(content.values())[6:])):
+            pq.write_table(pa.table({"image": part}), folder / f"{i}.parquet")
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar", "parquet"])
+def test_source_that_is_renamed_ends_the_work_and_nothing_is_lost(images, vae, tmp_path, monkeypatch, kind):
+    """After its first shard; once the source is back, the same command writes the bytes of an undisturbed one."""
+    source, moved = tmp_path / "source", tmp_path / "moved"
+    write_source(source, kind, {p.name: p.read_bytes() for p in sorted(images.rglob("*.png"))})
+    assert run("encode", source, tmp_path / "undisturbed", "--vae", vae, *OPTIONS).exit_code == 0
+    encode_batch, left = encoding.Encoder._encode, [3]
+
+    def renaming(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            source.rename(moved)
+            parquet.forget()  # otherwise this process still has the shards open
+        return encode_batch(self, *arguments)
+
+    monkeypatch.setattr(encoding.Encoder, "_encode", renaming)
+    line = line_of(run("encode", source, tmp_path / "store", "--vae", vae, *OPTIONS))
+    assert "source' changes while it is encoded: " in line
+    assert "restore it; finished shards are kept, and the same command continues from there" in line
+    moved.rename(source)
+    assert run("encode", source, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
+    assert files(tmp_path / "store") == files(tmp_path / "undisturbed")
+
+
+def test_broken_links_are_skipped(images, vae, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.png").write_bytes((images / "cat" / "00.png").read_bytes())
+    (source / "b.png").symlink_to("nowhere")
+    result = run("encode", source, tmp_path / "store", "--vae", vae, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert "1 image (not encoded; reasons in" in result.stderr
+
+
+@pytest.mark.parametrize("cut", [None, 100])
+def test_lost_shard_of_a_finished_store_is_encoded_again(images, vae, store, tmp_path, cut):
+    target = tmp_path / "store"
+    target.mkdir()
+    for name, data in files(store).items():
+        (target / name).write_bytes(data)
+    shard = target / "shard-00000.safetensors"
+    if cut is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-cut])
+    result = run("encode", images, target, "--vae", vae, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert f"1 shards of {target} are missing or cut off, and encoded again" in result.stderr
+    assert files(target) == files(store)
+
+
+TRAPS = ("multiprocessing", "typer", "torch", "numpy", "PIL", "runpy", "pickle", "random")
+SCRIPT = "from diffussm_cli.cli import app\n\nif __name__ == '__main__':\n    app()\n"  # as pip installs it
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="children of Python 3.10 look into the current folder")
+@pytest.mark.parametrize("program", ["module", "script"])
+def test_nothing_from_the_current_folder_is_imported(images, vae, tmp_path, program):
+    """A data set of a stranger, encoded from inside, with a process that decodes."""
+    source, script = tmp_path / "images", tmp_path / "bin" / "program.py"
+    source.mkdir()
+    for i in range(2):
+        (source / f"{i}.png").write_bytes((images / "cat" / f"0{i}.png").read_bytes())
+    for name in TRAPS:
+        trap = f"open({str(tmp_path / 'owned')!r}, 'a').write({name!r})\nraise SystemExit(9)\n"
+        (source / f"{name}.py").write_text(trap)
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    start = ["-m", "diffussm_cli"] if program == "module" else [script]
+    arguments = [*start, "encode", ".", "../store", "--vae", vae, "--resolution", "16", "--workers", "1"]
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "owned").exists(), (tmp_path / "owned").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "2 images in ../store" in done.stderr
+
+
 def test_other_settings_and_sources_are_refused_with_the_difference(images, vae, store, tmp_path):
     def refused(source, *options):
         return line_of(run("encode", source, store, "--vae", vae, *OPTIONS, *options))
@@ -468,10 +581,85 @@ def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monke
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output
-    warning = "warning: the images are only previews of the latents, because data.vae cannot be used: --vae: no folder"
+    warning = (
+        "warning: the images are only previews of the latents, because the VAE cannot be used: data.vae: no folder"
+    )
     assert warning in result.stderr
     assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
     assert json.loads((tmp_path / "meta.json").read_text())["decoded_by"] == "linear preview"
+
+
+def test_run_takes_size_channels_and_vae_from_its_store(images, tmp_path):
+    """And says it in one line; a field that the user sets is not changed, but checked."""
+    vae, target, root = save_vae(tmp_path / "vae", latent_channels=16), tmp_path / "store", tmp_path / "run"
+    assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+    arguments = ["train", "--preset", "s-256", "--data", target, "--out", root, "--set", "model.num_classes=2"]
+    arguments += [part for v in (*TINY, "train.precision=fp32") for part in ("--set", v)]
+    assert "data.channels: 4, but the latents in" in line_of(run(*arguments, "--set", "data.channels=4"))
+    assert not root.exists()
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    line = f"taken from the latents in {str(target)!r}: data.resolution=16 instead of 256, "
+    line += "data.channels=16 instead of 4, data.downsample=4 instead of 8, "
+    line += f"data.vae={vae} instead of stabilityai/sd-vae-ft-ema"
+    assert line in " ".join(result.stderr.split())
+    saved = runs.read_config(root, "x").data
+    assert (saved.resolution, saved.channels, saved.downsample, saved.vae) == (16, 16, 4, str(vae))
+    assert saved.vae_sha256 == json.loads((target / "manifest.json").read_text())["settings"]["vae_weights_sha256"]
+    again = run(*arguments, "--set", "train.steps=6", "--resume")
+    assert again.exit_code == 0, again.output
+
+
+def test_run_of_a_relative_vae_is_sampled_from_another_folder(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_vae(tmp_path / "vaes" / "x", scaling_factor=0.9)
+    assert run("encode", images, "store", "--vae", "vaes/x", *OPTIONS).exit_code == 0
+    settings = latent_settings("vaes/x", "train.precision=fp32")
+    assert run("train", "--preset", "s-256", "--data", "store", "--out", "run", *settings).exit_code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    request = ["sample", tmp_path / "run", "--num", 1, "--steps", 2, "--out"]
+    result = run(*request, "a")
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.stderr
+    (tmp_path / "vaes").rename(tmp_path / "moved")
+    result = run(*request, "b")
+    line = f"because the VAE cannot be used: data.vae: no folder '{tmp_path}/vaes/x'"
+    assert line in " ".join(result.stderr.split())
+
+
+def changed_run(trained, folder, pattern, by):
+    """A copy of a run with another configuration."""
+    shutil.copytree(trained, folder)
+    for path in folder.rglob("config.yaml"):
+        path.write_text(re.sub(pattern, by, path.read_text()))
+    return folder
+
+
+def test_run_without_a_hash_of_its_vae_goes_on_and_gets_one(trained, tmp_path):
+    """As those of earlier versions."""
+    root = changed_run(trained, tmp_path / "run", "vae_sha256: .*", "vae_sha256: ''")
+    result = run("train", "--resume", "--out", root, "--set", "train.steps=6")
+    assert result.exit_code == 0, result.output
+    assert runs.read_config(root, "x").data.vae_sha256 == runs.read_config(trained, "x").data.vae_sha256 != ""
+
+
+def test_swapped_vae_is_reported_by_sample(trained, vae, tmp_path):
+    other = save_vae(tmp_path / "other", seed=1)
+    root = changed_run(trained, tmp_path / "run", re.escape(str(vae)), str(other))
+    result = run("sample", root, "--num", 1, "--steps", 2, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    line = f"data.vae: {str(other)!r} is not the VAE that made the latents of this run"
+    assert f"warning: {line}" in " ".join(result.stderr.split())
+
+
+def test_training_says_that_latents_have_another_scale(images, tmp_path):
+    vae, target = save_vae(tmp_path / "vae", scaling_factor=30.0), tmp_path / "store"
+    assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
+    result = run("train", "--preset", "s-256", "--data", target, "--out", tmp_path / "run", *latent_settings(vae))
+    assert result.exit_code == 0, result.output
+    line = "but training assumes about 0 and 1: check scaling_factor and shift_factor"
+    assert line in " ".join(result.stderr.split())
 
 
 def test_train_warns_of_a_missing_vae(store, vae, tmp_path, monkeypatch):

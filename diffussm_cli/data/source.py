@@ -5,6 +5,7 @@ B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   la
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from diffussm_cli.data.datasets import PYTHON, DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts
+from diffussm_cli.data.vae import full_name, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.processes import own_cores
@@ -196,6 +198,12 @@ def text_hash(config: Config, source: Source) -> str:
     return whole.settings.text_sha256 if hasattr(whole, "settings") else whole.texts.encoder.sha256
 
 
+def vae_hash(source: Source) -> str:
+    """The hash of the VAE that made the latents of a source from `open_source`; empty for pixels."""
+    whole: Any = source.whole if isinstance(source, Part) else source
+    return whole.settings.vae_weights_sha256 if hasattr(whole, "settings") else ""
+
+
 def _open_images(config: Config, held_out: bool) -> Source:
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
@@ -242,8 +250,10 @@ def _check_latents(config: Config, settings: Any) -> None:
         "resolution": (d.size, settings.resolution, height if height == width else f"{height}x{width}"),
         "channels": (d.channels, settings.channels, settings.channels),
         "downsample": (d.downsample, settings.downsample, settings.downsample),
-        "vae": (d.vae, settings.vae, settings.vae),
+        "vae": (full_name(d.vae), full_name(settings.vae), settings.vae),
     }
+    if os.path.isdir(d.vae) and read_facts(d.vae, "data.vae").config_sha256 == settings.vae_config_sha256:
+        del found["vae"]  # the folder may have been moved; decoding compares the weights
     for field, (wanted, has, value) in found.items():
         if wanted != has:
             given = getattr(d, field)

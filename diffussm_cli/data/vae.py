@@ -13,31 +13,36 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.config import DEFAULT_VAE, Config
+from diffussm_cli.config import DEFAULT_VAE, Config, DataConfig
 from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.device import full_float32
+from diffussm_cli.machine.files import read_regular
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
+MAX_CONFIG_BYTES = 1 << 20
+MAX_LAYERS, MAX_WIDTH, MAX_PARAMETERS = 64, 1 << 14, 1 << 30  # in a config; the largest VAEs in use have 3e8 parameters
 DECODE_PIXELS = 1 << 19  # decoded at a time: 8 images of 256x256, about 2 GB of activations in SD's VAE
 
 
 class VAEFacts(NamedTuple):
     """Properties of a VAE, read from its config."""
 
-    name: str
+    name: str  # on the hub, or the absolute path of a folder
     kind: str
     channels: int
     downsample: int
     scale: tuple[float, ...]  # one per channel
     shift: tuple[float, ...]
     config_sha256: str
+    parameters: int  # their number
 
 
 class VAE:
@@ -86,45 +91,87 @@ class VAE:
 
 
 # ------------------------------------------------------------------------------------------------- loading
-def read_facts(name: str) -> VAEFacts:
+def read_facts(name: str, option: str = "--vae") -> VAEFacts:
     """Read the config of a VAE, without its weights.
 
     Args:
         name: a folder, or a hub name as OWNER/NAME or OWNER/NAME/SUBFOLDER.
+        option: the option or field that names the VAE, for errors.
 
     Raises:
         DataError: if the config cannot be loaded, or the VAE is not supported.
     """
     import diffusers
 
-    where = _where(name)
+    # The config as it is.
+    where = _where(name, option)
 
     def load() -> Any:
+        _check_config_file(name)
         reach_hub(**where)
         return diffusers.AutoencoderKL.load_config(**where)
 
-    values = _load(name, load)
+    values = _load(name, option, load)
     kind = values.get("_class_name")
     if kind not in KINDS:
-        raise DataError(f"--vae: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+        raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+
+    # The network and the numbers that it stands for.
     try:
+        _check_sizes(values)
         with quiet(), torch.device("meta"):
-            c = getattr(diffusers, kind).from_config(values).config  # with the defaults of its class filled in
+            model = getattr(diffusers, kind).from_config(values)
+        c = model.config  # with the defaults of its class filled in
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
         means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
         scale = tuple(float(c.scaling_factor / std) for std in stds)
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
+        parameters = sum(p.numel() for p in model.parameters())
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(f"{parameters:,} parameters are more than the limit of {MAX_PARAMETERS:,}")
+        if not usable_scale(scale, shift):
+            raise ValueError("its scale or shift is not a finite number, or its scale is 0")
     except Exception as e:  # constructors raise all kinds of errors for values that do not match
-        raise DataError(f"--vae: the config of {name!r} is damaged: {reason(e)}") from e
+        raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
-        raise DataError(f"--vae: {name!r} does not map between RGB images and {C} channels")
+        raise DataError(f"{option}: {name!r} does not map between RGB images and {C} channels")
     plain = {k: v for k, v in values.items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, digest)
+    return VAEFacts(full_name(name), kind, C, 2 ** (len(blocks) - 1), scale, shift, digest, parameters)
 
 
-def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32) -> VAE:
+def usable_scale(scale: Sequence[float], shift: Sequence[float]) -> bool:
+    """Whether latents can be scaled and scaled back in float32."""
+    numbers = torch.tensor([*scale, *shift], dtype=torch.float32)
+    return bool(numbers.isfinite().all() and numbers[: len(scale)].all())
+
+
+def full_name(name: str) -> str:
+    """The name of a VAE that is valid in every working directory: a hub name, or the absolute path of a folder."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def _check_config_file(name: str) -> None:
+    """Raises OSError, ValueError for a config of a folder that is too large, or no regular file."""
+    path = os.path.join(name, "config.json")
+    if os.path.exists(path):
+        read_regular(path, MAX_CONFIG_BYTES)
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for a config that asks for absurdly many layers or channels, which would take for ever."""
+    for field, value in values.items():
+        parts = value if isinstance(value, list) else [value]
+        counts = "layers" in field or field.startswith("num_")
+        for part in parts:
+            if isinstance(part, int) and part > (MAX_LAYERS if counts else MAX_WIDTH):
+                raise ValueError(f"{field} is {part}, more than {MAX_LAYERS if counts else MAX_WIDTH}")
+        if len(parts) > (MAX_LAYERS if "block" in field else MAX_WIDTH):
+            raise ValueError(f"{field} has {len(parts)} parts")
+
+
+def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32, option: str = "--vae") -> VAE:
     """Load the VAE of `facts` with its weights, from safetensors only.
 
     Raises:
@@ -132,21 +179,34 @@ def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.f
     """
     import diffusers
 
+    _check_weight_files(facts, option)
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    cls = getattr(diffusers, facts.kind)
-    model, info = _load(facts.name, lambda: cls.from_pretrained(**_where(facts.name), **options))
+    cls, where = getattr(diffusers, facts.kind), _where(facts.name, option)
+    model, info = _load(facts.name, option, lambda: cls.from_pretrained(**where, **options))
     if info["missing_keys"]:
-        raise DataError(f"--vae: the weights of {facts.name!r} lack {info['missing_keys'][0]}")
+        raise DataError(f"{option}: the weights of {facts.name!r} lack {info['missing_keys'][0]}")
     return VAE(model.float(), facts, device, dtype)
 
 
-def _where(name: str) -> dict[str, str]:
+def _check_weight_files(facts: VAEFacts, option: str) -> None:
+    """Raises DataError if the network of a folder needs more weights than its files can hold: memory comes first."""
+    files = Path(facts.name).glob("*.safetensors") if os.path.isdir(facts.name) else ()
+    sizes = [path.stat().st_size for path in files if path.is_file()]
+    if sizes and sum(sizes) < facts.parameters:  # no format takes less than a byte for each
+        what = f"{facts.parameters:,} parameters, but its weights have {sum(sizes):,} bytes"
+        raise DataError(f"{option}: cannot load the folder {facts.name!r}: its config describes {what}")
+
+
+def _where(name: str, option: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a name. Raises DataError if it is neither a folder nor a hub name."""
     if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
     if not found:
-        raise DataError(f"--vae: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}")
+        raise DataError(f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}")
+    first = name.partition("/")[0]
+    if os.path.lexists(first):  # a relative path with a mistake must not be looked up on the hub
+        raise DataError(f"{option}: no folder {name!r}; {first!r} exists here, so it is not taken for a hub name")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
 
 
@@ -161,17 +221,20 @@ def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
-def _load(name: str, call: Callable[[], Any]) -> Any:
+def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
     """Return the result of `call`, or raise a DataError that says how to get the files."""
     try:
         with quiet():
             return call()
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         if os.path.isdir(name):
-            raise DataError(f"--vae: cannot load the folder {name!r}: {reason(e)}") from e
+            raise DataError(f"{option}: cannot load the folder {name!r}: {reason(e)}") from e
+        remedy = "pass --vae FOLDER"
+        if option != "--vae":
+            remedy = f"name it by {option}: in training by --set, in a finished run in the config.yaml of its weights"
         raise DataError(
-            f"--vae: cannot load {name!r} from the hub: download its config.json and "
-            f"diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER ({reason(origin(e))})"
+            f"{option}: cannot load {name!r} from the hub, and there is no such folder here: download its config.json "
+            f"and diffusion_pytorch_model.safetensors into a folder and {remedy} ({reason(origin(e))})"
         ) from e
 
 
@@ -217,20 +280,31 @@ class Decoding(NamedTuple):
 
 
 def open_decoding(config: Config, device: torch.device) -> Decoding:
-    """The VAE of a run; the identity for pixels; a preview with a warning if the VAE cannot be used."""
+    """The VAE of a run; the identity for pixels; a preview with a warning if the VAE cannot be used.
+
+    The warning also says if the VAE is not the one that made the latents of the run.
+    """
     d = config.data
     if d.vae is None:
         return Decoding(lambda x: x, {"vae": None, "decoded_by": "none, these are pixels"})
     try:
-        facts = read_facts(d.vae)
+        facts = read_facts(d.vae, "data.vae")
         if (facts.channels, facts.downsample) != (d.channels, d.downsample):
             has = f"{facts.channels} channels and downsampling {facts.downsample}"
-            raise DataError(f"--vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}")
-        vae = load_vae(facts, device)
+            raise DataError(f"data.vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}")
+        vae = load_vae(facts, device, option="data.vae")
     except DataError as e:
-        warning = f"the images are only previews of the latents, because data.vae cannot be used: {e}"
+        warning = f"the images are only previews of the latents, because the VAE cannot be used: {e}"
         return Decoding(lambda x: preview(x, d.downsample), {"vae": d.vae, "decoded_by": "linear preview"}, warning)
-    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"})
+    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d))
+
+
+def _another_vae(vae: VAE, d: DataConfig) -> str | None:
+    """A warning if a run recorded that another VAE made its latents."""
+    if d.vae_sha256 in ("", vae.weights_sha256):
+        return None
+    hashes = f"its weights have the sha256 {vae.weights_sha256[:12]}..., those of the run's VAE {d.vae_sha256:.12}..."
+    return f"data.vae: {d.vae!r} is not the VAE that made the latents of this run: {hashes}"
 
 
 def preview(latents: Tensor, downsample: int) -> Tensor:

@@ -145,7 +145,11 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(lock))
+            try:
+                stack.enter_context(locked(lock))
+            except BlockingIOError:
+                made = []  # the other process has made the folder too
+                raise
             yield
         finally:
             stack.close()

@@ -22,14 +22,15 @@ from diffussm_cli import runs
 from diffussm_cli.config import BUILTIN, DEFAULT_PRESET, Config, config_from_dict, load_config, to_dict
 from diffussm_cli.data.datasets import PYTHON
 from diffussm_cli.data.latents.manifest import MANIFEST
-from diffussm_cli.data.latents.reading import LatentStore
+from diffussm_cli.data.latents.reading import LatentStore, fit_to_store
 from diffussm_cli.data.listing import UNREADABLE
-from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash
+from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash, vae_hash
+from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.evaluation import features
 from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory
-from diffussm_cli.machine.files import LOCK, content, held_folder, locked, sha256
+from diffussm_cli.machine.files import content, held_folder, sha256
 from diffussm_cli.machine.processes import World, first_works, gather, process_group, read_world
 from diffussm_cli.model import count_parameters
 from diffussm_cli.runs.report import write_report
@@ -89,16 +90,28 @@ def train(
     Raises:
         DiffussmError: for anything that a user can fix; before the model is built where possible.
     """
-    world, chosen = read_world(), None
-    if world.rank == 0:
-        found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
-        if dataset is not None:
-            path = f"{PYTHON}{type(dataset).__name__}"
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
-        chosen = run_folder(found, config, resume), config
-    with process_group(world, cuda=world.size > 1 and torch.cuda.is_available()):
-        root, config = gather(chosen, world)[0]  # other processes may see a stale run folder
+    world, chosen, line = read_world(), None, ""
+    with contextlib.ExitStack() as stack:
+        # The first process chooses: the others may see a stale run folder.
+        if world.rank == 0:
+            as_it_is = config is not None
+            found, config = choose(config, Path(out) if out else None, resume, preset, list(overrides), fields)
+            if dataset is not None:
+                path = f"{PYTHON}{type(dataset).__name__}"
+                config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+            elif not as_it_is:
+                named = {override.partition("=")[0].strip() for override in overrides}
+                config, line = fit_to_store(config, named | set(fields or ()))
+            chosen = stack.enter_context(run_folder(found, config, resume)), config
+        stack.enter_context(process_group(world, cuda=world.size > 1 and torch.cuda.is_available()))
+        root, config = gather(chosen, world)[0]
+        if world.rank:
+            stack.enter_context(held_alone(root, world.rank))
         check_batch(config, world)
+
+        # The run itself.
+        if line:
+            yield Message(line)
         return (yield from _train_in(root, config, resume, world, dataset, stop))
 
 
@@ -109,7 +122,10 @@ def _train_in(
     source = open_data(root, config, dataset)
     if source.left_out:
         yield Message(source.left_out)
-    with held_alone(root, world), contextlib.ExitStack() as stack:
+    warning = getattr(source.whole if isinstance(source, Part) else source, "warning", "")
+    if warning:
+        yield Warned(warning)
+    with contextlib.ExitStack() as stack:
         yield Stage("looking for checkpoints")
         checkpoint, damaged = agree_on_checkpoint(root, world)
         yield from (Message(f"skipped: {line}") for line in damaged)
@@ -201,21 +217,37 @@ def check_extractor_is_named(config: Config, overrides: Sequence[str]) -> None:
         )
 
 
-def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
-    """`root`, or the first of runs/PRESET, runs/PRESET-2, ... that is empty and not locked by another process.
+@contextlib.contextmanager
+def run_folder(root: Path | None, config: Config, resume: bool) -> Iterator[Path]:
+    """Lock `root`, or the first of runs/PRESET, runs/PRESET-2, ... that is empty and not locked by another process.
 
     Raises:
         RunError: if a run cannot begin there or, with `resume`, cannot continue there.
     """
-    if root is None:
-        names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
-        for folder in (runs.RUNS / name for name in names):
-            if not folder.exists():
-                return folder
-            if folder.is_dir() and not content(folder):
-                with contextlib.suppress(OSError), locked(folder / f"{LOCK}-0"):
-                    return folder
-        raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; choose a folder")
+    if root is not None:
+        check_run_folder(root, resume)
+        with held_alone(root):
+            yield root
+        return
+    names = (config.preset, *(f"{config.preset}-{i}" for i in range(2, 10_000)))
+    for folder in (runs.RUNS / name for name in names):
+        if folder.exists() and not (folder.is_dir() and not content(folder)):
+            continue
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held_alone(folder))
+            except RunError:
+                if not folder.exists():  # runs/ cannot be written
+                    raise
+                continue  # another run has begun there
+            if not content(folder):
+                yield folder
+                return
+    raise RunError(f"--out: {runs.RUNS}/ holds {len(names)} runs of {config.preset}; choose a folder")
+
+
+def check_run_folder(root: Path, resume: bool) -> None:
+    """Raises RunError if a run cannot begin in a folder or, with `resume`, cannot continue there."""
     if root.exists() and not root.is_dir():
         raise RunError(f"--out: {str(root)!r} is a file; choose a folder")
     held = content(root) if root.exists() else set()
@@ -225,7 +257,6 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Path:
         raise RunError(f"--out: {str(root)!r} is not empty and holds no run; choose another folder")
     if not resume and (begun or foreign):
         raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder")
-    return root
 
 
 def check_batch(config: Config, world: World) -> None:
@@ -239,11 +270,11 @@ def check_batch(config: Config, world: World) -> None:
 
 
 @contextlib.contextmanager
-def held_alone(root: Path, world: World) -> Iterator[None]:
+def held_alone(root: Path, rank: int = 0) -> Iterator[None]:
     """Lock a run folder so that no other job writes to it, and create it if needed. Raises RunError."""
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(held_folder(root, world.rank))
+            stack.enter_context(held_folder(root, rank))
         except BlockingIOError as e:
             raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
         except OSError as e:
@@ -375,7 +406,8 @@ def _prepare(
         DiffussmError: for anything that does not fit; before the model is built where possible.
     """
     keep_freed_memory()
-    data = dataclasses.replace(config.data, class_names=source.class_names, text_sha256=text_hash(config, source))
+    hashes = {"text_sha256": text_hash(config, source), "vae_sha256": vae_hash(source)}
+    data = dataclasses.replace(config.data, class_names=source.class_names, **hashes)
     config = dataclasses.replace(config, data=data)
     runs.check_config(config)
     with first_works(world):
@@ -417,6 +449,9 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
         ConfigError: naming the first difference in model, data, diffusion, batch or seed.
     """
     old, new = to_dict(saved), to_dict(config)
+    for values in (old["data"], new["data"]):
+        values["vae"] = values["vae"] and full_name(values["vae"])
+    old["data"]["vae_sha256"] = old["data"]["vae_sha256"] or new["data"]["vae_sha256"]  # not known to earlier versions
     harmless = [("data", "skip_unreadable"), *([("data", "path")] if moved else [])]
     fixed = [(s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless]
     for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 
 import numpy as np
@@ -234,6 +235,8 @@ def test_verify_checks_shapes_too(copy):
     values = json.loads((copy / "manifest.json").read_text())
     values["settings"]["channels"], values["settings"]["scale"] = 8, [1.0] * 8
     values["settings"]["shift"] = [0.0] * 8
+    for record in values["shards"]:
+        record["mean"], record["std"] = [0.0] * 8, [1.0] * 8
     (copy / "manifest.json").write_text(json.dumps(values))
     problems = [problem for name, problem in verify(copy) if name.startswith("shard")]
     assert ["header differs from the manifest" in p for p in problems] == [True] * 3
@@ -259,11 +262,112 @@ def test_labels_must_have_a_class(copy, whole):
         LatentStore(copy, flip=True)
 
 
-def test_store_without_a_readable_image(whole, tmp_path, monkeypatch):
+def test_store_without_a_readable_image_is_not_left_behind(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2)
-    store = write_store(dataclasses.replace(whole, store=tmp_path / "store"))
-    with pytest.raises(DataError, match="holds no readable images; see skipped.jsonl"):
-        LatentStore(store, flip=True)
+    line = "SOURCE: none of the 11 images can be read, such as cat/00.png: its latents are not finite in float16"
+    with pytest.raises(DataError, match=f"^{line}$"):
+        write_store(dataclasses.replace(whole, store=tmp_path / "store"))
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def overwrite(path, settings, name, row, value, k=0):
+    """Change one number of a shard, and the hash in the manifest with it."""
+    view = np.memmap(path, mode="r+")
+    start = len(shard.header(settings, k))
+    for other, (kind, shape) in shard.layout(settings, k).items():
+        size = shard.SAFETENSORS[kind].itemsize * int(np.prod(shape))
+        if other == name:
+            numbers = view[start : start + size].view(shard.SAFETENSORS[kind]).reshape(shape)
+            numbers[row : row + 1].flat[-1] = value
+        start += size
+    view.flush()
+    manifest = path.parent / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["shards"][k]["sha256"] = sha256(path)
+    manifest.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", ["mean", "std", "mean_mirrored"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_numbers_that_are_not_finite_are_named_by_verify_and_training(whole, copy, name, value):
+    """Row 2 of the second shard is image 6, and the fifth readable one, though its hash is right."""
+    path = copy / "shard-00001.safetensors"
+    overwrite(path, whole.settings, name, 2, value, k=1)
+    assert {n: p for n, p in verify(copy) if p} == {path.name: "row 2 holds numbers that are not finite"}
+    store = LatentStore(copy, flip=True)
+    line = f"row 2 of shard-00001.safetensors in '{copy}' holds numbers that are not finite; run diffussm encode --ver"
+    both = [torch.Generator().manual_seed(seed) for seed in range(22)]  # some of them read the mirrored latents
+    with pytest.raises(DataError, match=line):
+        store.read([0, 9, *[5] * 20], both)
+    store.read([0, 4, 9], generators(3))
+
+
+# --------------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize("changes", [{}, {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}])
+def test_statistics_are_those_of_all_latents_in_model_space(tmp_path, changes):
+    """Of samples of the posterior, and the same after a resume; with four and with sixteen channels."""
+    save_vae(tmp_path / "vae", **changes)
+    make_source(tmp_path / "images")
+    encoder = make_encoder(tmp_path)
+    manifest = read_manifest(write_store(encoder), "x")
+    tensors = [load_file(tmp_path / "store" / f"shard-{i:05d}.safetensors") for i in range(3)]
+    mean, std = (
+        torch.cat([t[name][t["readable"] == 1] for t in tensors]).double().transpose(0, 1).flatten(1)
+        for name in ("mean", "std")
+    )
+    scale, shift = (torch.tensor(v, dtype=torch.float64) for v in (encoder.vae.facts.scale, encoder.vae.facts.shift))
+    found = [torch.from_numpy(v) for v in manifest.statistics]
+    torch.testing.assert_close(found[0], (mean.mean(1) - shift) * scale, rtol=1e-5, atol=1e-5)
+    expected = scale * (mean.var(1, correction=0) + (std**2).mean(1)).sqrt()
+    torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-6)
+    x = torch.cat([LatentStore(tmp_path / "store", flip=False).read(range(10), generators(10))[0] for _ in range(2)])
+    torch.testing.assert_close(found[0], x.double().mean((0, 2, 3)), rtol=0, atol=0.3)
+
+
+def with_statistics(store, mean, std):
+    path = store / "manifest.json"
+    values = json.loads(path.read_text())
+    for record in values["shards"]:
+        record["mean"], record["std"] = mean, std
+    path.write_text(json.dumps(values))
+    return LatentStore(store, flip=True).warning
+
+
+def test_latents_of_another_scale_are_reported(copy, whole):
+    """Those of Stable Diffusion's VAE are as far from 0 and 1 as is usual."""
+    assert with_statistics(copy, [1.06, 0.59, 0.02, -0.39], [0.76, 0.84, 0.68, 0.6]) == ""
+    assert with_statistics(copy, [], []) == ""  # a store of an earlier version
+    for mean, std in (
+        ([0.0, 0, 0, 0], [1.0, 1, 1, 0.18]),
+        ([0.0, 0, 0, 0], [5.5, 1, 1, 1]),
+        ([-3.0, 0, 0, 0], [1.0] * 4),
+    ):
+        warning = with_statistics(copy, mean, std)
+        has = f"means from {min(mean):.3g} to {max(mean):.3g} and deviations from {min(std):.3g} to {max(std):.3g}"
+        assert f"have channels with {has}, but training assumes about 0 and 1: check scaling_factor" in warning
+        assert warning.endswith(f"in the config of {whole.settings.vae}")
+
+
+@pytest.mark.parametrize("numbers", [[1.0], [float("nan")] * 4, "abcd", [None] * 4])
+def test_bad_statistics_are_damage(copy, numbers):
+    with pytest.raises(DataError, match=r"manifest.json is damaged"):
+        with_statistics(copy, numbers, numbers)
+
+
+def test_pipes_in_a_store_are_not_opened(copy):
+    for name in ("shard-00001.safetensors", "manifest.json"):
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        with pytest.raises(DataError, match=f"{name}.*not a regular file"):
+            LatentStore(copy, flip=True)
+
+
+def test_images_without_captions_are_refused(captioned, tmp_path):
+    captioned()
+    store = tmp_path / "store"
+    overwrite(store / "shard-00000.safetensors", read_manifest(store, "x").settings, "captions", 1, 0)
+    with pytest.raises(DataError, match="holds images without captions; run diffussm encode --verify"):
+        open_source(text_config(tmp_path))
 
 
 BAD_MANIFESTS = {
@@ -377,6 +481,7 @@ def captioned(tmp_path, monkeypatch):
 def text_config(folder, *overrides):
     given = [f"data.path={folder / 'store'}", f"data.vae={folder / 'vae'}", "data.resolution=16x24", "data.channels=4"]
     given += ["data.downsample=4", "data.text=letters", "model.text_width=4", "model.num_classes=0", "data.flip=true"]
+    given += ["sample.clip=false"]
     return load_config("digits", [*given, *overrides])
 
 

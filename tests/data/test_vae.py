@@ -1,6 +1,7 @@
 """The autoencoder: what is read from its config, encoding and decoding, and what is said without it."""
 
 import json
+import os
 import re
 import unittest.mock
 
@@ -236,8 +237,76 @@ def test_names_that_are_neither_folder_nor_hub():
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
         read_facts("./vae")
+    with pytest.raises(DataError, match=r"^data.vae: no folder './a/b'"):
+        read_facts("./a/b", "data.vae")
     with pytest.raises(DataError, match="no folder 'xxx"):  # from a manifest, say: longer than a name may be
         read_facts("x" * 300)
+
+
+def test_relative_folders_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
+    """Neither one that exists, nor a mistake in the path of one."""
+    asked = answering(monkeypatch, lambda: pytest.fail("the hub is asked"))
+    save_vae(tmp_path / "vaes" / "x")
+    monkeypatch.chdir(tmp_path)
+    assert read_facts("vaes/x").name == str(tmp_path / "vaes" / "x")  # which is valid in every folder
+    for name in ("vaes/y", "vaes/y/vae", "./vaes/y"):
+        with pytest.raises(DataError, match=f"^--vae: no folder '{name}'"):
+            read_facts(name)
+    assert asked == []
+
+
+def test_another_vae_than_that_of_the_run_is_reported(tmp_path):
+    """Though it lies in the same place and has the same config."""
+    recorded = loaded(save_vae(tmp_path)).weights_sha256
+    given = [f"data.vae={tmp_path}", "data.downsample=4"]
+    for sha256 in (recorded, ""):
+        assert open_decoding(load_config("s-256", [*given, f"data.vae_sha256={sha256}"]), CPU).warning is None
+    save_vae(tmp_path, seed=1)
+    decoding = open_decoding(load_config("s-256", [*given, f"data.vae_sha256={recorded}"]), CPU)
+    assert f"{str(tmp_path)!r} is not the VAE that made the latents of this run" in decoding.warning
+    assert recorded[:12] in decoding.warning
+    assert decoding.record["decoded_by"] == "vae"
+
+
+ABSURD = {
+    "layers_per_block is 2000000, more than 64": {"layers_per_block": 2_000_000},
+    "latent_channels is 100000000, more than 16384": {"latent_channels": 100_000_000},
+    "block_out_channels is 1048576, more than 16384": {"block_out_channels": [1 << 20]},
+    "block_out_channels has 10000 parts": {"block_out_channels": [8] * 10_000},
+    "parameters are more than the limit of 1,073,741,824": {"block_out_channels": [1 << 14] * 3},
+    "its scale or shift is not a finite number": {"scaling_factor": float("nan")},
+    "its scale or shift is not a finite number, or its scale is 0": {"scaling_factor": 0},
+    "its scale or shift is not a finite": {"shift_factor": 1e300},
+}
+
+
+@pytest.mark.parametrize("words", ABSURD)
+def test_absurd_configs_are_refused_before_the_network_is_built(tmp_path, words):
+    """As soon as the run of a stranger names them, too."""
+    path = save_vae(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ABSURD[words]))
+    with pytest.raises(DataError, match=f"^--vae: the config of .* is damaged: .*{words}"):
+        read_facts(str(tmp_path))
+    warning = open_decoding(load_config("s-256", [f"data.vae={tmp_path}"]), CPU).warning
+    assert "data.vae: the config of" in warning
+
+
+def test_network_larger_than_its_weights_takes_no_memory(tmp_path):
+    path = save_vae(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [1024] * 3}))
+    with pytest.raises(DataError, match=r"its config describes [\d,]+ parameters, but its weights have [\d,]+ bytes"):
+        loaded(tmp_path)
+
+
+def test_config_is_read_only_as_a_small_file(tmp_path):
+    path = save_vae(tmp_path) / "config.json"
+    path.write_text(path.read_text() + " " * (1 << 20))
+    with pytest.raises(DataError, match="--vae: cannot load the folder .*: it has more than 1048576 bytes"):
+        read_facts(str(tmp_path))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="--vae: cannot load the folder .*: not a regular file"):
+        read_facts(str(tmp_path))
 
 
 def without_network(monkeypatch):
@@ -255,8 +324,8 @@ def test_without_network_one_line_says_what_to_do(monkeypatch):
     with pytest.raises(DataError) as e:
         read_facts("stabilityai/sd-vae-ft-ema")
     assert str(e.value) == (
-        "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub: download its config.json and "
-        "diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER (Name not known)"
+        "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub, and there is no such folder here: download its "
+        "config.json and diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER (Name not known)"
     )
 
 
@@ -274,7 +343,7 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: loaded_by.append(where) or {})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     asked = answering(monkeypatch, fail)
-    with pytest.raises(DataError, match="cannot load 'owner/name/vae' from the hub: .* .Name not known."):
+    with pytest.raises(DataError, match="cannot load 'owner/name/vae' from the hub, .* .Name not known."):
         read_facts("owner/name/vae")
     assert [a.partition("owner")[2] for a in asked] == ["/name/resolve/main/vae/config.json"]
     assert loaded_by == []
@@ -297,8 +366,10 @@ def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
     without_network(monkeypatch)
     decoding = open_decoding(load_config("s-256"), CPU)
     assert decoding.warning.startswith(
-        "the images are only previews of the latents, because data.vae cannot be used: --vae: cannot"
+        "the images are only previews of the latents, because the VAE cannot be used: data.vae: cannot load"
     )
+    assert "name it by data.vae: in training by --set, in a finished run in the config.yaml" in decoding.warning
+    assert "--vae" not in decoding.warning
     assert decoding.record == {"vae": "stabilityai/sd-vae-ft-ema", "decoded_by": "linear preview"}
     assert decoding.decode(torch.randn(2, 4, 5, 6)).shape == (2, 3, 40, 48)
 

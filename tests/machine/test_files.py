@@ -156,6 +156,17 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
     assert content(folder) == {"a.txt"}
 
 
+def test_a_folder_of_two_processes_is_not_removed_by_the_later_one(tmp_path, monkeypatch):
+    """Both have seen that it does not exist; one of them has locked it since."""
+    folder = tmp_path / "made"
+    with held_folder(folder):
+        monkeypatch.setattr(Path, "exists", lambda self: False)
+        with pytest.raises(BlockingIOError), held_folder(folder):
+            pass
+        monkeypatch.undo()
+        assert (folder / ".lock-0").exists()
+
+
 def test_the_cache_is_below_the_users(monkeypatch):
     monkeypatch.setenv("DIFFUSSM_CACHE", "here")
     assert default_cache() == Path("here")

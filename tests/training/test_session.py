@@ -1,9 +1,11 @@
 """A training as a notebook runs it: what it tells, where it stops, and which batches processes can share."""
 
+from pathlib import Path
+
 import pytest
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Message, TrainingRecord, finish
+from diffussm_cli.events import Message, Stage, TrainingRecord, finish
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, train
 from diffussm_cli.training.stopping import TRAINING
@@ -35,6 +37,15 @@ def test_a_training_that_is_asked_to_stop_ends_after_the_step_in_hand(tiny, tmp_
     result = finish(train(tiny(), tmp_path / "run", stop=lambda: True))
     assert result == TrainingResult(tmp_path / "run", 1, 4)
     assert not result.finished
+
+
+def test_two_trainings_that_begin_at_once_take_two_folders(tiny, tmp_path, monkeypatch):
+    """Neither of them has written anything when the other chooses its folder."""
+    monkeypatch.chdir(tmp_path)
+    first, second = train(tiny()), train(tiny())
+    assert next(first) == next(second) == Stage("listing")
+    folders = finish(first).root, finish(second).root
+    assert folders == (Path("runs/digits"), Path("runs/digits-2"))
 
 
 @pytest.mark.parametrize(("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)])

@@ -7,9 +7,11 @@ B batch   C channels   H x W grid
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,26 +30,37 @@ from diffussm_cli.data.images import to_model_space
 from diffussm_cli.data.latents.manifest import (
     LISTING,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     SKIPPED,
     Manifest,
-    ShardRecord,
     StoreSettings,
     first_difference,
     manifest_text,
     read_manifest,
+    read_shard,
     shard_name,
 )
-from diffussm_cli.data.latents.shard import empty_shard, header
-from diffussm_cli.data.listing import LeftOut, Listing, left_out_line, list_source, read_entry, skipped_text
+from diffussm_cli.data.latents.shard import empty_shard, header, shard_bytes, statistics
+from diffussm_cli.data.listing import Entry, LeftOut, Listing, left_out_line, list_source, read_entry, skipped_text
 from diffussm_cli.data.text import Texts, check_complete, open_encoder
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Progress, Stage
 from diffussm_cli.machine.device import helpers, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.machine.files import PARTIAL, content, held_folder, sha256, whole_file, write_text
+from diffussm_cli.machine.files import (
+    PARTIAL,
+    content,
+    held_folder,
+    open_regular,
+    read_regular,
+    sha256,
+    whole_file,
+    write_text,
+)
 from diffussm_cli.machine.processes import ALONE, World, own_cores, read_world
 
 POLL_SECONDS = 0.2
+LASTING = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 MAX_CAPTIONS = 5  # stored per image
 
 
@@ -83,8 +96,11 @@ class Encoder:
             if written:
                 written.result()
 
-    def _encode(self, span: range, arrays: dict, pixels: np.ndarray, reasons: dict[int, str]) -> list[dict]:
-        """Encode one batch into its rows of a shard; returns the skipped images."""
+    def _encode(self, span: range, arrays: dict, pixels: np.ndarray, reasons: dict[int, str], gone: str) -> list[dict]:
+        """Encode one batch into its rows of a shard; returns the skipped images. Raises DataError."""
+        if gone:
+            remedy = "restore it; finished shards are kept, and the same command continues from there"
+            raise DataError(f"SOURCE: {str(self.listing.root)!r} changes while it is encoded: {gone}; {remedy}")
         first = span.start % self.settings.shard_size
         rows = slice(first, first + len(span))
         on_device = torch.from_numpy(pixels).to(self.vae.device).permute(0, 3, 1, 2)
@@ -178,24 +194,42 @@ def _all_finite(moments: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ decoding
 class _Batches(Dataset):
-    """Batches of decoded pixels (B, height, width, 3), and why images could not be read, by place in the source."""
+    """Batches of decoded pixels (B, height, width, 3), and why images could not be read, by place in the source.
+
+    A third value says that the source is gone, and why; then the images of the batch say nothing.
+    """
 
     def __init__(self, listing: Listing, resolution: tuple[int, int], spans: list[range]):
-        self.root, self.resolution, self.spans = listing.root, resolution, spans
+        self.root, self.resolution, self.spans = Path(os.path.abspath(listing.root)), resolution, spans
         self.entries = [[listing.entries[i] for i in span] for span in spans]
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str]]:
+    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str], str]:
         span, entries, reasons = self.spans[k], self.entries[k], {}
         pixels = np.zeros((len(span), *self.resolution, 3), np.uint8)
         for row, (place, entry) in enumerate(zip(span, entries)):
             try:
                 pixels[row] = read_entry(self.root, entry, self.resolution)
             except DataError as e:
-                reasons[place] = str(e).removeprefix(f"{Path(entry.name)}: ")
-        return pixels, reasons
+                why = str(e).removeprefix(f"{Path(entry.name)}: ")
+                if _is_gone(entry, e):
+                    return pixels, {}, f"{entry.name}: {why}"
+                reasons[place] = why
+        return pixels, reasons, ""
+
+
+def _is_gone(entry: Entry, error: BaseException) -> bool:
+    """Whether an image was there when it was listed, and its file can no longer be read at all.
+
+    A lack of permission is a lasting fault of the image. Any other error of the system may pass: a folder is
+    renamed, or a disk loses its connection.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return entry.size >= 0 and cause is not None and cause.errno not in (None, *LASTING)
 
 
 def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
@@ -238,7 +272,7 @@ def write_shard(store: Path, settings: StoreSettings, shard: int, arrays: dict, 
             for array in arrays.values():
                 file.write(memoryview(array).cast("B"))
             file.flush()
-            record = {"sha256": sha256(Path(file.name)), "skipped": skipped}
+            record = {"sha256": sha256(Path(file.name)), "skipped": skipped, **statistics(settings, arrays)}
             write_text(_record_path(store, shard), json.dumps(record))
     except OSError as e:
         raise _unwritable(store, e) from e
@@ -260,6 +294,18 @@ def unfinished(store: Path, settings: StoreSettings, world: World) -> list[int]:
     mine = range(world.rank, settings.shards, world.size)
     missing = [i for i in mine if not ((store / shard_name(i)).exists() and _record_path(store, i).exists())]
     return [] if missing and read_manifest(store, "TARGET").complete else missing  # the manifest includes the records
+
+
+def lost_shards(store: Path, manifest: Manifest) -> list[int] | None:
+    """The shards of a finished store that are missing or have another size; None for an unfinished one."""
+    if not manifest.complete:
+        return None
+    return [i for i in range(manifest.settings.shards) if not _has_size(store, manifest.settings, i)]
+
+
+def _has_size(store: Path, settings: StoreSettings, shard: int) -> bool:
+    path = store / shard_name(shard)
+    return path.is_file() and path.stat().st_size == shard_bytes(settings, shard)
 
 
 def begin(store: Path, listing: Listing, settings: StoreSettings, world: World) -> Manifest:
@@ -296,7 +342,7 @@ def check_same_request(store: Path, old: StoreSettings, new: StoreSettings, list
 def _first_change(store: Path, listing: Listing) -> str:
     """The first line in which a listing differs from that of the store."""
     try:
-        with (store / LISTING).open("rb") as old:
+        with open_regular(store / LISTING) as old:
             for place, lines in enumerate(itertools.zip_longest(old, listing.text(), fillvalue=b"nothing")):
                 if lines[0] != lines[1]:
                     was, now = (line.decode(errors="replace").strip()[:120] for line in lines)
@@ -307,8 +353,18 @@ def _first_change(store: Path, listing: Listing) -> str:
 
 
 def finish(store: Path, settings: StoreSettings, ignored: list[tuple[str, str]]) -> Manifest:
-    """Write skipped.jsonl and the manifest, and remove the records, once all shards exist. Raises DataError."""
+    """Write skipped.jsonl and the manifest, and remove the records, once all shards exist.
+
+    Raises:
+        DataError: if a file cannot be read or written, or if no image could be read; the store is then removed.
+    """
     records = [read_record(store, shard) for shard in range(settings.shards)]
+    skipped = [s for record in records for s in record["skipped"]]
+    if len(skipped) == settings.images:
+        for name in content(store):
+            (store / name).unlink()
+        first = f"{skipped[0]['file']}: {skipped[0]['reason']}"
+        raise DataError(f"SOURCE: none of the {settings.images} images can be read, such as {first}")
     return write_manifest(store, settings, records, ignored)
 
 
@@ -317,7 +373,7 @@ def write_manifest(store: Path, settings: StoreSettings, records: list[dict], ig
     skipped = [(s["index"], s["file"], s["reason"]) for record in records for s in record["skipped"]]
     try:
         write_text(store / SKIPPED, skipped_text(skipped + [(None, name, reason) for name, reason in ignored]))
-        shards = tuple(ShardRecord(r["sha256"], len(r["skipped"])) for r in records)
+        shards = tuple(read_shard(r | {"skipped": len(r["skipped"])}) for r in records)
         manifest = Manifest(settings, shards, sha256(store / SKIPPED))
         write_text(store / MANIFEST, manifest_text(manifest))
         _tidy(store)
@@ -335,9 +391,10 @@ def _tidy(store: Path) -> None:
 def read_record(store: Path, shard: int) -> dict:
     path = _record_path(store, shard)
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         assert isinstance(record["sha256"], str)
         assert isinstance(record["skipped"], list)
+        read_shard(record | {"skipped": 0})
         return record
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
         raise DataError(f"{path}: damaged; delete {shard_name(shard)} and run the same command again") from e
@@ -381,6 +438,8 @@ def encode_images(
     Raises:
         DiffussmError: for anything that a user can fix; before the VAE is loaded where possible.
     """
+    from diffussm_cli.data.latents.repair import repair  # it imports this module
+
     source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
     listing = list_source(source, columns=named_columns(columns, "--columns"))
@@ -396,18 +455,20 @@ def encode_images(
         options = {"precision": precision, "flip": flip, "batch_size": batch_size, "shard_size": shard_size}
         options["columns"] = tuple(columns)
         settings = make_settings(listing, resolution, loaded, options | (captions.settings if captions else {}))
-        if begin(target, listing, settings, world).complete:
-            yield Message(f"{target} is complete already")
-        else:
-            encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict, captions)
+        encoder = Encoder(listing, settings, target, loaded, decoding_processes(workers), strict, captions)
+        missing = lost_shards(target, begin(target, listing, settings, world))
+        if missing is None:
             yield from encode(encoder, world)
+        elif missing and world.rank == 0:
+            yield Message(f"{len(missing)} shards of {target} are missing or cut off, and encoded again")
+            yield from repair(encoder, missing)
+        elif not missing:
+            yield Message(f"{target} is complete already")
     if world.rank:
         return None
     manifest = read_manifest(target, "TARGET")
-    yield from _summary(target, manifest, listing)
-    line = left_out_line(source, [*listing.left_out(with_text=captions is not None), *unused])
-    if line:
-        yield Message(line)
+    unused = [*listing.left_out(with_text=captions is not None), *unused]
+    yield from _summary(target, manifest, source, unused)
     return manifest
 
 
@@ -426,14 +487,16 @@ def encode(encoder: Encoder, world: World) -> Iterator[Event]:
         finish(store, settings, encoder.listing.ignored)
 
 
-def _summary(store: Path, manifest: Manifest, listing: Listing) -> Iterator[Event]:
-    """Report the counts, and where the reasons are listed."""
+def _summary(store: Path, manifest: Manifest, source: Path, unused: Sequence[LeftOut]) -> Iterator[Event]:
+    """Report what is in the store, and in one line what is not."""
     skipped = sum(s.skipped for s in manifest.shards)
-    classes = f" of {len(listing.class_names)} classes" if listing.class_names else ""
-    yield Message(f"{manifest.settings.images - skipped} images{classes} in {store}")
-    if skipped or listing.ignored:
-        reasons = f"reasons in {store / SKIPPED}"
-        yield Message(f"skipped: {skipped} unreadable images, {len(listing.ignored)} other files; {reasons}")
+    settings = manifest.settings
+    classes = f" of {len(settings.class_names)} classes" if settings.class_names else ""
+    yield Message(f"{settings.images - skipped} images{classes} in {store}")
+    unread = [LeftOut(skipped, "image", f"not encoded; reasons in {store / SKIPPED}")] if skipped else []
+    line = left_out_line(source, [*unread, *unused])
+    if line:
+        yield Message(line)
 
 
 def load_vae_on(facts: VAEFacts, precision: str, device: str) -> VAE:

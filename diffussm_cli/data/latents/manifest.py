@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from diffussm_cli.data.vae import usable_scale
 from diffussm_cli.errors import DataError
+from diffussm_cli.machine.files import read_regular
 
 MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
 FORMAT = 1
@@ -73,6 +76,8 @@ class ShardRecord:
 
     sha256: str
     skipped: int
+    mean: tuple[float, ...] = ()  # of each channel in model space; empty in stores of earlier versions
+    std: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,26 @@ class Manifest:
     def complete(self) -> bool:
         return len(self.shards) == self.settings.shards
 
+    @property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation (C,) of the latents in model space; None if a shard does not tell them."""
+        spans = (len(self.settings.span(i)) for i in range(len(self.shards)))
+        images = np.array([n - s.skipped for n, s in zip(spans, self.shards)], float)
+        told = [s for s, n in zip(self.shards, images) if n]
+        if not told or not all(s.mean for s in told):
+            return None
+        weights = images[images > 0] / images.sum()
+        means, deviations = (np.array([getattr(s, name) for s in told]) for name in ("mean", "std"))
+        mean = weights @ means
+        return mean, np.sqrt(weights @ (deviations**2 + means**2) - mean**2)
+
 
 def shard_name(shard: int) -> str:
     return f"shard-{shard:05d}.safetensors"
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """A manifest as JSON, with more facts for people who read the file."""
+    """A manifest as JSON, with more facts for people who read the file. It is one that `read_manifest` accepts."""
     import diffusers
 
     from diffussm_cli import __version__
@@ -110,7 +128,10 @@ def manifest_text(manifest: Manifest) -> str:
         "shards": [{"file": shard_name(i), **dataclasses.asdict(s)} for i, s in enumerate(manifest.shards)],
         "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
-    return json.dumps(values, indent=1) + "\n"
+    text = json.dumps(values, indent=1) + "\n"
+    assert len(text) <= MAX_MANIFEST_BYTES, "its reader must accept it"
+    assert _parsed(json.loads(text)) == manifest, "its reader must accept it"
+    return text
 
 
 def read_manifest(store: Path, option: str) -> Manifest:
@@ -121,20 +142,33 @@ def read_manifest(store: Path, option: str) -> Manifest:
     """
     path = store / MANIFEST
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ValueError
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
         if values["format"] != FORMAT:
             raise DataError(f"{option}: {path} has format {values['format']}, but this version reads {FORMAT}")
-        shards = tuple(ShardRecord(str(s["sha256"]), int(s["skipped"])) for s in values["shards"])
-        manifest = Manifest(_settings(values["settings"]), shards, str(values["skipped_sha256"]))
-        if manifest.complete is not values["complete"]:
-            raise ValueError
-        return manifest
+        return _parsed(values)
     except OSError as e:
         raise DataError(f"{option}: cannot read {str(path)!r}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise DataError(f"{option}: {path} is damaged; run the command that made the store in an empty folder") from e
+
+
+def _parsed(values: dict[str, Any]) -> Manifest:
+    """A manifest from its JSON. Raises ValueError, KeyError, TypeError, OverflowError."""
+    settings = _settings(values["settings"])
+    manifest = Manifest(settings, tuple(map(read_shard, values["shards"])), str(values["skipped_sha256"]))
+    if manifest.complete is not values["complete"]:
+        raise ValueError
+    if any(len(numbers) not in (0, settings.channels) for s in manifest.shards for numbers in (s.mean, s.std)):
+        raise ValueError
+    return manifest
+
+
+def read_shard(values: dict[str, Any]) -> ShardRecord:
+    """The record of a shard from its JSON. Raises ValueError, KeyError, TypeError, OverflowError."""
+    mean, std = (tuple(map(float, values.get(name, ()))) for name in ("mean", "std"))
+    if not all(map(math.isfinite, mean + std)):
+        raise ValueError
+    return ShardRecord(str(values["sha256"]), int(values["skipped"]), mean, std)
 
 
 def _settings(values: dict[str, Any]) -> StoreSettings:
@@ -145,7 +179,7 @@ def _settings(values: dict[str, Any]) -> StoreSettings:
     words = (s.text_width, s.text_tokens, s.captions)
     whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
     sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
-    numbers = all(isinstance(v, float) and math.isfinite(v) for v in (*s.scale, *s.shift))
+    numbers = all(isinstance(v, float) for v in (*s.scale, *s.shift)) and usable_scale(s.scale, s.shift)
     names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "", *s.class_names)
     names += (s.text_sha256, s.captions_sha256, *s.columns)
     texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
@@ -156,9 +190,14 @@ def _settings(values: dict[str, Any]) -> StoreSettings:
 
 
 def first_difference(old: StoreSettings, new: StoreSettings) -> str | None:
-    """`name was X and is now Y` for the first setting that differs, or None."""
+    """`name was X and is now Y` for the first setting that differs, or None.
+
+    The same VAE may have another name, such as that of a folder which was moved.
+    """
+    hashes = ("vae_config_sha256", "vae_weights_sha256")
+    same_vae = all(getattr(old, name) == getattr(new, name) for name in hashes)
     for field in dataclasses.fields(StoreSettings):
         was, now = getattr(old, field.name), getattr(new, field.name)
-        if was != now:
+        if was != now and not (same_vae and field.name == "vae"):
             return f"{field.name} was {was!r:.80} and is now {now!r:.80}"
     return None

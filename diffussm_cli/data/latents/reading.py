@@ -3,7 +3,7 @@
 B batch   C channels   H x W grid
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import BUILTIN, Config, config_from_dict, to_dict
 from diffussm_cli.data.images import coins
-from diffussm_cli.data.latents.manifest import SKIPPED, read_manifest
+from diffussm_cli.data.latents.manifest import MANIFEST, SKIPPED, Manifest, read_manifest, shard_name
 from diffussm_cli.data.latents.shard import map_shard
 from diffussm_cli.data.listing import LeftOut, left_out_line
+from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import DataError
+
+# Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE lie well inside.
+MOST_MEAN, LEAST_STD, MOST_STD = 1.5, 0.4, 2.5
 
 
 class LatentStore:
@@ -24,7 +29,7 @@ class LatentStore:
     def __init__(self, root: Path, flip: bool, text_tokens: int = 0):
         self.root, self.flip, self.text_tokens = root, flip, text_tokens
         manifest = read_manifest(root, "data.path")
-        self.settings = manifest.settings
+        self.settings, self.warning = manifest.settings, scale_warning(root, manifest)
         if not manifest.complete:
             raise DataError(f"data.path: {str(root)!r} is not finished; run the same diffussm encode command again")
         if flip and not self.settings.flip:
@@ -36,6 +41,10 @@ class LatentStore:
         self.labels = torch.from_numpy(np.concatenate([s["label"] for s in shards])[self.places])
         if not len(self.places):
             raise DataError(f"data.path: {str(root)!r} holds no readable images; see {SKIPPED}")
+        if self.settings.text:
+            captions = np.concatenate([s["captions"] for s in shards])[self.places]
+            if not 1 <= int(captions.min()) <= int(captions.max()) <= self.settings.captions:
+                raise DataError(f"data.path: {str(root)!r} holds images without captions; run diffussm encode --verify")
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(1, len(self.class_names)):
             raise DataError(f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify")
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.settings.scale, self.settings.shift))
@@ -79,11 +88,65 @@ class LatentStore:
             tensors = self._shard(shard)
             which = int(torch.randint(int(tensors["captions"][row]), (), generator=generator))
             found.append(tensors["text"][row, which, : 1 + self.text_tokens])
-        return torch.from_numpy(np.stack(found)).float()
+        return self._finite(torch.from_numpy(np.stack(found)).float(), indices)
 
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
         mirrored = coins(self.flip, generators)
         mean, std = self.moments(indices, mirrored.numpy() if self.flip else None)
         z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).mul_(std).add_(mean)
-        return z.sub_(self.shift).mul_(self.scale), self.labels[torch.as_tensor(np.asarray(indices))]
+        x_0 = self._finite(z.sub_(self.shift).mul_(self.scale), indices)
+        return x_0, self.labels[torch.as_tensor(np.asarray(indices))]
+
+    def _finite(self, values: Tensor, indices: Sequence[int]) -> Tensor:
+        """The values (B, ...) of images, checked. Raises DataError, naming the shard and row of the first bad one."""
+        finite = values.isfinite().flatten(1).all(1)
+        if not finite.all():
+            place = int(self.places[indices[int(finite.int().argmin())]])
+            shard, row = divmod(place, self.settings.shard_size)
+            where = f"row {row} of {shard_name(shard)} in {str(self.root)!r}"
+            raise DataError(f"data.path: {where} holds numbers that are not finite; run diffussm encode --verify")
+        return values
+
+
+def scale_warning(root: Path, manifest: Manifest) -> str:
+    """A line if the latents of a store are far from mean 0 and deviation 1, which training assumes; else empty."""
+    statistics = manifest.statistics
+    if statistics is None:
+        return ""
+    mean, std = statistics
+    if (abs(mean) <= MOST_MEAN).all() and (std >= LEAST_STD).all() and (std <= MOST_STD).all():
+        return ""
+    has = f"means from {mean.min():.3g} to {mean.max():.3g} and deviations from {std.min():.3g} to {std.max():.3g}"
+    return (
+        f"the latents in {str(root)!r} have channels with {has}, but training assumes about 0 and 1: check "
+        f"scaling_factor and shift_factor, or latents_mean and latents_std, in the config of {manifest.settings.vae}"
+    )
+
+
+def fit_to_store(config: Config, named: Collection[str] = ()) -> tuple[Config, str]:
+    """A configuration for the latents in its `data.path`: resolution, channels, downsampling and VAE of the store.
+
+    Args:
+        named: fields that the user has set, as section.field; they stay, and are checked when the store is opened.
+
+    Returns:
+        the configuration, and a line that says what has changed; empty if nothing has.
+
+    Raises:
+        DataError: if the manifest is damaged.
+        ConfigError: if the model cannot take these latents.
+    """
+    d = config.data
+    if d.vae is None or d.path.startswith(BUILTIN) or not (Path(d.path) / MANIFEST).is_file():
+        return config, ""
+    s = read_manifest(Path(d.path), "data.path").settings
+    height, width = s.resolution
+    stored = {"resolution": height if height == width else f"{height}x{width}"}
+    stored |= {"channels": s.channels, "downsample": s.downsample, "vae": full_name(s.vae)}
+    before = {name: getattr(d, name) for name in stored} | {"vae": full_name(d.vae)}
+    taken = {k: v for k, v in stored.items() if v != before[k] and f"data.{k}" not in named}
+    fields = {f"data.{k}": v for k, v in (before | taken).items()}
+    line = ", ".join(f"data.{k}={v} instead of {before[k]}" for k, v in taken.items())
+    fitted = config_from_dict(to_dict(config), f"the latents in {d.path!r}", fields=fields)
+    return fitted, f"taken from the latents in {d.path!r}: {line}" if line else ""

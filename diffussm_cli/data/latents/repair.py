@@ -8,7 +8,7 @@ from pathlib import Path
 from diffussm_cli.config import named_columns
 from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents.manifest import LISTING, SKIPPED, ShardRecord, StoreSettings, read_manifest, shard_name
-from diffussm_cli.data.latents.shard import map_shard
+from diffussm_cli.data.latents.shard import first_not_finite, map_shard
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.vae import read_facts
 from diffussm_cli.errors import DataError
@@ -43,7 +43,8 @@ def _wrong_shard(store: Path, settings: StoreSettings, shard: int, record: Shard
     wrong = _wrong_hash(store / shard_name(shard), record.sha256)
     if wrong is None:
         try:
-            map_shard(store, settings, shard)
+            row = first_not_finite(map_shard(store, settings, shard))
+            return None if row is None else f"row {row} holds numbers that are not finite"
         except DataError as e:
             return str(e)
     return wrong
@@ -129,7 +130,7 @@ def repair(encoder: encoding.Encoder, shards: Sequence[int]) -> Iterator[Event]:
     """
     store, settings = encoder.store, encoder.settings
     manifest = read_manifest(store, "--repair")
-    records = [{"sha256": s.sha256, "skipped": []} for s in manifest.shards]
+    records = [{"sha256": s.sha256, "skipped": [], "mean": s.mean, "std": s.std} for s in manifest.shards]
     if any(s.skipped for i, s in enumerate(manifest.shards) if i not in shards):
         _read_skipped(store, settings.shard_size, records)
     yield from encoder.write(shards)
