@@ -235,6 +235,8 @@ def evaluate(
         against = session.reference(reference, resolution, size)
         captioned = captioned or against.images
         if trained is not None:
+            if trained.assumption:
+                yield Message(trained.assumption)
             yield Stage("loading the run")
             if not prompts and trained.config.model.text_width and captioned:
                 prompts = names_in(captioned.captions)

@@ -56,6 +56,14 @@ def published_config(path: Path) -> Config:
         raise RunError(f"RUN: {path} is not a DiT checkpoint: {reason(e)} does not fit") from e
 
 
+def assumption(path: Path) -> str:
+    """One line that says what is assumed of a file, because neither its names nor its shapes tell it."""
+    return (
+        f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT and of "
+        "other flows have the same names, and would give images of noise"
+    )
+
+
 def published_weights(path: Path) -> dict[str, Tensor]:
     """The weights of a published checkpoint under the names of `model.DiT`. Raises RunError."""
     config, state = published_config(path), _read(path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -90,9 +91,10 @@ def model_card(
     import huggingface_hub as hub
 
     d, m, t, s = config.data, config.model, config.train, config.sample
-    name, data = config.preset or "diffussm", d.path if d.path.startswith(BUILTIN) else Path(d.path).name
+    preset, data = config.preset or "diffussm", d.path if d.path.startswith(BUILTIN) else Path(d.path).name
+    measured_on = HUB_DATA.get(d.path, data.removeprefix(BUILTIN)), data.removeprefix(BUILTIN)
     task = "text-to-image" if m.text_width else "unconditional-image-generation"
-    results = [hub.EvalResult(task, data, data, metric, round(value, 4)) for metric, value in (scores or {}).items()]
+    results = [hub.EvalResult(task, *measured_on, metric, round(value, 4)) for metric, value in (scores or {}).items()]
     conditional = "text-conditional" if m.text_width else "class-conditional" if m.num_classes else "unconditional"
     header = hub.ModelCardData(
         license=license,
@@ -100,19 +102,19 @@ def model_card(
         pipeline_tag=task,
         tags=["diffussm", "diffusion", "image-generation", "state-space-model", conditional],
         datasets=[HUB_DATA[d.path]] if d.path in HUB_DATA else None,
-        model_name=name,
+        model_name=preset,
         eval_results=results or None,
     )
     kind = "DiT" if m.backbone == "dit" else "[DiffuSSM](https://arxiv.org/abs/2311.18257)"
     facts = {
-        "Data": f"{data}, {d.size[0]}x{d.size[1]} pixels" + (f", as latents of {d.vae}" if d.vae else ""),
+        "Data": f"{plain(data)}, {d.size[0]}x{d.size[1]} pixels" + (f", as latents of {plain(d.vae)}" if d.vae else ""),
         "Training": f"{step:,} steps of {t.batch_size} images, learning rate {t.lr:g}, seed {t.seed}",
         "Objective": config.diffusion.objective,
         "Weights": f"averaged with decay {t.ema[0]:g}" if t.ema else "averaged",
         "Drawn with": f"{s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
-        "Made by": f"diffussm {__version__}, preset {config.preset or 'none'}",
+        "Made by": f"diffussm {__version__}, preset {plain(config.preset) or 'none'}",
     }
-    parts = [f"---\n{header.to_yaml()}\n---\n\n# {name}\n"]
+    parts = [f"---\n{header.to_yaml()}\n---\n\n# {plain(preset)}\n"]
     parts += [f"![Images that the model drew]({IMAGE})\n"] if image else []
     parts += [
         f"{'An' if conditional == 'unconditional' else 'A'} {conditional} {kind} with {parameters:,} parameters.\n"
@@ -124,6 +126,11 @@ def model_card(
         numbers = {metric: f"{value:.4g}" for metric, value in scores.items()}
         parts += [f"## Metrics\n\n{measured}\n" + table({"Metric": "Value", **numbers})]
     return "\n".join([*parts, f"## Data and limits\n\n{notes}\n"])
+
+
+def plain(text: str) -> str:
+    """A name in Markdown, as it stands: neither markup nor HTML, and on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&$@])", r"\\\1", " ".join(text.split()))
 
 
 def table(rows: Mapping[str, str]) -> str:

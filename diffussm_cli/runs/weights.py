@@ -49,6 +49,11 @@ class TrainedRun:
         return dict.fromkeys(decays[:1], self.weights) | further
 
     @property
+    def assumption(self) -> str:
+        """One line that says what is assumed of weights that do not tell it; empty for runs of this program."""
+        return dit_checkpoint.assumption(self.weights) if self.weights.suffix == dit_checkpoint.SUFFIX else ""
+
+    @property
     def label(self) -> str:
         return f"{self.root} (finished)" if self.step is None else f"{self.root} (step {self.step})"
 

@@ -73,6 +73,8 @@ def sample(
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
     if film:
         check_output(film, "--film", SUFFIXES)
+    if trained.assumption:
+        yield Message(trained.assumption)
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)

@@ -8,7 +8,10 @@ import torch
 
 from diffussm_cli import runs
 from diffussm_cli.errors import RunError
+from diffussm_cli.evaluation.session import evaluate
+from diffussm_cli.events import Message, Stage
 from diffussm_cli.model import DiT
+from diffussm_cli.sampling.session import sample
 from tests.conftest import fill
 
 
@@ -63,6 +66,18 @@ def test_a_published_file_is_a_run(tmp_path, model, made, zipped):
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 700]), torch.tensor([3, 7])
     assert model(x, t, y).any()
     torch.testing.assert_close(ours(x, t, y), model(x, t, y))
+
+
+def test_sample_and_eval_say_first_what_is_assumed_of_a_file(tmp_path, model):
+    """A file of SiT has the same names and shapes, so that nothing tells it from a DiT."""
+    path = tmp_path / "SiT-S-2.pt"
+    torch.save(official(model), path)
+    line = f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT"
+    for events in (sample(path, tmp_path / "out", 1), evaluate(path, "builtin:digits", extractor="digits", num=2)):
+        first = next(event for event in events if not isinstance(event, Stage))
+        assert isinstance(first, Message)
+        assert first.text.startswith(line)
+    assert not (tmp_path / "out").exists()
 
 
 def broken(state, how):

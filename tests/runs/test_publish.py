@@ -1,10 +1,13 @@
 """The model card and the files for diffusers: read as the hub and diffusers read them."""
 
+import dataclasses
+import html
 import json
 
 import diffusers
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
@@ -35,6 +38,47 @@ def test_a_card_names_neither_folders_of_the_user_nor_a_licence_that_nobody_chos
     assert "An unconditional" in text
     assert ModelCard(text).data.license == "unknown"
     assert ModelCard(text).data.eval_results is None
+
+
+NAME = "a|b <script>x</script> [link](http://x.y) ![i](j) `c` *d* &amp; # <img src=x>"
+
+
+def test_names_in_a_card_are_neither_markup_nor_html():
+    """As a renderer shows them: the preset, the folder of the data and the VAE may have the names of a stranger."""
+    config = load_config("s-256", fields={"data.path": f"/data/{NAME.replace('/', '')}", "data.vae": NAME})
+    text = runs.model_card(dataclasses.replace(config, preset=f"{NAME}\n# heading"), 10, 5, {"fid": 1.0})
+    assert ModelCard(text).data.model_name == f"{NAME}\n# heading"
+    usual = runs.model_card(config_named("name"), 10, 5, {"fid": 1.0})
+    tags = [kinds(MarkdownIt().enable("table").parse(card.split("---\n", 2)[2])) for card in (text, usual)]
+    assert tags[0] == tags[1]
+    shown = MarkdownIt().enable("table").render(text.split("---\n", 2)[2])
+    assert shown.count(html.escape(NAME, quote=False)) == 3  # heading, VAE and preset
+
+
+def config_named(name):
+    config = load_config("s-256", fields={"data.path": f"/data/{name}", "data.vae": name})
+    return dataclasses.replace(config, preset=name)
+
+
+def kinds(tokens):
+    """The kinds of all tokens of a parsed text but the text itself, which may come in parts."""
+    inner = [child.type for token in tokens for child in token.children or () if child.type != "text"]
+    return [token.type for token in tokens] + inner
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("builtin:mnist", ("ylecun/mnist", "mnist")),
+        ("builtin:emoji", ("emoji", "emoji")),
+        ("/home/me/cats", ("cats", "cats")),
+    ],
+)
+def test_a_card_names_the_data_set_as_the_hub_does(path, names):
+    """Where the hub has it; a name of ours means nothing there."""
+    data = dataclasses.replace(MNIST.data, path=path)
+    card = ModelCard(runs.model_card(dataclasses.replace(MNIST, data=data), 10, 5, {"fid": 1.0}))
+    assert [(r.dataset_type, r.dataset_name) for r in card.data.eval_results] == [names]
 
 
 def test_final_has_the_preview_and_the_scores_of_its_own_step(tmp_path):
