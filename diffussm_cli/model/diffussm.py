@@ -56,9 +56,11 @@ class DiffuSSM(Backbone):
     ):
         # What Backbone does not see.
         mixers = mixer_names(mixer)
-        for option, name, choices in [("scan", scan, SCANS), *(("mixer", name, MIXERS) for name in mixers)]:
-            if name not in choices:
-                raise ValueError(f"{option} {name!r} must be one of {', '.join(choices)}")
+        if scan not in SCANS:
+            raise ValueError(f"scan {scan!r} must be one of {', '.join(SCANS)}")
+        for name in mixers:
+            if name not in MIXERS:
+                raise ValueError(f"mixer {name!r} must be one of {', '.join(MIXERS)}")
         if text_tokens and (local or any(MIXERS[name].needs_image for name in mixers)):
             raise ValueError(
                 f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image without text"
