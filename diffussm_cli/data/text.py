@@ -10,7 +10,7 @@ import importlib.util
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,16 +20,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffussm_cli.config import Config, ModelConfig, SampleConfig
-from diffussm_cli.data.vae import origin, quiet, reach_hub, weights_sha256
-from diffussm_cli.errors import ConfigError, DataError, reason
+from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.hub import HUB_NAME, load_pretrained, weights_sha256
 
 MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
 MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
 PLACES = "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, or in a column text"
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 class Encoded(NamedTuple):
@@ -111,39 +110,6 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
     """The tokens of captions for a model of transformers, padded to the longest, and their mask."""
     longest = min(tokenizer.model_max_length, MAX_TOKENS)
     return tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-
-
-def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: str) -> tuple[Any, ...]:
-    """A frozen model in transformers' format, float32 on the CPU, from safetensors only, and what belongs to it.
-
-    Args:
-        name: a folder or a hub name; `option` is what errors call it.
-        classes: the class of transformers by the type of the model; AutoModel for others.
-        parts: further classes of transformers, such as `AutoTokenizer`.
-
-    Raises:
-        DataError: if transformers is missing, or something cannot be loaded.
-    """
-    try:
-        import transformers
-    except ImportError as e:
-        raise DataError(f"{option}: {name!r} needs transformers: pip install 'diffussm[text]'") from e
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with quiet():
-            reach_hub(name)
-            found = [getattr(transformers, part).from_pretrained(name, trust_remote_code=False) for part in parts]
-            kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-            cls = getattr(transformers, classes.get(kind, "AutoModel"))
-            model, info = cls.from_pretrained(
-                name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-            )
-    except Exception as e:  # the libraries raise all kinds of errors for damaged files and missing networks
-        raise DataError(f"{option}: cannot load {name!r}: {reason(origin(e))}") from e
-    lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if lacking:
-        raise DataError(f"{option}: the weights of {name!r} lack {lacking[0]}")
-    return model.float().eval().requires_grad_(False), *found
 
 
 @functools.lru_cache(maxsize=1)

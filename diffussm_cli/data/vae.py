@@ -6,14 +6,11 @@ B batch   C latent channels   H x W grid   images (B, 3, fH, fW) in [-1, 1]   la
 Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about unit variance.
 """
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ from diffussm_cli.config import DEFAULT_VAE, Config, DataConfig
 from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.device import full_float32
 from diffussm_cli.machine.files import read_regular
+from diffussm_cli.machine.hub import HUB_NAME, quiet, reach_hub, root_cause, weights_sha256
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
@@ -201,24 +199,13 @@ def _where(name: str, option: str) -> dict[str, str]:
     """Arguments of `from_pretrained` for a name. Raises DataError if it is neither a folder nor a hub name."""
     if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
-    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?", name)
+    found = re.fullmatch(rf"({HUB_NAME})(?:/(\w[\w.-]*))?", name)
     if not found:
         raise DataError(f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}")
     first = name.partition("/")[0]
     if os.path.lexists(first):  # a relative path with a mistake must not be looked up on the hub
         raise DataError(f"{option}: no folder {name!r}; {first!r} exists here, so it is not taken for a hub name")
     return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
-
-
-def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
-    """Fail at once if the hub is needed and does not answer; diffusers would retry for 23 s."""
-    import huggingface_hub as hub
-
-    repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
-    if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
-        return
-    with contextlib.suppress(hub.errors.HfHubHTTPError):  # the hub answers; diffusers reports its errors
-        hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
 def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
@@ -234,40 +221,8 @@ def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
             remedy = f"name it by {option}: in training by --set, in a finished run in the config.yaml of its weights"
         raise DataError(
             f"{option}: cannot load {name!r} from the hub, and there is no such folder here: download its config.json "
-            f"and diffusion_pytorch_model.safetensors into a folder and {remedy} ({reason(origin(e))})"
+            f"and diffusion_pytorch_model.safetensors into a folder and {remedy} ({reason(root_cause(e))})"
         ) from e
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence libraries that comment on configs that they wrote, and the hub's client, which logs every retry."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-def origin(e: BaseException) -> BaseException:
-    """The first error of a chain: diffusers reports a missing network as a missing file."""
-    while cause := e.__cause__ or e.__context__:
-        e = cause
-    return e
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of the names, shapes and bytes of all tensors, independent of the file format."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
-    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ decoding

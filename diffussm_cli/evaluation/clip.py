@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffussm_cli.data.text import AT_ONCE, load_pretrained, tokenize
-from diffussm_cli.data.vae import weights_sha256
+from diffussm_cli.data.text import AT_ONCE, tokenize
 from diffussm_cli.errors import DataError
+from diffussm_cli.machine.hub import load_pretrained, weights_sha256
 
 
 class Clip(nn.Module):

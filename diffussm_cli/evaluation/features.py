@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.data.source import BUILTIN
-from diffussm_cli.data.text import HUB_NAME
-from diffussm_cli.data.vae import weights_sha256
 from diffussm_cli.errors import ConfigError, DataError, reason
 from diffussm_cli.evaluation.clip import load_clip
 from diffussm_cli.evaluation.digits import load_digits
 from diffussm_cli.evaluation.efficientnet import load_efficientnet
 from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
 
 NAMES = ("inception", "digits", "efficientnet")
 SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d.branch1x1

@@ -2,7 +2,7 @@
 
 from diffussm_cli.config import bundled_names
 from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, remove, whole_folder
-from diffussm_cli.runs.hub import fetch, is_elsewhere
+from diffussm_cli.runs.hub import is_elsewhere
 from diffussm_cli.runs.layout import (
     BEFORE_CHECKPOINTS,
     BEST,
@@ -10,6 +10,7 @@ from diffussm_cli.runs.layout import (
     CHECKPOINTS,
     CONFIG,
     EMA,
+    FILES_TO_SAMPLE,
     FINAL,
     LOG,
     METRICS,

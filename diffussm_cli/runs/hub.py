@@ -1,15 +1,12 @@
 """Runs that are not folders of the user: models that come with the package, and models on the Hugging Face hub."""
 
 import os
-import re
 from pathlib import Path
 
 from diffussm_cli.config import BUNDLED, bundled_names
-from diffussm_cli.data.vae import origin, quiet
-from diffussm_cli.errors import RunError, reason
+from diffussm_cli.machine.hub import AT_REVISION, fetch
 from diffussm_cli.runs.layout import FILES_TO_SAMPLE, RUNS
 
-NAME = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)(?:@(\w[\w./-]*))?")  # OWNER/NAME or OWNER/NAME@REVISION
 NOT_NAMES = (".npz", ".pt")
 
 
@@ -21,8 +18,10 @@ def is_elsewhere(path: Path | str) -> bool:
     name = Path(path).as_posix()
     if os.path.exists(path) or name.endswith(NOT_NAMES):  # unlike Path.exists, False for a name that is too long
         return False
-    found = NAME.fullmatch(name)
-    return name in bundled_names() or (found is not None and found[1] != str(RUNS) and not os.path.exists(found[1]))
+    if name in bundled_names():
+        return True
+    owner = name.partition("/")[0]
+    return AT_REVISION.fullmatch(name) is not None and owner != str(RUNS) and not os.path.exists(owner)
 
 
 def locate(name: str) -> tuple[Path, Path]:
@@ -33,24 +32,4 @@ def locate(name: str) -> tuple[Path, Path]:
     """
     if name in bundled_names():
         return BUNDLED / name, RUNS / f"{name}-bundled"
-    return fetch(name), RUNS / name.replace("/", "--")
-
-
-def fetch(name: str, cache: Path | None = None) -> Path:
-    """Fetch weights and configuration of OWNER/NAME or OWNER/NAME@REVISION into the hub's cache. Raises RunError."""
-    import huggingface_hub as hub
-
-    found = NAME.fullmatch(name)
-    assert found is not None, "checked by is_elsewhere"
-    try:
-        with quiet():
-            repository = f"{found[1]}/{found[2]}"
-            place = hub.snapshot_download(
-                repository, revision=found[3], cache_dir=cache, allow_patterns=FILES_TO_SAMPLE
-            )
-            return Path(place)
-    except Exception as e:  # the hub's client raises errors of several HTTP libraries
-        raise RunError(
-            f"RUN: there is no folder {name!r}, and it cannot be fetched from the hub: check its name and the network, "
-            f"or download it and give the folder ({reason(origin(e))})"
-        ) from e
+    return fetch(name, "RUN", FILES_TO_SAMPLE), RUNS / name.replace("/", "--")

@@ -16,8 +16,9 @@ from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.vae import Decoding, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.sampling import set_steps
+from diffussm_cli.machine.hub import fetch
 from diffussm_cli.model.mixer import kept_kernels
-from diffussm_cli.runs import CONFIG, TrainedRun, fetch, find_run, load_model
+from diffussm_cli.runs import CONFIG, FILES_TO_SAMPLE, TrainedRun, find_run, load_model
 from diffussm_cli.sampling.generate import draw
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.sampling.sampler import PromptEncoder
@@ -40,7 +41,7 @@ class Denoiser(nn.Module):
         root = Path(folder).parent
         if not (root / CONFIG).exists() and root.parent.name == "snapshots":  # of CACHE/models--OWNER--NAME
             repository = root.parents[1].name.removeprefix("models--").replace("--", "/")
-            root = fetch(f"{repository}@{root.name}", root.parents[2])
+            root = fetch(f"{repository}@{root.name}", "RUN", FILES_TO_SAMPLE, root.parents[2])
         denoiser = cls(find_run(root))
         cast_products(denoiser.model, options.get("torch_dtype") or options.get("dtype") or torch.float32)
         return denoiser

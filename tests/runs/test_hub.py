@@ -62,17 +62,6 @@ def test_changed_weights_are_refused(cache):
         runs.find_run(Path("owner/digits"))
 
 
-def test_code_is_never_fetched(monkeypatch):
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name)
-    assert hub.fetch("owner/name@v1") == Path("owner/name")
-    there = ["config.yaml", "model.safetensors", "ema-0.9.safetensors", "state.json", "metrics.json"]
-    others = ["pipeline.py", "denoiser/denoiser.py", "model.bin", "model.pt", "x/model.safetensors.py"]
-    kept = huggingface_hub.utils.filter_repo_objects(there + others, allow_patterns=asked["allow_patterns"])
-    assert list(kept) == there
-    assert asked["revision"] == "v1"
-
-
 @pytest.mark.parametrize("name", ["nowhere", "runs/mnist", "a/b/c", "/a/b", "a/b.npz", "a/b.pt", "x" * 300, "a/b@"])
 def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -154,7 +154,7 @@ def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, m
     asked = []
     monkeypatch.setattr(module, "fetch", lambda *arguments: asked.append(arguments) or final)
     assert load(snapshot)(output_type="np").images.shape == (1, 8, 8, 1)
-    assert asked == [(f"owner/my-digits@{'a' * 40}", tmp_path)]
+    assert asked == [(f"owner/my-digits@{'a' * 40}", "RUN", runs.FILES_TO_SAMPLE, tmp_path)]
 
 
 def test_without_the_package_one_line_says_what_to_install(tiny, tmp_path):
