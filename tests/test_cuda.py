@@ -6,18 +6,15 @@ import torch
 from diffussm_cli.data.source import open_source
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.step import Step
 from tests.conftest import device, randn
 from tests.training.job import start
 
 pytestmark = pytest.mark.skipif(device().type != "cuda", reason="needs pytest --device cuda")
 
 
-@pytest.fixture
-def trainer(tiny, tmp_path):
-    config = tiny("train.precision=bf16", "train.grad_clip=1", "train.accumulate=2")
-    return Trainer(config, open_source(config), tmp_path)
+SETTINGS = ("train.precision=bf16", "train.grad_clip=1", "train.accumulate=2")
 
 
 def test_transforms_are_float32_under_bfloat16_autocast(monkeypatch):
@@ -31,19 +28,21 @@ def test_transforms_are_float32_under_bfloat16_autocast(monkeypatch):
     assert y.dtype == torch.bfloat16
 
 
-def test_an_update_does_not_wait_for_the_device(trainer):
-    meter = Meter(trainer.config.diffusion.timesteps, trainer.device)
-    batch = make_batch(trainer.source, trainer.config, 0)
-    trainer.update(batch, meter)  # the first one makes the optimiser's state
+def test_an_update_does_not_wait_for_the_device(tiny):
+    config = tiny(*SETTINGS)
+    step, batch = Step(config, device()), make_batch(open_source(config), config, 0)
+    step.update(batch)  # the first one makes the optimiser's state
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.update(batch, meter)
+        step.update(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_previews_leave_nothing_on_the_device(trainer):
-    list(trainer.run(lambda: trainer.step == 2))
+def test_previews_leave_nothing_on_the_device(tiny, tmp_path):
+    config = tiny(*SETTINGS, "train.sample_every=2", "train.sample_images=4", "train.sample_steps=2")
+    trainer = Trainer(config, open_source(config), tmp_path)
+    list(trainer.run(lambda: trainer.step.number == 2))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     trainer.preview(last=False)

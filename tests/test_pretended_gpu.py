@@ -21,10 +21,8 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.features import load_extractor
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.generate import make_denoiser
-from diffussm_cli.training import trainer as trainer_module
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.step import Step
 from tests.conftest import save_vae
 
 CUDA = torch.device("cuda", 0)
@@ -75,29 +73,24 @@ def test_forward(pretended, preset, grad):
     assert output.device == CUDA
 
 
-def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, tmp_path, monkeypatch):
-    config = tiny("train.device=cuda:0", "train.precision=fp32", "train.accumulate=2", "train.grad_clip=1")
-    source = open_source(config)
-    batch = make_batch(source, config, 0)
+def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, monkeypatch):
+    config = tiny("train.precision=fp32", "train.accumulate=2", "train.grad_clip=1")
+    batch = make_batch(open_source(config), config, 0)
 
     def backward(loss):  # the engine wants a real device
-        for p in trainer.model.parameters():
+        for p in step.model.parameters():
             p.grad = torch.zeros_like(p)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(
-        trainer_module, "pick_device", lambda name: torch.device(name)
-    )  # it asks the device for a value
     with pretended:
-        trainer = Trainer(config, source, tmp_path)
-        meter = Meter(config.diffusion.timesteps, trainer.device)
+        step = Step(config, CUDA)
         with Dtypes() as seen:
-            trainer.update(batch, meter)
+            step.update(batch)
         assert torch.float64 not in seen.on_device  # 64 times slower than float32 on many GPUs
         assert torch.float32 in seen.on_device
-        assert {p.device for p in trainer.ema.model.parameters()} == {CUDA}
+        assert {p.device for p in step.ema.model.parameters()} == {CUDA}
         with pytest.raises(DataDependentOutputException):  # records do wait, so the pretence sees it
-            meter.flush()
+            step.meter.flush()
 
 
 def test_guided_and_clipped_denoiser(pretended):

@@ -18,7 +18,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -42,8 +41,7 @@ from diffussm_cli.profiling.paper import display_name, named_model
 from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.step import Step
 
 D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
@@ -371,11 +369,10 @@ def compiled(device: torch.device) -> dict:
 
 def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, Callable[[], None]]:
     """The configuration of a changed `mnist-noise`, and its training step on one batch of noise."""
-    config = load_config("mnist-noise", ["train.sample_every=0", f"train.device={device}", *SMALLER, *overrides])
-    source = Noise(config)
-    trainer, batch = Trainer(config, source, Path("unused")), make_batch(source, config, 0)
-    meter = Meter(config.diffusion.timesteps, device)
-    return config, lambda: trainer.update(batch, meter)
+    config = load_config("mnist-noise", [f"train.device={device}", *SMALLER, *overrides])
+    batch = make_batch(Noise(config), config, 0)
+    step = Step(config, device)
+    return config, lambda: step.update(batch)
 
 
 def toeplitz(device: torch.device) -> dict:

@@ -8,6 +8,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import shutil
@@ -17,13 +18,11 @@ from pathlib import Path
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.profiling.plan import Noise
-from diffussm_cli.runs import EMA
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.checkpoint import CheckpointWriter, collect
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.checkpoint import CheckpointWriter
+from diffussm_cli.training.step import Step
 
 
 def main() -> None:
@@ -35,14 +34,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     a = parser.parse_args()
     keep_freed_memory()
-    settings = ["train.batch_size=1", "train.sample_every=0", "train.gradient_checkpointing=true"]
+    settings = ["train.batch_size=1", "train.gradient_checkpointing=true"]
     config = load_config(a.preset, [*settings, f"train.precision={a.precision}", *a.set])
-    trainer = Trainer(config, Noise(config), a.folder)
-    steps = [step(trainer) for _ in range(2 if a.what == "step" else 1)]
+    step = Step(config, pick_device(config.train.device))
+    steps = [timed_step(step) for _ in range(2 if a.what == "step" else 1)]
     if a.what == "step":
-        print(json.dumps({"dtype": str(trainer.dtype), "steps": steps, "peak_gib": peak_gib()}))
+        print(json.dumps({"dtype": str(step.dtype), "steps": steps, "peak_gib": peak_gib()}))
     else:
-        print(json.dumps({how: save(trainer, how == "beside") for how in ("at once", "beside")}))
+        print(json.dumps({how: save(step, a.folder, how == "beside") for how in ("at once", "beside")}))
 
 
 def peak_gib() -> float:
@@ -50,30 +49,24 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def step(trainer: Trainer) -> dict:
-    meter = Meter(trainer.config.diffusion.timesteps, trainer.device)
-    batch = make_batch(trainer.source, trainer.config, trainer.step)
+def timed_step(step: Step) -> dict:
+    batch = make_batch(Noise(step.config), step.config, step.number)
     start = time.perf_counter()
-    trainer.update(batch, meter)
-    trainer.step += 1
-    left_out, _ = trainer.bad_steps.flush(trainer.step)
-    return {"seconds": time.perf_counter() - start, "left_out": left_out, **meter.flush()}
+    step.update(batch)
+    left_out, _ = step.bad_steps.flush(step.number)
+    return {"seconds": time.perf_counter() - start, "left_out": left_out, **step.meter.flush()}
 
 
-def save(trainer: Trainer, beside: bool) -> dict:
-    shutil.rmtree(trainer.root, ignore_errors=True)
-    config = trainer.config.train
-    object.__setattr__(config, "async_checkpoint", beside)
-    writer = CheckpointWriter(trainer.root, config)
+def save(step: Step, root: Path, beside: bool) -> dict:
+    shutil.rmtree(root, ignore_errors=True)
+    writer = CheckpointWriter(root, dataclasses.replace(step.config.train, async_checkpoint=beside))
     start = time.perf_counter()
-    writer.write(
-        collect(trainer.model, {EMA: trainer.ema.model.state_dict()}, trainer.optimizer), {"step": trainer.step}
-    )
+    writer.write(step.state(), {"step": step.number})
     waiting = time.perf_counter() - start
     writer.finish()
     done = time.perf_counter() - start
-    size = sum(f.stat().st_size for f in trainer.root.rglob("*") if f.is_file())
-    shutil.rmtree(trainer.root)
+    size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
+    shutil.rmtree(root)
     return {"bytes": size, "training_waits_s": waiting, "on_disk_after_s": done, "peak_gib": peak_gib()}
 
 

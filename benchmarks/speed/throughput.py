@@ -12,9 +12,7 @@ import argparse
 import dataclasses
 import json
 import resource
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -27,32 +25,28 @@ from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.sampling.generate import generate
 from diffussm_cli.sampling.precision import cast_products
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.step import Step
 
 WARM_UP = 3  # training steps that are not counted
 
 
 def train(config: Config, steps: int, world: World = ALONE) -> dict:
     """Run `steps` optimiser steps as training does: batches are made in a thread while the model computes."""
-    train = dataclasses.replace(config.train, steps=WARM_UP + steps, sample_every=0)
+    train = dataclasses.replace(config.train, steps=WARM_UP + steps)
     config = dataclasses.replace(config, train=train)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, Noise(config), Path(folder), world)
-        meter = Meter(config.diffusion.timesteps, trainer.device, world)
-        for step, batch in enumerate(batches(trainer.source, config, 0, world)):
-            if step == WARM_UP:
-                trainer.bad_steps.flush(step)  # waits for the device
-                start = time.perf_counter()
-            trainer.update(batch, meter)
-            trainer.step += 1
-        trainer.bad_steps.flush(trainer.step)
-        seconds = time.perf_counter() - start
+    step = Step(config, pick_device(config.train.device), world)
+    for batch in batches(Noise(config), config, 0, world):
+        if step.number == WARM_UP:
+            step.bad_steps.flush(step.number)  # waits for the device
+            start = time.perf_counter()
+        step.update(batch)
+    step.bad_steps.flush(step.number)
+    seconds = time.perf_counter() - start
     return {
         "step_seconds": seconds / steps,
         "images_per_second": steps * config.train.batch_size / seconds,
-        "loss": meter.flush()["loss"],
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "loss": step.meter.flush()["loss"],
+        "precision": str(step.dtype).removeprefix("torch."),
     }
 
 

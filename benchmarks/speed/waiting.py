@@ -8,18 +8,15 @@ Prints one JSON object. The first step, which makes its batch while nothing else
 
 import argparse
 import json
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
-from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.training.batches import batches
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.step import Step
 
 
 def timed(function: Callable, clock: Counter, name: str) -> Callable:
@@ -42,26 +39,26 @@ def main() -> None:
     a = parser.parse_args()
 
     keep_freed_memory()
-    overrides = [*a.overrides, f"train.steps={a.steps + 1}", "train.sample_every=0", "train.precision=auto"]
+    overrides = [*a.overrides, f"train.steps={a.steps + 1}", "train.precision=auto"]
     config = load_config(a.preset, overrides, {"data.path": a.data} if a.data else None)
     source = open_source(config)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(config, source, Path(folder))
-        meter = Meter(config.diffusion.timesteps, trainer.device)
-        following = batches(source, config, 0)
-        trainer.update(next(following), meter)
-        clock = Counter()
-        meter.add = timed(meter.add, clock, "record")
-        meter.end_step = timed(meter.end_step, clock, "record")
-        wait, update = timed(next, clock, "waiting"), timed(trainer.update, clock, "update")
-        start = time.perf_counter()
-        for _ in range(a.steps):
-            update(wait(following), meter)
-        total = time.perf_counter() - start
+    step = Step(config, pick_device(config.train.device))
+    following = batches(source, config, 0)
+    step.update(next(following))
+
+    clock = Counter()
+    step.meter.add = timed(step.meter.add, clock, "record")
+    step.meter.end_step = timed(step.meter.end_step, clock, "record")
+    wait = timed(next, clock, "waiting")
+    update = timed(step.update, clock, "update")
+    start = time.perf_counter()
+    for _ in range(a.steps):
+        update(wait(following))
+    total = time.perf_counter() - start
     outside = total - clock["update"] + clock["record"]
     world = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
     world |= {"seconds_a_step": total / a.steps}
-    print(json.dumps({**world, "batch_size": config.train.batch_size, "device": str(trainer.device)}))
+    print(json.dumps({**world, "batch_size": config.train.batch_size, "device": str(step.device)}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from diffussm_cli.machine.files import default_cache
 from diffussm_cli.runs import find_run, load_model
 from diffussm_cli.sampling.sampler import open_sampler
 from diffussm_cli.training.batches import Batch
-from diffussm_cli.training.held_out import HeldOut
+from diffussm_cli.training.measure import HeldOut
 from diffussm_cli.training.record import QUARTERS
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")

@@ -14,7 +14,6 @@ from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord,
 
 T = TypeVar("T")
 LONG = 60  # seconds; longer work announces its duration at the start
-ALARMS = {"left_out": "non-finite steps, left out", "spike": "rose to three times the median"}
 
 
 def printable(text: str) -> str:
@@ -135,9 +134,8 @@ class _Shown:
         if self._steps is None:
             self.close()
             self._steps = self._open.enter_context(_step_bar(self.console, event))
-        for name, words in ALARMS.items():
-            if name in record:
-                self.console.print(f"warning: step {step}: {words}: {record[name]}")
+        if "left_out" in record:
+            self.console.print(f"warning: step {step}: non-finite steps, left out: {record['left_out']}")
         self._steps(step, news)
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,25 +76,6 @@ def facts_of_machine(device: torch.device) -> dict[str, str]:
         "platform": platform.platform(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-
-
-def check_compiler(device: torch.device) -> None:
-    """Raises ConfigError if torch.compile finds no compiler: C for the launchers of a GPU, C++ for a CPU."""
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        language, variable, usual = "C++", "CXX", "g++"
-        with contextlib.suppress(RuntimeError):  # InvalidCxxCompiler is a RuntimeError
-            get_cpp_compiler()
-            return
-    else:
-        language, variable, usual = "C", "CC", "gcc"
-        if os.environ.get(variable) or shutil.which("gcc") or shutil.which("clang"):
-            return
-    raise ConfigError(
-        f"train.compile: torch.compile needs a {language} compiler and finds none; install {usual}, "
-        f"set the environment variable {variable} to your compiler, or set train.compile=false"
-    )
 
 
 @contextlib.contextmanager

@@ -3,18 +3,17 @@
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config, EvalConfig
+from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError
+from diffussm_cli.machine.device import pick_device
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.step import Step
 
 
 class Plan(NamedTuple):
@@ -79,8 +78,8 @@ def _images_that_fit(config: Config, available: int | None) -> int:
 
 
 def _with_batch(config: Config, images: int, parts: int) -> Config:
-    train = dataclasses.replace(config.train, batch_size=images * parts, accumulate=parts, sample_every=0)
-    return dataclasses.replace(config, train=train, eval=EvalConfig())
+    train = dataclasses.replace(config.train, batch_size=images * parts, accumulate=parts)
+    return dataclasses.replace(config, train=train)
 
 
 def step_seconds(config: Config, images: int, parts: int) -> float:
@@ -92,11 +91,10 @@ def step_seconds(config: Config, images: int, parts: int) -> float:
     """
     small = _with_batch(config, images, parts)
     source = Noise(small)
-    trainer = Trainer(small, source, Path("unused"))
-    meter = Meter(small.diffusion.timesteps, trainer.device)
-    for step in range(2):
-        batch = make_batch(source, small, step)
+    step = Step(small, pick_device(small.train.device))
+    for number in range(2):
+        batch = make_batch(source, small, number)
         start = time.perf_counter()
-        trainer.update(batch, meter)
-        trainer.bad_steps.flush(step)  # waits for the device
+        step.update(batch)
+        step.bad_steps.flush(step.number)  # waits for the device
     return time.perf_counter() - start

@@ -18,7 +18,6 @@ from diffussm_cli.config import (
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message, Stage
 from diffussm_cli.machine.device import (
-    check_compiler,
     facts_of_machine,
     has_bf16,
     keep_freed_memory,
@@ -166,8 +165,6 @@ def make_setting(
     """How time and memory are measured, and warnings for the user. Raises ConfigError."""
     keep_freed_memory()
     chosen = pick_device(device)
-    if compiled:
-        check_compiler(chosen)
     if precision == "bf16" and not has_bf16(chosen):
         warnings = ["bf16 has no hardware support here; its times say nothing about a machine that has it"]
         dtype = torch.bfloat16

@@ -119,9 +119,8 @@ class Log:
                 what = "training continued" if value["from_step"] else "training began"
                 self.events.append((value["from_step"], f"{what} at {value['time']} on {value['processor']}"))
                 self.sessions.append(value)
-            elif name in ("left_out", "spike"):
-                words = "not finite, left out: steps" if name == "left_out" else "rose to three times the median:"
-                self.events.append((step, f"{words} {', '.join(map(str, value))}"))
+            elif name == "left_out":
+                self.events.append((step, f"not finite, left out: steps {', '.join(map(str, value))}"))
             elif isinstance(value, (int, float)) and math.isfinite(float(value)):
                 x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
                 x.append(step)

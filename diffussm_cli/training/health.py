@@ -1,16 +1,13 @@
-"""Health of a training run: steps that are not finite, spikes, relative sizes of updates, the SSM's time scales."""
+"""Health of a training run: steps that are not finite, relative sizes of updates, the SSM's time scales."""
 
 import math
-import statistics
-from collections import deque
 
 import torch
 from torch import Tensor, nn
 
+from diffussm_cli.machine.processes import World, reduced
 from diffussm_cli.model.mixer import StateSpace
 from diffussm_cli.training.parallel import local_shards
-
-SPIKE, WINDOW, LEAST = 3.0, 20, 5  # factor over the median of the last records; maximum and minimum number of them
 
 
 class BadSteps:
@@ -36,31 +33,31 @@ class BadSteps:
         return [first + i for i in flags.nonzero().flatten().tolist()], longest
 
 
-class SpikeAlarm:
-    """Detects a loss or gradient norm that is far above those of earlier records."""
+def diagnosis(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, float]:
+    """The size of the last update relative to the weights, by group, and the range of the SSM's time scales.
 
-    def __init__(self) -> None:
-        self._before: dict[str, deque] = {name: deque(maxlen=WINDOW) for name in ("loss", "grad_norm")}
-
-    def check(self, record: dict) -> list[str]:
-        """The names of values above three times their median."""
-        risen = []
-        for name, before in self._before.items():
-            if len(before) >= LEAST and record[name] > SPIKE * statistics.median(before):
-                risen.append(name)
-            if math.isfinite(record[name]):  # else no later value would exceed the median
-                before.append(record[name])
-        return risen
+    Args:
+        world: the processes that each hold a shard of the model; one process if it is not sharded.
+    """
+    values = {}
+    for name, sums in update_ratios(optimizer).items():
+        moved, size = reduced(sums, world).tolist()
+        values[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
+    for name, ends in time_scales(model).items():
+        least, most = reduced(ends, world, "MIN").exp().tolist()
+        values[f"ssm/{name}_min"] = least
+        values[f"ssm/{name}_max"] = 1 / most
+    return values
 
 
 @torch.no_grad()
 def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Squared norms of the last update and of the weights by group: (2,), for the parts that this process holds."""
-    found = {}
+    by_group = {}
     for group in optimizer.param_groups:
         if group.get("muon"):
             size = sum(p.square().sum() for p in group["params"])
-            found[group["name"]] = torch.stack([group["moved"], size])
+            by_group[group["name"]] = torch.stack([group["moved"], size])
             continue
         beta1, beta2 = group["betas"]
         sums = torch.zeros(2, device=group["params"][0].device)
@@ -72,18 +69,19 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             n = state["step"].to(w.device).clamp(min=1)
             update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group["weight_decay"] * w
             sums += torch.stack([(group["lr"] * update).square().sum(), w.square().sum()])
-        found[group["name"]] = sums
-    return found
+        by_group[group["name"]] = sums
+    return by_group
 
 
 @torch.no_grad()
 def time_scales(model: nn.Module) -> dict[str, Tensor]:
     """Range of dt and -Re A over all SSMs, for the parts that this process holds, as [min, -max] of the log: (2,)."""
-    found = {}
+    scales = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
-        values = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, StateSpace))
-        if values:
-            held = torch.cat([v.reshape(-1) for v in values])
-            none = torch.full((2,), math.inf, device=held.device)
-            found[symbol] = torch.stack([held.min(), -held.max()]) if held.numel() else none
-    return found
+        parameters = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, StateSpace))
+        if not parameters:
+            continue
+        values = torch.cat([p.reshape(-1) for p in parameters])
+        none = torch.full((2,), math.inf, device=values.device)  # this process has no value
+        scales[symbol] = torch.stack([values.min(), -values.max()]) if values.numel() else none
+    return scales

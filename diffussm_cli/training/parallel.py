@@ -11,19 +11,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from diffussm_cli.machine.device import check_compiler
 from diffussm_cli.machine.processes import World
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import StateSpace
 
 
-def compile_model(model: nn.Module, device: torch.device) -> None:
-    """Compile the forward and backward pass of a model at its first call. Raises ConfigError without a compiler.
+def compile_model(model: nn.Module) -> None:
+    """Compile the forward and backward pass of a model at its first call.
 
     Call it before `replicate` or `shard`, and after copying the model. The whole model is one graph. In a sharded
     model each unit is one graph, because FSDP2 gathers parameters between units.
     """
-    check_compiler(device)
     if torch.__version__ < (2, 7):  # type: ignore[operator]
         # DDP's graph splitter of these versions rejects graphs with a torch.autograd.Function.
         torch._dynamo.config.optimize_ddp = False

@@ -35,9 +35,9 @@ from diffussm_cli.machine.processes import World, first_works, gather, process_g
 from diffussm_cli.model import count_parameters
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
+from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter, open_tracker
 from diffussm_cli.training.stopping import TRAINING
-from diffussm_cli.training.trainer import Trainer
 
 NAMED = 5  # number of unreadable images that an error lists
 COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
@@ -137,22 +137,22 @@ def _train_in(
         yield Stage("loading")
         trainer = yield from _prepare(config, source, root, checkpoint, world, data)
         steps = config.train.steps
-        complete = trainer.step >= steps and world.rank == 0 and runs.has_final(root, trainer.step)
+        complete = trainer.step.number >= steps and world.rank == 0 and runs.has_final(root, trainer.step.number)
         if gather(complete, world)[0]:
-            yield Message(f"{root} is at step {trainer.step} and train.steps is {steps}; nothing to do")
-            return TrainingResult(root, trainer.step, steps, was_finished=True, processes=world.size)
+            yield Message(f"{root} is at step {trainer.step.number} and train.steps is {steps}; nothing to do")
+            return TrainingResult(root, trainer.step.number, steps, was_finished=True, processes=world.size)
         yield Message(f"{root}  {trainer.summary()}")
         if config.train.compile:
             yield Message(COMPILING)
         stack.enter_context(_quiet_threads())
         writer = None
         if world.rank == 0:
-            writer = RecordWriter(root, trainer.step, open_tracker(config, root))
+            writer = RecordWriter(root, trainer.step.number, open_tracker(config, root))
             stack.enter_context(contextlib.closing(writer))
         yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
         yield TRAINING
         begun = {"session": facts_of(trainer)}  # in the first record of the log
-        left_out, first = 0, trainer.step
+        left_out, first = 0, trainer.step.number
         if writer:
             trainer.after_preview = functools.partial(renew_report, root, trainer.config)
         with _ways_on(source, root, data, world):
@@ -160,7 +160,7 @@ def _train_in(
                 if writer:
                     writer.write(record | begun)
                     begun = {}
-                    if config.eval.every and trainer.step % config.eval.every == 0:
+                    if config.eval.every and trainer.step.number % config.eval.every == 0:
                         renew_report(root, trainer.config)
                 left_out += len(record.get("left_out", ()))
                 yield TrainingRecord(record, steps)
@@ -168,10 +168,10 @@ def _train_in(
             renew_report(root, trainer.config)
         if left_out:
             yield Warned(
-                f"{left_out} of {trainer.step - first} steps were left out, because their loss or gradient was not "
-                f"finite; {runs.LOG} names them"
+                f"{left_out} of {trainer.step.number - first} steps were left out, because their loss or gradient "
+                f"was not finite; {runs.LOG} names them"
             )
-    return TrainingResult(root, trainer.step, steps, processes=world.size)
+    return TrainingResult(root, trainer.step.number, steps, processes=world.size)
 
 
 # ------------------------------------------------------------------------------------------------- what and where
@@ -422,7 +422,7 @@ def _prepare(
             runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
     trainer = Trainer(config, source, root, world)
     if checkpoint is not None:
-        trainer.resume(checkpoint)
+        trainer.step.load(checkpoint)
     if world.rank == 0:
         try:
             runs.write_config(root, config)
@@ -471,13 +471,13 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
 def facts_of(trainer: Trainer) -> dict[str, Any]:
     """Where and with what a session of training begins, for the log and the report."""
     return {
-        "from_step": trainer.step,
+        "from_step": trainer.step.number,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": str(trainer.device),
+        "device": str(trainer.step.device),
         "processes": trainer.world.size,
-        "precision": str(trainer.dtype).removeprefix("torch."),
-        "parameters": count_parameters(trainer.model),
-        **facts_of_machine(trainer.device),
+        "precision": str(trainer.step.dtype).removeprefix("torch."),
+        "parameters": count_parameters(trainer.step.model),
+        **facts_of_machine(trainer.step.device),
     }
 
 

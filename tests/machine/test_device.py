@@ -13,7 +13,7 @@ from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine import device
 from diffussm_cli.machine.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
 from tests.conftest import float32_arithmetic
 
 CPU = torch.device("cpu")
@@ -113,10 +113,10 @@ def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkey
     config = tiny("train.precision=bf16")
     trainer = Trainer(config, open_source(config), tmp_path)
     inside = set()
-    trainer.model.blocks[0].W0.register_forward_hook(lambda *call: inside.add(call[2].dtype))
+    trainer.step.model.blocks[0].W0.register_forward_hook(lambda *call: inside.add(call[2].dtype))
     records = list(trainer.run())
     assert inside == {torch.bfloat16}
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in trainer.step.model.parameters()} == {torch.float32}
     assert 0 < records[-1]["loss"] < 10
 
 

@@ -21,7 +21,7 @@ from diffussm_cli.machine.processes import World
 from diffussm_cli.sampling import open_sampler
 from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
 from tests.conftest import TINY, fill
 
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory):
     config = load_config("digits", TINY)
     root = tmp_path_factory.mktemp("run")
     trainer = Trainer(config, open_source(config), root)
-    runs.write_weights(root / "final", config, fill(trainer.ema.model).state_dict(), 0)
+    runs.write_weights(root / "final", config, fill(trainer.step.ema.model).state_dict(), 0)
     return runs.find_run(root)
 
 

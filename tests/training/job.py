@@ -23,8 +23,8 @@ from diffussm_cli.errors import DiffussmError
 from diffussm_cli.machine import processes as distributed
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.held_out import HeldOut
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.measure import HeldOut
 from tests.conftest import TINY
 
 SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1", "train.ema=0.99,0.1"]
@@ -53,9 +53,9 @@ def train(out: Path, fault: str, overrides: list[str], world: World = ALONE) -> 
     trainer = Trainer(config, open_source(config), out, world)
     newest, _ = agree_on_checkpoint(out, world)
     if newest is not None:
-        trainer.resume(newest)
+        trainer.step.load(newest)
     records = [held_out(trainer)] if fault == "measure" else list(trainer.run(inject(trainer, fault)))
-    averages = {e.decay: trainer.averaged(e).state_dict() for e in trainer.averages}
+    averages = {e.decay: trainer.step.averaged(e).state_dict() for e in trainer.step.averages}
     if world.rank == 0:
         (out / "records.json").write_text(json.dumps(records))
         weights = {f"{decay}/{name}": w for decay, average in averages.items() for name, w in average.items()}
@@ -64,26 +64,26 @@ def train(out: Path, fault: str, overrides: list[str], world: World = ALONE) -> 
 
 def held_out(trainer: Trainer) -> dict[str, float]:
     """The held-out loss of the first average; `eval.every` would also want an extractor for these digits."""
-    images = HeldOut(open_held_out(trainer.config, trainer.source), trainer.config, trainer.device, trainer.world)
-    return images.measure(functools.partial(trainer.losses, model=trainer.averaged()))
+    images = HeldOut(open_held_out(trainer.config, trainer.source), trainer.config, trainer.step.device, trainer.world)
+    return images.measure(functools.partial(trainer.step.losses, model=trainer.step.averaged()))
 
 
 def inject(trainer: Trainer, fault: str):
     """The fault, in the second process or in the preview of the first; gives what `run` asks whether to stop."""
-    here, losses = trainer.world.rank == 1, trainer.losses
+    here, losses = trainer.world.rank == 1, trainer.step.losses
 
     def faulty(part):
         found = losses(part)
-        if here and trainer.step == 2 and fault == "nan":
+        if here and trainer.step.number == 2 and fault == "nan":
             return {k: v * torch.nan for k, v in found.items()}
-        if here and trainer.step == 2 and fault == "die":
+        if here and trainer.step.number == 2 and fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         return found
 
-    trainer.losses = faulty
+    trainer.step.losses = faulty
     if fault == "slow":
         trainer.preview = lambda last: here or time.sleep(SLOW)
-    return lambda: here and fault == "stop" and trainer.step == 3
+    return lambda: here and fault == "stop" and trainer.step.number == 3
 
 
 if __name__ == "__main__":

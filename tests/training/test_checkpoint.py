@@ -16,7 +16,7 @@ from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training import checkpoint
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
 from tests.helpers import Killed
 
 
@@ -57,12 +57,14 @@ def test_other_files_in_a_linked_folder_of_checkpoints_are_kept(tiny, tmp_path):
 def test_a_weight_that_is_not_finite_enters_no_checkpoint_and_is_named(tiny, tmp_path):
     t = trainer(tiny("train.steps=2"), tmp_path)
     list(t.run())
-    parameter = t.model.blocks[1].s4d.log_dt if hasattr(t.model.blocks[1], "s4d") else next(t.model.parameters())
-    name = next(name for name, p in t.model.named_parameters() if p is parameter)
+    parameter = (
+        t.step.model.blocks[1].s4d.log_dt if hasattr(t.step.model.blocks[1], "s4d") else next(t.step.model.parameters())
+    )
+    name = next(name for name, p in t.step.model.named_parameters() if p is parameter)
     before = sorted(tmp_path.rglob("*"))
     with torch.no_grad():
         parameter.view(-1)[-1] = torch.inf
-    t.step = 3
+    t.step.number = 3
     t.save()
     with pytest.raises(RunError, match=f"step-00000003: {name} holds numbers that are not finite"):
         t.writer.finish()
@@ -81,14 +83,14 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
         raise Killed
 
     monkeypatch.setattr(runs, "write_tensors", die)
-    t.step = 3
+    t.step.number = 3
     t.save()
     with pytest.raises(Killed):
         t.writer.finish()
     assert runs.newest_good(tmp_path)[0].name == "step-00000002"
     again = trainer(tiny(), tmp_path)
-    again.resume(runs.newest_good(tmp_path)[0])
-    assert again.step == 2
+    again.step.load(runs.newest_good(tmp_path)[0])
+    assert again.step.number == 2
 
 
 def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
@@ -100,8 +102,8 @@ def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
     newest, damaged = runs.newest_good(tmp_path)
     assert (newest.name, damaged) == ("step-00000002", [])
     saved = load_file(newest / runs.MODEL)
-    assert saved.keys() == t.model.state_dict().keys()
-    assert all(torch.equal(v, saved[k]) for k, v in t.model.state_dict().items())
+    assert saved.keys() == t.step.model.state_dict().keys()
+    assert all(torch.equal(v, saved[k]) for k, v in t.step.model.state_dict().items())
     mixed = {"a": torch.arange(3.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0).double()}
     digest = runs.write_tensors(mixed, tmp_path / "mixed.safetensors")
     assert digest == sha256(tmp_path / "mixed.safetensors")
@@ -161,8 +163,8 @@ def trained_by(n, roots, monkeypatch):
 @pytest.mark.parametrize("background", ["true", "false"])
 def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, background):
     t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
-    t.step = 1
-    t.optimizer.step()
+    t.step.number = 1
+    t.step.optimizer.step()
     t.save()
     t.writer.finish()
 
@@ -170,7 +172,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(runs, "write_tensors", full)
-    t.step = 2
+    t.step.number = 2
     with pytest.raises(RunError, match="No space left on device; what was saved before is intact"):  # noqa: PT012
         t.save()
         t.writer.finish()

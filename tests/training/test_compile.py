@@ -1,4 +1,4 @@
-"""`train.compile=true`: the course of eager training, several processes, and one line where a compiler is missing."""
+"""`train.compile=true`: the course of eager training and several processes."""
 
 import copy
 import json
@@ -12,13 +12,11 @@ from torch._dynamo.utils import counters
 from torch.torch_version import TorchVersion
 
 from diffussm_cli import runs
-from diffussm_cli.errors import ConfigError
-from diffussm_cli.machine.device import check_compiler
 from diffussm_cli.machine.processes import World
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.training import parallel
 from tests.conftest import fill
-from tests.helpers import SETTINGS, line_of, run
+from tests.helpers import SETTINGS, run
 
 pytest.importorskip("sklearn")
 CPU = torch.device("cpu")
@@ -94,22 +92,5 @@ def test_models_of_several_processes_are_compiled_once(kind):
 def test_graphs_are_not_split_for_ddp_where_torch_cannot(monkeypatch, version, split):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     with torch._dynamo.config.patch(optimize_ddp=True):
-        parallel.compile_model(torch.nn.Linear(1, 1), CPU)
+        parallel.compile_model(torch.nn.Linear(1, 1))
         assert torch._dynamo.config.optimize_ddp == split
-
-
-def test_without_a_compiler_one_line_before_anything_is_written(tmp_path):
-    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        line = line_of(run("train", "--preset", "digits", "--out", tmp_path / "run", *COMPILED))
-    assert "train.compile: torch.compile needs a C++ compiler" in line
-    assert "train.compile=false" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_gpu_needs_a_c_compiler(monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match="needs a C compiler"):
-        check_compiler(torch.device("cuda"))
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    check_compiler(torch.device("cuda"))

@@ -15,11 +15,11 @@ from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import TrainingRecord
 from diffussm_cli.machine.processes import ALONE, World
-from diffussm_cli.training import held_out as module
+from diffussm_cli.training import measure as module
 from diffussm_cli.training.batches import image_seeds
-from diffussm_cli.training.held_out import HeldOut
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.measure import HeldOut
 from diffussm_cli.training.session import train
-from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY, fill
 from tests.helpers import SETTINGS, line_of, run
 
@@ -36,14 +36,14 @@ def losses(tiny, tmp_path):
     """The losses of a tiny model without zeros."""
     config = tiny()
     t = Trainer(config, open_source(config), tmp_path)
-    return functools.partial(t.losses, model=fill(t.averaged()))
+    return functools.partial(t.step.losses, model=fill(t.step.averaged()))
 
 
 def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
     """Image by image and timestep by timestep, on 5 of the 176 held-out digits."""
     config = tiny("eval.held_out_images=5")
     t = Trainer(config, open_source(config), tmp_path)
-    model, source = fill(t.averaged()), open_held_out(config, t.source)
+    model, source = fill(t.step.averaged()), open_held_out(config, t.source)
     assert len(source) == 176
     seeds, expected = image_seeds(config.train.seed, MANY, 5), np.zeros((5, 4))
     for k, index in enumerate([0, 35, 70, 105, 140]):
@@ -52,10 +52,10 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
         noise = torch.randn(4, 1, 8, 8, generator=g)
         for q in range(4):
             step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))])
-            x_t = t.objective.q_sample(x_0, step, noise[q : q + 1])
+            x_t = t.step.objective.q_sample(x_0, step, noise[q : q + 1])
             output = model(x_t, step, y)
-            expected[k, q] = training_losses(t.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
-    found = held_out(config).measure(functools.partial(t.losses, model=model))
+            expected[k, q] = training_losses(t.step.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
+    found = held_out(config).measure(functools.partial(t.step.losses, model=model))
     assert found["held_out"] == pytest.approx(expected.mean(), rel=1e-5)
     assert [found[q] for q in QUARTERS] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
 
@@ -92,7 +92,7 @@ def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
 
     def losses(batch):
         noise.append(batch.noise)
-        return t.losses(batch, model=lambda x_t, t, y, text: noise[-1])
+        return t.step.losses(batch, model=lambda x_t, t, y, text: noise[-1])
 
     assert source.measure(losses) == dict.fromkeys(["held_out", *QUARTERS], 0.0)
     assert sum(len(n) for n in noise) == 4 * 176

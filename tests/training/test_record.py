@@ -91,7 +91,7 @@ def test_a_tracker_gets_the_numbers_and_continues_on_resume(tiny, tmp_path, monk
     monkeypatch.setitem(sys.modules, name, tracker)
     for step in (1, 2):
         writer = RecordWriter(tmp_path, step - 1, open_tracker(tiny(f"train.logger={name}"), tmp_path))
-        writer.write({"step": step, "loss": 0.5, "grad_norm": math.nan, "spike": ["loss"], "session": {"time": ""}})
+        writer.write({"step": step, "loss": 0.5, "grad_norm": math.nan, "left_out": [1], "session": {"time": ""}})
         writer.close()
     assert tracker.logged == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
     assert tracker.finished == 2

@@ -15,10 +15,10 @@ from diffussm_cli.errors import ConfigError
 from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.events import finish
-from diffussm_cli.training import scoring
+from diffussm_cli.training import measure
+from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
-from diffussm_cli.training.trainer import Trainer
 from tests.conftest import TINY
 from tests.helpers import run
 
@@ -45,7 +45,7 @@ def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkey
     records, weights = [], {}
     for record in training.run():
         records.append(record)
-        weights[record["step"]] = {k: v.clone() for k, v in training.ema.model.state_dict().items()}
+        weights[record["step"]] = {k: v.clone() for k, v in training.step.ema.model.state_dict().items()}
     assert {r["step"]: r.get("eval/fid") for r in records} == {2: 5.0, 4: 3.0, 6: 4.0}
     best = runs.find_run(tmp_path / "run" / "best")
     kept = runs.read_tensors(best.weights)
@@ -59,11 +59,11 @@ def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path
     """The second average is better all the time, and at its best when the first is not."""
     scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
     monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
-    monkeypatch.setattr(scoring, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k))
+    monkeypatch.setattr(measure, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k))
     training = trainer(config("train.steps=6", "train.ema=0.9,0.1"), tmp_path / "run")
     records = list(training.run())
     assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [(5, 2), (3, 1.5), (4, 1)]
-    assert [id(m) for m in drawn] == [id(e.model) for e in training.averages] * 3
+    assert [id(m) for m in drawn] == [id(e.model) for e in training.step.averages] * 3
     assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
     assert "held_out" in records[0]
     assert "held_out/q1@0.1" in records[0]
@@ -82,7 +82,7 @@ def test_a_real_score_does_not_disturb_training(config, tmp_path):
     records = list(scored.run())
     assert {"eval/fid", "eval/sfid", "eval/is", "eval/precision", "eval/recall", "eval/kid"} <= set(records[0])
     list(plain.run())
-    for a, b in zip(scored.model.state_dict().values(), plain.model.state_dict().values()):
+    for a, b in zip(scored.step.model.state_dict().values(), plain.step.model.state_dict().values()):
         assert torch.equal(a, b)
 
 
@@ -96,10 +96,13 @@ def pictures_in(folder):
 
 def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
-    other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").scoring
+    other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").measures.scoring
     assert "digits was chosen for grey 28x28 images, but it knows only handwritten digits" in other.warnings[0]
-    assert trainer(config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2").scoring.warnings == []
-    assert trainer(config(), tmp_path / "3").scoring.warnings == []
+    assert (
+        trainer(config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2").measures.scoring.warnings
+        == []
+    )
+    assert trainer(config(), tmp_path / "3").measures.scoring.warnings == []
     settings = [part for v in [*TINY, *EVERY, "train.steps=2", f"eval.reference={pictures}"] for part in ("--set", v)]
     shown = run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings)
     assert shown.exit_code == 0, shown.output

@@ -11,9 +11,8 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.training.batches import make_batch
-from diffussm_cli.training.record import Meter
-from diffussm_cli.training.trainer import Trainer
+from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.step import Step
 from tests.helpers import Killed
 
 
@@ -22,8 +21,8 @@ def trainer(config, root):
 
 
 def weights(t):
-    return {"model." + k: v.clone() for k, v in t.model.state_dict().items()} | {
-        "ema." + k: v.clone() for k, v in t.ema.model.state_dict().items()
+    return {"model." + k: v.clone() for k, v in t.step.model.state_dict().items()} | {
+        "ema." + k: v.clone() for k, v in t.step.ema.model.state_dict().items()
     }
 
 
@@ -39,9 +38,9 @@ def test_two_steps_resume_two_steps_equal_four_bitwise(kind, settings, request, 
     first = trainer(tiny(), tmp_path / "parts")
     stop = iter([False, True])
     list(first.run(lambda: next(stop)))
-    assert first.step == 2
+    assert first.step.number == 2
     second = trainer(tiny("train.seed=0"), tmp_path / "parts")
-    second.resume(runs.newest_good(tmp_path / "parts")[0])
+    second.step.load(runs.newest_good(tmp_path / "parts")[0])
     resumed = list(second.run())
     assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(second).items())
     assert resumed[-1]["loss"] == records[-1]["loss"]
@@ -82,15 +81,6 @@ def test_other_objectives_train_and_draw(tiny, tmp_path, objective):
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
-def test_min_snr_weights_the_loss_that_is_trained(tiny, tmp_path):
-    config = tiny("train.loss_weight=min_snr", "train.min_snr_gamma=0.5", "model.learn_sigma=false")
-    t = trainer(config, tmp_path)
-    batch = make_batch(t.source, config, 0).part(0, 8, t.device)
-    losses = t.losses(batch)
-    torch.testing.assert_close(losses["loss"], losses["mse"] * t.objective.min_snr_weight(batch.t, 0.5))
-    assert losses["loss"].sum() < 0.9 * losses["mse"].sum()
-
-
 def test_run_folder_describes_itself(tiny, tmp_path):
     config = tiny("train.sample_every=2", "train.sample_images=4")
     t = trainer(config, tmp_path)
@@ -101,8 +91,8 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     trained = runs.find_run(tmp_path)
     model = runs.load_model(trained)
     assert trained.config == config
-    assert all(torch.equal(v, t.ema.model.state_dict()[k]) for k, v in model.state_dict().items())
-    assert torch.equal(model.position, t.model.position)
+    assert all(torch.equal(v, t.step.ema.model.state_dict()[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.position, t.step.model.position)
     assert not model.training
 
 
@@ -114,7 +104,7 @@ def test_a_write_that_fails_beside_training_ends_it_at_the_next_step(tiny, tmp_p
     t.save()
     with pytest.raises(ZeroDivisionError):
         list(t.run())
-    assert t.step < 100
+    assert t.step.number < 100
 
 
 def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
@@ -132,13 +122,13 @@ def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
     state = runs.newest_good(tmp_path)[0] / runs.STATE
     state.write_text("{")
     with pytest.raises(RunError, match="state.json: damaged"):
-        trainer(tiny(), tmp_path).resume(state.parent)
+        trainer(tiny(), tmp_path).step.load(state.parent)
 
 
 def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
     t = trainer(tiny("train.max_bad_steps=2", "train.checkpoint_every=1"), tmp_path)
-    t.step, before = 1, weights(t)
-    t.losses = lambda part: {k: x * math.nan for k, x in Trainer.losses(t, part).items()}
+    t.step.number, before = 1, weights(t)
+    t.step.losses = lambda part: {k: x * math.nan for k, x in Step.losses(t.step, part).items()}
     with pytest.raises(RunError, match=r"3 steps in a row before step 4 had no finite.* try a smaller train.lr"):
         list(t.run())
     for k, v in weights(t).items():
@@ -148,31 +138,17 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
 def test_a_run_without_a_finite_loss_is_no_success(tiny, tmp_path):
     """Four bad steps are less than `train.max_bad_steps`, but all there are."""
     t = trainer(tiny(), tmp_path)
-    t.losses = lambda part: {k: x * math.nan for k, x in Trainer.losses(t, part).items()}
+    t.step.losses = lambda part: {k: x * math.nan for k, x in Step.losses(t.step, part).items()}
     with pytest.raises(RunError, match="before step 4 had no finite loss"):
         list(t.run())
     assert not (tmp_path / "final").exists()
-
-
-def test_a_step_does_not_wait_for_the_device(tiny, tmp_path, monkeypatch):
-    """torch.tensor of a Python number, and `item`, copy between host and device and wait for it."""
-    t = trainer(tiny("train.accumulate=2", "train.grad_clip=1"), tmp_path)
-    meter, batch = Meter(1000, t.device), make_batch(t.source, t.config, 0)
-    t.update(batch, meter)  # the optimiser makes its state
-
-    def wait(*_, **__):
-        raise AssertionError("waits for the device")
-
-    for owner, name in ((torch, "tensor"), (torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu")):
-        monkeypatch.setattr(owner, name, wait)
-    t.update(batch, meter)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_batches_for_cuda_are_page_locked(tiny, tmp_path, monkeypatch, kind):
     t, pinned = trainer(tiny(), tmp_path), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
-    t.device = torch.device(kind)
+    t.step.device = torch.device(kind)
     next(t._batches())
     assert pinned[:4] == ([(8, 1, 8, 8), (8,), (8, 1, 8, 8), (8,)] if kind == "cuda" else [])
 
@@ -192,7 +168,7 @@ def test_a_kill_while_a_preview_is_written_leaves_none(tiny, tmp_path, monkeypat
 
 def test_too_large_a_batch_is_one_line(tiny, tmp_path):
     t = trainer(tiny(), tmp_path)
-    t.model.forward = lambda *_: torch.empty(1 << 60)
+    t.step.model.forward = lambda *_: torch.empty(1 << 60)
     with pytest.raises(RunError, match="train.batch_size: 8 in 1 part.* raise train.accumulate"):
         list(t.run())
 
@@ -215,7 +191,7 @@ def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
 
 # ------------------------------------------------------------------------------------------------- several averages
 def by_average(t):
-    return {e.decay: {k: v.clone() for k, v in e.model.state_dict().items()} for e in t.averages}
+    return {e.decay: {k: v.clone() for k, v in e.model.state_dict().items()} for e in t.step.averages}
 
 
 def same(ours, theirs):
@@ -229,7 +205,7 @@ def test_each_average_follows_its_own_recursion(tiny, tmp_path):
     for record in t.run():
         for decay, weights in expected.items():
             d = min(decay, (1 + record["step"]) / (10 + record["step"]))
-            for name, current in t.model.state_dict().items():
+            for name, current in t.step.model.state_dict().items():
                 weights[name] = torch.lerp(weights[name], current, 1 - d)
     for decay, found in by_average(t).items():
         assert same(found, expected[decay]), decay
@@ -245,7 +221,7 @@ def test_a_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
     stop = iter([False, True])
     list(first.run(lambda: next(stop)))
     second = trainer(config, tmp_path / "parts")
-    second.resume(runs.newest_good(tmp_path / "parts")[0])
+    second.step.load(runs.newest_good(tmp_path / "parts")[0])
     assert all(same(v, by_average(first)[k]) for k, v in by_average(second).items())
     list(second.run())
     assert all(same(v, by_average(whole)[k]) for k, v in by_average(second).items())
@@ -274,7 +250,7 @@ def test_averages_of_another_list_are_found_by_their_decay_or_begin_as_the_first
     before = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
     list(before.run())
     after = trainer(tiny(f"train.ema={now}"), tmp_path)
-    after.resume(runs.newest_good(tmp_path)[0])
+    after.step.load(runs.newest_good(tmp_path)[0])
     held = by_average(before)
-    assert [e.decay for e in after.averages] == [float(d) for d in now.split(",")]
+    assert [e.decay for e in after.step.averages] == [float(d) for d in now.split(",")]
     assert all(same(v, held.get(decay, held[0.9])) for decay, v in by_average(after).items())

@@ -1,0 +1,222 @@
+"""The training loop: when to log, to measure, to draw and to save. It yields records and prints nothing."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from diffussm_cli import runs
+from diffussm_cli.config import Config
+from diffussm_cli.data.source import Source
+from diffussm_cli.data.vae import open_decoding
+from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.machine.device import is_out_of_memory, pick_device
+from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
+from diffussm_cli.model import count_parameters
+from diffussm_cli.training.batches import Batch, batches
+from diffussm_cli.training.checkpoint import CheckpointWriter, full_tensors
+from diffussm_cli.training.health import diagnosis
+from diffussm_cli.training.measure import Measures
+from diffussm_cli.training.optimizer import lr_factor
+from diffussm_cli.training.preview import Previews
+from diffussm_cli.training.step import Step
+
+# Recorded in checkpoints, which need no state of random generators.
+RANDOMNESS = "a function of (seed, step, place in the batch)"
+
+Record = dict[str, Any]
+
+
+def due(step: int, every: int, at_end: bool = False) -> bool:
+    """Whether something that is done every so many steps, and perhaps at the end, is due; never if `every` is 0."""
+    return every > 0 and (at_end or step % every == 0)
+
+
+class Trainer:
+    """A run in training: its steps, and what is measured, drawn and saved between them. `run` is the loop.
+
+    Attributes:
+        step: the model in training, with everything that a checkpoint holds.
+        after_preview: called when a preview has been written.
+    """
+
+    def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
+        self.config = config
+        self.source = source
+        self.root = root
+        self.world = world
+        self.step = Step(config, pick_device(config.train.device), world)
+
+        # Previews and scores share what decodes latents; it is opened once, if at all.
+        decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
+        self.measures = Measures(self.step, source, root, decoding) if config.eval.every else None
+        self.previews = Previews(self.step, source, root, decoding) if config.train.sample_every else None
+        self.writer = CheckpointWriter(root, config.train)
+        self.after_preview: Callable[[], Any] = lambda: None
+        self._any_finite = False  # whether a record had a finite loss
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training begins."""
+        of_previews = self.previews.warnings if self.previews else []
+        of_measures = self.measures.warnings if self.measures else []
+        return of_previews + of_measures
+
+    def summary(self) -> str:
+        """Number of parameters, device and precision in one line."""
+        t = self.config.train
+        where = str(self.step.device)
+        if self.world.size > 1:
+            where += f", {self.world.size} processes ({t.parallel})"
+        arithmetic = str(self.step.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
+        return f"{count_parameters(self.step.model):,} parameters on {where}, {arithmetic}"
+
+    # --------------------------------------------------------------------------------------------- the loop
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
+        """Train to the last step, yielding a record every `log_every` steps.
+
+        It also writes previews, checkpoints and `final/`. When `stop()` is true in any process, the current step is
+        finished, a checkpoint is written, and the loop ends early.
+
+        Raises:
+            RunError: if too many steps in a row are not finite, memory runs out, another process of the job is lost,
+                or a checkpoint cannot be written.
+            DataError: if an image cannot be read; a checkpoint is written first.
+        """
+        t = self.config.train
+        for batch in self._batches():
+            self._update(batch)
+            self.writer.check()
+            number = self.step.number
+            last = number == t.steps
+            stopped = any_of(stop(), self.world)
+            ends = last or stopped
+
+            measures = due(number, self.config.eval.every, last)
+            if measures or due(number, t.log_every, ends):
+                record = self._record()
+                with self._interrupted():
+                    if measures and self.measures:
+                        record |= self.measures.measure()
+                    yield record
+
+            draws = due(number, t.sample_every, last)
+            saves = due(number, t.checkpoint_every, ends)
+            if draws or saves:
+                with self._interrupted():
+                    if draws:
+                        self.preview(last)
+                    if saves:
+                        self.save()
+
+            if stopped and not last:
+                self.writer.finish()
+                return
+
+        with first_works(self.world):
+            self.writer.finish()
+            self._write_final()
+
+    @contextlib.contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Work between two steps: its time does not count, and the other processes wait for the first one."""
+        with self.step.meter.paused(), first_works(self.world):
+            yield
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches from the current step on; a checkpoint is saved before an unreadable image ends the run."""
+        start = self.step.number
+        pinned = self.step.device.type == "cuda"
+        try:
+            yield from batches(self.source, self.config, start, self.world, pinned)
+        except DataError:
+            # Other ranks are still inside the step; a collective here would hang.
+            if self.step.number > start and self.world.size == 1:
+                self.save()
+                self.writer.finish()
+            raise
+
+    def _update(self, batch: Batch) -> None:
+        """One optimiser step. Raises RunError if memory runs out, or another process is lost."""
+        try:
+            with peer_errors() if self.world.size > 1 else contextlib.nullcontext():
+                self.step.update(batch)
+        except RuntimeError as e:
+            if not is_out_of_memory(e):
+                raise
+            t = self.config.train
+            raise RunError(
+                f"train.batch_size: {t.batch_size} in {t.accumulate} part(s) does not fit into the memory of "
+                f"{self.step.device}; raise train.accumulate or set train.gradient_checkpointing=true"
+            ) from e
+
+    def _record(self) -> Record:
+        """What was measured since the last record. Raises RunError after too many steps that are not finite."""
+        t = self.config.train
+        step = self.step
+        skipped, in_a_row = step.bad_steps.flush(step.number)
+        record: Record = {
+            "step": step.number,
+            "images": step.number * t.batch_size,
+            **step.meter.flush(),
+            "lr": t.lr * lr_factor(t, step.number - 1),
+            "ema_decay": step.ema.decay_at(step.number),
+            **diagnosis(step.model, step.optimizer, self.world if step.is_sharded else ALONE),
+        }
+        if skipped:
+            record["left_out"] = skipped
+            # where their batches begin in the endless sequence of images
+            record["left_out_images"] = [(number - 1) * t.batch_size for number in skipped]
+
+        self._any_finite |= math.isfinite(record["loss"])
+        never_finite = step.number == t.steps and not self._any_finite
+        if in_a_row >= t.max_bad_steps or never_finite:
+            raise RunError(
+                f"train: {in_a_row} steps in a row before step {step.number} had no finite loss or gradient; "
+                "the newest checkpoint is intact; try a smaller train.lr "
+                f"(now {t.lr:g}), train.warmup_steps, train.grad_clip=1 or train.precision=fp32"
+            )
+        return record
+
+    # --------------------------------------------------------------------------------------------- what it writes
+    def preview(self, last: bool) -> None:
+        """Draw a preview on the first process. If the model is sharded, every process must call this."""
+        model = self.step.averaged()
+        if self.world.rank == 0 and self.previews:
+            self.previews.draw(model, last)
+            self.after_preview()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, or start to write it in a thread. Raises RunError."""
+        t = self.config.train
+        is_first = self.world.rank == 0
+        tensors = self.step.state(keep=is_first)
+        if not is_first:
+            return
+
+        images = self.step.number * t.batch_size
+        epoch, position = divmod(images, len(self.source))
+        state: Record = {
+            "step": self.step.number,
+            "images": images,
+            "seed": t.seed,
+            "epoch": epoch,
+            "position": position,
+            "randomness": RANDOMNESS,
+        }
+        self.writer.write(tensors, state)
+
+    def _write_final(self) -> None:
+        """Write RUN/final. If the model is sharded, every process must call this. Raises RunError."""
+        is_first = self.world.rank == 0
+        averages = full_tensors(self.step.averages_by_file(runs.MODEL), keep=is_first)
+        if not is_first:
+            return
+
+        number = self.step.number
+        weights = averages.pop(runs.MODEL)
+        parameters = count_parameters(self.step.ema.model)
+        others = runs.files_to_publish(self.root, self.config, number, parameters)
+        runs.write_weights(self.root / runs.FINAL, self.config, weights, number, None, averages, others)

@@ -1,0 +1,209 @@
+"""What `eval.every` measures of the averaged weights: the loss on held-out images, and scores of drawn images.
+
+n images   Q = 4 quarters of the timesteps   B = nQ, each image once per quarter   C channels   H x W grid
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffussm_cli import runs
+from diffussm_cli.config import MANY, Config
+from diffussm_cli.data.source import Source, open_held_out
+from diffussm_cli.data.vae import Decoding
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation.comparison import USUAL
+from diffussm_cli.evaluation.drawn import DrawnImages
+from diffussm_cli.evaluation.features import doubts
+from diffussm_cli.evaluation.session import EvaluationSession
+from diffussm_cli.events import finish
+from diffussm_cli.machine.processes import ALONE, World, gather
+from diffussm_cli.model import Backbone
+from diffussm_cli.model.mixer import kept_kernels
+from diffussm_cli.sampling.sampler import Sampler
+from diffussm_cli.training.batches import Batch, captions_of, image_seeds
+from diffussm_cli.training.record import QUARTERS
+from diffussm_cli.training.step import Step
+
+AT_ONCE = 16  # images per batch
+GOLDEN = 0.618033988749895  # golden ratio: k * GOLDEN mod 1 is a low-discrepancy sequence
+
+
+class Measures:
+    """The held-out loss and the scores of every average, as far as a configuration asks for them.
+
+    Args:
+        decoding: opens what turns latents into images; called only if images are drawn.
+
+    Raises:
+        DiffussmError: now and not at the first measurement, if images, a reference or an extractor are missing.
+    """
+
+    def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
+        self.step = step
+        self.source = source
+        config = step.config
+
+        images = open_held_out(config, source)
+        self.held_out = HeldOut(images, config, step.device, step.world) if images else None
+        if not config.eval.images and not images:
+            raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
+
+        # Without a reference there are no scores, which is an error if there is no held-out loss either.
+        self.scoring = None
+        if config.eval.images and (config.reference or not images):
+            self.scoring = Scoring(step, source, root, decoding())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training begins."""
+        of_scoring = self.scoring.warnings if self.scoring else []
+        left_out = self.held_out.source.left_out if self.held_out else ""
+        is_news = left_out not in ("", self.source.left_out, *of_scoring)
+        return [*of_scoring, left_out] if is_news else of_scoring
+
+    def measure(self) -> dict[str, Any]:
+        """Held-out loss and metrics by name; names end in @DECAY except for the first average.
+
+        Every process must call this.
+        """
+        step = self.step
+        values: dict[str, Any] = {}
+        for ema in step.averages:
+            model = step.averaged(ema)
+            is_first = ema is step.ema
+
+            of_average: dict[str, float] = {}
+            with kept_kernels(model):
+                if self.held_out:
+                    of_average |= self.held_out.measure(functools.partial(step.losses, model=model))
+                if self.scoring:
+                    of_average |= self.scoring.score(model, keep=is_first)
+
+            for name, value in of_average.items():
+                values[name if is_first else f"{name}@{ema.decay}"] = value
+        return values
+
+
+class HeldOut:
+    """Up to `eval.held_out_images` images, evenly spread over a source. Raises DataError for an unreadable one.
+
+    Timesteps and noise are the same at every evaluation, so that the loss shows progress. They depend only on the seed
+    of the run and the place of an image among these; batches do not depend on the number of processes, so that the
+    result is the same number.
+    """
+
+    def __init__(self, source: Source, config: Config, device: torch.device, world: World = ALONE):
+        self.source = source
+        self.config = config
+        self.device = device
+        self.world = world
+
+        n = min(len(source), config.eval.held_out_images)
+        self.indices = [i * len(source) // n for i in range(n)]
+        self.seeds = image_seeds(
+            config.train.seed, MANY, n
+        )  # no training step has this number, so no seed is used twice
+        batches = [range(n)[i : i + AT_ONCE] for i in range(0, n, AT_ONCE)]
+        self.parts = batches[world.rank :: world.size]
+        for places in self.parts:
+            self.batch(places)  # fail now, not at the first measurement
+
+    @torch.no_grad()
+    def measure(self, losses: Callable[[Batch], dict[str, Tensor]]) -> dict[str, float]:
+        """Mean loss as `held_out`, by quarter as `held_out/q1` (least noisy) to `q4`. Every process must call this."""
+        values = torch.zeros(len(self.indices), QUARTERS, dtype=torch.float64)
+        for places in self.parts:
+            batch = self.batch(places).part(0, len(places) * QUARTERS, self.device)
+            loss = losses(batch)["loss"].double().cpu()
+            values[places.start : places.stop] = loss.view(-1, QUARTERS)
+
+        values = sum(gather(values, self.world))
+        quarters = {f"held_out/q{i + 1}": value for i, value in enumerate(values.mean(0).tolist())}
+        return {"held_out": values.mean().item(), **quarters}
+
+    def batch(self, places: range) -> Batch:
+        """The images at some places, Q times each."""
+        indices = [self.indices[k] for k in places]
+        generators = [torch.Generator().manual_seed(self.seeds[k]) for k in places]
+        x_0, labels = self.source.read(indices, generators)
+        noise = torch.cat([torch.randn(QUARTERS, *x_0.shape[1:], generator=g) for g in generators])
+
+        # One timestep in each quarter; the images together cover a quarter from one end to the other.
+        within = (self.seeds[0] / 2**63 + GOLDEN * np.array(places)) % 1  # (n,)
+        share = (np.arange(QUARTERS) + within[:, None]) / QUARTERS  # (n, Q), of all timesteps
+        t = torch.from_numpy((share * self.config.diffusion.timesteps).astype(np.int64)).flatten()
+
+        y = labels.repeat_interleave(QUARTERS) if self.config.model.num_classes else None
+        text = None
+        if self.config.model.text_width:
+            text = self.source.text(indices, generators).repeat_interleave(QUARTERS, 0)
+        return Batch(x_0.repeat_interleave(QUARTERS, 0), t, noise, y, text)
+
+
+class Scoring:
+    """Metrics of images that are drawn with averaged weights, against `eval.reference`; keeps the best weights.
+
+    A run with text draws captions from `source`. `warnings` are for the user.
+
+    Raises:
+        DiffussmError: if there is no reference, or the extractor cannot be loaded.
+    """
+
+    def __init__(self, step: Step, source: Source, root: Path, decoding: Decoding):
+        config = step.config
+        path = config.reference
+        if decoding.warning:
+            raise DataError(f"eval.every: {decoding.warning}")
+        if path is None:
+            raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out")
+        self.step = step
+        self.source = source
+        self.root = root
+        self.decoding = decoding
+
+        self.session = EvaluationSession(config.eval.extractor, device=str(step.device), world=step.world)
+        self.session.choose(config.data.size, config.data.is_grey)
+        self.reference = self.session.reference(path, None, config.data.size)
+        self.warnings = doubts(self.session.asked, self.session.name, path)
+        if self.reference.images is not None and self.reference.images.left_out:
+            self.warnings.append(self.reference.images.left_out)
+
+    def score(self, model: Backbone, keep: bool = True) -> dict[str, float]:
+        """Metrics of a model in eval mode by name, as `eval/fid`; empty on all processes but the first.
+
+        If `keep`, the weights with the best FID go to RUN/best.
+
+        Raises:
+            DataError, ConfigError: if reference and extractor do not match.
+            RunError: if RUN/best cannot be written.
+        """
+        config = self.step.config
+        steps = min(config.sample.steps, config.eval.steps)
+        sampling = dataclasses.replace(config.sample, steps=steps)
+        sampler = Sampler(model, config, sampling, self.decoding, dtype=self.step.dtype)
+
+        # The same seeds, labels and captions every time.
+        seeds = range(config.eval.images)
+        text = captions_of(self.source, len(seeds)) if config.model.text_width else None
+        channels = self.session.extractor.channels
+        images = DrawnImages(sampler, seeds, sampler.labels(seeds), channels, "averaged weights", text=text)
+
+        metrics, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
+        values = {f"eval/{name}": value for name, value in metrics.items()}
+        if keep and values:
+            self._keep_if_best(model, values)
+        return values
+
+    def _keep_if_best(self, model: Backbone, values: dict[str, float]) -> None:
+        best = self.root / runs.BEST
+        before = runs.read_metrics(best).get("eval/fid", float("inf"))
+        if values["eval/fid"] < before:
+            number = self.step.number
+            runs.write_weights(best, self.step.config, model.state_dict(), number, {"step": number, **values})

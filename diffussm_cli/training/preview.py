@@ -1,0 +1,79 @@
+"""Previews: a grid of images at fixed seeds, drawn with the averaged weights while a run trains."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from diffussm_cli import runs
+from diffussm_cli.config import SAMPLERS
+from diffussm_cli.data.images import save_grid
+from diffussm_cli.data.source import Source
+from diffussm_cli.data.text import check_prompt, open_texts
+from diffussm_cli.data.vae import Decoding
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.model import Backbone
+from diffussm_cli.sampling.sampler import Sampler
+from diffussm_cli.training.batches import captions_of
+from diffussm_cli.training.step import Step
+
+COLUMNS = 10  # at most
+
+
+class Previews:
+    """Draws RUN/samples/step-*.png.
+
+    A run with text draws `sample.prompts` in turn, or captions of its training images, the same ones every time.
+
+    Raises:
+        DiffussmError: now and not at the first preview, if a prompt or its encoder cannot be used.
+    """
+
+    def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
+        self.step = step
+        self.source = source
+        self.folder = root / runs.SAMPLES
+        self.decoding = decoding()
+
+        prompts = step.config.sample.prompts
+        for prompt in prompts:
+            check_prompt(prompt, "sample.prompts")
+        if prompts:
+            open_texts(step.config)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should know before training begins."""
+        return [self.decoding.warning] if self.decoding.warning else []
+
+    def draw(self, model: Backbone, last: bool) -> Path:
+        """Draw a grid with a model in eval mode. The last one of a run looks as `diffussm sample` draws it."""
+        config = self.step.config
+        n = config.train.sample_images
+        classes = config.model.num_classes
+        columns = min(COLUMNS, classes or n)
+
+        # Earlier ones are drawn in fewer steps, by the objective's usual sampler.
+        sampling = config.sample
+        if not last:
+            steps = min(config.train.sample_steps, config.diffusion.timesteps)
+            sampling = dataclasses.replace(sampling, sampler=SAMPLERS[config.diffusion.objective][0], steps=steps)
+        sampler = Sampler(model, config, sampling, self.decoding, dtype=self.step.dtype)
+
+        # One class per column, or one caption per image.
+        labels = sampler.labels(range(n), range(columns) if classes else ())
+        titles = list(itertools.islice(itertools.cycle(config.sample.prompts), n))
+        text = None
+        if titles:
+            text = sampler.text(titles)
+        elif config.model.text_width:
+            text = captions_of(self.source, n)
+
+        images = torch.cat([images for _, images in sampler.draw(range(n), labels, text)])
+        path = self.folder / f"step-{self.step.number:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            save_grid(images, file, columns, titles)
+        return path
