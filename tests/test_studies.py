@@ -145,6 +145,16 @@ def test_a_verdict_is_better_worse_equal_or_unknown(differences, p, expected):
     assert report.verdict(differences, p, margin=0.002) == expected
 
 
+def test_verdicts_wait_for_every_seed_of_every_run():
+    runs = {"a": {}, "b": {}, "c": {}}
+    study = make(images=64, seeds=(0, 1), runs=runs, margin=0.002)
+    losses = {"a": (0.2, 0.21), "b": (0.25, 0.261), "c": (0.2, 0.2101)}
+    results = [{"run": run, "seed": seed, "held_out": of[seed]} for run, of in losses.items() for seed in (0, 1)]
+    rows = report.verdict_table(study, results, "a")[3:]
+    assert [row.split(" | ")[-1] for row in rows] == ["worse |", "equal |"]
+    assert report.verdict_table(study, results[:-1], "a") == []
+
+
 def test_seconds_to_a_loss_are_read_between_two_points():
     curve = [10.0, 20.0, 30.0], [0.5, 0.3, 0.1]
     assert report.seconds_to(0.25, *curve) == pytest.approx(22.5)

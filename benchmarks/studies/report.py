@@ -185,12 +185,15 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
 
 
 def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[str]:
-    """For each difference in held-out loss, p-values and a verdict; empty for a study without a margin."""
-    if study.margin is None:
-        return []
+    """For each difference in held-out loss, p-values and a verdict.
+
+    Empty for a study without a margin, and until all of its runs have all seeds: a verdict on some
+    of them would be corrected for too few comparisons.
+    """
     runs = [run for run in names(study) if run != against]
     differences = {run: paired(results, run, against, "held_out") for run in runs}
-    differences = {run: values for run, values in differences.items() if len(values) > 1}
+    if study.margin is None or any(len(values) < len(study.seeds) for values in differences.values()):
+        return []
     p = {run: float(stats.ttest_1samp(values, 0).pvalue) for run, values in differences.items()}
     corrected = holm(p)
     rows = [["held-out loss", "difference ± 95%", "p", "p by Holm", f"verdict (margin {study.margin:g})"]]
