@@ -84,7 +84,7 @@ def test_result_is_stored_and_shown(digits, tmp_path):
 def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
     folder = save(tmp_path / "s", digits[0][:70])
     first = measure(folder, *REFERENCE, "--metrics", "fid,kid")
-    monkeypatch.setattr("diffussm_cli.evaluation.features.Extractor.__call__", None)  # no feature can be had any more
+    monkeypatch.setattr("diffussm_cli.evaluation.extractors.Extractor.__call__", None)  # no feature can be had any more
     again = measure(folder, *REFERENCE)
     assert again["metrics"]["kid"] == first["metrics"]["kid"]
 
@@ -95,7 +95,7 @@ def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_pat
         "eval", save(tmp_path / "s", digits[0][:70]), *REFERENCE, "--metrics", "is", "--cache", tmp_path / "file"
     )
     assert result.exit_code == 0
-    assert "warning: --cache: features cannot be saved in" in result.stderr
+    assert "warning: cache: features cannot be saved in" in result.stderr
 
 
 def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
@@ -200,7 +200,7 @@ def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, nam
         samples = tmp_path / "s.npz"
         np.savez(samples, np.stack(images))
     line = line_of(run("eval", samples, *REFERENCE, "--extractor", "digits"))
-    assert f"{name} is in colour, but the extractor takes only grey images; use --extractor inception" in line
+    assert f"{name} is in colour, but the extractor takes only grey images; use the extractor inception" in line
 
 
 def test_any_resolution_can_be_cropped_to(digits, tmp_path):
@@ -222,7 +222,7 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
     assert f"warning: the result cannot be saved in {str(samples / 'results.json')!r}: Read-only file" in result.stderr
     asked = run("eval", samples, *REFERENCE, "--metrics", "is", "--json", "--out", out)
     assert json.loads(asked.stdout) == json.loads(result.stdout)
-    assert line_of(asked).startswith(f"diffussm: error: --out: cannot write {str(out)!r}: Read-only file system")
+    assert line_of(asked).startswith(f"diffussm: error: out: cannot write {str(out)!r}: Read-only file system")
 
 
 def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypatch):
@@ -268,12 +268,12 @@ def test_names_are_printed_as_they_are(digits, tmp_path, monkeypatch):
 LONG = "x" * 250  # a name that is allowed, but not with what an unfinished file has before it
 MISTAKES = {
     "nothing": ([], "eval: give SAMPLES"),
-    "no reference": (["PICTURES"], "--reference: name an .npz from ADM"),
-    "missing samples": (["none", *REFERENCE], "SAMPLES: cannot read the folder 'none'"),
-    "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no images in"),
-    "missing reference": (["PICTURES", "--reference", "none"], "--reference: cannot read the folder 'none'"),
-    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "--metrics: 'fdi' is not one of fid, sfid"),
-    "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "--extractor: 'vgg' must be"),
+    "no reference": (["PICTURES"], "reference: name a reference file, such as one of ADM's"),
+    "missing samples": (["none", *REFERENCE], "samples: cannot read the folder 'none'"),
+    "empty folder": (["EMPTY", *REFERENCE], "samples: no images in"),
+    "missing reference": (["PICTURES", "--reference", "none"], "reference: cannot read the folder 'none'"),
+    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "metrics: 'fdi' is not one of fid, sfid"),
+    "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "extractor: 'vgg' must be"),
     "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, the first image is 28x28"),
     "corrupt": (["CORRUPT", *REFERENCE], "1.png: not a PNG"),
     "float": (["FLOAT", *REFERENCE], "arr_0 holds float64, not uint8"),
@@ -284,11 +284,11 @@ MISTAKES = {
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "out": (
         ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"],
-        "--out: there is no folder '/dev/null'",
+        "out: there is no folder '/dev/null'",
     ),
-    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "--make-ref: there is no folder 'none'"),
-    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "--out: cannot write 'xxx"),
-    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "--make-ref: cannot write 'xxx"),
+    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "target: there is no folder 'none'"),
+    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "out: cannot write 'xxx"),
+    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "target: cannot write 'xxx"),
     "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
     "resolution": (["PICTURES", *REFERENCE, "--resolution", "99999"], "--resolution: '99999' must be a number of"),
@@ -298,12 +298,13 @@ MISTAKES = {
     "empty statistics": (["PICTURES", "--reference", "NOTHING"], "mu and sigma are (0,) and (0, 0), not (d,) and"),
     "integer statistics": (["PICTURES", "--reference", "INTEGERS"], "mu and sigma are int64 and int64, not floating"),
     "one image": (["ONE", *REFERENCE], "ONE holds 1 image, but fid needs at least 2"),
-    "against one": (["PICTURES", "--reference", "ONE"], "--reference: {ONE} holds 1 image, but fid needs at least 2"),
+    "against one": (["PICTURES", "--reference", "ONE"], "reference: {ONE} holds 1 image, but fid needs at least 2"),
     "kid of one": (["ONE", *REFERENCE, "--metrics", "kid"], "ONE holds 1 image, but kid needs at least 2"),
     "recall of three": (["PICTURES", *REFERENCE, "--metrics", "recall"], "but recall needs at least 4"),
     "precision against three": (["FIVE", "--reference", "PICTURES", "--metrics", "precision"], "needs at least 4"),
     "fid_infinity of five": (["FIVE", *REFERENCE, "--metrics", "fid_infinity"], "fid_infinity needs at least 9"),
     "reference of one": (["--make-ref", "ONE", "x.npz"], "ONE holds one image, but statistics need at least two"),
+    "no images": (["FIVE", "--reference", "STATISTICS"], "holds no images (arr_0), which precision, recall, kid need"),
     "no covariance": (["FIVE", "--reference", "NEGATIVE_SIGMA"], "sigma has the eigenvalue -1, so it is no covariance"),
     "not symmetric": (["FIVE", "--reference", "SKEW"], "sigma is not symmetric, so it is no covariance"),
     "empty samples": (["", *REFERENCE], "SAMPLES: is empty; name a file or folder"),
@@ -331,6 +332,7 @@ def things(tmp_path_factory, digits):
         "NOTHING": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "INTEGERS": {"mu": np.zeros(64, int), "sigma": np.zeros((64, 64), int)},
         "NEGATIVE_SIGMA": {"mu": np.zeros(64), "sigma": np.diag([-1.0] + [1.0] * 63)},
+        "STATISTICS": {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(392), "sigma_s": np.eye(392)},
         "SKEW": {"mu": np.zeros(64), "sigma": np.eye(64) + np.eye(64, k=1)},
         "ODD": {"mu": np.zeros(64), "sigma": np.eye(64), "extractor": np.zeros((2, 2))},
     }
@@ -393,13 +395,13 @@ def test_drawn_images_are_compared_with_the_reference_of_their_run(tmp_path):
     assert "reference: builtin:mnist, as meta.json says" in shown.stderr
 
 
-@pytest.mark.parametrize("option", ["--out", "--make-ref"])
-def test_what_is_read_is_not_replaced(option, digits, tmp_path):
+@pytest.mark.parametrize("parameter", ["out", "target"])
+def test_what_is_read_is_not_replaced(parameter, digits, tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, digits[0][:20, :, :, None])
     before = path.read_bytes()
-    command = {"--out": [path, *REFERENCE, "--metrics", "is", "--out", path], "--make-ref": ["--make-ref", path, path]}
-    assert f"{option}: {str(path)!r} is read by this command" in line_of(run("eval", *command[option]))
+    command = {"out": [path, *REFERENCE, "--metrics", "is", "--out", path], "target": ["--make-ref", path, path]}
+    assert f"{parameter}: {str(path)!r} is read by this command" in line_of(run("eval", *command[parameter]))
     assert path.read_bytes() == before
 
 

@@ -18,7 +18,7 @@ from diffussm_cli.data import vae as vae_module
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import read_facts
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.evaluation.features import load_extractor
+from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.training.batches import make_batch

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import diffussm_cli.evaluation
 from diffussm_cli.data import builtin
-from diffussm_cli.evaluation.digits import WEIGHTS, DigitsNet
+from diffussm_cli.evaluation.extractors import DIGITS, DigitsNet
 
 EPOCHS, BATCH, RATE = 40, 50, 2e-3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = Path(diffussm_cli.evaluation.__file__).parent / WEIGHTS
+    usual = Path(diffussm_cli.evaluation.__file__).parent / DIGITS
     parser.add_argument("file", type=Path, nargs="?", default=usual, help="default: that of the package")
     target = parser.parse_args().file
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import config_from_dict, to_dict
 from diffussm_cli.data.emoji import NAME, PAIR, TRAINING, read_emoji, split_emoji
-from diffussm_cli.evaluation.features import load_extractor
+from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.evaluation.text import retrieval
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.sampling.sampler import open_sampler

@@ -19,8 +19,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.evaluation.comparison import METRICS, evaluate_features
-from diffussm_cli.evaluation.features import Inception
-from diffussm_cli.evaluation.gathering import Gathered, gather_features
+from diffussm_cli.evaluation.extractors import Inception
+from diffussm_cli.evaluation.features import Gathered, gather_features
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images

@@ -84,11 +84,10 @@ def evaluate(
     if (target is not None) != make_ref:
         raise ConfigError("eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone")
     from diffussm_cli.evaluation import session
-    from diffussm_cli.evaluation.comparison import parse_metrics
     from diffussm_cli.machine.files import default_cache
     from diffussm_cli.machine.processes import read_world
 
-    console, chosen = make_console(quiet=read_world().rank > 0), parse_metrics(metrics)
+    console = make_console(quiet=read_world().rank > 0)
     common: dict[str, Any] = {
         "extractor": extractor,
         "extractor_weights": extractor_weights,
@@ -121,7 +120,7 @@ def evaluate(
         labels = parse_classes(classes, trained.config, balanced)
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
         drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
-    events = session.evaluate(samples, reference, chosen, out=out, run=trained, **common, **drawn)
+    events = session.evaluate(samples, reference, metrics, out=out, run=trained, **common, **drawn)
     result = follow(console, events)
     if result is not None:
         show(console, result, as_json)

@@ -1,13 +1,17 @@
-"""The metrics of one set of samples against one reference, in the requested order."""
+"""The metrics of one set of samples against one reference: what each of them needs, and what makes it incomparable.
+
+To add a metric, add a row to `TABLE`.
+"""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation.gathering import Gathered
+from diffussm_cli.evaluation.features import Gathered
 from diffussm_cli.evaluation.metrics import (
-    LEAST,
+    EXTRAPOLATED_FROM,
+    NEIGHBOURS,
     SPLIT,
     fid_infinity,
     frechet_distance,
@@ -16,10 +20,132 @@ from diffussm_cli.evaluation.metrics import (
     precision_recall,
 )
 from diffussm_cli.evaluation.reference import RECALL_IMAGES, Reference
+from diffussm_cli.evaluation.sets import ImageSet
 
-METRICS = ("fid", "sfid", "is", "precision", "recall", "kid", "fid_infinity")
-USUAL = METRICS[:-1]
 PUBLISHED_SAMPLES = 50_000
+LAYERS = {"spatial": "spatial features", "classes": "the class probabilities of a classifier"}  # of `Gathered`
+
+Values = dict[str, float]
+
+
+# ------------------------------------------------------------------------------------------------- values
+def _fid(samples: Gathered, reference: Reference) -> Values:
+    assert reference.pool is not None, "checked by Metric.lack"
+    ours = moments(samples.pool)
+    return {"fid": frechet_distance(ours.mean, ours.covariance, *reference.pool)}
+
+
+def _fid_infinity(samples: Gathered, reference: Reference) -> Values:
+    assert reference.pool is not None, "checked by Metric.lack"
+    return {"fid_infinity": fid_infinity(samples.pool, *reference.pool)}
+
+
+def _sfid(samples: Gathered, reference: Reference) -> Values:
+    assert samples.spatial is not None, "checked by Metric.lack"
+    assert reference.spatial is not None, "checked by Metric.lack"
+    return {"sfid": frechet_distance(samples.spatial.mean, samples.spatial.covariance, *reference.spatial)}
+
+
+def _inception_score(samples: Gathered, _: Reference) -> Values:
+    assert samples.classes is not None, "checked by Metric.lack"
+    return {"is": samples.classes.score()}
+
+
+def _precision_recall(samples: Gathered, reference: Reference) -> Values:
+    assert reference.gathered is not None, "checked by Metric.lack"
+    precision, recall = precision_recall(reference.gathered.pool, samples.pool)
+    return {"precision": precision, "recall": recall}
+
+
+def _kid(samples: Gathered, reference: Reference) -> Values:
+    assert reference.gathered is not None, "checked by Metric.lack"
+    value, error = kid(samples.pool, reference.gathered.pool)
+    return {"kid": value, "kid_error": error}
+
+
+# ------------------------------------------------------------------------------------------------- remarks
+def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
+    n, d = samples.pool.shape
+    remarks = []
+    if n < PUBLISHED_SAMPLES:
+        remarks.append(
+            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it; "
+            "the metric fid_infinity does not have this bias"
+        )
+    if n <= d:
+        remarks.append(
+            f"the covariance of {n:,} samples is singular: FID is too high; it needs more samples than features ({d:,})"
+        )
+    return remarks
+
+
+def _sorted_samples(images: ImageSet, _: Gathered, __: Reference) -> list[str]:
+    if not in_order(images.labels):
+        return []
+    return [f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low"]
+
+
+def _other_number_of_references(_: ImageSet, __: Gathered, reference: Reference) -> list[str]:
+    if reference.gathered is None or len(reference.gathered.pool) == RECALL_IMAGES:
+        return []
+    n = len(reference.gathered.pool)
+    return [f"recall uses {n:,} reference images; published recall uses {RECALL_IMAGES:,}"]
+
+
+def in_order(labels: Sequence[int] | None) -> bool:
+    """Whether samples are sorted by class: there are several classes, each in one or two runs."""
+    if labels is None:
+        return False
+    runs = 1 + sum(a != b for a, b in itertools.pairwise(labels))
+    classes = len(set(labels))
+    return classes > 1 and runs <= min(2 * classes, len(labels) // 2)
+
+
+# ------------------------------------------------------------------------------------------------- the table
+@dataclass(frozen=True)
+class Metric:
+    """A row of the table.
+
+    Attributes:
+        samples: the field of `Gathered` that it reads of the samples.
+        reference: the field of `Reference` that it reads; None if it has no reference.
+        least: the number of images that each set needs at least.
+        compute: (samples, reference) -> values by name. Rows may share a function.
+        remarks: (images, samples, reference) -> why its value cannot be compared with published ones.
+    """
+
+    samples: str
+    reference: str | None
+    least: int
+    compute: Callable[[Gathered, Reference], Values]
+    remarks: Callable[[ImageSet, Gathered, Reference], list[str]] = lambda *_: []
+
+    def reads_images(self, reference: Reference) -> bool:
+        """Whether it needs features of the reference's images, not only the statistics in its file."""
+        if self.reference is None:
+            return False
+        return self.reference == "gathered" or getattr(reference, self.reference) is None
+
+    def lack(self, samples: Gathered, reference: Reference) -> str:
+        """What it needs and does not have, as the end of an error line; empty if it can be computed."""
+        if getattr(samples, self.samples) is None:
+            return f"needs {LAYERS[self.samples]}, which this extractor does not give"
+        if self.reference is not None and getattr(reference, self.reference) is None:
+            return f"needs images or statistics that {reference.name} does not hold"
+        return ""
+
+
+TABLE = {
+    "fid": Metric("pool", "pool", 2, _fid, _few_samples),
+    "sfid": Metric("spatial", "spatial", 2, _sfid),
+    "is": Metric("classes", None, 1, _inception_score, _sorted_samples),
+    "precision": Metric("pool", "gathered", NEIGHBOURS + 1, _precision_recall),
+    "recall": Metric("pool", "gathered", NEIGHBOURS + 1, _precision_recall, _other_number_of_references),
+    "kid": Metric("pool", "gathered", 2, _kid),
+    "fid_infinity": Metric("pool", "pool", EXTRAPOLATED_FROM + 1, _fid_infinity),
+}
+METRICS = tuple(TABLE)
+USUAL = METRICS[:-1]
 
 
 def evaluate_features(
@@ -28,123 +154,66 @@ def evaluate_features(
     """Yield the name and value of each metric; `kid_error` follows `kid`.
 
     Raises:
-        ConfigError, DataError: if the extractor or the reference does not support a metric.
+        DataError: if the extractor or the reference does not support a metric.
     """
-    ours = moments(samples.pool)
-    both: dict[str, float] = {}  # precision and recall, which come from one pass over the distances
-    for metric in metrics:
-        if metric == "fid":
-            yield metric, frechet_distance(ours.mean, ours.covariance, *_pool(reference))
-        elif metric == "fid_infinity":
-            yield metric, fid_infinity(samples.pool, *_pool(reference))
-        elif metric == "sfid":
-            if samples.spatial is None or reference.spatial is None:
-                raise DataError(f"--metrics: sfid needs spatial features, from the extractor and in {reference.name}")
-            yield metric, frechet_distance(samples.spatial.mean, samples.spatial.covariance, *reference.spatial)
-        elif metric == "is":
-            if samples.classes is None:
-                raise ConfigError(
-                    "--metrics: is needs the class probabilities of a classifier; this extractor gives none"
-                )
-            yield metric, samples.classes.score()
-        elif metric in ("precision", "recall"):
-            if not both:
-                both = dict(zip(("precision", "recall"), precision_recall(_features(reference), samples.pool)))
-            yield metric, both[metric]
-        elif metric == "kid":
-            value, error = kid(samples.pool, _features(reference))
-            yield from ((metric, value), ("kid_error", error))
+    computed: dict[Callable, Values] = {}
+    for name in metrics:
+        metric = TABLE[name]
+        if lack := metric.lack(samples, reference):
+            raise DataError(f"metrics: {name} {lack}")
+        if metric.compute not in computed:
+            computed[metric.compute] = metric.compute(samples, reference)
+        values = computed[metric.compute]
+        yield from ((key, values[key]) for key in (name, f"{name}_error") if key in values)
 
 
-def parse_metrics(text: str) -> tuple[str, ...]:
-    """Parse comma-separated names, or `all`. Raises ConfigError."""
-    chosen = METRICS if text == "all" else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [m for m in chosen if m not in METRICS]
+def possible(metrics: Sequence[str], samples: Gathered, reference: Reference) -> list[str]:
+    """Those of the metrics that the features and the reference support."""
+    return [name for name in metrics if not TABLE[name].lack(samples, reference)]
+
+
+def parse_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
+    """Check names of metrics, or one text with commas between them, or "all"; returned in the order of `METRICS`.
+
+    Raises:
+        ConfigError: for a name that is none.
+    """
+    names = [name.strip() for name in metrics.split(",")] if isinstance(metrics, str) else metrics
+    if metrics == "all":
+        names = METRICS
+    unknown = [name for name in names if name not in TABLE]
     if unknown:
-        raise ConfigError(f"--metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}, all")
-    return tuple(m for m in METRICS if m in chosen)
+        raise ConfigError(f"metrics: {unknown[0]!r} is not one of {', '.join(METRICS)}, all")
+    return tuple(name for name in METRICS if name in names)
 
 
 def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
     """Whether the metrics need features of the reference's images, not only the statistics in its file."""
-    wanted = {"precision", "recall", "kid"}
-    if reference.pool is None:
-        wanted |= {"fid", "fid_infinity"}
-    if reference.spatial is None:
-        wanted |= {"sfid"}
-    return bool(wanted & set(metrics))
+    return any(TABLE[name].reads_images(reference) for name in metrics)
 
 
-def check_counts(metrics: Sequence[str], samples: Any, reference: Reference) -> None:
-    """Raises DataError if a metric needs more images than there are. `samples` is an ImageSet.
-
-    Statistics of a reference that come from its file need no images.
-    """
-    for metric in metrics:
-        least = LEAST.get(metric, 1)
-        of_reference = needs_images([metric], reference) and reference.images is not None
-        for option, images in (("SAMPLES", samples), ("--reference", reference.images if of_reference else None)):
-            if images is not None and len(images) < least:
-                has = f"{len(images)} image" + ("s" if len(images) != 1 else "")
-                raise DataError(f"{option}: {images.name} holds {has}, but {metric} needs at least {least}")
-
-
-def possible(metrics: Sequence[str], samples: Gathered, reference: Reference, lenient: bool) -> Sequence[str]:
-    """The given metrics, or if `lenient`, only those that the features and the reference support."""
-    if not lenient:
-        return metrics
-    missing = set() if samples.classes is not None else {"is"}
-    if samples.spatial is None or reference.spatial is None:
-        missing |= {"sfid"}
-    if reference.gathered is None:
-        missing |= {"precision", "recall", "kid"}
-    return [m for m in metrics if m not in missing]
-
-
-def warnings(samples: Any, gathered: Gathered, reference: Reference, metrics: Sequence[str]) -> list[str]:
-    """Reasons why these scores cannot be compared with published ones. `samples` is an ImageSet."""
-    n, d = gathered.pool.shape
-    found = []
-    if n < PUBLISHED_SAMPLES and "fid" in metrics:
-        found.append(
-            f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it; "
-            "--metrics all adds fid_infinity, which does not have this bias"
-        )
-    if n <= d:
-        found.append(
-            f"the covariance of {n:,} samples is singular: FID is too high; it needs more samples than features ({d:,})"
-        )
-    if "is" in metrics and _in_order(samples.labels):
-        found.append(f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low")
-    if reference.images and tuple(reference.images.size) != tuple(samples.size):
-        theirs, ours = ("x".join(map(str, s)) for s in (reference.images.size, samples.size))
-        found.append(f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared")
-    if samples.lossy:
-        found.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")
-    if reference.gathered is not None and len(reference.gathered.pool) != RECALL_IMAGES and "recall" in metrics:
-        has = len(reference.gathered.pool)
-        found.append(f"recall uses {has:,} reference images; published recall uses {RECALL_IMAGES:,}")
-    return found
-
-
-def _in_order(labels: Sequence[int] | None) -> bool:
-    """Whether samples are sorted by class: there are several classes, each in one or two runs."""
-    if labels is None:
-        return False
-    runs, classes = 1 + sum(a != b for a, b in itertools.pairwise(labels)), len(set(labels))
-    return classes > 1 and runs <= min(2 * classes, len(labels) // 2)
-
-
-def _pool(reference: Reference):
-    if reference.pool is None:
-        raise DataError(f"--reference: {reference.name} holds no statistics and no images")
-    return reference.pool
-
-
-def _features(reference: Reference):
-    if reference.gathered is None:
+def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference) -> None:
+    """Raises DataError if there are fewer images than a metric needs, or none where it needs those of the reference."""
+    reading = [name for name in metrics if TABLE[name].reads_images(reference)]
+    if reading and reference.images is None and reference.gathered is None:
         raise DataError(
-            f"--reference: {reference.name} holds statistics only; precision, recall and kid need its images (arr_0): "
-            "leave them out with --metrics fid,sfid,is"
+            f"reference: {reference.name} holds no images (arr_0), which {', '.join(reading)} need; "
+            "leave them out of the metrics"
         )
-    return reference.gathered.pool
+    for name in metrics:
+        least = TABLE[name].least
+        for parameter, images in (("samples", samples), ("reference", reference.images if name in reading else None)):
+            if images is not None and len(images) < least:
+                count = f"{len(images)} image" + ("s" if len(images) != 1 else "")
+                raise DataError(f"{parameter}: {images.name} holds {count}, but {name} needs at least {least}")
+
+
+def warnings(images: ImageSet, samples: Gathered, reference: Reference, metrics: Sequence[str]) -> list[str]:
+    """Reasons why these scores cannot be compared with published ones. `samples` are the features of `images`."""
+    remarks = [line for name in metrics for line in TABLE[name].remarks(images, samples, reference)]
+    if reference.images and tuple(reference.images.size) != tuple(images.size):
+        theirs, ours = ("x".join(map(str, s)) for s in (reference.images.size, images.size))
+        remarks.append(f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared")
+    if images.lossy:
+        remarks.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")
+    return remarks

@@ -1,190 +1,159 @@
-"""Feature extractors: they turn images into the features that the metrics compare.
+"""Gathers what the metrics need from a set of images: batch by batch, by one process or several, with a cache.
 
-B batch   pool features (B, d)   spatial features (B, s), for sFID   logits (B, K), for the Inception Score
+n images   d pool features   s spatial features   K classes
 """
 
-import hashlib
-import importlib
-import os
-import re
-import warnings
-import zipfile
+import functools
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
 
-from diffussm_cli.data.source import BUILTIN
-from diffussm_cli.errors import ConfigError, DataError, reason
-from diffussm_cli.evaluation.clip import load_clip
-from diffussm_cli.evaluation.digits import load_digits
-from diffussm_cli.evaluation.efficientnet import load_efficientnet
-from diffussm_cli.machine.files import sha256
-from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
-
-NAMES = ("inception", "digits", "efficientnet")
-SPATIAL_CHANNELS = 7  # of the 192 channels of Mixed_6d.branch1x1
+from diffussm_cli.errors import DataError
+from diffussm_cli.evaluation.extractors import Extractor, Features
+from diffussm_cli.evaluation.metrics import Moments, SplitSums
+from diffussm_cli.evaluation.sets import ImageSet
+from diffussm_cli.events import Event, Progress, Stage, Warned
+from diffussm_cli.machine.device import full_float32
+from diffussm_cli.machine.files import whole_file
+from diffussm_cli.machine.processes import ALONE, World, gather
 
 
-class Features(NamedTuple):
-    """Features of a batch; None where an extractor has no such layer."""
+@dataclass
+class Gathered:
+    """Pool features (n, d); moments of spatial features and sums of class probabilities, where there are any."""
 
     pool: Tensor
-    spatial: Tensor | None = None
-    logits: Tensor | None = None
+    spatial: Moments | None
+    classes: SplitSums | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a flat dictionary, for files."""
+        found = {"pool": self.pool}
+        if self.spatial:
+            found |= {N: torch.tensor(self.spatial.n)}
+            found |= {"spatial.mean": self.spatial.mean, "spatial.M2": self.spatial.M2}
+        if self.classes:
+            found |= {f"classes.{k}": v for k, v in vars(self.classes).items()}
+        return found
+
+    @classmethod
+    def of(cls, found: dict[str, Tensor]) -> "Gathered":
+        """The inverse of `tensors`."""
+        parts = {key: {k.partition(".")[2]: v for k, v in found.items() if k.startswith(key)} for key in PARTS}
+        spatial, classes = (parts[key] for key in PARTS)
+        return cls(
+            found["pool"],
+            Moments(int(spatial["n"]), spatial["mean"], spatial["M2"]) if spatial else None,
+            SplitSums(**classes) if classes else None,
+        )
+
+    def joined(self, other: "Gathered") -> "Gathered":
+        """Both parts together, with this one's images first."""
+        return Gathered(
+            torch.cat([self.pool, other.pool]),
+            self.spatial.joined(other.spatial) if self.spatial and other.spatial else None,
+            self.classes.joined(other.classes) if self.classes and other.classes else None,
+        )
 
 
-class Extractor:
-    """A network of the user or of ours: uint8 images (B, channels, H, W) -> pool features, or (pool, spatial, logits).
-
-    Spatial features and logits may be None. `identity` identifies the weights. If the attribute `channels` of a network
-    is 1, it gets grey images.
-    """
-
-    def __init__(self, network: nn.Module, identity: str, device: torch.device):
-        self.network, self.identity, self.device = network.to(device), identity, device
-        self.channels: int = getattr(network, "channels", 3)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        """Features of uint8 images (B, channels, H, W) on any device."""
-        found = self.network(images.to(self.device))
-        return Features(found) if isinstance(found, Tensor) else Features(*found)
+PARTS = ("spatial.", "classes.")
+N = "spatial.n"  # the only whole number among the tensors
 
 
-class Inception(Extractor):
-    """The Inception network of 2015-12-05 with ADM's layers, as shipped by torch-fidelity.
+def gather_features(
+    images: ImageSet,
+    extractor: Extractor,
+    batch_size: int = 64,
+    cache: Path | None = None,
+    world: World = ALONE,
+    unit: str = "image",
+) -> Generator[Event, None, Gathered]:
+    """Compute the features of a set, or load them from the folder `cache`; every process gets those of all images.
 
-    Pool: 2,048 features. Spatial: the first 7 channels of Mixed_6d.branch1x1 after its ReLU, 17 x 17, flattened in NHWC
-    order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as in TensorFlow 1.
-    """
+    Each process computes a contiguous share. Cached features are used only if every process of the job has them: the
+    caches of several machines may differ.
 
-    def __init__(self, weights: Path | None, device: torch.device):
-        import torch_fidelity.feature_extractor_inceptionv3 as module
-
-        path = weights or _download(module.URL_INCEPTION_V3)
-        digest = _checked_sha256(path, module.URL_INCEPTION_V3)
-        try:
-            network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
-        except (RuntimeError, AttributeError, TypeError) as e:
-            raise DataError(f"--extractor-weights: {path} does not hold torch-fidelity's Inception weights") from e
-        super().__init__(network, f"inception-{digest[:16]}", device)
-        self._spatial: list[Tensor] = []
-        network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Features:
-        pool, logits = self.network(images.to(self.device))
-        spatial = self._spatial.pop()[:, :SPATIAL_CHANNELS]  # (B, 7, 17, 17)
-        return Features(pool, spatial.permute(0, 2, 3, 1).flatten(1).float(), logits)
-
-
-AUTO = "auto"
-
-
-def doubts(asked: str, used: str, compared_with: str) -> list[str]:
-    """Warnings about the extractor that `auto` chose; `compared_with` is the name of the reference."""
-    if asked != AUTO or used != "digits" or compared_with.startswith(BUILTIN):
-        return []
-    return [
-        "the extractor digits was chosen for grey 28x28 images, but it knows only handwritten digits; for other "
-        "images choose inception"
-    ]
-
-
-def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), `package.module:factory`, or a CLIP model.
-
-    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14
-    after its own resize and normalisation.
+    Args:
+        unit: what the progress counts.
 
     Raises:
-        ConfigError, DataError: if it cannot be loaded; the message names what is missing and where to put it.
+        DataError: if an image cannot be read, or has features that are not finite numbers.
     """
-    if weights is not None and name != "inception":
-        raise ConfigError(f"--extractor-weights: {name} does not take them; only inception does")
-    if name == "inception":
-        return Inception(weights, device)
-    if name == "digits":
-        return Extractor(*load_digits(), device)
-    if name == "efficientnet":
-        return Extractor(*load_efficientnet(), device)
-    if name.endswith((".pt", ".pt2")):
-        return Extractor(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
-    if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        return Extractor(*_call_factory(name), device)
-    if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
-        return Extractor(*load_clip(name), device)
-    known = f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
-    raise ConfigError(f"--extractor: {name!r} must be {known}")
-
-
-def _load_file(path: Path) -> nn.Module:
-    if not path.is_file():
-        raise ConfigError(f"--extractor: there is no file {str(path)!r}")
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"--extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript warns that it is deprecated
-            return torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, "cpu").eval()
-    except (RuntimeError, ValueError, OSError, KeyError) as e:
-        raise DataError(f"--extractor: {path} cannot be loaded: {reason(e)}") from e
-
-
-def _call_factory(name: str) -> tuple[nn.Module, str]:
-    """A factory's network, and its identity: name, weights, and source file, which may hold the preprocessing."""
-    module, _, factory = name.partition(":")
-    try:
-        source = importlib.import_module(module)
-        make = getattr(source, factory)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
-    try:
-        network = make()
-    except ImportError as e:  # of a package that the factory needs
-        raise ConfigError(f"--extractor: {name!r} cannot be imported: {e}") from e
-    if not isinstance(network, nn.Module):
-        raise ConfigError(f"--extractor: {name!r} returns a {type(network).__name__}, not a torch.nn.Module")
-    code = getattr(source, "__file__", None)
-    parts = (name, weights_sha256(network), sha256(Path(code)) if code else "")
-    return network, f"factory-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
-
-
-def _download(url: str) -> Path:
-    """Path of the file in torch's cache; it is downloaded if it is missing."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
+    yield Stage("looking for cached features")
+    file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
+    kept = _read(file, len(images)) if file else None
+    if all(gather(kept is not None, world)):
+        assert kept is not None, "this process is one of all"
+        return kept
+    part = world.share(len(images))
+    yield Progress(0, len(part), unit)
+    pool: list[Tensor] = []
+    spatial: Moments | None = None
+    classes: SplitSums | None = None
+    at = part.start
+    for batch in images.read(part, batch_size) if part else ():
+        with full_float32():
+            features = extractor(batch)
+        _check_finite(features, images, at, extractor)
+        pool.append(features.pool.float().cpu())
+        if features.spatial is not None:
+            moments = Moments.of(features.spatial.cpu())
+            spatial = spatial.joined(moments) if spatial else moments
+        if features.logits is not None:
+            classes = classes or SplitSums.empty(len(images), features.logits.shape[1])
+            classes.add(at, features.logits)
+        at += len(batch)
+        yield Progress(at - part.start, len(part), unit)
+    own = Gathered(torch.cat(pool), spatial, classes) if pool else None
+    whole = functools.reduce(Gathered.joined, filter(None, gather(own, world)))
+    if file and world.rank == 0:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
-        except (OSError, RuntimeError) as e:
-            raise DataError(
-                f"--extractor: cannot download {url} ({getattr(e, 'reason', e)}); download it elsewhere and put it at "
-                f"{path}, or name it with --extractor-weights"
-            ) from e
-    return path
+            _write(file, whole)
+        except OSError as e:  # a full disk must not cost hours of work
+            yield Warned(f"cache: features cannot be saved in {str(file.parent)!r}: {e.strerror}")
+    return whole
 
 
-def _checked_sha256(path: Path, url: str) -> str:
-    """SHA-256 of a weights file, which must be the published one if it has its name, and must hold only tensors.
+def _check_finite(features: Features, images: ImageSet, first: int, extractor: Extractor) -> None:
+    """Raises DataError if features of a batch, which begins with the image `first` of a set, are not finite."""
+    for part, values in features._asdict().items():
+        if values is None:
+            continue
+        finite = values.flatten(1).isfinite().all(1)
+        if not finite.all():
+            name = images.image_name(first + int(finite.cpu().int().argmin()))
+            raise DataError(f"{name}: {part} features of {extractor.identity} that are not finite numbers")
 
-    torch-fidelity unpickles the file, so code in it would run.
-    """
-    name = url.rpartition("/")[2]
-    expected = Path(name).stem.rpartition("-")[2]  # as torch.hub names files
+
+def _read(path: Path, n: int) -> Gathered | None:
+    """The cached features of n images; None if there are none or the file is damaged, which `_write` then replaces."""
     try:
-        digest = sha256(path)
-        if path.name == name and not digest.startswith(expected):
-            raise DataError(
-                f"--extractor-weights: {path} is damaged: its sha256 begins with {digest[: len(expected)]}; "
-                f"delete it to download it again"
-            )
-        torch.load(path, map_location="cpu", weights_only=True)
-    except DataError:
-        raise
-    except Exception as e:  # torch raises many types for a damaged pickle
-        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
-        raise DataError(f"--extractor-weights: {path} cannot be read as weights: {why}") from e
-    return digest
+        found = Gathered.of(load_file(path)) if path.is_file() else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    return found if found is not None and _is_sound(found, n) else None
+
+
+def _is_sound(gathered: Gathered, n: int) -> bool:
+    """Whether cached features are those of n images, in shapes that fit each other, and finite."""
+    pool, spatial, classes = gathered.pool, gathered.spatial, gathered.classes
+    sound = pool.ndim == 2 and len(pool) == n
+    if spatial is not None:
+        d = spatial.mean.numel()
+        sound &= spatial.n == n and spatial.mean.shape == (d,) and spatial.M2.shape == (d, d)
+    if classes is not None:
+        splits, of_n = len(classes.p), SplitSums.empty(n, 1)
+        sound &= classes.p.ndim == 2 and len(of_n.p) == splits and classes.n.sum().item() == n
+        sound &= classes.n.shape == classes.negentropy.shape == (splits,)
+    return sound and all(t.is_floating_point() and t.isfinite().all() for k, t in gathered.tensors().items() if k != N)
+
+
+def _write(path: Path, gathered: Gathered) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(save({k: v.contiguous() for k, v in gathered.tensors().items()}))

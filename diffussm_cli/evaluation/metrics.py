@@ -18,8 +18,6 @@ SPLIT = 5000  # consecutive images per split of the Inception Score
 BLOCK = 2048  # rows of a distance matrix computed at a time
 KID_SUBSETS, KID_SIZE = 100, 1000
 EXTRAPOLATED_FROM = 8  # sample sizes that FID-infinity is fitted to
-LEAST = {"fid": 2, "sfid": 2, "kid": 2, "precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}  # images of each set
-LEAST["fid_infinity"] = EXTRAPOLATED_FROM + 1  # so that the sizes from 2 on differ
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffussm_cli.data.arrays import Rows, open_npz, write_npz
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation.features import Extractor
-from diffussm_cli.evaluation.gathering import Gathered
+from diffussm_cli.evaluation.extractors import Extractor
+from diffussm_cli.evaluation.features import Gathered
 from diffussm_cli.evaluation.metrics import moments
 from diffussm_cli.evaluation.sets import IMAGES, ImageSet, open_images
 
@@ -53,16 +53,16 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
         DataError, ConfigError: if it is none of these, or was made with another extractor.
     """
     if not path.endswith(".npz"):
-        images = open_images(path, extractor.channels, size, "--reference")
+        images = open_images(path, extractor.channels, size, "reference")
         return Reference(path, images)
     arrays = open_npz(Path(path))
     if IMAGES not in arrays and not set(POOL) <= set(arrays):
         has = ", ".join(sorted(arrays)) or "nothing"
-        raise DataError(f"--reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}")
+        raise DataError(f"reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}")
     made_with = _made_with(arrays)
     if made_with not in (None, extractor.identity):
-        raise ConfigError(f"--reference: {path} was made with {made_with}, not {extractor.identity}")
-    own = open_images(path, extractor.channels, size, "--reference") if IMAGES in arrays else None
+        raise ConfigError(f"reference: {path} was made with {made_with}, not {extractor.identity}")
+    own = open_images(path, extractor.channels, size, "reference") if IMAGES in arrays else None
     return Reference(path, own, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
 
 
@@ -147,6 +147,6 @@ def check_extractor(reference: Reference, features: int, extractor: Extractor) -
     """Raises ConfigError if the statistics and the samples differ in their number of features."""
     if reference.pool is not None and len(reference.pool[0]) != features:
         raise ConfigError(
-            f"--reference: {reference.name} has statistics of {len(reference.pool[0])} features, "
+            f"reference: {reference.name} has statistics of {len(reference.pool[0])} features, "
             f"but {extractor.identity.partition('-')[0]} has {features}: it was made with another extractor"
         )

@@ -1,4 +1,6 @@
-"""Sets of images to evaluate: folders, .npz files, built-in data sets. Files are read one batch at a time.
+"""Sets of images to evaluate: folders, .npz files, built-in data sets, and images that a model draws.
+
+Files are read one batch at a time.
 
 B batch   C channels that the extractor takes   H x W pixels
 """
@@ -6,11 +8,12 @@ B batch   C channels that the extractor takes   H x W pixels
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,10 +30,13 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import own_cores
+from diffussm_cli.sampling.folder import FIXED
+from diffussm_cli.sampling.generate import Text
+from diffussm_cli.sampling.sampler import Sampler
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
 HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
-IN_COLOUR = "in colour, but the extractor takes only grey images; use --extractor inception"
+IN_COLOUR = "in colour, but the extractor takes only grey images; use the extractor inception"
 OWN_FILES = (GRID, "meta.json", "samples.npz", "results.json")  # beside samples: not of the set
 LOSSY = (".jpg", ".jpeg", ".webp")
 
@@ -64,11 +70,11 @@ class ImageSet(Protocol):
         """Hash of the content, independent of its name."""
 
 
-def open_images(path: str, channels: int, size: tuple[int, int] | None = None, option: str = "SAMPLES") -> ImageSet:
+def open_images(path: str, channels: int, size: tuple[int, int] | None = None, name: str = "samples") -> ImageSet:
     """Open a folder of images (or one folder per class), an .npz, `builtin:mnist` or `builtin:mnist/held-out`.
 
     Args:
-        path: the value of `option`.
+        path: what errors call `name`.
         channels: 1 or 3, as the extractor takes.
         size: (H, W) to crop to as in ADM; without it, images are used as they are and must have the same size.
 
@@ -79,18 +85,18 @@ def open_images(path: str, channels: int, size: tuple[int, int] | None = None, o
         return _Builtin(path, channels, size)
     if path.endswith(".npz"):
         return _Npz(Path(path), channels, size)
-    return _Folder(Path(path), channels, size, option)
+    return _Folder(Path(path), channels, size, name)
 
 
 class _Folder:
-    def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, option: str):
+    def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, name: str):
         if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, False for a name that is too long
-            raise DataError(f"{option}: {path} holds latents; name the folder of images that they were made from")
+            raise DataError(f"{name}: {path} holds latents; name the folder of images that they were made from")
         self.name, self.channels = str(path), channels
-        listing = list_source(path, option)
+        listing = list_source(path, name)
         entries = [e for e in listing.entries if e.name != GRID]
         if not entries:
-            raise DataError(f"{option}: {path} holds no image other than {GRID}")
+            raise DataError(f"{name}: {path} holds no image other than {GRID}")
         self.listing = dataclasses.replace(listing, entries=entries)
         first = read_entry(listing.root, entries[0], None)
         self.cropped, self.size = size is not None, size or (first.shape[0], first.shape[1])
@@ -128,7 +134,7 @@ class _Folder:
             has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
             raise DataError(
                 f"{self.image_name(i)} is {has}, the first image is {first}; give images of one size "
-                "(--resolution crops those of --reference and --make-ref)"
+                "(resolution crops those of a reference)"
             )
         return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)
 
@@ -189,7 +195,7 @@ def _refuse_other_size(images: ImageSet, size: tuple[int, int] | None) -> None:
     """Raises ConfigError if arrays of images, which are not cropped, have another size than the requested one."""
     if size is not None and size != images.size:
         height, width = images.size
-        raise ConfigError(f"--resolution: {images.name} holds images of {height}x{width}, which are not cropped")
+        raise ConfigError(f"resolution: {images.name} holds images of {height}x{width}, which are not cropped")
 
 
 def is_grey(image: np.ndarray) -> bool:
@@ -245,3 +251,55 @@ class _Builtin:
 
     def sha256(self) -> str:
         return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+
+
+class DrawnImages:
+    """An ImageSet that draws one image per seed.
+
+    Args:
+        labels: one per seed; None for an unconditional model.
+        channels: number of channels that the extractor takes.
+        facts: what determines the images, from `sample_facts`; needed to cache features.
+        text: one caption per seed; None for a model without text.
+    """
+
+    lossy = False
+    left_out = ""
+    captions: Sequence[tuple[str, ...]] = ()  # `text` is what was asked for
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        seeds: range,
+        labels: Sequence[int] | None,
+        channels: int,
+        name: str,
+        facts: Mapping[str, Any] | None = None,
+        text: Text | None = None,
+    ):
+        data = sampler.config.data
+        if channels == 1 and not data.is_grey:
+            raise ConfigError("extractor: this one takes grey images, but the run draws colour images")
+        self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
+        self.name, self.size, self.grey, self.facts, self.text = name, data.size, data.is_grey, facts, text
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(places), batch_size):
+            chosen = places[start : start + batch_size]
+            labels = self.labels and [self.labels[i] for i in chosen]
+            text = self.text and self.text.of(list(chosen))
+            for _, images in self.sampler.draw([self.seeds[i] for i in chosen], labels, text):
+                yield images.expand(-1, self.channels, -1, -1)
+
+    def image_name(self, i: int) -> str:
+        """The name of an image, for an error."""
+        return f"{self.name}: the image of seed {self.seeds[i]}"
+
+    def sha256(self) -> str:
+        """Hash of what determines the images: weights, sampler, seeds."""
+        assert self.facts is not None, "the hash of drawn images needs their facts"
+        facts = {k: self.facts[k] for k in (*FIXED, "num")} | {"channels": self.channels}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Does a picture show what its prompt says? Retrieval among real pictures with captions, by features of an extractor.
+"""Does a picture show what its prompt says? CLIP's score, and retrieval among real pictures with captions.
 
 The first caption of a picture is its name.
 
@@ -6,12 +6,19 @@ n pictures, each drawn for a prompt   m candidates, real pictures   d features
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffussm_cli.data.text import AT_ONCE, tokenize
+from diffussm_cli.errors import DataError
+from diffussm_cli.machine.hub import load_pretrained, weights_sha256
 
 
+# ------------------------------------------------------------------------------------------------- retrieval
 def names_in(captions: Sequence[tuple[str, ...]]) -> list[str]:
     """The different names of images, in the order of the images."""
     return list(dict.fromkeys(own[0] for own in captions if own))
@@ -57,3 +64,37 @@ def retrieval(
         values["category"] = float(same[np.arange(len(right)), order[:, 0]].mean())
         values["chance_category"] = float(same.mean())
     return values
+
+
+# ------------------------------------------------------------------------------------------------- CLIP
+class Clip(nn.Module):
+    """CLIP of transformers with its preprocessing: images uint8 (n, 3, H, W) -> embeddings (n, d) of length 1."""
+
+    def __init__(self, model: Any, tokenizer: Any, processor: Any):
+        super().__init__()
+        self.model, self.tokenizer, self.processor = model, tokenizer, processor
+
+    def forward(self, images: Tensor) -> Tensor:
+        inputs = self.processor(images=list(images.cpu()), input_data_format="channels_first", return_tensors="pt")
+        return F.normalize(_pooled(self.model.get_image_features(**inputs.to(images.device))), dim=1)
+
+    @torch.no_grad()
+    def score(self, embeddings: Tensor, prompts: Sequence[str]) -> float:
+        """The CLIP score of images with these embeddings (n, d): the mean of 100 max(cosine, 0), as in torchmetrics."""
+        inputs = [tokenize(self.tokenizer, prompts[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
+        found = [_pooled(self.model.get_text_features(**each.to(self.model.device))) for each in inputs]
+        text = F.normalize(torch.cat(found).to(embeddings), dim=1)
+        return 100 * (embeddings * text).sum(1).clamp(min=0).mean().item()
+
+
+def _pooled(found: Any) -> Tensor:
+    return getattr(found, "pooler_output", found)  # transformers 4 returns the tensor itself
+
+
+def load_clip(name: str) -> tuple[Clip, str]:
+    """CLIP by folder or hub name, and its identity. Raises DataError."""
+    parts = ("AutoTokenizer", "AutoImageProcessor")
+    model, *others = load_pretrained(name, "extractor", {"clip": "CLIPModel"}, *parts)
+    if model.config.model_type != "clip":
+        raise DataError(f"extractor: {name!r} holds a model of the type {model.config.model_type!r}, not 'clip'")
+    return Clip(model, *others), f"clip-{weights_sha256(model)[:16]}"

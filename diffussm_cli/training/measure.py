@@ -19,9 +19,9 @@ from diffussm_cli.data.source import Source, open_held_out
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import USUAL
-from diffussm_cli.evaluation.drawn import DrawnImages
-from diffussm_cli.evaluation.features import doubts
+from diffussm_cli.evaluation.extractors import doubts
 from diffussm_cli.evaluation.session import EvaluationSession
+from diffussm_cli.evaluation.sets import DrawnImages
 from diffussm_cli.events import finish
 from diffussm_cli.machine.processes import ALONE, World, gather
 from diffussm_cli.model import Backbone
@@ -171,7 +171,7 @@ class Scoring:
         self.session = EvaluationSession(config.eval.extractor, device=str(step.device), world=step.world)
         self.session.choose(config.data.size, config.data.is_grey)
         self.reference = self.session.reference(path, None, config.data.size)
-        self.warnings = doubts(self.session.asked, self.session.name, path)
+        self.warnings = doubts(self.session.requested, self.session.name, path)
         if self.reference.images is not None and self.reference.images.left_out:
             self.warnings.append(self.reference.images.left_out)
 

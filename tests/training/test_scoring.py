@@ -12,8 +12,8 @@ from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.evaluation.drawn import DrawnImages
 from diffussm_cli.evaluation.session import evaluate
+from diffussm_cli.evaluation.sets import DrawnImages
 from diffussm_cli.events import finish
 from diffussm_cli.training import measure
 from diffussm_cli.training.loop import Trainer

