@@ -121,7 +121,11 @@ def evaluate(
         drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
         drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
     events = session.evaluate(samples, reference, metrics, out=out, run=trained, **common, **drawn)
-    result = follow(console, events)
+    try:
+        result = follow(console, events)
+    except session.UnsavedResult as e:
+        show(console, e.result, as_json)
+        raise
     if result is not None:
         show(console, result, as_json)
 

@@ -38,6 +38,14 @@ from diffussm_cli.sampling.sampler import Sampler, open_sampler
 Size = tuple[int, int]  # height, width in pixels
 
 
+class UnsavedResult(RunError):
+    """The file for a result cannot be written; `result` holds what took long to compute."""
+
+    def __init__(self, message: str, result: dict[str, Any]):
+        super().__init__(message)
+        self.result = result
+
+
 class EvaluationSession:
     """An extractor, a cache of features, and the comparison of image sets with references.
 
@@ -220,6 +228,7 @@ def evaluate(
 
     Raises:
         DiffussmError: before the long work starts, where possible.
+        UnsavedResult: if the result cannot be written to `out`; the error holds it.
     """
     metrics = parse_metrics(metrics)
     if out is not None:
@@ -393,14 +402,13 @@ def results_path(samples: Path) -> Path:
 
 
 def _save(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
-    """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises RunError."""
+    """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises UnsavedResult."""
     try:
         usual.parent.mkdir(parents=True, exist_ok=True)  # of a model that has no run folder here
         write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:
-            yield Message(json.dumps(result["metrics"]))  # they took long
-            raise RunError(f"out: cannot write {str(out)!r}: {reason(e)}") from e
+            raise UnsavedResult(f"out: cannot write {str(out)!r}: {reason(e)}", result) from e
         yield Warned(f"the result cannot be saved in {str(usual)!r}: {reason(e)}; name another file with out")
 
 

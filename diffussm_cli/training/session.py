@@ -27,7 +27,7 @@ from diffussm_cli.data.listing import UNREADABLE
 from diffussm_cli.data.source import ImageFolder, Part, Source, open_source, text_hash, vae_hash
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import ConfigError, DataError, RunError
-from diffussm_cli.evaluation import features
+from diffussm_cli.evaluation import extractors
 from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_machine, keep_freed_memory
 from diffussm_cli.machine.files import content, held_folder, sha256
@@ -210,7 +210,7 @@ def check_extractor_is_named(config: Config, overrides: Sequence[str]) -> None:
     """Raises ConfigError if a file asks to run code: a run folder or a YAML file may come from a stranger."""
     given = any(override.partition("=")[0].strip() == "eval.extractor" for override in overrides)
     name = config.eval.extractor
-    if config.eval.every and not given and name not in (features.AUTO, *features.NAMES):
+    if config.eval.every and not given and name not in (extractors.AUTO, *extractors.NAMES):
         raise ConfigError(
             f"eval.extractor: {name!r} is code, and this command line does not name it; "
             f"if you trust it: --set eval.extractor={shlex.quote(name)}"
