@@ -500,8 +500,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in options:
             return None
         for kind_of_number in {int, float} & set(options):
-            number = isinstance(value, kind_of_number) or _as_number(value, kind_of_number) is not None
-            if number or value in NOT_FINITE:
+            is_number = isinstance(value, kind_of_number) or _as_number(value, kind_of_number) is not None
+            if is_number or value in NOT_FINITE:
                 return _coerce(kind_of_number, value, name)
         return _coerce(str, value, name)
     if hint in (int, float):

@@ -12,7 +12,7 @@ from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
 # Parameters that have a meaning only for images that are drawn from a run.
-OF_RUN = ("ema", "num", "classes", "balanced", "prompts", "negative", "steps", "sampler", "guidance")
+OF_RUN: tuple[str, ...] = ("ema", "num", "classes", "balanced", "prompts", "negative", "steps", "sampler", "guidance")
 OF_RUN += ("guidance_channels", "guidance_interval", "precision")
 OF_SCORES = ("reference", "metrics", "out", "as_json")
 OF_REFERENCE = ("ref_images",)

@@ -245,6 +245,7 @@ def _check_classes(config: Config, source: Source) -> None:
 def _check_latents(config: Config, settings: Any) -> None:
     """Raises ConfigError if the latents have another size or VAE than the run."""
     d = config.data
+    assert d.vae is not None, "these are latents"
     height, width = settings.resolution
     found = {
         "resolution": (d.size, settings.resolution, height if height == width else f"{height}x{width}"),

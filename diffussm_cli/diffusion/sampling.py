@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import SAMPLERS
-from diffussm_cli.diffusion.process import Objective, timestep_batch
+from diffussm_cli.diffusion.process import GaussianDiffusion, Objective, timestep_batch
 from diffussm_cli.errors import NotFiniteError
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -92,6 +92,7 @@ def set_steps(scheduler, objective: Objective, steps: int):
     # DDPM and DDIM
     name = type(scheduler).__name__
     if name == "DDPMScheduler" and steps > 1:
+        assert isinstance(objective, GaussianDiffusion), "it fits"
         scheduler.set_timesteps(timesteps=objective.timesteps(steps))
         scheduler.alphas_cumprod = objective.alpha_bar64  # its own float32 table adds 7e-6 of error in 250 steps
         return scheduler

@@ -65,7 +65,7 @@ def check_output(
         raise ConfigError(f"{option}: cannot write {str(path)!r}: it is {what}; name a file")
 
     # What the command reads stays as it is.
-    for source in map(Path, filter(None, reads)):
+    for source in (Path(name) for name in reads if name):
         if not path.exists() or not source.exists():
             continue
         in_folder = source.is_dir() and path.name not in replaces and path.resolve().is_relative_to(source.resolve())

@@ -75,8 +75,8 @@ def fetch(name: str, option: str, files: Sequence[str], cache: Path | None = Non
     repository, revision = match.groups()
     try:
         with quiet():
-            wanted = {"revision": revision, "allow_patterns": list(files)}
-            return Path(hub.snapshot_download(repository, cache_dir=cache, **wanted))
+            folder = hub.snapshot_download(repository, cache_dir=cache, revision=revision, allow_patterns=list(files))
+            return Path(folder)
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         raise RunError(
             f"{option}: there is no folder {name!r}, and it cannot be fetched from the hub: check its "

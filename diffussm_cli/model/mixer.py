@@ -76,6 +76,10 @@ class StateSpace(Mixer):
     under `.half()`, `.to(bfloat16)` and autocast, because rounding log_dt alone to bfloat16 changes a kernel by 35%.
     """
 
+    def reset_parameters(self) -> None:
+        """Draw new parameters, in place."""
+        raise NotImplementedError
+
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns: kept inside `kept_kernels`, without gradients, and otherwise made at each call."""
         # Compiled code makes kernels at each call: what is kept would be another program.

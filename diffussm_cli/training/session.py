@@ -406,8 +406,12 @@ def _prepare(
         DiffussmError: for anything that does not fit; before the model is built where possible.
     """
     keep_freed_memory()
-    hashes = {"text_sha256": text_hash(config, source), "vae_sha256": vae_hash(source)}
-    data = dataclasses.replace(config.data, class_names=source.class_names, **hashes)
+    data = dataclasses.replace(
+        config.data,
+        class_names=source.class_names,
+        text_sha256=text_hash(config, source),
+        vae_sha256=vae_hash(source),
+    )
     config = dataclasses.replace(config, data=data)
     runs.check_config(config)
     with first_works(world):
@@ -426,7 +430,7 @@ def _prepare(
     if world.rank == 0:
         try:
             runs.write_config(root, config)
-            runs.write_data(root, facts | {"checked": True})
+            runs.write_data(root, {**facts, "checked": True})
         except OSError as e:
             raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer
