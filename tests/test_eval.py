@@ -114,7 +114,7 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
     before = sorted(root.iterdir())
-    direct = measure(root, "-n", 20, "--steps", 3, "--precision", "fp32", "--out", tmp_path / "r.json")
+    direct = measure(root, "-n", 20, "--set", "sample.steps=3", "--precision", "fp32", "--out", tmp_path / "r.json")
     assert sorted(root.iterdir()) == before
     assert (direct["num"], direct["reference"]) == (20, "builtin:mnist")
     assert (direct["meta"]["steps"], direct["meta"]["num"]) == (3, 20)
@@ -139,9 +139,10 @@ def test_an_evaluation_renews_the_report_of_its_run(digits, tmp_path):
 
 def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
     assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *SETTINGS).exit_code == 0
+    more = ("--metrics", "is", "--out", tmp_path / "r.json")
     for has, name in {True: "bfloat16", False: "float32"}.items():
         monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device, has=has: has)
-        measured = measure(tmp_path / "run", "-n", 4, "--steps", 1, "--metrics", "is", "--out", tmp_path / "r.json")
+        measured = measure(tmp_path / "run", "-n", 4, "--set", "sample.steps=1", *more)
         assert measured["meta"]["precision"] == name
 
 
@@ -414,8 +415,8 @@ def test_distances_of_a_set_from_itself_are_zero(digits, tmp_path):
 
 def test_options_that_are_not_used_are_named(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:40])
-    shown = run("eval", folder, *REFERENCE, "--metrics", "is", "-n", 20, "--steps", 3)
-    assert "warning: --num, --steps: not used, because SAMPLES are images, not a run" in shown.stderr
+    shown = run("eval", folder, *REFERENCE, "--metrics", "is", "-n", 20, "--set", "sample.steps=3")
+    assert "warning: --num, --set: not used, because SAMPLES are images, not a run" in shown.stderr
     made = run("eval", "--make-ref", folder, tmp_path / "r.npz", "--metrics", "is")
     assert "warning: --metrics: not used, because --make-ref draws and compares nothing" in made.stderr
 

@@ -42,8 +42,11 @@ SIZES = {
     "train xl-256": [part for override in STORE for part in ("--set", override)],
     "sample": ["--num", "10", "--steps", "2"],
     "sample --prompts": ["--num", "2"],
-    "eval runs/mnist": ["--num", "10", "--steps", "2"],
-    "eval runs/emoji-quick": ["--num", "10", "--steps", "2", "--reference", "faces", "--prompts", "prompts.txt"],
+    "eval runs/mnist": ["--num", "10", "--set", "sample.steps=2"],
+    "eval runs/emoji-quick": [
+        *("--num", "10", "--set", "sample.steps=2"),
+        *("--reference", "faces", "--prompts", "prompts.txt"),
+    ],
     "eval --make-ref": ["--resolution", "28"],
     "encode": ["--resolution", "32", "--workers", "0", "--vae", "vae"],
     "encode --verify": [],

@@ -98,7 +98,18 @@ def test_one_line_for_each_mistake(trained, tmp_path):
 
 def test_eval_draws_what_prompts_say(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("red\nblue\n")
-    arguments = ["eval", trained, "-n", 4, "--steps", 2, "--reference", tmp_path / "images", "--metrics", "fid"]
+    arguments = [
+        "eval",
+        trained,
+        "-n",
+        4,
+        "--set",
+        "sample.steps=2",
+        "--reference",
+        tmp_path / "images",
+        "--metrics",
+        "fid",
+    ]
     arguments += ["--extractor", "digits", "--no-cache", "--json"]
     result = run(*arguments, "--prompts", tmp_path / "prompts.txt")
     assert result.exit_code == 0, result.output
@@ -122,8 +133,8 @@ def test_a_reference_that_is_given_replaces_the_held_out_images(captioned, tmp_p
         tmp_path / "run",
         "-n",
         4,
-        "--steps",
-        2,
+        "--set",
+        "sample.steps=2",
         "--metrics",
         "fid",
         "--extractor",
@@ -184,7 +195,7 @@ def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):
 def test_eval_takes_the_extractor_that_the_run_names_unless_it_is_code(captioned, tmp_path):
     """A fetched run must not make eval import a module."""
     pytest.importorskip("mlxtend")
-    given = ["--reference", tmp_path / "images", "--metrics", "kid", "--steps", 2, "-n", 4, "--no-cache"]
+    given = ["--reference", tmp_path / "images", "--metrics", "kid", "--set", "sample.steps=2", "-n", 4, "--no-cache"]
     for name, problem in {"digits": "", "os:system": "inception"}.items():
         list(train(captioned("data.resolution=8", f"eval.extractor={name}"), tmp_path / name[:2]))
         assert ("digits takes 28x28 images" if name == "digits" else problem) in run(

@@ -7,15 +7,22 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, print_json, say, warn
-from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request, unused
+from diffussm_cli.commands.options import (
+    overridden_sampling,
+    parse_classes,
+    parse_prompts,
+    parse_size,
+    unused,
+)
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
 # Parameters that have a meaning only for images that are drawn from a run.
-OF_RUN: tuple[str, ...] = ("ema", "num", "classes", "balanced", "prompts", "negative", "steps", "sampler", "guidance")
-OF_RUN += ("guidance_channels", "guidance_interval", "precision")
+OF_RUN: tuple[str, ...] = ("ema", "num", "classes", "balanced", "prompts", "negative", "overrides", "precision")
 OF_SCORES = ("reference", "metrics", "out", "as_json")
 OF_REFERENCE = ("ref_images",)
+
+# Facts of meta.json that are shown with the scores.
 REQUEST = ("sampler", "steps", "guidance", "guidance_channels", "guidance_interval", "num", "first_seed")
 META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
 
@@ -57,11 +64,14 @@ def evaluate(
     prompts: options.Prompts = None,
     negative: options.Negative = None,
     seed: options.Seed = 0,
-    steps: options.Steps = None,
-    sampler: options.SamplerName = None,
-    guidance: options.Guidance = None,
-    guidance_channels: options.GuidanceChannels = None,
-    guidance_interval: options.GuidanceInterval = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="sample.FIELD=VALUE",
+            help="Change how a run draws, such as sample.steps=25 or sample.guidance=2. Repeatable.",
+        ),
+    ] = None,
     precision: options.Precision = "auto",
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
@@ -88,6 +98,12 @@ def evaluate(
     from diffussm_cli.machine.processes import read_world
 
     console = make_console(quiet=read_world().rank > 0)
+
+    def warn_unused(names: tuple[str, ...], because: str) -> None:
+        if line := unused(ctx, names, because):
+            warn(console, line)
+
+    # What both uses of the command take.
     common: dict[str, Any] = {
         "extractor": extractor,
         "extractor_weights": extractor_weights,
@@ -100,10 +116,7 @@ def evaluate(
     if keep and common["cache"] is None:
         warn(console, "features are not cached: there is no home folder; set --cache FOLDER")
 
-    def warn_unused(names: tuple[str, ...], because: str) -> None:
-        if line := unused(ctx, names, because):
-            warn(console, line)
-
+    # A reference is made.
     if make_ref:
         warn_unused((*OF_RUN, *OF_SCORES), "--make-ref draws and compares nothing")
         assert target is not None, "checked above"
@@ -111,15 +124,22 @@ def evaluate(
         if written is not None:
             say(written)
         return
+
+    # Samples are measured.
     warn_unused(OF_REFERENCE, "there is no --make-ref")
-    trained, drawn = session.find_run_at(samples, ema), dict[str, Any]()
+    trained = session.find_run_at(samples, ema)
+    drawn: dict[str, Any] = {}
     if trained is None:
         warn_unused((*OF_RUN, "seed"), "SAMPLES are images, not a run")
     else:
-        request = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
-        labels = parse_classes(classes, trained.config, balanced)
-        drawn = {"num": num, "classes": labels, "sampling": request, "precision": precision}
-        drawn |= {"prompts": parse_prompts(None, prompts), "negative": negative}
+        drawn = {
+            "num": num,
+            "classes": parse_classes(classes, trained.config, balanced),
+            "prompts": parse_prompts(None, prompts),
+            "negative": negative,
+            "sampling": overridden_sampling(trained.config, overrides or []),
+            "precision": precision,
+        }
     events = session.evaluate(samples, reference, metrics, out=out, run=trained, **common, **drawn)
     try:
         result = follow(console, events)

@@ -4,7 +4,7 @@ import csv
 import os
 import re
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,24 +120,25 @@ def unused(ctx: Any, names: Collection[str], because: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- requests
-def sampling_request(
-    config: Config,
-    sampler: str | None,
-    steps: int | None,
-    guidance: float | None,
-    guidance_channels: str | None,
-    guidance_interval: str | None,
-) -> SampleConfig:
-    """The run's sampling settings, replaced by those that are given. Raises ConfigError."""
-    given = {
-        "sampler": sampler,
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_channels": guidance_channels,
-        "guidance_interval": guidance_interval,
-    }
-    fields = {f"sample.{k}": v for k, v in given.items() if v is not None}
+def sampling_request(config: Config, **changes: Any) -> SampleConfig:
+    """The run's sampling settings, with the values of those `changes` that are not None. Raises ConfigError."""
+    fields = {f"sample.{name}": value for name, value in changes.items() if value is not None}
     return config_from_dict(to_dict(config), "RUN", fields=fields).sample
+
+
+def overridden_sampling(config: Config, overrides: Sequence[str]) -> SampleConfig:
+    """The run's sampling settings, changed by overrides such as `sample.steps=25`.
+
+    Raises:
+        ConfigError: for a field of another section, or a wrong value.
+    """
+    for override in overrides:
+        field = override.partition("=")[0].strip()
+        if field == "sample.prompts":
+            raise ConfigError("--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts")
+        if not field.startswith("sample."):
+            raise ConfigError(f"--set: {field!r} does not change how a run draws; fields such as sample.steps do")
+    return config_from_dict(to_dict(config), "RUN", overrides).sample
 
 
 def parse_classes(text: str | None, config: Config, balanced: bool = False) -> tuple[int, ...]:

@@ -59,15 +59,30 @@ def sample(
     console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema)
     if run is None:
         console.print(f"the newest run: {trained.label}")
-    sampling = sampling_request(trained.config, sampler, steps, guidance, guidance_channels, guidance_interval)
-    labels = parse_classes(classes, trained.config, balanced)
-    settings: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "device": device}
-    settings |= {"prompts": parse_prompts(prompt, prompts), "negative": negative, "film": film}
-    settings |= {"sampling": sampling, "classes": labels, "grid": grid, "npz": npz, "seed": seed}
+    request: dict[str, Any] = {
+        "seed": seed,
+        "classes": parse_classes(classes, trained.config, balanced),
+        "prompts": parse_prompts(prompt, prompts),
+        "negative": negative,
+        "sampling": sampling_request(
+            trained.config,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            guidance_channels=guidance_channels,
+            guidance_interval=guidance_interval,
+        ),
+        "batch_size": batch_size,
+        "precision": precision,
+        "device": device,
+        "grid": grid,
+        "npz": npz,
+        "film": film,
+    }
     try:
-        found = follow(console, draw(trained, out, num, **settings))
+        path = follow(console, draw(trained, out, num, **request))
     except KeyboardInterrupt:
         console.print("interrupted; finished images are kept, and the same command continues from there")
         raise
     if read_world().rank == 0:
-        say(found)
+        say(path)

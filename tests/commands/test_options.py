@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from diffussm_cli.commands.options import parse_classes, parse_prompts, parse_size, sampling_request
+from diffussm_cli.commands.options import (
+    overridden_sampling,
+    parse_classes,
+    parse_prompts,
+    parse_size,
+    sampling_request,
+)
 from diffussm_cli.config import config_from_dict, load_config
 from diffussm_cli.errors import ConfigError
 
@@ -39,11 +45,33 @@ def test_what_is_no_size_is_refused(text):
 
 def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
     config = load_config("mnist-noise")
-    assert sampling_request(config, None, None, None, None, None) == config.sample
+    assert sampling_request(config, steps=None, sampler=None) == config.sample
     changes = {"sampler": "ddim", "steps": 7, "guidance": 0.0, "guidance_channels": "3"}
-    asked = sampling_request(config, *changes.values(), "100,900")
+    asked = sampling_request(config, **changes, guidance_interval="100,900")
     assert asked == dataclasses.replace(config.sample, **changes, guidance_interval=(100, 900))
     assert asked.clip == config.sample.clip
+
+
+def test_overrides_change_sampling_as_those_of_train_do():
+    config = load_config("mnist-noise")
+    overrides = ["sample.steps=7", "sample.guidance_interval=100,900", "sample.sampler=ddim"]
+    assert overridden_sampling(config, overrides) == load_config("mnist-noise", overrides).sample
+    assert overridden_sampling(config, []) == config.sample
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=1", "--set: 'train.lr' does not change how a run draws; fields such as sample.steps do"),
+        ("sample.prompts=a", "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts"),
+        ("sample.stepps=3", "unknown field sample.stepps; did you mean 'sample.steps'?"),
+        ("sample.steps=0", "sample.steps: 0 must be at least 1"),
+    ],
+)
+def test_override_without_effect_on_sampling_is_rejected(override, words):
+    with pytest.raises(ConfigError) as error:
+        overridden_sampling(load_config("mnist-noise"), [override])
+    assert words in str(error.value)
 
 
 def test_balanced_is_all_classes_once_and_not_with_others():
