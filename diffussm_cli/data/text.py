@@ -74,11 +74,12 @@ class WordLlama:
         self.tokenizer.no_truncation()
 
     def encode(self, captions: Sequence[str]) -> Encoded:
-        found = [torch.tensor(e.ids) for e in self.tokenizer.encode_batch(list(captions), add_special_tokens=False)]
+        encodings = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        found = [torch.tensor(e.ids, dtype=torch.long) for e in encodings]  # a caption may have no token
         ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)  # (n, K)
         mask = ids >= 0
         tokens = self.vectors[ids.clamp(min=0)] * mask[..., None]
-        return Encoded(tokens.sum(1) / mask.sum(1, keepdim=True), tokens, mask)
+        return Encoded(tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1), tokens, mask)
 
 
 class Pretrained:
@@ -102,7 +103,8 @@ class Pretrained:
         inputs = tokenize(self.tokenizer, captions)
         found, mask = self.model(**inputs), inputs["attention_mask"].bool()
         tokens = found.last_hidden_state * mask[..., None]
-        pooled = found.pooler_output if self.own_pooling else tokens.sum(1) / mask.sum(1, keepdim=True)
+        mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        pooled = found.pooler_output if self.own_pooling else mean
         return Encoded(pooled, tokens, mask)
 
 
@@ -153,7 +155,13 @@ class Texts:
             self._known |= zip(block, self.embed(block))
 
     def embed(self, captions: Sequence[str]) -> Tensor:
-        """(n, 1 + K, E) float16, computed and not kept."""
+        """(n, 1 + K, E) float16, computed and not kept; zeros for an empty caption, as for an image without one."""
+        written = torch.tensor([bool(c.strip()) for c in captions])
+        if not written.all():
+            vectors = torch.zeros(len(captions), 1 + self.tokens, self.encoder.width, dtype=torch.float16)
+            if written.any():
+                vectors[written] = self.embed([c for c in captions if c.strip()])
+            return vectors
         pooled, tokens, mask = self.encoder.encode(captions)
         K, E = self.tokens, self.encoder.width
         words = F.pad((tokens * mask[..., None])[:, :K], (0, 0, 0, max(0, K - tokens.shape[1])))

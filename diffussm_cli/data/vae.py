@@ -113,13 +113,27 @@ def read_facts(name: str, option: str = "--vae") -> VAEFacts:
     kind = values.get("_class_name")
     if kind not in KINDS:
         raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
-
-    # The network and the numbers that it stands for.
+    plain = {k: v for k, v in values.items() if not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     try:
         _check_sizes(values)
         with quiet(), torch.device("meta"):
-            model = getattr(diffusers, kind).from_config(values)
-        c = model.config  # with the defaults of its class filled in
+            model = getattr(diffusers, kind).from_config(values)  # with the defaults of its class filled in
+    except Exception as e:  # constructors raise all kinds of errors for values that do not match
+        raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
+    return facts_of(model, full_name(name), digest, option)
+
+
+def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--vae") -> VAEFacts:
+    """The network of diffusers and the numbers that it stands for.
+
+    Raises:
+        DataError: if it is no VAE that maps between RGB images and latents; the line begins with `option`.
+    """
+    kind, c = type(model).__name__, model.config
+    if kind not in KINDS:
+        raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+    try:
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
         means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
@@ -130,13 +144,11 @@ def read_facts(name: str, option: str = "--vae") -> VAEFacts:
             raise ValueError(f"{parameters:,} parameters are more than the limit of {MAX_PARAMETERS:,}")
         if not usable_scale(scale, shift):
             raise ValueError("its scale or shift is not a finite number, or its scale is 0")
-    except Exception as e:  # constructors raise all kinds of errors for values that do not match
+    except Exception as e:  # values of any type may stand there
         raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
         raise DataError(f"{option}: {name!r} does not map between RGB images and {C} channels")
-    plain = {k: v for k, v in values.items() if not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    return VAEFacts(full_name(name), kind, C, 2 ** (len(blocks) - 1), scale, shift, digest, parameters)
+    return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, config_sha256, parameters)
 
 
 def usable_scale(scale: Sequence[float], shift: Sequence[float]) -> bool:
@@ -232,6 +244,7 @@ class Decoding(NamedTuple):
     decode: Callable[[Tensor], Tensor]  # (B, C, H, W) in model space to (B, 1 or 3, fH, fW) in [-1, 1]
     record: dict[str, Any]  # for meta.json
     warning: str | None = None
+    vae: VAE | None = None
 
 
 def open_decoding(config: Config, device: torch.device) -> Decoding:
@@ -251,7 +264,7 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
     except DataError as e:
         warning = f"the images are only previews of the latents, because the VAE cannot be used: {e}"
         return Decoding(lambda x: preview(x, d.downsample), {"vae": d.vae, "decoded_by": "linear preview"}, warning)
-    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d))
+    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d), vae)
 
 
 def _another_vae(vae: VAE, d: DataConfig) -> str | None:

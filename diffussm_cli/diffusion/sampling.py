@@ -225,13 +225,21 @@ class OdeScheduler:
 
 
 @torch.no_grad()
-def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+def sample(
+    denoise: Denoiser,
+    scheduler,
+    x: Tensor,
+    generators: Sequence[torch.Generator] | None = None,
+    after_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+) -> Tensor:
     """Denoise x_T down to x_0 with a scheduler from `make_scheduler`, which may be used again: a copy of it steps.
 
     Args:
         x: starting noise x_T, (B, C, H, W).
         generators: one per image, so that an image does not depend on its batch; CPU generators give the same
             noise on every device.
+        after_step: is called with the number of the step, from 0, its timestep and the new x; it returns the x to go
+            on with, or None to end here.
 
     Returns:
         x_0, (B, C, H, W).
@@ -244,12 +252,16 @@ def sample(denoise: Denoiser, scheduler, x: Tensor, generators: Sequence[torch.G
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if generators and takes_generators else {}
     finite_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)  # counted there, and read only at the end
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
         finite_steps += torch.isfinite(x).flatten(1).all(1)  # what is not finite once never becomes finite again
-    _check_steps(finite_steps.tolist(), scheduler.timesteps)
+        changed = x if after_step is None else after_step(i, t, x)
+        if changed is None:
+            break
+        x = changed
+    _check_steps(finite_steps.tolist(), scheduler.timesteps[: i + 1])
     return x
 
 

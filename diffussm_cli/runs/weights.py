@@ -189,13 +189,26 @@ def write_weights(
         RunError: if the folder cannot be written.
     """
     with whole_folder(path) as folder:
-        files = {MODEL: weights, **(further or {})}
-        hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
-        write_config(folder, config)
-        if metrics is not None:
-            write_text(folder / METRICS, json.dumps(metrics) + "\n")
-        for name, content in (others or {}).items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            with whole_file(folder / name) as file:
-                file.write(content)
-        write_state(folder, {"step": step, "sha256": hashes})
+        fill_folder(folder, config, weights, step, metrics, further, others)
+
+
+def fill_folder(
+    folder: Path,
+    config: Config,
+    weights: Mapping[str, Tensor],
+    step: int,
+    metrics: Mapping[str, Any] | None = None,
+    further: Mapping[str, Mapping[str, Tensor]] | None = None,
+    others: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write the same files into a folder that exists, beside what it holds. Raises OSError."""
+    files = {MODEL: weights, **(further or {})}
+    hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
+    write_config(folder, config)
+    if metrics is not None:
+        write_text(folder / METRICS, json.dumps(metrics) + "\n")
+    for name, content in (others or {}).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with whole_file(folder / name) as file:
+            file.write(content)
+    write_state(folder, {"step": step, "sha256": hashes})

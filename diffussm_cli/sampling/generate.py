@@ -4,7 +4,7 @@ B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ class Text(NamedTuple):
     """Captions as vectors; guidance leads away from `negative`, by default from no caption."""
 
     captions: Tensor  # (n, 1 + K, E), one per seed
-    negative: Tensor | None = None  # (1, 1 + K, E)
+    negative: Tensor | None = None  # (1, 1 + K, E) for all, or one per seed
 
     def of(self, chosen: slice | list[int]) -> "Text":
         """The captions of some of the seeds."""
-        return self._replace(captions=self.captions[chosen])
+        is_for_all = self.negative is None or len(self.negative) == 1
+        negative = self.negative if is_for_all else self.negative[chosen]
+        return Text(self.captions[chosen], negative)
 
 
 class Drawn(NamedTuple):
@@ -93,26 +95,41 @@ def draw(
     generators: Sequence[torch.Generator],
     labels: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
-    scheduler: Any = None,
     text: Text | None = None,
 ) -> tuple[list[int] | None, Tensor]:
     """Draw one image per generator; returns their labels, or None, and the images, (B, C, H, W) float32 on the CPU.
 
     Args:
         generators: on the CPU; each gives the label, if `labels` is None, and all noise of its image.
-        scheduler: ready to step; that of `sampling` by default.
         text: one caption per generator, for a model with text.
     """
-    device = objective.device
-    drawn = [_label(g, model.num_classes) for g in generators]
-    found = None if not model.num_classes else drawn if labels is None else list(labels)
-    shape = (model.in_channels, *model.input_size)
-    x = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device, _solver_dtype(device))
-    y = None if found is None else torch.tensor(found, device=device)
-    scheduler = scheduler or make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
+    y, x = begin(model, objective.device, generators, labels)
+    scheduler = make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
     with torch.no_grad(), in_precision(model, dtype):
         images = sample(make_denoiser(model, objective, sampling, y, text), scheduler, x, generators)
-    return found, images.float().cpu()
+    return None if y is None else y.tolist(), images.float().cpu()
+
+
+def begin(
+    model: Backbone,
+    device: torch.device,
+    generators: Sequence[torch.Generator],
+    labels: Sequence[int] | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """What images begin with: labels, (B,) or None for an unconditional model, and x_T, (B, C, H, W), on `device`.
+
+    Args:
+        generators: each gives what `labels` and `noise` do not, first the label.
+        noise: x_T, (B, C, H, W).
+    """
+    drawn = [_label(g, model.num_classes) for g in generators]
+    chosen = drawn if labels is None else list(labels)
+    y = torch.tensor(chosen, device=device) if model.num_classes else None
+    if noise is None:
+        shape = (model.in_channels, *model.input_size)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return y, noise.to(device, _solver_dtype(device))
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:

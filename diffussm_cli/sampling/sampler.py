@@ -29,11 +29,16 @@ class PromptEncoder:
     def texts(self) -> Texts:
         return open_texts(self.config)
 
-    def __call__(self, prompts: Sequence[str], negative: str | None = None) -> Text | None:
-        """The vectors, or None for a model without text. Raises DataError without the run's encoder."""
+    def __call__(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Text | None:
+        """The vectors, or None for a model without text; `negative` is one text for all prompts, or one for each.
+
+        Raises:
+            DataError: without the run's encoder.
+        """
         if not self.config.model.text_width:
             return None
-        return Text(self.texts(prompts), None if negative is None else self.texts([negative]))
+        negatives = [negative] if isinstance(negative, str) else negative
+        return Text(self.texts(prompts), None if negatives is None else self.texts(negatives))
 
 
 class Sampler:

@@ -1,5 +1,7 @@
 """`final/` in diffusers: the images of `diffussm sample`, other schedulers, and what a folder from the hub lacks."""
 
+import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -40,6 +42,14 @@ def load(folder, **options):
 
 def seeded(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture
+def pipeline(tiny, tmp_path):
+    """Of a model with classes, in a folder of this process."""
+    folder = final_of(tmp_path, tiny())
+    scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
+    return module.DiffuSSMPipeline(module.Denoiser.from_pretrained(folder), scheduler)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +136,274 @@ def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
         pipe(class_labels=[1, 2], generator=seeded(0))
     with pytest.raises(ValueError, match="prompt: this model was trained without text"):
         pipe("red heart")
-    with pytest.raises(NotImplementedError, match="copy the folder .*final"):
-        pipe.save_pretrained(tmp_path / "copy")
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ValueError, match="EulerDiscreteScheduler needs scaled inputs"):
         pipe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"output_type": "jpeg"}, "output_type: 'jpeg' must be one of pil, np, pt, latent"),
+        ({"output_type": None}, "output_type: None must be one of"),
+        ({"num_inference_steps": 0}, "num_inference_steps: 0 must be a whole number from 1 to 1000"),
+        ({"num_inference_steps": -1}, "num_inference_steps: -1 must be"),
+        ({"num_inference_steps": 10.0}, "num_inference_steps: 10.0 must be"),
+        ({"num_inference_steps": 1001}, "num_inference_steps: 1001 must be"),
+        ({"guidance_scale": math.nan}, "guidance_scale: nan must be a number of at least 0"),
+        ({"guidance_scale": math.inf}, "guidance_scale: inf must be"),
+        ({"guidance_scale": -1}, "guidance_scale: -1 must be"),
+        ({"class_labels": [True]}, r"class_labels: \[True\] must be whole numbers in 0..9"),
+        ({"class_labels": 1.5}, "class_labels: 1.5 must be whole numbers"),
+        ({"class_labels": "cat"}, "class_labels: 'cat' must be whole numbers"),
+        ({"class_labels": [1, 2], "batch_size": 3}, "2 prompts or class_labels and 3 of batch_size do not match"),
+        ({"batch_size": 0}, "batch_size: 0 must be a whole number of at least 1"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 must be"),
+        ({"latents": torch.zeros(2, 1, 8, 4)}, r"latents: \(2, 1, 8, 4\) must be \(2, 1, 8, 8\)"),
+        ({"latents": torch.full((1, 1, 8, 8), math.nan)}, "image 0 has values that are not finite"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "tensor_inputs: 'noise' must be latents"),
+        ({"negative_prompt": ["a"]}, "prompt: this model was trained without text"),
+        ({"prompt": 3}, "prompt: 3 must be a text or a list of texts"),
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_named(pipeline, arguments, line):
+    with pytest.raises(ValueError, match=line):
+        pipeline(**arguments)
+
+
+def test_labels_may_be_numbers_arrays_tensors_and_nested_lists(pipeline):
+    def images(labels, **how):
+        return pipeline(class_labels=labels, generator=seeded(1, 2), output_type="np", **how).images
+
+    expected = images([3, 4])
+    for labels in ((3, 4), range(3, 5), np.array([3, 4]), torch.tensor([3, 4]), [[3], [4]], [np.int64(3), 4]):
+        assert np.array_equal(images(labels), expected), labels
+    same = images([3, 3])
+    for label in (3, np.int64(3), np.array(3), torch.tensor(3)):
+        assert np.array_equal(images(label), same), label
+
+
+def test_one_label_is_that_of_all_images(pipeline):
+    four = pipeline(class_labels=3, batch_size=4, generator=seeded(0, 1, 2, 3), output_type="np").images
+    assert four.shape == (4, 8, 8, 1)
+    assert np.array_equal(pipeline(class_labels=[3] * 4, generator=seeded(0, 1, 2, 3), output_type="np").images, four)
+    assert len(pipeline(class_labels=3, batch_size=4).images) == 4
+
+
+def test_several_images_of_each_label_lie_side_by_side(pipeline):
+    drawn = pipeline(
+        class_labels=[3, 4], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), output_type="np"
+    ).images
+    listed = pipeline(class_labels=[3, 3, 4, 4], generator=seeded(0, 1, 2, 3), output_type="np").images
+    assert np.array_equal(drawn, listed)
+    assert len(pipeline(num_images_per_prompt=3, batch_size=2).images) == 6
+
+
+def test_latents_go_in_as_noise_and_come_out_as_the_image_in_model_space(pipeline):
+    generator = torch.Generator().manual_seed(5)
+    torch.randint(10, (), generator=generator)
+    noise = torch.randn(1, 1, 8, 8, generator=generator)
+    how = {"class_labels": 3, "output_type": "latent"}
+    drawn = pipeline(generator=seeded(5), **how).images
+    assert torch.equal(pipeline(latents=noise, **how).images, drawn)
+    assert (drawn.shape, drawn.dtype) == ((1, 1, 8, 8), torch.float32)
+    shown = pipeline(class_labels=3, generator=seeded(5), output_type="pt").images
+    assert torch.equal(shown, (drawn / 2 + 0.5).clamp(0, 1))
+
+
+def test_a_callback_sees_every_step_and_may_change_it(pipeline, capsys):
+    seen = []
+
+    def watch(pipe, i, t, tensors):
+        seen.append((i, int(t), *tensors))
+        pipe._guidance_scale += 1
+        return {"latents": torch.zeros_like(tensors["latents"])} if i == pipe.num_timesteps - 1 else {}
+
+    how = {"class_labels": 3, "num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "latent"}
+    last = pipeline(callback_on_step_end=watch, **how).images
+    assert seen == [(i, 900 - 100 * i, "latents") for i in range(10)]
+    assert last.abs().sum() == 0
+    assert pipeline.guidance_scale == 12
+    assert "10/10" in capsys.readouterr().err
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(**how)
+    assert capsys.readouterr().err == ""
+
+
+def test_guidance_that_a_callback_changes_holds_from_the_next_step_on(pipeline):
+    def to_three(pipe, i, t, tensors):
+        pipe._guidance_scale = 3.0
+
+    how = {"class_labels": 3, "num_inference_steps": 10, "output_type": "np"}
+    one, three, changed = (
+        pipeline(generator=seeded(0), guidance_scale=scale, callback_on_step_end=callback, **how).images
+        for scale, callback in ((1.0, None), (3.0, None), (1.0, to_three))
+    )
+    assert not np.array_equal(changed, one)
+    assert not np.array_equal(changed, three)
+
+
+def test_a_callback_may_end_the_call(pipeline):
+    seen = []
+
+    def stop(pipe, i, t, tensors):
+        seen.append(i)
+        pipe._interrupt = i == 2
+
+    pipeline(num_inference_steps=10, callback_on_step_end=stop)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("when", [1, 3])
+def test_an_image_that_is_not_finite_is_refused_in_every_form(pipeline, when):
+    def spoil(pipe, i, t, tensors):
+        return {"latents": torch.full_like(tensors["latents"], math.nan)} if i == when else {}
+
+    for kind in module.OUTPUTS:
+        with pytest.raises(ValueError, match="image 0 has values that are not finite"):
+            pipeline(output_type=kind, num_inference_steps=4, callback_on_step_end=spoil)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_what_is_saved_draws_the_same_images(tiny, tmp_path, dtype):
+    pipe = load(final_of(tmp_path, tiny()), **({} if dtype is None else {"torch_dtype": dtype}))
+    pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    with torch.no_grad():
+        pipe.denoiser.model.out.weight.mul_(1.5)  # what is saved is what the pipeline holds
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "notes.txt").write_text("mine")
+    pipe.save_pretrained(tmp_path / "copy")
+    again = load(tmp_path / "copy", **({} if dtype is None else {"torch_dtype": dtype}))
+    assert (tmp_path / "copy" / "notes.txt").read_text() == "mine"
+    assert type(again.scheduler) is diffusers.UniPCMultistepScheduler
+    drawn, repeated = (p(generator=seeded(0, 1), output_type="np").images for p in (pipe, again))
+    assert np.array_equal(drawn, repeated)
+    assert run("sample", tmp_path / "copy", "-n", 1, "--out", tmp_path / "images").exit_code == 0
+    with pytest.raises(ValueError, match="variant: 'fp16' is not written"):
+        pipe.save_pretrained(tmp_path / "other", variant="fp16")
+
+
+def test_the_denoiser_is_a_model_of_diffusers(pipeline, tmp_path):
+    denoiser, t = pipeline.denoiser, torch.tensor([7, 500])
+    assert isinstance(denoiser, diffusers.ModelMixin)
+    assert denoiser.config.hidden_size == 16
+    assert denoiser.num_parameters() == sum(p.numel() for p in denoiser.model.parameters())
+    x, y = torch.randn(2, 1, 8, 8, generator=seeded(0)[0]), torch.tensor([1, 2])
+    with torch.no_grad():
+        expected = denoiser.model(x, t, y)
+        assert torch.equal(denoiser(x, t, y).sample, expected)
+        assert torch.equal(denoiser(x, t, y, return_dict=False)[0], expected)
+    denoiser.save_pretrained(tmp_path / "alone")
+    alone = module.Denoiser.from_pretrained(tmp_path / "alone")
+    for name, tensor in denoiser.state_dict().items():
+        assert torch.equal(alone.state_dict()[name], tensor)
+    pipeline.to(torch.bfloat16)
+    cast = module.Denoiser.from_pretrained(tmp_path / "alone", torch_dtype=torch.bfloat16)
+    assert {n: v.dtype for n, v in denoiser.state_dict().items()} == {n: v.dtype for n, v in cast.state_dict().items()}
+    pipeline.to(torch.float32)
+    assert {v.dtype for v in denoiser.state_dict().values()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"dtype: torch.float64 must be one of torch.float32"):
+        pipeline.to(torch.float64)
+
+
+def test_the_pipeline_calls_the_denoiser_as_a_module(pipeline):
+    """So that `denoiser.compile()` and hooks have an effect."""
+    calls = []
+    pipeline.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    pipeline(num_inference_steps=4)
+    assert len(calls) == 4
+
+
+def test_a_used_pipeline_can_be_pickled(pipeline):
+    drawn = pipeline(generator=seeded(0), output_type="np").images
+    again = pickle.loads(pickle.dumps(pipeline))  # noqa: S301 (our own)
+    assert np.array_equal(again(generator=seeded(0), output_type="np").images, drawn)
+
+
+NOISE, FLOW = (), ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler")
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "settings", "line"),
+    [
+        (FLOW, "DDIMScheduler", {}, "DDIMScheduler cannot step along a flow, .* use DPMSolverMultistepScheduler"),
+        (FLOW, "DDPMScheduler", {}, "DDPMScheduler cannot step along a flow"),
+        (FLOW, "PNDMScheduler", {}, "PNDMScheduler cannot step along a flow"),
+        (FLOW, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas of .* do not fit a flow"),
+        (FLOW, "DPMSolverMultistepScheduler", {"prediction_type": "epsilon"}, "prediction_type of .* is 'epsilon'"),
+        (NOISE, "FlowMatchEulerDiscreteScheduler", {}, "FlowMatchEulerDiscreteScheduler is for models that predict"),
+        (NOISE, "FlowMatchHeunDiscreteScheduler", {}, "FlowMatchHeunDiscreteScheduler is for models that predict"),
+        (
+            NOISE,
+            "DDIMScheduler",
+            {"prediction_type": "v_prediction"},
+            "is 'v_prediction', but this model needs 'epsilon'",
+        ),
+        (NOISE, "UniPCMultistepScheduler", {"beta_end": 0.012}, "beta_end of .* is 0.012, but this model needs 0.02"),
+        (NOISE, "PNDMScheduler", {}, "PNDMScheduler begins at timestep 500 of 1000 in 501 steps"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_refused_in_a_line(tiny, tmp_path, objective, kind, settings, line):
+    pipe = load(final_of(tmp_path, tiny(*objective)))
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
+    with pytest.raises(ValueError, match=line):
+        pipe(num_inference_steps=501)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [
+        (FLOW, "FlowMatchEulerDiscreteScheduler"),
+        (FLOW, "FlowMatchHeunDiscreteScheduler"),
+        (FLOW, "UniPCMultistepScheduler"),
+        (NOISE, "DPMSolverSinglestepScheduler"),
+        (NOISE, "DEISMultistepScheduler"),
+        (NOISE, "PNDMScheduler"),
+    ],
+)
+def test_foreign_schedulers_that_fit_draw(tiny, tmp_path, objective, kind):
+    pipe = load(final_of(tmp_path, tiny(*objective)))
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+    image = pipe(num_inference_steps=20, output_type="np").images
+    assert image.std() > 0.05
+
+
+def test_the_vae_of_a_run_is_a_component(tiny, tmp_path):
+    vae = str(save_vae(tmp_path / "vae"))
+    names = {"data.resolution": 32, "data.channels": 4, "data.downsample": 4, "data.vae": vae, "data.path": "latents"}
+    pipe = load(final_of(tmp_path, tiny("sample.clip=false", *(f"{k}={v}" for k, v in names.items()))))
+    assert isinstance(pipe.vae, diffusers.AutoencoderKL)
+    own = pipe(generator=seeded(0), output_type="np").images
+    pipe.save_pretrained(tmp_path / "copy")
+    shutil.rmtree(vae)
+    again = load(tmp_path / "copy")
+    assert np.array_equal(again(generator=seeded(0), output_type="np").images, own)
+    again.vae = diffusers.AutoencoderKL.from_pretrained(save_vae(tmp_path / "other", seed=1, shift_factor=0.5))
+    swapped = again(generator=seeded(0), output_type="np").images
+    latents = again(generator=seeded(0), output_type="latent").images
+    by_hand = again.vae.decode(latents / 0.3 + 0.5).sample / 2 + 0.5
+    np.testing.assert_allclose(swapped, by_hand.detach().clamp(0, 1).permute(0, 2, 3, 1), atol=1e-5)
+    again.vae = diffusers.AutoencoderKL.from_pretrained(save_vae(tmp_path / "third", block_out_channels=(8, 8)))
+    with pytest.raises(ValueError, match="vae: it has 4 channels and downsampling 2, but the run has 4 and 4"):
+        again()
+
+
+def test_prompts_may_be_empty_and_negative_prompts_a_list(captioned, tmp_path):
+    pipe = load(final_of(tmp_path, captioned("sample.guidance=3")))
+
+    def images(prompt, negative=None, **how):
+        return pipe(prompt, negative, generator=seeded(0, 1), output_type="np", **how).images
+
+    plain = images(["cat", "cat"])
+    assert not np.allclose(images(["", "cat"])[0], plain[0], atol=1e-3)
+    np.testing.assert_allclose(images(["", "cat"])[1], plain[1], atol=1e-5)
+    np.testing.assert_allclose(images(["cat", "cat"], ""), plain, atol=1e-5)  # guidance leads away from no caption
+    mixed = images("cat", ["dog", ""])
+    np.testing.assert_allclose(mixed[0], images("cat", "dog")[0], atol=1e-5)
+    np.testing.assert_allclose(mixed[1], plain[1], atol=1e-5)
+    np.testing.assert_allclose(images(["cat"], ["dog"], num_images_per_prompt=2), images("cat", "dog"), atol=1e-5)
+    with pytest.raises(ValueError, match="class_labels: 3 given, but this model has no classes"):
+        pipe("cat", class_labels=3)
 
 
 def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
