@@ -361,6 +361,9 @@ REFUSED = {
     (*FLOW, ZERO): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
     ("diffusion.predicts=image",): "diffusion.predicts: image needs diffusion.objective=flow; noise says what",
     (*VELOCITY, ZERO, "sample.sampler=ddim"): "sample.sampler: ddim does not begin at pure noise",
+    ("data.vae=v", "data.downsample=8", "data.channels=4", "data.path=x", "data.resolution=64", "sample.clip=true"): (
+        "sample.clip: true clamps pixels to [-1, 1], and the latents of 'v' go beyond that; leave it at false"
+    ),
     (*VELOCITY, "train.mse_weight_cap=5"): "train.mse_weight_cap: 5 turns the MSE of the noise",
     (*FLOW, "train.mse_weight_cap=5"): "leave it at 1 with diffusion.objective=flow",
     ("train.mse_weight_cap=5", "train.loss_weight=min_snr"): "leave it at 1 with train.loss_weight=min_snr",

@@ -121,7 +121,7 @@ def check_fit(scheduler, objective: Objective) -> None:
             others = "DPMSolverMultistepScheduler or UniPCMultistepScheduler"
             raise ValueError(f"scheduler: {name} is for models that predict the velocity of a flow; use {others}")
         expected = {"num_train_timesteps": objective.T}
-    elif objective.continuous and "use_flow_sigmas" not in settings:
+    elif objective.continuous and "use_flow_sigmas" not in inspect.signature(type(scheduler)).parameters:
         others = "DPMSolverMultistepScheduler, UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler"
         raise ValueError(f"scheduler: {name} cannot step along a flow, as this model needs; use {others}")
     for key, value in expected.items():

@@ -16,9 +16,14 @@ def read_config(folder: Path, option: str = "RUN") -> Config:
     """Read the configuration of a run; `option` is the option that gave the run. Raises RunError."""
     path = folder / CONFIG
     try:
-        return config_from_dict(_saved_values(read_text(path, option), f"{option}: {path}"), str(path))
+        values = _saved_values(read_text(path, option), f"{option}: {path}")
     except ConfigError as e:
         raise RunError(str(e)) from e
+    try:
+        return config_from_dict(values, str(path))
+    except ConfigError as e:  # a field: no option changes it, so the line names the file
+        line = str(e)
+        raise RunError(line if line.startswith(str(path)) else f"{path}: {line}") from e
 
 
 def _saved_values(text: str, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Reading, cropping and writing images, and what bad ones get."""
 
 import io
+import math
 import os
 import struct
 import zlib
@@ -12,7 +13,7 @@ from PIL import Image
 
 from diffussm_cli.data import images
 from diffussm_cli.data.images import centre_crop, coins, read_image, save_grid, to_model_space, to_uint8
-from diffussm_cli.errors import DataError
+from diffussm_cli.errors import DataError, NotFiniteError
 
 
 def write(path, width=8, height=8, mode="RGB", **options):
@@ -188,6 +189,17 @@ def test_pixel_rule():
     assert to_uint8(x).tolist() == [0, 0, 127, 128, 255, 255, 255]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_uint8(to_model_space(every)), every)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_image_that_is_not_finite_becomes_no_pixels_and_is_named(value):
+    x = torch.zeros(3, 1, 2, 2)
+    x[1, 0, 1, 1] = value
+    with pytest.raises(NotFiniteError, match="^image 1 has values that are not finite") as error:
+        to_uint8(x)
+    assert error.value.index == 1
+    with pytest.raises(NotFiniteError, match="^the image of seed 8 has values"):
+        to_uint8(x, ["the image of seed 7", "the image of seed 8", "the image of seed 9"])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

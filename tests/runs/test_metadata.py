@@ -21,6 +21,18 @@ def test_configuration_state_and_skipped_images_are_read_as_they_were_written(tm
     assert runs.read_skipped(tmp_path) == SKIPPED
 
 
+def test_a_field_of_a_run_that_is_refused_today_names_the_file_to_change(tmp_path):
+    """A run of an earlier version may clamp latents; with the field changed in its file, it is read."""
+    latents = ["data.vae=vae", "data.downsample=8", "data.channels=4", "data.resolution=64", "data.path=latents"]
+    text = to_yaml(load_config("digits", [*latents, "sample.clip=false"]))
+    path = tmp_path / runs.CONFIG
+    path.write_text(text.replace("clip: false", "clip: true"), encoding="utf-8")
+    with pytest.raises(RunError, match=f"^{path}: sample.clip: true clamps pixels .*; leave it at false"):
+        runs.read_config(tmp_path)
+    path.write_text(text, encoding="utf-8")
+    assert not runs.read_config(tmp_path).sample.clip
+
+
 def test_a_run_without_metrics_has_none(tmp_path):
     assert runs.read_metrics(tmp_path) == {}
     (tmp_path / runs.METRICS).write_text('{"step": 4, "eval/fid": 3.5}')

@@ -1,5 +1,7 @@
 """A film begins at the noise of its seeds and ends with the images that the same request draws."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from typer.testing import CliRunner
 
 from diffussm_cli.cli import app
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, NotFiniteError
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling import film
@@ -64,6 +66,18 @@ def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, mon
     frames, times = read(tmp_path / "film.gif")
     assert frames.shape[1:] == (60, 118)
     assert sum(times) == 3 * 80 + 2000
+
+
+def test_a_frame_that_is_not_finite_is_named_and_no_film_is_written(sampler, tmp_path):
+    def decode(x):
+        x = x.clone()
+        x[1] = torch.where(x[1].abs() > 2, math.nan, x[1])  # in the noise of the first frame
+        return x
+
+    sampler.decoding = Decoding(decode, {})
+    with pytest.raises(NotFiniteError, match="^the image of seed 8 in frame 0 of the film has values"):
+        write_film(sampler, range(7, 9), facts([3, 5]), tmp_path / "film.gif")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")])

@@ -1,15 +1,21 @@
 """A sampler: which labels seeds get, and what becomes of what is drawn."""
 
+import math
 import types
 
 import pytest
 import torch
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data.vae import Decoding
+from diffussm_cli.errors import NotFiniteError
+from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling import sampler as module
 from diffussm_cli.sampling.generate import Drawn, labels_of
 from diffussm_cli.sampling.sampler import Sampler
-from tests.conftest import device
+from tests.conftest import device, fill
+
+SHORT = ("sample.steps=2", "sample.guidance=1", "sample.sampler=euler", "sample.clip=false")
 
 
 def sampler(*overrides, decode=lambda x: x):
@@ -48,3 +54,30 @@ def test_an_error_that_is_not_of_memory_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(module, "generate", fail)
     with pytest.raises(RuntimeError, match="ours"):
         list(sampler().draw([0], [0]))
+
+
+@pytest.mark.parametrize("where", ["steps", "decoding"])
+def test_an_image_that_is_not_finite_is_named_by_its_seed_and_its_batch_stays_back(where):
+    """The second batch of three holds seed 8; the first one is handed out."""
+    generator = torch.Generator().manual_seed(8)
+    torch.randint(1, (), generator=generator)
+    broken = torch.randn(1, 8, 8, generator=generator)
+
+    class Spoiling(DiffuSSM):
+        def forward(self, x, t, y=None, text=None):
+            output = super().forward(x, t, y, text)
+            is_broken = (x - broken.to(x)).abs().amax((1, 2, 3)) < 1e-6
+            return torch.where(is_broken[:, None, None, None], math.nan, output)
+
+    def decode(x):
+        return x if where == "steps" else x + torch.where(seen.pop(0) == 1, math.nan, 0.0)
+
+    kind = Spoiling if where == "steps" else DiffuSSM
+    model = fill(kind(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
+    seen = [torch.tensor(batch) for batch in (0, 1)]
+    config = load_config("digits", ["model.num_classes=0", "model.learn_sigma=false", *SHORT])
+    drawing = Sampler(model, config, config.sample, Decoding(decode, {}), batch_size=3).draw(range(4, 10), None)
+    assert next(drawing)[0] == [4, 5, 6]
+    named = r"seed 8 has values that are not finite after step 1 of 2" if where == "steps" else "seed 7 has values"
+    with pytest.raises(NotFiniteError, match=f"^the image of {named}"):
+        next(drawing)
