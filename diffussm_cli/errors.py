@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # write() reports these without a file
@@ -42,6 +43,23 @@ def reason(error: BaseException) -> str:
     """The first line of an error's message, joined with the second after a colon; the error's class if it is empty."""
     message = getattr(error, "strerror", None) or str(error).strip().replace(":\n", ":")
     return f"{' '.join((message.splitlines() or [type(error).__name__])[0].split()):.200}"
+
+
+def install(extra: str) -> str:
+    """How to install an extra such as `text`: from a clone, or by the names of its packages, which a wheel needs.
+
+    This package is on no index, from which pip could take it by its name.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    clone = f"pip install '.[{extra}]' in a clone"
+    try:
+        requirements = requires("diffussm") or []
+    except PackageNotFoundError:  # a checkout that nobody has installed
+        return clone
+    of_extra = re.compile(rf"""([\w.-]+).*\bextra == ["']{extra}["']""")
+    packages = [match[1] for match in map(of_extra.match, requirements) if match]
+    return " ".join([clone + ", or pip install", *packages]) if packages else clone
 
 
 def system_reason(error: OSError) -> str | None:

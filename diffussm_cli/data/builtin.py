@@ -11,7 +11,7 @@ from torch import Tensor
 from diffussm_cli.data import emoji
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.text import Captioned
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.errors import ConfigError, DataError, install
 
 HELD_OUT = 10  # every tenth image of a class is held out of training
 
@@ -106,4 +106,4 @@ def _package(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        raise DataError(f"data.path: the built-in digits need {package}: pip install 'diffussm[demo]'") from e
+        raise DataError(f"data.path: the built-in digits need {package}: {install('demo')}") from e

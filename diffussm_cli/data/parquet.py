@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffussm_cli.errors import DataError, reason
+from diffussm_cli.errors import DataError, install, reason
 from diffussm_cli.machine.files import open_regular
 
 USUAL = {  # names of columns
@@ -259,6 +259,6 @@ def _damage(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except ImportError as e:
-        raise DataError("parquet shards need pyarrow: pip install 'diffussm[parquet]'") from e
+        raise DataError(f"parquet shards need pyarrow: {install('parquet')}") from e
     except Exception as e:  # pyarrow's errors have no class in common
         raise DataError(f"{path.name}: not a readable parquet file: {reason(e)}") from e

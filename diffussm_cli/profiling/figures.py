@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffussm_cli.config import Config
-from diffussm_cli.errors import ConfigError, writing
+from diffussm_cli.errors import ConfigError, install, writing
 from diffussm_cli.machine.files import check_output, whole_file
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.paper import named_model
@@ -34,8 +34,7 @@ def check_figure(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as e:
-        message = "--figure: drawing needs matplotlib: pip install 'diffussm[figures]'"
-        raise ConfigError(message) from e
+        raise ConfigError(f"--figure: drawing needs matplotlib: {install('figures')}") from e
 
 
 def figure_3() -> Curves:

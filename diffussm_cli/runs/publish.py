@@ -19,7 +19,7 @@ CODE = '''"""The pipeline for diffusers. All code is in the package diffussm."""
 try:
     from diffussm_cli.sampling.pipeline import Denoiser, DiffuSSMPipeline  # noqa: F401
 except ModuleNotFoundError as e:
-    raise ImportError("this model needs the package diffussm: pip install diffussm") from e
+    raise ImportError("this model needs the package diffussm: pip install . in a clone of it") from e
 '''
 HUB_DATA = {"builtin:mnist": "ylecun/mnist"}
 UNKNOWN = (
@@ -30,7 +30,8 @@ USE = """## Use
 
     diffussm sample OWNER/NAME{option}
 
-or in Python, after `pip install diffussm`; `trust_remote_code` runs `pipeline.py`, which only imports that package:
+or in Python, with the package diffussm (`pip install .` in a clone of it); `trust_remote_code` runs `pipeline.py`, which
+only imports that package:
 
 ```python
 import torch

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config, to_dict
-from diffussm_cli.errors import ConfigError, reason, writing
+from diffussm_cli.errors import ConfigError, install, reason, writing
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.runs import BOARD, LOG
@@ -147,7 +147,7 @@ def open_tracker(config: Config, root: Path) -> Any:
         with contextlib.redirect_stdout(sys.stderr):
             return package.init(project="diffussm", name=unique, resume="allow", config=to_dict(config), **options)
     except ImportError as e:
-        raise ConfigError(f"train.logger: {name} is not installed: pip install 'diffussm[{name}]'") from e
+        raise ConfigError(f"train.logger: {name} is not installed: {install(name)}") from e
     except Exception as e:  # each package has its own errors
         remedy = "log in, or set WANDB_MODE=offline" if name == "wandb" else "or leave train.logger at tensorboard"
         raise ConfigError(f"train.logger: {name} cannot begin: {reason(e)}; {remedy}") from e

@@ -40,7 +40,7 @@ def test_builtin_errors(monkeypatch):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(DataError, match=r"need scikit-learn: pip install 'diffussm\[demo\]'"):
+    with pytest.raises(DataError, match=r"need scikit-learn: pip install '\.\[demo\]' in a clone"):
         builtin.load("digits", (8, 8), 1)
 
 

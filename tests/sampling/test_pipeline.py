@@ -445,4 +445,5 @@ def test_without_the_package_one_line_says_what_to_install(tiny, tmp_path):
         f"import sys; sys.modules['diffussm_cli'] = None; import runpy; runpy.run_path({str(folder / 'pipeline.py')!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "ImportError: this model needs the package diffussm: pip install diffussm"
+    line = "ImportError: this model needs the package diffussm: pip install . in a clone of it"
+    assert done.stderr.splitlines()[-1] == line

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, install
 from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u, by whether the device is a CPU
@@ -33,7 +33,7 @@ def wants_toeplitz(u: Tensor) -> bool:
     if wanted not in ("fft", "triton"):
         raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or triton")
     if wanted == "triton" and find_spec("triton") is None:
-        raise ConfigError(f"{CONVOLUTION}: triton is not installed: pip install 'diffussm[triton]'")
+        raise ConfigError(f"{CONVOLUTION}: triton is not installed: {install('triton')}")
     fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31  # offsets are of 32 bits
     return wanted == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
 
