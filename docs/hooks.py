@@ -14,22 +14,27 @@ import typer
 from mkdocs.structure.files import File
 
 from diffussm_cli import config as settings
-from diffussm_cli.cli import app
+from diffussm_cli.cli import EXAMPLES, app
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, RESULTS = ROOT / "diffussm_cli", ROOT / "benchmarks" / "results"
 NOT_API = ("commands", "presets")  # the commands have a page of their own
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 BOUNDS = {"least": "at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
+# How much a page counts in a search, by the beginning of its path: guides first, then the API, then what is dated.
+SEARCH_BOOST = {"interface": 1.0, "results/": 0.5, "api/": 0.05, "benchmarks/": 0.02, "CHANGELOG": 0.02, "": 2.0}
+PUBLIC_NAME = re.compile(r"^::: diffussm\.\w+$", re.M)
+PUBLIC_OPTIONS = "\n    options: { show_root_heading: true, show_root_toc_entry: true, show_source: false }"
 LINK_OUT_OF_DOCS = re.compile(r"\]\((?:\.\./|docs/)")
 
 
 # --------------------------------------------------------------------------------------------------- events
 def on_config(config):
-    """Adds the measurements and the pages of the API to the navigation."""
+    """Adds the pages of the API and the measurements to the sections of the navigation that they belong to."""
     results = sorted((path.relative_to(ROOT).as_posix() for path in RESULTS.glob("*.md")), reverse=True)
-    config.nav.append({"Measurements": results})
-    config.nav.append({"Python API": [{name: f"api/{name}.md"} for name, _ in api_pages()]})
+    sections = {title: pages for item in config.nav for title, pages in item.items()}
+    sections["Reference"].append({"Python API": [{name: f"api/{name}.md"} for name, _ in api_pages()]})
+    sections["Evidence"].append({"Dated measurements": results})
     return config
 
 
@@ -45,9 +50,12 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, **_):
     """Fills in tables; makes links that are right on the repository's own pages right on the site."""
+    beginning = next(beginning for beginning in SEARCH_BOOST if page.file.src_uri.startswith(beginning))
+    page.meta["search"] = {"boost": SEARCH_BOOST[beginning]}
     for placeholder, table in TABLES.items():
         if placeholder in markdown:
             markdown = markdown.replace(placeholder, table())
+    markdown = PUBLIC_NAME.sub(lambda line: line[0] + PUBLIC_OPTIONS, markdown)
     return LINK_OUT_OF_DOCS.sub("](", markdown) if "/" not in page.file.src_uri else markdown
 
 
@@ -88,7 +96,7 @@ def fields_table() -> str:
     for section, cls in settings.SECTIONS.items():
         hints = typing.get_type_hints(cls)
         rows = [field_row(section, field, hints[field.name]) for field in dataclasses.fields(cls)]
-        parts.append(f"## {section}\n\n{cls.__doc__}\n\n{table(('Field', 'Type', 'Default', 'Meaning'), rows)}")
+        parts.append(f"## {section}\n\n{cls.__doc__}\n\n{facts(('Field', 'Type', 'Default', 'Meaning'), rows)}")
     return "\n\n".join(parts)
 
 
@@ -155,7 +163,7 @@ def commands_table() -> str:
         rows = [option_row(p.name, hints[p.name], p.default) for p in options]
         head = ("Argument or option", "Values", "Default", "Meaning")
         name, text = command.name or function.__name__, inspect.cleandoc(function.__doc__).replace("\b", "")
-        parts.append(f"## {name}\n\n{text}\n\n{table(head, rows)}")
+        parts.append(f"## {name}\n\n{text}\n\n```text\n{inspect.cleandoc(EXAMPLES[name])}\n```\n\n{facts(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -178,6 +186,11 @@ def option_row(name: str, hint: typing.Any, default: typing.Any) -> tuple[str, .
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def facts(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of names with their meaning, which extra.css lays out as a list where the page is narrow."""
+    return f'<div class="facts" markdown>\n\n{table(head, rows)}\n\n</div>'
 
 
 TABLES = {"{{ fields }}": fields_table, "{{ presets }}": presets_table, "{{ commands }}": commands_table}
