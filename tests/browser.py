@@ -41,12 +41,13 @@ class Page:
             if wanted(message):
                 return message
 
-    def open(self, path, width=1280, height=900, dark=False, scripts=True):
+    def open(self, place, width=1280, height=900, dark=False, scripts=True):
+        """Open an address or a file, and wait until it is loaded."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         self.until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def ask(self, expression):

@@ -12,6 +12,7 @@ import torch
 import typer
 import yaml
 
+import diffussm
 from diffussm_cli import __version__
 from diffussm_cli.cli import app
 from diffussm_cli.config import load_config
@@ -35,9 +36,10 @@ def commands_in(page):
 EXAMPLES = [pytest.param(w, id=f"{p.name}: {' '.join(w)}") for p in PAGES for w in commands_in(p)]
 
 
-def test_readme_is_short_and_holds_its_two_commands():
+def test_readme_is_short_and_holds_its_commands():
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) < 130
+    assert "    pip install . && diffussm sample mnist" in lines
     assert "    pip install '.[demo]' && diffussm train --preset mnist" in lines
     assert "    pip install '.[test]' && pytest" in lines
 
@@ -73,6 +75,22 @@ def test_examples_of_the_library_run():
         exec(block, names)  # noqa: S102
     assert names["noise"].shape == names["images"].shape == (2, 4, 32, 32)
     assert names["images"].isfinite().all()
+
+
+@pytest.mark.slow
+def test_python_of_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    names: dict = {}
+    exec(block, names)  # noqa: S102
+    assert names["pictures"].shape == (10, 1, 28, 28)
+    assert (tmp_path / "digits.png").is_file()
+    assert float(capsys.readouterr().out) == pytest.approx(298.7, abs=0.05)
+
+
+def test_the_public_interface_lists_every_name():
+    page = (ROOT / "docs" / "interface.md").read_text("utf-8")
+    assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(set(diffussm.__all__) - {"__version__"})
 
 
 def test_nothing_asks_an_index_for_this_package():

@@ -60,7 +60,6 @@ EXACT = ("encode --verify", "encode --repair")  # take none of the sizes of thei
 # What lies in the folder of a page before its first command.
 TRAINED, ENCODED = "diffussm train --preset mnist", "diffussm encode imagenet/train latents/imagenet-256"
 INPUTS = {
-    "README.md": ["imagenet/train"],
     "encode.md": ["imagenet/train"],
     "evaluation.md": [TRAINED, "images", "church", "church.npz", "samples.npz", "VIRTUAL_imagenet256_labeled.npz"],
     "gallery.md": ["prompts.txt"],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffussm_cli.errors import DataError, RunError, reason
+from diffussm_cli.errors import DataError, RunError, install, reason
 
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
 AT_REVISION = re.compile(rf"({HUB_NAME})(?:@(\w[\w./-]*))?")  # OWNER/NAME or OWNER/NAME@REVISION

@@ -30,8 +30,8 @@ USE = """## Use
 
     diffussm sample OWNER/NAME{option}
 
-or in Python, with the package diffussm (`pip install .` in a clone of it); `trust_remote_code` runs `pipeline.py`, which
-only imports that package:
+or in Python, with the package diffussm (`pip install .` in a clone of it). `trust_remote_code` runs `pipeline.py`,
+which only imports that package:
 
 ```python
 import torch

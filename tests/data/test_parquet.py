@@ -366,7 +366,7 @@ def test_a_huge_row_group_is_refused(both, monkeypatch):
 
 def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install '\.\[parquet\]' in a clone"):
+    with pytest.raises(DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install '\.\[parquet\]' "):
         list_source(both[1])
 
 

@@ -107,7 +107,7 @@ def test_tensorboard_needs_no_tracker(tiny, tmp_path):
 
 def test_a_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^train.logger: wandb is not installed: pip install '\.\[wandb\]' in a clone"):
+    with pytest.raises(ConfigError, match=r"^train.logger: wandb is not installed: pip install '\.\[wandb\]' "):
         open_tracker(tiny("train.logger=wandb"), tmp_path)
 
 
