@@ -88,6 +88,17 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out) == pytest.approx(298.7, abs=0.05)
 
 
+def test_the_map_of_contributing_names_every_folder():
+    tree = re.search(r"## The map\n\n((?:    .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))[1]
+    parents, paths = [], set()
+    for indent, name in re.findall(r"^    ( *)(\S+)", tree, re.M):
+        parents = [*parents[: len(indent) // 4], name]
+        paths.add("".join(parents))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    packages = {f"{p.parent.relative_to(ROOT).as_posix()}/" for p in (ROOT / "diffussm_cli").rglob("__init__.py")}
+    assert packages - paths == set()
+
+
 def test_the_public_interface_lists_every_name():
     page = (ROOT / "docs" / "interface.md").read_text("utf-8")
     assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(set(diffussm.__all__) - {"__version__"})
