@@ -22,7 +22,17 @@ NOT_API = ("commands", "presets")  # the commands have a page of their own
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 BOUNDS = {"least": "at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
 # How much a page counts in a search, by the beginning of its path: guides first, then the API, then what is dated.
-SEARCH_BOOST = {"interface": 1.0, "results/": 0.5, "api/": 0.05, "benchmarks/": 0.02, "CHANGELOG": 0.02, "": 2.0}
+SEARCH_BOOST = {
+    "get-started": 4.0,
+    "interface": 1.0,
+    "commands": 1.0,
+    "configuration": 1.0,
+    "results/": 0.5,
+    "api/": 0.05,
+    "benchmarks/": 0.02,
+    "CHANGELOG": 0.02,
+    "": 2.0,  # the guides
+}
 PUBLIC_NAME = re.compile(r"^::: diffussm\.\w+$", re.M)
 PUBLIC_OPTIONS = "\n    options: { show_root_heading: true, show_root_toc_entry: true, show_source: false }"
 LINK_OUT_OF_DOCS = re.compile(r"\]\((?:\.\./|docs/)")
