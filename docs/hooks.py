@@ -5,6 +5,7 @@ A page of docs/ asks for a table by its placeholder, as `{{ fields }}`; the func
 
 import ast
 import dataclasses
+import html
 import inspect
 import re
 import typing
@@ -114,8 +115,8 @@ def field_row(section: str, field: dataclasses.Field, hint: typing.Any) -> tuple
     """Name, type with bounds, default, help."""
     facts = dict(field.metadata)
     meaning, _ = facts.pop("help"), facts.pop("commas")
-    kind = ", ".join([f"`{type_name(hint)}`", *limits(facts)])
-    return f"`{section}.{field.name}`", kind, f"`{shown(field.default)}`", meaning
+    kind = ", ".join([code(type_name(hint)), *limits(facts)])
+    return f"`{section}.{field.name}`", kind, code(shown(field.default)), meaning
 
 
 def limits(bounds: dict[str, float]) -> list[str]:
@@ -188,14 +189,20 @@ def option_row(name: str, hint: typing.Any, default: typing.Any) -> tuple[str, .
         own = [info.default] if isinstance(info.default, str) else []  # Typer moves the first name there
         name = ", ".join([*own, *info.param_decls] or [f"--{name.replace('_', '-')}"])
     bounds = {name: value for name, value in (("least", info.min), ("most", info.max)) if value is not None}
-    values = "" if kind is bool else ", ".join([f"`{values}`", *limits(bounds)])
-    default = "" if default is None or default is False else f"`{shown(default)}`"
+    values = "" if kind is bool else ", ".join([code(values), *limits(bounds)])
+    default = "" if default is None or default is False else code(shown(default))
     return f"`{name}`", values, default, info.help
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Markdown."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def code(text: str) -> str:
+    """A value as code, which a narrow column may break after a comma, a bar or a sign."""
+    breakable = re.sub(r"([,|+=]|\.(?=[A-Z]))(?=\S)", r"\1<wbr>", html.escape(text, quote=False))
+    return f"<code>{breakable.replace('|', '&#124;')}</code>"
 
 
 def facts(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
