@@ -22,6 +22,9 @@ from diffussm_cli.machine.device import full_float32
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.machine.processes import ALONE, World, gather
 
+PARTS = ("spatial.", "classes.")  # beginnings of the names of tensors
+N = "spatial.n"  # the only whole number among the tensors
+
 
 @dataclass
 class Gathered:
@@ -33,21 +36,23 @@ class Gathered:
 
     def tensors(self) -> dict[str, Tensor]:
         """As a flat dictionary, for files."""
-        found = {"pool": self.pool}
+        tensors = {"pool": self.pool}
         if self.spatial:
-            found |= {N: torch.tensor(self.spatial.n)}
-            found |= {"spatial.mean": self.spatial.mean, "spatial.M2": self.spatial.M2}
+            tensors |= {N: torch.tensor(self.spatial.n)}
+            tensors |= {"spatial.mean": self.spatial.mean, "spatial.M2": self.spatial.M2}
         if self.classes:
-            found |= {f"classes.{k}": v for k, v in vars(self.classes).items()}
-        return found
+            tensors |= {f"classes.{name}": value for name, value in vars(self.classes).items()}
+        return tensors
 
     @classmethod
-    def of(cls, found: dict[str, Tensor]) -> "Gathered":
-        """The inverse of `tensors`."""
-        parts = {key: {k.partition(".")[2]: v for k, v in found.items() if k.startswith(key)} for key in PARTS}
-        spatial, classes = (parts[key] for key in PARTS)
+    def of(cls, tensors: dict[str, Tensor]) -> "Gathered":
+        """From what `tensors` returned."""
+        spatial, classes = (
+            {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+            for part in PARTS
+        )
         return cls(
-            found["pool"],
+            tensors["pool"],
             Moments(int(spatial["n"]), spatial["mean"], spatial["M2"]) if spatial else None,
             SplitSums(**classes) if classes else None,
         )
@@ -59,10 +64,6 @@ class Gathered:
             self.spatial.joined(other.spatial) if self.spatial and other.spatial else None,
             self.classes.joined(other.classes) if self.classes and other.classes else None,
         )
-
-
-PARTS = ("spatial.", "classes.")
-N = "spatial.n"  # the only whole number among the tensors
 
 
 def gather_features(
@@ -84,22 +85,26 @@ def gather_features(
     Raises:
         DataError: if an image cannot be read, or has features that are not finite numbers.
     """
+    # Cached features.
     yield Stage("looking for cached features")
     file = cache and cache / f"{images.sha256()}-{extractor.identity}.safetensors".replace("/", "_")
     kept = _read(file, len(images)) if file else None
     if all(gather(kept is not None, world)):
         assert kept is not None, "this process is one of all"
         return kept
+
+    # Those of a share of the images, batch by batch.
     part = world.share(len(images))
+    at = part.start
     yield Progress(0, len(part), unit)
     pool: list[Tensor] = []
     spatial: Moments | None = None
     classes: SplitSums | None = None
-    at = part.start
     for batch in images.read(part, batch_size) if part else ():
         with full_float32():
             features = extractor(batch)
         _check_finite(features, images, at, extractor)
+
         pool.append(features.pool.float().cpu())
         if features.spatial is not None:
             moments = Moments.of(features.spatial.cpu())
@@ -107,16 +112,19 @@ def gather_features(
         if features.logits is not None:
             classes = classes or SplitSums.empty(len(images), features.logits.shape[1])
             classes.add(at, features.logits)
+
         at += len(batch)
         yield Progress(at - part.start, len(part), unit)
-    own = Gathered(torch.cat(pool), spatial, classes) if pool else None
-    whole = functools.reduce(Gathered.joined, filter(None, gather(own, world)))
+
+    # Those of all images.
+    share = Gathered(torch.cat(pool), spatial, classes) if pool else None
+    gathered = functools.reduce(Gathered.joined, filter(None, gather(share, world)))
     if file and world.rank == 0:
         try:
-            _write(file, whole)
+            _write(file, gathered)
         except OSError as e:  # a full disk must not cost hours of work
             yield Warned(f"cache: features cannot be saved in {str(file.parent)!r}: {e.strerror}")
-    return whole
+    return gathered
 
 
 def _check_finite(features: Features, images: ImageSet, first: int, extractor: Extractor) -> None:
@@ -133,24 +141,30 @@ def _check_finite(features: Features, images: ImageSet, first: int, extractor: E
 def _read(path: Path, n: int) -> Gathered | None:
     """The cached features of n images; None if there are none or the file is damaged, which `_write` then replaces."""
     try:
-        found = Gathered.of(load_file(path)) if path.is_file() else None
+        gathered = Gathered.of(load_file(path)) if path.is_file() else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
-    return found if found is not None and _is_sound(found, n) else None
+    return gathered if gathered is not None and _is_sound(gathered, n) else None
 
 
 def _is_sound(gathered: Gathered, n: int) -> bool:
     """Whether cached features are those of n images, in shapes that fit each other, and finite."""
-    pool, spatial, classes = gathered.pool, gathered.spatial, gathered.classes
+    pool = gathered.pool
     sound = pool.ndim == 2 and len(pool) == n
+
+    spatial = gathered.spatial
     if spatial is not None:
         d = spatial.mean.numel()
         sound &= spatial.n == n and spatial.mean.shape == (d,) and spatial.M2.shape == (d, d)
+
+    classes = gathered.classes
     if classes is not None:
-        splits, of_n = len(classes.p), SplitSums.empty(n, 1)
-        sound &= classes.p.ndim == 2 and len(of_n.p) == splits and classes.n.sum().item() == n
+        splits = len(SplitSums.empty(n, 1).p)
+        sound &= classes.p.ndim == 2 and len(classes.p) == splits and classes.n.sum().item() == n
         sound &= classes.n.shape == classes.negentropy.shape == (splits,)
-    return sound and all(t.is_floating_point() and t.isfinite().all() for k, t in gathered.tensors().items() if k != N)
+
+    values = [tensor for name, tensor in gathered.tensors().items() if name != N]
+    return sound and all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in values)
 
 
 def _write(path: Path, gathered: Gathered) -> None:

@@ -40,7 +40,6 @@ class Moments:
         return cls(len(x), mean, deviation.T @ deviation)
 
     def joined(self, other: "Moments") -> "Moments":
-        """Moments of both parts together."""
         n = self.n + other.n
         step = other.mean - self.mean
         M2 = self.M2 + other.M2 + torch.outer(step, step) * (self.n * other.n / n)
@@ -69,10 +68,13 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
     equal distributions, which rounding may put below zero, is zero.
     """
     m1, S1, m2, S2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
+
+    # The eigenvalues of R S2 R.
     values, vectors = torch.linalg.eigh((S1 + S1.T) / 2)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ S2 @ root
     trace = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+
     distance = (m1 - m2).square().sum() + S1.trace() + S2.trace() - 2 * trace
     return distance.clamp(min=0).item()  # NaN stays NaN
 
@@ -141,7 +143,6 @@ class SplitSums:
         self.p.index_add_(0, place, p)
 
     def joined(self, other: "SplitSums") -> "SplitSums":
-        """Sums of both parts together."""
         return SplitSums(self.n + other.n, self.negentropy + other.negentropy, self.p + other.p)
 
     def score(self) -> float:
@@ -171,11 +172,14 @@ def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
     reference_radii, sample_radii = _radii(reference), _radii(samples)
     inside_reference = torch.zeros(len(samples), dtype=torch.bool)
     inside_samples = torch.zeros(len(reference), dtype=torch.bool)
+
+    # Distances between the sets, one block at a time.
     for i, rows in _blocks(reference):
         for j, columns in _blocks(samples):
             distance = _distances(rows, columns)
             inside_reference[j] |= (distance <= reference_radii[i][:, None]).any(0)
             inside_samples[i] |= (distance <= sample_radii[j]).any(1)
+
     return inside_reference.double().mean().item(), inside_samples.double().mean().item()
 
 

@@ -40,8 +40,9 @@ class Reference:
     def complete(self, gathered: Gathered) -> None:
         """Add the features of its images; statistics from the file take precedence."""
         self.gathered = gathered
-        found = moments(gathered.pool)
-        self.pool = self.pool or (found.mean, found.covariance)
+        if self.pool is None:
+            pool = moments(gathered.pool)
+            self.pool = (pool.mean, pool.covariance)
         if gathered.spatial:
             self.spatial = self.spatial or (gathered.spatial.mean, gathered.spatial.covariance)
 
@@ -53,8 +54,8 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
         DataError, ConfigError: if it is none of these, or was made with another extractor.
     """
     if not path.endswith(".npz"):
-        images = open_images(path, extractor.channels, size, "reference")
-        return Reference(path, images)
+        return Reference(path, open_images(path, extractor.channels, size, "reference"))
+
     arrays = open_npz(Path(path))
     if IMAGES not in arrays and not set(POOL) <= set(arrays):
         has = ", ".join(sorted(arrays)) or "nothing"
@@ -62,8 +63,8 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     made_with = _made_with(arrays)
     if made_with not in (None, extractor.identity):
         raise ConfigError(f"reference: {path} was made with {made_with}, not {extractor.identity}")
-    own = open_images(path, extractor.channels, size, "reference") if IMAGES in arrays else None
-    return Reference(path, own, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
+    images = open_images(path, extractor.channels, size, "reference") if IMAGES in arrays else None
+    return Reference(path, images, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
 
 
 def _made_with(arrays: dict[str, Rows]) -> str | None:
@@ -80,6 +81,8 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
     if not set(names) <= set(arrays):
         return None
     mean, covariance = (arrays[name] for name in names)
+
+    # Their types and shapes, before anything is read.
     d = mean.shape[0]
     if {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
         raise DataError(
@@ -91,11 +94,12 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
         )
     if d > 1 << 14:
         raise DataError(f"{mean.path}: {names[0]} has {d} numbers; no extractor has so many features")
-    found = [torch.from_numpy(a.whole().astype(np.float64)) for a in (mean, covariance)]
-    if not all(t.isfinite().all() for t in found):
+
+    m, S = (torch.from_numpy(rows.whole().astype(np.float64)) for rows in (mean, covariance))
+    if not (m.isfinite().all() and S.isfinite().all()):
         raise DataError(f"{mean.path}: {names[0]} or {names[1]} holds values that are not finite")
-    _check_covariance(found[1], f"{mean.path}: {names[1]}")
-    return found[0], found[1]
+    _check_covariance(S, f"{mean.path}: {names[1]}")
+    return m, S
 
 
 def _check_covariance(S: Tensor, name: str) -> None:
@@ -123,23 +127,25 @@ def write_reference(
     Raises:
         DataError, OSError: if an image can no longer be read; if the file cannot be written.
     """
+    # The images that are kept.
     n = min(count, len(images))
     chosen = sorted(np.random.default_rng(seed).choice(len(images), n, replace=False).tolist())
     blocks = (block.permute(0, 2, 3, 1).numpy() for block in images.read(chosen, BLOCK))
-    pool, spatial = moments(gathered.pool), gathered.spatial
-    arrays = {
-        IMAGES: ((n, *images.size, extractor.channels), np.uint8, blocks),
-        "mu": _whole(pool.mean),
-        "sigma": _whole(pool.covariance),
-    }
-    if spatial:
-        arrays |= {"mu_s": _whole(spatial.mean), "sigma_s": _whole(spatial.covariance)}
+    arrays = {IMAGES: ((n, *images.size, extractor.channels), np.uint8, blocks)}
+
+    # The statistics of all.
+    pool = moments(gathered.pool)
+    arrays |= {"mu": _array(pool.mean), "sigma": _array(pool.covariance)}
+    if spatial := gathered.spatial:
+        arrays |= {"mu_s": _array(spatial.mean), "sigma_s": _array(spatial.covariance)}
+
     identity = np.frombuffer(extractor.identity.encode(), np.uint8)
     write_npz(path, arrays | {EXTRACTOR: (identity.shape, np.uint8, [identity])})
     return n
 
 
-def _whole(tensor: Tensor) -> tuple:
+def _array(tensor: Tensor) -> tuple:
+    """Shape, type and blocks of an array, as `write_npz` takes them."""
     return tuple(tensor.shape), np.float64, [tensor.numpy()]
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import BUILTIN
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
-from diffussm_cli.data.source import BUILTIN
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
@@ -46,7 +46,7 @@ class ImageSet(Protocol):
 
     name: str
     size: tuple[int, int]  # (H, W)
-    grey: bool  # whether the first image is, or all of a built-in set
+    grey: bool  # judged by the first image; of a built-in set, by all
     labels: Sequence[int] | None
     lossy: bool
 
@@ -92,14 +92,18 @@ class _Folder:
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, name: str):
         if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, False for a name that is too long
             raise DataError(f"{name}: {path} holds latents; name the folder of images that they were made from")
-        self.name, self.channels = str(path), channels
+        self.name = str(path)
+        self.channels = channels
         listing = list_source(path, name)
         entries = [e for e in listing.entries if e.name != GRID]
         if not entries:
             raise DataError(f"{name}: {path} holds no image other than {GRID}")
         self.listing = dataclasses.replace(listing, entries=entries)
+
+        # The first image decides for all of them.
         first = read_entry(listing.root, entries[0], None)
-        self.cropped, self.size = size is not None, size or (first.shape[0], first.shape[1])
+        self.cropped = size is not None
+        self.size = size or (first.shape[0], first.shape[1])
         self.grey = is_grey(first)
         self.labels: Sequence[int] | None = [e.label for e in entries] if listing.class_names else None
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
@@ -115,14 +119,15 @@ class _Folder:
 
     @functools.cached_property
     def captions(self) -> Sequence[tuple[str, ...]]:
-        found = read_captions(self.listing, needed=False)
-        return [found.get(e.name, ()) for e in self.listing.entries] if found else ()
+        captions = read_captions(self.listing, needed=False)
+        return [captions.get(e.name, ()) for e in self.listing.entries] if captions else ()
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         batches = [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+        # The next batch is decoded while the caller uses this one.
         begun = [self._pool.map(self._read_one, batch) for batch in batches[:1]]
         for k in range(len(batches)):
-            begun += [self._pool.map(self._read_one, batch) for batch in batches[k + 1 : k + 2]]  # while k is used
+            begun += [self._pool.map(self._read_one, batch) for batch in batches[k + 1 : k + 2]]
             yield torch.stack(list(begun.pop(0)))
 
     def _read_one(self, i: int) -> Tensor:
@@ -131,7 +136,8 @@ class _Folder:
         if self.channels == 1:
             _refuse_colour(array, self.image_name(i))
         if array.shape[:2] != self.size:
-            has, first = (f"{h}x{w}" for h, w in (array.shape[:2], self.size))
+            has = "{}x{}".format(*array.shape[:2])
+            first = "{}x{}".format(*self.size)
             raise DataError(
                 f"{self.image_name(i)} is {has}, the first image is {first}; give images of one size "
                 "(resolution crops those of a reference)"
@@ -153,7 +159,11 @@ class _Npz:
     captions: Sequence[tuple[str, ...]] = ()
 
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None):
-        self.path, self.name, self.channels, self.lossy = path, str(path), channels, False
+        self.path = path
+        self.name = str(path)
+        self.channels = channels
+        self.lossy = False
+
         arrays = open_npz(path)
         if IMAGES not in arrays:
             raise DataError(f"{path}: holds no {IMAGES}, only {', '.join(sorted(arrays)) or 'nothing'}")
@@ -162,8 +172,10 @@ class _Npz:
         self.size = (height, width)
         self.grey = is_grey(next(self.rows.read(0, 1)))
         _refuse_other_size(self, size)
-        labels = arrays.get(LABELS)
+
+        # Labels, if there is one for each image.
         self.left_out = ""
+        labels = arrays.get(LABELS)
         if labels is not None and (labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"):
             why = f"{labels.dtype} of shape {labels.shape}, which is not one integer per image"
             self.left_out = left_out_line(self.name, [LeftOut(1, "array", why, LABELS)])
@@ -174,15 +186,16 @@ class _Npz:
         return self.rows.shape[0]
 
     def read(self, places: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        wanted, at = set(places), places[0]
-        for block in self.rows.read(at, places[-1] + 1, batch_size):
-            chosen = [i for i in range(len(block)) if at + i in wanted]
-            at += len(block)
+        requested = set(places)
+        first = places[0]  # of the block
+        for block in self.rows.read(first, places[-1] + 1, batch_size):
+            chosen = [i for i in range(len(block)) if first + i in requested]
             if self.channels == 1:
                 for i in chosen:
-                    _refuse_colour(block[i], self.image_name(at - len(block) + i))
+                    _refuse_colour(block[i], self.image_name(first + i))
             images = torch.from_numpy(block[chosen][..., : self.channels]).permute(0, 3, 1, 2)
             yield images.expand(-1, self.channels, -1, -1)
+            first += len(block)
 
     def image_name(self, i: int) -> str:
         return f"{self.path}: image {i} of {IMAGES}"
@@ -227,17 +240,20 @@ class _Builtin:
     def __init__(self, path: str, channels: int, size: tuple[int, int] | None = None):
         held_out = path.endswith(HELD_OUT)
         name = path.removeprefix(BUILTIN).removesuffix(HELD_OUT)
-        found = builtin.load(name, None, held_out=held_out)
-        # the images are sorted by class, which would make the Inception Score too low
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-        self.grey = found.images.shape[1] == 1
+        source = builtin.load(name, None, held_out=held_out)
+        height, width = source.images.shape[2:]
+        self.name = path
+        self.size = (height, width)
+        self.grey = source.images.shape[1] == 1
+        self.lossy = False
         if channels == 1 and not self.grey:
             raise DataError(f"{path} is {IN_COLOUR}")
-        self.images = found.images[order].expand(-1, channels, -1, -1)
-        self.labels: Sequence[int] | None = found.labels[order].tolist()
-        self.captions: Sequence[tuple[str, ...]] = [found.captions[i] for i in order] if found.captions else ()
-        height, width = found.images.shape[2:]
-        self.name, self.size, self.lossy = path, (height, width), False
+
+        # The images are sorted by class, which would make the Inception Score too low.
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+        self.images = source.images[order].expand(-1, channels, -1, -1)
+        self.labels: Sequence[int] | None = source.labels[order].tolist()
+        self.captions: Sequence[tuple[str, ...]] = [source.captions[i] for i in order] if source.captions else ()
         _refuse_other_size(self, size)
 
     def __len__(self) -> int:
@@ -280,8 +296,15 @@ class DrawnImages:
         data = sampler.config.data
         if channels == 1 and not data.is_grey:
             raise ConfigError("extractor: this one takes grey images, but the run draws colour images")
-        self.sampler, self.seeds, self.labels, self.channels = sampler, seeds, labels, channels
-        self.name, self.size, self.grey, self.facts, self.text = name, data.size, data.is_grey, facts, text
+        self.sampler = sampler
+        self.seeds = seeds
+        self.labels = labels
+        self.channels = channels
+        self.name = name
+        self.size = data.size
+        self.grey = data.is_grey
+        self.facts = facts
+        self.text = text
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -21,24 +21,24 @@ from diffussm_cli.machine.hub import load_pretrained, weights_sha256
 # ------------------------------------------------------------------------------------------------- retrieval
 def names_in(captions: Sequence[tuple[str, ...]]) -> list[str]:
     """The different names of images, in the order of the images."""
-    return list(dict.fromkeys(own[0] for own in captions if own))
+    return list(dict.fromkeys(texts[0] for texts in captions if texts))
 
 
 def names_of(prompts: Sequence[str], captions: Sequence[tuple[str, ...]]) -> list[str] | None:
     """The name that each prompt stands for, names before other captions; None if a prompt is not among the captions."""
-    name = {caption: own[0] for own in captions for caption in own}
-    name |= {own: own for own in names_in(captions)}
+    name = {caption: texts[0] for texts in captions for caption in texts}
+    name |= {text: text for text in names_in(captions)}
     return [name[p] for p in prompts] if name.keys() >= set(prompts) else None
 
 
 def retrieval(
-    drawn: Tensor, wanted: Sequence[str], real: Tensor, names: Sequence[str], categories: Sequence | None = None
+    drawn: Tensor, right_names: Sequence[str], real: Tensor, names: Sequence[str], categories: Sequence | None = None
 ) -> dict[str, float]:
     """Shares of drawn pictures whose name, or whose category, is found by the cosine of features.
 
     Args:
         drawn: features of the pictures that are judged, (n, d).
-        wanted: the name that each of them should show; one of `names`.
+        right_names: the name that each of them should show; one of `names`.
         real: features of the candidates, (m, d). A name may have several; the most similar one counts.
         names, categories: of the candidates; categories may be missing.
 
@@ -46,11 +46,13 @@ def retrieval(
         `top1` and `top5`: the name is the most similar one, or among the five most similar. `category`: the most
         similar name is of the right category. `chance_...`: the same for a name picked at random.
     """
+    # The names from the most to the least similar one, for each picture.
     labels, first, name_of = np.unique(np.asarray(names), return_index=True, return_inverse=True)
     similarity = (F.normalize(drawn.double(), dim=1) @ F.normalize(real.double(), dim=1).T).cpu().numpy()
     best = np.stack([similarity[:, name_of == k].max(1) for k in range(len(labels))], 1)  # (n, names)
     order = np.argsort(-best, axis=1, kind="stable")
-    right = np.searchsorted(labels, np.asarray(wanted))
+
+    right = np.searchsorted(labels, np.asarray(right_names))
     hits = order == right[:, None]
     values = {
         "top1": float(hits[:, 0].mean()),
@@ -82,13 +84,13 @@ class Clip(nn.Module):
     def score(self, embeddings: Tensor, prompts: Sequence[str]) -> float:
         """The CLIP score of images with these embeddings (n, d): the mean of 100 max(cosine, 0), as in torchmetrics."""
         inputs = [tokenize(self.tokenizer, prompts[i : i + AT_ONCE]) for i in range(0, len(prompts), AT_ONCE)]
-        found = [_pooled(self.model.get_text_features(**each.to(self.model.device))) for each in inputs]
-        text = F.normalize(torch.cat(found).to(embeddings), dim=1)
+        parts = [_pooled(self.model.get_text_features(**part.to(self.model.device))) for part in inputs]
+        text = F.normalize(torch.cat(parts).to(embeddings), dim=1)
         return 100 * (embeddings * text).sum(1).clamp(min=0).mean().item()
 
 
-def _pooled(found: Any) -> Tensor:
-    return getattr(found, "pooler_output", found)  # transformers 4 returns the tensor itself
+def _pooled(output: Any) -> Tensor:
+    return getattr(output, "pooler_output", output)  # transformers 4 returns the tensor itself
 
 
 def load_clip(name: str) -> tuple[Clip, str]:

@@ -67,7 +67,7 @@ def test_kid_comes_with_its_error_and_recall_can_come_alone():
 
 
 @pytest.mark.parametrize("metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"])
-def test_a_metric_that_cannot_be_had_is_an_error_or_left_out(metric):
+def test_unsupported_metric_is_an_error_or_left_out(metric):
     samples, reference = Gathered(POOL, None, None), Reference("r", None)
     with pytest.raises(DataError, match=f"^metrics: {metric} needs "):
         dict(ev.evaluate_features(samples, reference, [metric]))

@@ -262,7 +262,7 @@ def network():
     return load_digits()[0].to(device())
 
 
-def test_features_are_those_of_the_layers_by_hand(network):
+def test_digits_features_are_those_of_its_layers(network):
     """Spatial features in NHWC order, of the first 8 channels; pool features before the ReLU, scaled to 1."""
     seen = {}
     for name in ("conv3", "features"):
@@ -301,7 +301,7 @@ def convolved(x, weight, norm, state, stride=1):
     return F.batch_norm(x, *moments, eps=1e-3)
 
 
-def test_features_are_those_of_a_forward_written_out(efficientnet):
+def test_efficientnet_equals_a_forward_written_out(efficientnet):
     """Lite0 from its tables: kernel, stride and repeats of each stage; ReLU6; no squeeze and excitation."""
     state = efficientnet.network.network.state_dict()
     pictures = images(2, 32)
@@ -327,21 +327,21 @@ def test_features_are_those_of_a_forward_written_out(efficientnet):
     assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 1280), (2, 1960), (2, 1000))
 
 
-def test_an_image_has_the_same_features_in_every_batch(efficientnet):
+def test_efficientnet_features_do_not_depend_on_the_batch(efficientnet):
     together = efficientnet(images(5, 32))
     for i, image in enumerate(images(5, 32)):
         for ours, alone in zip(together, efficientnet(image[None])):
             torch.testing.assert_close(ours[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_it_knows_a_flower(efficientnet):
+def test_efficientnet_recognises_a_flower(efficientnet):
     """A photograph that comes with scikit-learn; daisy is class 985 of ImageNet."""
     flower = pytest.importorskip("sklearn.datasets").load_sample_image("flower.jpg")
     square = torch.from_numpy(flower.copy()).permute(2, 0, 1)[None, :, :, 106:533]
     assert efficientnet(square).logits.argmax() == 985
 
 
-def test_it_is_identified_by_its_weights(efficientnet):
+def test_efficientnet_is_identified_by_its_weights(efficientnet):
     assert efficientnet.identity == "efficientnet-579344248a93e230"
     assert efficientnet.channels == 3
 

@@ -1,4 +1,4 @@
-"""Features of a set: kept by content, the same in any batch, and shared by processes."""
+"""Features of a set: cached by content, the same in any batch, and shared by processes."""
 
 import contextlib
 import threading

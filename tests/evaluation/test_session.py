@@ -23,7 +23,7 @@ from tests.evaluation.conftest import folder
         ("inception", (28, 28), True, "inception"),
     ],
 )
-def test_the_first_images_decide_what_auto_means(asked, size, grey, name):
+def test_auto_extractor_follows_the_first_images(asked, size, grey, name):
     chosen = EvaluationSession(asked, device="cpu")
     chosen.choose(size, grey)
     assert (chosen.requested, chosen.name) == (asked, name)
@@ -31,7 +31,7 @@ def test_the_first_images_decide_what_auto_means(asked, size, grey, name):
     assert chosen.name == name
 
 
-def test_images_are_opened_as_the_extractor_sees_them(tmp_path, monkeypatch):
+def test_images_are_opened_in_the_channels_of_the_extractor(tmp_path, monkeypatch):
     seen = {"digits": types.SimpleNamespace(channels=1), "inception": types.SimpleNamespace(channels=3)}
     monkeypatch.setattr(session, "load_extractor", lambda name, weights, device: seen[name])
     chosen = EvaluationSession(device="cpu")
