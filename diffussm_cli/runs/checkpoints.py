@@ -67,14 +67,19 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         RunError: if the folder cannot be written; an older folder of this name is kept.
     """
-    temporary, replaced = (path.with_name(f"{PARTIAL}{path.name}{end}") for end in ("", ".old"))
+    temporary = path.with_name(f"{PARTIAL}{path.name}")
+    replaced = path.with_name(f"{PARTIAL}{path.name}.old")
     try:
         remove(temporary)
         temporary.mkdir(parents=True)
         yield temporary
+
+        # All of it on disk before it gets its name.
         for file in temporary.iterdir():
             sync(file)
         sync(temporary)
+
+        # An older folder of this name is moved away and removed last.
         if os.path.lexists(path):
             remove(replaced)
             path.rename(replaced)

@@ -38,10 +38,10 @@ def ema_file(decay: float | str) -> str:
 
 def newest_run(folder: Path, name: str | None = None) -> Path | None:
     """The run in `folder` whose configuration was written last; with a name, only NAME, NAME-2, NAME-3, ... count."""
-    runs = [p.parent for p in folder.glob(f"*/{CONFIG}")]
+    roots = [config.parent for config in folder.glob(f"*/{CONFIG}")]
     if name is not None:
-        runs = [p for p in runs if re.fullmatch(re.escape(name) + r"(-\d+)?", p.name)]
-    return max(runs, key=lambda p: (p / CONFIG).stat().st_mtime, default=None)
+        roots = [root for root in roots if re.fullmatch(re.escape(name) + r"(-\d+)?", root.name)]
+    return max(roots, key=lambda root: (root / CONFIG).stat().st_mtime, default=None)
 
 
 def checkpoint_name(step: int) -> str:

@@ -85,9 +85,9 @@ def read_state(folder: Path) -> dict[str, Any]:
 def _read_object(path: Path, remedy: str = "") -> dict[str, Any]:
     """Read a small JSON object. Raises RunError."""
     try:
-        found = json.loads(read_text(path, "RUN"))
-        if isinstance(found, dict):
-            return found
+        value = json.loads(read_text(path, "RUN"))
+        if isinstance(value, dict):
+            return value
     except (ConfigError, ValueError, RecursionError):
         pass
     raise RunError(f"{path}: damaged{remedy}")
@@ -100,13 +100,14 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """Read the metrics of `best/`; empty if there are none. Raises RunError."""
-    path, remedy = folder / METRICS, f"; delete the folder {folder}"
+    path = folder / METRICS
+    remedy = f"; delete the folder {folder}"
     if not path.is_file():
         return {}
-    found = _read_object(path, remedy)
-    if not all(isinstance(v, (int, float)) for v in found.values()):
+    metrics = _read_object(path, remedy)
+    if not all(isinstance(v, (int, float)) for v in metrics.values()):
         raise RunError(f"{path}: damaged{remedy}")
-    return found
+    return metrics
 
 
 def write_skipped(root: Path, skipped: Sequence[tuple[int | None, str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""The batch of each optimiser step. It depends only on (seed, step), so that a resumed run sees the same batches.
+"""The batch of each optimiser step, a function of (seed, step): a resumed run sees the same.
 
 B global batch, of which each process takes its part   C channels   H x W grid
 K text tokens   E width of text vectors
@@ -35,7 +35,7 @@ class Batch:
     text: Tensor | None = None  # (B, 1 + K, E), captions, some replaced by zeros; None without text
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
-        """Images start..stop, moved to a device."""
+        """Images start to stop, moved to a device."""
         return self.each(lambda tensor: tensor[start:stop].to(device, non_blocking=True))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -50,12 +50,14 @@ def batches(source: Source, config: Config, start: int, world: World = ALONE, pi
     Args:
         pinned: use page-locked memory, from which a CUDA device copies asynchronously.
     """
+    steps = config.train.steps
     with helpers() as worker:
         waiting: deque[Future] = deque()
         try:
-            for step in range(start, config.train.steps):
-                while len(waiting) < PREFETCH and step + len(waiting) < config.train.steps:
-                    waiting.append(worker.submit(make_batch, source, config, step + len(waiting), world, pinned))
+            for step in range(start, steps):
+                while len(waiting) < PREFETCH and step + len(waiting) < steps:
+                    following = step + len(waiting)
+                    waiting.append(worker.submit(make_batch, source, config, following, world, pinned))
                 yield waiting.popleft().result()
         finally:
             for batch in waiting:
@@ -65,44 +67,60 @@ def batches(source: Source, config: Config, start: int, world: World = ALONE, pi
 def make_batch(source: Source, config: Config, step: int, world: World = ALONE, pinned: bool = False) -> Batch:
     """One process's part of the batch of optimiser step `step` (0, 1, ...).
 
-    Everything random about an image depends only on (seed, step, its place in the batch), not on the process.
+    Everything random about an image depends only on (seed, step, its place in the batch), not on
+    the process.
     """
-    seed, B = config.train.seed, config.train.batch_size
+    seed = config.train.seed
+    B = config.train.batch_size
+
+    # Which images, and one random generator for each.
     places = world.share(B)
-    indices = indices_at(seed, step * B, B, len(source))[places.start : places.stop].tolist()
-    generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[places.start : places.stop]]
+    here = slice(places.start, places.stop)
+    indices = indices_at(seed, step * B, B, len(source))[here].tolist()
+    generators = [torch.Generator().manual_seed(s) for s in image_seeds(seed, step, B)[here]]
+
+    # The order of these draws is part of what a seed means.
     x_0, labels = source.read(indices, generators)
     t = torch.cat([draw_timestep(config.diffusion, g) for g in generators])
     dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
     noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
-    classes = config.model.num_classes
     text = _captions(source, indices, generators, config) if config.model.text_width else None
-    batch = Batch(x_0, t, noise, torch.where(dropped, classes, labels) if classes else None, text)
+
+    classes = config.model.num_classes  # also the label of the null class
+    y = torch.where(dropped, classes, labels) if classes else None
+    batch = Batch(x_0, t, noise, y, text)
     return batch.each(Tensor.pin_memory) if pinned else batch
 
 
 def _captions(source: Source, indices: list[int], generators: list[torch.Generator], config: Config) -> Tensor:
-    """One caption per image, some dropped; drawn last, so that a run without text draws the same numbers."""
+    """One caption per image, some dropped; drawn last, so that a run without text draws the same
+    numbers.
+    """
     text = source.text(indices, generators)  # (B, 1 + K, E)
     kept = torch.cat([torch.rand(1, generator=g) for g in generators]) >= config.train.label_dropout
     return text * kept[:, None, None]
 
 
 def captions_of(source: Source, n: int) -> Text:
-    """Captions of n images, evenly spread over a source, for previews and evaluations; always the same."""
+    """Captions of n images, evenly spread over a source, for previews and evaluations; always the
+    same.
+    """
     indices = [i * len(source) // n for i in range(n)]
     return Text(source.text(indices, [torch.Generator().manual_seed(i) for i in range(n)]))
 
 
 def indices_at(seed: int, position: int, count: int, n: int) -> np.ndarray:
-    """`count` indices from `position` on in an endless sequence of epochs, each with its own shuffle of 0..n-1."""
-    found: list[np.ndarray] = []
+    """`count` indices from `position` on in an endless sequence of epochs, each with its own
+    shuffle of 0..n-1.
+    """
+    parts: list[np.ndarray] = []
     while count > 0:
         epoch, offset = divmod(position, n)
         part = epoch_order(seed, epoch, n)[offset : offset + count]
-        found.append(part)
-        position, count = position + len(part), count - len(part)
-    return np.concatenate(found)
+        parts.append(part)
+        position += len(part)
+        count -= len(part)
+    return np.concatenate(parts)
 
 
 @functools.lru_cache(maxsize=2)
@@ -112,6 +130,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def image_seeds(seed: int, step: int, count: int) -> list[int]:
-    """One 63-bit seed per image of a batch, hashed because sums of seed, step and place would collide."""
+    """One 63-bit seed per image of a batch, hashed because sums of seed, step and place would
+    collide.
+    """
     states = np.random.SeedSequence([seed, step]).generate_state(count, np.uint64)
     return (states >> np.uint64(1)).tolist()

@@ -1,7 +1,7 @@
 """Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and all hashes as JSON.
 
-A checkpoint gets its final name once it is complete and on disk. The hashes reveal later damage, and then the previous
-checkpoint is used.
+A checkpoint gets its final name once it is complete and on disk. The hashes reveal later damage,
+and then the previous checkpoint is used.
 """
 
 from collections.abc import Mapping
@@ -27,15 +27,21 @@ KINDS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps of a par
 
 
 class CheckpointWriter:
-    """Writes RUN/checkpoints/step-N, in a thread if the configuration says so, one at a time; removes old ones."""
+    """Writes RUN/checkpoints/step-N, in a thread if the configuration says so, one at a time;
+    removes old ones.
+    """
 
     def __init__(self, root: Path, config: TrainConfig):
-        self.root, self.config = root, config
+        self.root = root
+        self.config = config
         self._thread = helpers() if config.async_checkpoint else None
         self._running: Future | None = None
 
     def write(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        """Wait for the previous checkpoint, then start to write this one. Raises RunError if either fails."""
+        """Wait for the previous checkpoint, then start to write this one.
+
+        Raises RunError if either fails.
+        """
         self.finish()
         if self._thread is None:
             self._write(tensors, state)
@@ -63,30 +69,37 @@ class CheckpointWriter:
         self._remove_old(path.parent)
 
     def _remove_old(self, folder: Path) -> None:
-        every, kept = self.config.keep_every, set(runs.list_checkpoints(self.root)[-self.config.keep_checkpoints :])
-        for old in runs.list_checkpoints(self.root):
-            permanent = every and runs.step_of(old) % every == 0
-            if old not in kept and not permanent:
+        every = self.config.keep_every
+        checkpoints = runs.list_checkpoints(self.root)
+        for old in checkpoints[: -self.config.keep_checkpoints]:
+            is_permanent = every and runs.step_of(old) % every == 0
+            if not is_permanent:
                 runs.remove(old)
         for debris in folder.glob(f"{PARTIAL}step-*"):
             runs.remove(debris)
 
 
 def collect(model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True) -> Tensors:
-    """The full tensors of a checkpoint, if `keep` is true. If the models are sharded, every process must call this."""
+    """The full tensors of a checkpoint, if `keep` is true.
+
+    If the models are sharded, every process must call this.
+    """
     moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
     return full_tensors({runs.MODEL: model.state_dict(), **averages, runs.OPTIMIZER: moments}, keep)
 
 
 def full_tensors(files: Tensors, keep: bool = True) -> dict[str, dict[str, Tensor]]:
-    """The full tensors of each file, if `keep` is true. If they are sharded, every process must call this."""
-    found: dict[str, dict[str, Tensor]] = {file: {} for file in files}
+    """The full tensors of each file, if `keep` is true.
+
+    If they are sharded, every process must call this.
+    """
+    full: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     for file, tensors in files.items():
         for name, tensor in tensors.items():
             complete = full_tensor(tensor)
             if keep:
-                found[file][name] = complete if complete is tensor else complete.cpu()
-    return found
+                full[file][name] = complete if complete is tensor else complete.cpu()
+    return full
 
 
 def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str]]:
@@ -97,6 +110,7 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
     Raises:
         RunError: if all checkpoints are damaged, or another process does not see the same bytes.
     """
+    # The first process chooses.
     name, state = None, None
     damaged: list[str] = []
     if world.rank == 0 and runs.list_checkpoints(root):
@@ -109,6 +123,8 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
     name, state = gather((name, state), world)[0]
     if name is None:
         return None, damaged
+
+    # The others compare.
     path = root / runs.CHECKPOINTS / name
     for rank, wrong in enumerate(gather(_difference(path, state) if world.rank else None, world)):
         if wrong:
@@ -123,10 +139,20 @@ def _difference(path: Path, state: dict[str, Any]) -> str | None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer) -> dict[str, Any]:
-    """Restore what `collect` returned, a new average as a copy of the first; returns the state. Raises RunError."""
+    """Load model, averages and optimiser; an average that the checkpoint lacks starts as a copy of the first.
+
+    Returns:
+        The state: step, counts and hashes.
+
+    Raises:
+        RunError: if the checkpoint is damaged or of another model.
+    """
     state = runs.read_state(path)
-    own = {decay: runs.ema_file(decay) for decay in averages if (path / runs.ema_file(decay)).is_file()}
-    networks = [(model, runs.MODEL), *((average, own.get(decay, runs.EMA)) for decay, average in averages.items())]
+    networks = [(model, runs.MODEL)]
+    for decay, average in averages.items():
+        file = runs.ema_file(decay)
+        networks.append((average, file if (path / file).is_file() else runs.EMA))
+
     for network, name in networks:
         weights = runs.read_tensors(path / name)
         runs.check_weights_match(network.state_dict(), weights, path / name)

@@ -1,4 +1,6 @@
-"""Health of a training run: steps that are not finite, relative sizes of updates, the SSM's time scales."""
+"""Health of a training run: steps that are not finite, relative sizes of updates, the SSM's time
+scales.
+"""
 
 import math
 
@@ -25,7 +27,9 @@ class BadSteps:
         self._flags.append(bad)
 
     def flush(self, step: int) -> tuple[list[int], int]:
-        """The steps up to `step` that were skipped since the last flush, and the longest run of consecutive skips."""
+        """The steps up to `step` that were skipped since the last flush, and the longest run of
+        consecutive skips.
+        """
         flags = torch.stack(self._flags).cpu()
         first = step - len(self._flags) + 1
         longest = int(self.longest)
@@ -52,7 +56,9 @@ def diagnosis(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) 
 
 @torch.no_grad()
 def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Squared norms of the last update and of the weights by group: (2,), for the parts that this process holds."""
+    """Squared norms of the last update and of the weights by group: (2,), for the parts that this
+    process holds.
+    """
     by_group = {}
     for group in optimizer.param_groups:
         if group.get("muon"):
@@ -75,7 +81,9 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def time_scales(model: nn.Module) -> dict[str, Tensor]:
-    """Range of dt and -Re A over all SSMs, for the parts that this process holds, as [min, -max] of the log: (2,)."""
+    """Range of dt and -Re A over all SSMs, for the parts that this process holds, as [min, -max] of
+    the log: (2,).
+    """
     scales = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
         parameters = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, StateSpace))
