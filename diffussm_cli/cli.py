@@ -15,7 +15,7 @@ from diffussm_cli.commands.eval import evaluate
 from diffussm_cli.commands.options import Command, WithExamples
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
-from diffussm_cli.commands.train import TrainCommand, train
+from diffussm_cli.commands.train import train
 from diffussm_cli.errors import DiffussmError, system_reason
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # recent versions of Typer ship their own click
@@ -103,7 +103,7 @@ app = typer.Typer(
 )
 for name, cls, function in (
     ("encode", Command, encode),
-    ("train", TrainCommand, train),
+    ("train", Command, train),
     ("sample", Command, sample),
     ("eval", Command, evaluate),
     ("profile", Command, profile),

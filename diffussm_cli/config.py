@@ -219,8 +219,8 @@ class EvalConfig:
     images: int = _option(5000, "images drawn for each evaluation; 0: only the held-out loss", least=0, most=10**6)
     steps: int = _option(50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000)
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
-    extractor: str = _option(
-        "auto", "inception, digits, efficientnet, a file, module:factory, a CLIP; auto: digits for grey 28x28"
+    extractor: Literal["auto", "inception", "digits", "efficientnet"] = _option(
+        "auto", "features that scores compare; auto: digits for grey 28x28, else inception"
     )
 
 

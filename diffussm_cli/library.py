@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffussm_cli.commands.console import follow, make_console
-from diffussm_cli.config import DEFAULT_PRESET, DEFAULT_VAE, Config, config_from_dict, load_config, to_dict
+from diffussm_cli.config import (
+    DEFAULT_PRESET,
+    DEFAULT_VAE,
+    Config,
+    config_from_dict,
+    load_config,
+    preset_names,
+    to_dict,
+)
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
 from diffussm_cli.data.images import image_grid
@@ -26,7 +34,7 @@ from diffussm_cli.events import Event, finish
 from diffussm_cli.machine.files import default_cache
 from diffussm_cli.model import Backbone
 from diffussm_cli.profiling.flops import Cost
-from diffussm_cli.runs import TrainedRun, find_run
+from diffussm_cli.runs import RUNS, TrainedRun, find_run, newest_run, resumed_config
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 T = TypeVar("T")
@@ -132,12 +140,13 @@ def train(
     """Train a model and write a self-describing run folder, as `diffussm train` does.
 
     Args:
-        config: a preset's name, a YAML file, or a configuration.
+        config: a preset's name, a YAML file, or a configuration. A run that continues keeps its own configuration if
+            this is a name.
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
         data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs (image, label): uint8,
             or floats in [-1, 1]. Classes are its `classes`, or the numbers up to the largest label. To resume such a
             run, give the data again.
-        resume: continue the run in `out` from its newest checkpoint.
+        resume: continue the run in `out`, or the newest run of the preset, from its newest checkpoint.
         set: fields by their whole name, such as {"model.depth": 4}.
         stop: asked after every step; if it returns true, a checkpoint is written and training ends.
         fields: fields of the section `train` to change: lr=2e-3, steps=500, ...
@@ -153,12 +162,17 @@ def train(
     changes = dict(set or {}) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
+    where = None if out is None else Path(out)
     if isinstance(config, Config):
         config = config_from_dict(to_dict(config), "config", fields=changes, name=config.preset)
     else:
-        config = load_config(str(config), fields=changes)
+        saved = None
+        if resume and str(config) in preset_names():
+            where = where or newest_run(RUNS, str(config))
+            saved = resumed_config(where, fields=changes) if where else None
+        config = saved or load_config(str(config), fields=changes)
+
     dataset = None if isinstance(data, str | Path) else data
-    where = None if out is None else Path(out)
     events = session.train(config, where, resume=resume, dataset=dataset, stop=stop)
     return load(_run(events, show).root)
 

@@ -201,7 +201,7 @@ MISTAKES = {
     "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
-    "value of resume": (["train", "--resume=yes"], "--resume: 'yes' must be auto or left out"),
+    "value of resume": (["train", "--resume=yes"], "'--resume' does not take a value"),
     "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "eulr"], "'eulr' is not one of"),

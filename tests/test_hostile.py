@@ -109,23 +109,23 @@ def test_weights_that_are_no_finite_numbers_are_refused(tiny, tmp_path, change, 
         runs.load_model(runs.find_run(tmp_path))
 
 
-@pytest.mark.parametrize("where", ["run folder", "preset"])
-def test_an_extractor_that_a_file_names_is_not_imported(trained, tmp_path, monkeypatch, where):
-    code = f"open({str(tmp_path / 'owned')!r}, 'w').close()\ndef factory():\n    raise ImportError('reached')\n"
-    (tmp_path / "foreign.py").write_text(code)
+@pytest.mark.parametrize("where", ["run folder", "preset", "option"])
+def test_an_extractor_in_a_field_is_a_name_and_no_code(trained, tmp_path, monkeypatch, where):
+    (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'reached')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "foreign", raising=False)
     path = trained / runs.CONFIG
-    path.write_text(path.read_text().replace("extractor: auto", "extractor: foreign:factory"))
-    (tmp_path / "preset.yaml").write_text(path.read_text().replace("  every: 0", "  every: 1"))
-    command = ["--resume", "--out", trained] if where == "run folder" else ["--preset", tmp_path / "preset.yaml"]
-    command += ["--eval-every", 1, "--set", "train.steps=6"]
-    line = line_of(run("train", *command))
-    assert "eval.extractor: 'foreign:factory' is code, and this command line does not name it; if you trust" in line
-    assert "--set eval.extractor=foreign:factory" in line
-    assert not (tmp_path / "owned").exists()
-    assert "reached" in line_of(run("train", *command, "--set", "eval.extractor=foreign:factory"))
-    assert (tmp_path / "owned").exists()
+    foreign = path.read_text().replace("extractor: auto", "extractor: foreign:factory")
+    (tmp_path / "preset.yaml").write_text(foreign)
+    commands = {
+        "run folder": ["--resume", "--out", trained],
+        "preset": ["--preset", tmp_path / "preset.yaml"],
+        "option": ["--preset", "digits", "--set", "eval.extractor=foreign:factory"],
+    }
+    if where == "run folder":
+        path.write_text(foreign)
+    line = line_of(run("train", *commands[where], "--eval-every", 1, "--set", "train.steps=6"))
+    assert "eval.extractor: 'foreign:factory' is not a choice; valid: auto, inception, digits, efficientnet" in line
+    assert not (tmp_path / "reached").exists()
 
 
 def test_hashes_in_a_state_lead_nowhere(trained, tmp_path, monkeypatch):

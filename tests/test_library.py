@@ -161,6 +161,14 @@ def test_costs_are_those_of_the_command():
 
 
 # ------------------------------------------------------------------------------------------------- own data
+def test_a_run_that_continues_by_a_name_keeps_its_own_configuration(tmp_path):
+    first = train(tmp_path / "run", lr=0.005)
+    again = ds.train(out=tmp_path / "run", resume=True, steps=5, show=False)
+    assert again.config.train.lr == 0.005
+    assert again.config.model == first.config.model
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+
+
 def test_a_dataset_of_ones_own_is_trained_resumed_sampled_and_evaluated(tmp_path):
     data = Squares(side=28)
     sizes = {"data.resolution": 28, "model.patch_size": 7, "model.num_classes": 2}

@@ -19,6 +19,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from diffussm_cli import runs
+from diffussm_cli.commands.stopping import PREEMPTED
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.errors import DataError
@@ -26,7 +27,6 @@ from diffussm_cli.events import TrainingRecord
 from diffussm_cli.machine.files import locked, sha256
 from diffussm_cli.training import session
 from diffussm_cli.training.record import RecordWriter
-from diffussm_cli.training.stopping import PREEMPTED
 from tests.conftest import TINY
 from tests.helpers import SETTINGS, line_of, run
 
@@ -57,23 +57,22 @@ def steps(root):
 
 
 # ------------------------------------------------------------------------------------------------ resume
-@pytest.mark.parametrize("command", [["--resume"], ["--resume", "auto"], ["--resume=auto"]], ids=" ".join)
-def test_the_same_command_begins_goes_on_and_is_done(tmp_path, command):
+def test_the_same_command_begins_goes_on_and_is_done(tmp_path):
     root = tmp_path / "run"
-    first = train(root, *command)
+    first = train(root, "--resume")
     assert first.exit_code == 0
     assert f"no checkpoint in {root} yet; training begins" in first.stderr
-    again = train(root, *command)
+    again = train(root, "--resume")
     assert again.exit_code == 0
     assert "is at step 4 and train.steps is 4; nothing to do" in again.stderr
-    assert train(root, *command, "--set", "train.steps=6").exit_code == 0
+    assert train(root, "--resume", "--set", "train.steps=6").exit_code == 0
     assert steps(root) == [2, 4, 6]
 
 
-def test_auto_begins_again_where_no_checkpoint_was_reached(trained):
+def test_resume_begins_again_where_no_checkpoint_was_reached(trained):
     for path in runs.list_checkpoints(trained):
         (path / runs.STATE).unlink()
-    assert train(trained, "--resume", "auto").exit_code == 0
+    assert train(trained, "--resume").exit_code == 0
     assert steps(trained) == [2, 4]
 
 
@@ -216,10 +215,6 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
         assert line in result.stderr
     again = train(Path("o_[/b]") / "[red]x", "--resume", "--set", "train.sample_every=4")
     assert "o_[/b]/[red]x is at step 4" in again.stderr
-
-
-def test_resume_takes_auto_or_nothing(tmp_path):
-    assert "--resume: 'yes' must be auto or left out" in line_of(train(tmp_path / "run", "--resume=yes"))
 
 
 def test_harmless_changes_are_listed(trained):
@@ -390,7 +385,7 @@ def test_a_second_job_in_the_folder_is_refused(trained):
 # ------------------------------------------------------------------------------------------------ signals, disks
 def start(root, *settings):
     command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root)]
-    command += [*SETTINGS, *(part for s in settings for part in ("--set", s)), "--resume", "auto"]
+    command += [*SETTINGS, *(part for s in settings for part in ("--set", s)), "--resume"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 

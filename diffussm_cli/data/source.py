@@ -6,7 +6,7 @@ B batch   C channels   H x W grid   x_0 (B, C, H, W) float32 in model space   la
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.datasets import PYTHON, DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
-from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
+from diffussm_cli.data.listing import UNREADABLE, LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts
 from diffussm_cli.data.vae import full_name, read_facts
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.events import Event, Progress
 from diffussm_cli.machine.device import Helpers
-from diffussm_cli.machine.processes import own_cores
+from diffussm_cli.machine.processes import World, gather, own_cores
 
 AT_ONCE = 256  # images that are handed to the threads at a time
 
@@ -144,6 +145,32 @@ class Part:
 
 
 @functools.lru_cache(maxsize=2)
+def undivided(source: Source) -> Source:
+    """The source itself, or the one that it is a Part of."""
+    return source.whole if isinstance(source, Part) else source
+
+
+def unreadable_images(source: ImageFolder, world: World) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
+    """Decode every image once, by all processes together.
+
+    Returns:
+        index, name and reason of every image that cannot be read; the index is None if it was not even listed.
+    """
+    places = range(world.rank, len(source), world.size)
+    reasons: dict[int, str] = {}
+    done = 0
+    yield Progress(0, len(places), "checking images")
+    for checked, failures in source.check(places):
+        done += checked
+        reasons |= failures
+        yield Progress(done, len(places), "checking images")
+
+    for failures in gather(reasons, world):
+        reasons |= failures
+    decoded: list[tuple[int | None, str, str]] = [(i, source.entries[i].name, reasons[i]) for i in sorted(reasons)]
+    return decoded + [(None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)]
+
+
 def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """The indices 0..n-1 to train on, and those to hold out; at least one of each if n > 1."""
     held_out = np.random.default_rng(0).permutation(n) < min(n - 1, max(1, round(n * share)))
@@ -192,16 +219,16 @@ def _open(config: Config, held_out: bool = False) -> Source:
 
 def text_hash(config: Config, source: Source) -> str:
     """The hash of the text encoder of a source from `open_source`; empty without text."""
-    whole: Any = source.whole if isinstance(source, Part) else source
+    images: Any = undivided(source)
     if config.data.text is None:
         return ""
-    return whole.settings.text_sha256 if hasattr(whole, "settings") else whole.texts.encoder.sha256
+    return images.settings.text_sha256 if hasattr(images, "settings") else images.texts.encoder.sha256
 
 
 def vae_hash(source: Source) -> str:
     """The hash of the VAE that made the latents of a source from `open_source`; empty for pixels."""
-    whole: Any = source.whole if isinstance(source, Part) else source
-    return whole.settings.vae_weights_sha256 if hasattr(whole, "settings") else ""
+    images: Any = undivided(source)
+    return images.settings.vae_weights_sha256 if hasattr(images, "settings") else ""
 
 
 def _open_images(config: Config, held_out: bool) -> Source:

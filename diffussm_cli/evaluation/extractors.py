@@ -11,14 +11,14 @@ import warnings
 import zipfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from diffussm_cli.config import BUILTIN
+from diffussm_cli.config import BUILTIN, EvalConfig
 from diffussm_cli.data.images import to_model_space
 from diffussm_cli.errors import ConfigError, DataError, install, reason
 from diffussm_cli.evaluation.text import load_clip
@@ -26,7 +26,7 @@ from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
 
 AUTO = "auto"
-NAMES = ("inception", "digits", "efficientnet")
+NAMES: tuple[str, ...] = get_args(get_type_hints(EvalConfig)["extractor"])[1:]
 DIGITS = "digits.safetensors"
 
 

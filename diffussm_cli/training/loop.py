@@ -1,6 +1,10 @@
-"""The training loop: when to log, to measure, to draw and to save. It yields records and prints nothing."""
+"""The training loop: when to log, to measure, to draw and to save.
+
+It yields records and prints nothing.
+"""
 
 import contextlib
+import datetime
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -12,7 +16,7 @@ from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.machine.device import is_out_of_memory, pick_device
+from diffussm_cli.machine.device import facts_of_machine, is_out_of_memory, pick_device
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
 from diffussm_cli.model import count_parameters
 from diffussm_cli.training.batches import Batch, batches
@@ -30,12 +34,12 @@ Record = dict[str, Any]
 
 
 def due(step: int, every: int, at_end: bool = False) -> bool:
-    """Whether something that is done every so many steps, and perhaps at the end, is due; never if `every` is 0."""
+    """Whether something is due at a step: at each multiple of `every`, or `at_end`; never if 0."""
     return every > 0 and (at_end or step % every == 0)
 
 
 class Trainer:
-    """A run in training: its steps, and what is measured, drawn and saved between them. `run` is the loop.
+    """A run in training: its steps, and what is measured, drawn and saved between them.
 
     Attributes:
         step: the model in training, with everything that a checkpoint holds.
@@ -73,16 +77,28 @@ class Trainer:
         arithmetic = str(self.step.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
         return f"{count_parameters(self.step.model):,} parameters on {where}, {arithmetic}"
 
-    # --------------------------------------------------------------------------------------------- the loop
+    def facts(self) -> Record:
+        """Where and with what a session of training begins, for the log and the report."""
+        return {
+            "from_step": self.step.number,
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": str(self.step.device),
+            "processes": self.world.size,
+            "precision": str(self.step.dtype).removeprefix("torch."),
+            "parameters": count_parameters(self.step.model),
+            **facts_of_machine(self.step.device),
+        }
+
+    # ------------------------------------------------------------------------------------- the loop
     def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
         """Train to the last step, yielding a record every `log_every` steps.
 
-        It also writes previews, checkpoints and `final/`. When `stop()` is true in any process, the current step is
-        finished, a checkpoint is written, and the loop ends early.
+        It also writes previews, checkpoints and `final/`. When `stop()` is true in any process, the
+        current step is finished, a checkpoint is written, and the loop ends early.
 
         Raises:
-            RunError: if too many steps in a row are not finite, memory runs out, another process of the job is lost,
-                or a checkpoint cannot be written.
+            RunError: if too many steps in a row are not finite, memory runs out, another process of
+                the job is lost, or a checkpoint cannot be written.
             DataError: if an image cannot be read; a checkpoint is written first.
         """
         t = self.config.train
@@ -94,6 +110,7 @@ class Trainer:
             stopped = any_of(stop(), self.world)
             ends = last or stopped
 
+            # Log and measure.
             measures = due(number, self.config.eval.every, last)
             if measures or due(number, t.log_every, ends):
                 record = self._record()
@@ -102,6 +119,7 @@ class Trainer:
                         record |= self.measures.measure()
                     yield record
 
+            # Draw and save.
             draws = due(number, t.sample_every, last)
             saves = due(number, t.checkpoint_every, ends)
             if draws or saves:
@@ -121,12 +139,12 @@ class Trainer:
 
     @contextlib.contextmanager
     def _interrupted(self) -> Iterator[None]:
-        """Work between two steps: its time does not count, and the other processes wait for the first one."""
+        """Work between two steps: its time does not count, and others wait for the first process."""
         with self.step.meter.paused(), first_works(self.world):
             yield
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches from the current step on; a checkpoint is saved before an unreadable image ends the run."""
+        """Batches from the current step on; before an unreadable image ends the run, it is saved."""
         start = self.step.number
         pinned = self.step.device.type == "cuda"
         try:
@@ -153,7 +171,10 @@ class Trainer:
             ) from e
 
     def _record(self) -> Record:
-        """What was measured since the last record. Raises RunError after too many steps that are not finite."""
+        """What was measured since the last record.
+
+        Raises RunError after too many steps that are not finite.
+        """
         t = self.config.train
         step = self.step
         skipped, in_a_row = step.bad_steps.flush(step.number)
@@ -180,9 +201,12 @@ class Trainer:
             )
         return record
 
-    # --------------------------------------------------------------------------------------------- what it writes
+    # ------------------------------------------------------------------------------- what it writes
     def preview(self, last: bool) -> None:
-        """Draw a preview on the first process. If the model is sharded, every process must call this."""
+        """Draw a preview on the first process.
+
+        If the model is sharded, every process must call this.
+        """
         model = self.step.averaged()
         if self.world.rank == 0 and self.previews:
             self.previews.draw(model, last)
@@ -209,7 +233,10 @@ class Trainer:
         self.writer.write(tensors, state)
 
     def _write_final(self) -> None:
-        """Write RUN/final. If the model is sharded, every process must call this. Raises RunError."""
+        """Write RUN/final.
+
+        If the model is sharded, every process must call this. Raises RunError.
+        """
         is_first = self.world.rank == 0
         averages = full_tensors(self.step.averages_by_file(runs.MODEL), keep=is_first)
         if not is_first:

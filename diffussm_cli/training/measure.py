@@ -1,6 +1,7 @@
-"""What `eval.every` measures of the averaged weights: the loss on held-out images, and scores of drawn images.
+"""What `eval.every` measures of averaged weights: held-out loss, and scores of drawn images.
 
-n images   Q = 4 quarters of the timesteps   B = nQ, each image once per quarter   C channels   H x W grid
+n images   Q = 4 quarters of the timesteps   B = nQ, each image once per quarter
+C channels   H x W grid
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ class Measures:
         decoding: opens what turns latents into images; called only if images are drawn.
 
     Raises:
-        DiffussmError: now and not at the first measurement, if images, a reference or an extractor are missing.
+        DiffussmError: now and not at the first measurement, if images, a reference or an extractor
+            are missing.
     """
 
     def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
@@ -55,7 +57,7 @@ class Measures:
         if not config.eval.images and not images:
             raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
 
-        # Without a reference there are no scores, which is an error if there is no held-out loss either.
+        # Without a reference there are no scores; an error if there is no held-out loss either.
         self.scoring = None
         if config.eval.images and (config.reference or not images):
             self.scoring = Scoring(step, source, root, decoding())
@@ -92,11 +94,14 @@ class Measures:
 
 
 class HeldOut:
-    """Up to `eval.held_out_images` images, evenly spread over a source. Raises DataError for an unreadable one.
+    """Up to `eval.held_out_images` images, evenly spread over a source.
 
-    Timesteps and noise are the same at every evaluation, so that the loss shows progress. They depend only on the seed
-    of the run and the place of an image among these; batches do not depend on the number of processes, so that the
-    result is the same number.
+    Timesteps and noise are the same at every evaluation, so that the loss shows progress. They
+    depend only on the seed of the run and the place of an image among these; batches do not depend
+    on the number of processes, so that the result is the same number.
+
+    Raises:
+        DataError: for an unreadable image, before training begins.
     """
 
     def __init__(self, source: Source, config: Config, device: torch.device, world: World = ALONE):
@@ -117,7 +122,10 @@ class HeldOut:
 
     @torch.no_grad()
     def measure(self, losses: Callable[[Batch], dict[str, Tensor]]) -> dict[str, float]:
-        """Mean loss as `held_out`, by quarter as `held_out/q1` (least noisy) to `q4`. Every process must call this."""
+        """Mean loss as `held_out`, by quarter as `held_out/q1` (least noisy) to `q4`.
+
+        Every process must call this.
+        """
         values = torch.zeros(len(self.indices), QUARTERS, dtype=torch.float64)
         for places in self.parts:
             batch = self.batch(places).part(0, len(places) * QUARTERS, self.device)
@@ -135,7 +143,7 @@ class HeldOut:
         x_0, labels = self.source.read(indices, generators)
         noise = torch.cat([torch.randn(QUARTERS, *x_0.shape[1:], generator=g) for g in generators])
 
-        # One timestep in each quarter; the images together cover a quarter from one end to the other.
+        # One timestep in each quarter, which the images together cover evenly.
         within = (self.seeds[0] / 2**63 + GOLDEN * np.array(places)) % 1  # (n,)
         share = (np.arange(QUARTERS) + within[:, None]) / QUARTERS  # (n, Q), of all timesteps
         t = torch.from_numpy((share * self.config.diffusion.timesteps).astype(np.int64)).flatten()
@@ -148,7 +156,7 @@ class HeldOut:
 
 
 class Scoring:
-    """Metrics of images that are drawn with averaged weights, against `eval.reference`; keeps the best weights.
+    """Metrics of images that averaged weights draw, against `eval.reference`; keeps the best.
 
     A run with text draws captions from `source`. `warnings` are for the user.
 
@@ -176,7 +184,7 @@ class Scoring:
             self.warnings.append(self.reference.images.left_out)
 
     def score(self, model: Backbone, keep: bool = True) -> dict[str, float]:
-        """Metrics of a model in eval mode by name, as `eval/fid`; empty on all processes but the first.
+        """Metrics of a model in eval mode by name, such as `eval/fid`; empty on other ranks than 0.
 
         If `keep`, the weights with the best FID go to RUN/best.
 

@@ -25,7 +25,8 @@ COLUMNS = 10  # at most
 class Previews:
     """Draws RUN/samples/step-*.png.
 
-    A run with text draws `sample.prompts` in turn, or captions of its training images, the same ones every time.
+    A run with text draws `sample.prompts` in turn, or captions of its training images, the same
+    ones every time.
 
     Raises:
         DiffussmError: now and not at the first preview, if a prompt or its encoder cannot be used.
@@ -49,7 +50,10 @@ class Previews:
         return [self.decoding.warning] if self.decoding.warning else []
 
     def draw(self, model: Backbone, last: bool) -> Path:
-        """Draw a grid with a model in eval mode. The last one of a run looks as `diffussm sample` draws it."""
+        """Draw a grid with a model in eval mode.
+
+        The last one of a run looks as `diffussm sample` draws it.
+        """
         config = self.step.config
         n = config.train.sample_images
         classes = config.model.num_classes

@@ -1,4 +1,6 @@
-"""Measurements between two records, and writing records to metrics.jsonl, TensorBoard and a tracker."""
+"""Measurements between two records, and writing records to metrics.jsonl, TensorBoard and a
+tracker.
+"""
 
 import contextlib
 import hashlib
@@ -8,6 +10,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,20 +35,26 @@ class Meter:
     """
 
     def __init__(self, T: int, device: torch.device, world: World = ALONE):
-        self.T, self.device, self.world = T, device, world
+        self.T = T
+        self.device = device
+        self.world = world
         self._restart()
 
     def _restart(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self.images = 0
-        self.since, self.pause = time.perf_counter(), 0.0
+        self.since = time.perf_counter()
+        self.pause = 0.0
         self._parts: list[dict[str, Tensor]] = []
 
     def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
         """Add the losses per image, (B,), and the timesteps, (B,), of one part of a step."""
         quarter = torch.nn.functional.one_hot((t * QUARTERS // self.T).long(), QUARTERS).float()  # (B, 4)
         part = {name: loss.detach().float().sum() for name, loss in losses.items()}
-        part |= {"quarters": losses["mse"].detach().float() @ quarter, "in_quarters": quarter.sum(0)}
+        part |= {
+            "quarters": losses["mse"].detach().float() @ quarter,
+            "in_quarters": quarter.sum(0),
+        }
         self._parts.append(part | {"images": torch.full((), float(len(t)), device=self.device)})
         self.images += len(t)
 
@@ -66,14 +75,22 @@ class Meter:
         self.pause += time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
-        """Means by name: losses, `mse_q1` (smallest t) .. `mse_q4`, grad_norm, images_per_second. Resets the meter."""
+        """Means by name: losses, `mse_q1` (smallest t) ..
+
+        `mse_q4`, grad_norm, images_per_second. Resets the meter.
+        """
+        # Sums over all processes, in one message.
         together = reduced(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)
         sums = dict(zip(self._sums, together.split([v.numel() for v in self._sums.values()])))
-        images, steps = sums.pop("images"), sums.pop("steps")
+
+        # Sums to means.
+        images = sums.pop("images")
+        steps = sums.pop("steps")
         quarters = (sums.pop("quarters") / sums.pop("in_quarters")).tolist()
         norm = (sums.pop("grad_norm") / steps).item()
         means = {name: (value / images).item() for name, value in sums.items()}
         means |= {f"mse_q{i + 1}": q for i, q in enumerate(quarters) if q == q}  # an empty quarter has no mean
+
         seconds = time.perf_counter() - self.since - self.pause
         means |= {"grad_norm": norm, "images_per_second": self.images * self.world.size / seconds}
         self._restart()
@@ -83,14 +100,20 @@ class Meter:
 class RecordWriter:
     """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, records after `step` are dropped.
 
-    Damaged files are renamed and replaced by new ones; `warnings` tells the user. `tracker` gets the numbers too.
+    Damaged files are renamed and replaced by new ones; `warnings` tells the user. `tracker` gets
+    the numbers too.
     """
 
     def __init__(self, root: Path, step: int, tracker: Any = None):
         from torch.utils.tensorboard import SummaryWriter
 
-        path, board, self.root, self.tracker = root / LOG, root / BOARD, root, tracker
+        self.root = root
+        self.tracker = tracker
         self.warnings: list[str] = []
+        path = root / LOG
+        board = root / BOARD
+
+        # What stands there already.
         kept: list[str] = []
         if path.is_file():
             try:
@@ -101,6 +124,7 @@ class RecordWriter:
             self._set_aside(path)
         if os.path.lexists(board) and not board.is_dir():
             self._set_aside(board)
+
         write_text(path, "".join(line + "\n" for line in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(board), purge_step=step + 1)
@@ -112,7 +136,10 @@ class RecordWriter:
         self.warnings.append(f"{path} is damaged; it was renamed to {aside.name}, and a new one begins")
 
     def write(self, record: dict) -> None:
-        """Write a record. Raises RunError, naming the run folder, also for earlier records in TensorBoard's thread."""
+        """Write a record.
+
+        Raises RunError, naming the run folder, also for earlier records in TensorBoard's thread.
+        """
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with writing(str(self.root)):
             self.file.write(json.dumps(plain) + "\n")
@@ -131,13 +158,27 @@ class RecordWriter:
                     self.tracker.finish()
 
 
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Hide the traceback of an OSError in TensorBoard's thread; the next record raises the error
+    again.
+    """
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
 def open_tracker(config: Config, root: Path) -> Any:
     """The run of Weights & Biases or trackio that `train.logger` asks for, begun or continued; None for TensorBoard.
 
     Raises:
         ConfigError: if the package is missing or refuses to begin.
     """
-    name, place = config.train.logger, str(root.resolve())
+    name = config.train.logger
+    place = str(root.resolve())
     if name == "tensorboard":
         return None
     try:
@@ -154,7 +195,10 @@ def open_tracker(config: Config, root: Path) -> Any:
 
 
 def _lines_up_to(step: int, content: bytes) -> list[str]:
-    """The records up to a step, without an incomplete last line. Raises ValueError, KeyError, TypeError."""
+    """The records up to a step, without an incomplete last line.
+
+    Raises ValueError, KeyError, TypeError.
+    """
     *lines, last = content.decode().split("\n")
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     with contextlib.suppress(ValueError, KeyError, TypeError):

@@ -25,19 +25,28 @@ from diffussm_cli.training.checkpoint import Tensors, collect, load_checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
-from diffussm_cli.training.parallel import compile_model, full_tensor, last_part_only, norm_of, replicate, shard
+from diffussm_cli.training.parallel import (
+    compile_model,
+    full_tensor,
+    last_part_only,
+    norm_of,
+    replicate,
+    shard,
+)
 from diffussm_cli.training.record import Meter
 
 
 class Step:
-    """Everything that an optimiser step changes, which is also what a checkpoint keeps. `update` makes a step.
+    """Everything that an optimiser step changes, which is also what a checkpoint keeps.
 
-    Each process has a Step of its own, with the same model (or its shard of it) and its part of every batch.
+    `update` makes a step. Each process has a Step of its own, with the same model (or its shard of
+    it) and its part of every batch.
 
     Attributes:
         number: optimiser steps done so far.
         model: the network in training.
-        averages: the moving averages of its weights; `ema`, the first of them, is the one that draws.
+        averages: the moving averages of its weights; `ema`, the first of them, is the one that
+            draws.
         meter: means of what was measured since they were last read.
         bad_steps: which steps were skipped since they were last read.
     """
@@ -50,7 +59,7 @@ class Step:
         self.dtype = pick_dtype(t.precision, device)
         self.number = 0
 
-        # The network and its averages. A copy must be made before the original is compiled or sharded.
+        # The network and its averages, copied before the original is compiled or sharded.
         torch.manual_seed(t.seed)
         self.model = build_model(config, t.gradient_checkpointing).to(device)
         self.averages = [EMA(self.model, decay) for decay in t.ema]
@@ -65,7 +74,7 @@ class Step:
         self.bad_steps = BadSteps(device)
 
     def _distribute(self) -> nn.Module:
-        """The module to call for a forward pass, replicated or sharded if there are several processes."""
+        """The module to call for a forward pass: replicated or sharded for several processes."""
         if self.world.size == 1:
             return self.model
         if self.config.train.parallel == "ddp":
@@ -79,12 +88,12 @@ class Step:
         """Whether each process has only its shard of the model."""
         return isinstance(self.model, FSDPModule)
 
-    # --------------------------------------------------------------------------------------------- a step
+    # --------------------------------------------------------------------------------------- a step
     def update(self, batch: Batch) -> None:
         """One optimiser step on this process's part of a batch.
 
-        If the loss or the gradient is not finite in any process, all processes skip the step: weights and moments stay
-        as they are. Nothing here waits for the device.
+        If the loss or the gradient is not finite in any process, all processes skip the step:
+        weights and moments stay as they are. Nothing here waits for the device.
         """
         t = self.config.train
         bad = torch.zeros((), device=self.device)
@@ -99,14 +108,15 @@ class Step:
             bad = bad + ~torch.isfinite(loss.detach())
             self.meter.add(losses, part.t)
 
-        # The norm of the whole gradient, and the gradient clipped to it.
+        # The norm of the whole gradient, which is then clipped to `train.grad_clip`.
         norm = norm_of(p.grad for p in self.model.parameters() if p.grad is not None)
         if t.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), t.grad_clip, norm)
 
-        # Skip the step if a number is not finite. An `if` would need that answer on the host, and every step would wait
-        # for the device. Instead the answer stays on the device, as 1.0 or 0.0: fused AdamW reads `found_inf`, which is
-        # meant for torch's GradScaler, and its kernel changes neither weights nor moments where that is 1.
+        # Skip the step if a number is not finite. An `if` would need that answer on the host, and
+        # every step would wait for the device. Instead the answer stays on the device, as 1.0 or
+        # 0.0: fused AdamW reads `found_inf`, which is meant for torch's GradScaler, and its kernel
+        # changes neither weights nor moments where that is 1. Our Muon does the same.
         bad = (reduced(bad + ~torch.isfinite(norm), self.world) > 0).float()
         self.optimizer.found_inf = bad  # type: ignore[union-attr]
         self.bad_steps.add(bad)
@@ -121,7 +131,7 @@ class Step:
             ema.update(self.model, self.number)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
-        """The `train.accumulate` parts of a batch, on the device, and whether a part is the last one."""
+        """The `train.accumulate` parts of a batch, on the device, and whether each is the last."""
         images = self.config.train.batch_size // self.world.size
         size = images // self.config.train.accumulate
         for start in range(0, images, size):
@@ -129,7 +139,7 @@ class Step:
             yield batch.part(start, stop, self.device), stop == images
 
     def losses(self, batch: Batch, model: nn.Module | None = None) -> dict[str, Tensor]:
-        """Losses per image, (B,), of the model in training or of another one: `loss`, and what it is made of."""
+        """Losses per image, (B,), of the model in training or of another: `loss` and its parts."""
         t = self.config.train
         x_t = self.objective.q_sample(batch.x_0, batch.t, batch.noise)
 
@@ -147,9 +157,12 @@ class Step:
             t.min_snr_gamma if t.loss_weight == "min_snr" else None,
         )
 
-    # --------------------------------------------------------------------------------------------- its state
+    # ------------------------------------------------------------------------------------ its state
     def averaged(self, ema: EMA | None = None) -> Backbone:
-        """The full model with averaged weights, in eval mode; if it is sharded, every process must call this."""
+        """The full model with averaged weights, in eval mode.
+
+        If the model is sharded, every process must call this.
+        """
         average = (ema or self.ema).model
         if not isinstance(average, FSDPModule):
             return average
@@ -159,7 +172,10 @@ class Step:
         return model.eval().requires_grad_(False)
 
     def averages_by_file(self, first: str) -> dict[str, dict[str, Tensor]]:
-        """The averaged weights by file name, those of the first average as `first`; sharded if the model is."""
+        """The averaged weights by file; the first average goes to `first`.
+
+        Sharded if the model is.
+        """
         files = {}
         for ema in self.averages:
             name = first if ema is self.ema else runs.ema_file(ema.decay)
@@ -167,10 +183,16 @@ class Step:
         return files
 
     def state(self, keep: bool = True) -> Tensors:
-        """The full tensors of a checkpoint by file and name, if `keep`; every process of a sharded model calls this."""
+        """The full tensors of a checkpoint by file and name, if `keep`.
+
+        If the model is sharded, every process must call this.
+        """
         return collect(self.model, self.averages_by_file(runs.EMA), self.optimizer, keep)
 
     def load(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint folder. Raises RunError if it is damaged or of another model."""
+        """Continue from a checkpoint folder.
+
+        Raises RunError if it is damaged or of another model.
+        """
         averages = {ema.decay: ema.model for ema in self.averages}
         self.number = load_checkpoint(checkpoint, self.model, averages, self.optimizer)["step"]

@@ -18,8 +18,8 @@ from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive
 from diffussm_cli.pages import POINTS, chart, thin
 from diffussm_cli.runs import report
-from diffussm_cli.runs.report import Log, kernels
-from diffussm_cli.training import train, write_report
+from diffussm_cli.runs.report import Log, kernels, write_report
+from diffussm_cli.training import train
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -34,7 +34,7 @@ def once(tmp_path_factory):
     measured = ["eval.every=2", "eval.images=0", "eval.held_out_images=8", "train.sample_every=2"]
     config = load_config("digits", [*TINY, *measured, "train.steps=2", "train.lr=0.003"])
     list(train(config, root))
-    list(train(None, root, resume=True, overrides=["train.steps=4"]))
+    list(train(runs.resumed_config(root, ["train.steps=4"]), root, resume=True))
     return root
 
 

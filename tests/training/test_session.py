@@ -1,14 +1,15 @@
 """A training as a notebook runs it: what it tells, where it stops, and which batches processes can share."""
 
+import itertools
 from pathlib import Path
 
 import pytest
 
+from diffussm_cli import runs
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Message, Stage, TrainingRecord, finish
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, train
-from diffussm_cli.training.stopping import TRAINING
 
 
 def told(session):
@@ -23,20 +24,24 @@ def told(session):
 
 def test_a_training_tells_its_records_and_then_where_it_ended(tiny, tmp_path):
     events, result = told(train(tiny(), tmp_path / "run"))
-    begun = events.index(TRAINING)
+    begun = events.index(Stage("training"))
     assert [(e.record["step"], e.steps) for e in events[begun + 1 :]] == [(2, 4), (4, 4)]
     assert not any(isinstance(e, TrainingRecord) for e in events[:begun])
     assert result == TrainingResult(tmp_path / "run", 4, 4)
     assert result.finished
     again, result = told(train(tiny(), tmp_path / "run", resume=True))
-    assert TRAINING not in again
+    assert Stage("training") not in again
     assert result == TrainingResult(tmp_path / "run", 4, 4, was_finished=True)
 
 
-def test_a_training_that_is_asked_to_stop_ends_after_the_step_in_hand(tiny, tmp_path):
-    result = finish(train(tiny(), tmp_path / "run", stop=lambda: True))
-    assert result == TrainingResult(tmp_path / "run", 1, 4)
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_training_that_is_asked_to_stop_ends_before_the_next_step(tiny, tmp_path, asked):
+    """The question is put before the first step, and after each one."""
+    answers = itertools.count(1)
+    result = finish(train(tiny(), tmp_path / "run", stop=lambda: next(answers) == asked))
+    assert result == TrainingResult(tmp_path / "run", asked - 1, 4)
     assert not result.finished
+    assert len(runs.list_checkpoints(tmp_path / "run")) == (asked > 1)
 
 
 def test_two_trainings_that_begin_at_once_take_two_folders(tiny, tmp_path, monkeypatch):

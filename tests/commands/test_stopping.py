@@ -5,11 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from diffussm_cli.events import Message, Stage
-from diffussm_cli.training.stopping import TRAINING, StopRequest
+from diffussm_cli.commands.stopping import stopping
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-EVENTS = [Stage("loading"), TRAINING, Message("a step")]
 
 
 def handlers():
@@ -29,41 +27,43 @@ def before():
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
 def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
-    stop = StopRequest()
-    events = stop.watch(iter(EVENTS))
-    assert next(events) == Stage("loading")
-    assert handlers() == before  # nothing is lost yet: a signal may end the process
-    assert next(events) == TRAINING
-    assert (stop(), stop.code) == (False, None)
-    signal.raise_signal(number)
-    assert (stop(), stop.code) == (True, code)
-    assert list(events) == EVENTS[2:]
+    with stopping() as stop:
+        assert handlers() == before  # nothing is lost yet: a signal may end the process
+        assert not stop()  # before the first step
+        signal.raise_signal(number)
+        assert (stop(), stop.code) == (True, code)
     assert handlers() == before
 
 
 def test_a_lost_terminal_is_left_alone_under_nohup(before):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopRequest()
-    events = stop.watch(iter(EVENTS))
-    assert [next(events), next(events)] == EVENTS[:2]
-    signal.raise_signal(signal.SIGHUP)
-    assert not stop()
-    events.close()
+    with stopping() as stop:
+        stop()
+        signal.raise_signal(signal.SIGHUP)
+        assert not stop()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_second_ctrl_c_interrupts_at_once(before):
-    stop = StopRequest()
-    events = stop.watch(iter(EVENTS))
-    assert [next(events), next(events)] == EVENTS[:2]
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with stopping() as stop:
+        stop()
         signal.raise_signal(signal.SIGINT)
-    events.close()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
     assert handlers() == before
 
 
+def test_a_run_that_never_began_leaves_signals_alone(before):
+    with stopping() as stop:
+        assert handlers() == before
+    assert handlers() == before
+    assert stop.code is None
+
+
 def test_in_another_thread_signals_are_left_alone(before):
+    def asked():
+        with stopping() as stop:
+            return stop(), handlers()
+
     with ThreadPoolExecutor(1) as thread:
-        seen = thread.submit(lambda: [(event, handlers()) for event in StopRequest().watch(iter(EVENTS))]).result()
-    assert seen == [(event, before) for event in EVENTS]
+        assert thread.submit(asked).result() == (False, before)

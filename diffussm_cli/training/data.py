@@ -1,0 +1,131 @@
+"""The images of a run: opened, compared with those it began with, and decoded once before that."""
+
+import contextlib
+import os
+import shlex
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from diffussm_cli import runs
+from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.data.datasets import PYTHON
+from diffussm_cli.data.latents.manifest import MANIFEST
+from diffussm_cli.data.latents.reading import LatentStore
+from diffussm_cli.data.source import ImageFolder, Source, open_source, undivided, unreadable_images
+from diffussm_cli.errors import DataError
+from diffussm_cli.events import Event, Message, Warned
+from diffussm_cli.machine.files import sha256
+from diffussm_cli.machine.processes import World, gather
+
+NAMED = 5  # number of unreadable images that an error lists
+
+
+def open_data(root: Path, config: Config, dataset: Dataset | None = None) -> Source:
+    """As `open_source`.
+
+    Raises DataError, which also says where the images of this run were before.
+    """
+    try:
+        return open_source(config, dataset)
+    except DataError as e:
+        before = runs.read_data(root)
+        if before is None or before["path"] == data_place(config):
+            raise
+        raise DataError(f"{e}; the run has read {before['path']!r}: give it as --data, or where it is now") from e
+
+
+def data_place(config: Config) -> str:
+    """`data.path` as an absolute path; names of built-in sets and objects as they are."""
+    path = config.data.path
+    if not path or path.startswith((BUILTIN, PYTHON)):
+        return path
+    return os.path.abspath(path)
+
+
+def compare_data(
+    source: Source, config: Config, root: Path, before: Mapping[str, Any] | None
+) -> Generator[Event, None, dict[str, Any]]:
+    """The facts of the images for RUN/data.json.
+
+    `before` is what the file says when a run continues. The facts are `checked` if all images were
+    decoded before, and are still the same.
+    """
+    images = undivided(source)
+    identity = ""
+    if isinstance(images, ImageFolder):
+        identity = images.listing.sha256()
+    elif isinstance(images, LatentStore):
+        identity = sha256(images.root / MANIFEST)
+    facts = {"path": data_place(config), "images": len(images), "sha256": identity, "checked": True}
+    if before is None:
+        return facts
+
+    is_same = before["sha256"] == identity
+    if not is_same:
+        number = f"{before['images']:,} then, {len(images):,} now"
+        if before["images"] == len(images):
+            number = f"{len(images):,} as before, with other names, labels or sizes"
+        yield Warned(
+            f"data.path: the images in {config.data.path!r} are not those that {root} began with ({number}); "
+            "from here on they come in another order"
+        )
+    return facts | {"checked": before["checked"] and is_same}
+
+
+def leave_out_unreadable(
+    source: Source, config: Config, root: Path, world: World, fresh: bool
+) -> Generator[Event, None, None]:
+    """Decode every image before a run begins, so that no bad one ends it after days.
+
+    On resume, use the run's record, unless the images have changed or one of them has ended the run.
+
+    Raises:
+        DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
+    """
+    images = undivided(source)
+    if not isinstance(images, ImageFolder):
+        return
+    if world.size > 1 and len(set(gather(images.listing.sha256(), world))) > 1:
+        raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
+
+    skips = config.data.skip_unreadable
+    was_not_set = skips and not (root / runs.SKIPPED).exists()  # when the run began
+    if fresh or gather(was_not_set, world)[0]:
+        skipped = yield from unreadable_images(images, world)
+        if skipped and not skips:
+            some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
+            more = "; ..." if len(skipped) > NAMED else ""
+            raise DataError(
+                f"data.path: {len(skipped)} of {len(images)} images in {config.data.path!r} cannot be read: "
+                f"{some}{more}; skip them: --set data.skip_unreadable=true"
+            )
+        if skips and world.rank == 0:
+            runs.write_skipped(root, skipped)
+        if skipped:
+            yield Message(f"skipped: {len(skipped)} images that cannot be read; reasons in {root / runs.SKIPPED}")
+    elif skips:
+        skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
+    else:
+        return
+    images.leave_out({i: name for i, name, _ in skipped if i is not None})
+
+
+@contextlib.contextmanager
+def remedies(source: Source, root: Path, facts: Mapping[str, Any], world: World) -> Iterator[None]:
+    """Name the remedies if an image cannot be read any more; a resume will check all images."""
+    try:
+        yield
+    except DataError as e:
+        if not isinstance(undivided(source), ImageFolder):
+            raise
+        if world.rank == 0:
+            with contextlib.suppress(OSError):
+                runs.write_data(root, {**facts, "checked": False})
+        command = f"diffussm train --resume --out {shlex.quote(str(root))}"
+        raise DataError(
+            f"data.path: {e}; restore the image, or skip what cannot be read with --set data.skip_unreadable=true; "
+            f"then continue with: {command}"
+        ) from e
