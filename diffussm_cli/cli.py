@@ -71,7 +71,6 @@ EXAMPLES = {
     "encode": """
   diffussm encode photos/ latents/photos --resolution 256
   diffussm encode --verify latents/photos
-  diffussm encode --repair photos/ latents/photos
 """,
     "train": """
   diffussm train                                   the preset mnist, without a download

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -20,8 +22,10 @@ from safetensors.torch import load_file
 
 from diffussm_cli import runs
 from diffussm_cli.data import parquet
-from diffussm_cli.data.latents import encoding
+from diffussm_cli.data.latents import encoder, encoding
+from diffussm_cli.data.latents import store as store_module
 from diffussm_cli.data.latents.encoding import decoding_processes
+from diffussm_cli.data.latents.store import locked_store
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.processes import ALONE
@@ -87,15 +91,15 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert f"11 images of 2 classes in {tmp_path / 'store'}" in result.stderr
-    line = f"left out of {str(images)!r}: 1 image (not encoded; reasons in {tmp_path / 'store' / 'skipped.jsonl'}), "
+    line = f"left out of {str(images)!r}: 1 image (not encoded; reasons in {tmp_path / 'store'}/shard-*.json), "
     line += "1 file (not an image by its name or first bytes: 'dog/notes.txt')"
     assert line in " ".join(result.stderr.split())
-    assert result.stderr.count("skipped.jsonl") == 1
     assert f"diffussm encode --verify {tmp_path / 'store'}" in result.stderr
-    skipped = [json.loads(line) for line in (tmp_path / "store" / "skipped.jsonl").read_text().splitlines()]
-    assert [(s["index"], s["file"]) for s in skipped] == [(3, "cat/03.png"), (None, "dog/notes.txt")]
+    (skipped,) = json.loads((tmp_path / "store" / "shard-00000.json").read_text())["skipped"]
+    assert (skipped["index"], skipped["file"]) == (3, "cat/03.png")
+    assert json.loads((tmp_path / "store" / "ignored.jsonl").read_text())["file"] == "dog/notes.txt"
     checked = run("encode", "--verify", tmp_path / "store")
-    assert checked.stdout == f"5 files of {tmp_path / 'store'} match their hashes\n"
+    assert checked.stdout == f"4 files of {tmp_path / 'store'} match their hashes\n"
     again = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert "is complete already" in again.stderr
 
@@ -108,7 +112,7 @@ def test_names_are_printed_as_they_are(images, vae, tmp_path):
         assert result.exit_code == 0, result.output
         assert str(target) in result.stderr
     (target / "shard-00001.safetensors").unlink()
-    assert f"1 shards of {target}" in run("encode", "--repair", images, target, "--workers", 0).stderr
+    assert f"2 of 3 shards of {target} are" in run("encode", images, target, "--vae", vae, *OPTIONS).stderr
 
 
 def test_names_that_are_no_text_are_encoded(vae, tmp_path):
@@ -120,7 +124,7 @@ def test_names_that_are_no_text_are_encoded(vae, tmp_path):
     for _ in range(2):
         assert run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
     assert run("encode", "--verify", tmp_path / "store").exit_code == 0
-    skipped = json.loads((tmp_path / "store" / "skipped.jsonl").read_text())
+    (skipped,) = json.loads((tmp_path / "store" / "shard-00000.json").read_text())["skipped"]
     assert os.fsencode(skipped["file"]) == b"caf\xe9/\xe8.png"
 
 
@@ -187,14 +191,14 @@ def test_bf16_is_recorded_and_rounds_the_latents(images, vae, store, tmp_path, m
 
 
 def replace_whole_file(monkeypatch, by):
-    """All that encode writes goes through `by`: shards by encoding's own name, texts by that of `write_text`."""
-    for module in ("data.latents.encoding", "machine.files"):
+    """All that encode writes goes through `by`: shards, the listing, and texts by the name of `write_text`."""
+    for module in ("data.latents.shard", "data.latents.store", "machine.files"):
         monkeypatch.setattr(f"diffussm_cli.{module}.whole_file", by)
 
 
 def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, tmp_path, monkeypatch):
     """The death of the process between any two writes, played by an exception that nothing catches."""
-    whole, finished = encoding.whole_file, []
+    whole, finished = store_module.whole_file, []
 
     class Death(BaseException):
         pass
@@ -218,7 +222,7 @@ def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, t
         assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
         assert files(target) == files(store)
         assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # no finished shard is redone
-    assert sorted(set(finished)) == [0, 1, 2, 3]
+    assert sorted(set(finished)) == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -241,10 +245,14 @@ def test_kill_and_restart_end_with_the_same_bytes(images, vae, store, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_write_what_one_writes(images, vae, store, tmp_path):
     target = tmp_path / "store"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             command(images, target, vae),
-            env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            env=os.environ | group | {"RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -257,7 +265,7 @@ def test_two_ranks_write_what_one_writes(images, vae, store, tmp_path):
     assert "images of" not in messages[0]
 
 
-def test_flipped_byte_is_named_and_repaired(images, vae, store, tmp_path):
+def test_flipped_byte_is_named_and_mended_by_the_printed_command(images, vae, store, tmp_path):
     target = tmp_path / "a store"
     target.mkdir()
     for name, data in files(store).items():
@@ -267,11 +275,13 @@ def test_flipped_byte_is_named_and_repaired(images, vae, store, tmp_path):
     data[-100] ^= 4
     shard.write_bytes(data)
     line = line_of(run("encode", "--verify", target))
-    assert "1 of 5 files are damaged: shard-00001.safetensors (its sha256 differs from the manifest)" in line
-    assert line.endswith(f"diffussm encode --repair SOURCE '{target}'")
-    mended = run("encode", "--repair", images, target, "--workers", 0)
+    assert "1 of 4 files are damaged: shard-00001.safetensors (its sha256 differs from its record)" in line
+    command = line.partition("; delete them, and encode them again from the same images: ")[2]
+    (target / "shard-00001.safetensors").unlink()
+    words = [str(images) if word == "SOURCE" else word for word in shlex.split(command)]
+    mended = run(*words[1:], "--workers", 0)
     assert mended.exit_code == 0, mended.output
-    assert "1 shards of" in mended.stderr
+    assert "2 of 3 shards of" in mended.stderr
     assert files(target) == files(store)
     assert run("encode", "--verify", target).exit_code == 0
 
@@ -309,10 +319,8 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         (images, "out", "--columns", "photo"): "--columns: 'photo' must read image=NAME, label=NAME, text=NAME",
         (images, "out", "--columns", "image=a,label=b"): "SOURCE: the columns a, b are named, but",
         ("--verify", "empty"): "--verify: cannot read 'empty/manifest.json': No such file",
-        ("--repair", images, "empty"): "--repair: cannot read 'empty/manifest.json': No such file",
-        ("--verify",): "encode: give --verify LATENTS or --repair SOURCE LATENTS",
-        ("--verify", "a", "b"): "encode: give --verify LATENTS or",
-        ("--repair", "a"): "encode: give --verify LATENTS or",
+        ("--verify",): "encode: give --verify LATENTS, and no other folder",
+        ("--verify", "a", "b"): "encode: give --verify LATENTS, and no other folder",
     }
     for arguments, words in mistakes.items():
         assert words in line_of(run("encode", *arguments)), arguments
@@ -320,12 +328,12 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
 
 
 def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
-    with pytest.raises(OSError, match="elsewhere"), encoding.open_store(tmp_path / "store", tmp_path / "src", ALONE):
+    with pytest.raises(OSError, match="elsewhere"), locked_store(tmp_path / "store", ALONE):
         raise OSError(errno.EACCES, "Permission denied", "elsewhere")
     assert list(tmp_path.iterdir()) == []
     name = "x" * 300
     with pytest.raises(DataError, match="TARGET: cannot write to '.*xxx': File name too long"):
-        encoding.open_store(tmp_path / name, tmp_path / "src", ALONE).__enter__()
+        locked_store(tmp_path / name, ALONE).__enter__()
 
 
 def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):
@@ -378,7 +386,7 @@ def test_source_that_is_renamed_ends_the_work_and_nothing_is_lost(images, vae, t
     source, moved = tmp_path / "source", tmp_path / "moved"
     write_source(source, kind, {p.name: p.read_bytes() for p in sorted(images.rglob("*.png"))})
     assert run("encode", source, tmp_path / "undisturbed", "--vae", vae, *OPTIONS).exit_code == 0
-    encode_batch, left = encoding.Encoder._encode, [3]
+    encode_batch, left = encoder.Encoder._encode, [3]
 
     def renaming(self, *arguments):
         left[0] -= 1
@@ -387,7 +395,7 @@ def test_source_that_is_renamed_ends_the_work_and_nothing_is_lost(images, vae, t
             parquet.forget()  # otherwise this process still has the shards open
         return encode_batch(self, *arguments)
 
-    monkeypatch.setattr(encoding.Encoder, "_encode", renaming)
+    monkeypatch.setattr(encoder.Encoder, "_encode", renaming)
     line = line_of(run("encode", source, tmp_path / "store", "--vae", vae, *OPTIONS))
     assert "source' changes while it is encoded: " in line
     assert "restore it; finished shards are kept, and the same command continues from there" in line
@@ -419,7 +427,7 @@ def test_lost_shard_of_a_finished_store_is_encoded_again(images, vae, store, tmp
         shard.write_bytes(shard.read_bytes()[:-cut])
     result = run("encode", images, target, "--vae", vae, *OPTIONS)
     assert result.exit_code == 0, result.output
-    assert f"1 shards of {target} are missing or cut off, and encoded again" in result.stderr
+    assert f"2 of 3 shards of {target} are there; the others are encoded" in result.stderr
     assert files(target) == files(store)
 
 
@@ -469,7 +477,6 @@ def test_other_settings_and_sources_are_refused_with_the_difference(images, vae,
     line = refused(source)
     assert 'was begun with another SOURCE: image 7 was ["dog/07.png", 1, ' in line
     assert 'is now ["dog/08.png", 1, ' in line
-    assert "was begun with another SOURCE" in line_of(run("encode", "--repair", source, store, "--workers", 0))
     assert files(store) == before
 
 
@@ -492,7 +499,7 @@ def test_second_process_is_turned_away(images, vae, tmp_path):
 
 
 def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypatch):
-    whole, left = encoding.whole_file, [4]
+    whole, left = store_module.whole_file, [4]
 
     def full(path):
         left[0] -= 1
@@ -539,7 +546,7 @@ def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
         yield
 
-    monkeypatch.setattr(encoding, "_loader", killed)
+    monkeypatch.setattr(encoder, "_loader", killed)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
     assert "--workers: a process that decodes images was killed, perhaps out of memory; use fewer" in line
 

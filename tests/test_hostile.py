@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, parse_yaml, to_yaml
-from diffussm_cli.data.latents.manifest import Manifest, ShardRecord, read_manifest
+from diffussm_cli.data.latents.manifest import read_settings
+from diffussm_cli.data.latents.shard import ShardRecord
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.model import build_model
@@ -141,17 +142,19 @@ def test_hashes_in_a_state_lead_nowhere(trained, tmp_path, monkeypatch):
     assert hashed == [newest / name for name in (runs.MODEL, runs.EMA, runs.OPTIMIZER)]
 
 
-def test_a_manifest_names_no_files():
-    """Shards are named by their number; a manifest has no field that could hold a path to follow."""
-    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in (Manifest, ShardRecord)}
-    assert fields == {Manifest: {"settings", "shards", "skipped_sha256"}, ShardRecord: {"sha256", "skipped"}}
+def test_record_of_a_shard_names_no_file_to_open():
+    """Shards are named by their number; the names of skipped images are shown and never opened."""
+    assert {f.name for f in dataclasses.fields(ShardRecord)} == {"sha256", "skipped", "mean", "std"}
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "settings": {}}', "[" * 100_000, '{"format": 1e999}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{}", '{"format": 1, "settings": {}}', '{"format": 2, "settings": {}}', "[" * 100_000, '{"format": 1e999}'],
+)
 def test_a_damaged_manifest_is_one_line(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"^--verify: .*manifest\.json") as refused:
-        read_manifest(tmp_path, "--verify")
+        read_settings(tmp_path, "--verify")
     assert "\n" not in str(refused.value)
 
 

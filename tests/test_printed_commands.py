@@ -50,12 +50,11 @@ SIZES = {
     "eval --make-ref": ["--resolution", "28"],
     "encode": ["--resolution", "32", "--workers", "0", "--vae", "vae"],
     "encode --verify": [],
-    "encode --repair": [],
     "profile": ["--no-count"],
     "profile --latency": ["--models", "s/2", "--resolution", "32", "--repeats", "1", "--work", "forward"],
     "profile --estimate": SETTINGS,
 }
-EXACT = ("encode --verify", "encode --repair")  # take none of the sizes of their command
+EXACT = ("encode --verify",)  # take none of the sizes of their command
 
 # What lies in the folder of a page before its first command.
 TRAINED, ENCODED = "diffussm train --preset mnist", "diffussm encode imagenet/train latents/imagenet-256"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffussm_cli.data.latents import encoding
+from diffussm_cli.data.latents.encoder import Encoder
 from diffussm_cli.data.latents.encoding import make_settings
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.data.vae import load_vae, read_facts
@@ -54,7 +54,7 @@ def main() -> None:
         forward(vae, settings)  # warm up
         for i in range(a.rounds):
             (root / str(i)).mkdir()
-            encoder = encoding.Encoder(found, settings, root / str(i), vae, a.workers)
+            encoder = Encoder(found, settings, root / str(i), vae, a.workers)
             whole.append(seconds_of_write(encoder))
             alone.append(seconds(lambda: forward(vae, settings)))
     (encoded, encoded_cpu), (forward_only, forward_cpu) = median(whole), median(alone)
@@ -98,7 +98,7 @@ def median(pairs: list) -> tuple[float, float]:
     return tuple(statistics.median(values) for values in zip(*pairs))
 
 
-def seconds_of_write(encoder: encoding.Encoder) -> tuple[float, float]:
+def seconds_of_write(encoder: Encoder) -> tuple[float, float]:
     """From the first batch that workers have ready, as a long run is not their start, to the shard on disk."""
     steps = encoder.write([0])
     next(steps)  # nothing is done yet

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffussm_cli.data.latents import encoding
 from diffussm_cli.data.latents import shard as shards
 from diffussm_cli.data.latents.manifest import StoreSettings
 from diffussm_cli.data.latents.reading import LatentStore
+from diffussm_cli.data.latents.store import begin
 from diffussm_cli.data.listing import Entry, Listing
-from diffussm_cli.machine.processes import World
+from diffussm_cli.machine.tensors import file_size
 
 IMAGENET = 1_281_167
 
@@ -72,7 +72,7 @@ def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
     """Random moments in the format of a store."""
     settings = make_settings(images, 32, shard_size)
     listing = Listing(folder, [Entry(str(i), 0, 0) for i in range(images)], (), [])
-    encoding.begin(folder, listing, settings, World())
+    begin(folder, listing, settings)
     rng = np.random.default_rng(0)
     for shard in range(settings.shards):
         arrays = shards.empty_shard(settings, shard)
@@ -80,8 +80,7 @@ def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
             if name.startswith(("mean", "std")):
                 arrays[name][:] = rng.standard_normal(arrays[name].shape, np.float32)
         arrays["readable"][:] = 1
-        encoding.write_shard(folder, settings, shard, arrays, [])
-    encoding.finish(folder, settings, [])
+        shards.write_shard(folder, settings, shard, arrays, [])
     return settings
 
 
@@ -98,12 +97,7 @@ def rates_of(work, batches: list, rounds: int) -> list[float]:
 
 def bytes_of(settings: StoreSettings) -> int:
     """What all shards take, by the layout."""
-    tensors = 0
-    for shard in range(settings.shards):
-        tensors += len(shards.header(settings, shard))
-        for dtype, shape in shards.layout(settings, shard).values():
-            tensors += shards.SAFETENSORS[dtype].itemsize * int(np.prod(shape))
-    return tensors
+    return sum(file_size(shards.layout(settings, i)) for i in range(settings.shards))
 
 
 def imagenet_bytes(side: int) -> int:

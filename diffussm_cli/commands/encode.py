@@ -48,37 +48,33 @@ def encode(
     verify: Annotated[
         bool, typer.Option("--verify", help="Only check every file of the one folder given against its hash.")
     ] = False,
-    repair: Annotated[
-        Path | None, typer.Option(metavar="SOURCE", help="Encode damaged shards of the one folder given again.")
-    ] = None,
 ) -> None:
-    """Encode images as VAE latents for training. After an interruption, the same command continues the work."""
-    if verify or repair is not None:
-        if source is None or target is not None or (verify and repair is not None):
-            raise ConfigError("encode: give --verify LATENTS or --repair SOURCE LATENTS, and no other folder")
-    elif source is None or target is None:
+    """Encode images as VAE latents for training. After an interruption, the same command continues the work.
+
+    With one folder that holds latents of an earlier version, convert them; no image is encoded.
+    """
+    if verify and (source is None or target is not None):
+        raise ConfigError("encode: give --verify LATENTS, and no other folder")
+    if source is None or (target is None and not (verify or (source / "manifest.json").is_file())):
         raise ConfigError("encode: give SOURCE and TARGET, for example: diffussm encode images/ latents/")
     size = parse_size(resolution)
     if size[0] % MULTIPLE or size[1] % MULTIPLE:
         raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
-    from diffussm_cli.data.latents import encoding
-    from diffussm_cli.data.latents import repair as repairing
+    from diffussm_cli.data import latents
 
     console = make_console()
     if verify:
-        files = follow(console, repairing.verify_store(source))
+        files = follow(console, latents.verify_store(source))
         say(f"{files} files of {source} match their hashes")
         return
-    if repair is not None:
-        follow(console, repairing.repair_store(source, repair, vae, workers=workers, device=device))
+    if target is None:
+        follow(console, latents.convert_store(source))
         return
-    assert source is not None, "checked above"
-    assert target is not None, "checked above"
     settings: dict[str, Any] = {"precision": precision, "flip": flip, "batch_size": batch_size, "device": device}
     settings |= {"columns": [part for part in columns.split(",") if part], "text": text, "text_tokens": text_tokens}
     settings |= {"shard_size": shard_size, "workers": workers, "strict": strict}
     try:
-        done = follow(console, encoding.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))
+        done = follow(console, latents.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))
     except KeyboardInterrupt:
         console.print("interrupted; finished shards are kept, and the same command continues from there")
         raise

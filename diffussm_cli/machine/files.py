@@ -4,13 +4,12 @@ import contextlib
 import errno
 import glob
 import hashlib
-import json
 import os
 import stat
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -211,22 +210,3 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 text file by `whole_file`. Raises OSError."""
     with whole_file(path) as file:
         file.write(text.encode())
-
-
-def tensors_header(
-    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """The header of a safetensors file: everything before the tensors.
-
-    Args:
-        tensors: (dtype as safetensors spells it, shape, number of bytes) by name, in the order of the file.
-        metadata: what the file says about itself; accelerate asks that weights have the format `pt`.
-    """
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, (dtype, shape, size) in tensors.items():
-        start, end = end, end + size
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

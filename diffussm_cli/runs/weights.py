@@ -1,10 +1,8 @@
 """Find, read, check and write the weights of a run: only safetensors, and DiT's published .pt files."""
 
 import dataclasses
-import hashlib
-import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError, reason
-from diffussm_cli.machine.files import PARTIAL, tensors_header, whole_file, write_text
+from diffussm_cli.machine.files import PARTIAL, whole_file, write_text
+from diffussm_cli.machine.tensors import write as write_file
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint, hub
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
@@ -161,17 +160,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not finite")
-    held = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
-    digest = hashlib.sha256()
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
+    layout = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in ordered}
+    buffers = (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in ordered)
     with path.open("wb") as file:
-        parts: Iterator[Any] = itertools.chain(
-            [tensors_header({n: (DTYPES[t.dtype], t.shape, t.nbytes) for n, t in held}, {"format": "pt"})],
-            (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in held),
-        )
-        for part in parts:
-            digest.update(part)
-            file.write(part)
-    return digest.hexdigest()
+        return write_file(file, layout, buffers, {"format": "pt"})
 
 
 def write_weights(

@@ -13,8 +13,20 @@ def test_fetch_takes_no_code(monkeypatch):
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name)
     assert fetch("owner/name@v1", "RUN", runs.FILES_TO_SAMPLE) == Path("owner/name")
-    wanted = ["config.yaml", "model.safetensors", "ema-0.9.safetensors", "state.json", "metrics.json"]
-    others = ["pipeline.py", "denoiser/denoiser.py", "model.bin", "model.pt", "x/model.safetensors.py"]
+    wanted = [
+        "config.yaml",
+        "model.safetensors",
+        "ema-0.9.safetensors",
+        "state.json",
+        "metrics.json",
+    ]
+    others = [
+        "pipeline.py",
+        "denoiser/denoiser.py",
+        "model.bin",
+        "model.pt",
+        "x/model.safetensors.py",
+    ]
     kept = huggingface_hub.utils.filter_repo_objects(wanted + others, allow_patterns=asked["allow_patterns"])
     assert list(kept) == wanted
     assert asked["revision"] == "v1"

@@ -1,35 +1,42 @@
-"""The settings of a store of latents, and the manifest that records the hash of every file.
+"""The settings of a store of latents, which its manifest keeps. No file of a store is ever changed.
 
-STORE/manifest.json           the settings and the hash of every other file
+STORE/manifest.json           the settings, written once
 STORE/listing.jsonl           one line per image of the source: name, label, bytes
-STORE/skipped.jsonl           images that could not be read and files that are not images, with the reason
-STORE/shard-NNNNN.safetensors images N * shard_size .. of the source: mean and standard deviation of the posterior
+STORE/ignored.jsonl           files of the source that are not images, with the reason
+STORE/shard-NNNNN.safetensors mean and deviation of the posterior of images N * shard_size .. of the source
+STORE/shard-NNNNN.json        its record: its hash, images that could not be read, and statistics
+
+The store is complete once all shards and their records exist.
 """
 
 import dataclasses
 import json
-import math
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from diffussm_cli.data.vae import usable_scale
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import read_regular
 
-MANIFEST, LISTING, SKIPPED = "manifest.json", "listing.jsonl", "skipped.jsonl"
-FORMAT = 1
-MAX_MANIFEST_BYTES = 1 << 28
-MAX_WORDS = 1 << 16  # width of text vectors, tokens, captions of an image
+MANIFEST = "manifest.json"
+LISTING = "listing.jsonl"
+IGNORED = "ignored.jsonl"
+FORMAT = 2
+EARLIER_FORMAT = 1  # convert.py reads it
+MAX_JSON_BYTES = 1 << 28
+MAX_TEXT_SIZE = 1 << 16  # width of text vectors, tokens, captions of an image
 PRECISIONS = ("fp32", "bf16")  # of the VAE
+SAME_COMMAND = "run the same diffussm encode command again"
 
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Everything that determines the bytes of a store, apart from the device and library versions."""
+    """What determines the bytes of a store, apart from the device and library versions."""
 
     source_sha256: str  # of listing.jsonl
     images: int
@@ -69,122 +76,114 @@ class StoreSettings:
         """Places in the source of the images in a shard."""
         return range(shard * self.shard_size, min(self.images, (shard + 1) * self.shard_size))
 
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """A shard's entry in the manifest."""
-
-    sha256: str
-    skipped: int
-    mean: tuple[float, ...] = ()  # of each channel in model space; empty in stores of earlier versions
-    std: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json; `shards` is empty while the store is being written."""
-
-    settings: StoreSettings
-    shards: tuple[ShardRecord, ...] = ()
-    skipped_sha256: str = ""
-
-    @property
-    def complete(self) -> bool:
-        return len(self.shards) == self.settings.shards
-
-    @property
-    def statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean and standard deviation (C,) of the latents in model space; None if a shard does not tell them."""
-        spans = (len(self.settings.span(i)) for i in range(len(self.shards)))
-        images = np.array([n - s.skipped for n, s in zip(spans, self.shards)], float)
-        told = [s for s, n in zip(self.shards, images) if n]
-        if not told or not all(s.mean for s in told):
-            return None
-        weights = images[images > 0] / images.sum()
-        means, deviations = (np.array([getattr(s, name) for s in told]) for name in ("mean", "std"))
-        mean = weights @ means
-        return mean, np.sqrt(weights @ (deviations**2 + means**2) - mean**2)
+    def command(self, store: Path) -> str:
+        """The command that makes the store from its source, which stands there as SOURCE."""
+        height, width = self.resolution
+        words = ["diffussm", "encode", "SOURCE", str(store), "--vae", self.vae]
+        words += ["--resolution", f"{height}x{width}", "--precision", self.precision]
+        words += ["--batch-size", str(self.batch_size), "--shard-size", str(self.shard_size)]
+        if not self.flip:
+            words += ["--no-flip"]
+        if self.columns:
+            words += ["--columns", ",".join(self.columns)]
+        if self.text is not None:
+            words += ["--text", self.text, "--text-tokens", str(self.text_tokens)]
+        return shlex.join(words)
 
 
-def shard_name(shard: int) -> str:
-    return f"shard-{shard:05d}.safetensors"
-
-
-def manifest_text(manifest: Manifest) -> str:
-    """A manifest as JSON, with more facts for people who read the file. It is one that `read_manifest` accepts."""
+# -------------------------------------------------------------------------------------------- files
+def manifest_text(settings: StoreSettings) -> str:
+    """A manifest that `read_settings` accepts, with more facts for people who read the file."""
     import diffusers
 
     from diffussm_cli import __version__
 
-    skipped = sum(s.skipped for s in manifest.shards)
+    versions = {
+        "diffussm": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
     values = {
         "format": FORMAT,
-        "complete": manifest.complete,
-        "settings": dataclasses.asdict(manifest.settings),
+        "settings": dataclasses.asdict(settings),
         "dtype": "float16",
         "crop": "ADM: halve by boxes, resize bicubically, cut the middle",
-        "counts": {"images": manifest.settings.images - skipped, "skipped": skipped},
-        "skipped_sha256": manifest.skipped_sha256,
-        "shards": [{"file": shard_name(i), **dataclasses.asdict(s)} for i, s in enumerate(manifest.shards)],
-        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "versions": versions,
     }
     text = json.dumps(values, indent=1) + "\n"
-    assert len(text) <= MAX_MANIFEST_BYTES, "its reader must accept it"
-    assert _parsed(json.loads(text)) == manifest, "its reader must accept it"
+    assert len(text) <= MAX_JSON_BYTES, "its reader must accept it"
+    assert parse_settings(json.loads(text)["settings"]) == settings, "its reader must accept it"
     return text
 
 
-def read_manifest(store: Path, option: str) -> Manifest:
+def read_settings(store: Path, option: str) -> StoreSettings:
     """Read the manifest of a store; `option` is the option that gave the folder.
 
     Raises:
         DataError: if the manifest is missing, is damaged or has another format.
     """
+    values = read_manifest(store, option)
+    if values["format"] == EARLIER_FORMAT:
+        convert = shlex.join(["diffussm", "encode", str(store)])
+        raise DataError(
+            f"{option}: {str(store)!r} is a store of an earlier version; "
+            f"convert it, which encodes nothing again, by: {convert}"
+        )
+    if values["format"] != FORMAT:
+        path = store / MANIFEST
+        has = f"{path} has format {values['format']}"
+        raise DataError(f"{option}: {has}, but this version reads {FORMAT}")
+    return values["settings"]
+
+
+def read_manifest(store: Path, option: str) -> dict[str, Any]:
+    """The values in the manifest of a store of any format.
+
+    If the format is known, its settings are checked.
+
+    Raises:
+        DataError: if the manifest is missing or damaged.
+    """
     path = store / MANIFEST
     try:
-        values = json.loads(read_regular(path, MAX_MANIFEST_BYTES))
-        if values["format"] != FORMAT:
-            raise DataError(f"{option}: {path} has format {values['format']}, but this version reads {FORMAT}")
-        return _parsed(values)
+        values = json.loads(read_regular(path, MAX_JSON_BYTES))
+        if values["format"] in (FORMAT, EARLIER_FORMAT):
+            values["settings"] = parse_settings(values["settings"])
+        return values
     except OSError as e:
         raise DataError(f"{option}: cannot read {str(path)!r}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
-        raise DataError(f"{option}: {path} is damaged; run the command that made the store in an empty folder") from e
+        remedy = "run the command that made the store in an empty folder"
+        raise DataError(f"{option}: {path} is damaged; {remedy}") from e
 
 
-def _parsed(values: dict[str, Any]) -> Manifest:
-    """A manifest from its JSON. Raises ValueError, KeyError, TypeError, OverflowError."""
-    settings = _settings(values["settings"])
-    manifest = Manifest(settings, tuple(map(read_shard, values["shards"])), str(values["skipped_sha256"]))
-    if manifest.complete is not values["complete"]:
-        raise ValueError
-    if any(len(numbers) not in (0, settings.channels) for s in manifest.shards for numbers in (s.mean, s.std)):
-        raise ValueError
-    return manifest
+def parse_settings(values: Mapping[str, Any]) -> StoreSettings:
+    """Check the settings in a manifest, so that none can demand absurd memory.
 
-
-def read_shard(values: dict[str, Any]) -> ShardRecord:
-    """The record of a shard from its JSON. Raises ValueError, KeyError, TypeError, OverflowError."""
-    mean, std = (tuple(map(float, values.get(name, ()))) for name in ("mean", "std"))
-    if not all(map(math.isfinite, mean + std)):
-        raise ValueError
-    return ShardRecord(str(values["sha256"]), int(values["skipped"]), mean, std)
-
-
-def _settings(values: dict[str, Any]) -> StoreSettings:
-    """Check the settings, so that no manifest can demand absurd memory. Raises ValueError, KeyError, TypeError."""
-    lists = {k: tuple(values[k]) for k in ("class_names", "resolution", "scale", "shift")}
+    Raises:
+        ValueError, KeyError, TypeError, OverflowError: for any that this version cannot use.
+    """
+    lists = {name: tuple(values[name]) for name in ("class_names", "resolution", "scale", "shift")}
     lists["columns"] = tuple(values.get("columns", ()))
     s = StoreSettings(**{**values, **lists})
-    words = (s.text_width, s.text_tokens, s.captions)
-    whole = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
-    sizes_fit = all(type(n) is int and n > 0 for n in whole) and len(s.resolution) == 2
-    numbers = all(isinstance(v, float) for v in (*s.scale, *s.shift)) and usable_scale(s.scale, s.shift)
-    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "", *s.class_names)
-    names += (s.text_sha256, s.captions_sha256, *s.columns)
-    texts = all(isinstance(name, str) for name in names) and s.precision in PRECISIONS and isinstance(s.flip, bool)
-    words_fit = all(type(n) is int and 0 <= n <= MAX_WORDS for n in words)
-    if not sizes_fit or not words_fit or not numbers or not texts or {len(s.scale), len(s.shift)} != {s.channels}:
+
+    # Sizes
+    positive = (s.images, *s.resolution, s.channels, s.downsample, s.batch_size, s.shard_size)
+    sizes_fit = all(type(n) is int and n > 0 for n in positive) and len(s.resolution) == 2
+    text_sizes = (s.text_width, s.text_tokens, s.captions)
+    text_fits = all(type(n) is int and 0 <= n <= MAX_TEXT_SIZE for n in text_sizes)
+
+    # Scale and shift
+    scales = len(s.scale) == len(s.shift) == s.channels
+    scales = scales and all(isinstance(v, float) for v in (*s.scale, *s.shift))
+    scales = scales and usable_scale(s.scale, s.shift)
+
+    # Texts and choices
+    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "")
+    names += (s.text_sha256, s.captions_sha256, *s.class_names, *s.columns)
+    texts = all(isinstance(name, str) for name in names)
+    choices = s.precision in PRECISIONS and isinstance(s.flip, bool)
+    if not (sizes_fit and text_fits and scales and texts and choices):
         raise ValueError
     return s
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from diffussm_cli.config import BUILTIN, Config, config_from_dict, to_dict
 from diffussm_cli.data.images import coins
-from diffussm_cli.data.latents.manifest import MANIFEST, SKIPPED, Manifest, read_manifest, shard_name
-from diffussm_cli.data.latents.shard import map_shard
+from diffussm_cli.data.latents.manifest import MANIFEST, read_settings
+from diffussm_cli.data.latents.shard import map_shard, shard_name
+from diffussm_cli.data.latents.store import Store, read_store
 from diffussm_cli.data.listing import LeftOut, left_out_line
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import DataError
@@ -27,27 +28,31 @@ class LatentStore:
     """A finished store as a training source: image i is the i-th readable one. Only pages that are read use memory."""
 
     def __init__(self, root: Path, flip: bool, text_tokens: int = 0):
-        self.root, self.flip, self.text_tokens = root, flip, text_tokens
-        manifest = read_manifest(root, "data.path")
-        self.settings, self.warning = manifest.settings, scale_warning(root, manifest)
-        if not manifest.complete:
-            raise DataError(f"data.path: {str(root)!r} is not finished; run the same diffussm encode command again")
+        self.root = root
+        self.flip = flip
+        self.text_tokens = text_tokens
+        store = read_store(root, "data.path")
+        self.settings = store.settings
+        self.warning = scale_warning(store)
         if flip and not self.settings.flip:
             raise DataError(f"data.flip: true, but {str(root)!r} was made with --no-flip; --set data.flip=false")
         self.class_names = self.settings.class_names
         self._shards: dict[int, dict[str, np.ndarray]] = {}
+
+        # Labels and places of the readable images
         shards = [self._shard(i) for i in range(self.settings.shards)]
         self.places = np.flatnonzero(np.concatenate([s["readable"] for s in shards]))
         self.labels = torch.from_numpy(np.concatenate([s["label"] for s in shards])[self.places])
         if not len(self.places):
-            raise DataError(f"data.path: {str(root)!r} holds no readable images; see {SKIPPED}")
+            raise DataError(f"data.path: {str(root)!r} holds no readable images")
         if self.settings.text:
             captions = np.concatenate([s["captions"] for s in shards])[self.places]
             if not 1 <= int(captions.min()) <= int(captions.max()) <= self.settings.captions:
                 raise DataError(f"data.path: {str(root)!r} holds images without captions; run diffussm encode --verify")
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(1, len(self.class_names)):
             raise DataError(f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify")
-        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.settings.scale, self.settings.shift))
+        self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
+        self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -56,7 +61,7 @@ class LatentStore:
     def left_out(self) -> str:
         """One line that counts the images that could not be encoded; empty if there are none."""
         missing = self.settings.images - len(self.places)
-        parts = [LeftOut(missing, "image", f"not encoded; reasons in {SKIPPED}")] if missing else []
+        parts = [LeftOut(missing, "image", "not encoded; reasons in its shard-*.json")] if missing else []
         return left_out_line(self.root, parts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,13 +87,13 @@ class LatentStore:
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """One of the stored captions of each image, drawn with its generator, (B, 1 + K, E) float32."""
-        found = []
+        vectors = []
         for place, generator in zip(self.places[np.asarray(indices)].tolist(), generators):
             shard, row = divmod(place, self.settings.shard_size)
             tensors = self._shard(shard)
             which = int(torch.randint(int(tensors["captions"][row]), (), generator=generator))
-            found.append(tensors["text"][row, which, : 1 + self.text_tokens])
-        return self._finite(torch.from_numpy(np.stack(found)).float(), indices)
+            vectors.append(tensors["text"][row, which, : 1 + self.text_tokens])
+        return self._finite(torch.from_numpy(np.stack(vectors)).float(), indices)
 
     def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
@@ -109,18 +114,17 @@ class LatentStore:
         return values
 
 
-def scale_warning(root: Path, manifest: Manifest) -> str:
+def scale_warning(store: Store) -> str:
     """A line if the latents of a store are far from mean 0 and deviation 1, which training assumes; else empty."""
-    statistics = manifest.statistics
-    if statistics is None:
+    if store.statistics is None:
         return ""
-    mean, std = statistics
+    mean, std = store.statistics
     if (abs(mean) <= MOST_MEAN).all() and (std >= LEAST_STD).all() and (std <= MOST_STD).all():
         return ""
     has = f"means from {mean.min():.3g} to {mean.max():.3g} and deviations from {std.min():.3g} to {std.max():.3g}"
     return (
-        f"the latents in {str(root)!r} have channels with {has}, but training assumes about 0 and 1: check "
-        f"scaling_factor and shift_factor, or latents_mean and latents_std, in the config of {manifest.settings.vae}"
+        f"the latents in {str(store.root)!r} have channels with {has}, but training assumes about 0 and 1: check "
+        f"scaling_factor and shift_factor, or latents_mean and latents_std, in the config of {store.settings.vae}"
     )
 
 
@@ -140,7 +144,7 @@ def fit_to_store(config: Config, named: Collection[str] = ()) -> tuple[Config, s
     d = config.data
     if d.vae is None or d.path.startswith(BUILTIN) or not (Path(d.path) / MANIFEST).is_file():
         return config, ""
-    s = read_manifest(Path(d.path), "data.path").settings
+    s = read_settings(Path(d.path), "data.path")
     height, width = s.resolution
     stored = {"resolution": height if height == width else f"{height}x{width}"}
     stored |= {"channels": s.channels, "downsample": s.downsample, "vae": full_name(s.vae)}

@@ -1,86 +1,82 @@
-"""The bytes of one shard: a safetensors file whose layout follows from the settings of the store.
+"""One shard of a store: a safetensors file, whose layout follows from the settings, and its record.
 
 C channels   H x W grid   S images in a shard   K text tokens   E width of text vectors
 """
 
+import json
 import math
-import mmap
-import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffussm_cli.data.latents.manifest import StoreSettings, shard_name
+from diffussm_cli.data.latents.manifest import MAX_JSON_BYTES, SAME_COMMAND, StoreSettings
 from diffussm_cli.errors import DataError
-from diffussm_cli.machine.files import open_regular, tensors_header
+from diffussm_cli.machine import tensors
+from diffussm_cli.machine.files import read_regular, sha256, whole_file, write_text
 
-SAFETENSORS: dict[str, np.dtype] = {"I64": np.dtype("<i8"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")}
 BLOCK = 256  # rows that are checked at a time
 
 
+class Skipped(NamedTuple):
+    """An image that could not be encoded, and why."""
+
+    index: int  # its place in the source
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a shard."""
+
+    sha256: str
+    skipped: tuple[Skipped, ...]
+    mean: tuple[float, ...] = ()  # by channel, in model space; empty in stores of earlier versions
+    std: tuple[float, ...] = ()
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.safetensors"
+
+
+def record_name(shard: int) -> str:
+    return f"shard-{shard:05d}.json"
+
+
+# ------------------------------------------------------------------------------------------ tensors
 def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors of a shard in the order of the file: name to safetensors dtype and shape.
 
-    `index` is the place in the source. Where `readable` is 0, the image was skipped and its latents are zeros.
-    With text, `captions` is the number of captions of an image, and `text` holds each as (1 + K, E), then zeros.
-    Means and deviations are in the VAE's units. `_mirrored` tensors are for the horizontally flipped image.
+    `index` is the place in the source. Where `readable` is 0, the image was skipped and its latents
+    are zeros. With text, `captions` is the number of captions of an image, and `text` holds each as
+    (1 + K, E), then zeros. Means and deviations are in the VAE's units. `_mirrored` tensors are for
+    the horizontally flipped image.
     """
     S = len(settings.span(shard))
-    moments = ["mean", "std", *(["mean_mirrored", "std_mirrored"] if settings.flip else [])]
-    latents = dict.fromkeys(moments, ("F16", (S, *settings.latent)))
-    numbers = dict.fromkeys(["index", "label", *(["captions"] if settings.text else [])], ("I64", (S,)))
-    vectors = (S, settings.captions, 1 + settings.text_tokens, settings.text_width)
-    text = {"text": ("F16", vectors)} if settings.text else {}
-    return {**numbers, **latents, **text, "readable": ("U8", (S,))}
-
-
-def header(settings: StoreSettings, shard: int) -> bytes:
-    """The safetensors header of a shard: its length and its JSON."""
-    tensors = layout(settings, shard).items()
-    return tensors_header({n: (t, shape, SAFETENSORS[t].itemsize * math.prod(shape)) for n, (t, shape) in tensors})
+    moments = ["mean", "std"]
+    if settings.flip:
+        moments += ["mean_mirrored", "std_mirrored"]
+    numbers = ["index", "label"]
+    text = {}
+    if settings.text:
+        numbers += ["captions"]
+        vectors = (S, settings.captions, 1 + settings.text_tokens, settings.text_width)
+        text = {"text": ("F16", vectors)}
+    return {
+        **dict.fromkeys(numbers, ("I64", (S,))),
+        **dict.fromkeys(moments, ("F16", (S, *settings.latent))),
+        **text,
+        "readable": ("U8", (S,)),
+    }
 
 
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
     """The arrays of a shard, filled with zeros."""
-    return {name: np.zeros(shape, SAFETENSORS[dtype]) for name, (dtype, shape) in layout(settings, shard).items()}
-
-
-def shard_bytes(settings: StoreSettings, shard: int) -> int:
-    """The size of the file of a shard."""
-    tensors = layout(settings, shard).values()
-    return len(header(settings, shard)) + sum(SAFETENSORS[t].itemsize * math.prod(shape) for t, shape in tensors)
-
-
-def first_not_finite(tensors: dict[str, np.ndarray]) -> int | None:
-    """The first row of a shard with a latent or text vector that is not finite, or None."""
-    first = [_first_not_finite(values) for values in tensors.values() if values.dtype == SAFETENSORS["F16"]]
-    return min((row for row in first if row is not None), default=None)
-
-
-def _first_not_finite(values: np.ndarray) -> int | None:
-    for start in range(0, len(values), BLOCK):
-        finite = np.isfinite(values[start : start + BLOCK]).reshape(len(values[start : start + BLOCK]), -1).all(1)
-        if not finite.all():
-            return start + int(np.argmin(finite))
-    return None
-
-
-def statistics(settings: StoreSettings, arrays: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each channel of the readable images, drawn from the posterior, in model space.
-
-    Six digits, so that they do not depend on the order of a sum; nothing without a readable image.
-    """
-    readable = arrays["readable"] == 1
-    if not readable.any():
-        return {"mean": [], "std": []}
-    means, deviations = [], []
-    for c, (scale, shift) in enumerate(zip(settings.scale, settings.shift)):
-        mean, std = (arrays[name][readable, c].astype(np.float32) for name in ("mean", "std"))
-        centre = mean.mean(dtype=np.float64)
-        variance = np.square(mean - centre).mean(dtype=np.float64) + np.square(std).mean(dtype=np.float64)
-        means.append(float(f"{(centre - shift) * scale:.6g}"))
-        deviations.append(float(f"{abs(scale) * variance**0.5:.6g}"))
-    return {"mean": means, "std": deviations}
+    parts = layout(settings, shard).items()
+    return {name: np.zeros(shape, tensors.ARRAYS[dtype]) for name, (dtype, shape) in parts}
 
 
 def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
@@ -89,22 +85,152 @@ def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.
     Raises:
         DataError: if the file is missing, or its header or size differs from the manifest.
     """
-    path, expected = store / shard_name(shard), header(settings, shard)
-    tensors = layout(settings, shard)
+    path = store / shard_name(shard)
     try:
-        with open_regular(path) as file:
-            if file.read(len(expected)) != expected:
-                raise DataError(f"{path}: header differs from the manifest; run diffussm encode --verify")
-            keep_no_handle = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep_no_handle)
+        return tensors.map_file(path, layout(settings, shard))
     except OSError as e:
-        raise DataError(f"{path}: cannot be read: {e.strerror}") from e
-    views, start = {}, len(expected)
-    if len(data) != shard_bytes(settings, shard):
-        raise DataError(f"{path}: {len(data)} bytes is not the size in the manifest; run diffussm encode --verify")
-    if hasattr(mmap, "MADV_RANDOM"):
-        data.madvise(mmap.MADV_RANDOM)  # no read-ahead: the next image is elsewhere
-    for name, (dtype, shape) in tensors.items():
-        views[name] = np.frombuffer(data, SAFETENSORS[dtype], math.prod(shape), start).reshape(shape)
-        start += views[name].nbytes
-    return views
+        raise DataError(f"{path}: cannot be read: {e.strerror}; {SAME_COMMAND}") from e
+    except ValueError as e:
+        raise DataError(f"{path}: {e}; run diffussm encode --verify") from e
+
+
+def statistics(settings: StoreSettings, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each channel of samples of the posterior, in model space.
+
+    Only readable images count; without one, there are none. Six digits, so that they do not depend
+    on the order of a sum.
+    """
+    readable = arrays["readable"] == 1
+    means: list[float] = []
+    deviations: list[float] = []
+    if readable.any():
+        for c, (scale, shift) in enumerate(zip(settings.scale, settings.shift)):
+            mean, std = (arrays[name][readable, c].astype(np.float32) for name in ("mean", "std"))
+            centre = mean.mean(dtype=np.float64)
+            variance = np.square(mean - centre).mean(dtype=np.float64)
+            variance += np.square(std).mean(dtype=np.float64)
+            means.append(float(f"{(centre - shift) * scale:.6g}"))
+            deviations.append(float(f"{abs(scale) * variance**0.5:.6g}"))
+    return {"mean": tuple(means), "std": tuple(deviations)}
+
+
+# -------------------------------------------------------------------------------------------- files
+def write_shard(
+    store: Path,
+    settings: StoreSettings,
+    shard: int,
+    arrays: Mapping[str, np.ndarray],
+    skipped: Sequence[Skipped],
+) -> None:
+    """Write one shard and its record; the record first, so that no shard lacks one.
+
+    Raises:
+        OSError: if one of them cannot be written.
+    """
+    with whole_file(store / shard_name(shard)) as file:
+        buffers = (memoryview(array).cast("B") for array in arrays.values())
+        digest = tensors.write(file, layout(settings, shard), buffers)
+        record = ShardRecord(digest, tuple(skipped), **statistics(settings, arrays))
+        write_record(store, shard, record)
+
+
+def write_record(store: Path, shard: int, record: ShardRecord) -> None:
+    """Write the record of a shard. Raises OSError."""
+    skipped = [image._asdict() for image in record.skipped]
+    values = {**asdict(record), "skipped": skipped}
+    write_text(store / record_name(shard), json.dumps(values) + "\n")
+
+
+def read_record(store: Path, settings: StoreSettings, shard: int) -> ShardRecord:
+    """The record of a shard.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DataError: if it cannot be read, or cannot be the record of this shard.
+    """
+    path = store / record_name(shard)
+    try:
+        return parse_record(json.loads(read_regular(path, MAX_JSON_BYTES)), settings, shard)
+    except FileNotFoundError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as e:
+        raise DataError(f"{path}: damaged; delete it and {SAME_COMMAND}") from e
+
+
+def parse_record(values: Mapping[str, Any], settings: StoreSettings, shard: int) -> ShardRecord:
+    """The record of a shard from its JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: if it is none.
+    """
+    skipped = tuple(Skipped(s["index"], s["file"], s["reason"]) for s in values["skipped"])
+    mean, std = (tuple(map(float, values.get(name, ()))) for name in ("mean", "std"))
+    record = ShardRecord(values["sha256"], skipped, mean, std)
+    texts = [record.sha256, *(text for s in skipped for text in (s.file, s.reason))]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError
+    if any(type(s.index) is not int or s.index not in settings.span(shard) for s in skipped):
+        raise ValueError
+    if any(len(numbers) not in (0, settings.channels) for numbers in (mean, std)):
+        raise ValueError
+    if not all(map(math.isfinite, mean + std)):
+        raise ValueError
+    return record
+
+
+def is_there(store: Path, settings: StoreSettings, shard: int) -> bool:
+    """Whether a shard is there with all its bytes, and its record beside it."""
+    path = store / shard_name(shard)
+    size = tensors.file_size(layout(settings, shard))
+    return (store / record_name(shard)).is_file() and path.is_file() and path.stat().st_size == size
+
+
+# ------------------------------------------------------------------------------------------- damage
+def damage(store: Path, settings: StoreSettings, shard: int) -> tuple[str, str] | None:
+    """Which of the two files of a shard is damaged, and what is wrong with it; None if both are intact."""
+    try:
+        record = read_record(store, settings, shard)
+    except FileNotFoundError:
+        return record_name(shard), "it is missing"
+    except DataError:
+        return record_name(shard), "it is no record of this shard"
+
+    name = shard_name(shard)
+    try:
+        if sha256(store / name) != record.sha256:
+            return name, "its sha256 differs from its record"
+        arrays = map_shard(store, settings, shard)
+    except OSError as e:
+        return name, f"cannot be read: {e.strerror}"
+    except DataError as e:
+        return name, str(e)
+
+    row = first_not_finite(arrays)
+    if row is not None:
+        return name, f"row {row} holds numbers that are not finite"
+    if sorted(s.index for s in record.skipped) != arrays["index"][arrays["readable"] == 0].tolist():
+        return record_name(shard), "it names other images as unreadable than its shard"
+    return None
+
+
+def first_not_finite(arrays: Mapping[str, np.ndarray]) -> int | None:
+    """The first row of a shard with a latent or text vector that is not finite, or None."""
+    rows = [_first_not_finite(values) for values in arrays.values() if values.dtype == np.float16]
+    return min((row for row in rows if row is not None), default=None)
+
+
+def _first_not_finite(values: np.ndarray) -> int | None:
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
+        finite = np.isfinite(block).reshape(len(block), -1).all(1)
+        if not finite.all():
+            return start + int(np.argmin(finite))
+    return None
