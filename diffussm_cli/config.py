@@ -196,7 +196,7 @@ class SampleConfig:
     """How images are drawn: defaults for `diffussm sample` and for the last grid of a training run."""
 
     sampler: Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] = _option(
-        "ddpm", "sampling method; see diffusion/sampling.py"
+        "ddpm", "sampling method; see diffusion/samplers.py"
     )
     steps: int = _option(250, "denoising steps; a step of heun computes the model twice", least=1, most=10_000)
     guidance: float = _option(1.0, "classifier-free guidance scale; 1: none", least=0, most=1000)

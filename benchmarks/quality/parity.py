@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the golden values are read
 from diffussm_cli.config import load_config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.diffusion.sampling import make_scheduler, sample
+from diffussm_cli.diffusion.samplers import make_scheduler, sample
 from diffussm_cli.evaluation.metrics import inception_score
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d.convolution import convolve, kernel_spectra
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from tests.conftest import fill, golden, relative
-from tests.diffusion.test_sampling import gaussian_denoiser
+from tests.diffusion.test_samplers import gaussian_denoiser
 from tests.evaluation import adm_half
 from tests.evaluation.test_metrics import distance
 from tests.model.test_dit import in_diffusers

@@ -161,10 +161,10 @@ class Objective(ABC):
             model: a network of this package in eval mode, or with `shape` any (x_t, t, y) -> prediction.
             y: a label for all images, or one for each.
             guidance: scale of classifier-free guidance; 1 for none.
-            sampler: a name that `make_scheduler` takes.
+            sampler: a name that `sample_by_name` takes.
             shape: (C, H, W); by default, that of the model's input.
         """
-        from diffussm_cli.diffusion import sampling
+        from diffussm_cli.diffusion import samplers
 
         # the starting noise, in float64 as the steps are
         C, H, W = shape or (model.in_channels, *model.input_size)  # type: ignore[attr-defined]
@@ -178,15 +178,14 @@ class Objective(ABC):
             return model(x.float(), t, y).to(x.dtype)
 
         if y is None:
-            denoise = sampling.labelled(predict, None)
+            denoise = samplers.labelled(predict, None)
         else:
             labels = torch.as_tensor(y, device=self.device).expand(n)
             null = getattr(model, "null_class", 0)
-            denoise = sampling.guided(predict, labels, null, guidance)
+            denoise = samplers.guided(predict, labels, null, guidance)
 
         covariance = getattr(model, "learn_sigma", False)
-        scheduler = sampling.make_scheduler(sampler, self, steps, covariance)
-        return sampling.sample(denoise, scheduler, x, generators).float()
+        return samplers.sample_by_name(sampler, denoise, self, x, steps, generators, covariance).float()
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv 2303.09556, 3.4."""

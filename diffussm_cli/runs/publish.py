@@ -11,7 +11,7 @@ from typing import Any
 from diffussm_cli import __version__
 from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.diffusion.sampling import scheduler_settings
+from diffussm_cli.diffusion.samplers import INTEGRATORS, scheduler_settings
 from diffussm_cli.runs.layout import CARD, CONFIG, IMAGE, LOG, SAMPLES
 
 CODE = '''"""The pipeline for diffusers. All code is in the package diffussm."""
@@ -62,8 +62,8 @@ def pipeline_files(config: Config) -> dict[str, bytes]:
     """The files that diffusers reads, by name."""
     sampler, made_by = config.sample.sampler, {"_diffusers_version": version("diffusers")}
     objective, learned = make_objective(config.diffusion), config.model.learn_sigma
-    own = sampler in ("euler", "heun", "sde")  # diffusers has none of these
-    kind, options = scheduler_settings("dpmpp" if own else sampler, objective, learned)
+    sampler = "dpmpp" if sampler in INTEGRATORS else sampler  # diffusers has none of those
+    kind, options = scheduler_settings(sampler, objective, learned)
     index = {"_class_name": ["pipeline", "DiffuSSMPipeline"], **made_by}
     index |= {"denoiser": ["denoiser", "Denoiser"], "scheduler": ["diffusers", kind]}
     found: dict[str, Any] = {"model_index.json": index}

@@ -1,23 +1,26 @@
 """A film of the denoising: x_t from noise to image, as an animated GIF or WebP."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.sampling.folder import prompts_of
-from diffussm_cli.sampling.generate import generate, name_of
+from diffussm_cli.sampling.generate import Text, generate, name_of
 from diffussm_cli.sampling.sampler import Sampler
 
 SUFFIXES = (".gif", ".webp")
-IMAGES, FRAMES, MILLISECONDS, LAST = 10, 40, 80, 2000  # most images and frames; how long a frame and the last one show
+IMAGES = 10  # most images side by side
+FRAMES = 40  # most frames
+MILLISECONDS = 80  # how long a frame shows
+LAST = 2000  # and the last one
 
 
 def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: Path) -> None:
@@ -32,18 +35,46 @@ def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: P
     """
     seeds, labels = seeds[:IMAGES], facts["labels"] and facts["labels"][:IMAGES]
     text = sampler.text(prompts_of(facts, seeds), facts["negative"])
-    states: list[torch.Tensor] = []  # what the network sees; with guidance, each image twice
-    hook = sampler.model.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][: len(seeds)].cpu()))
-    request = (sampler.model, sampler.objective, sampler.sampling, seeds, labels, IMAGES, sampler.dtype, text)
-    states += [drawn.images for drawn in generate(*request)]
-    hook.remove()
+    states = _states(sampler, seeds, labels, text)
+
+    # evenly spaced steps, decoded
     frames = []
-    for i in np.unique(np.linspace(0, len(states) - 1, min(FRAMES, len(states))).round().astype(int)):
-        png = io.BytesIO()
+    steps = np.linspace(0, len(states) - 1, min(FRAMES, len(states)))
+    for i in np.unique(steps.round().astype(int)):
         names = [f"{name_of(seed)} in frame {i} of the film" for seed in seeds]
-        save_grid(to_uint8(sampler.decoding.decode(states[i]), names), png, columns=min(5, len(seeds)))
+        images = to_uint8(sampler.decoding.decode(states[i]), names)
+        png = io.BytesIO()
+        save_grid(images, png, columns=min(5, len(seeds)))
         frames.append(Image.open(png))
-    shown = [*[MILLISECONDS] * (len(frames) - 1), LAST]
+
+    # the file
+    durations = [*[MILLISECONDS] * (len(frames) - 1), LAST]
+    kind = path.suffix.removeprefix(".")
     with writing(f"--film: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:
-        kind = path.suffix.removeprefix(".")
-        frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=shown, loop=0, quality=90)
+        frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
+
+
+def _states(sampler: Sampler, seeds: range, labels: Sequence[int] | None, text: Text | None) -> list[Tensor]:
+    """x_t of the images at each call of the network, and at last the images, each (B, C, H, W) in model space."""
+    states: list[Tensor] = []
+
+    def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        states.append(inputs[0][: len(seeds)].cpu())  # with guidance, the network sees each image twice
+
+    hook = sampler.model.register_forward_pre_hook(record)
+    try:
+        batches = list(
+            generate(
+                sampler.model,
+                sampler.objective,
+                sampler.sampling,
+                seeds,
+                labels,
+                batch_size=len(seeds),  # all in one
+                dtype=sampler.dtype,
+                text=text,
+            )
+        )
+    finally:
+        hook.remove()
+    return [*states, *(images for _, images in batches)]

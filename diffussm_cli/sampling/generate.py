@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import Objective
-from diffussm_cli.diffusion.sampling import Denoiser, clipped, guided, labelled, make_scheduler, sample
+from diffussm_cli.diffusion.samplers import Denoiser, clipped, guided, labelled, sample_by_name
 from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import kept_kernels
-from diffussm_cli.sampling.precision import in_precision
+from diffussm_cli.sampling.precision import autocast, products_cast
 
 
 class Text(NamedTuple):
@@ -31,14 +31,6 @@ class Text(NamedTuple):
         return Text(self.captions[chosen], negative)
 
 
-class Drawn(NamedTuple):
-    """A batch of finished images."""
-
-    seeds: list[int]
-    labels: list[int] | None  # None for an unconditional model
-    images: Tensor  # (B, C, H, W), on the CPU
-
-
 def generate(
     model: Backbone,
     objective: Objective,
@@ -48,8 +40,10 @@ def generate(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     text: Text | None = None,
-) -> Iterator[Drawn]:
-    """Draw one image per seed, batch by batch. Kernels are made once for all batches.
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Draw one image per seed; yields seeds and images, (B, C, H, W) float32 on the CPU, batch by batch.
+
+    Kernels are made and weights are cast once for all batches.
 
     Args:
         model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `objective`.
@@ -61,16 +55,19 @@ def generate(
     Raises:
         NotFiniteError: if an image becomes NaN or infinite; it names the seed and the step.
     """
-    with kept_kernels(model):
+    with kept_kernels(model), products_cast(model, dtype):
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
-            own = text and text.of(chosen)
+            y, x = begin(model, objective.device, generators, labels and labels[chosen])
+            denoise = make_denoiser(model, objective, sampling, y, text and text.of(chosen))
+            how = (sampling.steps, generators, model.learn_sigma)
             try:
-                drawn = draw(model, objective, sampling, generators, labels and labels[chosen], dtype, text=own)
+                with torch.no_grad(), autocast(objective.device, dtype):
+                    images = sample_by_name(sampling.sampler, denoise, objective, x, *how)
             except NotFiniteError as e:
                 raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
-            yield Drawn(list(seeds[chosen]), *drawn)
+            yield list(seeds[chosen]), images.float().cpu()
 
 
 def name_of(seed: int) -> str:
@@ -86,28 +83,6 @@ def labels_of(seeds: Sequence[int], num_classes: int) -> list[int]:
 
 def _label(generator: torch.Generator, num_classes: int) -> int:
     return int(torch.randint(max(1, num_classes), (), generator=generator))
-
-
-def draw(
-    model: Backbone,
-    objective: Objective,
-    sampling: SampleConfig,
-    generators: Sequence[torch.Generator],
-    labels: Sequence[int] | None = None,
-    dtype: torch.dtype = torch.float32,
-    text: Text | None = None,
-) -> tuple[list[int] | None, Tensor]:
-    """Draw one image per generator; returns their labels, or None, and the images, (B, C, H, W) float32 on the CPU.
-
-    Args:
-        generators: on the CPU; each gives the label, if `labels` is None, and all noise of its image.
-        text: one caption per generator, for a model with text.
-    """
-    y, x = begin(model, objective.device, generators, labels)
-    scheduler = make_scheduler(sampling.sampler, objective, sampling.steps, model.learn_sigma)
-    with torch.no_grad(), in_precision(model, dtype):
-        images = sample(make_denoiser(model, objective, sampling, y, text), scheduler, x, generators)
-    return None if y is None else y.tolist(), images.float().cpu()
 
 
 def begin(

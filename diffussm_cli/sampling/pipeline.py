@@ -22,7 +22,7 @@ from torch import Tensor
 from diffussm_cli.data.images import check_finite, to_uint8
 from diffussm_cli.data.vae import VAE, Decoding, facts_of, open_decoding
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.diffusion.sampling import sample, set_steps
+from diffussm_cli.diffusion.samplers import sample, set_steps
 from diffussm_cli.machine.hub import fetch
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.runs import (
@@ -35,7 +35,7 @@ from diffussm_cli.runs import (
     pipeline_files,
 )
 from diffussm_cli.sampling.generate import begin, make_denoiser
-from diffussm_cli.sampling.precision import cast_products, in_precision
+from diffussm_cli.sampling.precision import autocast, cast_products
 from diffussm_cli.sampling.sampler import PromptEncoder
 
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -262,8 +262,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return make_denoiser(network, objective, sampling, y, text)(x, t)
 
         # the steps
-        bar, precision = self.progress_bar(total=self._num_timesteps), in_precision(model, self.denoiser.dtype)
-        with bar, kept_kernels(model), precision:
+        bar = self.progress_bar(total=self._num_timesteps)
+        with bar, kept_kernels(model), autocast(device, self.denoiser.dtype):
 
             def after_step(i: int, t: Tensor, x: Tensor) -> Tensor | None:
                 bar.update()

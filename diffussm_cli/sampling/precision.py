@@ -9,15 +9,19 @@ from torch import nn
 from diffussm_cli.model.block import HourglassLinear
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to `dtype` unless it is float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 @contextlib.contextmanager
-def in_precision(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast to `dtype` unless it is float32; the weights of matrix products are cast once, not at each call."""
+def products_cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cast the weights of matrix products for a while, so that autocast does not cast them at each call."""
     parameters = _product_parameters(model)
     originals = [p.data for p in parameters]
     try:
         cast_products(model, dtype)
-        with torch.autocast(next(model.parameters()).device.type, dtype, enabled=dtype != torch.float32):
-            yield
+        yield
     finally:
         for p, data in zip(parameters, originals):
             p.data = data

@@ -84,12 +84,20 @@ class Sampler:
             NotFiniteError: if an image holds NaN or infinite values, before its batch is handed out.
             RunError: if the images do not fit into memory.
         """
-        requested = (seeds, labels, self.batch_size, self.dtype, text)
-        batches = generate(self.model, self.objective, self.sampling, *requested)
+        batches = generate(
+            self.model,
+            self.objective,
+            self.sampling,
+            seeds,
+            labels,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            text=text,
+        )
         try:
-            for drawn in batches:
-                images = self.decoding.decode(drawn.images)
-                yield drawn.seeds, to_uint8(images, [name_of(seed) for seed in drawn.seeds])
+            for batch, latents in batches:
+                images = self.decoding.decode(latents)
+                yield batch, to_uint8(images, [name_of(seed) for seed in batch])
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise

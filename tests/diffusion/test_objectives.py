@@ -16,7 +16,7 @@ from diffussm_cli.diffusion.process import (
     make_objective,
     timestep_batch,
 )
-from diffussm_cli.diffusion.sampling import clipped, make_scheduler, sample
+from diffussm_cli.diffusion.samplers import clipped, sample_by_name
 from tests.conftest import device, randn, relative
 
 MEAN, VARIANCE = 0.3, 0.25  # of the data
@@ -67,9 +67,14 @@ def flow_end(objective, x, t):
 
 
 def ode_error(name, objective, steps):
-    scheduler = make_scheduler(name, objective, steps, learned_covariance=False)
-    x = randn(4, 1, 8, 8, dtype=torch.float64)
-    return relative(sample(optimal(objective), scheduler, x), flow_end(objective, x, scheduler.timesteps[0].item()))
+    x, seen = randn(4, 1, 8, 8, dtype=torch.float64), []
+
+    def denoise(x, t):
+        seen.append(t)
+        return optimal(objective)(x, t)
+
+    end = sample_by_name(name, denoise, objective, x, steps)
+    return relative(end, flow_end(objective, x, seen[0]))
 
 
 def slope(name, objective, steps):
@@ -217,7 +222,7 @@ def test_one_step_of_any_sampler_is_the_image_predicted_from_the_noisiest_timest
             seen.append(t)  # noqa: B023
             return optimal(objective)(x, t)
 
-        end = sample(denoise, make_scheduler(name, objective, 1, learned_covariance=False), x, seeded(2))
+        end = sample_by_name(name, denoise, objective, x, 1, seeded(2))
         assert len(seen) == 1
         assert seen[0] >= objective.T - 1
         assert (end - MEAN).abs().max() < 0.03, name  # all that can be said of the image from noise
@@ -229,17 +234,10 @@ def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
     """DPM-Solver++ and UniPC of diffusers would visit the last timestep twice, and divide by zero."""
     betas = {} if objective.continuous else {"beta_start": 0.1 / T, "beta_end": min(0.9, 20 / T)}
     process = type(objective)(T, **betas)
-    x = randn(4, 1, 8, 8, dtype=torch.float64)
     for name in SAMPLERS[process.name]:
         if name in ("ddpm", "sde"):
             continue
-        most, one_less = (
-            relative(
-                sample(optimal(process), make_scheduler(name, process, steps), x),
-                flow_end(process, x, make_scheduler(name, process, steps).timesteps[0].item()),
-            )
-            for steps in (T, T - 1)
-        )
+        most, one_less = (ode_error(name, process, steps) for steps in (T, T - 1))
         assert most < one_less + 0.03, name
 
 
@@ -247,14 +245,14 @@ def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
 def test_samplers_take_the_same_steps_with_noise_and_velocity(name):
     x = randn(4, 1, 8, 8, dtype=torch.float64)
     noise, velocity = (
-        sample(optimal(o), make_scheduler(name, o, 12, False), x) for o in (OBJECTIVES["noise"], OBJECTIVES["velocity"])
+        sample_by_name(name, optimal(o), o, x, 12) for o in (OBJECTIVES["noise"], OBJECTIVES["velocity"])
     )
     assert relative(velocity, noise) < 1e-4
 
 
 def test_all_objectives_describe_the_same_flow():
     x = randn(4, 1, 8, 8, dtype=torch.float64)
-    ends = [sample(optimal(o), make_scheduler("heun", o, 100, False), x) for o in OBJECTIVES.values()]
+    ends = [sample_by_name("heun", optimal(o), o, x, 100) for o in OBJECTIVES.values()]
     exact = MEAN + math.sqrt(VARIANCE) * x
     assert all(relative(end, exact) < 2e-3 for end in ends)  # noise and velocity begin at a signal of 0.006
 
@@ -262,7 +260,7 @@ def test_all_objectives_describe_the_same_flow():
 def test_stochastic_sampler_reproduces_mean_and_variance():
     objective, x = OBJECTIVES["flow"], randn(4, 1, 64, 64, dtype=torch.float64)
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
-    end = sample(optimal(objective), make_scheduler("sde", objective, 200, False), x, generators)
+    end = sample_by_name("sde", optimal(objective), objective, x, 200, generators)
     assert end.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert end.var().item() == pytest.approx(VARIANCE, rel=0.04)
     deterministic = flow_end(objective, x, 1000.0)
@@ -278,12 +276,7 @@ def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(obj
     x = randn(3, 2, 4, 4, dtype=torch.float64)
     for name in SAMPLERS[objective]:
         together, alone = (
-            sample(
-                clipped(optimal(process), process),
-                make_scheduler(name, process, 6, False),
-                x[chosen],
-                [torch.Generator().manual_seed(i) for i in range(3)[chosen]],
-            )
+            sample_by_name(name, clipped(optimal(process), process), process, x[chosen], 6, seeded(3)[chosen])
             for chosen in (slice(0, 3), slice(2, 3))
         )
         torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-12)
@@ -296,7 +289,7 @@ def test_heun_computes_the_model_twice_a_step_but_once_in_the_last():
         seen.append(t)
         return torch.zeros_like(x)
 
-    sample(denoise, make_scheduler("heun", OBJECTIVES["flow"], 4, False), randn(1, 1, 2, 2))
+    sample_by_name("heun", denoise, OBJECTIVES["flow"], randn(1, 1, 2, 2), 4)
     assert seen == [1000.0, 750.0, 750.0, 500.0, 500.0, 250.0, 250.0]
 
 

@@ -23,7 +23,8 @@ def model():
 def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
     how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
     drawn = list(generate(model, GaussianDiffusion(device=device()), how, seeds, labels, batch_size, dtype))
-    return torch.cat([d.images for d in drawn]), [label for d in drawn for label in d.labels or []]
+    assert [seed for part, _ in drawn for seed in part] == list(seeds)
+    return torch.cat([images for _, images in drawn])
 
 
 @pytest.mark.parametrize("how", [{}, {"guidance": 2.0}, {"sampler": "dpmpp"}])
@@ -32,28 +33,26 @@ def test_image_does_not_depend_on_its_batch(model, how):
 
     With two threads, dpmpp, which extrapolates, differed by 1.02e-5 on an AMD EPYC.
     """
-    together, labels = draw(model, range(64), **how)
-    sevens, same_labels = draw(model, range(64), batch_size=7, **how)
-    alone, label = draw(model, [37], **how)
+    together = draw(model, range(64), **how)
+    sevens = draw(model, range(64), batch_size=7, **how)
+    alone = draw(model, [37], **how)
     torch.testing.assert_close(sevens, together, rtol=0, atol=2e-5)
     torch.testing.assert_close(alone[0], together[37], rtol=0, atol=2e-5)
-    assert labels == same_labels
-    assert label == [labels[37]]
 
 
 def test_seeds_differ_and_repeat(model):
-    images, labels = draw(model, range(8))
-    again, _ = draw(model, range(8))
+    images, again = (draw(model, range(8)) for _ in range(2))
     assert torch.equal(images, again)
     assert len(torch.unique(images.flatten(1), dim=0)) == 8
-    assert len(set(labels)) > 1  # drawn at random
 
 
 def test_labels_are_those_asked_for_or_of_the_seeds(model):
-    _, labels = draw(model, range(5), batch_size=2, labels=[3, 1, 4, 3, 1])
-    assert labels == [3, 1, 4, 3, 1]
-    _, drawn = draw(model, range(7, 20), batch_size=4)
-    assert drawn == labels_of(range(7, 20), 5)
+    seeds, asked = range(7, 12), [3, 1, 4, 3, 1]
+    drawn = labels_of(seeds, 5)
+    assert len(set(drawn)) > 1
+    assert torch.equal(draw(model, seeds), draw(model, seeds, labels=drawn))
+    changed = (draw(model, seeds, labels=asked, batch_size=2) - draw(model, seeds)).abs().amax((1, 2, 3))
+    assert (changed > 1e-3).tolist() == [a != b for a, b in zip(asked, drawn)]
 
 
 def test_kernels_are_built_once_for_all_steps_and_batches(kernels_built):
@@ -81,10 +80,10 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     with monkeypatch.context() as patch:
         patch.setattr(precision, "cast_products", lambda model, dtype: None)
-        autocast, _ = draw(model, range(3), dtype=torch.bfloat16)
-    cast, _ = draw(model, range(3), dtype=torch.bfloat16)
+        autocast = draw(model, range(3), dtype=torch.bfloat16)
+    cast = draw(model, range(3), dtype=torch.bfloat16)
     assert torch.equal(cast, autocast)
-    assert not torch.equal(cast, draw(model, range(3))[0])
+    assert not torch.equal(cast, draw(model, range(3)))
     for name, p in model.named_parameters():
         assert p.data_ptr() == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -92,7 +91,7 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     precision.cast_products(for_good, torch.bfloat16)
     assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {torch.bfloat16}
     assert {p.dtype for b in for_good.blocks for p in b.s4d.parameters()} == {torch.float32}
-    assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16)[0], cast)
+    assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16), cast)
 
 
 def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
@@ -102,7 +101,7 @@ def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
         seen.append(model.blocks[0].W0.weight.dtype)
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(generation, "sample", fail)
+    monkeypatch.setattr(generation, "sample_by_name", fail)
     with pytest.raises(RuntimeError, match="stop"):
         draw(model, [0], dtype=torch.bfloat16)
     assert seen == [torch.bfloat16]
@@ -112,9 +111,9 @@ def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
 def test_unconditional_model():
     model = fill(DiffuSSM(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
     how = SampleConfig(sampler="ddim", steps=3)
-    (drawn,) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
-    assert drawn.labels is None
-    assert drawn.images.shape == (2, 1, 8, 8)
+    ((seeds, images),) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
+    assert seeds == [4, 5]
+    assert images.shape == (2, 1, 8, 8)
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -127,7 +126,7 @@ def reader(request):
 def read(model, seeds, text, labels=None, batch_size=64, **how):
     how = SampleConfig(**{"sampler": "ddim", "steps": 10, **how})
     process = GaussianDiffusion(device=device())
-    return torch.cat([d.images for d in generate(model, process, how, seeds, labels, batch_size, text=text)])
+    return torch.cat([images for _, images in generate(model, process, how, seeds, labels, batch_size, text=text)])
 
 
 def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):

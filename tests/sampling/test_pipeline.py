@@ -111,8 +111,8 @@ def test_a_scheduler_can_be_swapped(tiny, tmp_path, kind):
     images = pipe(class_labels=[3, 4], generator=seeded(5, 6), num_inference_steps=7, output_type="pt").images
     sampling = module.dataclasses.replace(config.sample, sampler=name, steps=7)
     model, objective = pipe.denoiser.model, make_objective(config.diffusion)
-    (own,) = generate.generate(model, objective, sampling, [5, 6], [3, 4])
-    torch.testing.assert_close(images, (own.images / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    ((_, own),) = generate.generate(model, objective, sampling, [5, 6], [3, 4])
+    torch.testing.assert_close(images, (own / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
     assert images.std() > 0.1
 
 

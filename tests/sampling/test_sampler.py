@@ -11,7 +11,7 @@ from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling import sampler as module
-from diffussm_cli.sampling.generate import Drawn, labels_of
+from diffussm_cli.sampling.generate import labels_of
 from diffussm_cli.sampling.sampler import Sampler
 from tests.conftest import device, fill
 
@@ -35,8 +35,8 @@ def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
 
     def generate(model, process, sampling, seeds, labels, batch_size, dtype, text):
         asked.append((seeds, labels, batch_size, dtype, process.signal.device.type))
-        yield Drawn([4, 5], [0, 1], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1))
-        yield Drawn([6], [2], torch.tensor([0.25]).view(1, 1, 1, 1))
+        yield [4, 5], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1)
+        yield [6], torch.tensor([0.25]).view(1, 1, 1, 1)
 
     monkeypatch.setattr(module, "generate", generate)
     drawn = list(sampler(decode=lambda x: x + 0.5).draw(range(4, 7), [0, 1, 2]))
@@ -47,7 +47,7 @@ def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
 
 
 def test_an_error_that_is_not_of_memory_keeps_its_traceback(monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("ours")
         yield
 

@@ -7,7 +7,15 @@ import torch
 from diffusers.schedulers import scheduling_ddpm
 
 from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow
-from diffussm_cli.diffusion.sampling import clipped, guided, make_scheduler, sample
+from diffussm_cli.diffusion.samplers import (
+    check_sampler,
+    clipped,
+    guided,
+    integrate,
+    make_scheduler,
+    sample,
+    sample_by_name,
+)
 from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
 
@@ -80,14 +88,19 @@ def test_second_order_solvers_beat_ddim_and_converge(name):
 
 def test_unknown_sampler_is_named():
     with pytest.raises(ValueError, match="'eulr' is not one of ddpm, ddim, dpmpp, unipc, euler, heun, sde"):
-        make_scheduler("eulr", PROCESS, 10, learned_covariance=True)
+        sample_by_name("eulr", gaussian_denoiser, PROCESS, randn(1, 1, 4, 4), 10)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "sde"])
 def test_a_sampler_of_another_process_is_refused(name):
     objective = PROCESS if name == "sde" else LinearFlow()
     with pytest.raises(ValueError, match=f"'{name}' does not fit the objective {objective.name}; choose .*euler"):
-        make_scheduler(name, objective, 10)
+        check_sampler(name, objective)
+
+
+def test_a_sampler_that_is_no_scheduler_of_diffusers_is_refused_as_one():
+    with pytest.raises(ValueError, match="'heun' is no scheduler of diffusers; use `integrate`"):
+        make_scheduler("heun", PROCESS, 10)
 
 
 def test_ddim_begins_at_the_noisiest_timestep_whatever_the_steps():
@@ -117,7 +130,7 @@ def test_ddim_on_uneven_timesteps_by_hand():
 
 def test_a_scheduler_may_be_used_again():
     x = randn(2, 1, 4, 4, dtype=torch.float64)
-    for name in ("ddpm", "ddim", "dpmpp", "unipc", "euler", "heun"):
+    for name in ("ddpm", "ddim", "dpmpp", "unipc"):
         for steps in (7, 10):
             scheduler = make_scheduler(name, PROCESS, steps)
             first, second = (sample(gaussian_denoiser, scheduler, x, seeded(2)) for _ in range(2))
@@ -133,7 +146,7 @@ def test_an_image_that_is_not_finite_is_an_error_that_names_it_and_the_step(valu
 
     for name, where in (("ddim", r"step 6 of 10 \(timestep 400\)"), ("euler", r"step 6 of 10 \(timestep 444\)")):
         with pytest.raises(NotFiniteError, match=f"^image 1 has values that are not finite after {where}, so") as e:
-            sample(denoise, make_scheduler(name, PROCESS, 10), randn(2, 1, 4, 4, dtype=torch.float64))
+            sample_by_name(name, denoise, PROCESS, randn(2, 1, 4, 4, dtype=torch.float64), 10)
         assert e.value.index == 1
 
 
@@ -146,6 +159,28 @@ def test_every_sampler_takes_four_channels_with_and_without_covariance(name, lea
     x = sample(denoise, make_scheduler(name, PROCESS, 6, learned), randn(2, 4, 3, 5), seeded(2))
     assert x.shape == (2, 4, 3, 5)
     assert torch.isfinite(x).all()
+
+
+def test_euler_heun_and_the_stochastic_step_by_hand():
+    """Two steps of a flow: x + h v(x); x + h (v(x) + v(x + h v(x))) / 2; and SiT's drift with noise, w_t = t."""
+    flow, x = LinearFlow(), randn(2, 1, 4, 4, dtype=torch.float64)
+    z = randn(2, 1, 4, 4, seed=1, dtype=torch.float64)
+
+    def velocity(x, t):
+        return x * (t / 1000 + 0.5)
+
+    middle = x - 0.5 * velocity(x, 1000)
+    euler = middle - 0.5 * velocity(middle, 500)
+    middle = x - 0.5 * (velocity(x, 1000) + velocity(middle, 500)) / 2
+    heun = middle - 0.5 * velocity(middle, 500)
+
+    def drift(x, t):  # with the noise that the velocity implies, x + (1 - t) v
+        return velocity(x, t) + (x + (1 - t / 1000) * velocity(x, t)) / 2
+
+    middle = x - 0.5 * drift(x, 1000) + math.sqrt(0.5) * z
+    stochastic = middle - 0.5 * drift(middle, 500)
+    for expected, how in ((euler, {}), (heun, {"heun": True}), (stochastic, {"noise": lambda _: z})):
+        assert relative(integrate(velocity, flow, x, 2, **how), expected) < 1e-14
 
 
 class CountingModel:

@@ -1,12 +1,16 @@
-"""From noise to images: schedulers by name, diffusers' or our own, and guidance and clipping as wrappers of a denoiser.
+"""From noise to images: samplers by name, and guidance and clipping as wrappers of a denoiser.
 
     B batch   C channels   T timesteps of the process   x (B, C, H, W)   y (B,) labels
+
+`sample_by_name` takes every sampler. Four of them are schedulers of diffusers, made by `make_scheduler` and stepped by
+`sample`; Euler, Heun and the stochastic one are `integrate`.
 
 A denoiser is any `denoise(x, t) -> (B, 2C or C, H, W)`: it returns what the objective predicts, and v if the covariance
 is learned. `t` is one number for the whole batch: whole for a discrete process, fractional for a flow.
 """
 
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -22,20 +26,28 @@ from diffussm_cli.errors import NotFiniteError
 Denoiser = Callable[[Tensor, float], Tensor]
 LabelledModel = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x, t (B,), y (B,)) -> (B, 2C or C, H, W)
 
-# The class of diffusers that each sampler is; None for those of `OdeScheduler`.
-KINDS: dict[str, str | None] = {
+# The samplers that are schedulers of diffusers, and those of `integrate`.
+SCHEDULERS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
     "dpmpp": "DPMSolverMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
-    "euler": None,
-    "heun": None,
-    "sde": None,
 }
+INTEGRATORS = ("euler", "heun", "sde")
 
 
-def make_scheduler(name: str, objective: Objective, steps: int, learned_covariance: bool = False):
-    """A scheduler, ready to step: one of diffusers, or an `OdeScheduler`.
+# ------------------------------------------------------------------------------------------- samplers by name
+@torch.no_grad()
+def sample_by_name(
+    name: str,
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    steps: int,
+    generators: Sequence[torch.Generator] | None = None,
+    learned_covariance: bool = False,
+) -> Tensor:
+    """Denoise x_T down to x_0, both (B, C, H, W).
 
     `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there is one
     `ddim`   DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) where these reach the last tenth of T,
@@ -49,34 +61,138 @@ def make_scheduler(name: str, objective: Objective, steps: int, learned_covarian
     All but `ddpm` ignore the covariance. One step of any of them returns the image that the model predicts at the
     noisiest timestep. `config.SAMPLERS` lists those that fit an objective.
 
+    Args:
+        generators: one per image, so that an image does not depend on its batch; CPU generators give the same
+            noise on every device.
+        learned_covariance: whether the denoiser returns v too, (B, 2C, H, W).
+
     Raises:
         ValueError: if the sampler is unknown or does not fit the objective, or `steps` is not a whole number in 1..T.
+        NotFiniteError: if an image becomes NaN or infinite; it names its place in the batch and the step.
     """
-    import diffusers
+    check_sampler(name, objective)
+    if name in SCHEDULERS:
+        return sample(denoise, make_scheduler(name, objective, steps, learned_covariance), x, generators)
+    noise = functools.partial(_noise_like, generators) if name == "sde" else None
+    return integrate(denoise, objective, x, steps, heun=name == "heun", noise=noise)
 
-    if name not in KINDS:
-        raise ValueError(f"sampler {name!r} is not one of {', '.join(KINDS)}")
+
+def check_sampler(name: str, objective: Objective) -> None:
+    """Raises ValueError if a sampler is unknown or does not fit the objective."""
+    names = (*SCHEDULERS, *INTEGRATORS)
+    if name not in names:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(names)}")
     if name not in SAMPLERS[objective.name]:
         fitting = ", ".join(SAMPLERS[objective.name])
         raise ValueError(f"sampler {name!r} does not fit the objective {objective.name}; choose {fitting}")
-    kind = KINDS[name]
-    if kind is None:
-        return OdeScheduler(objective, steps, heun=name == "heun", stochastic=name == "sde")
+
+
+def _noise_like(generators: Sequence[torch.Generator] | None, x: Tensor) -> Tensor:
+    from diffusers.utils.torch_utils import randn_tensor
+
+    return randn_tensor(x.shape, generator=list(generators) if generators else None, device=x.device, dtype=x.dtype)
+
+
+# ---------------------------------------------------------------------------------------- Euler, Heun and SDE
+@torch.no_grad()
+def integrate(
+    denoise: Denoiser,
+    objective: Objective,
+    x: Tensor,
+    steps: int,
+    heun: bool = False,
+    noise: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Follow the probability flow, dx = velocity dtime, from x_T to x_0, both (B, C, H, W).
+
+    Args:
+        heun: take the mean of the velocities at both ends of each step but the last (arXiv 2206.00364, algorithm 1).
+        noise: (x) -> normal noise like x, which adds the noise and the drift of SiT, section 2, with w_t = t, to a
+            flow; the last step adds no noise.
+
+    Raises:
+        NotFiniteError: as `sample_by_name`.
+    """
+    C, grid = x.shape[1], objective.timesteps(steps)
+    times = [*map(objective.time, grid), 0.0]
+    checks = FiniteSteps(x)
+
+    def slope(x: Tensor, t: float) -> Tensor:
+        output, batch = denoise(x, t)[:, :C], timestep_batch(t, x)
+        velocity = objective.predict_velocity(x, batch, output)
+        if noise is None:
+            return velocity
+        return velocity + objective.predict_noise(x, batch, output) / 2  # the score is -noise / t
+
+    # One straight step would return its noise, along the arc of the discrete process and with the drift.
+    if steps == 1 and (noise is not None or not objective.continuous):
+        x = objective.predict_x_0(x, timestep_batch(grid[0], x), denoise(x, grid[0])[:, :C])
+        checks.count(x)
+        checks.check(grid)
+        return x
+
+    for i, t in enumerate(grid):
+        start, end = times[i], times[i + 1]
+        velocity = slope(x, t)
+        if heun and end > 0:
+            guess = x + (end - start) * velocity
+            velocity = (velocity + slope(guess, grid[i + 1])) / 2
+        x = x + (end - start) * velocity
+        if noise is not None and end > 0:
+            x = x + math.sqrt(start * (start - end)) * noise(x)
+        checks.count(x)
+    checks.check(grid)
+    return x
+
+
+class FiniteSteps:
+    """Counts on the device how many steps left each image finite, so that only the end waits for it."""
+
+    def __init__(self, x: Tensor):
+        self.steps = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+    def count(self, x: Tensor) -> None:
+        """Count a step, after which the images are x, (B, ...). What is not finite once never becomes finite again."""
+        self.steps += torch.isfinite(x).flatten(1).all(1)
+
+    def check(self, timesteps: Sequence[float]) -> None:
+        """Raises NotFiniteError for the first image that was finite after fewer steps than there are timesteps."""
+        n = len(timesteps)
+        for i, done in enumerate(self.steps.tolist()):
+            if done < n:
+                where = f"after step {done + 1} of {n} (timestep {timesteps[done]:g})"
+                raise NotFiniteError(f"image {i}", i, where)
+
+
+# -------------------------------------------------------------------------------------- schedulers of diffusers
+def make_scheduler(name: str, objective: Objective, steps: int, learned_covariance: bool = False):
+    """The scheduler of diffusers that a sampler is, one of `SCHEDULERS`, ready to step.
+
+    Raises:
+        ValueError: as `sample_by_name`, or if the sampler is one of `integrate`.
+    """
+    import diffusers
+
+    check_sampler(name, objective)
     kind, options = scheduler_settings(name, objective, learned_covariance)
     return set_steps(getattr(diffusers, kind)(**options), objective, steps)
 
 
 def scheduler_settings(name: str, objective: Objective, learned_covariance: bool) -> tuple[str, dict[str, Any]]:
-    """The class and the options of the scheduler of diffusers that a sampler is, one of those that `KINDS` names."""
-    kind = KINDS[name]
-    assert kind is not None, f"{name} is no scheduler of diffusers"
+    """Class name and constructor options of the diffusers scheduler behind a sampler, one of `SCHEDULERS`.
+
+    Raises:
+        ValueError: for another sampler.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"sampler {name!r} is no scheduler of diffusers; use `integrate`")
     options: dict[str, dict[str, Any]] = {
         "ddpm": {"variance_type": "learned_range" if learned_covariance else "fixed_small", "clip_sample": False},
         "ddim": {"timestep_spacing": "leading", "clip_sample": False},
         "dpmpp": {"variance_type": None},
         "unipc": {},
     }
-    return kind, options[name] | objective.schedule
+    return SCHEDULERS[name], options[name] | objective.schedule
 
 
 def set_steps(scheduler, objective: Objective, steps: int):
@@ -184,46 +300,6 @@ class Respaced:
         return self.scheduler.step(output, place, x, **options)
 
 
-class OdeScheduler:
-    """Steps along the probability flow, dx = velocity dtime, with the interface of diffusers' schedulers.
-
-    `heun` takes the mean of the velocities at both ends of each step but the last. `stochastic` adds the noise and the
-    drift of SiT, section 2, to a flow, with w_t = t; the last step adds no noise. A single step returns the predicted
-    image: along the arc of the discrete process and for `stochastic`, the straight step would return its noise.
-    """
-
-    def __init__(self, objective: Objective, steps: int, heun: bool = False, stochastic: bool = False):
-        grid = objective.timesteps(steps)
-        self.objective, self.heun, self.stochastic = objective, heun, stochastic
-        visited = [grid[0], *(t for t in grid[1:] for _ in range(2 if heun else 1))]
-        self.timesteps = torch.tensor(visited, dtype=torch.float64 if objective.continuous else torch.long)
-        self._times, self._done = [*map(objective.time, grid), 0.0], 0
-        self._first: tuple[Tensor, Tensor] | None = None  # x and velocity where a step of Heun began
-
-    def step(self, output: Tensor, t: Tensor, x: Tensor, generator: Any = None, **_: Any) -> tuple[Tensor]:
-        """x at the next timestep, or Heun's first guess of it."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        batch, (start, end) = timestep_batch(t.item(), x), self._times[self._done : self._done + 2]
-        if len(self._times) == 2 and (self.stochastic or not self.objective.continuous):
-            return (self.objective.predict_x_0(x, batch, output),)
-        velocity = self.objective.predict_velocity(x, batch, output)
-        if self.stochastic:  # the score is -noise / t
-            velocity = velocity + self.objective.predict_noise(x, batch, output) / 2
-        if self._first is not None:
-            x, first = self._first
-            velocity, self._first = (first + velocity) / 2, None
-        elif self.heun and end > 0:
-            self._first = x, velocity
-            return (x + (end - start) * velocity,)
-        self._done += 1
-        x = x + (end - start) * velocity
-        if self.stochastic and end > 0:
-            z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x = x + math.sqrt(start * (start - end)) * z
-        return (x,)
-
-
 @torch.no_grad()
 def sample(
     denoise: Denoiser,
@@ -232,7 +308,7 @@ def sample(
     generators: Sequence[torch.Generator] | None = None,
     after_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
-    """Denoise x_T down to x_0 with a scheduler from `make_scheduler`, which may be used again: a copy of it steps.
+    """Denoise x_T down to x_0 with a scheduler of diffusers from `set_steps`, which may be used again: a copy steps.
 
     Args:
         x: starting noise x_T, (B, C, H, W).
@@ -248,34 +324,22 @@ def sample(
         NotFiniteError: if an image becomes NaN or infinite; it names its place in the batch and the step.
     """
     C, scheduler = x.shape[1], copy.deepcopy(scheduler)
-    takes_covariance = _is_ddpm(scheduler) and scheduler.config.variance_type == "learned_range"
+    is_ddpm = type(scheduler).__name__ == "DDPMScheduler"
+    takes_covariance = is_ddpm and scheduler.config.variance_type == "learned_range"
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if generators and takes_generators else {}
-    finite_steps = torch.zeros(len(x), dtype=torch.long, device=x.device)  # counted there, and read only at the end
+    checks = FiniteSteps(x)
     for i, t in enumerate(scheduler.timesteps):
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
-        finite_steps += torch.isfinite(x).flatten(1).all(1)  # what is not finite once never becomes finite again
+        checks.count(x)
         changed = x if after_step is None else after_step(i, t, x)
         if changed is None:
             break
         x = changed
-    _check_steps(finite_steps.tolist(), scheduler.timesteps[: i + 1])
+    checks.check(scheduler.timesteps[: i + 1].tolist())
     return x
-
-
-def _check_steps(finite_steps: Sequence[int], timesteps: Tensor) -> None:
-    """Raises NotFiniteError for the first image that was finite after fewer steps than there are."""
-    n = len(timesteps)
-    for i, done in enumerate(finite_steps):
-        if done < n:
-            where = f"after step {done + 1} of {n} (timestep {timesteps[done].item():g})"
-            raise NotFiniteError(f"image {i}", i, where)
-
-
-def _is_ddpm(scheduler) -> bool:
-    return type(scheduler).__name__ == "DDPMScheduler"
 
 
 # --------------------------------------------------------------------------------------- wrappers of a denoiser
