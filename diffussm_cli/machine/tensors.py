@@ -18,7 +18,11 @@ import numpy as np
 from diffussm_cli.machine.files import open_regular
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U8": 1}  # of a number
-ARRAYS = {"F16": np.dtype("<f2"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}  # of mapped tensors
+ARRAYS: dict[str, np.dtype] = {  # of mapped tensors
+    "F16": np.dtype("<f2"),
+    "I64": np.dtype("<i8"),
+    "U8": np.dtype("u1"),
+}
 
 # Tensors by name, in the order of the file: the dtype as safetensors spells it, and the shape.
 Layout = Mapping[str, tuple[str, Sequence[int]]]

@@ -20,12 +20,16 @@ from diffussm_cli.data.listing import LeftOut, left_out_line
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import DataError
 
-# Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE lie well inside.
+# Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE
+# lie well inside.
 MOST_MEAN, LEAST_STD, MOST_STD = 1.5, 0.4, 2.5
 
 
 class LatentStore:
-    """A finished store as a training source: image i is the i-th readable one. Only pages that are read use memory."""
+    """A complete store as a training source: image i is the i-th readable one.
+
+    Only pages that are read use memory.
+    """
 
     def __init__(self, root: Path, flip: bool, text_tokens: int = 0):
         self.root = root
@@ -73,8 +77,11 @@ class LatentStore:
         return self._shards[i]
 
     def moments(self, indices: Sequence[int], mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of images, flipped horizontally where `mirrored` (B,) is true: (B, C, H, W)
-        float16 in the VAE's units."""
+        """Mean and standard deviation of images, (B, C, H, W) float16 in the VAE's units.
+
+        Args:
+            mirrored: (B,), true for images that are flipped horizontally.
+        """
         places = self.places[np.asarray(indices)]
         mean, std = (np.empty((len(places), *self.settings.latent), np.float16) for _ in range(2))
         suffixes = ("", "_mirrored") if self.settings.flip else ("",)
@@ -104,7 +111,11 @@ class LatentStore:
         return x_0, self.labels[torch.as_tensor(np.asarray(indices))]
 
     def _finite(self, values: Tensor, indices: Sequence[int]) -> Tensor:
-        """The values (B, ...) of images, checked. Raises DataError, naming the shard and row of the first bad one."""
+        """The values (B, ...) of images, checked.
+
+        Raises:
+            DataError: naming the shard and row of the first image with a value that is not finite.
+        """
         finite = values.isfinite().flatten(1).all(1)
         if not finite.all():
             place = int(self.places[indices[int(finite.int().argmin())]])
@@ -115,7 +126,7 @@ class LatentStore:
 
 
 def scale_warning(store: Store) -> str:
-    """A line if the latents of a store are far from mean 0 and deviation 1, which training assumes; else empty."""
+    """A line if latents are far from mean 0 and deviation 1, which training assumes; else empty."""
     if store.statistics is None:
         return ""
     mean, std = store.statistics
@@ -129,10 +140,13 @@ def scale_warning(store: Store) -> str:
 
 
 def fit_to_store(config: Config, named: Collection[str] = ()) -> tuple[Config, str]:
-    """A configuration for the latents in its `data.path`: resolution, channels, downsampling and VAE of the store.
+    """A configuration for the latents in its `data.path`.
+
+    Resolution, channels, downsampling and VAE are taken from the store.
 
     Args:
-        named: fields that the user has set, as section.field; they stay, and are checked when the store is opened.
+        named: fields that the user has set, as section.field; they stay, and are checked when the
+            store is opened.
 
     Returns:
         the configuration, and a line that says what has changed; empty if nothing has.
