@@ -144,7 +144,6 @@ class Part:
         return self.whole.text(self.indices[indices].tolist(), generators)
 
 
-@functools.lru_cache(maxsize=2)
 def undivided(source: Source) -> Source:
     """The source itself, or the one that it is a Part of."""
     return source.whole if isinstance(source, Part) else source
@@ -171,6 +170,7 @@ def unreadable_images(source: ImageFolder, world: World) -> Generator[Event, Non
     return decoded + [(None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)]
 
 
+@functools.lru_cache(maxsize=2)
 def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     """The indices 0..n-1 to train on, and those to hold out; at least one of each if n > 1."""
     held_out = np.random.default_rng(0).permutation(n) < min(n - 1, max(1, round(n * share)))

@@ -87,7 +87,7 @@ def map_file(path: Path, layout: Layout) -> dict[str, np.ndarray]:
     with open_regular(path) as file:
         if file.read(len(expected)) != expected:
             raise ValueError("its header differs from that of its layout")
-        keep_no_handle = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        keep_no_handle: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ, **keep_no_handle)
     if len(data) != file_size(layout):
         raise ValueError(f"{len(data):,} bytes are not the size of its layout")
@@ -97,6 +97,6 @@ def map_file(path: Path, layout: Layout) -> dict[str, np.ndarray]:
     views = {}
     start = len(expected)
     for name, (dtype, shape) in layout.items():
-        views[name] = np.frombuffer(data, ARRAYS[dtype], math.prod(shape), start).reshape(shape)
+        views[name] = np.frombuffer(data, np.dtype(ARRAYS[dtype]), math.prod(shape), start).reshape(shape)
         start += views[name].nbytes
     return views

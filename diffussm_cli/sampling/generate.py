@@ -26,8 +26,9 @@ class Text(NamedTuple):
 
     def of(self, chosen: slice | list[int]) -> "Text":
         """The captions of some of the seeds."""
-        is_for_all = self.negative is None or len(self.negative) == 1
-        negative = self.negative if is_for_all else self.negative[chosen]
+        negative = self.negative
+        if negative is not None and len(negative) > 1:
+            negative = negative[chosen]
         return Text(self.captions[chosen], negative)
 
 

@@ -46,7 +46,7 @@ INDEX = "model_index.json"
 class Denoiser(ModelMixin, ConfigMixin):
     """The network of a trained run, with its configuration in `run`, as a component of the pipeline."""
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]
 
     def __init__(self, run: TrainedRun):
         super().__init__()
@@ -55,7 +55,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         self.register_to_config(**sizes, **dataclasses.asdict(run.config.model))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> "Denoiser":
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "Denoiser":  # type: ignore[override]
         """Load the run at `folder`, or the run whose `denoiser/` it is.
 
         diffusers fetches only files that it knows; here come the others.
@@ -70,7 +70,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         denoiser = cls(find_run(root))
         return denoiser.to(options.get("torch_dtype") or options.get("dtype") or torch.float32)
 
-    def save_pretrained(self, save_directory: str | Path, *_: Any, variant: str | None = None, **__: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *_: Any, variant: str | None = None, **__: Any
+    ) -> None:
         """Write the weights and the configuration as those of a finished run; `from_pretrained` reads them back.
 
         The weights are always safetensors, so `safe_serialization` has no effect.
@@ -107,7 +109,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         output = self.model(sample, t, class_labels, text)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
-    def to(self, *args: Any, **options: Any) -> "Denoiser":
+    def to(self, *args: Any, **options: Any) -> "Denoiser":  # type: ignore[override]
         """Move the network; a dtype is that of matrix products, and the state space layers stay in float32.
 
         Raises:
@@ -117,7 +119,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: {dtype} must be one of {', '.join(map(str, DTYPES))}")
         if device is not None:
-            super().to(device, non_blocking=non_blocking)
+            super().to(device, non_blocking=non_blocking)  # type: ignore[arg-type]
         if dtype == torch.float32:
             self.model.float()
         elif dtype is not None:
@@ -163,8 +165,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
     denoiser: Denoiser
     scheduler: Any
     vae: Any
-    model_cpu_offload_seq = "denoiser->vae"
-    _optional_components: ClassVar[list[str]] = ["vae"]
+    model_cpu_offload_seq = "denoiser->vae"  # type: ignore[assignment]
+    _optional_components: ClassVar[list[str]] = ["vae"]  # type: ignore[misc]
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
 
     def __init__(self, denoiser: Denoiser, scheduler: Any, vae: Any = None):
@@ -278,7 +280,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         # the images
         final = x.float().cpu()
         check_finite(final)
-        images = final if output_type == "latent" else _as_output(self._decode(final), output_type)
+        images: Any = final if output_type == "latent" else _as_output(self._decode(final), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -299,6 +301,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}: {count!r} must be a whole number of at least 1")
         labels = _labels(class_labels, self.denoiser.model.num_classes)
         is_alone = isinstance(generator, torch.Generator) or generator is None
+        generators: list[torch.Generator] = [] if is_alone else list(generator)  # type: ignore[arg-type]
 
         # the number of images
         kinds = (
@@ -307,7 +310,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             ("negative prompts", negative),
         )
         counts = [(times * len(value), kind) for kind, value in kinds if isinstance(value, list | tuple)]
-        counts += [] if is_alone else [(len(list(generator)), "generators")]
+        counts += [] if is_alone else [(len(generators), "generators")]
         counts += [] if latents is None else [(len(latents), "latents")]
         counts += [(times * batch_size, "of batch_size")] if batch_size > 1 or not counts else []
         n = counts[0][0]
@@ -327,7 +330,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return [entry for entry in each for _ in range(times)]
 
         return _Request(
-            [generator or torch.default_generator] * n if is_alone else list(generator),
+            [generator or torch.default_generator] * n if is_alone else generators,  # type: ignore[list-item]
             None if labels is None else per_image(labels),
             [] if prompt is None else per_image(prompt),
             None if negative is None else per_image(negative),
@@ -363,7 +366,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps: {steps!r} must be a whole number from 1 to {most}")
         return int(steps)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
         safe_serialization: bool = True,  # noqa: ARG002

@@ -259,7 +259,7 @@ def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
         batches,
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]  # it gets a batch: there is no batch_size
         multiprocessing_context=context,
     )
 

@@ -179,8 +179,8 @@ def parse_settings(values: Mapping[str, Any]) -> StoreSettings:
     scales = scales and usable_scale(s.scale, s.shift)
 
     # Texts and choices
-    names = (s.source_sha256, s.vae, s.vae_config_sha256, s.vae_weights_sha256, s.text or "")
-    names += (s.text_sha256, s.captions_sha256, *s.class_names, *s.columns)
+    hashes = (s.source_sha256, s.vae_config_sha256, s.vae_weights_sha256, s.text_sha256, s.captions_sha256)
+    names = (*hashes, s.vae, s.text or "", *s.class_names, *s.columns)
     texts = all(isinstance(name, str) for name in names)
     choices = s.precision in PRECISIONS and isinstance(s.flip, bool)
     if not (sizes_fit and text_fits and scales and texts and choices):

@@ -23,7 +23,7 @@ BLOCK = 256  # rows that are checked at a time
 class Skipped(NamedTuple):
     """An image that could not be encoded, and why."""
 
-    index: int  # its place in the source
+    index: int  # type: ignore[assignment]  # its place in the source; a tuple has a method of this name
     file: str
     reason: str
 
@@ -76,7 +76,7 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
     """The arrays of a shard, filled with zeros."""
     parts = layout(settings, shard).items()
-    return {name: np.zeros(shape, tensors.ARRAYS[dtype]) for name, (dtype, shape) in parts}
+    return {name: np.zeros(shape, np.dtype(tensors.ARRAYS[dtype])) for name, (dtype, shape) in parts}
 
 
 def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
@@ -128,7 +128,7 @@ def write_shard(
         OSError: if one of them cannot be written.
     """
     with whole_file(store / shard_name(shard)) as file:
-        buffers = (memoryview(array).cast("B") for array in arrays.values())
+        buffers = (memoryview(array.data).cast("B") for array in arrays.values())
         digest = tensors.write(file, layout(settings, shard), buffers)
         record = ShardRecord(digest, tuple(skipped), **statistics(settings, arrays))
         write_record(store, shard, record)
