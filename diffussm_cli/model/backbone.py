@@ -5,6 +5,7 @@ E width of text vectors   K text tokens
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -152,6 +153,17 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         for layer in [self.norm_out.adaLN, self.patch_out, *zeroed, *(self.skips or [])]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let torch.compile, with these options, translate the blocks when they are first called.
+
+        Blocks of one kind share their code, so it takes as long for 29 blocks as for one. The layers around the blocks
+        stay as they are: they take little of the time.
+        """
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))  # kinds of blocks, training or not
+        for block in self.blocks:
+            block.compile(**options)
 
     def materialize(self, device: torch.device | str) -> None:
         """Allocate a "meta" model on a device, with its table of positions; the parameters are not yet initialised."""

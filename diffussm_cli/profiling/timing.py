@@ -58,7 +58,7 @@ def random_model(config: Config, setting: Setting) -> Backbone:
             if isinstance(module, StateSpace):
                 module.reset_parameters()
     if setting.compiled:
-        model.compile()
+        model.compile_blocks()
     return model
 
 

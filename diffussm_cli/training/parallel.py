@@ -16,22 +16,28 @@ from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import StateSpace
 
 
-def compile_model(model: nn.Module) -> None:
-    """Compile the forward and backward pass of a model at its first call.
+def compile_model(model: Backbone) -> None:
+    """Compile the forward and backward pass of a model's blocks at their first call.
 
-    Call it before `replicate` or `shard`, and after copying the model. The whole model is one graph. In a sharded
-    model each unit is one graph, because FSDP2 gathers parameters between units.
+    Call it before `replicate` or `shard`, and after copying the model. Blocks of one kind share a graph. In a sharded
+    model a block has a graph for each of its units, because FSDP2 gathers parameters between them.
     """
     if torch.__version__ < (2, 7):  # type: ignore[operator]
         # DDP's graph splitter of these versions rejects graphs with a torch.autograd.Function.
         torch._dynamo.config.optimize_ddp = False
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
-    model.compile()
+    model.compile_blocks()
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap a model so that its gradients are averaged over all processes (DDP)."""
+    """Wrap a model so that its gradients are averaged over all processes (DDP).
+
+    Its only buffer, the table of positions, is the same everywhere, so that no step sends it.
+    """
     devices = [device] if device.type == "cuda" else None
+    # The argument of DDP for this has another name from torch 2.14 on.
+    buffers = [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, buffers)
     return DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
 
 
@@ -52,11 +58,15 @@ def shard(model: Backbone, world: World, device: torch.device, dtype: torch.dtyp
 
 
 def last_part_only(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """A context for forward and backward of one part of a batch; only the last part synchronises gradients."""
+    """A context for forward and backward of one part of a batch; only the last part synchronises gradients.
+
+    Between the parts FSDP2 keeps the gathered parameters, which do not change before the optimiser's step.
+    """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
         return views_are_fine()
     return contextlib.nullcontext()
 

@@ -21,7 +21,7 @@ from diffussm_cli.machine.device import pick_dtype
 from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.training.batches import Batch
-from diffussm_cli.training.checkpoint import Tensors, collect, load_checkpoint
+from diffussm_cli.training.checkpoint import collect, load_checkpoint
 from diffussm_cli.training.ema import EMA
 from diffussm_cli.training.health import BadSteps
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
@@ -99,7 +99,6 @@ class Step:
         bad = torch.zeros((), device=self.device)
 
         # The gradients of all parts add up. Several processes exchange them once, in the last part.
-        self.model.train()
         for part, is_last in self._parts(batch):
             with last_part_only(self.forward, is_last):
                 losses = self.losses(part)
@@ -167,7 +166,9 @@ class Step:
         if not isinstance(average, FSDPModule):
             return average
 
-        model = build_model(self.config).to(self.device)
+        with torch.device("meta"):  # initial weights would take as long as the drawing
+            model = build_model(self.config)
+        model.materialize(self.device)
         model.load_state_dict({name: full_tensor(tensor) for name, tensor in average.state_dict().items()})
         return model.eval().requires_grad_(False)
 
@@ -182,7 +183,7 @@ class Step:
             files[name] = ema.model.state_dict()
         return files
 
-    def state(self, keep: bool = True) -> Tensors:
+    def state(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """The full tensors of a checkpoint by file and name, if `keep`.
 
         If the model is sharded, every process must call this.

@@ -1,4 +1,4 @@
-"""torch.compile: one graph of the whole model, made once, with the values and gradients of eager execution."""
+"""torch.compile of the whole model or of its blocks: each graph is made once, with eager values and gradients."""
 
 import copy
 
@@ -84,3 +84,27 @@ def test_one_graph_for_all_layers_and_steps(make, course):
         assert_equal(call(compiled, B), call(eager, B))
         assert not counters["graph_break"]
         assert backend.frame_count == graphs, (call.__name__, B)
+
+
+KINDS = {  # models of four blocks, and how many kinds of blocks they have
+    "diffussm": (lambda: DiffuSSM(d_state=4, **SIZES | {"depth": 4}), 1),
+    "dit": (lambda: DiT(heads=2, **SIZES | {"depth": 4}), 1),
+    "checkpointed": (lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES | {"depth": 4}), 1),
+    "two mixers, skips": (lambda: DiffuSSM(mixer="s4d,conv", skips=True, d_state=4, **SIZES | {"depth": 4}), 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(("make", "kinds"), KINDS.values(), ids=KINDS)
+def test_blocks_of_one_kind_share_their_graph(make, kinds):
+    """As many graphs as kinds of blocks, however many blocks there are; none is left to eager execution."""
+    torch._dynamo.reset()
+    counters.clear()
+    eager = fill(make())
+    compiled, backend = copy.deepcopy(eager), CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(recompile_limit=1):  # a model may have more kinds than dynamo allows by itself
+        compiled.compile_blocks(backend=backend)
+        for call, graphs in ((train_step, kinds), (train_step, kinds), (evaluate, 2 * kinds)):
+            assert_equal(call(compiled, 4), call(eager, 4))
+            assert not counters["graph_break"]
+            assert backend.frame_count == graphs

@@ -64,13 +64,13 @@ def one_process():
 @pytest.mark.filterwarnings("ignore")  # FSDP2's, of views
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_models_of_several_processes_are_compiled_once(kind):
-    """A copy is one graph; a model held in parts has breaks where FSDP2 gathers a unit."""
+    """The blocks of a copy share a graph; held in parts, a block has breaks where FSDP2 gathers a unit."""
     torch._dynamo.reset()
     counters.clear()
     backend = CompileCounterWithBackend("eager")
-    model = fill(DiffuSSM(4, 1, hidden_size=16, depth=2, d_state=4, num_classes=0))
+    model = fill(DiffuSSM(4, 1, hidden_size=16, depth=2, d_state=4, num_classes=0)).to(CPU)
     eager = copy.deepcopy(model)
-    model.compile(backend=backend)
+    model.compile_blocks(backend=backend)
     if kind == "fsdp":
         parallel.shard(model, World(0, 1), CPU, torch.float32)
     forward = parallel.replicate(model, CPU) if kind == "ddp" else model
@@ -92,5 +92,5 @@ def test_models_of_several_processes_are_compiled_once(kind):
 def test_graphs_are_not_split_for_ddp_where_torch_cannot(monkeypatch, version, split):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     with torch._dynamo.config.patch(optimize_ddp=True):
-        parallel.compile_model(torch.nn.Linear(1, 1))
+        parallel.compile_model(DiffuSSM(4, 1, hidden_size=16, depth=1, d_state=4))
         assert torch._dynamo.config.optimize_ddp == split

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from diffussm_cli import runs
 from diffussm_cli.data.source import open_source
+from diffussm_cli.machine.processes import World
+from diffussm_cli.training import parallel
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.step import Step
 from tests.conftest import device
+
+CPU = torch.device("cpu")
 
 
 def batch_of(step, number=0):
@@ -79,3 +85,47 @@ def test_state_holds_all_that_the_next_step_needs(tiny, tmp_path):
         step.update(batch_of(step, 2))
     assert same(weights(second), weights(first))
     assert sorted(files) == ["ema-0.1.safetensors", "ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------- in several processes
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_average_of_a_model_in_parts_is_put_together_without_drawing_weights(tiny):
+    """At 673 million parameters drawing takes long, in every process and at every preview."""
+    step = Step(tiny(), CPU)
+    average = step.averaged()
+    expected = {name: value.clone() for name, value in average.state_dict().items()}
+    position = average.position.clone()
+    parallel.shard(step.ema.model, World(), CPU, torch.float32)
+    before = torch.get_rng_state()
+    found = step.averaged()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(found.state_dict(), expected)
+    assert torch.equal(found.position, position)
+    assert not found.training
+    assert not any(p.requires_grad for p in found.parameters())
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_model_in_parts_stays_gathered_between_the_parts_of_a_batch(tiny):
+    step = Step(tiny(), CPU)
+    parallel.shard(step.model, World(), CPU, torch.float32)
+    batch = batch_of(step).part(0, 4, CPU)
+    for is_last in (False, False, True):
+        with parallel.last_part_only(step.model, is_last):
+            step.losses(batch)["loss"].mean().backward()
+        kept = [not isinstance(p, DTensor) for p in step.model.blocks.parameters()]
+        assert kept == [not is_last] * len(kept)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_copies_of_a_model_do_not_send_their_table_of_positions(tiny):
+    copies = parallel.replicate(Step(tiny(), CPU).model, CPU)
+    assert not copies.will_sync_module_buffers()
