@@ -26,11 +26,12 @@ def pick_device(name: str) -> torch.device:
     A CUDA device becomes the current device, which NCCL and FSDP use.
 
     Raises:
-        ConfigError: if the device is not available.
+        ConfigError: if the device is not available, or several processes of this machine would share it.
     """
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         name = os.environ.get("DIFFUSSM_DEVICE") or found
+    chosen = name
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -38,9 +39,25 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+    if device.type == "cuda":
+        _check_not_shared(chosen)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def _check_not_shared(chosen: str) -> None:
+    """Raises ConfigError if all processes that were started on this machine would compute on one GPU."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
+    if processes in ("0", "1"):
+        return
+    if chosen != "cuda":
+        raise ConfigError(f"device: {chosen!r} would be shared by {processes} processes; use cuda, a GPU for each")
+    if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
+        raise ConfigError(
+            f"device: {chosen!r} would be shared by {processes} processes, because LOCAL_RANK is not set; "
+            "start them with torchrun"
+        )
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -80,9 +80,22 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
     try:
         with peer_errors():
             yield
+    except BaseException:
+        if cuda:
+            _abort_nccl()
+        raise
     finally:
         _patient = None
         dist.destroy_process_group()
+
+
+def _abort_nccl() -> None:
+    """Let NCCL drop its unfinished work: otherwise its end waits for kernels that wait for a lost process."""
+    import torch
+    import torch.distributed as dist
+
+    with contextlib.suppress(RuntimeError):  # nothing was sent by NCCL yet
+        dist.group.WORLD._get_backend(torch.device("cuda")).abort()
 
 
 def gather(value: Any, world: World) -> list[Any]:

@@ -22,7 +22,7 @@ from diffussm_cli.data.source import Source, text_hash, undivided, vae_hash
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import keep_freed_memory
+from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.processes import (
     World,
     any_of,
@@ -106,6 +106,7 @@ def train(
             stack.enter_context(runs.locked_folder(root, world.rank))
 
         check_batch(config, world)
+        pick_device(config.train.device)  # a wrong one is an error before images are read
         return (yield from _train_in(root, config, resume, world, dataset, stop))
 
 

@@ -72,6 +72,32 @@ def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, cu
     assert chosen == ([torch.device(current)] if current else [])
 
 
+SHARED = {  # train.device, what the launcher sets, GPUs of this machine, and the end of the line
+    "torchrun": ("cuda:0", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 2, "use cuda, a GPU for"),
+    "another launcher": ("cuda", {"WORLD_SIZE": "4"}, 8, "LOCAL_RANK is not set; start them with torchrun"),
+    "a GPU for each": ("cuda", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 4, None),
+    "a machine for each": ("cuda:0", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, 8, None),
+    "each sees its own": ("cuda", {"WORLD_SIZE": "4"}, 1, None),
+}
+
+
+@pytest.mark.parametrize(("name", "launched", "count", "line"), SHARED.values(), ids=SHARED)
+def test_processes_of_a_machine_do_not_share_a_gpu(monkeypatch, name, launched, count, line):
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for variable in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in launched.items():
+        monkeypatch.setenv(variable, value)
+    if line is None:
+        assert pick_device(name).type == "cuda"
+        return
+    with pytest.raises(ConfigError, match=f"device: '{name}' would be shared by . processes.*{line}"):
+        pick_device(name)
+
+
 def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
     """In a fresh process: there the number of the main thread is not decided yet."""
     code = """

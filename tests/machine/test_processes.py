@@ -1,6 +1,8 @@
 """How processes meet, wait for each other, and notice that one is gone."""
 
+import contextlib
 import datetime
+import types
 
 import pytest
 import torch.distributed as dist
@@ -52,6 +54,37 @@ def test_only_gather_waits_for_days(monkeypatch):
     assert groups[0] == ("cpu:gloo,cuda:nccl", datetime.timedelta(minutes=10))
     assert groups[1] == ("gloo", distributed.PATIENCE)
     assert datetime.timedelta(days=1) < distributed.PATIENCE
+
+
+class Backend:
+    """NCCL's part of a group, which notes how it ends."""
+
+    def __init__(self, ends):
+        self.ends = ends
+
+    def _get_backend(self, device):
+        assert device.type == "cuda"
+        return self
+
+    def abort(self):
+        self.ends.append("abort")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "error", "expected"),
+    [(True, RunError, ["abort", "destroy"]), (True, None, ["destroy"]), (False, RunError, ["destroy"])],
+)
+def test_after_an_error_nccl_drops_its_work_before_the_group_ends(monkeypatch, cuda, error, expected):
+    """Its orderly end waits for kernels, which never finish if another process is lost."""
+    ends = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: None)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(dist, "group", types.SimpleNamespace(WORLD=Backend(ends)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("destroy"))
+    with pytest.raises(error) if error else contextlib.nullcontext(), process_group(World(0, 2), cuda):
+        if error:
+            raise error("out of memory")
+    assert ends == expected
 
 
 def test_work_is_shared_in_neighbouring_pieces():
