@@ -1,5 +1,6 @@
 """The tools run to their end at toy sizes."""
 
+import importlib.util
 import io
 import json
 import runpy
@@ -33,6 +34,53 @@ def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
     assert "| kernel/64/ours_ms |" in text
     for line in ("fsdp, 2 processes", "| images_per_second |", "| peak_bytes |", "--json --compile"):
         assert line in text
+
+
+@pytest.mark.slow
+def test_the_quick_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
+    report = tmp_path / "report.md"
+    command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--quick", "--toy", "--out", report]
+    done = subprocess.run(command, capture_output=True, text=True)
+    text = report.read_text(encoding="utf-8")
+    assert done.returncode == 0, text
+    assert text.count("\npassed, ") == 10
+    figures = ("ceilings/copy_gb_per_second", "convolutions/64/fft_dK_error", "top/ms", "first_step_seconds")
+    assert all(f"| {figure} |" in text for figure in figures)
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "tools" / "gpu_check.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_part_of_the_gpu_check_finds_the_package_of_its_checkout(gpu_check):
+    command = ["-c", "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[0])"]
+    succeeded, section = gpu_check.run(gpu_check.Part("Path", command), 60)
+    assert succeeded
+    assert f"\n{ROOT}\n" in section
+
+
+def test_a_part_that_does_not_end_keeps_what_it_printed(gpu_check):
+    code = "import time; print('{\"speed\": 5}', flush=True); print('{\"half', end='', flush=True); time.sleep(60)"
+    succeeded, section = gpu_check.run(gpu_check.Part("Slow", ["-c", code]), 5)
+    assert not succeeded
+    assert "STOPPED after its 5 s" in section
+    assert "| speed | 5 |" in section
+
+
+def test_parts_that_find_no_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
+    parts = [gpu_check.Part(name, ["-c", "import time; time.sleep(60)"]) for name in ("First", "Second")]
+    monkeypatch.setattr(gpu_check, "toy_parts", lambda device: parts)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--toy", "--seconds", "1.5", "--out", str(tmp_path / "r.md")])
+    assert gpu_check.main() == 1
+    assert "STOPPED after its" in (tmp_path / "r.md").read_text()
+    assert "## Second\n\nNOT RUN: no time was left" in (tmp_path / "r.md").read_text()
+    assert "failed: First, Second" in capsys.readouterr().out
 
 
 def test_gpu_check_without_a_gpu_says_so():

@@ -1,23 +1,27 @@
 """The one command for a machine with GPUs: run the tests there, measure, and write one dated markdown file.
 
-    python tools/gpu_check.py                 # on a GPU; about an hour
-    python tools/gpu_check.py --toy           # the same path at toy sizes, on any machine
+    python tools/gpu_check.py --quick         # on a GPU; ten minutes, what matters most first
+    python tools/gpu_check.py                 # on a GPU; hours
+    python tools/gpu_check.py --toy           # the same path at toy sizes, on any machine; also --toy --quick
 
-Each part is a command of its own, so that one that fails does not end the others. The report holds every command, what
-it printed, the hardware and the versions. Exit code 1 if a part failed.
+Each part is a command of its own with its own time, so that one that fails or does not end leaves time for the others.
+What a part printed is in the report as soon as it ends, also if it was stopped, and so are every command, the hardware
+and the versions. The package need not be installed. Exit code 1 if a part failed or found no time.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,13 +30,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = "xl,dit-xl/2,dit-xl/1"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Part:
-    """One command of the check; `processes` above 1 start it by torchrun."""
+    """One command of the check; `processes` above 1 start it by torchrun. It is stopped after `seconds`."""
 
     title: str
     command: Sequence[str]
     processes: int = 1
+    seconds: float = 3600
 
     def words(self) -> list[str]:
         """The command as it is run."""
@@ -76,6 +81,38 @@ def parts(device: str, gpus: int) -> list[Part]:
     return found
 
 
+QUICK = 590  # seconds of all quick parts together
+STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}  # presets whose step is measured
+
+
+def quick_parts(device: str, toy: bool) -> list[Part]:
+    """What is run in ten minutes: the first parts are worth most."""
+    core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
+    tests = ["tests/model", "tests/diffusion", "tests/training/test_step.py", "tests/test_cuda.py", "-n", "8"]
+    tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
+    compiled = ["--set", "train.compile=true"]
+    found = [
+        Part("Ceilings: copy and product", [*core, "ceilings"], seconds=30),
+        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=150),
+        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=60),
+        *(_step(title, preset, device, toy, seconds=45) for title, preset in STEPS.items()),
+        Part("Kernels of a step of XL", [*core, "top"], seconds=60),
+        *(_step(f"{title}, compiled", STEPS[title], device, toy, 90, compiled) for title in STEPS),
+    ]
+    # At toy sizes only the path counts, on machines of any speed.
+    return [dataclasses.replace(part, seconds=600) for part in found] if toy else found
+
+
+def _step(title: str, preset: str, device: str, toy: bool, seconds: float, more: Sequence[str] = ()) -> Part:
+    """Training steps at a batch of 32 in bfloat16; the first step, which compiles, is timed apart."""
+    small = ["model.hidden_size=32", "model.depth=1", "train.batch_size=2"]
+    settings = small if toy else ["train.batch_size=32", "train.precision=bf16"]
+    words = [word for setting in [*settings, f"train.device={device}"] for word in ("--set", setting)]
+    steps = "2" if toy else "20"
+    command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", steps, *words, *more]
+    return Part(f"Step of {title}", command, seconds=seconds)
+
+
 def toy_parts(device: str) -> list[Part]:
     """The same kinds of parts at toy sizes."""
     profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--device", device, "--preset", "digits"]
@@ -104,24 +141,34 @@ def _parallel(preset: str, batch_size: int, steps: int, processes: int, settings
 
 
 # -------------------------------------------------------------------------------------------------- running
-def run(part: Part, timeout: float) -> tuple[bool, str]:
-    """Run a part; whether it succeeded, and its section of the report."""
+def run(part: Part, seconds: float) -> tuple[bool, str]:
+    """Run a part for so many seconds at most; whether it succeeded, and its section of the report."""
     start = time.perf_counter()
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        part.words(),
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(part.words(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-        succeeded, output, errors = done.returncode == 0, done.stdout, done.stderr
+        output, errors = process.communicate(timeout=seconds)
+        end = "passed" if process.returncode == 0 else "FAILED"
     except subprocess.TimeoutExpired:
-        succeeded, output, errors = False, "", f"no end after {timeout:.0f} s"
-    seconds = time.perf_counter() - start
-    lines = [
-        f"## {part.title}",
-        "",
-        f"`{part.text()}`",
-        "",
-        f"{'passed' if succeeded else 'FAILED'}, {seconds:.0f} s",
-        "",
-    ]
-    lines += shown(output) if succeeded else ["```", *(output + errors).splitlines()[-40:], "```"]
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which would keep the GPU
+        output, errors = process.communicate()
+        end = f"STOPPED after its {seconds:.0f} s"
+
+    # The end of what it said, if it failed.
+    succeeded = end == "passed"
+    lines = [f"## {part.title}", "", f"`{part.text()}`", "", f"{end}, {time.perf_counter() - start:.0f} s", ""]
+    if succeeded or "{" in output:
+        lines += shown(output)
+    if not succeeded:
+        lines += ["", "```", *(output + errors).splitlines()[-40:], "```"]
     return succeeded, "\n".join(lines) + "\n"
 
 
@@ -130,10 +177,18 @@ def shown(output: str) -> list[str]:
     try:
         objects = [json.loads(output)]
     except ValueError:
-        objects = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        objects = [object for line in output.splitlines() if (object := _parsed(line)) is not None]
     if not objects:
         return ["```", *output.splitlines()[-5:], "```"]
     return ["| figure | value |", "|---|---|", *(f"| {k} | {v} |" for o in objects for k, v in flat(o))]
+
+
+def _parsed(line: str) -> object:
+    """A JSON object on one line; None for other text, and for a line that was cut short."""
+    try:
+        return json.loads(line) if line.startswith("{") else None
+    except ValueError:
+        return None
 
 
 def flat(value: object, name: str = "") -> list[tuple[str, str]]:
@@ -161,9 +216,17 @@ def machine(device: str) -> list[str]:
             p = torch.cuda.get_device_properties(i)
             found[f"GPU {i}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+        found |= {"CUDA": str(torch.version.cuda), "cuDNN": _cudnn()}
         found |= {"driver": driver[0] if driver else "unknown"}
     return [f"- {name}: {value}" for name, value in found.items()]
+
+
+def _cudnn() -> str:
+    """The version of cuDNN, or what is wrong with it."""
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as e:
+        return " ".join(str(e).split())
 
 
 def _output(*command: str) -> str:
@@ -177,19 +240,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU unless --device is given")
     parser.add_argument("--device", help="default: cuda, with --toy cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, DATE-gpu-toy.md with --toy")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds that one part may take")
+    parser.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK} seconds")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, with -quick and -toy")
+    parser.add_argument("--seconds", type=float, help=f"of all parts; by default {QUICK} with --quick, without --toy")
     a = parser.parse_args()
     device = a.device or ("cpu" if a.toy else "cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --toy runs at toy sizes on the CPU")
-    name = f"{datetime.date.today()}-gpu{'-toy' if a.toy else ''}.md"
+    name = f"{datetime.date.today()}-gpu{'-quick' if a.quick else ''}{'-toy' if a.toy else ''}.md"
     out = a.out or ROOT / "benchmarks" / "results" / name
     title = "# GPU check" + (", toy sizes: it says that the check runs, and nothing about speed" if a.toy else "")
     report, failed = "\n".join([title, "", *machine(device), "", ""]), []
-    for part in toy_parts(device) if a.toy else parts(device, torch.cuda.device_count()):
-        print(part.title, flush=True)
-        succeeded, section = run(part, a.timeout)
+    if a.quick:
+        chosen = quick_parts(device, a.toy)
+    else:
+        chosen = toy_parts(device) if a.toy else parts(device, torch.cuda.device_count())
+    end = time.monotonic() + (a.seconds or (QUICK if a.quick and not a.toy else math.inf))
+    for part in chosen:
+        seconds = min(part.seconds, end - time.monotonic())
+        if seconds < 1:
+            succeeded, section = False, f"## {part.title}\n\nNOT RUN: no time was left\n"
+        else:
+            succeeded, section = run(part, seconds)
+        print(f"{'passed' if succeeded else 'failed'}: {part.title}", flush=True)
         report += section + "\n"
         out.write_text(report, encoding="utf-8")  # after each part, so that an end in between loses nothing
         if not succeeded:

@@ -2,8 +2,8 @@
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, toeplitz, length, beside_dit, memory,
-options, compiled; by default all.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions, top, length,
+beside_dit, memory, options, compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
 """
@@ -18,11 +18,13 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -48,6 +50,9 @@ SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
 SIDES = (32, 64, 128, 256)  # of latents, in the row `length`
 RESOLUTIONS = (256, 512, 1024)  # of images, in the row `beside_dit`
 LARGE = 2048  # pixels of an image's side, in the row `memory`
+IMAGES = 32  # of a batch, in the rows `convolutions` and `top`
+SIDE = 8192  # of the matrices in the row `ceilings`
+NO_DEVICE_TIMES = "the profiler saw no times of the device; it may need another permission (CUPTI)"
 SMALLER: list[str] = []  # settings that make models of presets small; with --toy
 
 
@@ -213,7 +218,7 @@ def parts(device: torch.device) -> dict:
     return results
 
 
-def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float | str]:
     """Percent of the operators' own time by kind, of a few calls after others under the same profiler."""
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
@@ -244,6 +249,8 @@ def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float
         for _ in range(8):
             call()
             profiler.step()
+    if not found.total():
+        return {"left out": NO_DEVICE_TIMES}
     return {kind: round(100 * time / found.total(), 1) for kind, time in found.most_common()}
 
 
@@ -357,7 +364,7 @@ def compiled(device: torch.device) -> dict:
     for name in calls:
         model = make_block(device)
         if name == "compiled":
-            model.compile()
+            model.compile()  # as `Backbone.compile_blocks` does
 
         def train(model=model) -> None:
             model(x, c).square().mean().backward()
@@ -375,23 +382,102 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
     return config, lambda: step.update(batch)
 
 
-def toeplitz(device: torch.device) -> dict:
-    """The convolution by Triton and by FFT, forward + backward, bfloat16 and float32, 8 images of XL; CUDA only."""
-    if device.type != "cuda":
-        return {"left out": "needs a CUDA device"}
-    from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
+def convolutions(device: torch.device) -> dict:
+    """The convolution of XL at a batch of 32 in bfloat16: by FFT and, on CUDA, by Triton; forward and backward apart.
+
+    Beside the milliseconds stand the relative errors of y, du and dK in a few channels, against float64.
+    """
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    if device.type == "cuda" and find_spec("triton") is not None:
+        from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
+
+        ways["triton"] = ToeplitzConvolution.apply
+    ways["fft"] = lambda u, K: Convolution.apply(u, KernelSpectra.apply(K))
 
     results = {}
-    for L, dtype in itertools.product((SHORT, LONG), (torch.bfloat16, torch.float32)):
-        layer = S4D(D, N).to(device)
-        u = torch.randn(M, D, 8, L // M, device=device, dtype=dtype).permute(2, 1, 3, 0).requires_grad_()
-        K = layer.taps(L).detach().requires_grad_()
-        calls = {
-            "triton": lambda u=u, K=K: ToeplitzConvolution.apply(u, K).sum().backward(),
-            "fft": lambda u=u, K=K: Convolution.apply(u, KernelSpectra.apply(K)).sum().backward(),
-        }
-        results[f"{L} {dtype}"] = in_turn(calls, device, 5)
+    for L in (SHORT, LONG):
+        # The layouts of the block, and a gradient of y that is not one number expanded, which the cache would hold.
+        B, J = IMAGES, L // M
+        u = torch.randn(M, D, B, J, device=device, dtype=torch.bfloat16).permute(2, 1, 3, 0).requires_grad_()
+        K = S4D(D, N).to(device).taps(L).detach().requires_grad_()
+        dy = torch.randn(M, 2 * D, B, J, device=device, dtype=torch.bfloat16).permute(2, 1, 3, 0)
+
+        calls, errors = {}, {}
+        exact = _first_channels(ways["fft"], u, K, dy, torch.float64)
+        for name, convolution in ways.items():
+            y = convolution(u, K)
+            calls[f"{name}_forward"] = lambda f=convolution, u=u, K=K: f(u, K)
+            calls[f"{name}_backward"] = lambda y=y, u=u, K=K, dy=dy: torch.autograd.grad(y, (u, K), dy, True)
+            ours = _first_channels(convolution, u, K, dy, torch.bfloat16)
+            for what, value, wanted in zip(("y", "du", "dK"), ours, exact):
+                errors[f"{name}_{what}_error"] = ((value - wanted).norm() / wanted.norm()).item()
+        results[L] = in_turn(calls, device, 5) | errors
     return results
+
+
+def _first_channels(convolution: Callable, u: Tensor, K: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """y, du and dK of the first channels in float64, computed from u and dy in `dtype`."""
+    d = min(16, u.shape[1])
+    u = u.detach()[:, :d].to(dtype).requires_grad_()
+    K = K.detach()[:, :d].to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    y = convolution(u, K)
+    dy = dy.unflatten(1, (2, -1))[:, :, :d].flatten(1, 2).to(dtype)
+    return [t.detach().double() for t in (y, *torch.autograd.grad(y, (u, K), dy))]
+
+
+def ceilings(device: torch.device) -> dict:
+    """What the machine can do at best: gigabytes a second of a copy, and Tflops of a square product."""
+    setting = timing.Setting(device, repeats=9)
+    source = torch.randn(SIDE**2 * 4, device=device)
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
+    for dtype in (torch.bfloat16, torch.float32):
+        factor = torch.randn(SIDE, SIDE, device=device, dtype=dtype)
+        calls[str(dtype).removeprefix("torch.")] = lambda x=factor: x @ x
+    times = timing.take_turns(list(calls.values()), setting)
+    seconds = {name: statistics.median(taken) / 1e3 for name, taken in zip(calls, times)}
+    gigabytes = 2 * source.nbytes / 1e9
+    found = {"side": SIDE, "copy_gb_per_second": gigabytes / seconds.pop("copy")}
+    return found | {f"product_{name}_tflops": 2 * SIDE**3 / time / 1e12 for name, time in seconds.items()}
+
+
+def top(device: torch.device) -> dict:
+    """The kernels (operators on a CPU) that take most time of a training step of `xl-256` at a batch of 32."""
+    from torch.profiler import ProfilerActivity, profile
+
+    precision = "bf16" if device.type == "cuda" else "auto"
+    settings = [f"train.device={device}", f"train.batch_size={IMAGES}", f"train.precision={precision}", *SMALLER]
+    config = load_config("xl-256", settings)
+    step = Step(config, device)
+    batch = make_batch(Noise(config), config, 0)
+    step.update(batch)
+    step.update(batch)
+
+    # The time of kernels on a GPU, where operators have none of their own.
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        step.update(batch)
+        step.bad_steps.flush(step.number)  # waits for the device
+    spent: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        if not on_gpu or event.device_type == DeviceType.CUDA:
+            spent[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            calls[event.key] += event.count
+    if not spent.total():
+        return {"left out": NO_DEVICE_TIMES}
+    return {
+        "ms": spent.total() / 1e3,
+        "top": [
+            {
+                "name": name[:120],
+                "ms": time / 1e3,
+                "percent": round(100 * time / spent.total(), 1),
+                "calls": calls[name],
+            }
+            for name, time in spent.most_common(25)
+        ],
+    }
 
 
 OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at the end
@@ -470,7 +556,9 @@ ROWS = {
         public,
         saved,
         traffic,
-        toeplitz,
+        ceilings,
+        convolutions,
+        top,
         length,
         beside_dit,
         memory,
@@ -487,8 +575,9 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes and no code generation, to see that rows run")
     arguments = parser.parse_args()
     if arguments.toy:
-        global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, SMALLER
+        global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, IMAGES, SIDE, SMALLER
         D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE = 32, 64, 128, (8, 16), (64,), 64
+        IMAGES, SIDE = 2, 64
         SMALLER = ["model.hidden_size=32", "model.depth=1"]
         # Graphs are traced; generating code for them takes minutes at any size.
         nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
