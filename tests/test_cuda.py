@@ -1,5 +1,7 @@
 """What only a CUDA device can show: `pytest --device cuda`. `test_pretended_gpu.py` sees part of it without one."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -32,7 +34,9 @@ def test_an_update_does_not_wait_for_the_device(tiny):
     config = tiny(*SETTINGS)
     step, batch = Step(config, device()), make_batch(open_source(config), config, 0)
     step.update(batch)  # the first one makes the optimiser's state
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         step.update(batch)
     finally:

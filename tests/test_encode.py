@@ -29,7 +29,7 @@ from diffussm_cli.data.latents.store import locked_store
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.processes import ALONE
-from tests.conftest import TINY, relative, save_vae
+from tests.conftest import TINY, device, relative, save_vae
 from tests.helpers import line_of, run
 
 N = 12
@@ -538,7 +538,7 @@ def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", full)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
-    assert "--batch-size: 2 does not fit into the memory of cpu; reduce it" in line
+    assert f"--batch-size: 2 does not fit into the memory of {device()}; reduce it" in line
 
 
 def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):

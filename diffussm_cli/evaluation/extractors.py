@@ -252,7 +252,7 @@ class EfficientNet(nn.Module):
     """
 
     SIDE = 224
-    AT_ONCE = 4  # images that the network takes at a time, so that a CPU's cache holds them
+    AT_ONCE = 4  # images that the network takes at a time on a CPU, so that its cache holds them
     SPATIAL_BLOCK, SPATIAL_CHANNELS = 10, 10
 
     def __init__(self, network: Any):
@@ -263,7 +263,8 @@ class EfficientNet(nn.Module):
         block.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [self._features(part) for part in images.split(self.AT_ONCE)]
+        at_once = self.AT_ONCE if images.is_cpu else len(images)
+        parts = [self._features(part) for part in images.split(at_once)]
         pool, spatial = (torch.cat(part) for part in zip(*parts))
         return pool, spatial, self.network._fc(pool)
 

@@ -37,8 +37,11 @@ class CheckpointWriter:
         self._thread = helpers() if config.async_checkpoint else None
         self._running: Future | None = None
 
-    def write(self, tensors: Tensors, state: dict[str, Any]) -> None:
+    def write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Wait for the previous checkpoint, then start to write this one.
+
+        A thread writes copies on the CPU, which further training does not change. Each tensor is taken out of `tensors`
+        when it is copied, so that what was gathered from several processes is not in memory twice.
 
         Raises RunError if either fails.
         """
@@ -46,8 +49,10 @@ class CheckpointWriter:
         if self._thread is None:
             self._write(tensors, state)
             return
-        # copies on the CPU, which further training does not change
-        copies = {f: {k: v.detach().to("cpu", copy=True) for k, v in ts.items()} for f, ts in tensors.items()}
+        copies = {
+            file: {name: content.pop(name).detach().to("cpu", copy=True) for name in list(content)}
+            for file, content in tensors.items()
+        }
         self._running = self._thread.submit(self._write, copies, state)
 
     def check(self) -> None:
@@ -79,7 +84,9 @@ class CheckpointWriter:
             runs.remove(debris)
 
 
-def collect(model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True) -> Tensors:
+def collect(
+    model: nn.Module, averages: Tensors, optimizer: Optimizer, keep: bool = True
+) -> dict[str, dict[str, Tensor]]:
     """The full tensors of a checkpoint, if `keep` is true.
 
     If the models are sharded, every process must call this.

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 

@@ -27,7 +27,16 @@ from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.measure import HeldOut
 from tests.conftest import TINY
 
-SETTINGS = [*TINY, "train.steps=6", "train.grad_clip=0.5", "data.flip=true", "train.log_every=1", "train.ema=0.99,0.1"]
+ON_CPU = "train.device=cpu"  # two processes would need two GPUs
+SETTINGS = [
+    *TINY,
+    ON_CPU,
+    "train.steps=6",
+    "train.grad_clip=0.5",
+    "data.flip=true",
+    "train.log_every=1",
+    "train.ema=0.99,0.1",
+]
 PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first process
 
 

@@ -103,7 +103,7 @@ def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
     assert (newest.name, damaged) == ("step-00000002", [])
     saved = load_file(newest / runs.MODEL)
     assert saved.keys() == t.step.model.state_dict().keys()
-    assert all(torch.equal(v, saved[k]) for k, v in t.step.model.state_dict().items())
+    assert all(torch.equal(v.cpu(), saved[k]) for k, v in t.step.model.state_dict().items())
     mixed = {"a": torch.arange(3.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0).double()}
     digest = runs.write_tensors(mixed, tmp_path / "mixed.safetensors")
     assert digest == sha256(tmp_path / "mixed.safetensors")
@@ -192,3 +192,17 @@ def test_a_damaged_further_average_is_damage(tiny, tmp_path, harm):
     assert "ema-0.1.safetensors" in damaged[0]
     assert checkpoint.agree_on_checkpoint(tmp_path, World())[0] == newest
     assert not runs.has_final(tmp_path, 4)
+
+
+def test_tensors_are_let_go_when_they_are_copied_for_the_thread(tiny, tmp_path):
+    """What was gathered from several processes is as large as the model, its averages and its optimiser."""
+    t = trainer(tiny("train.async_checkpoint=true"), tmp_path)
+    t.step.optimizer.step()
+    tensors = t.step.state()
+    wanted = {name: value.clone() for name, value in tensors[runs.MODEL].items()}
+    t.writer.write(tensors, {"step": 1})
+    t.writer.finish()
+    assert not any(tensors.values())
+    saved = runs.read_tensors(tmp_path / "checkpoints" / "step-00000001" / runs.MODEL)
+    assert saved.keys() == wanted.keys()
+    assert all(torch.equal(value.cpu(), saved[name]) for name, value in wanted.items())

@@ -20,15 +20,14 @@ from diffussm_cli.training.batches import image_seeds
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.measure import HeldOut
 from diffussm_cli.training.session import train
-from tests.conftest import TINY, fill
+from tests.conftest import TINY, device, fill
 from tests.helpers import SETTINGS, line_of, run
 
-CPU = torch.device("cpu")
 QUARTERS = [f"held_out/q{i}" for i in range(1, 5)]
 
 
 def held_out(config, world=ALONE):
-    return HeldOut(open_held_out(config, open_source(config)), config, CPU, world)
+    return HeldOut(open_held_out(config, open_source(config)), config, device(), world)
 
 
 @pytest.fixture
@@ -48,13 +47,14 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
     seeds, expected = image_seeds(config.train.seed, MANY, 5), np.zeros((5, 4))
     for k, index in enumerate([0, 35, 70, 105, 140]):
         g = torch.Generator().manual_seed(seeds[k])
-        x_0, y = source.read([index], [g])
-        noise = torch.randn(4, 1, 8, 8, generator=g)
+        x_0, y = (v.to(device()) for v in source.read([index], [g]))
+        noise = torch.randn(4, 1, 8, 8, generator=g).to(device())
         for q in range(4):
-            step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))])
+            step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))], device=device())
             x_t = t.step.objective.q_sample(x_0, step, noise[q : q + 1])
             output = model(x_t, step, y)
-            expected[k, q] = training_losses(t.step.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)["loss"]
+            losses = training_losses(t.step.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)
+            expected[k, q] = losses["loss"].item()
     found = held_out(config).measure(functools.partial(t.step.losses, model=model))
     assert found["held_out"] == pytest.approx(expected.mean(), rel=1e-5)
     assert [found[q] for q in QUARTERS] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
@@ -174,7 +174,7 @@ def test_another_folder_must_fit(folder, tmp_path):
     assert pixels(open_held_out(config, source)) == [10, 10]
     (other / "b" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(DataError, match="x.png"):
-        HeldOut(open_held_out(config, source), config, CPU)
+        HeldOut(open_held_out(config, source), config, device())
     (other / "b").rename(other / "c")
     with pytest.raises(ConfigError, match="data.held_out: .* must hold the same classes as data.path"):
         open_held_out(config, source)

@@ -1,6 +1,7 @@
 """How the formulas of this package are computed: in slices that fit into the cache, and in full float32."""
 
 import contextlib
+import math
 import os
 from importlib.util import find_spec
 
@@ -10,15 +11,20 @@ from torch import Tensor
 from diffussm_cli.errors import ConfigError, install
 from diffussm_cli.machine.device import full_float32
 
-SLICE = {True: 1 << 19, False: 1 << 26}  # numbers in a slice of u, by whether the device is a CPU
+SLICE = {True: 1 << 19, False: 1 << 28}  # numbers in a slice of u, by whether the device is a CPU
 KEPT_NUMBERS = 1 << 21  # 16 MiB
 CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or triton
 TOEPLITZ_TOKENS = 4096  # beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
-    """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary."""
+    """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary.
+
+    On a GPU they are about equal: a small last one would launch as many kernels as the others.
+    """
     size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // max(1, numbers))
+    if device.type != "cpu" and count > size:
+        size = math.ceil(count / math.ceil(count / size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
