@@ -15,7 +15,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
-from diffussm_cli.errors import DataError, RunError
+from diffussm_cli.errors import DataError, NotFiniteError, RunError
 from diffussm_cli.machine.device import facts_of_machine, is_out_of_memory, pick_device
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
 from diffussm_cli.model import count_parameters
@@ -59,6 +59,7 @@ class Trainer:
         self.previews = Previews(self.step, source, root, decoding) if config.train.sample_every else None
         self.writer = CheckpointWriter(root, config.train)
         self.after_preview: Callable[[], Any] = lambda: None
+        self.notes: list[str] = []  # what the user should know of the last steps; a session shows and clears it
         self._any_finite = False  # whether a record had a finite loss
 
     @property
@@ -203,13 +204,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------- what it writes
     def preview(self, last: bool) -> None:
-        """Draw a preview on the first process.
+        """Draw a preview on the first process; one that is not finite is a note, and no picture.
 
         If the model is sharded, every process must call this.
         """
         model = self.step.averaged()
         if self.world.rank == 0 and self.previews:
-            self.previews.draw(model, last)
+            try:
+                self.previews.draw(model, last)
+            except NotFiniteError as e:
+                self.notes.append(f"no preview of step {self.step.number}: {e}")
             self.after_preview()
 
     def save(self) -> None:

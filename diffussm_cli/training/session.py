@@ -7,7 +7,7 @@ folder.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,9 @@ def _steps(trainer: Trainer, writer: RecordWriter | None, stop: Callable[[], boo
                 renew_report(trainer.root, config)
         skipped += len(record.get("left_out", ()))
         yield TrainingRecord(record, config.train.steps)
+        yield from _notes(trainer)
 
+    yield from _notes(trainer)
     if writer:
         renew_report(trainer.root, config)
     if skipped:
@@ -193,6 +195,12 @@ def _steps(trainer: Trainer, writer: RecordWriter | None, stop: Callable[[], boo
             f"{skipped} of {trainer.step.number - first} steps were left out, because their loss or gradient "
             f"was not finite; {runs.LOG} names them"
         )
+
+
+def _notes(trainer: Trainer) -> Iterator[Warned]:
+    """What the trainer noted since the last call."""
+    yield from map(Warned, trainer.notes)
+    trainer.notes.clear()
 
 
 def renew_report(root: Path, config: Config) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from diffussm_cli import runs
-from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Message, Stage, TrainingRecord, finish
+from diffussm_cli.errors import ConfigError, NotFiniteError
+from diffussm_cli.events import Message, Stage, TrainingRecord, Warned, finish
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training.session import TrainingResult, check_batch, train
 
@@ -69,3 +69,16 @@ def test_an_average_that_is_added_on_resume_is_announced(tiny, tmp_path):
     said = [e.text for e in train(changed, tmp_path / "run", resume=True) if isinstance(e, Message)]
     assert "changed: train.ema was 0.9 and is now [0.9, 0.1]" in said
     assert "changed: the average of 0.1 begins as a copy of that of 0.9" in said
+
+
+def test_a_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_path, monkeypatch):
+    def draw(self, model, last):
+        raise NotFiniteError("the image of seed 3", 3, "after step 2 of 4")
+
+    monkeypatch.setattr("diffussm_cli.training.preview.Previews.draw", draw)
+    events, result = told(train(tiny("train.sample_every=2"), tmp_path / "run"))
+    warnings = [event.text for event in events if isinstance(event, Warned)]
+    assert [text.partition(":")[0] for text in warnings] == ["no preview of step 2", "no preview of step 4"]
+    assert "the image of seed 3 has values that are not finite after step 2 of 4" in warnings[0]
+    assert result.finished
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
