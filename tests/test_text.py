@@ -175,9 +175,11 @@ def test_pictures_of_what_they_should_show_are_found(tmp_path):
     assert (found[0]["retrieval_top1"], found[0]["retrieval_category"]) == (1, 1)
     assert found[0]["retrieval_chance_top5"] == pytest.approx(5 / 13)
     assert (found[1]["retrieval_top1"], found[1]["retrieval_category"]) == (0, pytest.approx(1 / 13))
-    for facts in ({"prompts": ["digit 0"]}, {"prompts": 5, "num": 13}, {"prompts": [5], "num": 13}):  # damaged
+    (tmp_path / "samples" / "meta.json").write_text(json.dumps({"prompts": ["digit 0"]}))  # of how many images?
+    assert "retrieval_top1" not in json.loads(run(*arguments).stdout)["metrics"]
+    for facts in ({"prompts": 5, "num": 13}, {"prompts": [5], "num": 13}):  # damaged
         (tmp_path / "samples" / "meta.json").write_text(json.dumps(facts))
-        assert "retrieval_top1" not in json.loads(run(*arguments).stdout)["metrics"]
+        assert "meta.json: prompts" in line_of(run(*arguments))
 
 
 def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):
