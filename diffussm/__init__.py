@@ -5,8 +5,8 @@
     run = ds.load("mnist")
     ds.grid(run.sample(40, classes=range(10)))
 
-Everything here is imported when it is first used, so that `import diffussm` takes no time. The code is in
-`diffussm_cli`.
+Everything here is imported when it is first used, so that `import diffussm` takes no time. The code
+is in `diffussm_cli`.
 """
 
 from importlib import import_module
@@ -38,9 +38,23 @@ if TYPE_CHECKING:
 
 PLACES = {
     "diffussm_cli.config": ("Config", "load_config"),
-    "diffussm_cli.diffusion.process": ("GaussianDiffusion", "ImageFlow", "LinearFlow", "VelocityDiffusion"),
+    "diffussm_cli.diffusion.process": (
+        "GaussianDiffusion",
+        "ImageFlow",
+        "LinearFlow",
+        "VelocityDiffusion",
+    ),
     "diffussm_cli.errors": ("DiffussmError",),
-    "diffussm_cli.library": ("Run", "cost", "encode", "evaluate", "grid", "load", "sample", "train"),
+    "diffussm_cli.library": (
+        "Run",
+        "cost",
+        "encode",
+        "evaluate",
+        "grid",
+        "load",
+        "sample",
+        "train",
+    ),
     "diffussm_cli.model": ("DiT", "DiffuSSM"),
     "diffussm_cli.model.s4d": ("S4D",),
     "diffussm_cli.training.ema": ("EMA",),

@@ -1,4 +1,6 @@
-"""The `diffussm` program: its commands, and the one place that turns errors into a line and an exit code. No torch."""
+"""The `diffussm` program: its commands, and the one place that turns errors into a line and an exit
+code. No torch.
+"""
 
 import contextlib
 import os
@@ -22,12 +24,15 @@ UsageError: Any = typer.BadParameter.__bases__[0]  # recent versions of Typer sh
 
 
 class ErrorBoundary(WithExamples, TyperGroup):
-    """Errors that a user can fix become one line on stderr and exit code 1; others keep their traceback."""
+    """Errors that a user can fix become one line on stderr and exit code 1; others keep their
+    traceback.
+    """
 
     def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
-        os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started from here import nothing from this folder
+        # processes that are started from here import nothing from this folder
+        os.environ["PYTHONSAFEPATH"] = "1"
         with contextlib.suppress(AttributeError):  # a replaced stdout may lack `reconfigure`
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for odd file names
         try:
@@ -98,7 +103,10 @@ EXAMPLES = {
 }
 
 app = typer.Typer(
-    cls=ErrorBoundary, epilog=f"Examples:{EXAMPLES['diffussm']}", add_completion=False, pretty_exceptions_enable=False
+    cls=ErrorBoundary,
+    epilog=f"Examples:{EXAMPLES['diffussm']}",
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 for name, cls, function in (
     ("encode", Command, encode),

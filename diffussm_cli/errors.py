@@ -1,11 +1,14 @@
-"""Errors that a user can fix. Each message is one line that names the option or field, its value and the remedy."""
+"""Errors that a user can fix. Each message is one line that names the option or field, its value
+and the remedy.
+"""
 
 import contextlib
 import errno
 import re
 from collections.abc import Iterator
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # write() reports these without a file
+# write() reports these without a file
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class DiffussmError(Exception):
@@ -36,17 +39,22 @@ class NotFiniteError(DiffussmError, ValueError):
     def __init__(self, image: str, index: int, where: str = ""):
         self.index, self.where = index, where
         what = f"{image} has values that are not finite" + (f" {where}" if where else "")
-        super().__init__(f"{what}, so it is no picture; try precision fp32, less guidance or another sampler")
+        super().__init__(
+            f"{what}, so it is no picture; try precision fp32, less guidance or another sampler"
+        )
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, joined with the second after a colon; the error's class if it is empty."""
+    """The first line of an error's message, joined with the second after a colon; the error's class
+    if it is empty.
+    """
     message = getattr(error, "strerror", None) or str(error).strip().replace(":\n", ":")
     return f"{' '.join((message.splitlines() or [type(error).__name__])[0].split()):.200}"
 
 
 def install(extra: str) -> str:
-    """How to install an extra such as `text`: from a clone, or by the names of its packages, which a wheel needs.
+    """How to install an extra such as `text`: from a clone, or by the names of its packages, which
+    a wheel needs.
 
     This package is on no index, from which pip could take it by its name.
     """
@@ -64,7 +72,8 @@ def install(extra: str) -> str:
 
 def system_reason(error: OSError) -> str | None:
     """The operating system's message for an error of a file or disk; None for any other error."""
-    if error.errno is None or error.strerror is None:  # raised by a library, or by a mistake of ours
+    # raised by a library, or by a mistake of ours
+    if error.errno is None or error.strerror is None:
         return None
     if error.errno in DISK_ERRORS:
         return f"{error.strerror}; what was saved before is intact"
@@ -73,7 +82,8 @@ def system_reason(error: OSError) -> str | None:
 
 @contextlib.contextmanager
 def writing(line: str, error: type[DiffussmError] = RunError) -> Iterator[None]:
-    """Turn an OSError in the block into `error`: the line, the file if the line does not name it, and the reason.
+    """Turn an OSError in the block into `error`: the line, the file if the line does not name it,
+    and the reason.
 
     Any other error passes through, so the block may do more than write.
     """
@@ -89,10 +99,11 @@ def writing(line: str, error: type[DiffussmError] = RunError) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reading(line: str, error: type[DiffussmError] = RunError, remedy: str = "") -> Iterator[None]:
-    """Turn any failure to read a file in the block into `error`: the line, the reason and the remedy.
+    """Turn any failure to read a file in the block into `error`: the line, the reason and the
+    remedy.
 
-    Covers errors of the operating system, text that is not UTF-8, and errors of parsers. The block must only read and
-    parse the file, because any other ValueError would be blamed on the file too.
+    Covers errors of the operating system, text that is not UTF-8, and errors of parsers. The block
+    must only read and parse the file, because any other ValueError would be blamed on the file too.
     """
     try:
         yield

@@ -1,4 +1,6 @@
-"""Events that a session yields as it works. It returns its value: `finish(session)` gives only that."""
+"""Events that a session yields as it works. It returns its value: `finish(session)` gives only
+that.
+"""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -45,7 +47,9 @@ class Warned(Event):
 
 @dataclass(frozen=True)
 class TrainingRecord(Event):
-    """Measurements of training since the last record; `steps` is the total number of training steps."""
+    """Measurements of training since the last record; `steps` is the total number of training
+    steps.
+    """
 
     record: dict[str, Any]
     steps: int

@@ -1,4 +1,5 @@
-"""What `import diffussm` offers beside the networks: each function does what a command does, and returns its value.
+"""What `import diffussm` offers beside the networks: each function does what a command does, and
+returns its value.
 
 The events of a session are shown as the commands show them, on stderr, unless `show` is false.
 """
@@ -66,7 +67,9 @@ class Run:
 
     @property
     def model(self) -> Backbone:
-        """The network with averaged weights, in eval mode: (x_t, t, y) -> what its objective predicts."""
+        """The network with averaged weights, in eval mode: (x_t, t, y) -> what its objective
+        predicts.
+        """
         return self._sampler().model
 
     def sample(
@@ -84,7 +87,8 @@ class Run:
 
         Args:
             classes: labels, used in turn; if empty, each seed draws its own.
-            prompts: captions, used in turn, for a model with text; by default the run's `sample.prompts`.
+            prompts: captions, used in turn, for a model with text; by default the run's
+                `sample.prompts`.
             negative: a prompt that guidance leads away from.
             sampling: fields of the section `sample` to change: steps, sampler, guidance, ...
 
@@ -99,7 +103,9 @@ class Run:
         check_labels(classes, self.config)
         seeds = range(seed, seed + num)
         captions = [prompts[i % len(prompts)] for i in range(num) if prompts]
-        drawn = sampler.draw(seeds, sampler.labels(seeds, list(classes)), sampler.text(captions, negative))
+        drawn = sampler.draw(
+            seeds, sampler.labels(seeds, list(classes)), sampler.text(captions, negative)
+        )
         height, width = self.config.data.size
         channels = 1 if self.config.data.is_grey else 3
         empty = torch.empty(0, channels, height, width, dtype=torch.uint8)
@@ -110,12 +116,19 @@ class Run:
         return open_sampler(self.trained, request, batch_size, self.precision, self.device)
 
 
-def load(run: Name | None = None, *, ema: float | None = None, device: str = "auto", precision: str = "auto") -> Run:
+def load(
+    run: Name | None = None,
+    *,
+    ema: float | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Run:
     """Open a trained model.
 
     Args:
-        run: a run folder, its `final/`, a checkpoint, a published DiT's .pt file, a model of the package ("mnist",
-            "emoji"), or OWNER/NAME[@REVISION] on the hub; by default the newest run in runs/.
+        run: a run folder, its `final/`, a checkpoint, a published DiT's .pt file, a model of the
+            package ("mnist", "emoji"), or OWNER/NAME[@REVISION] on the hub; by default the newest
+            run in runs/.
         ema: the decay of the average, if the run has several.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto, fp32, bf16.
@@ -140,13 +153,14 @@ def train(
     """Train a model and write a self-describing run folder, as `diffussm train` does.
 
     Args:
-        config: a preset's name, a YAML file, or a configuration. A run that continues keeps its own configuration if
-            this is a name.
+        config: a preset's name, a YAML file, or a configuration. A run that continues keeps its own
+            configuration if this is a name.
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
-        data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs (image, label): uint8,
-            or floats in [-1, 1]. Classes are its `classes`, or the numbers up to the largest label. To resume such a
-            run, give the data again.
-        resume: continue the run in `out`, or the newest run of the preset, from its newest checkpoint.
+        data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs
+            (image, label): uint8, or floats in [-1, 1]. Classes are its `classes`, or the numbers
+            up to the largest label. To resume such a run, give the data again.
+        resume: continue the run in `out`, or the newest run of the preset, from its newest
+            checkpoint.
         set: fields by their whole name, such as {"model.depth": 4}.
         stop: asked after every step; if it returns true, a checkpoint is written and training ends.
         fields: fields of the section `train` to change: lr=2e-3, steps=500, ...
@@ -177,13 +191,17 @@ def train(
     return load(_run(events, show).root)
 
 
-def sample(run: Run | Name, out: Name | None = None, num: int = 40, *, show: bool = True, **request: Any) -> Path:
-    """Draw images into a folder, as `diffussm sample` does: PNG files, a grid, and how they were made.
+def sample(
+    run: Run | Name, out: Name | None = None, num: int = 40, *, show: bool = True, **request: Any
+) -> Path:
+    """Draw images into a folder, as `diffussm sample` does: PNG files, a grid, and how they were
+    made.
 
     Args:
         run: from `load` or `train`, or what `load` takes.
         out: the folder; by default RUN/images, or a numbered one.
-        request: classes, prompts, negative, seed, batch_size, npz, film, and fields of the section `sample`.
+        request: classes, prompts, negative, seed, batch_size, npz, film, and fields of the section
+            `sample`.
 
     Returns:
         The path of the grid.
@@ -196,7 +214,9 @@ def sample(run: Run | Name, out: Name | None = None, num: int = 40, *, show: boo
     run = run if isinstance(run, Run) else load(run)
     sampling, request = split_fields(run.config, request)
     request |= {"sampling": sampling, "precision": run.precision, "device": run.device}
-    return _run(session.sample(run.trained, None if out is None else Path(out), num, **request), show)
+    return _run(
+        session.sample(run.trained, None if out is None else Path(out), num, **request), show
+    )
 
 
 def evaluate(
@@ -211,11 +231,11 @@ def evaluate(
 
     Args:
         samples: a folder of images, an .npz, a run from `load` or `train`, or what `load` takes.
-        reference: an .npz from ADM or `diffussm eval --make-ref`, images, or a torch Dataset as in `train`; by default
-            the run's own.
+        reference: an .npz from ADM or `diffussm eval --make-ref`, images, or a torch Dataset as in
+            `train`; by default the run's own.
         metrics: fid, sfid, is, precision, recall, kid, fid_infinity.
-        request: num, seed, classes, prompts, negative, extractor, resolution, batch_size, and fields of the section
-            `sample`.
+        request: num, seed, classes, prompts, negative, extractor, resolution, batch_size, and
+            fields of the section `sample`.
 
     Returns:
         The metrics by name, such as {"fid": 0.5}.
@@ -252,7 +272,8 @@ def encode(
     show: bool = True,
     **options: Any,
 ) -> Path:
-    """Encode images as latents of a VAE, as `diffussm encode` does; the same call resumes after an interruption.
+    """Encode images as latents of a VAE, as `diffussm encode` does; the same call resumes after an
+    interruption.
 
     Args:
         source: one folder per class, a flat folder, tar or parquet shards.
@@ -288,7 +309,9 @@ def cost(config: Config | Name = DEFAULT_PRESET, set: Mapping[str, Any] | None =
 
     if isinstance(config, Config):
         config = config_from_dict(to_dict(config), "config", fields=set, name=config.preset)
-    return flops.cost(config if isinstance(config, Config) else load_config(str(config), fields=set))
+    return flops.cost(
+        config if isinstance(config, Config) else load_config(str(config), fields=set)
+    )
 
 
 def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.Image:
@@ -299,7 +322,9 @@ def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.I
         path: also write it there.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be uint8 (n, C, H, W), n at least 1, not {images.dtype} {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 (n, C, H, W), n at least 1, not {images.dtype} {tuple(images.shape)}"
+        )
     pixels = np.asarray(image_grid(images, min(columns, len(images))).permute(1, 2, 0))
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if path is not None:
@@ -307,7 +332,7 @@ def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.I
     return picture
 
 
-# ------------------------------------------------------------------------------------------------- parts of these
+# ----------------------------------------------------------------------------------- parts of these
 def with_fields(config: Config, fields: Mapping[str, Any], section: str) -> Config:
     """A configuration with other fields of a section, checked. Raises ConfigError."""
     changes = {f"{section}.{name}": value for name, value in fields.items()}
@@ -315,8 +340,14 @@ def with_fields(config: Config, fields: Mapping[str, Any], section: str) -> Conf
 
 
 def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The section `sample` with what a request changes of it, and the rest of the request. Raises ConfigError."""
-    fields = {name: value for name, value in request.items() if hasattr(config.sample, name) and name != "prompts"}
+    """The section `sample` with what a request changes of it, and the rest of the request. Raises
+    ConfigError.
+    """
+    fields = {
+        name: value
+        for name, value in request.items()
+        if hasattr(config.sample, name) and name != "prompts"
+    }
     rest = {name: value for name, value in request.items() if name not in fields}
     return with_fields(config, fields, "sample").sample, rest
 

@@ -77,7 +77,8 @@ def chart(
         "legend": [(name, curve.y[-1]) for name, curve in curves.items()],
         "rows": [(down(y), number(y) if abs(y) < 1e5 else f"{y:.0e}") for y in ticks],
         "columns": [(across(x), f"{x:,.0f}") for x in steps],
-        "best": best and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
+        "best": best
+        and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
 
 

@@ -1,6 +1,8 @@
-"""What MkDocs cannot do alone: pages and tables made from the code, and files of the repository outside of docs/.
+"""What MkDocs cannot do alone: pages and tables made from the code, and files of the repository
+outside of docs/.
 
-A page of docs/ asks for a table by its placeholder, as `{{ fields }}`; the functions in TABLES make them.
+A page of docs/ asks for a table by its placeholder, as `{{ fields }}`; the functions in TABLES make
+them.
 """
 
 import ast
@@ -22,7 +24,8 @@ PACKAGE, RESULTS = ROOT / "diffussm_cli", ROOT / "benchmarks" / "results"
 NOT_API = ("commands", "presets")  # the commands have a page of their own
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 BOUNDS = {"least": "at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
-# How much a page counts in a search, by the beginning of its path: guides first, then the API, then what is dated.
+# How much a page counts in a search, by the beginning of its path: guides first, then the API, then
+# what is dated.
 SEARCH_BOOST = {
     "get-started": 4.0,
     "interface": 1.0,
@@ -35,16 +38,24 @@ SEARCH_BOOST = {
     "": 2.0,  # the guides
 }
 PUBLIC_NAME = re.compile(r"^::: diffussm\.\w+$", re.M)
-PUBLIC_OPTIONS = "\n    options: { show_root_heading: true, show_root_toc_entry: true, show_source: false }"
+PUBLIC_OPTIONS = (
+    "\n    options: { show_root_heading: true, show_root_toc_entry: true, show_source: false }"
+)
 LINK_OUT_OF_DOCS = re.compile(r"\]\((?:\.\./|docs/)")
 
 
-# --------------------------------------------------------------------------------------------------- events
+# ------------------------------------------------------------------------------------------- events
 def on_config(config):
-    """Adds the pages of the API and the measurements to the sections of the navigation that they belong to."""
-    results = sorted((path.relative_to(ROOT).as_posix() for path in RESULTS.glob("*.md")), reverse=True)
+    """Adds the pages of the API and the measurements to the sections of the navigation that they
+    belong to.
+    """
+    results = sorted(
+        (path.relative_to(ROOT).as_posix() for path in RESULTS.glob("*.md")), reverse=True
+    )
     sections = {title: pages for item in config.nav for title, pages in item.items()}
-    sections["Reference"].append({"Python API": [{name: f"api/{name}.md"} for name, _ in api_pages()]})
+    sections["Reference"].append(
+        {"Python API": [{name: f"api/{name}.md"} for name, _ in api_pages()]}
+    )
     sections["Evidence"].append({"Dated measurements": results})
     return config
 
@@ -55,13 +66,17 @@ def on_files(files, config):
         files.append(File.generated(config, f"api/{name}.md", content=api_text(name, modules)))
     pages = [ROOT / name for name in ROOT_PAGES]
     for path in [*pages, *RESULTS.parent.glob("*.md"), *RESULTS.iterdir()]:
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+        files.append(
+            File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
+        )
     return files
 
 
 def on_page_markdown(markdown, page, **_):
     """Fills in tables; makes links that are right on the repository's own pages right on the site."""
-    beginning = next(beginning for beginning in SEARCH_BOOST if page.file.src_uri.startswith(beginning))
+    beginning = next(
+        beginning for beginning in SEARCH_BOOST if page.file.src_uri.startswith(beginning)
+    )
     page.meta["search"] = {"boost": SEARCH_BOOST[beginning]}
     for placeholder, table in TABLES.items():
         if placeholder in markdown:
@@ -70,12 +85,16 @@ def on_page_markdown(markdown, page, **_):
     return LINK_OUT_OF_DOCS.sub("](", markdown) if "/" not in page.file.src_uri else markdown
 
 
-# -------------------------------------------------------------------------------------------------- the API
+# ------------------------------------------------------------------------------------------ the API
 def api_pages() -> list[tuple[str, list[str]]]:
-    """A page for each package, with the names of its modules; the modules at the top share the first page."""
+    """A page for each package, with the names of its modules; the modules at the top share the
+    first page.
+    """
     top = sorted(p for p in PACKAGE.glob("*.py") if not p.stem.startswith("__"))
     pages = [("diffussm_cli", [module_name(p) for p in top])]
-    for folder in sorted(p.parent for p in PACKAGE.glob("*/__init__.py") if p.parent.name not in NOT_API):
+    for folder in sorted(
+        p.parent for p in PACKAGE.glob("*/__init__.py") if p.parent.name not in NOT_API
+    ):
         pages.append((folder.name, [module_name(p) for p in sorted(folder.rglob("*.py"))]))
     return pages
 
@@ -88,11 +107,15 @@ def module_name(path: Path) -> str:
 def api_text(name: str, modules: list[str]) -> str:
     """The Markdown of a page of the API."""
     title = name if name == "diffussm_cli" else f"diffussm_cli.{name}"
-    return f"# {title}\n\n" + "\n".join(f"## `{module}`\n\n::: {module}\n{members(module)}" for module in modules)
+    return f"# {title}\n\n" + "\n".join(
+        f"## `{module}`\n\n::: {module}\n{members(module)}" for module in modules
+    )
 
 
 def members(module: str) -> str:
-    """The option of mkdocstrings that leaves out of a package what it only passes on from its modules."""
+    """The option of mkdocstrings that leaves out of a package what it only passes on from its
+    modules.
+    """
     path = ROOT.joinpath(*module.split("."), "__init__.py")
     if not path.is_file():
         return ""
@@ -100,14 +123,16 @@ def members(module: str) -> str:
     return f"    options:\n      members: {own or 'false'}\n"
 
 
-# ----------------------------------------------------------------------------------------------- the tables
+# --------------------------------------------------------------------------------------- the tables
 def fields_table() -> str:
     """Every field of the configuration, section by section."""
     parts = []
     for section, cls in settings.SECTIONS.items():
         hints = typing.get_type_hints(cls)
         rows = [field_row(section, field, hints[field.name]) for field in dataclasses.fields(cls)]
-        parts.append(f"## {section}\n\n{cls.__doc__}\n\n{facts(('Field', 'Type', 'Default', 'Meaning'), rows)}")
+        parts.append(
+            f"## {section}\n\n{cls.__doc__}\n\n{facts(('Field', 'Type', 'Default', 'Meaning'), rows)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -121,7 +146,10 @@ def field_row(section: str, field: dataclasses.Field, hint: typing.Any) -> tuple
 
 def limits(bounds: dict[str, float]) -> list[str]:
     """Bounds in words: `1 to 1,000`, or `above 0` and `at most 10`."""
-    words = {name: f"{value:,}" if isinstance(value, int) else f"{value:g}" for name, value in bounds.items()}
+    words = {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        for name, value in bounds.items()
+    }
     if words.keys() == {"least", "most"}:
         return [f"{words['least']} to {words['most']}"]
     return [BOUNDS[name].format(value) for name, value in words.items()]
@@ -173,22 +201,34 @@ def commands_table() -> str:
         options = [p for p in inspect.signature(function).parameters.values() if p.name != "ctx"]
         rows = [option_row(p.name, hints[p.name], p.default) for p in options]
         head = ("Argument or option", "Values", "Default", "Meaning")
-        name, text = command.name or function.__name__, inspect.cleandoc(function.__doc__).replace("\b", "")
-        parts.append(f"## {name}\n\n{text}\n\n```text\n{inspect.cleandoc(EXAMPLES[name])}\n```\n\n{facts(head, rows)}")
+        name, text = (
+            command.name or function.__name__,
+            inspect.cleandoc(function.__doc__).replace("\b", ""),
+        )
+        parts.append(
+            f"## {name}\n\n{text}\n\n```text\n{inspect.cleandoc(EXAMPLES[name])}\n```\n\n{facts(head, rows)}"
+        )
     return "\n\n".join(parts)
 
 
 def option_row(name: str, hint: typing.Any, default: typing.Any) -> tuple[str, ...]:
-    """Name, values, default, help of a parameter `name: Annotated[type, typer.Option(...)] = default`."""
+    """Name, values, default, help of a parameter `name: Annotated[type, typer.Option(...)] =
+    default`.
+    """
     kind, info = typing.get_args(hint)
     values = type_name(kind).removesuffix(" or null")
     if isinstance(info, typer.models.ArgumentInfo):
         name = info.metavar or name.upper()
     else:
         values = info.metavar or values
-        own = [info.default] if isinstance(info.default, str) else []  # Typer moves the first name there
+        # Typer moves the first name there
+        own = [info.default] if isinstance(info.default, str) else []
         name = ", ".join([*own, *info.param_decls] or [f"--{name.replace('_', '-')}"])
-    bounds = {name: value for name, value in (("least", info.min), ("most", info.max)) if value is not None}
+    bounds = {
+        name: value
+        for name, value in (("least", info.min), ("most", info.max))
+        if value is not None
+    }
     values = "" if kind is bool else ", ".join([code(values), *limits(bounds)])
     default = "" if default is None or default is False else code(shown(default))
     return f"`{name}`", values, default, info.help
@@ -206,8 +246,14 @@ def code(text: str) -> str:
 
 
 def facts(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A table of names with their meaning, which extra.css lays out as a list where the page is narrow."""
+    """A table of names with their meaning, which extra.css lays out as a list where the page is
+    narrow.
+    """
     return f'<div class="facts" markdown>\n\n{table(head, rows)}\n\n</div>'
 
 
-TABLES = {"{{ fields }}": fields_table, "{{ presets }}": presets_table, "{{ commands }}": commands_table}
+TABLES = {
+    "{{ fields }}": fields_table,
+    "{{ presets }}": presets_table,
+    "{{ commands }}": commands_table,
+}

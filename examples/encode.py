@@ -2,7 +2,8 @@
 
     python examples/encode.py photos/ latents/ VAE
 
-VAE is a hub name, such as stabilityai/sd-vae-ft-ema, or a folder with its config.json and safetensors weights.
+VAE is a hub name, such as stabilityai/sd-vae-ft-ema, or a folder with its config.json and
+safetensors weights.
 """
 
 import sys

@@ -10,15 +10,22 @@ import urllib.request
 
 import pytest
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 websocket = pytest.importorskip("websocket", reason="needs websocket-client")
 
 
 class Page:
-    """One tab. `problems` are errors on the console and exceptions; network requests are in `requests`."""
+    """One tab. `problems` are errors on the console and exceptions; network requests are in
+    `requests`.
+    """
 
     def __init__(self, address):
-        self.socket, self.numbers = websocket.create_connection(address, timeout=60), itertools.count(1)
+        self.socket, self.numbers = (
+            websocket.create_connection(address, timeout=60),
+            itertools.count(1),
+        )
         self.problems, self.requests = [], []
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
@@ -44,14 +51,22 @@ class Page:
     def open(self, place, width=1280, height=900, dark=False, scripts=True):
         """Open an address or a file, and wait until it is loaded."""
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self.call("Emulation.setEmulatedMedia", features=features)
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("Page.navigate", url=place if isinstance(place, str) else place.as_uri())
         self.until(lambda message: message.get("method") == "Page.loadEventFired")
 
     def ask(self, expression):
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)[
+            "result"
+        ].get("value")
 
     def screenshot(self, path):
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
@@ -70,9 +85,13 @@ def browser(folder):
         "--remote-allow-origins=*",
     ]
     command = [CHROMIUM, *options, f"--user-data-dir={folder}", "about:blank"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
-            lines = (line for line in process.stderr if line.startswith("DevTools listening on ws://"))
+            lines = (
+                line for line in process.stderr if line.startswith("DevTools listening on ws://")
+            )
             host = next(lines).split("/")[2]
             with urllib.request.urlopen(f"http://{host}/json/list") as answer:
                 tab = next(tab for tab in json.load(answer) if tab["type"] == "page")

@@ -30,12 +30,18 @@ TINY = [
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="run models, sampling, training and evaluation there, as cuda")
+    parser.addoption(
+        "--device",
+        default="cpu",
+        help="run models, sampling, training and evaluation there, as cuda",
+    )
 
 
 def pytest_configure(config):
-    os.environ["DIFFUSSM_DEVICE"] = config.getoption("--device")  # what `auto` means, in child processes too
-    if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; torch with more threads than cores is slow
+    # what `auto` means, in child processes too
+    os.environ["DIFFUSSM_DEVICE"] = config.getoption("--device")
+    # workers share the cores; torch with more threads than cores is slow
+    if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
 
@@ -52,7 +58,9 @@ def pytest_collection_modifyitems(items):
     Tests that share a fixture of their module run in one worker, which makes it once.
     """
     for item in items:
-        made = (fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found)
+        made = (
+            fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found
+        )
         if any(fixture.scope == "module" for fixture in made):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -65,7 +73,9 @@ def device() -> torch.device:
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Seeded normal numbers on the device of the suite, the same on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(device())
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).to(
+        device()
+    )
 
 
 def golden(name: str, where: torch.device | None = None) -> dict[str, torch.Tensor]:
@@ -80,12 +90,20 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def float32_arithmetic() -> dict[str, bool]:
-    """Whether float32 products and convolutions keep float32's precision, by the switches that torch's kernels read."""
+    """Whether float32 products and convolutions keep float32's precision, by the switches that
+    torch's kernels read.
+    """
     b = torch.backends
     if hasattr(b, "fp32_precision"):  # since torch 2.9
-        places = {"products": (b.cuda.matmul, b.mkldnn.matmul), "convolutions": (b.cudnn.conv, b.mkldnn.conv)}
+        places = {
+            "products": (b.cuda.matmul, b.mkldnn.matmul),
+            "convolutions": (b.cudnn.conv, b.mkldnn.conv),
+        }
         return {k: not {s.fp32_precision for s in v} & {"tf32", "bf16"} for k, v in places.items()}
-    return {"products": torch.get_float32_matmul_precision() == "highest", "convolutions": not b.cudnn.allow_tf32}
+    return {
+        "products": torch.get_float32_matmul_precision() == "highest",
+        "convolutions": not b.cudnn.allow_tf32,
+    }
 
 
 @pytest.fixture
@@ -110,7 +128,9 @@ def kernels_built(monkeypatch):
 
 @pytest.fixture
 def emoji(tmp_path, monkeypatch):
-    """A made-up set in place of the built-in emoji: 300 names in two styles; two names share their pictures."""
+    """A made-up set in place of the built-in emoji: 300 names in two styles; two names share their
+    pictures.
+    """
     monkeypatch.setenv("DIFFUSSM_CACHE", str(tmp_path / "cache"))
     names = np.repeat([f"thing {i}" for i in range(300)], 2)
     images = np.random.default_rng(0).integers(0, 256, (600, 3, 32, 32), dtype=np.uint8)
@@ -137,10 +157,18 @@ def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
     """A VAE of 4 channels that halves twice, with random weights, in diffusers' format."""
     import diffusers
 
-    values = {"latent_channels": 4, "scaling_factor": 0.3, "shift_factor": 0.1, "norm_num_groups": 4}
+    values = {
+        "latent_channels": 4,
+        "scaling_factor": 0.3,
+        "shift_factor": 0.1,
+        "norm_num_groups": 4,
+    }
     values |= {"block_out_channels": (8, 8, 8), **changes}
     depth = len(values["block_out_channels"])
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * depth,
+        "up_block_types": ("UpDecoderBlock2D",) * depth,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         diffusers.AutoencoderKL(**blocks, **values).save_pretrained(folder)
@@ -148,7 +176,9 @@ def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
 
 
 class Letters:
-    """A text encoder for tests: each word has a vector of its own, and padding holds numbers that must not matter."""
+    """A text encoder for tests: each word has a vector of its own, and padding holds numbers that
+    must not matter.
+    """
 
     name, sha256, width = "letters", "ab" * 32, 4
 
@@ -165,12 +195,19 @@ class Letters:
 
 @pytest.fixture
 def captioned(tiny, tmp_path, monkeypatch):
-    """As `tiny`, of twelve grey images with captions in files beside them, and an encoder without files."""
+    """As `tiny`, of twelve grey images with captions in files beside them, and an encoder without
+    files.
+    """
     monkeypatch.setattr(text, "open_encoder", lambda name: Letters())
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(12):
         Image.new("L", (8, 8), 20 * i).save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(f"grey {i}\nnumber {i} of twelve\n")
-    given = ("data.text=letters", "model.text_width=4", "model.num_classes=0", f"data.path={folder}")
+    given = (
+        "data.text=letters",
+        "model.text_width=4",
+        "model.num_classes=0",
+        f"data.path={folder}",
+    )
     return lambda *overrides: tiny(*given, *overrides)

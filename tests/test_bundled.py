@@ -17,7 +17,9 @@ from diffussm_cli.runs.layout import CARD
 from tests.helpers import line_of, run
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "bundle.py"))
-NAMES = runs.bundled_names() or [pytest.param("", marks=pytest.mark.skip(reason="no model comes with the package yet"))]
+NAMES = runs.bundled_names() or [
+    pytest.param("", marks=pytest.mark.skip(reason="no model comes with the package yet"))
+]
 
 
 def test_all_of_them_are_small():
@@ -32,7 +34,8 @@ def test_the_card_prints_the_numbers_that_were_measured(name):
     assert printed == {k: pytest.approx(metrics[k], abs=5e-5) for k in printed}
     if "quick_fid" in metrics:
         assert (
-            f"is {metrics['quick_fid']:.3f}, with a standard deviation of {metrics['quick_fid_std']:.3f}" in card.text
+            f"is {metrics['quick_fid']:.3f}, with a standard deviation of {metrics['quick_fid_std']:.3f}"
+            in card.text
         )
     assert card.data.license not in (None, "unknown")
 
@@ -65,7 +68,9 @@ def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_score_of_the_card_is_measured_again(name):
-    """By seeds that the card has not seen, within the 99.9% interval for one more of the blocks that it has."""
+    """By seeds that the card has not seen, within the 99.9% interval for one more of the blocks
+    that it has.
+    """
     pytest.importorskip("mlxtend")
     metrics = runs.read_metrics(BUNDLED / name)
     if "name_top5" in metrics:
@@ -78,11 +83,18 @@ def test_a_score_of_the_card_is_measured_again(name):
             assert found > groups[group]["chance"]["top5"]
         return
     found = TOOL["quick_fid"](BUNDLED / name, metrics["quick_images"], TOOL["BLOCKS"])
-    width = 4.781 * math.sqrt(1 + 1 / TOOL["BLOCKS"])  # Student's t of nine degrees of freedom at 0.9995
+    # Student's t of nine degrees of freedom at 0.9995
+    width = 4.781 * math.sqrt(1 + 1 / TOOL["BLOCKS"])
     assert abs(found - metrics["quick_fid"]) < width * metrics["quick_fid_std"]
 
 
 def test_state_space_parameters_and_vectors_stay_float32():
-    shapes = {"blocks.0.s4d.B": (2, 3, 4, 2), "blocks.0.W1.weight": (2, 3), "blocks.0.W1.bias": (3,)}
-    stored = {name: TOOL["stored"](name, torch.full(shape, 1 / 3)) for name, shape in shapes.items()}
+    shapes = {
+        "blocks.0.s4d.B": (2, 3, 4, 2),
+        "blocks.0.W1.weight": (2, 3),
+        "blocks.0.W1.bias": (3,),
+    }
+    stored = {
+        name: TOOL["stored"](name, torch.full(shape, 1 / 3)) for name, shape in shapes.items()
+    }
     assert [t.dtype for t in stored.values()] == [torch.float32, torch.bfloat16, torch.float32]

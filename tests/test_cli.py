@@ -1,4 +1,6 @@
-"""The program as a user meets it: both commands from beginning to end, and one line for each mistake."""
+"""The program as a user meets it: both commands from beginning to end, and one line for each
+mistake.
+"""
 
 import errno
 import json
@@ -33,7 +35,9 @@ def pixels(path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "tiny"
-    result = run("train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.sample_every=4")
+    result = run(
+        "train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.sample_every=4"
+    )
     assert result.exit_code == 0, result.output
     return root
 
@@ -42,7 +46,9 @@ def test_train_leaves_a_run_that_describes_itself(trained):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["preset"] == "digits"
     assert config["data"]["class_names"] == list("0123456789")
-    assert [json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    assert [
+        json.loads(line)["step"] for line in (trained / "metrics.jsonl").read_text().splitlines()
+    ] == [2, 4]
     assert list((trained / "tensorboard").glob("events.*"))
     assert pixels(trained / "samples" / "step-00000004.png").shape == (2 * 58 + 2, 10 * 58 + 2)
 
@@ -61,8 +67,31 @@ def test_train_ends_with_what_to_do_next(tmp_path, monkeypatch):
 def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
     out = tmp_path / "a b"
     result = run(
-        *("sample", trained, "--num", 5, "--classes", "3,7-8", "--seed", 10, "--sampler", "ddim", "--steps", 3),
-        *("--guidance", 2, "--guidance-interval", "100,900", "--out", out, "--npz", "--batch-size", 2),
+        *(
+            "sample",
+            trained,
+            "--num",
+            5,
+            "--classes",
+            "3,7-8",
+            "--seed",
+            10,
+            "--sampler",
+            "ddim",
+            "--steps",
+            3,
+        ),
+        *(
+            "--guidance",
+            2,
+            "--guidance-interval",
+            "100,900",
+            "--out",
+            out,
+            "--npz",
+            "--batch-size",
+            2,
+        ),
     )
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in out.glob("0*.png")) == [f"{i:06d}.png" for i in range(10, 15)]
@@ -82,26 +111,40 @@ def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
     for path in (trained / "checkpoints" / "step-00000002", trained / "final"):
         grid = tmp_path / path.name / "g.png"
         out = tmp_path / path.name / "o"
-        assert run("sample", path, "--num", 1, "--steps", 2, "--out", out, "--grid", grid).exit_code == 0
+        assert (
+            run("sample", path, "--num", 1, "--steps", 2, "--out", out, "--grid", grid).exit_code
+            == 0
+        )
         assert grid.is_file()
-        assert json.loads((out / "meta.json").read_text())["step"] == (4 if path.name == "final" else 2)
+        assert json.loads((out / "meta.json").read_text())["step"] == (
+            4 if path.name == "final" else 2
+        )
 
 
 def test_sample_takes_another_average(tmp_path):
     """From final/ and from a checkpoint; meta.json names it, and its images are another request."""
     root, out = tmp_path / "run", tmp_path / "out"
-    done = run("train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.ema=0.9,0.1")
+    done = run(
+        "train", "--preset", "digits", "--out", root, *SETTINGS, "--set", "train.ema=0.9,0.1"
+    )
     assert done.exit_code == 0, done.output
     for path, step in {root: 4, root / "checkpoints" / "step-00000002": 2}.items():
         for given, decay in ([], 0.9), (["--ema", 0.9], 0.9), (["--ema", 0.1], 0.1):
             folder = out / f"{step}-{decay}"
-            assert run("sample", path, "--num", 1, "--steps", 1, "--out", folder, *given).exit_code == 0
+            assert (
+                run("sample", path, "--num", 1, "--steps", 1, "--out", folder, *given).exit_code
+                == 0
+            )
             meta = json.loads((folder / "meta.json").read_text())
             first = "model.safetensors" if step == 4 else "ema.safetensors"
             weights = first if decay == 0.9 else "ema-0.1.safetensors"
             assert (meta["ema"], meta["step"], meta["weights"]) == (decay, step, weights)
-            assert meta["weights_sha256"] == sha256((root / "final" if step == 4 else path) / weights)
-    assert "weights_sha256 was" in line_of(run("sample", root, "--num", 1, "--steps", 1, "--out", out / "4-0.1"))
+            assert meta["weights_sha256"] == sha256(
+                (root / "final" if step == 4 else path) / weights
+            )
+    assert "weights_sha256 was" in line_of(
+        run("sample", root, "--num", 1, "--steps", 1, "--out", out / "4-0.1")
+    )
     for command in ("sample", "eval"):
         said = line_of(run(command, root, "--num", 2, "--ema", 0.5))
         assert said.endswith("final' holds no average with decay 0.5; it holds 0.9, 0.1")
@@ -136,7 +179,9 @@ def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RecordWriter, "write", full)
     result = run("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS)
-    assert "metrics.jsonl: No space left on device; what was saved before is intact" in line_of(result)
+    assert "metrics.jsonl: No space left on device; what was saved before is intact" in line_of(
+        result
+    )
 
 
 def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
@@ -168,7 +213,11 @@ def test_profile_json():
     result = run("profile", "--preset", "xl-256", "--preset", "digits", "--json")
     models = json.loads(result.stdout)["models"]
     assert [m["name"] for m in models] == ["xl-256", "digits"]
-    assert (models[0]["parameters"], models[0]["tokens"], models[0]["positions"]) == (673_088_272, 1024, 512)
+    assert (models[0]["parameters"], models[0]["tokens"], models[0]["positions"]) == (
+        673_088_272,
+        1024,
+        512,
+    )
     assert models[0]["gflops"] == pytest.approx(sum(models[0]["parts"].values()))
 
 
@@ -187,29 +236,55 @@ def test_resume_goes_on_and_refuses_drift(tmp_path):
         "train.batch_size=16": "train.batch_size was 8 and is now 16",
         "data.flip=true": "data.flip was False and is now True",
     }.items():
-        assert words in line_of(run("train", "--resume", "--out", root, "--set", "train.steps=9", "--set", change))
+        assert words in line_of(
+            run("train", "--resume", "--out", root, "--set", "train.steps=9", "--set", change)
+        )
 
 
 MISTAKES = {
     "unknown command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
     "unknown option": (["train", "--presets", "x"], "--presets"),
     "unknown preset": (["train", "--preset", "xl256"], "no preset 'xl256'; did you mean 'xl-256'?"),
-    "missing preset file": (["train", "--preset", "mine.yaml"], "cannot read 'mine.yaml': No such file"),
-    "unknown field": (["train", "--set", "train.learningrate=1"], "unknown field train.learningrate"),
-    "wrong type": (["train", "--set", "train.steps=many"], "train.steps: 'many' must be a whole number"),
-    "missing latents": (["train", "--preset", "xl-256"], "diffussm encode IMAGES latents/imagenet-256"),
-    "missing data": (["train", "--preset", "digits", "--data", "nowhere"], "cannot read the folder 'nowhere'"),
+    "missing preset file": (
+        ["train", "--preset", "mine.yaml"],
+        "cannot read 'mine.yaml': No such file",
+    ),
+    "unknown field": (
+        ["train", "--set", "train.learningrate=1"],
+        "unknown field train.learningrate",
+    ),
+    "wrong type": (
+        ["train", "--set", "train.steps=many"],
+        "train.steps: 'many' must be a whole number",
+    ),
+    "missing latents": (
+        ["train", "--preset", "xl-256"],
+        "diffussm encode IMAGES latents/imagenet-256",
+    ),
+    "missing data": (
+        ["train", "--preset", "digits", "--data", "nowhere"],
+        "cannot read the folder 'nowhere'",
+    ),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
     "value of resume": (["train", "--resume=yes"], "'--resume' does not take a value"),
-    "device": (["train", "--preset", "digits", "--set", "train.device=tpu"], "device: 'tpu' is not available"),
+    "device": (
+        ["train", "--preset", "digits", "--set", "train.device=tpu"],
+        "device: 'tpu' is not available",
+    ),
     "number": (["sample", "x", "--num", "0"], "Invalid value for '--num'"),
     "choice": (["sample", "x", "--sampler", "eulr"], "'eulr' is not one of"),
     "name too long": (["train", "--out", "x" * 300], "--out: 'xxx"),
     "folder too long": (["encode", "a", "b/" + "x" * 300], "TARGET: 'b/xxx"),
     "empty run": (["sample", ""], "RUN: is empty; name a file or folder, or leave it out"),
-    "empty data": (["train", "--data", ""], "--data: is empty; name a file or folder, or leave it out"),
-    "empty source": (["encode", "", "b"], "SOURCE: is empty; name a file or folder, or leave it out"),
+    "empty data": (
+        ["train", "--data", ""],
+        "--data: is empty; name a file or folder, or leave it out",
+    ),
+    "empty source": (
+        ["encode", "", "b"],
+        "SOURCE: is empty; name a file or folder, or leave it out",
+    ),
     "paper and figure": (
         ["profile", "--paper", "--figure", "x.svg"],
         "--figure: not used, because --paper only prints",
@@ -217,9 +292,15 @@ MISTAKES = {
     "run too long": (["sample", "x" * 300], "RUN: 'xxx"),
     "samples too long": (["eval", "x" * 300], "xxx"),
     "no UTF-8": (["train", "--out", "o_caf\udce9"], r"--out: 'o_caf\udce9' is not UTF-8 text"),
-    "no UTF-8 in text": (["train", "--set", "data.path=\udce9"], r"--set: 'data.path=\udce9' is not UTF-8 text"),
+    "no UTF-8 in text": (
+        ["train", "--set", "data.path=\udce9"],
+        r"--set: 'data.path=\udce9' is not UTF-8 text",
+    ),
     "NUL": (["train", "--data", "a\0b"], r"--data: 'a\x00b' holds a NUL byte"),
-    "NUL in a field": (["train", "--set", r'data.path="a\0b"'], r"data.path: 'a\x00b' holds a NUL byte"),
+    "NUL in a field": (
+        ["train", "--set", r'data.path="a\0b"'],
+        r"data.path: 'a\x00b' holds a NUL byte",
+    ),
     "no such folder": (
         ["train", "--preset", "digits", "--out", "/proc/nope/x"],
         "cannot write to '/proc/nope/x': No such file",
@@ -229,7 +310,10 @@ MISTAKES = {
         "Invalid value for '--num'",
     ),
     "seed": (["sample", "x", "--seed", str(2**63)], "Invalid value for '--seed'"),
-    "batch size": (["train", "--set", "train.batch_size=99999999999999999999"], "train.batch_size: 9999"),
+    "batch size": (
+        ["train", "--set", "train.batch_size=99999999999999999999"],
+        "train.batch_size: 9999",
+    ),
     "class names": (
         ["train", "--preset", "digits", "--set", "data.class_names=x"],
         "data.class_names: 'x', ... are not the classes of builtin:digits; remove the field",
@@ -246,22 +330,43 @@ def test_mistakes_get_one_line(arguments, words, tmp_path, monkeypatch):
 
 SAMPLE_MISTAKES = {
     "class out of range": (["--classes", "3,10"], "--classes: '3,10' must name labels from 0 to 9"),
-    "class by name": (["--classes", "cat"], "--classes: the run has no class 'cat'; valid: 0, 1, 2"),
+    "class by name": (
+        ["--classes", "cat"],
+        "--classes: the run has no class 'cat'; valid: 0, 1, 2",
+    ),
     "class range backwards": (["--classes", "5-3"], "--classes: '5-3' must name labels"),
-    "class range without end": (["--classes", "0-999999999"], "--classes: '0-999999999' must name labels from 0 to 9"),
+    "class range without end": (
+        ["--classes", "0-999999999"],
+        "--classes: '0-999999999' must name labels from 0 to 9",
+    ),
     "class numbers beyond reading": (["--classes", "9" * 5000], "--classes: the run has no class"),
-    "classes in lines": (["--classes", "3\n7"], r"--classes: '3\n7' must be labels or names separated by commas"),
+    "classes in lines": (
+        ["--classes", "3\n7"],
+        r"--classes: '3\n7' must be labels or names separated by commas",
+    ),
     "no class": (["--classes", ""], "--classes: '' must name labels from 0 to 9"),
-    "balanced and classes": (["--balanced", "--classes", "3"], "--balanced: needs a class-conditional model, and no"),
-    "sampler of a flow": (["--sampler", "sde"], "sample.sampler: sde is for a flow; with objective noise, choose ddim"),
+    "balanced and classes": (
+        ["--balanced", "--classes", "3"],
+        "--balanced: needs a class-conditional model, and no",
+    ),
+    "sampler of a flow": (
+        ["--sampler", "sde"],
+        "sample.sampler: sde is for a flow; with objective noise, choose ddim",
+    ),
     "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
     "guidance that is none": (["--guidance", "nan"], "guidance"),
-    "guidance too strong": (["--guidance", "1e6"], "sample.guidance: 1000000.0 must be at most 1000"),
+    "guidance too strong": (
+        ["--guidance", "1e6"],
+        "sample.guidance: 1000000.0 must be at most 1000",
+    ),
     "too many steps": (["--steps", "1001"], "steps: 1001 must be at most"),
     "interval": (["--guidance-interval", "9,1"], "must be LO,HI"),
     "out is a file": (["--out", "/dev/null/x"], "--out: cannot write"),
     "grid of another kind": (["--grid", "g.jpg"], "--grid: 'g.jpg' must end in .png"),
-    "grid as an image": (["--out", "o", "--grid", "o/000002.png"], "--grid: 'o/000002.png' is the name of an image"),
+    "grid as an image": (
+        ["--out", "o", "--grid", "o/000002.png"],
+        "--grid: 'o/000002.png' is the name of an image",
+    ),
     "empty out": (["--out", ""], "--out: is empty; name a file or folder"),
 }
 
@@ -272,7 +377,9 @@ def test_wrong_sampling_requests(trained, arguments, words):
 
 
 def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
-    """A name of a folder is neither markup nor an emoji, and one that the terminal cannot spell is escaped."""
+    """A name of a folder is neither markup nor an emoji, and one that the terminal cannot spell is
+    escaped.
+    """
     monkeypatch.chdir(tmp_path)
     out = "o_[/b]/:cat: \u2603"
     arguments = ["sample", str(trained), "--num", "1", "--steps", "1", "--out", out]
@@ -290,11 +397,17 @@ def test_sample_says_which_run_and_which_folder_it_takes(trained, tmp_path, monk
     assert "the newest run: runs/mine (finished)" in first.stderr
     assert "another request" not in first.stderr
     second = run("sample", "--num", 1, "--steps", 2)
-    assert "runs/mine/images holds images of another request; these go to runs/mine/images-2" in second.stderr
+    assert (
+        "runs/mine/images holds images of another request; these go to runs/mine/images-2"
+        in second.stderr
+    )
 
 
 def test_a_grid_replaces_no_other_file(trained, tmp_path):
-    grid, arguments = tmp_path / "mine.png", ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path / "o")
+    grid, arguments = (
+        tmp_path / "mine.png",
+        ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path / "o"),
+    )
     grid.write_bytes(b"mine")
     assert "mine.png' exists and would be replaced" in line_of(run(*arguments, "--grid", grid))
     assert grid.read_bytes() == b"mine"
@@ -307,7 +420,18 @@ def test_a_grid_replaces_no_other_file(trained, tmp_path):
 
 def test_an_empty_image_is_drawn_again(trained, tmp_path):
     """As a power failure may leave it; the grid does not show it."""
-    arguments = ("sample", trained, "--num", 101, "--steps", 1, "--out", tmp_path, "--batch-size", 101)
+    arguments = (
+        "sample",
+        trained,
+        "--num",
+        101,
+        "--steps",
+        1,
+        "--out",
+        tmp_path,
+        "--batch-size",
+        101,
+    )
     assert run(*arguments).exit_code == 0
     last = tmp_path / "000100.png"
     before = last.read_bytes()
@@ -317,7 +441,9 @@ def test_an_empty_image_is_drawn_again(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_sample_takes_bf16_where_the_hardware_has_it(trained, tmp_path, monkeypatch, fast, precision):
+def test_sample_takes_bf16_where_the_hardware_has_it(
+    trained, tmp_path, monkeypatch, fast, precision
+):
     monkeypatch.setattr(device, "has_bf16", lambda device: fast)
     assert run("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "meta.json").read_text())["precision"] == precision
@@ -327,10 +453,16 @@ def test_sample_takes_bf16_where_the_hardware_has_it(trained, tmp_path, monkeypa
     ("error", "line"),
     [
         (PermissionError(errno.EACCES, "Permission denied", "a/b"), "a/b: Permission denied"),
-        (PermissionError(errno.EACCES, "Permission denied", "\x1b[31mred"), r"\x1b[31mred: Permission denied"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "\x1b[31mred"),
+            r"\x1b[31mred: Permission denied",
+        ),
         (OSError(errno.ENOTDIR, "Not a directory", "a/b"), "a/b: Not a directory"),
         (OSError(errno.EMFILE, "Too many open files", "a/b"), "a/b: Too many open files"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; what was saved before is intact"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "No space left on device; what was saved before is intact",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, error, line):
@@ -361,7 +493,9 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, error):
         run("sample", "x")
 
 
-@pytest.mark.parametrize("command", [[], ["encode"], ["train"], ["sample"], ["eval"], ["profile"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [[], ["encode"], ["train"], ["sample"], ["eval"], ["profile"]], ids=" ".join
+)
 def test_help_ends_with_examples(command):
     """Two to four a command, a line each, of options that there are."""
     shown = run(*command, "--help").stdout
@@ -378,7 +512,9 @@ def test_help_ends_with_examples(command):
 
 
 def test_out_that_is_taken_or_a_file(trained, tmp_path):
-    assert "is not empty; add --resume" in line_of(run("train", "--preset", "digits", "--out", trained))
+    assert "is not empty; add --resume" in line_of(
+        run("train", "--preset", "digits", "--out", trained)
+    )
     (tmp_path / "file").write_text("")
     assert "is a file" in line_of(run("train", "--preset", "digits", "--out", tmp_path / "file"))
     (tmp_path / "empty").mkdir()
@@ -397,7 +533,17 @@ def test_damaged_picture_in_training_is_named(tmp_path):
 
 
 def start(root, *settings):
-    command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root), *SETTINGS]
+    command = [
+        sys.executable,
+        "-m",
+        "diffussm_cli",
+        "train",
+        "--preset",
+        "digits",
+        "--out",
+        str(root),
+        *SETTINGS,
+    ]
     command += [part for s in settings for part in ("--set", s)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 

@@ -40,7 +40,11 @@ def test_every_preset_loads_and_is_a_document(name):
     assert ["diffussm", "train", "--preset", name] in [words[:4] for words in commands]
     encoding = [words[3:] for words in commands if words[:2] == ["diffussm", "encode"]]
     expected = [config.data.path, "--resolution", str(config.data.resolution)]
-    expected += ["--text", config.data.text, "--text-tokens", str(config.model.text_tokens)] if config.data.text else []
+    expected += (
+        ["--text", config.data.text, "--text-tokens", str(config.model.text_tokens)]
+        if config.data.text
+        else []
+    )
     assert encoding == ([expected] if config.data.vae else [])
 
 
@@ -63,7 +67,9 @@ def test_axial_presets_have_the_parameters_of_dit_and_fewer_gflops(size):
 def test_preset_inherits_what_it_does_not_change(tmp_path):
     """A chain of two files and a preset; the nearer one wins, field by field."""
     (tmp_path / "near.yaml").write_text("base: far.yaml\ntrain:\n  steps: 7\nmodel:\n")
-    (tmp_path / "far.yaml").write_text("base: digits\ntrain: {steps: 5, lr: 0.5}\nsample: {steps: 3}")
+    (tmp_path / "far.yaml").write_text(
+        "base: digits\ntrain: {steps: 5, lr: 0.5}\nsample: {steps: 3}"
+    )
     config = load_config(str(tmp_path / "near.yaml"))
     changes = ["train.steps=7", "train.lr=0.5", "sample.steps=3"]
     assert config == dataclasses.replace(load_config("digits", changes), preset="near")
@@ -110,7 +116,8 @@ def test_saved_configuration_may_not_name_a_base():
 
 def test_overrides_and_round_trip():
     config = load_config(
-        "digits", ["train.lr=1e-4", "data.resolution=8x12", "data.path=x", "sample.guidance_interval=1,9"]
+        "digits",
+        ["train.lr=1e-4", "data.resolution=8x12", "data.path=x", "sample.guidance_interval=1,9"],
     )
     assert config.train.lr == 1e-4  # YAML alone would read text
     assert config.data.size == (8, 12)
@@ -141,7 +148,8 @@ def test_columns_are_named_by_what_they_hold():
         with pytest.raises(ConfigError, match=f"^data.columns: .*{problem}"):
             load_config("digits", ["data.path=photos", f"data.columns={text}"])
     with pytest.raises(
-        ConfigError, match="^data.columns: 'image=photo' given, but builtin:digits is no folder of parq"
+        ConfigError,
+        match="^data.columns: 'image=photo' given, but builtin:digits is no folder of parq",
     ):
         load_config("digits", ["data.columns=image=photo"])
 
@@ -157,7 +165,11 @@ def test_held_out_is_a_share_or_a_folder():
 def test_every_field_has_help():
     """The reference in the documentation is made of it."""
     assert set(SECTIONS) == {"model", "data", "diffusion", "train", "sample", "eval"}
-    helps = {f"{s}.{f.name}": f.metadata.get("help") for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
+    helps = {
+        f"{s}.{f.name}": f.metadata.get("help")
+        for s, cls in SECTIONS.items()
+        for f in dataclasses.fields(cls)
+    }
     assert list(helps) == field_names()
     assert [name for name, text in helps.items() if not text] == []
 
@@ -165,14 +177,43 @@ def test_every_field_has_help():
 def test_a_written_configuration_holds_every_section_and_field():
     written = to_dict(load_config("digits"))
     assert written.pop("preset") == "digits"
-    assert [f"{section}.{name}" for section, fields in written.items() for name in fields] == field_names()
+    assert [
+        f"{section}.{name}" for section, fields in written.items() for name in fields
+    ] == field_names()
 
 
 TEXTS = {  # what --set is given, and what a field of text takes
     **{
-        text: text for text in ("no", "2024-01-01", "0100", "1:30", "1.50", "1e3", "0x10", "1_000", "true", "Null", "~")
+        text: text
+        for text in (
+            "no",
+            "2024-01-01",
+            "0100",
+            "1:30",
+            "1.50",
+            "1e3",
+            "0x10",
+            "1_000",
+            "true",
+            "Null",
+            "~",
+        )
     },
-    **{text: text for text in ("a: b", "photos #2", "*all", "[a]", "'n Sync", "- a", "%x", "a, b", "@home", "null")},
+    **{
+        text: text
+        for text in (
+            "a: b",
+            "photos #2",
+            "*all",
+            "[a]",
+            "'n Sync",
+            "- a",
+            "%x",
+            "a, b",
+            "@home",
+            "null",
+        )
+    },
     "'no'": "no",
     '"a\\tb"': "a\tb",
     " x ": "x",
@@ -187,7 +228,19 @@ def test_a_field_of_text_takes_text_as_it_stands(text, expected):
     assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
 
 
-PLAIN = ("no", "2024-01-01", "0100", "1:30", "1.50", "1e3", "1e-05", "1.0e-05", "0x10", "true", "photos")
+PLAIN = (
+    "no",
+    "2024-01-01",
+    "0100",
+    "1:30",
+    "1.50",
+    "1e3",
+    "1e-05",
+    "1.0e-05",
+    "0x10",
+    "true",
+    "photos",
+)
 
 
 @pytest.mark.parametrize("text", PLAIN)
@@ -252,7 +305,9 @@ def test_a_retired_field_is_read_at_its_old_value_alone():
     assert config_from_dict(saved, "x") == load_config("digits")
     for value in (0, 2):
         saved["train"]["processes"] = value
-        with pytest.raises(ConfigError, match=f"^train.processes: {value} given, .* torchrun --nproc-per-node"):
+        with pytest.raises(
+            ConfigError, match=f"^train.processes: {value} given, .* torchrun --nproc-per-node"
+        ):
             config_from_dict(saved, "x")
 
 
@@ -313,14 +368,20 @@ def test_wrong_overrides_get_one_line(override, message):
     assert "\n" not in str(error.value)
 
 
-HINTS = {f"{s}.{name}": hint for s, cls in SECTIONS.items() for name, hint in typing.get_type_hints(cls).items()}
+HINTS = {
+    f"{s}.{name}": hint
+    for s, cls in SECTIONS.items()
+    for name, hint in typing.get_type_hints(cls).items()
+}
 NUMBERS = [name for name, hint in HINTS.items() if {int, float} & {hint, *typing.get_args(hint)}]
 ABSURD = ["1" + 20 * "0", "1e300", "-1", "-1e300", "1e-300", ".nan", ".inf", "-.inf"]
 
 
 def test_the_table_of_numbers_holds_every_field():
     assert set(HINTS) == set(field_names())
-    assert {"train.lr", "model.depth", "data.resolution", "sample.guidance_interval"} <= set(NUMBERS)
+    assert {"train.lr", "model.depth", "data.resolution", "sample.guidance_interval"} <= set(
+        NUMBERS
+    )
 
 
 @pytest.mark.parametrize("field", NUMBERS)
@@ -338,9 +399,18 @@ def test_no_field_takes_an_absurd_number(field):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.depth=1000", "model.hidden_size=16384"], "model.hidden_size: 16384 with model.depth 1000 makes about"),
-        (["model.num_classes=1000000", "model.hidden_size=16384", "model.depth=20"], "parameters; at most 1e"),
-        (["data.resolution=16384", "data.channels=64"], "data.resolution: 16384 makes 268,435,456 tokens of 64 values"),
+        (
+            ["model.depth=1000", "model.hidden_size=16384"],
+            "model.hidden_size: 16384 with model.depth 1000 makes about",
+        ),
+        (
+            ["model.num_classes=1000000", "model.hidden_size=16384", "model.depth=20"],
+            "parameters; at most 1e",
+        ),
+        (
+            ["data.resolution=16384", "data.channels=64"],
+            "data.resolution: 16384 makes 268,435,456 tokens of 64 values",
+        ),
     ],
 )
 def test_sizes_that_are_absurd_together_are_refused(overrides, message):
@@ -352,28 +422,67 @@ FLOW = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=e
 VELOCITY = ("diffusion.objective=velocity",)
 ZERO = "diffusion.zero_terminal_snr=true"
 REFUSED = {
-    ("diffusion.objective=flow", "sample.sampler=euler"): "model.learn_sigma: true given, but a flow has no covariance",
-    (*FLOW, "sample.sampler=ddpm"): "sample.sampler: ddpm is for a discrete process; with objective flow, choose euler",
-    (*FLOW, "sample.sampler=ddim"): "sample.sampler: ddim is for a discrete process; with objective flow, choose euler",
+    (
+        "diffusion.objective=flow",
+        "sample.sampler=euler",
+    ): "model.learn_sigma: true given, but a flow has no covariance",
+    (
+        *FLOW,
+        "sample.sampler=ddpm",
+    ): "sample.sampler: ddpm is for a discrete process; with objective flow, choose euler",
+    (
+        *FLOW,
+        "sample.sampler=ddim",
+    ): "sample.sampler: ddim is for a discrete process; with objective flow, choose euler",
     ("sample.sampler=sde",): "sample.sampler: sde is for a flow; with objective noise, choose ddim",
-    (*VELOCITY, "sample.sampler=sde"): "sample.sampler: sde is for a flow; with objective velocity, choose euler",
-    (ZERO,): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that predicts pure noise",
-    (*FLOW, ZERO): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
-    ("diffusion.predicts=image",): "diffusion.predicts: image needs diffusion.objective=flow; noise says what",
+    (
+        *VELOCITY,
+        "sample.sampler=sde",
+    ): "sample.sampler: sde is for a flow; with objective velocity, choose euler",
+    (
+        ZERO,
+    ): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that predicts pure noise",
+    (
+        *FLOW,
+        ZERO,
+    ): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
+    (
+        "diffusion.predicts=image",
+    ): "diffusion.predicts: image needs diffusion.objective=flow; noise says what",
     (*VELOCITY, ZERO, "sample.sampler=ddim"): "sample.sampler: ddim does not begin at pure noise",
-    ("data.vae=v", "data.downsample=8", "data.channels=4", "data.path=x", "data.resolution=64", "sample.clip=true"): (
+    (
+        "data.vae=v",
+        "data.downsample=8",
+        "data.channels=4",
+        "data.path=x",
+        "data.resolution=64",
+        "sample.clip=true",
+    ): (
         "sample.clip: true clamps pixels to [-1, 1], and the latents of 'v' go beyond that; leave it at false"
     ),
     (*VELOCITY, "train.mse_weight_cap=5"): "train.mse_weight_cap: 5 turns the MSE of the noise",
     (*FLOW, "train.mse_weight_cap=5"): "leave it at 1 with diffusion.objective=flow",
-    ("train.mse_weight_cap=5", "train.loss_weight=min_snr"): "leave it at 1 with train.loss_weight=min_snr",
+    (
+        "train.mse_weight_cap=5",
+        "train.loss_weight=min_snr",
+    ): "leave it at 1 with train.loss_weight=min_snr",
     (*FLOW, "train.loss_weight=min_snr"): "train.loss_weight: min_snr is for discrete timesteps",
-    (*VELOCITY, ZERO, "sample.sampler=euler", "train.loss_weight=min_snr"): "gives the first step of sampling",
+    (
+        *VELOCITY,
+        ZERO,
+        "sample.sampler=euler",
+        "train.loss_weight=min_snr",
+    ): "gives the first step of sampling",
 }
 ALLOWED = [
     FLOW,
     (*FLOW, "diffusion.predicts=image", "sample.sampler=dpmpp"),
-    (*FLOW, "sample.sampler=sde", "diffusion.timesteps_drawn=logit_normal", "diffusion.logit_mean=-1"),
+    (
+        *FLOW,
+        "sample.sampler=sde",
+        "diffusion.timesteps_drawn=logit_normal",
+        "diffusion.logit_mean=-1",
+    ),
     (*FLOW, "sample.sampler=unipc", "diffusion.timesteps_drawn=shifted"),
     (*VELOCITY, "train.loss_weight=min_snr"),
     (*VELOCITY, "model.learn_sigma=false", ZERO, "sample.sampler=heun"),
@@ -457,7 +566,9 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     path.write_bytes("data: {path: x, class_names: [katt, sk\u00f6ldpadda]}\n".encode())
     code = f"from diffussm_cli.config import *; print(ascii(read_text(Path({str(path)!r}), '--preset')))"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | locale)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | locale
+    )
     assert done.returncode == 0, done.stderr
     assert r"sk\xf6ldpadda" in done.stdout
 
@@ -469,7 +580,9 @@ def test_text_that_cannot_name_a_file():
         check_text(Path("x") / ("\u00e9" * 128), "--out")
 
 
-@pytest.mark.parametrize("kind", [["model.mixer=linear"], ["model.mixer=attention"], ["model.backbone=dit"]], ids=str)
+@pytest.mark.parametrize(
+    "kind", [["model.mixer=linear"], ["model.mixer=attention"], ["model.backbone=dit"]], ids=str
+)
 def test_heads_must_divide_the_width_where_there_are_heads(kind):
     with pytest.raises(ConfigError, match="model.heads: 5 must divide model.hidden_size"):
         load_config("digits", ["model.heads=5", *kind])

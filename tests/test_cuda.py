@@ -1,4 +1,6 @@
-"""What only a CUDA device can show: `pytest --device cuda`. `test_pretended_gpu.py` sees part of it without one."""
+"""What only a CUDA device can show: `pytest --device cuda`. `test_pretended_gpu.py` sees part of it
+without one.
+"""
 
 import warnings
 
@@ -44,7 +46,9 @@ def test_an_update_does_not_wait_for_the_device(tiny):
 
 
 def test_previews_leave_nothing_on_the_device(tiny, tmp_path):
-    config = tiny(*SETTINGS, "train.sample_every=2", "train.sample_images=4", "train.sample_steps=2")
+    config = tiny(
+        *SETTINGS, "train.sample_every=2", "train.sample_images=4", "train.sample_steps=2"
+    )
     trainer = Trainer(config, open_source(config), tmp_path)
     list(trainer.run(lambda: trainer.step.number == 2))
     torch.cuda.synchronize()
@@ -58,6 +62,10 @@ def test_previews_leave_nothing_on_the_device(tiny, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_process_under_torchrun_trains_alone(parallel, tmp_path):
     """Without a process group: NCCL takes two GPUs."""
-    done = start(tmp_path, {"alone": ("none", [f"train.parallel={parallel}", "train.device=cuda"])}, processes=1)
+    done = start(
+        tmp_path,
+        {"alone": ("none", [f"train.parallel={parallel}", "train.device=cuda"])},
+        processes=1,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "alone" / "averaged.safetensors").is_file()

@@ -1,4 +1,6 @@
-"""What README and docs/ say is true of the code: links, commands, examples, and numbers that have an address."""
+"""What README and docs/ say is true of the code: links, commands, examples, and numbers that have
+an address.
+"""
 
 import importlib
 import itertools
@@ -48,7 +50,9 @@ def test_readme_is_short_and_holds_its_commands():
 def test_links_lead_somewhere(page):
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8"))
     made_later = "api/"  # when the site is built, which checks these links
-    assert [t for t in targets if not t.startswith(made_later) and not (page.parent / t).exists()] == []
+    assert [
+        t for t in targets if not t.startswith(made_later) and not (page.parent / t).exists()
+    ] == []
 
 
 def test_examples_were_found():
@@ -64,12 +68,16 @@ def test_commands_exist_as_they_are_written(words):
     given = dict(pairs)
     if words[0] == "train" and given.get("--preset") != "NAME":
         overrides = [value for option, value in pairs if option == "--set"]
-        load_config(given.get("--preset", "mnist"), overrides, {"data.path": given.get("--data", "folder")})
+        load_config(
+            given.get("--preset", "mnist"), overrides, {"data.path": given.get("--data", "folder")}
+        )
 
 
 def test_examples_of_the_library_run():
     torch.manual_seed(0)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text("utf-8"), re.S)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text("utf-8"), re.S
+    )
     names: dict = {}
     for block in blocks:
         exec(block, names)  # noqa: S102
@@ -89,25 +97,40 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_map_of_contributing_names_every_folder():
-    tree = re.search(r"## The map\n\n((?:    .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))[1]
+    tree = re.search(
+        r"## The map\n\n((?:    .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    )[1]
     parents, paths = [], set()
     for indent, name in re.findall(r"^    ( *)(\S+)", tree, re.M):
         parents = [*parents[: len(indent) // 4], name]
         paths.add("".join(parents))
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    packages = {f"{p.parent.relative_to(ROOT).as_posix()}/" for p in (ROOT / "diffussm_cli").rglob("__init__.py")}
+    packages = {
+        f"{p.parent.relative_to(ROOT).as_posix()}/"
+        for p in (ROOT / "diffussm_cli").rglob("__init__.py")
+    }
     assert packages - paths == set()
 
 
 def test_the_public_interface_lists_every_name():
     page = (ROOT / "docs" / "interface.md").read_text("utf-8")
-    assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(set(diffussm.__all__) - {"__version__"})
+    assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(
+        set(diffussm.__all__) - {"__version__"}
+    )
 
 
 def test_nothing_asks_an_index_for_this_package():
     """It is on none."""
-    code = [path for folder in ("diffussm", "diffussm_cli", "examples") for path in (ROOT / folder).rglob("*.*")]
-    texts = {path: path.read_text("utf-8") for path in [*PAGES, *code] if path.suffix in (".md", ".py", ".ipynb")}
+    code = [
+        path
+        for folder in ("diffussm", "diffussm_cli", "examples")
+        for path in (ROOT / folder).rglob("*.*")
+    ]
+    texts = {
+        path: path.read_text("utf-8")
+        for path in [*PAGES, *code]
+        if path.suffix in (".md", ".py", ".ipynb")
+    }
     asking = re.compile(r"pip install (?:-\S+ )*['\"]?diffussm(?!-)")
     assert [str(path) for path, text in texts.items() if asking.search(text)] == []
 
@@ -139,12 +162,16 @@ def test_numbers_of_the_index_stand_in_their_results(what, numbers, file):
 
 
 def test_results_of_readme_stand_where_it_says():
-    rows = re.findall(r"^\| .+ \| (.+) \| (\[.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M)
+    rows = re.findall(
+        r"^\| .+ \| (.+) \| (\[.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M
+    )
     assert len(rows) > 8
     for result, links in rows:
         texts = [(ROOT / link).read_text("utf-8") for link in re.findall(r"\]\((.+?)\)", links)]
         numbers = NUMBER.findall(re.sub(r"XL/\d|float\d+|\bat \d+", "", result))
-        assert [n for n in numbers if not any(is_printed_in(n, text) for text in texts)] == [], result
+        assert [n for n in numbers if not any(is_printed_in(n, text) for text in texts)] == [], (
+            result
+        )
 
 
 def test_citation_names_this_version():

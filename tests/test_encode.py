@@ -1,4 +1,6 @@
-"""`diffussm encode` as a user meets it: what it writes, what stops it, and what training and sampling make of it."""
+"""`diffussm encode` as a user meets it: what it writes, what stops it, and what training and
+sampling make of it.
+"""
 
 import errno
 import fcntl
@@ -52,7 +54,9 @@ def images(tmp_path_factory):
     for i in range(N):
         path = root / ("cat" if i < 6 else "dog") / f"{i:02d}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        ).save(path)
     (root / "cat" / "03.png").write_bytes(b"text")
     (root / "dog" / "notes.txt").write_text("text")
     return root
@@ -60,7 +64,8 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae"), scaling_factor=0.9)  # so that latents have about unit variance
+    # so that latents have about unit variance
+    return save_vae(tmp_path_factory.mktemp("vae"), scaling_factor=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def size_of(path):
         return image.mode, image.size
 
 
-# ----------------------------------------------------------------------------------------------- good courses
+# ------------------------------------------------------------------------------------- good courses
 def test_encode_says_what_it_did(images, vae, tmp_path):
     result = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert result.exit_code == 0, result.output
@@ -112,7 +117,10 @@ def test_names_are_printed_as_they_are(images, vae, tmp_path):
         assert result.exit_code == 0, result.output
         assert str(target) in result.stderr
     (target / "shard-00001.safetensors").unlink()
-    assert f"2 of 3 shards of {target} are" in run("encode", images, target, "--vae", vae, *OPTIONS).stderr
+    assert (
+        f"2 of 3 shards of {target} are"
+        in run("encode", images, target, "--vae", vae, *OPTIONS).stderr
+    )
 
 
 def test_names_that_are_no_text_are_encoded(vae, tmp_path):
@@ -122,19 +130,25 @@ def test_names_that_are_no_text_are_encoded(vae, tmp_path):
     with open(folder + b"/\xe8.png", "wb") as file:
         file.write(b"broken")
     for _ in range(2):
-        assert run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
+        assert (
+            run("encode", tmp_path / "images", tmp_path / "store", "--vae", vae, *OPTIONS).exit_code
+            == 0
+        )
     assert run("encode", "--verify", tmp_path / "store").exit_code == 0
     (skipped,) = json.loads((tmp_path / "store" / "shard-00000.json").read_text())["skipped"]
     assert os.fsencode(skipped["file"]) == b"caf\xe9/\xe8.png"
 
 
 @pytest.mark.parametrize(
-    ("cores", "local", "expected"), [(64, "8", 8), (64, None, 16), (64, "1", 16), (4, "8", 1), (64, "x", 16)]
+    ("cores", "local", "expected"),
+    [(64, "8", 8), (64, None, 16), (64, "1", 16), (4, "8", 1), (64, "x", 16)],
 )
 def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, local, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv(
+        "LOCAL_WORLD_SIZE", raising=False
+    )
     assert decoding_processes(None) == expected
     assert decoding_processes(5) == 5
 
@@ -153,7 +167,10 @@ def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_pat
     with tarfile.open(tars / "0.tar", "w") as tar:
         for i, path in enumerate(sorted(images.rglob("*.png"))):
             (flat / path.name).write_bytes(path.read_bytes())
-            for name, data in ((path.name, path.read_bytes()), (f"{path.stem}.cls", str(i % 3).encode())):
+            for name, data in (
+                (path.name, path.read_bytes()),
+                (f"{path.stem}.cls", str(i % 3).encode()),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -161,7 +178,9 @@ def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_pat
     for source, names in ((flat, []), (tars, ["0", "1", "2"])):
         target = tmp_path / f"{source.name}-store"
         assert run("encode", source, target, "--vae", vae, *OPTIONS).exit_code == 0
-        assert json.loads((target / "manifest.json").read_text())["settings"]["class_names"] == names
+        assert (
+            json.loads((target / "manifest.json").read_text())["settings"]["class_names"] == names
+        )
         tensors = load_file(target / "shard-00001.safetensors")
         assert tensors["label"].tolist() == ([5 % 3, 0, 1, 2, 0] if names else [0] * 5)
         means.append(tensors["mean"])
@@ -169,7 +188,17 @@ def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_pat
 
 
 def test_oblong_resolution(images, vae, tmp_path):
-    result = run("encode", images, tmp_path / "s", "--vae", vae, *OPTIONS, "--resolution", "8x24", "--no-flip")
+    result = run(
+        "encode",
+        images,
+        tmp_path / "s",
+        "--vae",
+        vae,
+        *OPTIONS,
+        "--resolution",
+        "8x24",
+        "--no-flip",
+    )
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "s" / "manifest.json").read_text())["settings"]
     assert (settings["resolution"], settings["flip"]) == ([8, 24], False)
@@ -185,18 +214,27 @@ def test_bf16_is_recorded_and_rounds_the_latents(images, vae, store, tmp_path, m
     monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: True)
     bf16 = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS, "--precision", "bf16")
     assert bf16.exit_code == 0, bf16.output
-    assert json.loads((tmp_path / "store" / "manifest.json").read_text())["settings"]["precision"] == "bf16"
-    rounded, exact = (load_file(s / "shard-00001.safetensors")["mean"] for s in (tmp_path / "store", store))
+    assert (
+        json.loads((tmp_path / "store" / "manifest.json").read_text())["settings"]["precision"]
+        == "bf16"
+    )
+    rounded, exact = (
+        load_file(s / "shard-00001.safetensors")["mean"] for s in (tmp_path / "store", store)
+    )
     assert 1e-4 < relative(rounded, exact) < 0.05
 
 
 def replace_whole_file(monkeypatch, by):
-    """All that encode writes goes through `by`: shards, the listing, and texts by the name of `write_text`."""
+    """All that encode writes goes through `by`: shards, the listing, and texts by the name of
+    `write_text`.
+    """
     for module in ("data.latents.shard", "data.latents.store", "machine.files"):
         monkeypatch.setattr(f"diffussm_cli.{module}.whole_file", by)
 
 
-def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, tmp_path, monkeypatch):
+def test_interrupted_at_any_shard_ends_with_the_same_bytes(
+    images, vae, store, tmp_path, monkeypatch
+):
     """The death of the process between any two writes, played by an exception that nothing catches."""
     whole, finished = store_module.whole_file, []
 
@@ -221,7 +259,8 @@ def test_interrupted_at_any_shard_ends_with_the_same_bytes(images, vae, store, t
         finished.append(len(stamps))
         assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
         assert files(target) == files(store)
-        assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())  # no finished shard is redone
+        # no finished shard is redone
+        assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items())
     assert sorted(set(finished)) == [0, 1, 2]
 
 
@@ -230,7 +269,9 @@ def test_kill_and_restart_end_with_the_same_bytes(images, vae, store, tmp_path):
     target = tmp_path / "store"
     for wanted in (1, 2):
         process = subprocess.Popen(
-            command(images, target, vae), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+            command(images, target, vae),
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.time() + 120
         while len(list(target.glob("shard-*.safetensors"))) < wanted and process.poll() is None:
@@ -248,7 +289,12 @@ def test_two_ranks_write_what_one_writes(images, vae, store, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    group = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     ranks = [
         subprocess.Popen(
             command(images, target, vae),
@@ -275,7 +321,10 @@ def test_flipped_byte_is_named_and_mended_by_the_printed_command(images, vae, st
     data[-100] ^= 4
     shard.write_bytes(data)
     line = line_of(run("encode", "--verify", target))
-    assert "1 of 4 files are damaged: shard-00001.safetensors (its sha256 differs from its record)" in line
+    assert (
+        "1 of 4 files are damaged: shard-00001.safetensors (its sha256 differs from its record)"
+        in line
+    )
     command = line.partition("; delete them, and encode them again from the same images: ")[2]
     (target / "shard-00001.safetensors").unlink()
     words = [str(images) if word == "SOURCE" else word for word in shlex.split(command)]
@@ -286,7 +335,7 @@ def test_flipped_byte_is_named_and_mended_by_the_printed_command(images, vae, st
     assert run("encode", "--verify", target).exit_code == 0
 
 
-# -------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(encoding, "load_vae", None)
@@ -306,7 +355,12 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         (images, "text/a.txt"): "TARGET: cannot write to 'text/a.txt'",
         (images, "out", "--batch-size", 10**20): "--batch-size",
         (images, "out", "--workers", 10**20): "--workers",
-        (images, "out", "--resolution", "99999"): "--resolution: '99999' must be a number of pixels",
+        (
+            images,
+            "out",
+            "--resolution",
+            "99999",
+        ): "--resolution: '99999' must be a number of pixels",
         (images, "taken"): "TARGET: 'taken' is not empty and holds no latents",
         (images, images / "out"): "lies inside SOURCE",
         (images, "out", "--resolution", "0"): "--resolution: '0' must be a number of pixels or HxW",
@@ -315,8 +369,17 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         (images, "out", "--resolution", "8x20"): "--resolution: 8x20 must be a multiple of 8",
         (images, "out", "--vae", "./nowhere"): "--vae: no folder './nowhere'",
         (images, "out", "--vae", "empty"): "--vae: cannot load the folder 'empty'",
-        (images, "out", "--strict"): "--strict: dog/notes.txt: not an image by its name or first bytes",
-        (images, "out", "--columns", "photo"): "--columns: 'photo' must read image=NAME, label=NAME, text=NAME",
+        (
+            images,
+            "out",
+            "--strict",
+        ): "--strict: dog/notes.txt: not an image by its name or first bytes",
+        (
+            images,
+            "out",
+            "--columns",
+            "photo",
+        ): "--columns: 'photo' must read image=NAME, label=NAME, text=NAME",
         (images, "out", "--columns", "image=a,label=b"): "SOURCE: the columns a, b are named, but",
         ("--verify", "empty"): "--verify: cannot read 'empty/manifest.json': No such file",
         ("--verify",): "encode: give --verify LATENTS, and no other folder",
@@ -339,7 +402,9 @@ def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
 def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):
     folder = save_vae(tmp_path / "vae", block_out_channels=(4,) * 5)
     monkeypatch.setattr(encoding, "load_vae", None)
-    line = line_of(run("encode", images, tmp_path / "out", "--vae", folder, "--resolution", "24x32"))
+    line = line_of(
+        run("encode", images, tmp_path / "out", "--vae", folder, "--resolution", "24x32")
+    )
     assert "--resolution: 24x32 must be a multiple of 16, the downsampling of" in line
 
 
@@ -381,8 +446,12 @@ def write_source(folder, kind, content):
 
 
 @pytest.mark.parametrize("kind", ["folders", "tar", "parquet"])
-def test_source_that_is_renamed_ends_the_work_and_nothing_is_lost(images, vae, tmp_path, monkeypatch, kind):
-    """After its first shard; once the source is back, the same command writes the bytes of an undisturbed one."""
+def test_source_that_is_renamed_ends_the_work_and_nothing_is_lost(
+    images, vae, tmp_path, monkeypatch, kind
+):
+    """After its first shard; once the source is back, the same command writes the bytes of an
+    undisturbed one.
+    """
     source, moved = tmp_path / "source", tmp_path / "moved"
     write_source(source, kind, {p.name: p.read_bytes() for p in sorted(images.rglob("*.png"))})
     assert run("encode", source, tmp_path / "undisturbed", "--vae", vae, *OPTIONS).exit_code == 0
@@ -432,11 +501,14 @@ def test_lost_shard_of_a_finished_store_is_encoded_again(images, vae, store, tmp
 
 
 TRAPS = ("multiprocessing", "typer", "torch", "numpy", "PIL", "runpy", "pickle", "random")
-SCRIPT = "from diffussm_cli.cli import app\n\nif __name__ == '__main__':\n    app()\n"  # as pip installs it
+# as pip installs it
+SCRIPT = "from diffussm_cli.cli import app\n\nif __name__ == '__main__':\n    app()\n"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="children of Python 3.10 look into the current folder")
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="children of Python 3.10 look into the current folder"
+)
 @pytest.mark.parametrize("program", ["module", "script"])
 def test_nothing_from_the_current_folder_is_imported(images, vae, tmp_path, program):
     """A data set of a stranger, encoded from inside, with a process that decodes."""
@@ -450,7 +522,18 @@ def test_nothing_from_the_current_folder_is_imported(images, vae, tmp_path, prog
     script.parent.mkdir()
     script.write_text(SCRIPT)
     start = ["-m", "diffussm_cli"] if program == "module" else [script]
-    arguments = [*start, "encode", ".", "../store", "--vae", vae, "--resolution", "16", "--workers", "1"]
+    arguments = [
+        *start,
+        "encode",
+        ".",
+        "../store",
+        "--vae",
+        vae,
+        "--resolution",
+        "16",
+        "--workers",
+        "1",
+    ]
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
     assert not (tmp_path / "owned").exists(), (tmp_path / "owned").read_text()
@@ -463,7 +546,9 @@ def test_other_settings_and_sources_are_refused_with_the_difference(images, vae,
         return line_of(run("encode", source, store, "--vae", vae, *OPTIONS, *options))
 
     before = files(store)
-    assert "resolution was (16, 16) and is now (24, 24); use another TARGET" in refused(images, "--resolution", "24")
+    assert "resolution was (16, 16) and is now (24, 24); use another TARGET" in refused(
+        images, "--resolution", "24"
+    )
     assert "flip was True and is now False" in refused(images, "--no-flip")
     assert "batch_size was 2 and is now 3" in refused(images, "--batch-size", "3")
     other = save_vae(tmp_path / "vae", seed=1)
@@ -509,7 +594,10 @@ def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypa
 
     replace_whole_file(monkeypatch, full)
     line = line_of(run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS))
-    assert "No space left on device; finished shards are kept, and the same command continues from there" in line
+    assert (
+        "No space left on device; finished shards are kept, and the same command continues from there"
+        in line
+    )
     replace_whole_file(monkeypatch, whole)
     assert run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
     assert files(tmp_path / "store") == files(store)
@@ -529,7 +617,10 @@ def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
     monkeypatch.setattr("diffussm_cli.data.vae.VAE.encode", interrupted)
     result = run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS)
     assert result.exit_code == 130
-    assert "interrupted; finished shards are kept, and the same command continues from there" in result.stderr
+    assert (
+        "interrupted; finished shards are kept, and the same command continues from there"
+        in result.stderr
+    )
 
 
 def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
@@ -548,19 +639,31 @@ def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
 
     monkeypatch.setattr(encoder, "_loader", killed)
     line = line_of(run("encode", images, tmp_path / "out", "--vae", vae, *OPTIONS))
-    assert "--workers: a process that decodes images was killed, perhaps out of memory; use fewer" in line
+    assert (
+        "--workers: a process that decodes images was killed, perhaps out of memory; use fewer"
+        in line
+    )
 
 
-# ------------------------------------------------------------------------------------------ train and sample
+# --------------------------------------------------------------------------------- train and sample
 def latent_settings(vae, *more):
-    values = [*TINY, f"data.vae={vae}", "data.resolution=16", "data.downsample=4", "model.num_classes=2", *more]
+    values = [
+        *TINY,
+        f"data.vae={vae}",
+        "data.resolution=16",
+        "data.downsample=4",
+        "model.num_classes=2",
+        *more,
+    ]
     return [part for v in values for part in ("--set", v)]
 
 
 @pytest.fixture(scope="module")
 def trained(store, vae, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs") / "latent"
-    settings = latent_settings(vae, "train.sample_every=4", "train.sample_images=4", "train.precision=fp32")
+    settings = latent_settings(
+        vae, "train.sample_every=4", "train.sample_images=4", "train.precision=fp32"
+    )
     result = run("train", "--preset", "s-256", "--data", store, "--out", root, *settings)
     assert result.exit_code == 0, result.output
     assert "warning" not in result.stderr
@@ -588,9 +691,7 @@ def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monke
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output
-    warning = (
-        "warning: the images are only previews of the latents, because the VAE cannot be used: data.vae: no folder"
-    )
+    warning = "warning: the images are only previews of the latents, because the VAE cannot be used: data.vae: no folder"
     assert warning in result.stderr
     assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
     assert json.loads((tmp_path / "meta.json").read_text())["decoded_by"] == "linear preview"
@@ -598,11 +699,27 @@ def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monke
 
 def test_run_takes_size_channels_and_vae_from_its_store(images, tmp_path):
     """And says it in one line; a field that the user sets is not changed, but checked."""
-    vae, target, root = save_vae(tmp_path / "vae", latent_channels=16), tmp_path / "store", tmp_path / "run"
+    vae, target, root = (
+        save_vae(tmp_path / "vae", latent_channels=16),
+        tmp_path / "store",
+        tmp_path / "run",
+    )
     assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
-    arguments = ["train", "--preset", "s-256", "--data", target, "--out", root, "--set", "model.num_classes=2"]
+    arguments = [
+        "train",
+        "--preset",
+        "s-256",
+        "--data",
+        target,
+        "--out",
+        root,
+        "--set",
+        "model.num_classes=2",
+    ]
     arguments += [part for v in (*TINY, "train.precision=fp32") for part in ("--set", v)]
-    assert "data.channels: 4, but the latents in" in line_of(run(*arguments, "--set", "data.channels=4"))
+    assert "data.channels: 4, but the latents in" in line_of(
+        run(*arguments, "--set", "data.channels=4")
+    )
     assert not root.exists()
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -612,7 +729,10 @@ def test_run_takes_size_channels_and_vae_from_its_store(images, tmp_path):
     assert line in " ".join(result.stderr.split())
     saved = runs.read_config(root, "x").data
     assert (saved.resolution, saved.channels, saved.downsample, saved.vae) == (16, 16, 4, str(vae))
-    assert saved.vae_sha256 == json.loads((target / "manifest.json").read_text())["settings"]["vae_weights_sha256"]
+    assert (
+        saved.vae_sha256
+        == json.loads((target / "manifest.json").read_text())["settings"]["vae_weights_sha256"]
+    )
     again = run(*arguments, "--set", "train.steps=6", "--resume")
     assert again.exit_code == 0, again.output
 
@@ -622,7 +742,10 @@ def test_run_of_a_relative_vae_is_sampled_from_another_folder(images, tmp_path, 
     save_vae(tmp_path / "vaes" / "x", scaling_factor=0.9)
     assert run("encode", images, "store", "--vae", "vaes/x", *OPTIONS).exit_code == 0
     settings = latent_settings("vaes/x", "train.precision=fp32")
-    assert run("train", "--preset", "s-256", "--data", "store", "--out", "run", *settings).exit_code == 0
+    assert (
+        run("train", "--preset", "s-256", "--data", "store", "--out", "run", *settings).exit_code
+        == 0
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     request = ["sample", tmp_path / "run", "--num", 1, "--steps", 2, "--out"]
@@ -648,7 +771,11 @@ def test_run_without_a_hash_of_its_vae_goes_on_and_gets_one(trained, tmp_path):
     root = changed_run(trained, tmp_path / "run", "vae_sha256: .*", "vae_sha256: ''")
     result = run("train", "--resume", "--out", root, "--set", "train.steps=6")
     assert result.exit_code == 0, result.output
-    assert runs.read_config(root, "x").data.vae_sha256 == runs.read_config(trained, "x").data.vae_sha256 != ""
+    assert (
+        runs.read_config(root, "x").data.vae_sha256
+        == runs.read_config(trained, "x").data.vae_sha256
+        != ""
+    )
 
 
 def test_swapped_vae_is_reported_by_sample(trained, vae, tmp_path):
@@ -663,7 +790,16 @@ def test_swapped_vae_is_reported_by_sample(trained, vae, tmp_path):
 def test_training_says_that_latents_have_another_scale(images, tmp_path):
     vae, target = save_vae(tmp_path / "vae", scaling_factor=30.0), tmp_path / "store"
     assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
-    result = run("train", "--preset", "s-256", "--data", target, "--out", tmp_path / "run", *latent_settings(vae))
+    result = run(
+        "train",
+        "--preset",
+        "s-256",
+        "--data",
+        target,
+        "--out",
+        tmp_path / "run",
+        *latent_settings(vae),
+    )
     assert result.exit_code == 0, result.output
     line = "but training assumes about 0 and 1: check scaling_factor and shift_factor"
     assert line in " ".join(result.stderr.split())
@@ -673,8 +809,12 @@ def test_train_warns_of_a_missing_vae(store, vae, tmp_path, monkeypatch):
     hidden = vae.with_name("hidden")
     vae.rename(hidden)
     try:
-        settings = latent_settings(vae, "train.sample_every=4", "train.sample_images=2", "train.precision=fp32")
-        result = run("train", "--preset", "s-256", "--data", store, "--out", tmp_path / "run", *settings)
+        settings = latent_settings(
+            vae, "train.sample_every=4", "train.sample_images=2", "train.precision=fp32"
+        )
+        result = run(
+            "train", "--preset", "s-256", "--data", store, "--out", tmp_path / "run", *settings
+        )
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output

@@ -39,7 +39,8 @@ def test_only_the_operating_system_has_a_reason():
     assert system_reason(FULL).startswith("No space left on device")
     assert system_reason(GONE) == "No such file"
     assert system_reason(OSError("a library's own")) is None
-    assert system_reason(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None  # names no file
+    # names no file
+    assert system_reason(ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")) is None
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,8 @@ def test_only_the_operating_system_has_a_reason():
     [
         (FULL, "--out: No space left on device"),
         (GONE, "--out: a.txt: No such file"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "--out"), "--out: No such file"),  # it is in the line already
+        # it is in the line already
+        (FileNotFoundError(errno.ENOENT, "No such file", "--out"), "--out: No such file"),
     ],
 )
 def test_writing_names_what_could_not_be_written(error, line):
@@ -57,7 +59,9 @@ def test_writing_names_what_could_not_be_written(error, line):
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [OSError("a library's own"), ValueError("ours"), DataError("ours")])
+@pytest.mark.parametrize(
+    "error", [OSError("a library's own"), ValueError("ours"), DataError("ours")]
+)
 def test_other_errors_pass_through_writing(error):
     with pytest.raises(type(error)) as caught, writing("--out"):
         raise error
@@ -66,7 +70,12 @@ def test_other_errors_pass_through_writing(error):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"\xff", "UTF-8"), (b"[" * 100_000, "nested too deeply"), (b"{", "Expecting"), (None, "No such file")],
+    [
+        (b"\xff", "UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "Expecting"),
+        (None, "No such file"),
+    ],
 )
 def test_reading_says_what_is_wrong_with_a_file_and_the_remedy(tmp_path, content, words):
     path = tmp_path / "a.json"

@@ -69,7 +69,9 @@ def test_each_metric_moves_the_way_it_should(digits, tmp_path):
 
 def test_result_is_stored_and_shown(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:80])
-    (folder / "meta.json").write_text(json.dumps({"sampler": "ddpm", "steps": 7, "label_choice": "balanced"}))
+    (folder / "meta.json").write_text(
+        json.dumps({"sampler": "ddpm", "steps": 7, "label_choice": "balanced"})
+    )
     shown = run("eval", folder, *REFERENCE, "--metrics", "is,fid")
     assert shown.exit_code == 0
     assert "sampler ddpm, steps 7, label_choice balanced" in shown.stderr
@@ -84,7 +86,8 @@ def test_result_is_stored_and_shown(digits, tmp_path):
 def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
     folder = save(tmp_path / "s", digits[0][:70])
     first = measure(folder, *REFERENCE, "--metrics", "fid,kid")
-    monkeypatch.setattr("diffussm_cli.evaluation.extractors.Extractor.__call__", None)  # no feature can be had any more
+    # no feature can be had any more
+    monkeypatch.setattr("diffussm_cli.evaluation.extractors.Extractor.__call__", None)
     again = measure(folder, *REFERENCE)
     assert again["metrics"]["kid"] == first["metrics"]["kid"]
 
@@ -92,7 +95,13 @@ def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
 def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(
-        "eval", save(tmp_path / "s", digits[0][:70]), *REFERENCE, "--metrics", "is", "--cache", tmp_path / "file"
+        "eval",
+        save(tmp_path / "s", digits[0][:70]),
+        *REFERENCE,
+        "--metrics",
+        "is",
+        "--cache",
+        tmp_path / "file",
     )
     assert result.exit_code == 0
     assert "warning: cache: features cannot be saved in" in result.stderr
@@ -114,7 +123,17 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
     before = sorted(root.iterdir())
-    direct = measure(root, "-n", 20, "--set", "sample.steps=3", "--precision", "fp32", "--out", tmp_path / "r.json")
+    direct = measure(
+        root,
+        "-n",
+        20,
+        "--set",
+        "sample.steps=3",
+        "--precision",
+        "fp32",
+        "--out",
+        tmp_path / "r.json",
+    )
     assert sorted(root.iterdir()) == before
     assert (direct["num"], direct["reference"]) == (20, "builtin:mnist")
     assert (direct["meta"]["steps"], direct["meta"]["num"]) == (3, 20)
@@ -150,9 +169,27 @@ def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypat
 def test_two_processes_measure_the_same(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:101])
     alone = measure(folder, *REFERENCE, "--no-cache")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "diffussm_cli", "eval", str(folder), *REFERENCE, "--no-cache", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    command = [
+        *torchrun,
+        "-m",
+        "diffussm_cli",
+        "eval",
+        str(folder),
+        *REFERENCE,
+        "--no-cache",
+        "--json",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
 
@@ -160,22 +197,29 @@ def test_two_processes_measure_the_same(digits, tmp_path):
 ADM = [os.environ.get(name) for name in ("DIFFUSSM_ADM_SAMPLES", "DIFFUSSM_ADM_REFERENCE")]
 
 
-@pytest.mark.skipif(not all(ADM), reason="DIFFUSSM_ADM_SAMPLES and DIFFUSSM_ADM_REFERENCE name no files of ADM")
+@pytest.mark.skipif(
+    not all(ADM), reason="DIFFUSSM_ADM_SAMPLES and DIFFUSSM_ADM_REFERENCE name no files of ADM"
+)
 def test_published_figures_of_adm():
     """ADM-G + ADM-U at 256 against VIRTUAL_imagenet256_labeled, as its evaluator prints them."""
-    found = measure(ADM[0], "--reference", ADM[1], "--metrics", "fid,sfid,is,precision,recall")["metrics"]
+    found = measure(ADM[0], "--reference", ADM[1], "--metrics", "fid,sfid,is,precision,recall")[
+        "metrics"
+    ]
     expected = {"is": 215.837, "fid": 3.9426, "sfid": 6.1404}
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-3)
-    assert (found["precision"], found["recall"]) == pytest.approx((0.8265, 0.5309), abs=0.003)  # theirs in float16
+    # theirs in float16
+    assert (found["precision"], found["recall"]) == pytest.approx((0.8265, 0.5309), abs=0.003)
 
 
 def test_previews_are_no_samples(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:60])
     (folder / "meta.json").write_text(json.dumps({"decoded_by": "linear preview"}))
-    assert "drawn without their VAE" in measure(folder, *REFERENCE, "--metrics", "is")["warnings"][-1]
+    assert (
+        "drawn without their VAE" in measure(folder, *REFERENCE, "--metrics", "is")["warnings"][-1]
+    )
 
 
-# ------------------------------------------------------------------------------------------------ odd inputs
+# --------------------------------------------------------------------------------------- odd inputs
 def in_colour(image):
     return np.stack([image] * 3, -1)
 
@@ -185,7 +229,10 @@ def test_grey_digits_in_three_equal_channels_are_grey(digits, tmp_path):
     images = digits[0][:60]
     expected = measure(save(tmp_path / "grey", images), *REFERENCE)["metrics"]
     np.savez(tmp_path / "colour.npz", np.stack([in_colour(i) for i in images]))
-    for samples in (save(tmp_path / "colour", [in_colour(i) for i in images]), tmp_path / "colour.npz"):
+    for samples in (
+        save(tmp_path / "colour", [in_colour(i) for i in images]),
+        tmp_path / "colour.npz",
+    ):
         for more in ([], ["--extractor", "digits"]):
             found = measure(samples, *REFERENCE, *more)
             assert found["metrics"] == pytest.approx(expected, rel=1e-5)
@@ -201,12 +248,17 @@ def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, nam
         samples = tmp_path / "s.npz"
         np.savez(samples, np.stack(images))
     line = line_of(run("eval", samples, *REFERENCE, "--extractor", "digits"))
-    assert f"{name} is in colour, but the extractor takes only grey images; use the extractor inception" in line
+    assert (
+        f"{name} is in colour, but the extractor takes only grey images; use the extractor inception"
+        in line
+    )
 
 
 def test_any_resolution_can_be_cropped_to(digits, tmp_path):
     images = [np.pad(i, 6, mode="edge") for i in digits[0][:40]]
-    made = run("eval", "--make-ref", save(tmp_path / "s", images), tmp_path / "r.npz", "--resolution", "28")
+    made = run(
+        "eval", "--make-ref", save(tmp_path / "s", images), tmp_path / "r.npz", "--resolution", "28"
+    )
     assert made.exit_code == 0, made.output
     assert np.load(tmp_path / "r.npz")["arr_0"].shape == (40, 28, 28, 1)
 
@@ -220,10 +272,15 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
     result = run("eval", samples, *REFERENCE, "--metrics", "is", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["metrics"]["is"] > 1
-    assert f"warning: the result cannot be saved in {str(samples / 'results.json')!r}: Read-only file" in result.stderr
+    assert (
+        f"warning: the result cannot be saved in {str(samples / 'results.json')!r}: Read-only file"
+        in result.stderr
+    )
     asked = run("eval", samples, *REFERENCE, "--metrics", "is", "--json", "--out", out)
     assert json.loads(asked.stdout) == json.loads(result.stdout)
-    assert line_of(asked).startswith(f"diffussm: error: out: cannot write {str(out)!r}: Read-only file system")
+    assert line_of(asked).startswith(
+        f"diffussm: error: out: cannot write {str(out)!r}: Read-only file system"
+    )
 
 
 def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypatch):
@@ -235,7 +292,10 @@ def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypat
     monkeypatch.setattr("pathlib.Path.home", homeless)
     result = run("eval", save(tmp_path / "s", digits[0][:40]), *REFERENCE, "--metrics", "is")
     assert result.exit_code == 0, result.output
-    assert "warning: features are not cached: there is no home folder; set --cache FOLDER" in result.stderr
+    assert (
+        "warning: features are not cached: there is no home folder; set --cache FOLDER"
+        in result.stderr
+    )
 
 
 def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path):
@@ -249,7 +309,9 @@ def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path
         found = measure(one, *arguments, "--metrics", "is")["warnings"]
         assert any(words in w for w in found) == warned, arguments
     assert words in run("eval", "--make-ref", one, tmp_path / "r.npz").stderr
-    assert words not in run("eval", "--make-ref", "builtin:mnist/held-out", tmp_path / "r.npz").stderr
+    assert (
+        words not in run("eval", "--make-ref", "builtin:mnist/held-out", tmp_path / "r.npz").stderr
+    )
 
 
 def test_names_are_printed_as_they_are(digits, tmp_path, monkeypatch):
@@ -272,15 +334,24 @@ MISTAKES = {
     "no reference": (["PICTURES"], "reference: name a reference file, such as one of ADM's"),
     "missing samples": (["none", *REFERENCE], "samples: cannot read the folder 'none'"),
     "empty folder": (["EMPTY", *REFERENCE], "samples: no images in"),
-    "missing reference": (["PICTURES", "--reference", "none"], "reference: cannot read the folder 'none'"),
-    "metric": (["PICTURES", *REFERENCE, "--metrics", "fdi"], "metrics: 'fdi' is not one of fid, sfid"),
+    "missing reference": (
+        ["PICTURES", "--reference", "none"],
+        "reference: cannot read the folder 'none'",
+    ),
+    "metric": (
+        ["PICTURES", *REFERENCE, "--metrics", "fdi"],
+        "metrics: 'fdi' is not one of fid, sfid",
+    ),
     "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "extractor: 'vgg' must be"),
     "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, the first image is 28x28"),
     "corrupt": (["CORRUPT", *REFERENCE], "1.png: not a PNG"),
     "float": (["FLOAT", *REFERENCE], "arr_0 holds float64, not uint8"),
     "labels only": (["LABELS", *REFERENCE], "holds no arr_0, only y"),
     "no npz": (["TEXT", *REFERENCE], "cannot be read as .npz"),
-    "reference lacks keys": (["PICTURES", "--reference", "LABELS"], "neither arr_0 nor mu and sigma, only y"),
+    "reference lacks keys": (
+        ["PICTURES", "--reference", "LABELS"],
+        "neither arr_0 nor mu and sigma, only y",
+    ),
     "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "out": (
@@ -292,26 +363,71 @@ MISTAKES = {
     "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "target: cannot write 'xxx"),
     "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
-    "resolution": (["PICTURES", *REFERENCE, "--resolution", "99999"], "--resolution: '99999' must be a number of"),
+    "resolution": (
+        ["PICTURES", *REFERENCE, "--resolution", "99999"],
+        "--resolution: '99999' must be a number of",
+    ),
     "as many as atoms": (["PICTURES", *REFERENCE, "--num", str(10**20)], "--num"),
     "nothing wide": (["FLAT", *REFERENCE], "arr_0 is uint8 of shape (2, 0, 28, 3), not uint8 (n,"),
-    "negative": (["NEGATIVE", *REFERENCE], "NEGATIVE.npz: arr_0.npy holds an array of an unsupported order"),
-    "empty statistics": (["PICTURES", "--reference", "NOTHING"], "mu and sigma are (0,) and (0, 0), not (d,) and"),
-    "integer statistics": (["PICTURES", "--reference", "INTEGERS"], "mu and sigma are int64 and int64, not floating"),
+    "negative": (
+        ["NEGATIVE", *REFERENCE],
+        "NEGATIVE.npz: arr_0.npy holds an array of an unsupported order",
+    ),
+    "empty statistics": (
+        ["PICTURES", "--reference", "NOTHING"],
+        "mu and sigma are (0,) and (0, 0), not (d,) and",
+    ),
+    "integer statistics": (
+        ["PICTURES", "--reference", "INTEGERS"],
+        "mu and sigma are int64 and int64, not floating",
+    ),
     "one image": (["ONE", *REFERENCE], "ONE holds 1 image, but fid needs at least 2"),
-    "against one": (["PICTURES", "--reference", "ONE"], "reference: {ONE} holds 1 image, but fid needs at least 2"),
-    "kid of one": (["ONE", *REFERENCE, "--metrics", "kid"], "ONE holds 1 image, but kid needs at least 2"),
-    "recall of three": (["PICTURES", *REFERENCE, "--metrics", "recall"], "but recall needs at least 4"),
-    "precision against three": (["FIVE", "--reference", "PICTURES", "--metrics", "precision"], "needs at least 4"),
-    "fid_infinity of five": (["FIVE", *REFERENCE, "--metrics", "fid_infinity"], "fid_infinity needs at least 9"),
-    "reference of one": (["--make-ref", "ONE", "x.npz"], "ONE holds one image, but statistics need at least two"),
-    "no images": (["FIVE", "--reference", "STATISTICS"], "holds no images (arr_0), which precision, recall, kid need"),
-    "no covariance": (["FIVE", "--reference", "NEGATIVE_SIGMA"], "sigma has the eigenvalue -1, so it is no covariance"),
-    "not symmetric": (["FIVE", "--reference", "SKEW"], "sigma is not symmetric, so it is no covariance"),
+    "against one": (
+        ["PICTURES", "--reference", "ONE"],
+        "reference: {ONE} holds 1 image, but fid needs at least 2",
+    ),
+    "kid of one": (
+        ["ONE", *REFERENCE, "--metrics", "kid"],
+        "ONE holds 1 image, but kid needs at least 2",
+    ),
+    "recall of three": (
+        ["PICTURES", *REFERENCE, "--metrics", "recall"],
+        "but recall needs at least 4",
+    ),
+    "precision against three": (
+        ["FIVE", "--reference", "PICTURES", "--metrics", "precision"],
+        "needs at least 4",
+    ),
+    "fid_infinity of five": (
+        ["FIVE", *REFERENCE, "--metrics", "fid_infinity"],
+        "fid_infinity needs at least 9",
+    ),
+    "reference of one": (
+        ["--make-ref", "ONE", "x.npz"],
+        "ONE holds one image, but statistics need at least two",
+    ),
+    "no images": (
+        ["FIVE", "--reference", "STATISTICS"],
+        "holds no images (arr_0), which precision, recall, kid need",
+    ),
+    "no covariance": (
+        ["FIVE", "--reference", "NEGATIVE_SIGMA"],
+        "sigma has the eigenvalue -1, so it is no covariance",
+    ),
+    "not symmetric": (
+        ["FIVE", "--reference", "SKEW"],
+        "sigma is not symmetric, so it is no covariance",
+    ),
     "empty samples": (["", *REFERENCE], "SAMPLES: is empty; name a file or folder"),
-    "empty reference": (["PICTURES", "--reference", ""], "--reference: is empty; name a file or folder"),
+    "empty reference": (
+        ["PICTURES", "--reference", ""],
+        "--reference: is empty; name a file or folder",
+    ),
     "empty out": (["PICTURES", *REFERENCE, "--out", ""], "--out: is empty; name a file or folder"),
-    "odd extractor": (["PICTURES", "--reference", "ODD"], "extractor is float64 of shape (2, 2), not a name"),
+    "odd extractor": (
+        ["PICTURES", "--reference", "ODD"],
+        "extractor is float64 of shape (2, 2), not a name",
+    ),
 }
 
 
@@ -333,7 +449,12 @@ def things(tmp_path_factory, digits):
         "NOTHING": {"mu": np.zeros(0), "sigma": np.zeros((0, 0))},
         "INTEGERS": {"mu": np.zeros(64, int), "sigma": np.zeros((64, 64), int)},
         "NEGATIVE_SIGMA": {"mu": np.zeros(64), "sigma": np.diag([-1.0] + [1.0] * 63)},
-        "STATISTICS": {"mu": np.zeros(64), "sigma": np.eye(64), "mu_s": np.zeros(392), "sigma_s": np.eye(392)},
+        "STATISTICS": {
+            "mu": np.zeros(64),
+            "sigma": np.eye(64),
+            "mu_s": np.zeros(392),
+            "sigma_s": np.eye(392),
+        },
         "SKEW": {"mu": np.zeros(64), "sigma": np.eye(64) + np.eye(64, k=1)},
         "ODD": {"mu": np.zeros(64), "sigma": np.eye(64), "extractor": np.zeros((2, 2))},
     }
@@ -356,18 +477,27 @@ def test_mistakes_get_one_line(arguments, words, things, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-# ----------------------------------------------------------------------------------- what is not finite or not its own
+# ---------------------------------------------------------------- what is not finite or not its own
 META = {"sampler": "ddim", "steps": 7, "guidance": 1.5, "num": 40, "complete": True}
 WRONG_FACTS = {
-    "not finite": ({"guidance": float("nan")}, "meta.json: cannot be read: NaN is not a finite number"),
+    "not finite": (
+        {"guidance": float("nan")},
+        "meta.json: cannot be read: NaN is not a finite number",
+    ),
     "too large": ({"guidance": "@"}, "meta.json: cannot be read: 1e999 is not a finite number"),
     "list": ({"sampler": [1, 2]}, "meta.json: sampler: [1, 2] is not a choice"),
     "no sampler": ({"sampler": "magic"}, "meta.json: sampler: 'magic' is not a choice"),
     "negative": ({"steps": -7}, "meta.json: steps: -7 must be at least 1"),
     "half an image": ({"num": 40.5}, "meta.json: num: 40.5 must be a whole number from 0"),
     "no text": ({"run": ["x"]}, "meta.json: run: ['x'] must be text"),
-    "other prompts": ({"prompts": ["a", 1]}, "meta.json: prompts: ['a', 1] must be a list of texts"),
-    "label choice": ({"label_choice": "best"}, "meta.json: label_choice: 'best' must be random or balanced or given"),
+    "other prompts": (
+        {"prompts": ["a", 1]},
+        "meta.json: prompts: ['a', 1] must be a list of texts",
+    ),
+    "label choice": (
+        {"label_choice": "best"},
+        "meta.json: label_choice: 'best' must be random or balanced or given",
+    ),
     "complete": ({"complete": 1}, "meta.json: complete: 1 must be true or false"),
 }
 
@@ -401,8 +531,13 @@ def test_what_is_read_is_not_replaced(parameter, digits, tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, digits[0][:20, :, :, None])
     before = path.read_bytes()
-    command = {"out": [path, *REFERENCE, "--metrics", "is", "--out", path], "target": ["--make-ref", path, path]}
-    assert f"{parameter}: {str(path)!r} is read by this command" in line_of(run("eval", *command[parameter]))
+    command = {
+        "out": [path, *REFERENCE, "--metrics", "is", "--out", path],
+        "target": ["--make-ref", path, path],
+    }
+    assert f"{parameter}: {str(path)!r} is read by this command" in line_of(
+        run("eval", *command[parameter])
+    )
     assert path.read_bytes() == before
 
 
@@ -418,7 +553,9 @@ def test_options_that_are_not_used_are_named(digits, tmp_path):
     shown = run("eval", folder, *REFERENCE, "--metrics", "is", "-n", 20, "--set", "sample.steps=3")
     assert "warning: --num, --set: not used, because SAMPLES are images, not a run" in shown.stderr
     made = run("eval", "--make-ref", folder, tmp_path / "r.npz", "--metrics", "is")
-    assert "warning: --metrics: not used, because --make-ref draws and compares nothing" in made.stderr
+    assert (
+        "warning: --metrics: not used, because --make-ref draws and compares nothing" in made.stderr
+    )
 
 
 def test_foreign_text_reaches_no_terminal_as_an_escape(digits, tmp_path, monkeypatch):

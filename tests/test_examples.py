@@ -29,7 +29,9 @@ def run(monkeypatch, capsys):
 
 def save_images(folder, seed=0, count=20, side=40):
     folder.mkdir()
-    for i, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (count, side, side), dtype=np.uint8)):
+    for i, pixels in enumerate(
+        np.random.default_rng(seed).integers(0, 256, (count, side, side), dtype=np.uint8)
+    ):
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
 
@@ -40,18 +42,27 @@ def test_train_then_sample(run, tmp_path):
     assert [line.split(":")[0] for line in said.splitlines()] == ["step 20", "step 40", "step 60"]
     assert runs.find_run(tmp_path / "run").config.preset == "digits"  # it describes itself
     assert "step" not in run("train.py", tmp_path / "run")  # finished: nothing to do
-    assert str(tmp_path / "images" / "grid.png") in run("sample.py", tmp_path / "run", tmp_path / "images")
+    assert str(tmp_path / "images" / "grid.png") in run(
+        "sample.py", tmp_path / "run", tmp_path / "images"
+    )
     assert len(list((tmp_path / "images").glob("0*.png"))) == 10
 
 
 def test_encode(run, tmp_path):
-    said = run("encode.py", save_images(tmp_path / "photos"), tmp_path / "latents", save_vae(tmp_path / "vae"))
+    said = run(
+        "encode.py",
+        save_images(tmp_path / "photos"),
+        tmp_path / "latents",
+        save_vae(tmp_path / "vae"),
+    )
     assert "are intact" in said
     assert (tmp_path / "latents" / "manifest.json").is_file()
 
 
 def test_evaluate(run, tmp_path):
-    folders = [save_images(tmp_path / name, seed, 80, 28) for seed, name in enumerate(("images", "real"))]
+    folders = [
+        save_images(tmp_path / name, seed, 80, 28) for seed, name in enumerate(("images", "real"))
+    ]
     said = run("evaluate.py", *folders)
     assert "'fid'" in said
     assert "note: 80 samples: published FID uses 50,000" in said

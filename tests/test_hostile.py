@@ -42,7 +42,10 @@ def trained(tmp_path):
 
 
 def test_a_pickle_under_the_name_of_weights_is_not_unpickled(trained, tmp_path):
-    for path in (trained / "final" / runs.MODEL, trained / "checkpoints" / "step-00000004" / runs.EMA):
+    for path in (
+        trained / "final" / runs.MODEL,
+        trained / "checkpoints" / "step-00000004" / runs.EMA,
+    ):
         path.write_bytes(pickle.dumps(Attack(tmp_path / "owned")))
         with pytest.raises(RunError, match="cannot be read"):
             runs.read_tensors(path)
@@ -75,7 +78,9 @@ def test_a_huge_configuration_is_not_read(trained):
 
 
 def test_a_configuration_cannot_ask_for_absurd_memory(trained):
-    """Absurd sizes are out of bounds; others are compared with the weights before memory is taken for them."""
+    """Absurd sizes are out of bounds; others are compared with the weights before memory is taken
+    for them.
+    """
     path = trained / "final" / "config.yaml"
     text = path.read_text()
     for was, now, words in (
@@ -125,7 +130,10 @@ def test_an_extractor_in_a_field_is_a_name_and_no_code(trained, tmp_path, monkey
     if where == "run folder":
         path.write_text(foreign)
     line = line_of(run("train", *commands[where], "--eval-every", 1, "--set", "train.steps=6"))
-    assert "eval.extractor: 'foreign:factory' is not a choice; valid: auto, inception, digits, efficientnet" in line
+    assert (
+        "eval.extractor: 'foreign:factory' is not a choice; valid: auto, inception, digits, efficientnet"
+        in line
+    )
     assert not (tmp_path / "reached").exists()
 
 
@@ -149,7 +157,14 @@ def test_record_of_a_shard_names_no_file_to_open():
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", '{"format": 1, "settings": {}}', '{"format": 2, "settings": {}}', "[" * 100_000, '{"format": 1e999}'],
+    [
+        "[]",
+        "{}",
+        '{"format": 1, "settings": {}}',
+        '{"format": 2, "settings": {}}',
+        "[" * 100_000,
+        '{"format": 1e999}',
+    ],
 )
 def test_a_damaged_manifest_is_one_line(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
@@ -159,7 +174,9 @@ def test_a_damaged_manifest_is_one_line(tmp_path, text):
 
 
 def test_class_names_are_text_and_no_paths(tmp_path):
-    """Control characters and dots in names of class folders end in JSON and YAML, never in a file name."""
+    """Control characters and dots in names of class folders end in JSON and YAML, never in a file
+    name.
+    """
     from PIL import Image
 
     names = ["x..", "a\nb", "\x1b[31mred"]
@@ -170,19 +187,31 @@ def test_class_names_are_text_and_no_paths(tmp_path):
     assert list(list_source(tmp_path / "data").class_names) == sorted(names)
     more = ("--set", "model.num_classes=3", "--set", "train.sample_every=2")
     result = run(
-        "train", "--preset", "digits", "--data", tmp_path / "data", "--out", tmp_path / "run", *SETTINGS, *more
+        "train",
+        "--preset",
+        "digits",
+        "--data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "run",
+        *SETTINGS,
+        *more,
     )
     assert result.exit_code == 0, result.output
     assert "\x1b[31m" not in result.output
     assert run("sample", tmp_path / "run", "-n", 3).exit_code == 0
     written = {p.name for p in tmp_path.rglob("*") if tmp_path / "data" not in p.parents}
     assert not written & set(names)
-    assert load_config(str(tmp_path / "run" / "config.yaml")).data.class_names == tuple(sorted(names))
+    assert load_config(str(tmp_path / "run" / "config.yaml")).data.class_names == tuple(
+        sorted(names)
+    )
 
 
 @pytest.fixture
 def strange(tmp_path, monkeypatch):
-    """The current folder, with modules that a data set from a stranger may hold; each writes a file when imported."""
+    """The current folder, with modules that a data set from a stranger may hold; each writes a file
+    when imported.
+    """
     folder = tmp_path / "strange"
     folder.mkdir()
     for name in ("typer", "multiprocessing", "torch", "yaml"):
@@ -200,7 +229,9 @@ def test_the_program_imports_nothing_from_the_current_folder(strange, tmp_path):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
-def test_processes_that_the_program_starts_import_nothing_from_the_current_folder(strange, tmp_path):
+def test_processes_that_the_program_starts_import_nothing_from_the_current_folder(
+    strange, tmp_path
+):
     assert run("--version").exit_code == 0
     child = multiprocessing.get_context("spawn").Process(target=os.getpid)
     child.start()

@@ -100,13 +100,19 @@ def test_only_commands_print_and_exit():
 
 
 def text_calls(tree):
-    """Calls that open a text file without saying in which encoding, as read_text(), open() or open("w") of a path."""
+    """Calls that open a text file without saying in which encoding, as read_text(), open() or
+    open("w") of a path.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and not any(word.arg == "encoding" for word in node.keywords):
-            mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            mode = (
+                node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else None
+            )
             if isinstance(node.func, ast.Attribute):
                 plain = not node.args or (isinstance(mode, str) and set(mode) <= set("rwaxt+"))
-                if node.func.attr in ("read_text", "write_text") or (node.func.attr == "open" and plain):
+                if node.func.attr in ("read_text", "write_text") or (
+                    node.func.attr == "open" and plain
+                ):
                     yield node
             elif isinstance(node.func, ast.Name) and node.func.id == "open":
                 mode = node.args[1] if len(node.args) > 1 else None
@@ -115,7 +121,11 @@ def text_calls(tree):
 
 
 def test_text_files_are_utf_8_whatever_the_locale():
-    assert [f"{path}:{node.lineno}: {ast.unparse(node)}" for path, tree in modules() for node in text_calls(tree)] == []
+    assert [
+        f"{path}:{node.lineno}: {ast.unparse(node)}"
+        for path, tree in modules()
+        for node in text_calls(tree)
+    ] == []
 
 
 def test_calls_without_an_encoding_are_found():
@@ -125,7 +135,11 @@ def test_calls_without_an_encoding_are_found():
 
 
 FOLDERS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/studies", "tools", "examples")
-SCRIPTS = sorted(p for folder in ("benchmarks", "tools", "examples") for p in (ROOT.parent / folder).rglob("*.py"))
+SCRIPTS = sorted(
+    p
+    for folder in ("benchmarks", "tools", "examples")
+    for p in (ROOT.parent / folder).rglob("*.py")
+)
 IMPORTED = ("study.py", "measures.py", "changes.py")  # by benchmarks/studies/run.py
 WITH_HELP = [p for p in SCRIPTS if p.parent.name != "examples" and p.name not in IMPORTED]
 
@@ -136,7 +150,9 @@ def test_scripts_were_found_in_every_folder():
 
 @pytest.fixture(scope="module")
 def help_of_scripts(tmp_path_factory):
-    """Runs all scripts with --help in one child process and in another folder; gives the exit code of each."""
+    """Runs all scripts with --help in one child process and in another folder; gives the exit code
+    of each.
+    """
     code = (
         "import json, runpy, sys\n"
         "usual, ends = list(sys.path), {}\n"
@@ -152,7 +168,13 @@ def help_of_scripts(tmp_path_factory):
         "print(json.dumps(ends))\n"
     )
     command = [sys.executable, "-c", code, *map(str, WITH_HELP)]
-    done = subprocess.run(command, cwd=tmp_path_factory.mktemp("elsewhere"), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -163,21 +185,29 @@ def test_scripts_start_with_help_from_any_folder(path, help_of_scripts):
 
 
 def missing(tree):
-    """Names that a script takes from the package and that are not there: imports, and attributes of its modules."""
+    """Names that a script takes from the package and that are not there: imports, and attributes of
+    its modules.
+    """
     bound = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "diffussm_cli":
             module = importlib.import_module(node.module)
             for alias in node.names:
                 try:
-                    found = getattr(module, alias.name, None) or importlib.import_module(f"{node.module}.{alias.name}")
+                    found = getattr(module, alias.name, None) or importlib.import_module(
+                        f"{node.module}.{alias.name}"
+                    )
                 except ImportError:
                     yield f"{node.module}.{alias.name}"
                     continue
                 if isinstance(found, types.ModuleType):
                     bound[alias.asname or alias.name] = found
     for node in ast.walk(tree):
-        of_module = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound
+        of_module = (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in bound
+        )
         if of_module and not hasattr(bound[node.value.id], node.attr):
             yield ast.unparse(node)
 
@@ -192,7 +222,13 @@ def test_names_that_the_package_lacks_are_found():
     assert list(missing(ast.parse(code))) == ["diffussm_cli.gone", "s4d.gone"]
 
 
-QUICK = [["--help"], ["train", "--help"], ["sample", "--help"], ["profile", "--help"], ["encode", "--help"]]
+QUICK = [
+    ["--help"],
+    ["train", "--help"],
+    ["sample", "--help"],
+    ["profile", "--help"],
+    ["encode", "--help"],
+]
 QUICK += [["eval", "--help"], ["eval"]]
 QUICK += [
     ["--version"],

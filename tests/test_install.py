@@ -16,14 +16,26 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_wheel_holds_code_and_presets(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", tmp_path, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "--wheel-dir",
+        tmp_path,
+        ROOT,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("diffussm-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for preset in (ROOT / "presets").glob("*.yaml"):
         assert f"diffussm_cli/presets/{preset.name}" in names
-    for module in [p for p in (ROOT / "diffussm_cli").rglob("*") if p.suffix in (".py", ".html", ".js")]:
+    for module in [
+        p for p in (ROOT / "diffussm_cli").rglob("*") if p.suffix in (".py", ".html", ".js")
+    ]:
         assert module.relative_to(ROOT).as_posix() in names
     for file in (ROOT / "diffussm_cli" / "bundled").glob("*/*"):
         assert file.relative_to(ROOT).as_posix() in names
@@ -33,12 +45,18 @@ def test_wheel_holds_code_and_presets(tmp_path):
 
 def test_presets_are_found_from_any_folder(tmp_path):
     code = "from diffussm_cli.config import load_config; print(load_config('xl-256').model.hidden_size)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "1152", done.stderr
 
 
 def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_path):
-    shutil.copytree(ROOT / "diffussm_cli", tmp_path / "diffussm_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "diffussm_cli",
+        tmp_path / "diffussm_cli",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     shutil.copytree(ROOT / "presets", tmp_path / "presets")
     command = [sys.executable, "-m", "diffussm_cli", "profile", "--preset", "digits", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -48,13 +66,26 @@ def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_pa
 def test_what_the_package_imports_is_declared():
     """As a dependency, or in an extra, whose packages are imported where they are used."""
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [r for name, extra in project["optional-dependencies"].items() if name != "test" for r in extra]
-    declared = {re.match(r"[\w-]+", r)[0].replace("_", "-") for r in project["dependencies"] + extras}
+    extras = [
+        r
+        for name, extra in project["optional-dependencies"].items()
+        if name != "test"
+        for r in extra
+    ]
+    declared = {
+        re.match(r"[\w-]+", r)[0].replace("_", "-") for r in project["dependencies"] + extras
+    }
     providers = importlib.metadata.packages_distributions()
     for path in (ROOT / "diffussm_cli").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in {n.partition(".")[0] for n in names} - set(sys.stdlib_module_names) - {"diffussm_cli"}:
+            for name in (
+                {n.partition(".")[0] for n in names}
+                - set(sys.stdlib_module_names)
+                - {"diffussm_cli"}
+            ):
                 found = {d.lower().replace("_", "-") for d in providers.get(name, [])}
-                assert found & declared, f"{path} imports {name}, which pyproject.toml does not declare"
+                assert found & declared, (
+                    f"{path} imports {name}, which pyproject.toml does not declare"
+                )

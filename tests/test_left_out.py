@@ -31,15 +31,38 @@ def line(root):
 
 
 def test_train_says_what_it_does_not_use(faces, tmp_path):
-    settings = ("--set", "model.num_classes=1", "--set", "train.batch_size=2", "--set", "train.steps=1")
-    result = run("train", "--preset", "digits", "--data", faces, "--out", tmp_path / "run", *SETTINGS, *settings)
+    settings = (
+        "--set",
+        "model.num_classes=1",
+        "--set",
+        "train.batch_size=2",
+        "--set",
+        "train.steps=1",
+    )
+    result = run(
+        "train",
+        "--preset",
+        "digits",
+        "--data",
+        faces,
+        "--out",
+        tmp_path / "run",
+        *SETTINGS,
+        *settings,
+    )
     assert result.exit_code == 0, result.output
     assert result.stderr.splitlines().count(line(faces)) == 1
 
 
 def test_train_says_what_it_does_not_use_of_held_out_images(faces, tmp_path):
     """The images to train on stand in a folder of their own, which is used completely."""
-    settings = ["model.num_classes=1", "train.batch_size=2", "train.steps=1", "eval.every=1", "eval.images=0"]
+    settings = [
+        "model.num_classes=1",
+        "train.batch_size=2",
+        "train.steps=1",
+        "eval.every=1",
+        "eval.images=0",
+    ]
     settings += [f"data.held_out={faces}", "eval.held_out_images=2"]
     (tmp_path / "data").mkdir()
     (faces / "selected").rename(tmp_path / "data" / "selected")

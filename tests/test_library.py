@@ -44,7 +44,7 @@ def train(out, data=None, **fields):
     return ds.train("digits", out, data=data, set=settings, show=False, **(SHORT | fields))
 
 
-# ------------------------------------------------------------------------------------------------- the door
+# ----------------------------------------------------------------------------------------- the door
 def test_import_takes_no_torch_until_a_name_is_used():
     code = "import sys, diffussm; print('torch' in sys.modules); diffussm.LinearFlow; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -75,12 +75,18 @@ def test_public_functions_have_complete_type_hints():
         assert all(p.annotation is not p.empty for p in signature.parameters.values()), name
 
 
-# ------------------------------------------------------------------------------------------------- own loops
+# ---------------------------------------------------------------------------------------- own loops
 @pytest.mark.parametrize("process", [ds.GaussianDiffusion(), ds.LinearFlow(), ds.ImageFlow()])
 def test_a_network_learns_in_a_loop_of_ones_own(process):
     torch.manual_seed(0)
     learn_sigma = isinstance(process, ds.GaussianDiffusion)
-    sizes = {"hidden_size": 16, "depth": 2, "d_state": 4, "num_classes": 2, "learn_sigma": learn_sigma}
+    sizes = {
+        "hidden_size": 16,
+        "depth": 2,
+        "d_state": 4,
+        "num_classes": 2,
+        "learn_sigma": learn_sigma,
+    }
     model = ds.DiffuSSM(input_size=8, in_channels=1, **sizes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     x_0 = torch.stack([torch.full((1, 8, 8), value) for value in (-0.8, 0.8)]).repeat(8, 1, 1, 1)
@@ -120,7 +126,14 @@ def test_samples_depend_on_their_seed_alone():
 
 @pytest.mark.parametrize("mixer", ["s4d", "conv,axial"])
 def test_a_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
-    sizes = {"input_size": (8, 16), "in_channels": 1, "hidden_size": 16, "depth": 2, "d_state": 4, "num_classes": 3}
+    sizes = {
+        "input_size": (8, 16),
+        "in_channels": 1,
+        "hidden_size": 16,
+        "depth": 2,
+        "d_state": 4,
+        "num_classes": 3,
+    }
     model = ds.DiffuSSM(**sizes, mixer=mixer).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -131,13 +144,15 @@ def test_a_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
     assert not list((tmp_path / "model").glob("*.bin"))
 
 
-# ------------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
     run = ds.load("mnist")
     images = run.sample(3, classes=range(10), steps=4, guidance=2)
     assert images.dtype == torch.uint8
     assert images.shape == (3, 1, 28, 28)
-    path = ds.sample("mnist", tmp_path / "images", 3, classes=range(10), steps=4, guidance=2, show=False)
+    path = ds.sample(
+        "mnist", tmp_path / "images", 3, classes=range(10), steps=4, guidance=2, show=False
+    )
     assert path == tmp_path / "images" / "grid.png"
     for i, image in enumerate(images):
         with Image.open(tmp_path / "images" / f"{i:06d}.png") as stored:
@@ -147,7 +162,9 @@ def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
 
 def test_wrong_requests_are_one_line_that_names_the_parameter():
     run = ds.load("mnist")
-    with pytest.raises(ConfigError, match="^classes: 99 is not a class of this model; it has 0 to 9$"):
+    with pytest.raises(
+        ConfigError, match="^classes: 99 is not a class of this model; it has 0 to 9$"
+    ):
         run.sample(1, classes=[99])
     with pytest.raises(ConfigError, match="unknown field sample.step"):
         run.sample(1, step=4)
@@ -160,7 +177,7 @@ def test_costs_are_those_of_the_command():
     assert ds.cost(ds.load_config("xl-256"), {"model.depth": 1}).gflops < 12
 
 
-# ------------------------------------------------------------------------------------------------- own data
+# ----------------------------------------------------------------------------------------- own data
 def test_a_run_that_continues_by_a_name_keeps_its_own_configuration(tmp_path):
     first = train(tmp_path / "run", lr=0.005)
     again = ds.train(out=tmp_path / "run", resume=True, steps=5, show=False)
@@ -172,15 +189,26 @@ def test_a_run_that_continues_by_a_name_keeps_its_own_configuration(tmp_path):
 def test_a_dataset_of_ones_own_is_trained_resumed_sampled_and_evaluated(tmp_path):
     data = Squares(side=28)
     sizes = {"data.resolution": 28, "model.patch_size": 7, "model.num_classes": 2}
-    config = ds.load_config("digits", fields=SMALL | sizes | {f"train.{k}": v for k, v in SHORT.items()})
+    config = ds.load_config(
+        "digits", fields=SMALL | sizes | {f"train.{k}": v for k, v in SHORT.items()}
+    )
     straight = ds.train(config, tmp_path / "straight", data=data, show=False)
     calls = []
-    ds.train(config, tmp_path / "run", data=data, show=False, stop=lambda: calls.append(1) or len(calls) > 1)
+    ds.train(
+        config,
+        tmp_path / "run",
+        data=data,
+        show=False,
+        stop=lambda: calls.append(1) or len(calls) > 1,
+    )
     assert not (tmp_path / "run" / "final").exists()
     run = ds.train(config, tmp_path / "run", data=data, resume=True, show=False)
     assert run.config.data.path == "python:Squares"
     assert run.config.data.class_names == ("0", "1")
-    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("straight", "run")]
+    weights = [
+        (tmp_path / name / "final" / "model.safetensors").read_bytes()
+        for name in ("straight", "run")
+    ]
     assert weights[0] == weights[1]
     assert torch.equal(run.sample(5, steps=3), straight.sample(5, steps=3))
     scores = ds.evaluate(run, data, ("kid",), num=16, steps=2, cache=None, show=False)
@@ -198,7 +226,9 @@ def test_bytes_and_floats_of_the_same_images_train_alike(tmp_path):
 
 def test_a_dataset_without_labels_trains_an_unconditional_model(tmp_path):
     settings = SMALL | {"model.num_classes": 0, "sample.guidance": 1}
-    run = ds.train("digits", tmp_path / "run", data=Squares(labelled=False), set=settings, show=False, **SHORT)
+    run = ds.train(
+        "digits", tmp_path / "run", data=Squares(labelled=False), set=settings, show=False, **SHORT
+    )
     assert run.sample(2).shape == (2, 1, 8, 8)
 
 
@@ -214,9 +244,18 @@ class Odd(Squares):
 @pytest.mark.parametrize(
     ("item", "line"),
     [
-        (torch.zeros(1, 9, 8), r"data: item 0 of the Odd has the shape \(1, 9, 8\), but the model takes \(1, 8, 8\)"),
-        (torch.full((1, 8, 8), torch.nan), "data: item 0 of the Odd holds a number that is not finite"),
-        ("a.png", r"data: an item must be a tensor \(C, H, W\), or a pair of it and a label, not str"),
+        (
+            torch.zeros(1, 9, 8),
+            r"data: item 0 of the Odd has the shape \(1, 9, 8\), but the model takes \(1, 8, 8\)",
+        ),
+        (
+            torch.full((1, 8, 8), torch.nan),
+            "data: item 0 of the Odd holds a number that is not finite",
+        ),
+        (
+            "a.png",
+            r"data: an item must be a tensor \(C, H, W\), or a pair of it and a label, not str",
+        ),
         (torch.zeros(8, 8), "not a tensor of 2 dimensions"),
     ],
 )
@@ -227,5 +266,7 @@ def test_items_that_do_not_fit_are_named_before_training(tmp_path, item, line):
 
 def test_a_run_on_a_dataset_cannot_go_on_without_it(tmp_path):
     run = train(tmp_path / "run", Squares())
-    with pytest.raises(ConfigError, match="^data.path: 'python:Squares' was a dataset of a Python program"):
+    with pytest.raises(
+        ConfigError, match="^data.path: 'python:Squares' was a dataset of a Python program"
+    ):
         ds.train(run.config, tmp_path / "again", show=False)

@@ -14,10 +14,16 @@ def test_points_of_a_chart_lie_where_their_values_are():
     assert [label for _, label in ratio["rows"]] == ["0.01", "0.1", "1"]
     assert [label for _, label in ratio["columns"]] == ["0", "5", "10"]
     assert chart("", {"": Curve([3], [0.0])})["lines"] == ["354.0,81.0"]
-    assert [label for _, label in chart("", {"": Curve([1, 2], [1e3, 1e5])})["rows"]] == ["1,000", "10,000", "1e+05"]
+    assert [label for _, label in chart("", {"": Curve([1, 2], [1e3, 1e5])})["rows"]] == [
+        "1,000",
+        "10,000",
+        "1e+05",
+    ]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)]
+)
 def test_an_axis_has_two_to_seven_round_values(low, high):
     found = round_values(low, high, integers=False)
     assert 2 <= len(found) <= 7
@@ -25,4 +31,10 @@ def test_an_axis_has_two_to_seven_round_values(low, high):
 
 
 def test_numbers_for_people():
-    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == ["0", "0.0123", "12.3", "1,234", "1e-07"]
+    assert [number(v) for v in (0, 0.012345, 12.345, 1234.5, 1e-7)] == [
+        "0",
+        "0.0123",
+        "12.3",
+        "1,234",
+        "1e-07",
+    ]

@@ -1,8 +1,9 @@
-"""On a GPU that is only pretended: torch's fake tensors carry a CUDA device and a shape but no values.
+"""On a GPU that is only pretended: torch's fake tensors carry a CUDA device and a shape but no
+values.
 
-An operator that is given tensors of two devices fails as on a real GPU, and so does the host where it asks a tensor on
-the device for its value, which would make every step wait. Values are compared elsewhere; `pytest --device cuda` runs
-the whole suite where there is a real one.
+An operator that is given tensors of two devices fails as on a real GPU, and so does the host where
+it asks a tensor on the device for its value, which would make every step wait. Values are compared
+elsewhere; `pytest --device cuda` runs the whole suite where there is a real one.
 """
 
 import pytest
@@ -26,7 +27,8 @@ from diffussm_cli.training.step import Step
 from tests.conftest import save_vae
 
 CUDA = torch.device("cuda", 0)
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # tells kept kernels apart
+# tells kept kernels apart
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
 
 def new_parameters(self, function, recurse=True):
@@ -50,7 +52,9 @@ class Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         found = function(*arguments, **(named or {}))
-        self.on_device |= {t.dtype for t in tree_leaves(found) if isinstance(t, torch.Tensor) and t.device == CUDA}
+        self.on_device |= {
+            t.dtype for t in tree_leaves(found) if isinstance(t, torch.Tensor) and t.device == CUDA
+        }
         return found
 
 
@@ -69,7 +73,11 @@ def test_forward(pretended, preset, grad):
     with pretended, torch.set_grad_enabled(grad):
         model = build_model(config).to(CUDA)
         x = torch.randn(2, 1, *config.data.grid, device=CUDA)
-        output = model(x, torch.zeros(2, dtype=torch.long, device=CUDA), torch.ones(2, dtype=torch.long, device=CUDA))
+        output = model(
+            x,
+            torch.zeros(2, dtype=torch.long, device=CUDA),
+            torch.ones(2, dtype=torch.long, device=CUDA),
+        )
     assert output.device == CUDA
 
 
@@ -89,7 +97,8 @@ def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny,
         assert torch.float64 not in seen.on_device  # 64 times slower than float32 on many GPUs
         assert torch.float32 in seen.on_device
         assert {p.device for p in step.ema.model.parameters()} == {CUDA}
-        with pytest.raises(DataDependentOutputException):  # records do wait, so the pretence sees it
+        # records do wait, so the pretence sees it
+        with pytest.raises(DataDependentOutputException):
             step.meter.flush()
 
 
@@ -100,13 +109,19 @@ def test_guided_and_clipped_denoiser(pretended):
     with pretended, torch.no_grad():
         model = build_model(config).to(CUDA).eval()
         process = GaussianDiffusion.from_config(config.diffusion, CUDA)
-        denoise = make_denoiser(model, process, request, torch.zeros(2, dtype=torch.long, device=CUDA))
-        assert denoise(torch.randn(2, 1, 8, 8, device=CUDA, dtype=torch.float64), 500).device == CUDA
+        denoise = make_denoiser(
+            model, process, request, torch.zeros(2, dtype=torch.long, device=CUDA)
+        )
+        assert (
+            denoise(torch.randn(2, 1, 8, 8, device=CUDA, dtype=torch.float64), 500).device == CUDA
+        )
 
 
 def test_digits_extractor(pretended):
     with pretended:
-        features = load_extractor("digits", None, CUDA)(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+        features = load_extractor("digits", None, CUDA)(
+            torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+        )
     assert {f.device for f in features} == {CUDA}
 
 

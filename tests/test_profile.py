@@ -27,7 +27,9 @@ def test_default_is_diffussm_beside_dit():
     assert dit["parameters"] == 674_834_720
     assert sum(ours["parts"].values()) == pytest.approx(ours["gflops"])
     assert ours["flops"] == pytest.approx(2e9 * ours["gflops"])
-    assert sum(v for k, v in ours["counted"].items() if k != "kernels") == pytest.approx(ours["gflops"], rel=5e-3)
+    assert sum(v for k, v in ours["counted"].items() if k != "kernels") == pytest.approx(
+        ours["gflops"], rel=5e-3
+    )
     assert dit["training_gflops"] == pytest.approx(2.13e11, rel=3e-3)
 
 
@@ -46,7 +48,14 @@ def test_grid_of_resolutions_and_letters():
 def test_tables_hold_every_model(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = profile("--models", "xl,dit-xl/2,dit-xl/1,s", "--no-count")
-    for text in ("673,088,272", "674,834,720", "DiT-XL/1", "DiffuSSM-S", "118.6", "Gflops to train"):
+    for text in (
+        "673,088,272",
+        "674,834,720",
+        "DiT-XL/1",
+        "DiffuSSM-S",
+        "118.6",
+        "Gflops to train",
+    ):
         assert text in out
     assert "…" not in out
 
@@ -100,12 +109,17 @@ def test_estimate_measures_a_real_step():
     out = json.loads(profile("--preset", "digits", "--estimate", "--json"))
     training = out["models"][0]["training"]
     assert training["step_seconds"] > 0
-    assert training["seconds"] == pytest.approx(training["step_seconds"] * load_config("digits").train.steps)
+    assert training["seconds"] == pytest.approx(
+        training["step_seconds"] * load_config("digits").train.steps
+    )
 
 
 def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     given = []
-    monkeypatch.setattr("diffussm_cli.profiling.report.pick_device", lambda name: torch.device("cuda", int(name[-1])))
+    monkeypatch.setattr(
+        "diffussm_cli.profiling.report.pick_device",
+        lambda name: torch.device("cuda", int(name[-1])),
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (device.index << 30, 80 << 30))
     monkeypatch.setattr(
         planning,
@@ -164,6 +178,16 @@ def test_mistakes_are_one_line(arguments, message):
 
 def test_estimate_of_what_can_never_fit(monkeypatch):
     monkeypatch.setattr("diffussm_cli.profiling.timing.available_bytes", lambda device: 1 << 30)
-    line = line_of(run("profile", "--preset", "xl-256", "--set", "train.precision=fp32", "--no-count", "--estimate"))
+    line = line_of(
+        run(
+            "profile",
+            "--preset",
+            "xl-256",
+            "--set",
+            "train.precision=fp32",
+            "--no-count",
+            "--estimate",
+        )
+    )
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line

@@ -1,4 +1,6 @@
-"""The documentation as a site: built without a warning, complete without a network, and found by its search."""
+"""The documentation as a site: built without a warning, complete without a network, and found by
+its search.
+"""
 
 import contextlib
 import functools
@@ -58,17 +60,23 @@ def tab(site, tmp_path):
         pytest.skip("no Chromium found (Debian: apt-get install chromium)")
     with browser(tmp_path / "profile") as tab:
         yield tab
-        assert {url.split("/")[2] for url in tab.requests if url.startswith("http")} == {site.split("/")[2]}
+        assert {url.split("/")[2] for url in tab.requests if url.startswith("http")} == {
+            site.split("/")[2]
+        }
         assert tab.problems == []
 
 
 def pages_found(tab, words):
     """The pages that the search box of the open page gives, best first."""
     box = "document.querySelector('.md-search__input')"
-    tab.ask(f"{box}.focus(); {box}.value = {json.dumps(words)}; {box}.dispatchEvent(new Event('keyup'))")
+    tab.ask(
+        f"{box}.focus(); {box}.value = {json.dumps(words)}; {box}.dispatchEvent(new Event('keyup'))"
+    )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        paths = tab.ask("[...document.querySelectorAll('.md-search-result__item > a')].map(a => a.pathname)")
+        paths = tab.ask(
+            "[...document.querySelectorAll('.md-search-result__item > a')].map(a => a.pathname)"
+        )
         if paths:
             return list(dict.fromkeys(paths))
         time.sleep(0.1)

@@ -1,4 +1,6 @@
-"""The harness of benchmarks/studies: equal budgets, a search that cannot end at its edge, and intervals by hand."""
+"""The harness of benchmarks/studies: equal budgets, a search that cannot end at its edge, and
+intervals by hand.
+"""
 
 import json
 import math
@@ -43,13 +45,18 @@ def test_runs_get_the_same_gflops_to_half_a_step():
     for job in jobs:
         config = job.config()
         assert config.train.seed == job.seed
-        assert abs(studies.step_gflops(config) * config.train.steps - 5.0) <= studies.step_gflops(config) / 2
+        assert (
+            abs(studies.step_gflops(config) * config.train.steps - 5.0)
+            <= studies.step_gflops(config) / 2
+        )
 
 
 def test_runs_get_the_same_seconds_by_their_measured_steps():
     jobs = make(seconds=30.0, step_seconds={"a": 0.1, "b": 0.3}).jobs({})
     assert [job.config().train.steps for job in jobs] == [300, 100, 300, 100]
-    with pytest.raises(SystemExit, match="s: a step of a has not been timed yet; run it without --plan"):
+    with pytest.raises(
+        SystemExit, match="s: a step of a has not been timed yet; run it without --plan"
+    ):
         make(seconds=30.0).jobs({})
 
 
@@ -58,7 +65,9 @@ def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kerne
 
     config = load_config("digits")
     c = cost(config)
-    assert studies.step_gflops(config) == pytest.approx(3 * (c.gflops * config.train.batch_size + c.kernel_gflops))
+    assert studies.step_gflops(config) == pytest.approx(
+        3 * (c.gflops * config.train.batch_size + c.kernel_gflops)
+    )
 
 
 def test_the_search_takes_a_third_and_its_best_value_for_each_run():
@@ -71,13 +80,21 @@ def test_the_search_takes_a_third_and_its_best_value_for_each_run():
     chosen = studies.choose(study, held_out)
     assert chosen == {"a": {"train.lr": 0.2}, "b": {"train.lr": 0.2}}
     assert study.jobs(chosen)[0].config().train.lr == 0.2
-    with pytest.raises(SystemExit, match=r"b is best at the edge of its grid, train.lr=0.3; widen it"):
+    with pytest.raises(
+        SystemExit, match=r"b is best at the edge of its grid, train.lr=0.3; widen it"
+    ):
         studies.choose(study, held_out | {"b-0.3": 1.0})
 
 
 def test_a_search_has_its_own_seed_and_share_and_leaves_out_runs_with_a_value():
     runs = {"a": {}, "b": {"train.lr": 0.5}}
-    study = make(images=9600, runs=runs, search={"train.lr": [0.1, 0.2, 0.3]}, search_seed=9, search_share=1.0)
+    study = make(
+        images=9600,
+        runs=runs,
+        search={"train.lr": [0.1, 0.2, 0.3]},
+        search_seed=9,
+        search_share=1.0,
+    )
     trials = study.trials()
     assert [t.name for t in trials] == ["a-0.1", "a-0.2", "a-0.3"]
     assert {t.seed for t in trials} == {9}
@@ -110,10 +127,18 @@ def test_every_seed_of_training_may_have_samples_of_its_own():
 def test_repeat_takes_the_stored_configuration_or_refuses_another_one():
     job = make(images=640).jobs({})[0]
     config = job.config()
-    old = {"run": "a", "seed": 3, "preset": "digits", "overrides": list(job.overrides), "commit": "abc1234"}
+    old = {
+        "run": "a",
+        "seed": 3,
+        "preset": "digits",
+        "overrides": list(job.overrides),
+        "commit": "abc1234",
+    }
     old["config"] = studies.config_hash(config)
     assert studies.stored_config(old) == config
-    with pytest.raises(SystemExit, match=f"is configuration {old['config']} today, and 0123 was trained.* abc1234"):
+    with pytest.raises(
+        SystemExit, match=f"is configuration {old['config']} today, and 0123 was trained.* abc1234"
+    ):
         studies.stored_config(old | {"config": "0123"})
     new = json.loads(json.dumps({"configuration": to_dict(config), "preset": "gone"}))
     assert studies.stored_config(new) == config
@@ -149,7 +174,11 @@ def test_verdicts_wait_for_every_seed_of_every_run():
     runs = {"a": {}, "b": {}, "c": {}}
     study = make(images=64, seeds=(0, 1), runs=runs, margin=0.002)
     losses = {"a": (0.2, 0.21), "b": (0.25, 0.261), "c": (0.2, 0.2101)}
-    results = [{"run": run, "seed": seed, "held_out": of[seed]} for run, of in losses.items() for seed in (0, 1)]
+    results = [
+        {"run": run, "seed": seed, "held_out": of[seed]}
+        for run, of in losses.items()
+        for seed in (0, 1)
+    ]
     rows = report.verdict_table(study, results, "a")[3:]
     assert [row.split(" | ")[-1] for row in rows] == ["worse |", "equal |"]
     assert report.verdict_table(study, results[:-1], "a") == []
@@ -163,7 +192,10 @@ def test_seconds_to_a_loss_are_read_between_two_points():
 
 
 def test_the_log_of_a_result_is_short_and_holds_the_means():
-    records = [{"step": i, "loss": float(i), "grad_norm": None, "images_per_second": 2.0} for i in range(1, 401)]
+    records = [
+        {"step": i, "loss": float(i), "grad_norm": None, "images_per_second": 2.0}
+        for i in range(1, 401)
+    ]
     log = runner.short_log(records)
     assert len(log["step"]) == runner.LOGGED
     assert (log["step"][0], log["step"][-1]) == (4, 400)
@@ -174,14 +206,18 @@ def test_the_hash_tells_configurations_apart_but_not_seeds():
     a, _, b, _ = make(images=64).jobs({})
     assert (a.run, b.run, a.seed, b.seed) == ("a", "a", 3, 4)
     assert studies.config_hash(a.config()) == studies.config_hash(b.config())
-    assert studies.config_hash(a.config()) != studies.config_hash(make(images=128).jobs({})[0].config())
+    assert studies.config_hash(a.config()) != studies.config_hash(
+        make(images=128).jobs({})[0].config()
+    )
 
 
 def test_intervals_and_paired_differences_by_hand():
-    assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)  # t(2) at 0.975
+    # t(2) at 0.975
+    assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert report.half_width([1.0]) == math.inf
     results = [
-        {"run": r, "seed": s, "fid": v} for r, s, v in [("a", 0, 1.0), ("a", 1, 5.0), ("b", 1, 7.0), ("b", 2, 9.0)]
+        {"run": r, "seed": s, "fid": v}
+        for r, s, v in [("a", 0, 1.0), ("a", 1, 5.0), ("b", 1, 7.0), ("b", 2, 9.0)]
     ]
     assert report.paired(results, "b", "a", "fid") == [2.0]
 
@@ -189,7 +225,14 @@ def test_intervals_and_paired_differences_by_hand():
 def store(root, study, run, steps=2, gflops=6.0, curve=((2, 16, 5.0),)):
     """A result as run.py leaves it, as far as reading needs it."""
     (root / study).mkdir(exist_ok=True)
-    values = {"run": run, "seed": 0, "searched": None, "steps": steps, "gflops": gflops, "curve": curve}
+    values = {
+        "run": run,
+        "seed": 0,
+        "searched": None,
+        "steps": steps,
+        "gflops": gflops,
+        "curve": curve,
+    }
     (root / study / f"{run}-s0.json").write_text(json.dumps(values), encoding="utf-8")
 
 
@@ -199,8 +242,10 @@ def test_losses_at_a_common_budget_are_read_from_the_curves(tmp_path, monkeypatc
     store(tmp_path, "s", "b", 4, 12.0, [(4, 32, 3.0)])
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     a, b = report.load_results(study)
-    assert (a["at_gflops"], b["at_gflops"]) == (pytest.approx(4.0 - 2.0 * 2 / 10), 3.0)  # 12 Gflops are 6 steps of a
-    assert ("at_images" in a, b["at_images"]) == (False, 3.0)  # the curve of a begins after 40 images
+    # 12 Gflops are 6 steps of a
+    assert (a["at_gflops"], b["at_gflops"]) == (pytest.approx(4.0 - 2.0 * 2 / 10), 3.0)
+    # the curve of a begins after 40 images
+    assert ("at_images" in a, b["at_images"]) == (False, 3.0)
     assert "at_images" not in report.load_results(make(images=64))[0]
 
 
@@ -231,10 +276,18 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
         "model.depth": 1,
         "train.sample_every": 0,
     }
-    study = make(base=small | {"sample.steps": 4, "eval.held_out_images": 32}, images=64, samples=32, evaluations=2)
-    found = [runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)]
+    study = make(
+        base=small | {"sample.steps": 4, "eval.held_out_images": 32},
+        images=64,
+        samples=32,
+        evaluations=2,
+    )
+    found = [
+        runner.train_and_measure(study.jobs({})[0], study, tmp_path / str(i)) for i in range(2)
+    ]
     assert found[0]["held_out"] == found[1]["held_out"]
-    assert found[0]["held_out"] == pytest.approx(found[0]["curve"][-1][2], abs=1e-6)  # of as many images
+    # of as many images
+    assert found[0]["held_out"] == pytest.approx(found[0]["curve"][-1][2], abs=1e-6)
     each = found[0]["held_out_of_each"]
     assert len(each) == 32
     assert sum(each) / 32 == pytest.approx(found[0]["held_out"], rel=1e-3)
@@ -244,28 +297,40 @@ def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypat
     assert [step for step, *_ in found[0]["curve"]][-1] == found[0]["steps"]
     (tmp_path / "a-s3.json").write_text(json.dumps(found[0]), encoding="utf-8")
     assert runner.repeat(tmp_path / "a-s3.json") == (found[0]["held_out"],) * 2
-    metrics, again = (json.loads(json.dumps(found[0]))[name] for name in ("metrics", "metrics_again"))
+    metrics, again = (
+        json.loads(json.dumps(found[0]))[name] for name in ("metrics", "metrics_again")
+    )
     assert metrics == found[1]["metrics"] | {k: metrics[k] for k in ("sampling_images_per_second",)}
     assert metrics["fid"] != again["fid"] > 0
     assert 0 <= metrics["asked"] <= 1
     real = measures.floor(study.jobs({})[0].config(), 32, tmp_path)
-    assert real["asked"] > 0.9  # the extractor knows 98.4% of held-out digits, and was trained on these
+    # the extractor knows 98.4% of held-out digits, and was trained on these
+    assert real["asked"] > 0.9
     assert real["nearness"] < 1e-3  # they are themselves in the training set
     lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
     assert "| mean ± 95% | a, 1 seeds | a, seed 3, other samples | training images |" in lines
     assert f"| FID | {metrics['fid']:.4g} | {again['fid']:.4g} | {real['fid']:.4g} |" in lines
     monkeypatch.setattr(runner, "TURNS", 1)
-    earlier = make(base=small, runs={"deep": {"model.depth": 4}}, seconds=1, step_seconds={"deep": 7.0})
-    later = make(name="later", base=small, seconds=1, runs={"a": {}}, beside=earlier, timed_by="deep")
+    earlier = make(
+        base=small, runs={"deep": {"model.depth": 4}}, seconds=1, step_seconds={"deep": 7.0}
+    )
+    later = make(
+        name="later", base=small, seconds=1, runs={"a": {}}, beside=earlier, timed_by="deep"
+    )
     rates = runner.measure_rates(later, tmp_path, steps=20)
     assert rates["turns"].keys() == {"a", "deep"}
-    assert rates["step_seconds"] == {"a": pytest.approx(7 * rates["measured"]["a"] / rates["measured"]["deep"])}
+    assert rates["step_seconds"] == {
+        "a": pytest.approx(7 * rates["measured"]["a"] / rates["measured"]["deep"])
+    }
 
 
 def digits():
     """The training images and the held-out images with their labels, as two sets."""
     parts = (builtin.load("digits", None, held_out=held_out) for held_out in (False, True))
-    return [{(image.numpy().tobytes(), int(y)) for image, y in zip(part.images, part.labels)} for part in parts]
+    return [
+        {(image.numpy().tobytes(), int(y)) for image, y in zip(part.images, part.labels)}
+        for part in parts
+    ]
 
 
 @pytest.fixture
@@ -293,7 +358,8 @@ def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
     after, (fewer, same) = build_model(config), digits()
     mixer, N = after.blocks[0].mixer, config.model.d_state
     u = torch.randn(1, config.model.hidden_size, 6, 1)
-    later = mixer(u)[:, :, :3] - mixer(torch.cat([u[:, :, :3], -u[:, :, 3:]], 2))[:, :, :3]  # what the future changes
+    # what the future changes
+    later = mixer(u)[:, :, :3] - mixer(torch.cat([u[:, :, :3], -u[:, :, 3:]], 2))[:, :, :3]
     poles = mixer.A_imag[0, 0, :2].tolist()
     found = {
         "one-direction": later.abs().max().item() < 1e-5,
@@ -307,9 +373,13 @@ def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
     }
     assert [name for name, holds in found.items() if holds] == [change]
     assert poles == pytest.approx([0, math.pi]) or change == "s4d-inv"
-    removed = {name for name, _ in before.named_parameters()} - {name for name, _ in after.named_parameters()}
+    removed = {name for name, _ in before.named_parameters()} - {
+        name for name, _ in after.named_parameters()
+    }
     assert {name.split(".")[2] for name in removed} == ({"W1"} if change == "no-gate" else set())
-    assert after(torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])).isfinite().all()
+    assert (
+        after(torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])).isfinite().all()
+    )
     assert fewer <= images
     assert same == held_out
 
@@ -317,7 +387,12 @@ def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
 @torch.no_grad()
 def small_dit():
     """An 8 x 8 DiT with 16 tokens, 12 channels and 2 heads; nothing in it is zero."""
-    overrides = ["model.backbone=dit", "model.hidden_size=12", "model.heads=2", "model.compression=1"]
+    overrides = [
+        "model.backbone=dit",
+        "model.hidden_size=12",
+        "model.heads=2",
+        "model.compression=1",
+    ]
     torch.manual_seed(0)
     return build_model(load_config("digits", [*overrides, "model.patch_size=2", "model.depth=2"]))
 
@@ -396,9 +471,9 @@ def test_the_local_convolution_of_attention_begins_as_the_identity():
 
 def test_turned_queries_and_keys_know_only_their_distance():
     side, (q, k) = 4, torch.randn(2, 1, 1, 1, 10).double()  # 2 of the 10 channels stay
-    scores = (changes.turn(q.expand(1, 1, 16, 10), side) @ changes.turn(k.expand(1, 1, 16, 10), side).mT).view(
-        side, side, side, side
-    )  # by row and column of the query, then of the key
+    scores = (
+        changes.turn(q.expand(1, 1, 16, 10), side) @ changes.turn(k.expand(1, 1, 16, 10), side).mT
+    ).view(side, side, side, side)  # by row and column of the query, then of the key
     assert torch.allclose(scores[:3, :3, :3, :3], scores[1:, 1:, 1:, 1:], atol=1e-6)
     assert scores[0, 0, 0, 0] == pytest.approx((q * k).sum().item())
     values = [scores[i, j, 0, 0].item() for i, j in [(0, 0), (0, 1), (1, 0), (1, 1)]]

@@ -1,4 +1,6 @@
-"""What befalls runs that are left alone: signals, full disks, damaged checkpoints, a second job in the same folder."""
+"""What befalls runs that are left alone: signals, full disks, damaged checkpoints, a second job in
+the same folder.
+"""
 
 import contextlib
 import errno
@@ -53,10 +55,14 @@ def trained(once, tmp_path):
 
 def steps(root):
     path = root / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
 
 
-# ------------------------------------------------------------------------------------------------ resume
+# ------------------------------------------------------------------------------------------- resume
 def test_the_same_command_begins_goes_on_and_is_done(tmp_path):
     root = tmp_path / "run"
     first = train(root, "--resume")
@@ -113,11 +119,27 @@ def test_a_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
 
 
 REFUSED = {
-    "a run": (lambda root: [], [], "is not empty; add --resume to continue it, or choose another folder"),
-    "only final/": (lambda root: shutil.rmtree(root / "checkpoints"), [], "is not empty; add --resume"),
+    "a run": (
+        lambda root: [],
+        [],
+        "is not empty; add --resume to continue it, or choose another folder",
+    ),
+    "only final/": (
+        lambda root: shutil.rmtree(root / "checkpoints"),
+        [],
+        "is not empty; add --resume",
+    ),
     "a foreign folder": (lambda root: only(root, "photo.png"), [], "is not empty; add --resume"),
-    "a foreign folder, resumed": (lambda root: only(root, "photo.png"), ["--resume"], "is not empty and holds no run"),
-    "a file": (lambda root: [shutil.rmtree(root), root.write_text("")], ["--resume"], "is a file; choose a folder"),
+    "a foreign folder, resumed": (
+        lambda root: only(root, "photo.png"),
+        ["--resume"],
+        "is not empty and holds no run",
+    ),
+    "a file": (
+        lambda root: [shutil.rmtree(root), root.write_text("")],
+        ["--resume"],
+        "is a file; choose a folder",
+    ),
 }
 
 
@@ -136,8 +158,14 @@ def test_what_is_in_the_way_is_kept(trained, change, options, words):
 
 CONFIGS = {
     "empty": ("", "is empty or damaged; delete it and repeat"),
-    "cut in a word": ("preset: digits\nmodel:\n  backbone: diffussm\n  hid", "is empty or damaged (not valid YAML"),
-    "cut at a line": ("preset: digits\nmodel:\n  backbone: diffussm\n", "is empty or damaged; delete it"),
+    "cut in a word": (
+        "preset: digits\nmodel:\n  backbone: diffussm\n  hid",
+        "is empty or damaged (not valid YAML",
+    ),
+    "cut at a line": (
+        "preset: digits\nmodel:\n  backbone: diffussm\n",
+        "is empty or damaged; delete it",
+    ),
     "another kind": ("[1, 2]", "is empty or damaged; delete it"),
     "gone": (None, "has checkpoints but no config.yaml; give the --preset and --set"),
 }
@@ -148,13 +176,17 @@ def test_a_damaged_configuration_is_named_with_the_way_out(trained, monkeypatch,
     path = trained / runs.CONFIG
     path.write_text(text) if text is not None else path.unlink()
     line = line_of(run("train", "--resume", "--out", trained))
-    assert line.startswith(f"diffussm: error: --out: {path if text is not None else repr(str(trained))} {words}")
+    assert line.startswith(
+        f"diffussm: error: --out: {path if text is not None else repr(str(trained))} {words}"
+    )
     monkeypatch.chdir(trained.parent)
     (trained.parent / "runs").mkdir()
     trained.rename(trained.parent / "runs" / "mnist")
     if text is not None:
         assert words in line_of(run("train", "--resume"))
-        assert line_of(run("train", "--resume")).startswith("diffussm: error: --resume: runs/mnist/config.yaml")
+        assert line_of(run("train", "--resume")).startswith(
+            "diffussm: error: --resume: runs/mnist/config.yaml"
+        )
         assert words in line_of(run("train", "--preset", "mnist", "--resume", *SETTINGS))
         os.unlink("runs/mnist/config.yaml")
     result = train("runs/mnist", "--resume", "--set", "train.steps=6")
@@ -163,7 +195,9 @@ def test_a_damaged_configuration_is_named_with_the_way_out(trained, monkeypatch,
     assert runs.read_config(Path("runs/mnist")).train.steps == 6
 
 
-@pytest.mark.parametrize("lost", ["absent", "a bit flipped", "of fewer steps", "without hashes", "config damaged"])
+@pytest.mark.parametrize(
+    "lost", ["absent", "a bit flipped", "of fewer steps", "without hashes", "config damaged"]
+)
 def test_a_finished_run_without_final_gets_it_again(trained, lost):
     """As after a kill between the last checkpoint and final/."""
     final, steps = trained / "final", 4
@@ -172,8 +206,9 @@ def test_a_finished_run_without_final_gets_it_again(trained, lost):
         shutil.rmtree(final)
     elif lost == "a bit flipped":
         flip(final / runs.MODEL)
-        assert "model.safetensors has changed since it was written; write it again with: diffussm train --resume" in (
-            line_of(run("sample", trained, "-n", 1))
+        assert (
+            "model.safetensors has changed since it was written; write it again with: diffussm train --resume"
+            in (line_of(run("sample", trained, "-n", 1)))
         )
     elif lost == "without hashes":
         (final / runs.STATE).unlink()
@@ -211,7 +246,10 @@ def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train(Path("o_[/b]") / "[red]x", "--set", "train.sample_every=4")
     assert result.exit_code == 0, result.output
-    for line in ("weights in o_[/b]/[red]x/final", "last preview: o_[/b]/[red]x/samples/step-00000004.png"):
+    for line in (
+        "weights in o_[/b]/[red]x/final",
+        "last preview: o_[/b]/[red]x/samples/step-00000004.png",
+    ):
         assert line in result.stderr
     again = train(Path("o_[/b]") / "[red]x", "--resume", "--set", "train.sample_every=4")
     assert "o_[/b]/[red]x is at step 4" in again.stderr
@@ -224,7 +262,7 @@ def test_harmless_changes_are_listed(trained):
     assert "changed: train.lr was 0.002 and is now 0.001" in result.stderr
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------------------- damage
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -299,7 +337,10 @@ def test_a_damaged_log_is_set_aside_and_training_goes_on(trained, damage):
     assert result.exit_code == 0, result.output
     renamed = "it was renamed to metrics.jsonl.damaged-2, and a new one begins"
     assert f"warning: {log} is damaged; {renamed}" in result.stderr
-    assert f"warning: {trained / 'tensorboard'} is damaged; it was renamed to tensorboard.damaged-1" in result.stderr
+    assert (
+        f"warning: {trained / 'tensorboard'} is damaged; it was renamed to tensorboard.damaged-1"
+        in result.stderr
+    )
     assert steps(trained) == [6]
     assert (trained / "tensorboard").is_dir()
     aside = trained / "metrics.jsonl.damaged-2"
@@ -310,7 +351,9 @@ def test_a_damaged_log_is_set_aside_and_training_goes_on(trained, damage):
 def test_damaged_metrics_of_the_best_weights_are_named(trained, text):
     shutil.copytree(trained / "final", trained / "best")
     (trained / "best" / runs.METRICS).write_text(text)
-    assert "best/metrics.json: damaged; delete the folder" in line_of(run("sample", trained / "best", "-n", 1))
+    assert "best/metrics.json: damaged; delete the folder" in line_of(
+        run("sample", trained / "best", "-n", 1)
+    )
     assert "best/metrics.json: damaged; delete the folder" in line_of(
         train(trained, "--resume", "--set", "train.steps=6")
     )
@@ -319,12 +362,17 @@ def test_damaged_metrics_of_the_best_weights_are_named(trained, text):
 def test_weights_of_best_are_checked(trained):
     best = trained / "best"
     runs.write_weights(
-        best, runs.read_config(trained), runs.read_tensors(trained / "final" / runs.MODEL), 4, {"step": 4}
+        best,
+        runs.read_config(trained),
+        runs.read_tensors(trained / "final" / runs.MODEL),
+        4,
+        {"step": 4},
     )
     assert runs.find_run(best).step == 4
     flip(best / runs.MODEL)
-    assert "best/model.safetensors has changed since it was written; give the run folder" in line_of(
-        run("sample", best, "-n", 1)
+    assert (
+        "best/model.safetensors has changed since it was written; give the run folder"
+        in line_of(run("sample", best, "-n", 1))
     )
 
 
@@ -338,14 +386,21 @@ def test_optimiser_state_that_is_not_finite_is_refused(trained):
     state["sha256"][runs.OPTIMIZER] = sha256(newest / runs.OPTIMIZER)
     runs.write_state(newest, state)
     line = line_of(train(trained, "--resume", "--set", "train.steps=6"))
-    assert f"optimizer.safetensors: damaged: {name.removesuffix('/exp_avg')} holds numbers that are not finite" in line
+    assert (
+        f"optimizer.safetensors: damaged: {name.removesuffix('/exp_avg')} holds numbers that are not finite"
+        in line
+    )
 
 
 def test_no_good_checkpoint_is_one_line(trained):
     for path in runs.list_checkpoints(trained):
         flip(path / runs.MODEL)
-    assert "has no good checkpoint:" in line_of(train(trained, "--resume", "--set", "train.steps=6"))
-    assert "has changed since it was written" in line_of(train(trained, "--resume", "--set", "train.steps=6"))
+    assert "has no good checkpoint:" in line_of(
+        train(trained, "--resume", "--set", "train.steps=6")
+    )
+    assert "has changed since it was written" in line_of(
+        train(trained, "--resume", "--set", "train.steps=6")
+    )
 
 
 def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
@@ -353,7 +408,9 @@ def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
     newest = runs.list_checkpoints(trained)[-1]
     flip(newest / runs.EMA)
     assert runs.find_run(trained).step == 2
-    assert "has changed since it was written; give the run folder" in line_of(run("sample", newest, "-n", 1))
+    assert "has changed since it was written; give the run folder" in line_of(
+        run("sample", newest, "-n", 1)
+    )
 
 
 def test_a_run_is_read_under_any_locale(trained):
@@ -369,22 +426,35 @@ config = runs.find_run(Path({str(trained)!r})).config
 runs.write_weights(Path({str(trained / "best")!r}), config, {{}}, 1)
 """
     ascii_only = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ascii_only)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ascii_only
+    )
     assert done.returncode == 0, done.stderr
     for folder in ("final", "best"):
         assert runs.read_config(trained / folder).data.class_names[0] == "\u732b"
 
 
-# ------------------------------------------------------------------------------------------------ two writers
+# -------------------------------------------------------------------------------------- two writers
 def test_a_second_job_in_the_folder_is_refused(trained):
     with locked(trained / ".lock-0"):
-        assert "another process is training in" in line_of(train(trained, "--resume", "--set", "train.steps=6"))
+        assert "another process is training in" in line_of(
+            train(trained, "--resume", "--set", "train.steps=6")
+        )
     assert train(trained, "--resume", "--set", "train.steps=6").exit_code == 0
 
 
-# ------------------------------------------------------------------------------------------------ signals, disks
+# ----------------------------------------------------------------------------------- signals, disks
 def start(root, *settings):
-    command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root)]
+    command = [
+        sys.executable,
+        "-m",
+        "diffussm_cli",
+        "train",
+        "--preset",
+        "digits",
+        "--out",
+        str(root),
+    ]
     command += [*SETTINGS, *(part for s in settings for part in ("--set", s)), "--resume"]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -407,7 +477,9 @@ def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
     assert process.returncode == PREEMPTED
     newest, damaged = runs.newest_good(root)
     assert damaged == []
-    assert f"stopped at step {runs.read_state(newest)['step']} of 100000, checkpoint saved" in messages
+    assert (
+        f"stopped at step {runs.read_state(newest)['step']} of 100000, checkpoint saved" in messages
+    )
     assert "Traceback" not in messages
 
 
@@ -439,7 +511,10 @@ def test_a_full_disk_while_recording_is_one_line(trained):
     more = ("train.steps=300", "train.log_every=1", "train.checkpoint_every=1000")
     with full_disk(3000):
         result = train(trained, "--resume", *(part for s in more for part in ("--set", s)))
-    assert f"diffussm: error: {trained}: File too large; what was saved before is intact" in line_of(result)
+    assert (
+        f"diffussm: error: {trained}: File too large; what was saved before is intact"
+        in line_of(result)
+    )
 
 
 def test_a_kill_while_the_log_is_written_again_keeps_it(trained, monkeypatch):
@@ -461,7 +536,7 @@ def test_a_kill_while_the_log_is_written_again_keeps_it(trained, monkeypatch):
     assert steps(trained) == [2, 4]
 
 
-# ------------------------------------------------------------------------------------------------ unreadable images
+# -------------------------------------------------------------------------------- unreadable images
 @pytest.fixture
 def pictures(tmp_path):
     for i in range(12):
@@ -499,8 +574,12 @@ def test_unreadable_images_are_left_out_and_recorded(pictures, tmp_path, monkeyp
         {"index": 3, "file": "03.png", "reason": reason},
         {"index": 7, "file": "07.png", "reason": reason},
     ]
-    assert f"skipped: 2 images that cannot be read; reasons in {root / 'skipped.jsonl'}" in result.stderr
-    monkeypatch.setattr(ImageFolder, "check", lambda *_: 1 / 0)  # on resume nothing is decoded again
+    assert (
+        f"skipped: 2 images that cannot be read; reasons in {root / 'skipped.jsonl'}"
+        in result.stderr
+    )
+    # on resume nothing is decoded again
+    monkeypatch.setattr(ImageFolder, "check", lambda *_: 1 / 0)
     assert train_on(pictures, root, *skip, "--resume", "--set", "train.steps=6").exit_code == 0
     (root / "skipped.jsonl").write_text("{}")
     line = line_of(train_on(pictures, root, *skip, "--resume", "--set", "train.steps=8"))
@@ -518,15 +597,21 @@ def test_images_that_have_changed_are_said_and_checked_before_a_run_goes_on(pict
     assert train_on(pictures, root).exit_code == 0
     (pictures / "99.png").write_bytes(b"no image")
     result = train_on(pictures, root, *more)
-    assert f"the images in '{pictures}' are not those that {root} began with (12 then, 13 now)" in result.stderr
+    assert (
+        f"the images in '{pictures}' are not those that {root} began with (12 then, 13 now)"
+        in result.stderr
+    )
     assert "data.path: 1 of 13 images in" in line_of(result)
     assert steps(root) == [2, 4]
     (pictures / "99.png").unlink()
-    Image.new("L", (8, 8), 3).save(pictures / "00.png", optimize=True, pnginfo=comment("a"))  # of another size
+    # of another size
+    Image.new("L", (8, 8), 3).save(pictures / "00.png", optimize=True, pnginfo=comment("a"))
     result = train_on(pictures, root, *more)
     assert result.exit_code == 0
     assert "(12 as before, with other names, labels or sizes)" in result.stderr
-    assert "are not those" not in train_on(pictures, root, "--resume", "--set", "train.steps=8").stderr
+    assert (
+        "are not those" not in train_on(pictures, root, "--resume", "--set", "train.steps=8").stderr
+    )
 
 
 def comment(text):
@@ -538,7 +623,9 @@ def comment(text):
 def test_an_image_that_breaks_during_a_run_is_named_with_the_two_ways_on(pictures, tmp_path):
     root = tmp_path / "run"
     mend(pictures)
-    config = load_config("digits", [*TINY, f"data.path={pictures}", "model.num_classes=0", "train.steps=40"])
+    config = load_config(
+        "digits", [*TINY, f"data.path={pictures}", "model.num_classes=0", "train.steps=40"]
+    )
     good = (pictures / "05.png").read_bytes()
 
     def broken_at(step, **request):
@@ -548,16 +635,25 @@ def test_an_image_that_breaks_during_a_run_is_named_with_the_two_ways_on(picture
 
     with pytest.raises(DataError) as caught:
         broken_at(4)
-    words = ("data.path: 05.png: not a PNG", "restore the image", "data.skip_unreadable=true", f"--resume --out {root}")
+    words = (
+        "data.path: 05.png: not a PNG",
+        "restore the image",
+        "data.skip_unreadable=true",
+        f"--resume --out {root}",
+    )
     assert all(word in str(caught.value) for word in words)
     with pytest.raises(DataError, match="data.path: 1 of 12 images in"):  # before a step
         broken_at(None, resume=True)
     assert train_on(pictures, root, "--resume", "--set", "data.skip_unreadable=true").exit_code == 0
-    assert [json.loads(line)["file"] for line in (root / "skipped.jsonl").read_text().splitlines()] == ["05.png"]
+    assert [
+        json.loads(line)["file"] for line in (root / "skipped.jsonl").read_text().splitlines()
+    ] == ["05.png"]
     (pictures / "05.png").write_bytes(good)
 
 
-def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_says(pictures, tmp_path, monkeypatch):
+def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_says(
+    pictures, tmp_path, monkeypatch
+):
     root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     mend(pictures)
@@ -567,7 +663,16 @@ def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_sa
     line = line_of(run("train", "--resume", "--out", root, "--set", "train.steps=6"))
     assert "cannot read the folder 'pictures'" in line
     assert f"the run has read '{pictures}': give it as --data, or where it is now" in line
-    result = run("train", "--resume", "--out", root, "--set", "train.steps=6", "--set", f"data.path={pictures}")
+    result = run(
+        "train",
+        "--resume",
+        "--out",
+        root,
+        "--set",
+        "train.steps=6",
+        "--set",
+        f"data.path={pictures}",
+    )
     assert result.exit_code == 0, result.output
     assert f"changed: data.path was 'pictures' and is now '{pictures}'" in result.stderr
 
@@ -577,7 +682,9 @@ def test_a_class_folder_whose_name_is_no_text_is_refused_before_training(tmp_pat
         folder = os.fsencode(tmp_path / "pictures") + b"/" + name
         os.makedirs(folder)
         Image.new("L", (8, 8)).save(Path(os.fsdecode(folder)) / "a.png")
-    line = line_of(train(tmp_path / "run", "--data", tmp_path / "pictures", "--set", "model.num_classes=2"))
+    line = line_of(
+        train(tmp_path / "run", "--data", tmp_path / "pictures", "--set", "model.num_classes=2")
+    )
     assert "is not UTF-8 text; rename it" in line
     assert not (tmp_path / "run").exists()
 
@@ -603,7 +710,9 @@ def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(trained
 
 @pytest.mark.slow
 def test_killed_at_random_and_started_again_equals_the_undisturbed(tmp_path):
-    """The same command after each SIGKILL; the weights in the end are those of a run that nobody disturbed, bitwise."""
+    """The same command after each SIGKILL; the weights in the end are those of a run that nobody
+    disturbed, bitwise.
+    """
     settings = ("train.steps=160", "train.checkpoint_every=10")
     options = [part for s in settings for part in ("--set", s)]
     assert train(tmp_path / "calm", *options).exit_code == 0
@@ -616,7 +725,9 @@ def test_killed_at_random_and_started_again_equals_the_undisturbed(tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL  # it was still at work
     assert train(root, *options, "--resume").exit_code == 0
-    assert (root / "final" / runs.MODEL).read_bytes() == (tmp_path / "calm" / "final" / runs.MODEL).read_bytes()
+    assert (root / "final" / runs.MODEL).read_bytes() == (
+        tmp_path / "calm" / "final" / runs.MODEL
+    ).read_bytes()
     assert steps(root) == steps(tmp_path / "calm")
 
 

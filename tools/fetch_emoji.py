@@ -1,9 +1,11 @@
-"""Make the built-in emoji: 32x32 pictures in colour in two styles, with names, categories and captions, as one file.
+"""Make the built-in emoji: 32x32 pictures in colour in two styles, with names, categories and
+captions, as one file.
 
     python tools/fetch_emoji.py                 # downloads three packages of 140 MB in all with `npm pack`
     python tools/fetch_emoji.py --from FOLDER   # takes their .tgz files from a folder
 
-The data of the packages is under the MIT licence, Google's pictures under Apache-2.0, and Twitter's under CC-BY 4.0.
+The data of the packages is under the MIT licence, Google's pictures under Apache-2.0, and Twitter's
+under CC-BY 4.0.
 """
 
 import argparse
@@ -34,7 +36,9 @@ CAPTIONS = 4
 
 
 def read_members(archive: Path, folder: str) -> dict[str, bytes]:
-    """The regular files of a package that lie in a folder, by their name in it. Nothing is extracted."""
+    """The regular files of a package that lie in a folder, by their name in it. Nothing is
+    extracted.
+    """
     found = {}
     try:
         with tarfile.open(archive, "r:gz") as package:
@@ -42,7 +46,9 @@ def read_members(archive: Path, folder: str) -> dict[str, bytes]:
                 parent, _, name = member.name.rpartition("/")
                 if parent == folder and member.isreg():
                     if member.size > MAX_MEMBER:
-                        raise DataError(f"{archive}: {member.name} has {member.size} bytes, more than {MAX_MEMBER}")
+                        raise DataError(
+                            f"{archive}: {member.name} has {member.size} bytes, more than {MAX_MEMBER}"
+                        )
                     found[name] = package.extractfile(member).read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
         raise DataError(f"{archive} cannot be read: {reason(e)}") from e
@@ -59,7 +65,9 @@ def read_table(archive: Path, folder: str, name: str) -> list[dict]:
 
 
 def texts_by_code(table: list[dict]) -> dict[str, tuple[str, list[str]]]:
-    """Name and tags of each emoji by its code points. Its variants, as men and women, have the tags of the emoji."""
+    """Name and tags of each emoji by its code points. Its variants, as men and women, have the tags
+    of the emoji.
+    """
     found = {}
     for row in table:
         for variant in (row, *row.get("skins", ())):
@@ -69,16 +77,21 @@ def texts_by_code(table: list[dict]) -> dict[str, tuple[str, list[str]]]:
 
 
 def plain_code(code: str) -> str:
-    """Code points without the selector for a coloured picture, which the packages write differently."""
+    """Code points without the selector for a coloured picture, which the packages write
+    differently.
+    """
     return code.replace("-FE0F", "")
 
 
 def captions_of(name: str, tags: list[str], known: Counter) -> list[str]:
-    """The name, the name in plain words, and the name with one and with two tags that say more than it.
+    """The name, the name in plain words, and the name with one and with two tags that say more than
+    it.
 
     The tags are those that the most emoji have, as `known` counts them: "love" for a heart.
     """
-    words = name.replace("flag: ", "flag of ").replace("keycap: ", "keycap ").replace(": ", " with ")
+    words = (
+        name.replace("flag: ", "flag of ").replace("keycap: ", "keycap ").replace(": ", " with ")
+    )
     more = [tag for tag in tags if tag.isalpha() and tag.islower() and tag not in name.lower()]
     more.sort(key=lambda tag: (-known[tag], tag))
     longer = [", ".join([words, *chosen]) for chosen in (more[:1], more[1:3]) if chosen]
@@ -112,18 +125,36 @@ def download(folder: Path) -> None:
     for package in (TEXTS, *STYLES.values()):
         name, _, version = package.rpartition("-")
         print(f"npm pack {name}@{version}")
-        command = ["npm", "pack", f"{name}@{version}", "--pack-destination", str(folder), "--loglevel=error"]
+        command = [
+            "npm",
+            "pack",
+            f"{name}@{version}",
+            "--pack-destination",
+            str(folder),
+            "--loglevel=error",
+        ]
         try:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         except FileNotFoundError as e:
-            raise DataError("npm is not installed; get the packages elsewhere and name their folder: --from") from e
+            raise DataError(
+                "npm is not installed; get the packages elsewhere and name their folder: --from"
+            ) from e
         except subprocess.CalledProcessError as e:
-            raise DataError(f"npm could not download {name}@{version}; see its message above") from e
+            raise DataError(
+                f"npm could not download {name}@{version}; see its message above"
+            ) from e
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="folder", type=Path, help="a folder with the .tgz files; nothing is downloaded")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from",
+        dest="folder",
+        type=Path,
+        help="a folder with the .tgz files; nothing is downloaded",
+    )
     folder, target = parser.parse_args().folder, emoji.emoji_file()
     try:
         with tempfile.TemporaryDirectory() as temporary:
@@ -132,14 +163,23 @@ def main() -> int:
             found = collect(folder or Path(temporary))
         with writing(f"cannot write {target}", DataError):
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(target, {name: (a.shape, a.dtype, [a]) for name, a in found._asdict().items()})
+            write_npz(
+                target, {name: (a.shape, a.dtype, [a]) for name, a in found._asdict().items()}
+            )
     except DiffussmError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     captions = np.count_nonzero(found.captions)
-    print(f"{len(found.names):,} pictures of {len(set(found.names)):,} names, {captions:,} captions")
+    print(
+        f"{len(found.names):,} pictures of {len(set(found.names)):,} names, {captions:,} captions"
+    )
     for values in (found.styles, found.categories, emoji.split_emoji(found)):
-        print("  " + ", ".join(f"{value} {count:,}" for value, count in sorted(Counter(values.tolist()).items())))
+        print(
+            "  "
+            + ", ".join(
+                f"{value} {count:,}" for value, count in sorted(Counter(values.tolist()).items())
+            )
+        )
     print("licences: the packages MIT; Google's pictures Apache-2.0, Twitter's CC-BY 4.0")
     print(f"{target}  sha256 {sha256(target)}")
     return 0

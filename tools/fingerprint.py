@@ -4,8 +4,9 @@
     python tools/fingerprint.py > after.json         # at another; then compare the two
     python tools/fingerprint.py --checkout DIR       # of the package in another checkout, by this script
 
-Everything goes through the commands, in float32 on one thread of the CPU: losses and weights of seeded training, the
-bytes of sampled PNG files, of an encoded latent store and of its training, and evaluation figures.
+Everything goes through the commands, in float32 on one thread of the CPU: losses and weights of
+seeded training, the bytes of sampled PNG files, of an encoded latent store and of its training, and
+evaluation figures.
 """
 
 import argparse
@@ -52,17 +53,28 @@ def digest(*paths: Path) -> str:
 
 def losses(run: Path) -> str:
     """Hash of every record of training, the clock left out."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     plain = [{k: v for k, v in r.items() if k not in TIMED} for r in records]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def trained(
-    folder: Path, preset: str, steps: int, *settings: str, samplers: Sequence[str] = ("ddpm", "dpmpp")
+    folder: Path,
+    preset: str,
+    steps: int,
+    *settings: str,
+    samplers: Sequence[str] = ("ddpm", "dpmpp"),
 ) -> dict[str, str]:
     """Seeded training of a preset, and eight images of it by each sampler."""
     run = folder / preset
-    more = [part for s in (f"train.steps={steps}", "train.log_every=1", *settings) for part in ("--set", s)]
+    more = [
+        part
+        for s in (f"train.steps={steps}", "train.log_every=1", *settings)
+        for part in ("--set", s)
+    ]
     command(folder, "train", "--preset", preset, "--out", run, *EXACT, *more)
     found = {"losses": losses(run), "final weights": digest(run / "final" / "model.safetensors")}
     for sampler in samplers:
@@ -93,24 +105,67 @@ def encoded(folder: Path) -> dict[str, str]:
     for i in range(12):
         path = folder / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 32, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(
+            np.random.default_rng(i).integers(0, 256, (40, 32, 3), dtype=np.uint8)
+        ).save(path)
     save_vae(folder / "vae")
     store = folder / "latents"
-    where = ("--vae", "vae", "--resolution", 32, "--shard-size", 5, "--workers", 0, "--device", "cpu")
+    where = (
+        "--vae",
+        "vae",
+        "--resolution",
+        32,
+        "--shard-size",
+        5,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+    )
     command(folder, "encode", "images", "latents", *where)
-    found = {"shards": digest(*store.glob("*.safetensors")), "listing": digest(store / "listing.jsonl")}
-    sizes = ("model.hidden_size=16", "model.depth=2", "model.num_classes=2", "train.batch_size=4", "train.steps=3")
-    shape = ("data.resolution=32", "data.downsample=4", "data.vae=vae", "train.log_every=1", "train.sample_every=3")
+    found = {
+        "shards": digest(*store.glob("*.safetensors")),
+        "listing": digest(store / "listing.jsonl"),
+    }
+    sizes = (
+        "model.hidden_size=16",
+        "model.depth=2",
+        "model.num_classes=2",
+        "train.batch_size=4",
+        "train.steps=3",
+    )
+    shape = (
+        "data.resolution=32",
+        "data.downsample=4",
+        "data.vae=vae",
+        "train.log_every=1",
+        "train.sample_every=3",
+    )
     more = [part for s in (*sizes, *shape, "sample.steps=3") for part in ("--set", s)]
-    command(folder, "train", "--preset", "s-256", "--data", "latents", "--out", "latent-run", *EXACT, *more)
+    command(
+        folder,
+        "train",
+        "--preset",
+        "s-256",
+        "--data",
+        "latents",
+        "--out",
+        "latent-run",
+        *EXACT,
+        *more,
+    )
     run = folder / "latent-run"
     return found | {"losses": losses(run), "previews": digest(*(run / "samples").glob("*.png"))}
 
 
 def main() -> None:
     global checkout
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="the folder whose package is measured")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkout", type=Path, default=ROOT, help="the folder whose package is measured"
+    )
     checkout = parser.parse_args().checkout.resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -125,7 +180,9 @@ def main() -> None:
                 "sample.steps=4",
                 samplers=("heun", "dpmpp"),
             ),
-            "mnist-noise": trained(folder, "mnist-noise", 3, "train.sample_every=3", "sample.steps=4"),
+            "mnist-noise": trained(
+                folder, "mnist-noise", 3, "train.sample_every=3", "sample.steps=4"
+            ),
             "mnist-dit": trained(folder, "mnist-dit", 2, "train.sample_every=2", "sample.steps=4"),
             "evaluation": evaluated(folder),
             "latents": encoded(folder),

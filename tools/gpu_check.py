@@ -1,12 +1,14 @@
-"""The one command for a machine with GPUs: run the tests there, measure, and write one dated markdown file.
+"""The one command for a machine with GPUs: run the tests there, measure, and write one dated
+markdown file.
 
     python tools/gpu_check.py --quick         # on a GPU; ten minutes, what matters most first
     python tools/gpu_check.py                 # on a GPU; hours
     python tools/gpu_check.py --toy           # the same path at toy sizes, on any machine; also --toy --quick
 
-Each part is a command of its own with its own time, so that one that fails or does not end leaves time for the others.
-What a part printed is in the report as soon as it ends, also if it was stopped, and so are every command, the hardware
-and the versions. The package need not be installed. Exit code 1 if a part failed or found no time.
+Each part is a command of its own with its own time, so that one that fails or does not end leaves
+time for the others. What a part printed is in the report as soon as it ends, also if it was
+stopped, and so are every command, the hardware and the versions. The package need not be installed.
+Exit code 1 if a part failed or found no time.
 """
 
 import argparse
@@ -32,7 +34,9 @@ MODELS = "xl,dit-xl/2,dit-xl/1"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One command of the check; `processes` above 1 start it by torchrun. It is stopped after `seconds`."""
+    """One command of the check; `processes` above 1 start it by torchrun. It is stopped after
+    `seconds`.
+    """
 
     title: str
     command: Sequence[str]
@@ -56,7 +60,17 @@ class Part:
 
 def parts(device: str, gpus: int) -> list[Part]:
     """What is run on a GPU."""
-    profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--precision", "bf16", "--device", device]
+    profile = [
+        "-m",
+        "diffussm_cli",
+        "profile",
+        "--latency",
+        "--no-count",
+        "--precision",
+        "bf16",
+        "--device",
+        device,
+    ]
     profile += ["--models", MODELS, "--resolution", "256,512,1024", "--json"]
     throughput = ["benchmarks/speed/throughput.py"]
     settings = ["--set", f"train.device={device}", "--set", "train.precision=bf16"]
@@ -71,10 +85,24 @@ def parts(device: str, gpus: int) -> list[Part]:
         Part("Training, eager", [*throughput, "train", "xl-256", "--steps", "50", *batch_32]),
         Part(
             "Training, compiled",
-            [*throughput, "train", "xl-256", "--steps", "50", *batch_32, "--set", "train.compile=true"],
+            [
+                *throughput,
+                "train",
+                "xl-256",
+                "--steps",
+                "50",
+                *batch_32,
+                "--set",
+                "train.compile=true",
+            ],
         ),
-        Part("Training of DiT-XL/2", [*throughput, "train", "dit-xl-256", "--steps", "50", *batch_32]),
-        Part("Sampling", [*throughput, "sample", "xl-256", "--steps", "50", "--images", "32", *settings]),
+        Part(
+            "Training of DiT-XL/2", [*throughput, "train", "dit-xl-256", "--steps", "50", *batch_32]
+        ),
+        Part(
+            "Sampling",
+            [*throughput, "sample", "xl-256", "--steps", "50", "--images", "32", *settings],
+        ),
     ]
     if gpus > 1:
         found += _parallel("xl-256", 32 * gpus, 50, gpus, settings)
@@ -82,13 +110,21 @@ def parts(device: str, gpus: int) -> list[Part]:
 
 
 QUICK = 590  # seconds of all quick parts together
-STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}  # presets whose step is measured
+# presets whose step is measured
+STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}
 
 
 def quick_parts(device: str, toy: bool) -> list[Part]:
     """What is run in ten minutes: the first parts are worth most."""
     core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
-    tests = ["tests/model", "tests/diffusion", "tests/training/test_step.py", "tests/test_cuda.py", "-n", "8"]
+    tests = [
+        "tests/model",
+        "tests/diffusion",
+        "tests/training/test_step.py",
+        "tests/test_cuda.py",
+        "-n",
+        "8",
+    ]
     tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
     compiled = ["--set", "train.compile=true"]
     found = [
@@ -103,11 +139,15 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
     return [dataclasses.replace(part, seconds=600) for part in found] if toy else found
 
 
-def _step(title: str, preset: str, device: str, toy: bool, seconds: float, more: Sequence[str] = ()) -> Part:
+def _step(
+    title: str, preset: str, device: str, toy: bool, seconds: float, more: Sequence[str] = ()
+) -> Part:
     """Training steps at a batch of 32 in bfloat16; the first step, which compiles, is timed apart."""
     small = ["model.hidden_size=32", "model.depth=1", "train.batch_size=2"]
     settings = small if toy else ["train.batch_size=32", "train.precision=bf16"]
-    words = [word for setting in [*settings, f"train.device={device}"] for word in ("--set", setting)]
+    words = [
+        word for setting in [*settings, f"train.device={device}"] for word in ("--set", setting)
+    ]
     steps = "2" if toy else "20"
     command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", steps, *words, *more]
     return Part(f"Step of {title}", command, seconds=seconds)
@@ -115,32 +155,63 @@ def _step(title: str, preset: str, device: str, toy: bool, seconds: float, more:
 
 def toy_parts(device: str) -> list[Part]:
     """The same kinds of parts at toy sizes."""
-    profile = ["-m", "diffussm_cli", "profile", "--latency", "--no-count", "--device", device, "--preset", "digits"]
+    profile = [
+        "-m",
+        "diffussm_cli",
+        "profile",
+        "--latency",
+        "--no-count",
+        "--device",
+        device,
+        "--preset",
+        "digits",
+    ]
     profile += ["--set", "model.depth=1", "--work", "forward", "--repeats", "1", "--json"]
     throughput, settings = ["benchmarks/speed/throughput.py"], ["--set", f"train.device={device}"]
-    tests = ["-m", "pytest", "-q", "--device", device, "tests/model/test_dit.py", "-k", "identities"]
+    tests = [
+        "-m",
+        "pytest",
+        "-q",
+        "--device",
+        device,
+        "tests/model/test_dit.py",
+        "-k",
+        "identities",
+    ]
     return [
         Part("Tests", tests),
-        Part("The SSM core", ["benchmarks/speed/core.py", "--toy", "--device", device, "kernel", "block"]),
+        Part(
+            "The SSM core",
+            ["benchmarks/speed/core.py", "--toy", "--device", device, "kernel", "block"],
+        ),
         Part("Latency, eager", profile),
         Part("Latency, compiled", [*profile, "--compile"]),
         Part("Training, eager", [*throughput, "train", "digits", "--steps", "2", *settings]),
-        Part("Sampling", [*throughput, "sample", "digits", "--steps", "2", "--images", "2", *settings]),
+        Part(
+            "Sampling",
+            [*throughput, "sample", "digits", "--steps", "2", "--images", "2", *settings],
+        ),
         *_parallel("digits", 16, 2, 2, settings),
     ]
 
 
-def _parallel(preset: str, batch_size: int, steps: int, processes: int, settings: Sequence[str]) -> list[Part]:
+def _parallel(
+    preset: str, batch_size: int, steps: int, processes: int, settings: Sequence[str]
+) -> list[Part]:
     """Training with copies and with parts of the model, at one global batch."""
     command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", str(steps), *settings]
     command += ["--set", f"train.batch_size={batch_size}"]
     return [
-        Part(f"Training, {kind}, {processes} processes", [*command, "--set", f"train.parallel={kind}"], processes)
+        Part(
+            f"Training, {kind}, {processes} processes",
+            [*command, "--set", f"train.parallel={kind}"],
+            processes,
+        )
         for kind in ("ddp", "fsdp")
     ]
 
 
-# -------------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 def run(part: Part, seconds: float) -> tuple[bool, str]:
     """Run a part for so many seconds at most; whether it succeeded, and its section of the report."""
     start = time.perf_counter()
@@ -158,13 +229,21 @@ def run(part: Part, seconds: float) -> tuple[bool, str]:
         output, errors = process.communicate(timeout=seconds)
         end = "passed" if process.returncode == 0 else "FAILED"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started, which would keep the GPU
+        # with the processes that it started, which would keep the GPU
+        os.killpg(process.pid, signal.SIGKILL)
         output, errors = process.communicate()
         end = f"STOPPED after its {seconds:.0f} s"
 
     # The end of what it said, if it failed.
     succeeded = end == "passed"
-    lines = [f"## {part.title}", "", f"`{part.text()}`", "", f"{end}, {time.perf_counter() - start:.0f} s", ""]
+    lines = [
+        f"## {part.title}",
+        "",
+        f"`{part.text()}`",
+        "",
+        f"{end}, {time.perf_counter() - start:.0f} s",
+        "",
+    ]
     if succeeded or "{" in output:
         lines += shown(output)
     if not succeeded:
@@ -180,7 +259,11 @@ def shown(output: str) -> list[str]:
         objects = [object for line in output.splitlines() if (object := _parsed(line)) is not None]
     if not objects:
         return ["```", *output.splitlines()[-5:], "```"]
-    return ["| figure | value |", "|---|---|", *(f"| {k} | {v} |" for o in objects for k, v in flat(o))]
+    return [
+        "| figure | value |",
+        "|---|---|",
+        *(f"| {k} | {v} |" for o in objects for k, v in flat(o)),
+    ]
 
 
 def _parsed(line: str) -> object:
@@ -194,9 +277,16 @@ def _parsed(line: str) -> object:
 def flat(value: object, name: str = "") -> list[tuple[str, str]]:
     """The numbers and words of nested JSON, by names joined with slashes; models by their names."""
     if isinstance(value, dict):
-        return [item for key, inner in value.items() for item in flat(inner, f"{name}/{key}" if name else str(key))]
+        return [
+            item
+            for key, inner in value.items()
+            for item in flat(inner, f"{name}/{key}" if name else str(key))
+        ]
     if isinstance(value, list):
-        named = [(v["name"] if isinstance(v, dict) and "name" in v else str(i), v) for i, v in enumerate(value)]
+        named = [
+            (v["name"] if isinstance(v, dict) and "name" in v else str(i), v)
+            for i, v in enumerate(value)
+        ]
         return [item for key, inner in named for item in flat(inner, f"{name}/{key}")]
     return [(name, f"{value:.6g}" if isinstance(value, float) else str(value))]
 
@@ -214,8 +304,12 @@ def machine(device: str) -> list[str]:
     if device.startswith("cuda"):
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            found[f"GPU {i}"] = f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
-        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+            found[f"GPU {i}"] = (
+                f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+            )
+        driver = _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ).splitlines()
         found |= {"CUDA": str(torch.version.cuda), "cuDNN": _cudnn()}
         found |= {"driver": driver[0] if driver else "unknown"}
     return [f"- {name}: {value}" for name, value in found.items()]
@@ -231,25 +325,41 @@ def _cudnn() -> str:
 
 def _output(*command: str) -> str:
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", action="store_true", help="toy sizes, on the CPU unless --device is given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes, on the CPU unless --device is given"
+    )
     parser.add_argument("--device", help="default: cuda, with --toy cpu")
-    parser.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK} seconds")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, with -quick and -toy")
-    parser.add_argument("--seconds", type=float, help=f"of all parts; by default {QUICK} with --quick, without --toy")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"what matters most, in {QUICK} seconds"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, with -quick and -toy"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help=f"of all parts; by default {QUICK} with --quick, without --toy",
+    )
     a = parser.parse_args()
     device = a.device or ("cpu" if a.toy else "cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --toy runs at toy sizes on the CPU")
     name = f"{datetime.date.today()}-gpu{'-quick' if a.quick else ''}{'-toy' if a.toy else ''}.md"
     out = a.out or ROOT / "benchmarks" / "results" / name
-    title = "# GPU check" + (", toy sizes: it says that the check runs, and nothing about speed" if a.toy else "")
+    title = "# GPU check" + (
+        ", toy sizes: it says that the check runs, and nothing about speed" if a.toy else ""
+    )
     report, failed = "\n".join([title, "", *machine(device), "", ""]), []
     if a.quick:
         chosen = quick_parts(device, a.toy)
@@ -264,7 +374,8 @@ def main() -> int:
             succeeded, section = run(part, seconds)
         print(f"{'passed' if succeeded else 'failed'}: {part.title}", flush=True)
         report += section + "\n"
-        out.write_text(report, encoding="utf-8")  # after each part, so that an end in between loses nothing
+        # after each part, so that an end in between loses nothing
+        out.write_text(report, encoding="utf-8")
         if not succeeded:
             failed.append(part.title)
     print(f"{'failed: ' + ', '.join(failed) if failed else 'all parts passed'}; report in {out}")

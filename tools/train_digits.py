@@ -1,8 +1,10 @@
-"""Train the feature extractor of digits that comes with the package, and say how many held-out digits it knows.
+"""Train the feature extractor of digits that comes with the package, and say how many held-out
+digits it knows.
 
     OMP_NUM_THREADS=1 python tools/train_digits.py [FILE]
 
-On the training part of the built-in MNIST digits, shifted, turned, scaled and noised a little; 40 epochs.
+On the training part of the built-in MNIST digits, shifted, turned, scaled and noised a little; 40
+epochs.
 """
 
 import argparse
@@ -22,9 +24,13 @@ EPOCHS, BATCH, RATE = 40, 50, 2e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     usual = Path(diffussm_cli.evaluation.__file__).parent / DIGITS
-    parser.add_argument("file", type=Path, nargs="?", default=usual, help="default: that of the package")
+    parser.add_argument(
+        "file", type=Path, nargs="?", default=usual, help="default: that of the package"
+    )
     target = parser.parse_args().file
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -44,11 +50,15 @@ def main() -> None:
     with torch.no_grad():
         right = (network(held_out.images)[2].argmax(1) == held_out.labels).double().mean().item()
     save_file(network.state_dict(), target)
-    print(f"{right:.1%} of {len(held_out)} held-out digits; {target.stat().st_size:,} bytes in {target}")
+    print(
+        f"{right:.1%} of {len(held_out)} held-out digits; {target.stat().st_size:,} bytes in {target}"
+    )
 
 
 def distort(images: Tensor) -> Tensor:
-    """Turned by up to 12 degrees, scaled by up to 10%, shifted by up to 2 pixels, a little noise; values 0..255."""
+    """Turned by up to 12 degrees, scaled by up to 10%, shifted by up to 2 pixels, a little noise;
+    values 0..255.
+    """
     n = len(images)
     angle = (torch.rand(n) * 2 - 1) * math.radians(12)
     scale = 1 + (torch.rand(n) * 2 - 1) * 0.1

@@ -1,8 +1,10 @@
-"""Every metric of a digits run beside real digits that were held out, and beside sets that are wrong in a known way.
+"""Every metric of a digits run beside real digits that were held out, and beside sets that are
+wrong in a known way.
 
     python benchmarks/quality/digit_metrics.py RUN
 
-500 of each against the 4,500 digits of training, by `diffussm eval` with its embedded extractor. Prints a table.
+500 of each against the 4,500 digits of training, by `diffussm eval` with its embedded extractor.
+Prints a table.
 """
 
 import argparse
@@ -21,7 +23,9 @@ COUNT = 500
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     run = parser.parse_args().run
     held_out = builtin.load("mnist", None, held_out=True)
@@ -30,7 +34,9 @@ def main() -> None:
     real, noise = images[order], np.random.default_rng(1).normal(0, 60, images.shape)
     sets = {
         "held-out digits": real,
-        "blurred (radius 1.5)": [np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1.5))) for i in real],
+        "blurred (radius 1.5)": [
+            np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1.5))) for i in real
+        ],
         "noised (sigma 60)": np.clip(real + noise, 0, 255).astype(np.uint8),
         "one class (3), repeated": np.tile(images[labels == 3], (COUNT // 50, 1, 1)),
     }

@@ -1,9 +1,10 @@
-"""How many class-conditional digits of a run are what they were asked to be, in the eyes of a classifier of real ones.
+"""How many class-conditional digits of a run are what they were asked to be, in the eyes of a
+classifier of real ones.
 
     python benchmarks/quality/digit_share.py RUN [--num 1000]
 
-The classifier is scikit-learn's SVC (RBF, C = 5) on the digits that the model was trained on; its share on the held-out
-tenth of the real digits is printed beside that of the samples.
+The classifier is scikit-learn's SVC (RBF, C = 5) on the digits that the model was trained on; its
+share on the held-out tenth of the real digits is printed beside that of the samples.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from diffussm_cli.sampling.generate import generate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--num", type=int, default=1000)
     parser.add_argument("--guidance", type=float)
@@ -35,12 +38,18 @@ def main() -> None:
     if arguments.guidance is not None:
         how = dataclasses.replace(how, guidance=arguments.guidance)
     name = config.data.path.removeprefix("builtin:")
-    train, held_out = (builtin.load(name, config.data.size, 1, held_out=part) for part in (False, True))
+    train, held_out = (
+        builtin.load(name, config.data.size, 1, held_out=part) for part in (False, True)
+    )
     classifier = SVC(C=5).fit(flat(train.images), train.labels)
 
     process = make_objective(config.diffusion)
     wanted = [i % 10 for i in range(arguments.num)]
-    drawn = list(generate(runs.load_model(trained), process, how, range(arguments.num), wanted, batch_size=100))
+    drawn = list(
+        generate(
+            runs.load_model(trained), process, how, range(arguments.num), wanted, batch_size=100
+        )
+    )
     images = to_uint8(torch.cat([part for _, part in drawn]))
     by_class = [float((classifier.predict(flat(images[c::10])) == c).mean()) for c in range(10)]
     result = {

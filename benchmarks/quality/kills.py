@@ -1,10 +1,12 @@
-"""Kill a job again and again, start the same command each time, and compare the end with a run that nobody disturbed.
+"""Kill a job again and again, start the same command each time, and compare the end with a run that
+nobody disturbed.
 
     python benchmarks/quality/kills.py train|sample|encode FOLDER [--kills 20] [--from 0.5 --to 20] [--preset mnist]
     python benchmarks/quality/kills.py train FOLDER --every 60 --kills 1000    (a soak: killed each minute until done)
 
-SIGKILL comes at a random time after the start, or every so many seconds. `sample` needs a run, FOLDER/calm (made by
-`train`); `encode` makes its pictures and a small VAE itself. Prints one JSON object.
+SIGKILL comes at a random time after the start, or every so many seconds. `sample` needs a run,
+FOLDER/calm (made by `train`); `encode` makes its pictures and a small VAE itself. Prints one JSON
+object.
 """
 
 import argparse
@@ -23,7 +25,9 @@ PROGRAM = [sys.executable, "-m", "diffussm_cli"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("job", choices=["train", "sample", "encode"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)
@@ -44,7 +48,9 @@ def main() -> None:
     random.seed(0)
     start, kills = time.time(), 0
     while kills < a.kills:
-        process = subprocess.Popen(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             process.wait(a.every or random.uniform(a.least, a.most))  # noqa: S311
             break
@@ -68,7 +74,17 @@ def training(a):
     settings = [part for value in a.set for part in ("--set", value)]
 
     def command(out: Path) -> list[str]:
-        return [*PROGRAM, "train", "--preset", a.preset, "--out", str(out), "--resume", "auto", *settings]
+        return [
+            *PROGRAM,
+            "train",
+            "--preset",
+            a.preset,
+            "--out",
+            str(out),
+            "--resume",
+            "auto",
+            *settings,
+        ]
 
     return command, lambda out: hashes(out / "final", "*.safetensors")
 
@@ -88,8 +104,13 @@ def encoding(a):
     pictures.mkdir(exist_ok=True)
     for i in range(a.num):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(pictures / f"{i:05d}.png")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    diffusers.AutoencoderKL(**blocks, block_out_channels=(16,) * 4, norm_num_groups=4).save_pretrained(vae)
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    diffusers.AutoencoderKL(
+        **blocks, block_out_channels=(16,) * 4, norm_num_groups=4
+    ).save_pretrained(vae)
 
     def command(out: Path) -> list[str]:
         more = ["--resolution", "64", "--shard-size", "64", "--batch-size", "16", "--workers", "1"]
@@ -99,7 +120,9 @@ def encoding(a):
 
 
 def hashes(folder: Path, pattern: str) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob(pattern))
+    }
 
 
 if __name__ == "__main__":

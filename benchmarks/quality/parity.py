@@ -1,10 +1,12 @@
-"""Compare the library with the reference implementations it must agree with, and print the largest error of each.
+"""Compare the library with the reference implementations it must agree with, and print the largest
+error of each.
 
     python benchmarks/quality/parity.py
 
-The reference values are in tests/golden (state-spaces/s4, guided-diffusion, the ADM evaluator), except for DiT, which
-is compared with the implementation in diffusers on the same random weights. The tests assert the same agreements with
-a tolerance; this script prints how close they are. One JSON object; errors are relative unless their name says more.
+The reference values are in tests/golden (state-spaces/s4, guided-diffusion, the ADM evaluator),
+except for DiT, which is compared with the implementation in diffusers on the same random weights.
+The tests assert the same agreements with a tolerance; this script prints how close they are. One
+JSON object; errors are relative unless their name says more.
 """
 
 import argparse
@@ -15,7 +17,8 @@ from unittest.mock import patch
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # the golden values are read by the tests' own helpers
+# the golden values are read by the tests' own helpers
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from diffussm_cli.config import load_config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
@@ -36,7 +39,9 @@ from tests.model.test_s4d import golden_parameters
 def s4d(dtype: torch.dtype) -> float:
     g, p = golden_parameters(dtype)
     K = s4d_kernel(*p, L=g["u"].shape[-1])
-    causal, anticausal = convolve(g["u"].to(dtype), kernel_spectra(torch.stack([K, K]))).chunk(2, dim=1)
+    causal, anticausal = convolve(g["u"].to(dtype), kernel_spectra(torch.stack([K, K]))).chunk(
+        2, dim=1
+    )
     pairs = [(K, g["kernel"]), (causal, g["y_causal"]), (anticausal, g["y_anticausal"])]
     return max(relative(ours, theirs) for ours, theirs in pairs)
 
@@ -46,7 +51,11 @@ def process_and_losses() -> float:
     losses = training_losses(process, g["model_output"], g["x0"], g["x_t"], g["t"], g["noise"])
     p = process.p_mean_variance(g["model_output"], g["x_t"], g["t"])
     mean, log_variance = process.q_posterior(g["x0"], g["x_t"], g["t"])
-    ours = {"x_t": process.q_sample(g["x0"], g["t"], g["noise"]), "p_mean": p.mean, "p_log_variance": p.log_variance}
+    ours = {
+        "x_t": process.q_sample(g["x0"], g["t"], g["noise"]),
+        "p_mean": p.mean,
+        "p_log_variance": p.log_variance,
+    }
     ours |= {"pred_x0": p.x_0, "q_posterior_mean": mean} | losses
     ours |= {"q_posterior_log_variance": log_variance.expand_as(mean)}
     return max(relative(value, g[name]) for name, value in ours.items())
@@ -56,18 +65,26 @@ def sampler(name: str, steps: int) -> float:
     g, key = golden("adm_diffusion"), f"s{'ddim' if name == 'ddim' else ''}{steps}"
     scheduler = make_scheduler(name, GaussianDiffusion(), steps, learned_covariance=True)
     noise = iter(g.get(f"{key}_z", ()))
-    with patch("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise).double()):
+    with patch(
+        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: next(noise).double()
+    ):
         return relative(sample(gaussian_denoiser, scheduler, g[f"{key}_xT"]), g[f"{key}_final"])
 
 
 def metrics() -> dict[str, float]:
     g = golden("adm_metrics")
-    ours = {"fid": distance(g["gen_pool"], g["ref_pool"]), "sfid": distance(g["gen_spatial"], g["ref_spatial"])}
+    ours = {
+        "fid": distance(g["gen_pool"], g["ref_pool"]),
+        "sfid": distance(g["gen_spatial"], g["ref_spatial"]),
+    }
     logits = g["gen_pool"] @ g["logit_weight"]
     ours |= {f"is_split{split}": inception_score(logits, split) for split in (5000, 1000)}
     found = {name: abs(value / g[name].item() - 1) for name, value in ours.items()}
     half = adm_half.precision_recall(g["ref_pool"], g["gen_pool"], adm_half.half_distances)
-    return found | {f"{n}, float16, absolute": abs(v - g[n].item()) for n, v in zip(("precision", "recall"), half)}
+    return found | {
+        f"{n}, float16, absolute": abs(v - g[n].item())
+        for n, v in zip(("precision", "recall"), half)
+    }
 
 
 def dit(patch_size: int) -> float:
@@ -84,7 +101,9 @@ def xl_parameters() -> int:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     found = {
         "S4D kernel and convolutions, float64": s4d(torch.float64),
         "S4D kernel and convolutions, float32": s4d(torch.float32),

@@ -1,11 +1,13 @@
-"""Speed and memory of the SSM core against what it could cost: its own matrix products, and the textbook form.
+"""Speed and memory of the SSM core against what it could cost: its own matrix products, and the
+textbook form.
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions, top, length,
-beside_dit, memory, options, compiled; by default all.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions, top,
+length, beside_dit, memory, options, compiled; by default all.
 
-Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON object a line.
+Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON
+object a line.
 """
 
 import argparse
@@ -57,7 +59,9 @@ SMALLER: list[str] = []  # settings that make models of presets small; with --to
 
 
 class TextbookS4D(nn.Module):
-    """S4D as the public layer computes it: every exponential of the Vandermonde matrix, autograd through torch.fft."""
+    """S4D as the public layer computes it: every exponential of the Vandermonde matrix, autograd
+    through torch.fft.
+    """
 
     def __init__(self, s4d: S4D):
         super().__init__()
@@ -67,14 +71,19 @@ class TextbookS4D(nn.Module):
         s, (J, M) = self.s4d, u.shape[2:]
         u = u.flatten(2).float()  # (B, D, L)
         L = u.shape[-1]
-        K = s4d_kernel_naive(s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C, L)  # (2, D, L)
+        # (2, D, L)
+        K = s4d_kernel_naive(s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C, L)
         U = torch.fft.rfft(u, n=2 * L)
         forward, backward = torch.fft.rfft(K, n=2 * L)
-        y = torch.stack([torch.fft.irfft(U * S, n=2 * L)[..., :L] for S in (forward, backward.conj())], 1)
+        y = torch.stack(
+            [torch.fft.irfft(U * S, n=2 * L)[..., :L] for S in (forward, backward.conj())], 1
+        )
         return (y + u[:, None] * s.D_skip[..., None]).flatten(1, 2).unflatten(2, (J, M))
 
 
-def in_turn(calls: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+def in_turn(
+    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int
+) -> dict[str, float]:
     """Medians in milliseconds, and every ratio to the last one."""
     setting = timing.Setting(device, repeats=repeats)
     times = timing.take_turns(list(calls.values()), setting)
@@ -98,17 +107,27 @@ def kernel(device: torch.device) -> dict:
     results = {}
     for L in (SHORT, LONG):
         s = S4D(D, N).to(device)
-        parameters = [p[:1].detach() for p in (s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C)]
+        parameters = [
+            p[:1].detach() for p in (s.log_dt.exp(), -s.log_A_real.exp(), s.A_imag, s.B, s.C)
+        ]
         exact = s4d_kernel(*(p.double() for p in parameters), L)
         naive = s4d_kernel_naive(*parameters, L)
         ours = s4d_kernel(*parameters, L)
-        worst = [((k - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item() for k in (ours, naive)]
+        worst = [
+            ((k - exact).norm(dim=-1) / exact.norm(dim=-1)).max().item() for k in (ours, naive)
+        ]
         calls = {
             "naive": lambda p=parameters, L=L: s4d_kernel_naive(*p, L),
             "ours": lambda p=parameters, L=L: s4d_kernel(*p, L),
         }
-        results[L] = in_turn(calls, device, 3) | {"worst_error": worst[0], "worst_error_naive": worst[1]}
-        results[L] |= {"peak_mib": _peak_mib(calls["ours"]), "naive_peak_mib": _peak_mib(calls["naive"])}
+        results[L] = in_turn(calls, device, 3) | {
+            "worst_error": worst[0],
+            "worst_error_naive": worst[1],
+        }
+        results[L] |= {
+            "peak_mib": _peak_mib(calls["ours"]),
+            "naive_peak_mib": _peak_mib(calls["naive"]),
+        }
     return results
 
 
@@ -146,10 +165,21 @@ def step(device: torch.device) -> dict:
 
 
 def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
-    """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix products alone."""
+    """XL's block at L = 4096 and one image, forward and forward + backward, against its matrix
+    products alone.
+    """
     L = LONG
-    model, x, c = make_block(device), torch.randn(1, L // M, D, device=device), torch.randn(1, D, device=device)
-    shapes = [(D, D)] + [(D, D)] * M + [(2 * D, 2 * D // M)] * M + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
+    model, x, c = (
+        make_block(device),
+        torch.randn(1, L // M, D, device=device),
+        torch.randn(1, D, device=device),
+    )
+    shapes = (
+        [(D, D)]
+        + [(D, D)] * M
+        + [(2 * D, 2 * D // M)] * M
+        + [(D, 2 * D), (2 * D, 2 * D), (2 * D, D)]
+    )
     weights = [torch.randn(o, i, device=device, dtype=dtype) * 0.02 for i, o in shapes]
     inputs = [torch.randn(L // M, i, device=device, dtype=dtype) for i, _ in shapes]
     outputs = [torch.randn(L // M, o, device=device, dtype=dtype) for _, o in shapes]
@@ -177,7 +207,9 @@ def block(device: torch.device, dtype: torch.dtype = torch.float32) -> dict:
 
     return {
         "forward": in_turn({"block": forward, "products": products}, device, 9),
-        "forward+backward": in_turn({"block": forward_backward, "products": products_backward}, device, 5),
+        "forward+backward": in_turn(
+            {"block": forward_backward, "products": products_backward}, device, 5
+        ),
     }
 
 
@@ -194,7 +226,9 @@ KINDS = {  # of the operators that do work themselves; what is not named is elem
 
 
 def parts(device: torch.device) -> dict:
-    """Shares of time in XL's block at L = 4096 and one image by kind of work, of which making the kernels is one."""
+    """Shares of time in XL's block at L = 4096 and one image by kind of work, of which making the
+    kernels is one.
+    """
     x, c = torch.randn(1, LONG // M, D, device=device), torch.randn(1, D, device=device)
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -211,7 +245,10 @@ def parts(device: torch.device) -> dict:
         cast_products(sampled, dtype)
 
         def forward(model=sampled, dtype=dtype) -> None:
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with (
+                torch.no_grad(),
+                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            ):
                 model(x, c)
 
         results[f"forward {dtype}"] = _shares(forward, device)
@@ -219,7 +256,9 @@ def parts(device: torch.device) -> dict:
 
 
 def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float | str]:
-    """Percent of the operators' own time by kind, of a few calls after others under the same profiler."""
+    """Percent of the operators' own time by kind, of a few calls after others under the same
+    profiler.
+    """
     from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
     def in_kernel(function: Callable) -> Callable:
@@ -243,7 +282,9 @@ def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float
         patch.object(S4D, "taps", in_kernel(S4D.taps)),
         patch.object(Modes, "backward", staticmethod(in_kernel(Modes.backward))),
         profile(
-            activities=activities, schedule=schedule(wait=0, warmup=5, active=3, repeat=1), on_trace_ready=add_up
+            activities=activities,
+            schedule=schedule(wait=0, warmup=5, active=3, repeat=1),
+            on_trace_ready=add_up,
         ) as profiler,
     ):
         for _ in range(8):
@@ -282,9 +323,14 @@ def public(device: torch.device) -> dict:
 
 
 def saved(device: torch.device) -> dict:
-    """What autograd keeps for a block at batch 4, L = 1024: ours, also checkpointed, and with the textbook layer."""
+    """What autograd keeps for a block at batch 4, L = 1024: ours, also checkpointed, and with the
+    textbook layer.
+    """
     found = {}
-    x, c = torch.randn(4, 512, D, device=device, requires_grad=True), torch.randn(4, D, device=device)
+    x, c = (
+        torch.randn(4, 512, D, device=device, requires_grad=True),
+        torch.randn(4, D, device=device),
+    )
     for name in ("ours", "checkpointed", "textbook"):
         model = make_block(device)
         if name == "textbook":
@@ -301,7 +347,10 @@ def saved(device: torch.device) -> dict:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             checkpoint(model, x, c, use_reentrant=False) if name == "checkpointed" else model(x, c)
         found[f"{name}_mib"] = sum(sizes.values()) / 2**20
-    return found | {f"{name}_ratio": found[f"{name}_mib"] / found["textbook_mib"] for name in ("ours", "checkpointed")}
+    return found | {
+        f"{name}_ratio": found[f"{name}_mib"] / found["textbook_mib"]
+        for name in ("ours", "checkpointed")
+    }
 
 
 def length(device: torch.device) -> dict:
@@ -322,7 +371,8 @@ def length(device: torch.device) -> dict:
 
 
 def beside_dit(device: torch.device) -> dict:
-    """Milliseconds of a forward pass of one image, by resolution and model, of the first blocks scaled to all.
+    """Milliseconds of a forward pass of one image, by resolution and model, of the first blocks
+    scaled to all.
 
     A model with two blocks takes turns with the same model with one; the other blocks take as long
     as the second one. So models are timed that take minutes for a pass, or do not fit.
@@ -345,21 +395,33 @@ def beside_dit(device: torch.device) -> dict:
 
 
 def memory(device: torch.device) -> dict:
-    """Peak memory of a 2048 x 2048 image through XL without gradients: of four blocks, and the weights of all.
+    """Peak memory of a 2048 x 2048 image through XL without gradients: of four blocks, and the
+    weights of all.
 
-    At this length a block keeps nothing, so that more blocks take no more memory than their weights.
+    At this length a block keeps nothing, so that more blocks take no more memory than their
+    weights.
     """
-    whole, four = (load_config("xl-256", [*SMALLER, f"data.resolution={LARGE}", f"model.depth={n}"]) for n in (29, 4))
+    whole, four = (
+        load_config("xl-256", [*SMALLER, f"data.resolution={LARGE}", f"model.depth={n}"])
+        for n in (29, 4)
+    )
     setting = timing.Setting(device)
     call = timing.workload(timing.random_model(four, setting), four, timing.FORWARD, setting)
     return {"peak_gib": (_peak_mib(call) * 2**20 + 4 * cost(whole).parameters) / 2**30}
 
 
 def compiled(device: torch.device) -> dict:
-    """Training steps by torch.compile against eager ones: `mnist-noise` at its batch, XL's block at 4 x 1024 tokens."""
-    calls = {name: _training(device, [f"train.compile={name == 'compiled'}"])[1] for name in ("compiled", "eager")}
+    """Training steps by torch.compile against eager ones: `mnist-noise` at its batch, XL's block at
+    4 x 1024 tokens.
+    """
+    calls = {
+        name: _training(device, [f"train.compile={name == 'compiled'}"])[1]
+        for name in ("compiled", "eager")
+    }
     results = {"mnist": _first_call(calls["compiled"]) | in_turn(calls, device, 25)}
-    results["mnist"] |= {f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls}
+    results["mnist"] |= {
+        f"{name}_images_a_second": 16e3 / results["mnist"][f"{name}_ms"] for name in calls
+    }
     x, c = torch.randn(4, SHORT // M, D, device=device), torch.randn(4, D, device=device)
     for name in calls:
         model = make_block(device)
@@ -383,9 +445,11 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
 
 
 def convolutions(device: torch.device) -> dict:
-    """The convolution of XL at a batch of 32 in bfloat16: by FFT and, on CUDA, by Triton; forward and backward apart.
+    """The convolution of XL at a batch of 32 in bfloat16: by FFT and, on CUDA, by Triton; forward
+    and backward apart.
 
-    Beside the milliseconds stand the relative errors of y, du and dK in a few channels, against float64.
+    Beside the milliseconds stand the relative errors of y, du and dK in a few channels, against
+    float64.
     """
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     if device.type == "cuda" and find_spec("triton") is not None:
@@ -396,9 +460,14 @@ def convolutions(device: torch.device) -> dict:
 
     results = {}
     for L in (SHORT, LONG):
-        # The layouts of the block, and a gradient of y that is not one number expanded, which the cache would hold.
+        # The layouts of the block, and a gradient of y that is not one number expanded, which the
+        # cache would hold.
         B, J = IMAGES, L // M
-        u = torch.randn(M, D, B, J, device=device, dtype=torch.bfloat16).permute(2, 1, 3, 0).requires_grad_()
+        u = (
+            torch.randn(M, D, B, J, device=device, dtype=torch.bfloat16)
+            .permute(2, 1, 3, 0)
+            .requires_grad_()
+        )
         K = S4D(D, N).to(device).taps(L).detach().requires_grad_()
         dy = torch.randn(M, 2 * D, B, J, device=device, dtype=torch.bfloat16).permute(2, 1, 3, 0)
 
@@ -407,7 +476,9 @@ def convolutions(device: torch.device) -> dict:
         for name, convolution in ways.items():
             y = convolution(u, K)
             calls[f"{name}_forward"] = lambda f=convolution, u=u, K=K: f(u, K)
-            calls[f"{name}_backward"] = lambda y=y, u=u, K=K, dy=dy: torch.autograd.grad(y, (u, K), dy, True)
+            calls[f"{name}_backward"] = lambda y=y, u=u, K=K, dy=dy: torch.autograd.grad(
+                y, (u, K), dy, True
+            )
             ours = _first_channels(convolution, u, K, dy, torch.bfloat16)
             for what, value, wanted in zip(("y", "du", "dK"), ours, exact):
                 errors[f"{name}_{what}_error"] = ((value - wanted).norm() / wanted.norm()).item()
@@ -415,18 +486,26 @@ def convolutions(device: torch.device) -> dict:
     return results
 
 
-def _first_channels(convolution: Callable, u: Tensor, K: Tensor, dy: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _first_channels(
+    convolution: Callable, u: Tensor, K: Tensor, dy: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """y, du and dK of the first channels in float64, computed from u and dy in `dtype`."""
     d = min(16, u.shape[1])
     u = u.detach()[:, :d].to(dtype).requires_grad_()
-    K = K.detach()[:, :d].to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    K = (
+        K.detach()[:, :d]
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+        .requires_grad_()
+    )
     y = convolution(u, K)
     dy = dy.unflatten(1, (2, -1))[:, :, :d].flatten(1, 2).to(dtype)
     return [t.detach().double() for t in (y, *torch.autograd.grad(y, (u, K), dy))]
 
 
 def ceilings(device: torch.device) -> dict:
-    """What the machine can do at best: gigabytes a second of a copy, and Tflops of a square product."""
+    """What the machine can do at best: gigabytes a second of a copy, and Tflops of a square
+    product.
+    """
     setting = timing.Setting(device, repeats=9)
     source = torch.randn(SIDE**2 * 4, device=device)
     target = torch.empty_like(source)
@@ -438,15 +517,24 @@ def ceilings(device: torch.device) -> dict:
     seconds = {name: statistics.median(taken) / 1e3 for name, taken in zip(calls, times)}
     gigabytes = 2 * source.nbytes / 1e9
     found = {"side": SIDE, "copy_gb_per_second": gigabytes / seconds.pop("copy")}
-    return found | {f"product_{name}_tflops": 2 * SIDE**3 / time / 1e12 for name, time in seconds.items()}
+    return found | {
+        f"product_{name}_tflops": 2 * SIDE**3 / time / 1e12 for name, time in seconds.items()
+    }
 
 
 def top(device: torch.device) -> dict:
-    """The kernels (operators on a CPU) that take most time of a training step of `xl-256` at a batch of 32."""
+    """The kernels (operators on a CPU) that take most time of a training step of `xl-256` at a
+    batch of 32.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     precision = "bf16" if device.type == "cuda" else "auto"
-    settings = [f"train.device={device}", f"train.batch_size={IMAGES}", f"train.precision={precision}", *SMALLER]
+    settings = [
+        f"train.device={device}",
+        f"train.batch_size={IMAGES}",
+        f"train.precision={precision}",
+        *SMALLER,
+    ]
     config = load_config("xl-256", settings)
     step = Step(config, device)
     batch = make_batch(Noise(config), config, 0)
@@ -462,7 +550,9 @@ def top(device: torch.device) -> dict:
     calls: Counter[str] = Counter()
     for event in profiler.key_averages():
         if not on_gpu or event.device_type == DeviceType.CUDA:
-            spent[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            spent[event.key] += (
+                event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            )
             calls[event.key] += event.count
     if not spent.total():
         return {"left out": NO_DEVICE_TIMES}
@@ -482,7 +572,12 @@ def top(device: torch.device) -> dict:
 
 OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at the end
     "velocity": ("diffusion.objective=velocity", "train.mse_weight_cap=1"),
-    "flow": ("diffusion.objective=flow", "train.mse_weight_cap=1", "model.learn_sigma=false", "sample.sampler=heun"),
+    "flow": (
+        "diffusion.objective=flow",
+        "train.mse_weight_cap=1",
+        "model.learn_sigma=false",
+        "sample.sampler=heun",
+    ),
     "two averages": ("train.ema=0.995,0.999",),
     "alternate": ("model.scan=alternate",),
     "four": ("model.scan=four",),
@@ -495,11 +590,17 @@ OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at
 
 
 def options(device: torch.device) -> dict:
-    """A training step of `mnist-noise` with each option of the recipe, over that without; forward Gflops per image."""
+    """A training step of `mnist-noise` with each option of the recipe, over that without; forward
+    Gflops per image.
+    """
     made = {name: _training(device, overrides) for name, overrides in OPTIONS.items()}
     times = in_turn({name: call for name, (_, call) in made.items()}, device, 15)
     return {
-        name: {"ratio": times[f"{name}_ratio"], "ms": times[f"{name}_ms"], "gflops": cost(config).gflops}
+        name: {
+            "ratio": times[f"{name}_ratio"],
+            "ms": times[f"{name}_ms"],
+            "gflops": cost(config).gflops,
+        }
         for name, (config, _) in made.items()
     }
 
@@ -519,23 +620,35 @@ class _Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
         name = operator.overloadpacket.__name__
-        if not operator.is_view and name not in ("empty", "new_empty", "empty_like", "detach", "_unsafe_view"):
+        if not operator.is_view and name not in (
+            "empty",
+            "new_empty",
+            "empty_like",
+            "detach",
+            "_unsafe_view",
+        ):
             inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-            inputs = inputs[1:] if name in ("copy_", "fill_", "zero_") else inputs  # they do not read what they write
+            # they do not read what they write
+            inputs = inputs[1:] if name in ("copy_", "fill_", "zero_") else inputs
             outputs = [v for v in tree_leaves(out) if isinstance(v, torch.Tensor)]
             self.moved += sum(v.nbytes for v in inputs + outputs)
         return out
 
 
 def traffic(device: torch.device) -> dict:
-    """Numbers that the convolution and its gradient move, per image, channel and token (M = 2, batch 16)."""
+    """Numbers that the convolution and its gradient move, per image, channel and token (M = 2,
+    batch 16).
+    """
     M, B, L, width = 2, 16, SHORT, 64
     layer = S4D(width, 64).to(device)
     u = torch.randn(M, width, B, L // M, device=device).permute(2, 1, 3, 0).requires_grad_()
     K, unit = layer.taps(L).detach().requires_grad_(), 4 * B * width * L
     found = {}
     for name, most in {"recomputed": 0, "kept": 1 << 40}.items():
-        with patch.multiple(numerics, KEPT_NUMBERS=most, SLICE=dict.fromkeys((True, False), 1 << 40)):  # one slice
+        # one slice
+        with patch.multiple(
+            numerics, KEPT_NUMBERS=most, SLICE=dict.fromkeys((True, False), 1 << 40)
+        ):
             with _Traffic() as forward:
                 y = Convolution.apply(u, KernelSpectra.apply(K))
             dy = torch.ones_like(y)
@@ -569,10 +682,14 @@ ROWS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], help="default: all")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--toy", action="store_true", help="tiny sizes and no code generation, to see that rows run")
+    parser.add_argument(
+        "--toy", action="store_true", help="tiny sizes and no code generation, to see that rows run"
+    )
     arguments = parser.parse_args()
     if arguments.toy:
         global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, IMAGES, SIDE, SMALLER
@@ -586,7 +703,10 @@ def main() -> None:
     for name in arguments.rows or ROWS:
         start = time.perf_counter()
         result = ROWS[name](torch.device(arguments.device))
-        print(json.dumps({name: result, "seconds": math.ceil(time.perf_counter() - start)}), flush=True)
+        print(
+            json.dumps({name: result, "seconds": math.ceil(time.perf_counter() - start)}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

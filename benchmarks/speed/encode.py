@@ -1,10 +1,12 @@
-"""What encoding costs beside the VAE: `Encoder.write` against the VAE's forward alone on the same batches, interleaved.
+"""What encoding costs beside the VAE: `Encoder.write` against the VAE's forward alone on the same
+batches, interleaved.
 
     python benchmarks/speed/encode.py [--vae NAME|FOLDER] [--device cuda] [--workers 8] [--images 2048]
 
-Without --vae a small AutoencoderKL with random weights is taken: the cheaper the VAE, the harder the test. Images are
-JPEG files of about ImageNet's size, made here. Prints one JSON object. `overhead` is of wall time; `cpu_overhead` is of
-what this process computes, so that it means something on a CPU that the workers must share with the VAE.
+Without --vae a small AutoencoderKL with random weights is taken: the cheaper the VAE, the harder
+the test. Images are JPEG files of about ImageNet's size, made here. Prints one JSON object.
+`overhead` is of wall time; `cpu_overhead` is of what this process computes, so that it means
+something on a CPU that the workers must share with the VAE.
 """
 
 import argparse
@@ -27,7 +29,9 @@ from diffussm_cli.machine.device import keep_freed_memory, pick_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vae")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--workers", type=int, default=2)
@@ -60,7 +64,8 @@ def main() -> None:
     (encoded, encoded_cpu), (forward_only, forward_cpu) = median(whole), median(alone)
     result = {
         "vae_parameters": sum(p.numel() for p in vae.model.parameters()),
-        "vae": a.vae or f"random AutoencoderKL, widths {a.width}, {2 * a.width}, {4 * a.width}, {4 * a.width}",
+        "vae": a.vae
+        or f"random AutoencoderKL, widths {a.width}, {2 * a.width}, {4 * a.width}, {4 * a.width}",
         "images": images,
         "encoded_seconds": whole,
         "forward_seconds": alone,
@@ -79,7 +84,9 @@ def write_images(root: Path, n: int) -> None:
     root.mkdir()
     rng = np.random.default_rng(0)
     for i in range(n):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+            (500, 375)
+        )
         noisy = np.asarray(coarse, np.int16) + rng.integers(-8, 9, (375, 500, 1))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{i:06d}.jpg", quality=90)
 
@@ -87,9 +94,14 @@ def write_images(root: Path, n: int) -> None:
 def small_vae(folder: Path, width: int) -> str:
     """An AutoencoderKL of SD's shape, but narrow."""
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
     widths = (width, 2 * width, 4 * width, 4 * width)
-    diffusers.AutoencoderKL(block_out_channels=widths, norm_num_groups=8, **blocks).save_pretrained(folder)
+    diffusers.AutoencoderKL(block_out_channels=widths, norm_num_groups=8, **blocks).save_pretrained(
+        folder
+    )
     return str(folder)
 
 
@@ -99,7 +111,9 @@ def median(pairs: list) -> tuple[float, float]:
 
 
 def seconds_of_write(encoder: Encoder) -> tuple[float, float]:
-    """From the first batch that workers have ready, as a long run is not their start, to the shard on disk."""
+    """From the first batch that workers have ready, as a long run is not their start, to the shard
+    on disk.
+    """
     steps = encoder.write([0])
     next(steps)  # nothing is done yet
     next(steps)

@@ -1,9 +1,11 @@
-"""Time and memory of the evaluation at full size, with an Inception of random weights in place of the published ones.
+"""Time and memory of the evaluation at full size, with an Inception of random weights in place of
+the published ones.
 
     python benchmarks/speed/inception.py [--images 500] [--size 256] [--samples 50000]
 
-Features of `--images` synthetic images are timed and scaled to `--samples`; the metrics are computed in full, of
-synthetic features of that many samples against 10,000. Prints one JSON object; memory is the process's peak.
+Features of `--images` synthetic images are timed and scaled to `--samples`; the metrics are
+computed in full, of synthetic features of that many samples against 10,000. Prints one JSON object;
+memory is the process's peak.
 """
 
 import argparse
@@ -28,7 +30,9 @@ from diffussm_cli.events import finish
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--samples", type=int, default=50_000)
@@ -79,7 +83,9 @@ def random_weights(path: Path) -> Path:
     """A file as torch-fidelity downloads it, with random numbers in it."""
     kept, load = {}, torch.load
     original = module.FeatureExtractorInceptionV3.load_state_dict
-    module.FeatureExtractorInceptionV3.load_state_dict = lambda self, *_: kept.update(torch.nn.Module.state_dict(self))
+    module.FeatureExtractorInceptionV3.load_state_dict = lambda self, *_: kept.update(
+        torch.nn.Module.state_dict(self)
+    )
     torch.load = lambda *_, **__: {}
     module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
     module.FeatureExtractorInceptionV3.load_state_dict, torch.load = original, load

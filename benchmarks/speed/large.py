@@ -3,8 +3,10 @@
     python benchmarks/speed/large.py step [--preset xl-256] [--precision auto]
     python benchmarks/speed/large.py checkpoint FOLDER [--preset xl-256]
 
-`step`: full model, batch 1, gradient checkpointing, Adam's moments and averaged weights; peak resident memory.
-`checkpoint`: bytes, and the seconds for which writing one keeps training waiting, at once and beside it.
+`step`: full model, batch 1, gradient checkpointing, Adam's moments and averaged weights; peak
+resident memory.
+`checkpoint`: bytes, and the seconds for which writing one keeps training waiting, at once and
+beside it.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from diffussm_cli.training.step import Step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["step", "checkpoint"])
     parser.add_argument("folder", type=Path, nargs="?", default=Path("large"))
     parser.add_argument("--preset", default="xl-256")
@@ -41,7 +45,11 @@ def main() -> None:
     if a.what == "step":
         print(json.dumps({"dtype": str(step.dtype), "steps": steps, "peak_gib": peak_gib()}))
     else:
-        print(json.dumps({how: save(step, a.folder, how == "beside") for how in ("at once", "beside")}))
+        print(
+            json.dumps(
+                {how: save(step, a.folder, how == "beside") for how in ("at once", "beside")}
+            )
+        )
 
 
 def peak_gib() -> float:
@@ -67,7 +75,12 @@ def save(step: Step, root: Path, beside: bool) -> dict:
     done = time.perf_counter() - start
     size = sum(f.stat().st_size for f in root.rglob("*") if f.is_file())
     shutil.rmtree(root)
-    return {"bytes": size, "training_waits_s": waiting, "on_disk_after_s": done, "peak_gib": peak_gib()}
+    return {
+        "bytes": size,
+        "training_waits_s": waiting,
+        "on_disk_after_s": done,
+        "peak_gib": peak_gib(),
+    }
 
 
 if __name__ == "__main__":

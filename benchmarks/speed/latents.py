@@ -2,8 +2,9 @@
 
     python benchmarks/speed/latents.py [--images 16384] [--shard-size 1024]
 
-Writes a store of random numbers (4x32x32, mean and deviation, plain and mirrored) without a VAE, then reads batches:
-`moments` is the reading alone, `read` draws from the posterior as training does. Prints one JSON object.
+Writes a store of random numbers (4x32x32, mean and deviation, plain and mirrored) without a VAE,
+then reads batches: `moments` is the reading alone, `read` draws from the posterior as training
+does. Prints one JSON object.
 """
 
 import argparse
@@ -27,7 +28,9 @@ IMAGENET = 1_281_167
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=16384)
     parser.add_argument("--shard-size", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=256)
@@ -65,7 +68,9 @@ def main() -> None:
 
 def make_settings(images: int, side: int, shard_size: int) -> StoreSettings:
     resolution, per_channel = (8 * side, 8 * side), ((1.0,) * 4, (0.0,) * 4)
-    return StoreSettings("", images, (), resolution, "none", "", "", 4, 8, *per_channel, True, "fp32", 1, shard_size)
+    return StoreSettings(
+        "", images, (), resolution, "none", "", "", 4, 8, *per_channel, True, "fp32", 1, shard_size
+    )
 
 
 def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
@@ -101,7 +106,9 @@ def bytes_of(settings: StoreSettings) -> int:
 
 
 def imagenet_bytes(side: int) -> int:
-    """All of ImageNet's training images as 4 x side x side latents, mirrored ones too, in shards of 4096."""
+    """All of ImageNet's training images as 4 x side x side latents, mirrored ones too, in shards of
+    4096.
+    """
     return bytes_of(make_settings(IMAGENET, side, 4096))
 
 

@@ -1,10 +1,12 @@
-"""Images per second and peak memory of training steps and of sampling, on random images and random weights.
+"""Images per second and peak memory of training steps and of sampling, on random images and random
+weights.
 
     python benchmarks/speed/throughput.py train xl-256 --steps 50 --set train.batch_size=32
-    torchrun --nproc-per-node 8 benchmarks/speed/throughput.py train xl-256 --set train.parallel=fsdp
-    python benchmarks/speed/throughput.py sample xl-256 --images 16 --steps 50
+    torchrun --nproc-per-node 8 benchmarks/speed/throughput.py train xl-256 --set
+    train.parallel=fsdp python benchmarks/speed/throughput.py sample xl-256 --images 16 --steps 50
 
-No data set and no checkpoint is needed. Prints one JSON object. The first steps, or the first batch of images, are not
+No data set and no checkpoint is needed. Prints one JSON object. The first steps, or the first batch
+of images, are not
 counted: they compile, allocate memory and build the kernels of the SSM.
 """
 
@@ -31,7 +33,9 @@ WARM_UP = 3  # training steps that are not counted
 
 
 def train(config: Config, steps: int, world: World = ALONE) -> dict:
-    """Run `steps` optimiser steps as training does: batches are made in a thread while the model computes."""
+    """Run `steps` optimiser steps as training does: batches are made in a thread while the model
+    computes.
+    """
     train = dataclasses.replace(config.train, steps=WARM_UP + steps)
     config = dataclasses.replace(config, train=train)
     step = Step(config, pick_device(config.train.device), world)
@@ -57,7 +61,9 @@ def train(config: Config, steps: int, world: World = ALONE) -> dict:
 
 
 def sample(config: Config, images: int, steps: int) -> dict:
-    """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the second."""
+    """Draw two batches of `images` with the sampler of the preset and guidance 1.5, and time the
+    second.
+    """
     device = pick_device(config.train.device)
     dtype = pick_dtype(config.train.precision, device)
     model = timing.random_model(config, timing.Setting(device)).eval()
@@ -67,7 +73,9 @@ def sample(config: Config, images: int, steps: int) -> dict:
     request = dataclasses.replace(config.sample, steps=steps, guidance=guidance)
     for first in (0, images):
         start = time.perf_counter()
-        for _ in generate(model, process, request, range(first, first + images), None, images, dtype):
+        for _ in generate(
+            model, process, request, range(first, first + images), None, images, dtype
+        ):
             pass  # images arrive on the CPU, so that the device is waited for
         seconds = time.perf_counter() - start
     full = config.sample.steps
@@ -88,7 +96,9 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", choices=("train", "sample"))
     parser.add_argument("preset")
     parser.add_argument("--steps", type=int, default=50, help="optimiser steps, or denoising steps")
@@ -99,7 +109,11 @@ def main() -> None:
     config, world = load_config(a.preset, a.overrides), read_world()
     device = pick_device(config.train.device)
     with process_group(world, device.type == "cuda"):
-        found = train(config, a.steps, world) if a.work == "train" else sample(config, a.images, a.steps)
+        found = (
+            train(config, a.steps, world)
+            if a.work == "train"
+            else sample(config, a.images, a.steps)
+        )
     if world.rank == 0:
         facts = {"preset": a.preset, "processes": world.size, "device": str(device)}
         print(json.dumps({**facts, **found, "peak_bytes": peak_bytes(device)}))

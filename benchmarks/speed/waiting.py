@@ -1,9 +1,11 @@
-"""The share of a training step that is spent waiting for its batch, and all that is not forward, backward, optimiser.
+"""The share of a training step that is spent waiting for its batch, and all that is not forward,
+backward, optimiser.
 
     python benchmarks/speed/waiting.py mnist --steps 50
     python benchmarks/speed/waiting.py s-256 --data latents/ --set train.batch_size=8 --steps 5
 
-Prints one JSON object. The first step, which makes its batch while nothing else can be done, is left out.
+Prints one JSON object. The first step, which makes its batch while nothing else can be done, is
+left out.
 """
 
 import argparse
@@ -31,7 +33,9 @@ def timed(function: Callable, clock: Counter, name: str) -> Callable:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("preset")
     parser.add_argument("--data")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
@@ -56,7 +60,11 @@ def main() -> None:
         update(wait(following))
     total = time.perf_counter() - start
     outside = total - clock["update"] + clock["record"]
-    world = {"preset": a.preset, "share_waiting": clock["waiting"] / total, "share_outside": outside / total}
+    world = {
+        "preset": a.preset,
+        "share_waiting": clock["waiting"] / total,
+        "share_outside": outside / total,
+    }
     world |= {"seconds_a_step": total / a.steps}
     print(json.dumps({**world, "batch_size": config.train.batch_size, "device": str(step.device)}))
 

@@ -1,8 +1,9 @@
-"""Changes to the network and to the data that no configuration offers, because only studies need them.
+"""Changes to the network and to the data that no configuration offers, because only studies need
+them.
 
-A study names one for a run (`change: no-gate`). It changes what this process imports, so it goes with a process that
-trains and measures one job. B batch, D channels, J positions, M tokens per position, N state size,
-h heads of d channels, P patch size, L tokens of a square image.
+A study names one for a run (`change: no-gate`). It changes what this process imports, so it goes
+with a process that trains and measures one job. B batch, D channels, J positions, M tokens per
+position, N state size, h heads of d channels, P patch size, L tokens of a square image.
 """
 
 import math
@@ -24,7 +25,9 @@ from diffussm_cli.model.s4d import S4D
 
 
 class OneDirection(S4D):
-    """u (B, D, J, M) -> concat(forward, u) (B, 2D, J, M); the parameters of the backward direction are not used."""
+    """u (B, D, J, M) -> concat(forward, u) (B, 2D, J, M); the parameters of the backward direction
+    are not used.
+    """
 
     def forward(self, u: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         return torch.cat([super().forward(u, grid)[:, : u.shape[1]], u], dim=1)
@@ -75,7 +78,7 @@ def no_positions() -> None:
     Backbone.positions = lambda self, H, W: torch.zeros_like(positions(self, H, W))  # type: ignore[method-assign]
 
 
-# --------------------------------------------------------------- DiT as people train it today, M = 1
+# -------------------------------------------------------------- DiT as people train it today, M = 1
 def square(x: Tensor) -> int:
     """The side of a square image of tokens, x (B, L, ...)."""
     side = math.isqrt(x.shape[1])
@@ -122,7 +125,8 @@ class ChangedAttention(dit.Attention):
 def turn(x: Tensor, side: int, base: float = 100.0) -> Tensor:
     """Axial rotary embedding (arXiv 2403.13298): x (B, h, L, d) with pairs of channels turned.
 
-    With n = d // 4, n pairs turn by row * base^(-i/n), i = 0..n-1, and n by column; up to 3 channels stay.
+    With n = d // 4, n pairs turn by row * base^(-i/n), i = 0..n-1, and n by column; up to 3
+    channels stay.
     """
     n = x.shape[-1] // 4
     rate = base ** (-torch.arange(n) / n)
@@ -142,7 +146,9 @@ def attend_with(**additions: bool) -> None:
 
 
 class Stem(nn.Module):
-    """Patches (B, L, C P^2) -> (B, L, D) after two 3x3 convolutions of the pixels, so that patches overlap."""
+    """Patches (B, L, C P^2) -> (B, L, D) after two 3x3 convolutions of the pixels, so that patches
+    overlap.
+    """
 
     def __init__(self, C: int, P: int, D: int, width: int = 16):
         super().__init__()
@@ -187,7 +193,9 @@ def mimetic(a: float = 0.7, b: float = 0.7) -> None:
         for block in self.blocks:
             layer: Any = block.attention
             D, h = layer.qkv.in_features, layer.heads
-            wanted = a * torch.randn(h, D, D, device="cpu") / D**0.5 + b * torch.eye(D, device="cpu")
+            wanted = a * torch.randn(h, D, D, device="cpu") / D**0.5 + b * torch.eye(
+                D, device="cpu"
+            )
             U, S, V_h = torch.linalg.svd(wanted)
             root = S[:, : D // h, None].sqrt()  # (h, d, 1)
             q, k = root * U.mT[:, : D // h], root * V_h[:, : D // h]  # (h, d, D)
@@ -205,20 +213,29 @@ def modern() -> None:
 
 # ------------------------------------------------------------------------------------------ data
 def train_on(n: int) -> None:
-    """Let a built-in data set without captions have n training images, the same for every seed; the held-out ones stay.
+    """Let a built-in data set without captions have n training images, the same for every seed; the
+    held-out ones stay.
 
     A measure that compares samples with training images then takes these n.
     """
     load = builtin.load
 
     def load_some(
-        name: str, size: tuple[int, int] | None, channels: int | None = None, flip: bool = False, held_out: bool = False
+        name: str,
+        size: tuple[int, int] | None,
+        channels: int | None = None,
+        flip: bool = False,
+        held_out: bool = False,
     ) -> builtin.InMemory:
         whole = load(name, size, channels, flip, held_out)
         if held_out:
             return whole
-        chosen = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:n].sort().values
-        return builtin.InMemory(whole.images[chosen], whole.labels[chosen], whole.class_names, whole.flip)
+        chosen = (
+            torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:n].sort().values
+        )
+        return builtin.InMemory(
+            whole.images[chosen], whole.labels[chosen], whole.class_names, whole.flip
+        )
 
     builtin.load = load_some  # type: ignore[assignment]
 

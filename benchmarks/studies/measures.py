@@ -1,4 +1,6 @@
-"""What the studies measure of a trained run beside its held-out loss, and the same of real images: the floor."""
+"""What the studies measure of a trained run beside its held-out loss, and the same of real images:
+the floor.
+"""
 
 import dataclasses
 import itertools
@@ -34,8 +36,8 @@ METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 def measure(root: Path, samples: int, seed: int = 0, balanced: bool = False) -> dict[str, float]:
     """Measures of images drawn with the averaged weights of a run, and images/s of drawing them.
 
-    A run with text draws the names of its held-out images in turn. If `balanced`, a run with classes
-    draws its classes in turn; otherwise a class is drawn with each seed.
+    A run with text draws the names of its held-out images in turn. If `balanced`, a run with
+    classes draws its classes in turn; otherwise a class is drawn with each seed.
     """
     trained = find_run(root)
     config = trained.config
@@ -51,7 +53,8 @@ def measure(root: Path, samples: int, seed: int = 0, balanced: bool = False) -> 
 
 
 def held_out_losses(root: Path, images: int | None = None) -> dict[str, Any]:
-    """The held-out loss of the averaged weights of a run: its mean, by quarter of the timesteps, and of each image.
+    """The held-out loss of the averaged weights of a run: its mean, by quarter of the timesteps,
+    and of each image.
 
     Args:
         images: number of held-out images; by default the run's own `eval.held_out_images`.
@@ -59,7 +62,9 @@ def held_out_losses(root: Path, images: int | None = None) -> dict[str, Any]:
     trained = find_run(root)
     config = trained.config
     if images:
-        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, held_out_images=images))
+        config = dataclasses.replace(
+            config, eval=dataclasses.replace(config.eval, held_out_images=images)
+        )
     source = open_held_out(config, open_source(config))
     assert source is not None, "the studies have held-out images"
 
@@ -94,37 +99,52 @@ def names_held_out(config: Config) -> list[str]:
 
 
 def floor(config: Config, samples: int, work: Path) -> dict[str, float]:
-    """Measures of training images in place of samples: what a perfect model of the training set would get."""
+    """Measures of training images in place of samples: what a perfect model of the training set
+    would get.
+    """
     source = open_source(config)
     chosen = np.random.default_rng(0).permutation(len(source))[:samples].tolist()
     x_0, labels = source.read(chosen, [torch.Generator()] * len(chosen))
-    return compare(config, ((x_0 + 1) * 127.5).round().to(torch.uint8), labels.tolist(), work / "floor.npz")
+    return compare(
+        config, ((x_0 + 1) * 127.5).round().to(torch.uint8), labels.tolist(), work / "floor.npz"
+    )
 
 
 def compare(
-    config: Config, images: Tensor, labels: list[int] | None, file: Path, prompts: Sequence[str] = ()
+    config: Config,
+    images: Tensor,
+    labels: list[int] | None,
+    file: Path,
+    prompts: Sequence[str] = (),
 ) -> dict[str, float]:
     """Measures of uint8 images (n, C, H, W), which are also written to `file`.
 
-    Beside the metrics against `eval.reference`, by default the held-out images of a built-in data set:
+    Beside the metrics against `eval.reference`, by default the held-out images of a built-in data
+    set:
 
-    - `retrieval_...`: how often the images are found by their prompts, if there are prompts (docs/text.md).
-    - `asked`: the share of images to which the extractor assigns the class that was asked for, if it knows the classes.
-    - `nearness`: the median distance to the nearest training image in features, over that of held-out images. It is
-      near 1 for new images, and 0 for copies of training images.
+    - `retrieval_...`: how often the images are found by their prompts, if there are prompts
+    (docs/text.md).
+    - `asked`: the share of images to which the extractor assigns the class that was asked for, if
+    it knows the classes.
+    - `nearness`: the median distance to the nearest training image in features, over that of
+      held-out images. It is near 1 for new images, and 0 for copies of training images.
     """
     session = EvaluationSession(config.eval.extractor, cache=default_cache())
     arrays = images.permute(0, 2, 3, 1).numpy()
     write_npz(file, {"arr_0": (arrays.shape, np.uint8, [arrays])})
     own = config.data.path + HELD_OUT if config.data.path.startswith(BUILTIN) else None
     opened = session.open(str(file))
-    against = session.reference(config.eval.reference or own or config.data.path, None, config.data.size)
+    against = session.reference(
+        config.eval.reference or own or config.data.path, None, config.data.size
+    )
     values, gathered = finish(session.compare(opened, against, METRICS))
     if prompts:
         values |= finish(session.prompted(gathered, prompts, against.images))
     if own:
         training = finish(session.features(session.open(config.data.path), "training")).pool
-        values["nearness"] = nearest(gathered.pool, training) / nearest(against.gathered.pool, training)
+        values["nearness"] = nearest(gathered.pool, training) / nearest(
+            against.gathered.pool, training
+        )
     if labels is not None and gathered.classes is not None and session.name == "digits":
         logits = torch.cat([session.extractor(part).logits for part in images.split(500)])
         values["asked"] = (logits.argmax(1).cpu() == torch.tensor(labels)).double().mean().item()

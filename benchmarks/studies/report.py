@@ -1,12 +1,14 @@
 """The tables and the figure of a study from its results, in seconds.
 
-    python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg] [--grid NAME.png --work runs/studies]
+    python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg] [--grid NAME.png
+    --work runs/studies]
     python benchmarks/studies/report.py --csv docs/results/all.csv   # every training of every study
 
-Means over seeds with 95% t-intervals. Differences to one run (the first by default) are paired by seed, which shares
-the order of the data. Prints markdown. The figure shows the held-out loss by Gflops and by seconds of one thread; the
-grid shows samples of the same seeds, two rows for each run, if the trained runs are still in the folder of work.
-A study with a margin also gets a verdict for each difference, with p-values corrected by Holm.
+Means over seeds with 95% t-intervals. Differences to one run (the first by default) are paired by
+seed, which shares the order of the data. Prints markdown. The figure shows the held-out loss by
+Gflops and by seconds of one thread; the grid shows samples of the same seeds, two rows for each
+run, if the trained runs are still in the folder of work. A study with a margin also gets a verdict
+for each difference, with p-values corrected by Holm.
 """
 
 import argparse
@@ -77,10 +79,14 @@ FACTS = ("study", "run", "seed", "searched", "change", "preset", "overrides", "c
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", nargs="?")
     parser.add_argument("--csv", type=Path, help="write a row for every training of every study")
-    parser.add_argument("--against", help="the run that differences are taken to; by default the first")
+    parser.add_argument(
+        "--against", help="the run that differences are taken to; by default the first"
+    )
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/studies"))
@@ -91,7 +97,9 @@ def main() -> None:
         return
     study = load_study(arguments.name)
     if not any((RESULTS / study.name).glob("*-s*.json")):
-        raise SystemExit(f"{study.name}: no results yet; begin with python benchmarks/studies/run.py {study.name}")
+        raise SystemExit(
+            f"{study.name}: no results yet; begin with python benchmarks/studies/run.py {study.name}"
+        )
     results = load_results(study)
     file = RESULTS / study.name / FLOOR
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -108,10 +116,12 @@ def names(study: Study) -> list[str]:
 
 
 def load_results(study: Study) -> list[dict]:
-    """Every result of a study and of the one beside it, but no trials of a search; metrics beside the rest.
+    """Every result of a study and of the one beside it, but no trials of a search; metrics beside
+    the rest.
 
-    With a constant rate of learning, the loss of a run is also read from its curve where the shortest run ends, unless
-    its curve begins later. With a target, so are the seconds that lead to it, if the run gets there.
+    With a constant rate of learning, the loss of a run is also read from its curve where the
+    shortest run ends, unless its curve begins later. With a target, so are the seconds that lead to
+    it, if the run gets there.
     """
     results = [*(load_results(study.beside) if study.beside else []), *own_results(study)]
     if study.target is not None:
@@ -124,7 +134,11 @@ def load_results(study: Study) -> list[dict]:
 
 def own_results(study: Study) -> list[dict]:
     """The results of a study itself, as `load_results` gives them."""
-    paths = [path for path in sorted((RESULTS / study.name).glob("*.json")) if path.name not in (FLOOR, RATES)]
+    paths = [
+        path
+        for path in sorted((RESULTS / study.name).glob("*.json"))
+        if path.name not in (FLOOR, RATES)
+    ]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
     if study.step_seconds:
@@ -141,7 +155,9 @@ def own_results(study: Study) -> list[dict]:
 
 
 def seconds_to(target: float, seconds: Sequence[float], losses: Sequence[float]) -> float | None:
-    """When a curve with straight lines between its points first reaches a loss; None if it does not."""
+    """When a curve with straight lines between its points first reaches a loss; None if it does
+    not.
+    """
     for i, loss in enumerate(losses):
         if loss <= target:
             if i == 0:
@@ -152,17 +168,27 @@ def seconds_to(target: float, seconds: Sequence[float], losses: Sequence[float])
 
 
 def curve(result: dict, unit: str) -> tuple[list[float], list[float]]:
-    """The held-out losses of a run, by "images", or by a total such as "gflops" that grows with the steps."""
+    """The held-out losses of a run, by "images", or by a total such as "gflops" that grows with the
+    steps.
+    """
     steps, images, losses = map(list, zip(*result["curve"]))
-    return images if unit == "images" else [step / result["steps"] * result[unit] for step in steps], losses
+    return images if unit == "images" else [
+        step / result["steps"] * result[unit] for step in steps
+    ], losses
 
 
-def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]) -> list[str]:
-    """The report in markdown, line by line: a row for each measure, or of many runs a row for each of them."""
+def page(
+    study: Study, results: Sequence[dict], against: str, floor: Mapping[str, float]
+) -> list[str]:
+    """The report in markdown, line by line: a row for each measure, or of many runs a row for each
+    of them.
+    """
     done = [run for run in names(study) if any(r["run"] == run for r in results)]
     columns: dict[str, Callable[[str], list[float]]] = {}  # the values of a measure, by title
     for run in done:
-        columns[f"{run}, {sum(r['run'] == run for r in results)} seeds"] = lambda m, run=run: values_of(results, run, m)
+        columns[f"{run}, {sum(r['run'] == run for r in results)} seeds"] = lambda m, run=run: (
+            values_of(results, run, m)
+        )
     for run in done:
         if run != against:
             columns[f"{run} - {against}"] = lambda m, run=run: paired(results, run, against, m)
@@ -176,11 +202,16 @@ def page(study: Study, results: Sequence[dict], against: str, floor: Mapping[str
         columns["training images"] = lambda m: [floor[m]] if m in floor else []
     lines = [study.question.strip(), "", f"Rule: {study.rule.strip()}", ""]
     measures = MEASURES if len(done) <= SIDE_BY_SIDE else {name: MEASURES[name] for name in OF_MANY}
-    rows = [[title, *(interval(values(name)) for values in columns.values())] for name, title in measures.items()]
+    rows = [
+        [title, *(interval(values(name)) for values in columns.values())]
+        for name, title in measures.items()
+    ]
     rows = [["mean ± 95%", *columns], *(row for row in rows if any(row[1:]))]
     rows = rows if len(done) <= SIDE_BY_SIDE else [list(column) for column in zip(*rows)]
     lines += [*table(rows), *verdict_table(study, results, against), *search_table(study)]
-    machines = sorted({f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results})
+    machines = sorted(
+        {f"{r['machine']}, torch {r['versions']['torch']}, commit {r['commit']}" for r in results}
+    )
     return [*lines, "", *(f"- {m}" for m in machines)]
 
 
@@ -192,11 +223,21 @@ def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[s
     """
     runs = [run for run in names(study) if run != against]
     differences = {run: paired(results, run, against, "held_out") for run in runs}
-    if study.margin is None or any(len(values) < len(study.seeds) for values in differences.values()):
+    if study.margin is None or any(
+        len(values) < len(study.seeds) for values in differences.values()
+    ):
         return []
     p = {run: float(stats.ttest_1samp(values, 0).pvalue) for run, values in differences.items()}
     corrected = holm(p)
-    rows = [["held-out loss", "difference ± 95%", "p", "p by Holm", f"verdict (margin {study.margin:g})"]]
+    rows = [
+        [
+            "held-out loss",
+            "difference ± 95%",
+            "p",
+            "p by Holm",
+            f"verdict (margin {study.margin:g})",
+        ]
+    ]
     for run, values in differences.items():
         decided = verdict(values, corrected[run], study.margin)
         numbers = [f"{p[run]:.2g}", f"{corrected[run]:.2g}"]
@@ -205,7 +246,9 @@ def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[s
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    """p-values of several comparisons, corrected by Holm: the i-th smallest of n times n - i, i = 0..n-1, rising."""
+    """p-values of several comparisons, corrected by Holm: the i-th smallest of n times n - i, i =
+    0..n-1, rising.
+    """
     corrected, least = {}, 0.0
     for i, name in enumerate(sorted(p, key=p.__getitem__)):
         least = max(least, min(1.0, (len(p) - i) * p[name]))
@@ -214,7 +257,9 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(differences: Sequence[float], p: float, margin: float) -> str:
-    """equal if the 95% interval lies within the margin; else better or worse if p tells them apart; else unknown."""
+    """equal if the 95% interval lies within the margin; else better or worse if p tells them apart;
+    else unknown.
+    """
     middle = statistics.mean(differences)
     if abs(middle) + half_width(differences) <= margin:
         return "equal"
@@ -224,15 +269,22 @@ def verdict(differences: Sequence[float], p: float, margin: float) -> str:
 
 
 def search_table(study: Study) -> list[str]:
-    """The held-out losses of the trials of a search: a row for each value, a column for each run; empty without one."""
+    """The held-out losses of the trials of a search: a row for each value, a column for each run;
+    empty without one.
+    """
     lines: list[str] = []
-    part = {1 / 3: "a third", 1: "the whole budget"}.get(study.search_share, f"{study.search_share:.0%}")
+    part = {1 / 3: "a third", 1: "the whole budget"}.get(
+        study.search_share, f"{study.search_share:.0%}"
+    )
     for name, grid in study.search.items():
         runs = study.searched(name)
         rows = [[f"{name}, held-out loss of one seed after {part}", *runs]]
         for value in grid:
             files = [RESULTS / study.name / f"{run}-{value}.json" for run in runs]
-            found = [[json.loads(f.read_text(encoding="utf-8"))["held_out"]] if f.is_file() else [] for f in files]
+            found = [
+                [json.loads(f.read_text(encoding="utf-8"))["held_out"]] if f.is_file() else []
+                for f in files
+            ]
             rows.append([f"{value:g}", *map(interval, found)])
         lines += ["", *table(rows)]
     return lines
@@ -252,9 +304,12 @@ def values_of(results: Sequence[dict], run: str, measure: str) -> list[float]:
 def paired(results: Sequence[dict], run: str, against: str, measure: str) -> list[float]:
     """Differences of a measure between two runs, for every seed that both have."""
     of = {
-        name: {r["seed"]: r[measure] for r in results if r["run"] == name and measure in r} for name in (run, against)
+        name: {r["seed"]: r[measure] for r in results if r["run"] == name and measure in r}
+        for name in (run, against)
     }
-    return [of[run][seed] - of[against][seed] for seed in sorted(of[run].keys() & of[against].keys())]
+    return [
+        of[run][seed] - of[against][seed] for seed in sorted(of[run].keys() & of[against].keys())
+    ]
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -274,17 +329,24 @@ def interval(values: Sequence[float]) -> str:
 
 
 def write_csv(path: Path) -> None:
-    """A row for every training of every study, trials of searches included, with empty cells for what it has not."""
+    """A row for every training of every study, trials of searches included, with empty cells for
+    what it has not.
+    """
     rows = []
     for file in sorted(RESULTS.glob("*/*.json")):
         if file.name not in (FLOOR, RATES):
             result = json.loads(file.read_text(encoding="utf-8"))
             values = result | result.get("metrics", {}) | {"study": file.parent.name}
-            values |= {"overrides": " ".join(result["overrides"]), "begun": result.get("begun", result.get("date"))}
+            values |= {
+                "overrides": " ".join(result["overrides"]),
+                "begun": result.get("begun", result.get("date")),
+            }
             rows.append(values)
     measures = [name for name in MEASURES if any(name in row for row in rows)]
     with path.open("w", encoding="utf-8", newline="") as to:
-        writer = csv.DictWriter(to, [*FACTS, "begun", *measures], extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(
+            to, [*FACTS, "begun", *measures], extrasaction="ignore", lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)
 
@@ -292,7 +354,8 @@ def write_csv(path: Path) -> None:
 def draw(study: Study, results: Sequence[dict], path: Path) -> None:
     """Held-out loss against Gflops and seconds, a colour for each run, a line for each seed.
 
-    If the rate of learning is constant, a third panel has the last loss against the memory of training by formula.
+    If the rate of learning is constant, a third panel has the last loss against the memory of
+    training by formula.
     """
     import matplotlib
     from matplotlib import pyplot, ticker
@@ -300,7 +363,10 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = study.name  # the same file from the same results
     panels = {"gflops": "Gflops of training", "cpu_seconds": "seconds of one thread"}
     if study.step_seconds:
-        panels = {"gflops": "Gflops of training", "training_seconds": "seconds of training on one thread"}
+        panels = {
+            "gflops": "Gflops of training",
+            "training_seconds": "seconds of training on one thread",
+        }
     if any("at_gflops" in r for r in results):
         panels["memory"] = "MiB of training, by formula"
     size = (4 * len(panels) + 1, 3.6)  # with room for the legend
@@ -310,11 +376,16 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
         for i, run in enumerate(names(study)):
             of_run = [r for r in results if r["run"] == run]
             if unit == "memory":
-                mib = [cost(load_config(r["preset"], r["overrides"])).training_bytes / 2**20 for r in of_run]
+                mib = [
+                    cost(load_config(r["preset"], r["overrides"])).training_bytes / 2**20
+                    for r in of_run
+                ]
                 axis.plot(mib, [r["held_out"] for r in of_run], "o", color=colours[i], alpha=0.6)
                 continue
             for j, r in enumerate(of_run):
-                axis.plot(*curve(r, unit), color=colours[i], alpha=0.6, label=run if j == 0 else None)
+                axis.plot(
+                    *curve(r, unit), color=colours[i], alpha=0.6, label=run if j == 0 else None
+                )
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(xlabel=label, yscale="log")
         axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -330,7 +401,9 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
 def grid(study: Study, work: Path, path: Path, columns: int = 12) -> None:
     """Samples of the first seed of each run, two rows of the same sampling seeds for each."""
     file = f"samples-{SAMPLING_SEED}.npz"
-    files = [work / of.name / f"{run}-s{of.seeds[0]}" / file for of in study.shown() for run in of.runs]
+    files = [
+        work / of.name / f"{run}-s{of.seeds[0]}" / file for of in study.shown() for run in of.runs
+    ]
     images = [next(open_npz(file)["arr_0"].read(0, 2 * columns, 2 * columns)) for file in files]
     save_grid(torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), path, columns)
 

@@ -9,8 +9,8 @@ Every training is a process of its own with one thread. Its result is one JSON i
 benchmarks/studies/results/NAME/: the configuration and its hash, seed, versions, machine, when it
 began, the commit then and whether its code was changed, Gflops, seconds, the log, the curve of the
 held-out loss, the loss of each held-out image, and metrics (`measures.py`). Where all trainings
-share their sampling seeds, the metrics of the first seed are also those of other samples; floor.json
-is of real images, and rates.json holds the seconds of a step.
+share their sampling seeds, the metrics of the first seed are also those of other samples;
+floor.json is of real images, and rates.json holds the seconds of a step.
 """
 
 import argparse
@@ -60,13 +60,23 @@ GPU_TFLOPS = 0.35 * 989  # of --plan: an H100 in bfloat16 at 35% of its peak
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/studies"), help="where runs are kept meanwhile")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/studies"), help="where runs are kept meanwhile"
+    )
     parser.add_argument("--plan", action="store_true", help="show what would run, and stop")
-    parser.add_argument("--one", metavar="JOB", help="only this training, as --plan names it, in this process")
-    parser.add_argument("--repeat", metavar="JOB", help="train a finished job again; exit code 1 if its loss differs")
+    parser.add_argument(
+        "--one", metavar="JOB", help="only this training, as --plan names it, in this process"
+    )
+    parser.add_argument(
+        "--repeat",
+        metavar="JOB",
+        help="train a finished job again; exit code 1 if its loss differs",
+    )
     arguments = parser.parse_args()
     study = load_study(arguments.name)
     folder = RESULTS / study.name
@@ -104,7 +114,8 @@ def as_text(result: dict) -> str:
 
 
 def measure_rates(study: Study, work: Path, steps: int = TURN_STEPS) -> dict:
-    """Seconds of a step of each run with one thread: the median over TURNS, in which all are trained for some steps.
+    """Seconds of a step of each run with one thread: the median over TURNS, in which all are
+    trained for some steps.
 
     With `timed_by`, this run of the study beside is timed too, and the seconds are scaled such that
     its own are what that study measured: equal seconds then mean the same in both.
@@ -153,7 +164,9 @@ def time_steps(config: Config, change: str | None, root: Path) -> float:
     torch.set_num_threads(1)
     if change:
         CHANGES[change]()
-    times = [time.process_time() for event in train(config, root) if isinstance(event, TrainingRecord)]
+    times = [
+        time.process_time() for event in train(config, root) if isinstance(event, TrainingRecord)
+    ]
     return statistics.median(np.diff(times).tolist()) / config.train.log_every
 
 
@@ -172,7 +185,10 @@ def repeat(file: Path) -> tuple[float, float]:
 
 def read_log(root: Path) -> list[dict]:
     """The records of a run."""
-    return [json.loads(line) for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (root / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def images_per_second(records: list[dict]) -> float:
@@ -188,7 +204,10 @@ def known_jobs(study: Study, folder: Path) -> list[Job]:
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:
     """The trainings that count, with what the search has chosen."""
-    found = {job.name: json.loads((folder / f"{job.name}.json").read_text())["held_out"] for job in study.trials()}
+    found = {
+        job.name: json.loads((folder / f"{job.name}.json").read_text())["held_out"]
+        for job in study.trials()
+    }
     return study.jobs(choose(study, found))
 
 
@@ -198,26 +217,39 @@ def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
     while waiting or running:
         while waiting and len(running) < arguments.jobs:
             job = waiting.pop(0)
-            command = [sys.executable, __file__, arguments.name, "--work", str(arguments.work), "--one", job.name]
+            command = [
+                sys.executable,
+                __file__,
+                arguments.name,
+                "--work",
+                str(arguments.work),
+                "--one",
+                job.name,
+            ]
             running[job.name] = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
             print(f"{time.strftime('%H:%M:%S')} {job.name} begins, {len(waiting)} wait", flush=True)
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 if process.returncode:
-                    raise SystemExit(f"{name} ended with {process.returncode}; the others go on, run this again later")
+                    raise SystemExit(
+                        f"{name} ended with {process.returncode}; the others go on, run this again later"
+                    )
         time.sleep(1)
 
 
 def train_and_measure(job: Job, study: Study, work: Path) -> dict:
-    """Train a job, or go on with it, and measure its averaged weights; under torchrun the first process does."""
+    """Train a job, or go on with it, and measure its averaged weights; under torchrun the first
+    process does.
+    """
     root = work / study.name / job.name
     found = {"study": study.name, **train_job(job, root)}
     if job.searched is not None or read_world().rank or not study.samples:
         return found
     seed = study.sampling_seed(job.seed)
     found["metrics"] = measure(root, study.samples, seed, study.balanced)
-    if job.seed == study.seeds[0] and not study.own_samples:  # the spread over the seeds of sampling
+    # the spread over the seeds of sampling
+    if job.seed == study.seeds[0] and not study.own_samples:
         found["metrics_again"] = measure(root, study.samples, study.samples, study.balanced)
     return found
 
@@ -240,8 +272,11 @@ def train_job(job: Job, root: Path) -> dict:
     }
 
 
-def train_config(config: Config, change: str | None, root: Path, held_out_images: int | None = None) -> dict[str, Any]:
-    """Train a configuration with a change to the network, or go on with it: its cost, log and losses.
+def train_config(
+    config: Config, change: str | None, root: Path, held_out_images: int | None = None
+) -> dict[str, Any]:
+    """Train a configuration with a change to the network, or go on with it: its cost, log and
+    losses.
 
     Args:
         held_out_images: number of images of the last held-out loss; by default as for the curve.
@@ -286,12 +321,16 @@ def train_config(config: Config, change: str | None, root: Path, held_out_images
 
 
 def short_log(records: list[dict]) -> dict[str, list[float]]:
-    """Training loss, gradient norm and images/s by step: means of neighbouring records, at most LOGGED of them."""
+    """Training loss, gradient norm and images/s by step: means of neighbouring records, at most
+    LOGGED of them.
+    """
     parts = np.array_split(np.arange(len(records)), min(len(records), LOGGED))
     log: dict[str, list[float]] = {"step": [records[part[-1]]["step"] for part in parts]}
     for name in ("loss", "grad_norm", "images_per_second"):
         # a record has None in place of a number that is not finite
-        numbers = [[records[i][name] for i in part if records[i].get(name) is not None] for part in parts]
+        numbers = [
+            [records[i][name] for i in part if records[i].get(name) is not None] for part in parts
+        ]
         log[name] = [float(f"{statistics.mean(n):.4g}") if n else None for n in numbers]
     return log
 
@@ -304,8 +343,12 @@ def show_plan(study: Study) -> None:
         config = job.config()
         gflops = step_gflops(config) * config.train.steps
         total += gflops
-        print(f"{job.name:32} {config.train.steps:9,} steps  {gflops:.3g} Gflops  {days(gflops):.3g} GPU days")
-    print(f"{len(jobs)} trainings, {total:.3g} Gflops, {days(total):.3g} GPU days at {GPU_TFLOPS:.0f} TFLOP/s")
+        print(
+            f"{job.name:32} {config.train.steps:9,} steps  {gflops:.3g} Gflops  {days(gflops):.3g} GPU days"
+        )
+    print(
+        f"{len(jobs)} trainings, {total:.3g} Gflops, {days(total):.3g} GPU days at {GPU_TFLOPS:.0f} TFLOP/s"
+    )
 
 
 def days(gflops: float) -> float:

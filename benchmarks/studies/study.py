@@ -1,4 +1,6 @@
-"""What a study is: the runs of its YAML with every override resolved, and the budget that makes them comparable."""
+"""What a study is: the runs of its YAML with every override resolved, and the budget that makes
+them comparable.
+"""
 
 import dataclasses
 import hashlib
@@ -35,7 +37,9 @@ class Job:
     @property
     def name(self) -> str:
         """RUN-sSEED, or RUN-VALUE for a trial of the search."""
-        return f"{self.run}-s{self.seed}" if self.searched is None else f"{self.run}-{self.searched}"
+        return (
+            f"{self.run}-s{self.seed}" if self.searched is None else f"{self.run}-{self.searched}"
+        )
 
     def config(self) -> Config:
         """The whole configuration."""
@@ -109,7 +113,9 @@ class Study:
 
     def jobs(self, chosen: dict[str, dict[str, Any]]) -> list[Job]:
         """The trainings that count, with the values that the search has chosen for each run."""
-        return [self._job(run, seed, chosen.get(run, {})) for seed in self.seeds for run in self.runs]
+        return [
+            self._job(run, seed, chosen.get(run, {})) for seed in self.seeds for run in self.runs
+        ]
 
     def config(self, run: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         """The preset of a run, and its overrides."""
@@ -119,12 +125,16 @@ class Study:
         settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
         return preset, [f"{k}={v}" for k, v in settings.items()]
 
-    def _job(self, run: str, seed: int, values: dict[str, Any], searched: Any = None, share: float = 1.0) -> Job:
+    def _job(
+        self, run: str, seed: int, values: dict[str, Any], searched: Any = None, share: float = 1.0
+    ) -> Job:
         preset, overrides = self.config(run, values)
         steps = self.steps(run, load_config(preset, overrides), share)
         every = math.ceil(steps / self.evaluations)
         overrides += [f"train.steps={steps}", f"eval.every={every}", "eval.images=0"]
-        if self.warmup is not None and not any(o.startswith("train.warmup_steps=") for o in overrides):
+        if self.warmup is not None and not any(
+            o.startswith("train.warmup_steps=") for o in overrides
+        ):
             overrides.append(f"train.warmup_steps={round(self.warmup * steps)}")
         held_out = None
         if self.curve_images:
@@ -139,7 +149,9 @@ class Study:
         """The number of steps that a share of the budget pays for."""
         if self.seconds is not None:
             if run not in self.step_seconds:
-                raise SystemExit(f"{self.name}: a step of {run} has not been timed yet; run it without --plan")
+                raise SystemExit(
+                    f"{self.name}: a step of {run} has not been timed yet; run it without --plan"
+                )
             return round(share * self.seconds / self.step_seconds[run])
         if self.images is not None:
             return round(share * self.images / config.train.batch_size)
@@ -153,14 +165,20 @@ def step_gflops(config: Config) -> float:
 
 
 def load_study(name: str) -> Study:
-    """The study in NAME.yaml beside this file, or at a path. Raises SystemExit for one that does not hold together."""
+    """The study in NAME.yaml beside this file, or at a path. Raises SystemExit for one that does
+    not hold together.
+    """
     path = Path(name) if name.endswith(".yaml") else HERE / f"{name}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {f.name for f in dataclasses.fields(Study)}
     if set(values) - known:
-        raise SystemExit(f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}")
+        raise SystemExit(
+            f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}"
+        )
     beside = load_study(values["beside"]) if "beside" in values else None
-    study = Study(**({"name": path.stem} | values | {"seeds": tuple(values["seeds"]), "beside": beside}))
+    study = Study(
+        **({"name": path.stem} | values | {"seeds": tuple(values["seeds"]), "beside": beside})
+    )
     if [study.gflops, study.images, study.seconds].count(None) != 2 or len(study.search) > 1:
         raise SystemExit(f"{path}: give gflops, images or seconds, and at most one searched field")
     if study.timed_by and (beside is None or study.timed_by not in beside.runs):
@@ -200,7 +218,8 @@ def stored_config(result: dict) -> Config:
 
 
 def choose(study: Study, held_out: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """The best value of the searched field for each run, from the held-out losses of the trials by name.
+    """The best value of the searched field for each run, from the held-out losses of the trials by
+    name.
 
     Raises:
         SystemExit: if a trial is missing, or the best value lies at the edge of its grid.
@@ -211,7 +230,9 @@ def choose(study: Study, held_out: dict[str, float]) -> dict[str, dict[str, Any]
             losses = [held_out[f"{run}-{value}"] for value in grid]
             best = min(range(len(grid)), key=losses.__getitem__)
             if best in (0, len(grid) - 1):
-                raise SystemExit(f"{study.name}: {run} is best at the edge of its grid, {name}={grid[best]}; widen it")
+                raise SystemExit(
+                    f"{study.name}: {run} is best at the edge of its grid, {name}={grid[best]}; widen it"
+                )
             chosen[run] = {name: grid[best]}
     return chosen
 

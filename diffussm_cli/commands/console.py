@@ -17,11 +17,15 @@ LONG = 60  # seconds; longer work announces its duration at the start
 
 
 def printable(text: str) -> str:
-    """A text with control characters escaped, but for line breaks and tabs: names and facts may come from strangers.
+    """A text with control characters escaped, but for line breaks and tabs: names and facts may
+    come from strangers.
 
-    An escape sequence in a file name, or a mark that turns the direction of writing, would change the terminal.
+    An escape sequence in a file name, or a mark that turns the direction of writing, would change
+    the terminal.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else repr(c)[1:-1] for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" or category(c) == "Zs" else repr(c)[1:-1] for c in text
+    )
 
 
 def say(text: Any) -> None:
@@ -32,7 +36,9 @@ def say(text: Any) -> None:
 
 
 def print_json(value: Any, console, indent: int | None = 1) -> None:
-    """Print one JSON object on stdout; numbers that JSON does not have become null, and a warning counts them."""
+    """Print one JSON object on stdout; numbers that JSON does not have become null, and a warning
+    counts them.
+    """
     import typer
 
     lost: list[float] = []
@@ -54,7 +60,9 @@ def _without_nan(value: Any, lost: list[float]) -> Any:
 
 
 def make_console(quiet: bool = False, stderr: bool = True):
-    """A console that prints text verbatim, as a file name may look like rich's markup, and escapes like `printable`."""
+    """A console that prints text verbatim, as a file name may look like rich's markup, and escapes
+    like `printable`.
+    """
     from rich.console import Console
     from rich.segment import Segment
 
@@ -66,8 +74,11 @@ def make_console(quiet: bool = False, stderr: bool = True):
                 plain = segment.control or segment.text.isprintable()
                 yield segment if plain else Segment(printable(segment.text), segment.style)
 
-    more: dict[str, Any] = {"soft_wrap": True} if stderr else {}  # tables on stdout fit the terminal
-    return PlainConsole(stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more)
+    # tables on stdout fit the terminal
+    more: dict[str, Any] = {"soft_wrap": True} if stderr else {}
+    return PlainConsole(
+        stderr=stderr, quiet=quiet, markup=False, emoji=False, highlight=False, **more
+    )
 
 
 def warn(console, text: str) -> None:
@@ -135,7 +146,9 @@ class _Shown:
             self.close()
             self._steps = self._open.enter_context(_step_bar(self.console, event))
         if "left_out" in record:
-            self.console.print(f"warning: step {step}: non-finite steps, left out: {record['left_out']}")
+            self.console.print(
+                f"warning: step {step}: non-finite steps, left out: {record['left_out']}"
+            )
         self._steps(step, news)
 
     def close(self) -> None:
@@ -145,18 +158,31 @@ class _Shown:
 
 def _moving(console, what: str):
     """A progress bar: how many of `what` are done, the remaining time, and the `news` of its task."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn(what, markup=False), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(what, markup=False),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
     news = TextColumn("{task.fields[news]}", markup=False)
     return Progress(*columns, news, console=console, speed_estimate_period=600)
 
 
 @contextlib.contextmanager
 def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None]]:
-    """A bar on stderr with rate and remaining time; yields a function that advances it and shows `news` at its end.
+    """A bar on stderr with rate and remaining time; yields a function that advances it and shows
+    `news` at its end.
 
-    After the first advance, a line announces the remaining time if it is long, because a log file shows no bar.
+    After the first advance, a line announces the remaining time if it is long, because a log file
+    shows no bar.
     """
     start, done = time.perf_counter(), 0
     with _moving(console, what) as progress:
@@ -179,7 +205,9 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
 
 @contextlib.contextmanager
 def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr with the loss, rate and remaining time of training; without a terminal, one line per record."""
+    """A bar on stderr with the loss, rate and remaining time of training; without a terminal, one
+    line per record.
+    """
     with _moving(console, "step") as progress:
         task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
         start, begun, announced = time.perf_counter(), first.record["step"], False
@@ -194,7 +222,9 @@ def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], N
                 announced = True
                 rest = (time.perf_counter() - start) / (step - begun) * (first.steps - step)
                 if rest > LONG:
-                    console.print(f"{first.steps - step:,} more steps will take about {duration(rest)}")
+                    console.print(
+                        f"{first.steps - step:,} more steps will take about {duration(rest)}"
+                    )
 
         yield show
 
@@ -210,8 +240,8 @@ def duration(seconds: float) -> str:
 def leave(code: int) -> None:
     """Exit one process of a job when all of its work is on disk.
 
-    The interpreter is not shut down: gloo's threads, which DDP keeps, sometimes abort the process during shutdown
-    (pytorch/pytorch#179291), and torchrun would then report a failed job.
+    The interpreter is not shut down: gloo's threads, which DDP keeps, sometimes abort the process
+    during shutdown (pytorch/pytorch#179291), and torchrun would then report a failed job.
     """
     sys.stdout.flush()
     sys.stderr.flush()

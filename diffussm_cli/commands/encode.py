@@ -18,45 +18,78 @@ MULTIPLE = 8
 def encode(
     source: Annotated[
         Path | None,
-        typer.Argument(metavar="SOURCE", help="One folder per class, a flat folder, tar or parquet shards."),
+        typer.Argument(
+            metavar="SOURCE", help="One folder per class, a flat folder, tar or parquet shards."
+        ),
     ] = None,
-    target: Annotated[Path | None, typer.Argument(metavar="TARGET", help="Folder for the latents.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="TARGET", help="Folder for the latents.")
+    ] = None,
     resolution: Annotated[
-        str, typer.Option(metavar="N|HxW", help=f"In pixels, a multiple of {MULTIPLE}; images are cropped as in ADM.")
+        str,
+        typer.Option(
+            metavar="N|HxW",
+            help=f"In pixels, a multiple of {MULTIPLE}; images are cropped as in ADM.",
+        ),
     ] = "256",
     vae: Annotated[
-        str | None, typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}.")
+        str | None,
+        typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}."),
     ] = None,
     columns: Annotated[
-        str, typer.Option(metavar="LIST", help="Of parquet shards: image=NAME,label=NAME,text=NAME. Default: found.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Of parquet shards: image=NAME,label=NAME,text=NAME. Default: found.",
+        ),
     ] = "",
     text: Annotated[
         str | None,
         typer.Option(metavar="NAME|FOLDER", help="Also store captions, by this text encoder."),
     ] = None,
-    text_tokens: Annotated[int, typer.Option(min=0, max=1024, help="Number of tokens stored of each caption.")] = 0,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the VAE.")] = "fp32",
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Also encode each image flipped horizontally.")] = True,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**16, help="Number of images encoded at a time.")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, max=1 << 20, help="Number of images per file.")] = 4096,
+    text_tokens: Annotated[
+        int, typer.Option(min=0, max=1024, help="Number of tokens stored of each caption.")
+    ] = 0,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Precision of the VAE.")
+    ] = "fp32",
+    flip: Annotated[
+        bool, typer.Option("--flip/--no-flip", help="Also encode each image flipped horizontally.")
+    ] = True,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=2**16, help="Number of images encoded at a time.")
+    ] = 64,
+    shard_size: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Number of images per file.")
+    ] = 4096,
     workers: Annotated[
         int | None,
-        typer.Option(min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."),
+        typer.Option(
+            min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."
+        ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop with an error instead of skipping a file.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop with an error instead of skipping a file.")
+    ] = False,
     device: options.Device = "auto",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Only check every file of the one folder given against its hash.")
+        bool,
+        typer.Option(
+            "--verify", help="Only check every file of the one folder given against its hash."
+        ),
     ] = False,
 ) -> None:
-    """Encode images as VAE latents for training. After an interruption, the same command continues the work.
+    """Encode images as VAE latents for training. After an interruption, the same command continues
+    the work.
 
     With one folder that holds latents of an earlier version, convert them; no image is encoded.
     """
     if verify and (source is None or target is not None):
         raise ConfigError("encode: give --verify LATENTS, and no other folder")
     if source is None or (target is None and not (verify or (source / "manifest.json").is_file())):
-        raise ConfigError("encode: give SOURCE and TARGET, for example: diffussm encode images/ latents/")
+        raise ConfigError(
+            "encode: give SOURCE and TARGET, for example: diffussm encode images/ latents/"
+        )
     size = parse_size(resolution)
     if size[0] % MULTIPLE or size[1] % MULTIPLE:
         raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
@@ -70,13 +103,26 @@ def encode(
     if target is None:
         follow(console, latents.convert_store(source))
         return
-    settings: dict[str, Any] = {"precision": precision, "flip": flip, "batch_size": batch_size, "device": device}
-    settings |= {"columns": [part for part in columns.split(",") if part], "text": text, "text_tokens": text_tokens}
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "flip": flip,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    settings |= {
+        "columns": [part for part in columns.split(",") if part],
+        "text": text,
+        "text_tokens": text_tokens,
+    }
     settings |= {"shard_size": shard_size, "workers": workers, "strict": strict}
     try:
-        done = follow(console, latents.encode_images(source, target, size, vae or DEFAULT_VAE, **settings))
+        done = follow(
+            console, latents.encode_images(source, target, size, vae or DEFAULT_VAE, **settings)
+        )
     except KeyboardInterrupt:
-        console.print("interrupted; finished shards are kept, and the same command continues from there")
+        console.print(
+            "interrupted; finished shards are kept, and the same command continues from there"
+        )
         raise
     if done:
         console.print(f"check them: diffussm encode --verify {shlex.quote(str(target))}")

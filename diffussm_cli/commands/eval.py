@@ -18,12 +18,29 @@ from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
 
 # Parameters that have a meaning only for images that are drawn from a run.
-OF_RUN: tuple[str, ...] = ("ema", "num", "classes", "balanced", "prompts", "negative", "overrides", "precision")
+OF_RUN: tuple[str, ...] = (
+    "ema",
+    "num",
+    "classes",
+    "balanced",
+    "prompts",
+    "negative",
+    "overrides",
+    "precision",
+)
 OF_SCORES = ("reference", "metrics", "out", "as_json")
 OF_REFERENCE = ("ref_images",)
 
 # Facts of meta.json that are shown with the scores.
-REQUEST = ("sampler", "steps", "guidance", "guidance_channels", "guidance_interval", "num", "first_seed")
+REQUEST = (
+    "sampler",
+    "steps",
+    "guidance",
+    "guidance_channels",
+    "guidance_interval",
+    "num",
+    "first_seed",
+)
 META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
 
 
@@ -36,9 +53,14 @@ def evaluate(
             help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from, as in sample.",
         ),
     ] = None,
-    target: Annotated[Path | None, typer.Argument(metavar="[REF.npz]", help="The file that --make-ref writes.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="[REF.npz]", help="The file that --make-ref writes.")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(metavar="REF", help="An .npz from ADM or --make-ref, or images. Default: the run's.")
+        str | None,
+        typer.Option(
+            metavar="REF", help="An .npz from ADM or --make-ref, or images. Default: the run's."
+        ),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.")
@@ -50,14 +72,25 @@ def evaluate(
         ),
     ] = "auto",
     extractor_weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Weights of inception, instead of a download.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Weights of inception, instead of a download."),
     ] = None,
     resolution: Annotated[
-        str | None, typer.Option(metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's.")
+        str | None,
+        typer.Option(
+            metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's."
+        ),
     ] = None,
     ema: options.Average = None,
     num: Annotated[
-        int, typer.Option("--num", "-n", min=2, max=options.MAX_IMAGES, help="Number of images to draw from a run.")
+        int,
+        typer.Option(
+            "--num",
+            "-n",
+            min=2,
+            max=options.MAX_IMAGES,
+            help="Number of images to draw from a run.",
+        ),
     ] = 50_000,
     classes: options.Classes = None,
     balanced: options.Balanced = False,
@@ -76,23 +109,41 @@ def evaluate(
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="Folder for the cache. Default: ~/.cache/diffussm.", envvar="DIFFUSSM_CACHE")
+        Path | None,
+        typer.Option(
+            help="Folder for the cache. Default: ~/.cache/diffussm.", envvar="DIFFUSSM_CACHE"
+        ),
     ] = None,
-    keep: Annotated[bool, typer.Option("--cache-features/--no-cache", help="Cache features for next time.")] = True,
+    keep: Annotated[
+        bool, typer.Option("--cache-features/--no-cache", help="Cache features for next time.")
+    ] = True,
     make_ref: Annotated[
-        bool, typer.Option("--make-ref", help="Make the reference file REF.npz from the images in SAMPLES and exit.")
+        bool,
+        typer.Option(
+            "--make-ref",
+            help="Make the reference file REF.npz from the images in SAMPLES and exit.",
+        ),
     ] = False,
-    ref_images: Annotated[int, typer.Option(min=1, help="Number of images that --make-ref keeps for recall.")] = 10_000,
+    ref_images: Annotated[
+        int, typer.Option(min=1, help="Number of images that --make-ref keeps for recall.")
+    ] = 10_000,
     out: Annotated[
-        Path | None, typer.Option(help="File for the result. Default: results.json beside the samples.")
+        Path | None,
+        typer.Option(help="File for the result. Default: results.json beside the samples."),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure samples against a reference: FID, sFID, Inception Score, precision, recall, KID, by ADM's protocol."""
+    """Measure samples against a reference: FID, sFID, Inception Score, precision, recall, KID, by
+    ADM's protocol.
+    """
     if samples is None:
-        raise ConfigError("eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz")
+        raise ConfigError(
+            "eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz"
+        )
     if (target is not None) != make_ref:
-        raise ConfigError("eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone")
+        raise ConfigError(
+            "eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone"
+        )
     from diffussm_cli.evaluation import session
     from diffussm_cli.machine.files import default_cache
     from diffussm_cli.machine.processes import read_world
@@ -120,7 +171,9 @@ def evaluate(
     if make_ref:
         warn_unused((*OF_RUN, *OF_SCORES), "--make-ref draws and compares nothing")
         assert target is not None, "checked above"
-        written = follow(console, session.make_reference(samples, target, count=ref_images, **common))
+        written = follow(
+            console, session.make_reference(samples, target, count=ref_images, **common)
+        )
         if written is not None:
             say(written)
         return

@@ -24,7 +24,8 @@ from diffussm_cli.config import (
 from diffussm_cli.errors import ConfigError
 
 MAX_IMAGES = 10**6  # images in one request
-PLACES = ("samples", "reference", "data", "vae")  # parameters of text that name files or folders, or the hub
+# parameters of text that name files or folders, or the hub
+PLACES = ("samples", "reference", "data", "vae")
 
 Classes = Annotated[
     str | None,
@@ -33,41 +34,64 @@ Classes = Annotated[
         "quotes; for a name that looks like a number or a range, give its label. Default: random, from each seed.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the run's.")]
 Balanced = Annotated[
-    bool, typer.Option("--balanced", help="All classes in turn, each equally often. Default: random, from each seed.")
+    bool,
+    typer.Option(
+        "--balanced",
+        help="All classes in turn, each equally often. Default: random, from each seed.",
+    ),
 ]
 Prompt = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="What to draw, for a run with text. Repeatable; used in turn.")
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="What to draw, for a run with text. Repeatable; used in turn."
+    ),
 ]
 Prompts = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn.")
+    Path | None,
+    typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn."),
 ]
-Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")]
+Negative = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")
+]
 SamplerName = Annotated[
-    Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None, typer.Option(help="Default: the run's.")
+    Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None,
+    typer.Option(help="Default: the run's."),
 ]
 Guidance = Annotated[
-    float | None, typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's.")
+    float | None,
+    typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's."),
 ]
 GuidanceChannels = Annotated[
-    Literal["all", "3"] | None, typer.Option(help="Guide all channels, or the first three as in DiT's samples.")
+    Literal["all", "3"] | None,
+    typer.Option(help="Guide all channels, or the first three as in DiT's samples."),
 ]
-GuidanceInterval = Annotated[str | None, typer.Option(metavar="LO,HI", help="Guide only at timesteps LO <= t <= HI.")]
+GuidanceInterval = Annotated[
+    str | None, typer.Option(metavar="LO,HI", help="Guide only at timesteps LO <= t <= HI.")
+]
 BatchSize = Annotated[
-    int, typer.Option(min=1, max=2**16, help="Batch size; it changes images by float rounding at most.")
+    int,
+    typer.Option(min=1, max=2**16, help="Batch size; it changes images by float rounding at most."),
 ]
 Precision = Annotated[
-    Literal["auto", "fp32", "bf16"], typer.Option(help="Of the network; auto: bf16 where the hardware supports it.")
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(help="Of the network; auto: bf16 where the hardware supports it."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Average = Annotated[float | None, typer.Option(help="Which averaged weights, by decay. Default: the run's first.")]
+Average = Annotated[
+    float | None, typer.Option(help="Which averaged weights, by decay. Default: the run's first.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 class WithExamples:
-    """Prints the epilog of a command line by line after its help; some versions of Typer join the lines."""
+    """Prints the epilog of a command line by line after its help; some versions of Typer join the
+    lines.
+    """
 
     def __init__(self, *args: Any, epilog: str | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -83,13 +107,19 @@ class Command(WithExamples, TyperCommand):
     """A command that checks its text arguments before it runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As in the parent class. Raises ConfigError for an empty path, which Python takes for the current folder."""
+        """As in the parent class. Raises ConfigError for an empty path, which Python takes for the
+        current folder.
+        """
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         hints = typing.get_type_hints(self.callback)
         for parameter in self.params:
-            is_place = Path in typing.get_args(hints.get(parameter.name)) or parameter.name in PLACES
+            is_place = (
+                Path in typing.get_args(hints.get(parameter.name)) or parameter.name in PLACES
+            )
             if is_place and given.get(parameter.name) == "":
-                raise ConfigError(f"{option_name(parameter)}: is empty; name a file or folder, or leave it out")
+                raise ConfigError(
+                    f"{option_name(parameter)}: is empty; name a file or folder, or leave it out"
+                )
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -110,7 +140,8 @@ def option_name(parameter: Any) -> str:
 
 
 def unused(ctx: Any, names: Collection[str], because: str) -> str:
-    """A line about the given options, of those with these parameter names, that a command does not use; may be empty.
+    """A line about the given options, of those with these parameter names, that a command does not
+    use; may be empty.
 
     Args:
         because: why, such as `SAMPLES is a folder of images`.
@@ -119,9 +150,11 @@ def unused(ctx: Any, names: Collection[str], because: str) -> str:
     return f"{', '.join(given)}: not used, because {because}" if given else ""
 
 
-# ------------------------------------------------------------------------------------------------- requests
+# ----------------------------------------------------------------------------------------- requests
 def sampling_request(config: Config, **changes: Any) -> SampleConfig:
-    """The run's sampling settings, with the values of those `changes` that are not None. Raises ConfigError."""
+    """The run's sampling settings, with the values of those `changes` that are not None. Raises
+    ConfigError.
+    """
     fields = {f"sample.{name}": value for name, value in changes.items() if value is not None}
     return config_from_dict(to_dict(config), "RUN", fields=fields).sample
 
@@ -135,14 +168,19 @@ def overridden_sampling(config: Config, overrides: Sequence[str]) -> SampleConfi
     for override in overrides:
         field = override.partition("=")[0].strip()
         if field == "sample.prompts":
-            raise ConfigError("--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts")
+            raise ConfigError(
+                "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts"
+            )
         if not field.startswith("sample."):
-            raise ConfigError(f"--set: {field!r} does not change how a run draws; fields such as sample.steps do")
+            raise ConfigError(
+                f"--set: {field!r} does not change how a run draws; fields such as sample.steps do"
+            )
     return config_from_dict(to_dict(config), "RUN", overrides).sample
 
 
 def parse_classes(text: str | None, config: Config, balanced: bool = False) -> tuple[int, ...]:
-    """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None, all if `balanced`.
+    """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None, all if
+    `balanced`.
 
     Raises:
         ConfigError: for a label or name that the model does not have, or for both options.
@@ -157,7 +195,9 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
     try:
         parts = next(csv.reader([text], skipinitialspace=True), [])
     except csv.Error as e:
-        raise ConfigError(f"--classes: {text!r:.80} must be labels or names separated by commas: {e}") from e
+        raise ConfigError(
+            f"--classes: {text!r:.80} must be labels or names separated by commas: {e}"
+        ) from e
     labels: list[int] = []
     for part in parts:
         span = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
@@ -171,15 +211,23 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
         elif names:
             raise ConfigError(f"--classes: the run has no class {part!r}{nearest(part, names)}")
         else:
-            raise ConfigError(f"--classes: {part!r} must be labels such as 3,7 or 0-9; the run has no class names")
+            raise ConfigError(
+                f"--classes: {part!r} must be labels such as 3,7 or 0-9; the run has no class names"
+            )
     if not labels:
         raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")
     return tuple(labels)
 
 
 def parse_prompts(prompts: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    """The prompts of --prompt, then the lines of the file of --prompts that are not empty. Raises ConfigError."""
-    lines = [] if file is None else [line for line in read_text(file, "--prompts").splitlines() if line.strip()]
+    """The prompts of --prompt, then the lines of the file of --prompts that are not empty. Raises
+    ConfigError.
+    """
+    lines = (
+        []
+        if file is None
+        else [line for line in read_text(file, "--prompts").splitlines() if line.strip()]
+    )
     if file is not None and not lines:
         raise ConfigError(f"--prompts: {file} holds no prompt")
     return (*(prompts or []), *lines)
@@ -189,5 +237,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`256` or `256x384` as (height, width). Raises ConfigError."""
     found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
     if not found:
-        raise ConfigError(f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, up to 9999")
+        raise ConfigError(
+            f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, up to 9999"
+        )
     return int(found[1]), int(found[2] or found[1])

@@ -91,7 +91,9 @@ def profile(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Show what models cost, DiffuSSM beside DiT: parameters, Gflops by part, training compute, time and memory."""
+    """Show what models cost, DiffuSSM beside DiT: parameters, Gflops by part, training compute,
+    time and memory.
+    """
     # Mistakes first, before torch is imported.
     if estimate and not preset:
         raise ConfigError("--estimate: choose what to measure with --preset")
@@ -104,7 +106,9 @@ def profile(
     from diffussm_cli.commands.tables import paper_tables, show_costs
     from diffussm_cli.profiling import figures, report
 
-    chosen = report.choose_models(models or DEFAULT_MODELS, resolution, preset or [], overrides or [], sweep or [])
+    chosen = report.choose_models(
+        models or DEFAULT_MODELS, resolution, preset or [], overrides or [], sweep or []
+    )
     if figure:
         figures.check_figure(figure)
     if paper:

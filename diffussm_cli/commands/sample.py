@@ -23,7 +23,13 @@ def sample(
     ema: options.Average = None,
     num: Annotated[
         int,
-        typer.Option("--num", "-n", min=1, max=options.MAX_IMAGES, help="Number of images. Under torchrun, use -n."),
+        typer.Option(
+            "--num",
+            "-n",
+            min=1,
+            max=options.MAX_IMAGES,
+            help="Number of images. Under torchrun, use -n.",
+        ),
     ] = 40,
     classes: options.Classes = None,
     balanced: options.Balanced = False,
@@ -38,19 +44,29 @@ def sample(
     guidance_interval: options.GuidanceInterval = None,
     batch_size: options.BatchSize = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the images. Default: RUN/images, numbered if taken.")
+        Path | None,
+        typer.Option(help="Folder for the images. Default: RUN/images, numbered if taken."),
     ] = None,
-    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz, arr_0 in NHWC.")] = False,
-    grid: Annotated[Path | None, typer.Option(help="File for the grid. Default: OUT/grid.png.")] = None,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Also write samples.npz, arr_0 in NHWC.")
+    ] = False,
+    grid: Annotated[
+        Path | None, typer.Option(help="File for the grid. Default: OUT/grid.png.")
+    ] = None,
     film: Annotated[
-        Path | None, typer.Option(help="File (.gif, .webp) for a film of the denoising of the first ten images.")
+        Path | None,
+        typer.Option(
+            help="File (.gif, .webp) for a film of the denoising of the first ten images."
+        ),
     ] = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Draw images from a trained run: PNG files, a grid, and a meta.json that records how they were made.
+    """Draw images from a trained run: PNG files, a grid, and a meta.json that records how they were
+    made.
 
-    After an interruption, the same command continues the work. Under torchrun, the processes share it.
+    After an interruption, the same command continues the work. Under torchrun, the processes share
+    it.
     """
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.runs import find_run
@@ -82,7 +98,9 @@ def sample(
     try:
         path = follow(console, draw(trained, out, num, **request))
     except KeyboardInterrupt:
-        console.print("interrupted; finished images are kept, and the same command continues from there")
+        console.print(
+            "interrupted; finished images are kept, and the same command continues from there"
+        )
         raise
     if read_world().rank == 0:
         say(path)

@@ -75,17 +75,36 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
     row("positions J", lambda m: f"{m['positions']:,}")
     row("Gflops", lambda m: f"{m['gflops']:.4g}")
     for part in dict.fromkeys(part for m in models for part in m["parts"]):
-        row(f"  {part}", lambda m, part=part: f"{m['parts'][part]:.4g}" if part in m["parts"] else "")
+        row(
+            f"  {part}",
+            lambda m, part=part: f"{m['parts'][part]:.4g}" if part in m["parts"] else "",
+        )
     row("Gflops counted by a trace", _counted)
-    row("SSM kernels, once per update", lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "")
+    row(
+        "SSM kernels, once per update",
+        lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "",
+    )
     row("images to train on", lambda m: f"{m['training_images'] / 1e6:,.4g} M")
     row("Gflops to train", lambda m: f"{m['training_gflops']:.3g}")
     for kind in dict.fromkeys(kind for m in models for kind in m.get("measured", {})):
         _measured_rows(row, kind, setting)
-    row("one step on the batch", lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "")
-    row("to train", lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "")
-    label = f"memory of each of {models[0]['processes']} processes" if models[0]["processes"] > 1 else "memory to train"
-    row(f"{label}, by formula", lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "")
+    row(
+        "one step on the batch",
+        lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "",
+    )
+    row(
+        "to train",
+        lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "",
+    )
+    label = (
+        f"memory of each of {models[0]['processes']} processes"
+        if models[0]["processes"] > 1
+        else "memory to train"
+    )
+    row(
+        f"{label}, by formula",
+        lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "",
+    )
     return grid
 
 
@@ -129,17 +148,36 @@ def paper_tables(as_json: bool) -> None:
         return
     console = make_console(stderr=False)
     grid = Table(
-        "", "published", "ours", "difference", box=SIMPLE_HEAD, title="Gflops of DiT (arXiv 2212.09748, table 4)"
+        "",
+        "published",
+        "ours",
+        "difference",
+        box=SIMPLE_HEAD,
+        title="Gflops of DiT (arXiv 2212.09748, table 4)",
     )
     for r in dit:
         grid.add_row(r.name, f"{r.published:.2f}", f"{r.ours:.3f}", f"{r.difference:+.2%}")
     console.print(grid)
-    grid = Table(box=SIMPLE_HEAD, title="total training Gflops (arXiv 2311.18257): images x forward")
+    grid = Table(
+        box=SIMPLE_HEAD, title="total training Gflops (arXiv 2311.18257): images x forward"
+    )
     grid.add_column(no_wrap=True)
-    for name in ("images", "printed", "ours", "difference", "per forward, implied", "per forward, ours"):
+    for name in (
+        "images",
+        "printed",
+        "ours",
+        "difference",
+        "per forward, implied",
+        "per forward, ours",
+    ):
         grid.add_column(name, justify="right")
     for t in training:
-        cells = (f"{t.images / 1e6:.0f} M", f"{t.printed:.3g}", f"{t.ours:.3g}", f"{t.difference:+.1%}")
+        cells = (
+            f"{t.images / 1e6:.0f} M",
+            f"{t.printed:.3g}",
+            f"{t.ours:.3g}",
+            f"{t.difference:+.1%}",
+        )
         grid.add_row(t.name, *cells, f"{t.implied:.1f}", f"{t.forward:.1f}")
     console.print(grid)
     console.print(paper.sentence())

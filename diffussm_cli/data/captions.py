@@ -30,7 +30,8 @@ MAX_TEXT_BYTES = 1 << 20  # of the captions of one image
 def read_captions(
     listing: Listing, needed: bool = True, left_out: list[LeftOut] | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """The captions of images by the name of their entry, without duplicates; images without one are missing.
+    """The captions of images by the name of their entry, without duplicates; images without one are
+    missing.
 
     Args:
         needed: raise an error for parquet shards without a column of texts.
@@ -43,10 +44,18 @@ def read_captions(
     found: dict[str, list[str]] = defaultdict(list)
     unused: list[LeftOut] = []
     archives = dict.fromkeys(e.archive for e in listing.entries if e.archive)
-    parts = [_in_folders(listing.root, [e.name for e in listing.entries], unused)] if not archives else []
+    parts = (
+        [_in_folders(listing.root, [e.name for e in listing.entries], unused)]
+        if not archives
+        else []
+    )
     for archive in archives:
         in_parquet = archive.lower().endswith(".parquet")
-        parts.append(_in_parquet(listing, archive, needed) if in_parquet else _in_archive(listing.root, archive))
+        parts.append(
+            _in_parquet(listing, archive, needed)
+            if in_parquet
+            else _in_archive(listing.root, archive)
+        )
     for name, texts in itertools.chain.from_iterable(parts):
         found[name] += filter(None, map(plain, texts))
 
@@ -56,13 +65,21 @@ def read_captions(
         used = set(names.values())
         strange = [name for name, texts in found.items() if texts and name not in used]
         left_out += unused
-        left_out += [LeftOut(len(strange), "caption", "of no image in the source", strange[0])] if strange else []
+        left_out += (
+            [LeftOut(len(strange), "caption", "of no image in the source", strange[0])]
+            if strange
+            else []
+        )
     captions = {name: tuple(dict.fromkeys(found.get(key, ()))) for name, key in names.items()}
     return {name: texts for name, texts in captions.items() if texts}
 
 
-def _in_folders(root: Path, names: Sequence[str], unused: list[LeftOut]) -> Iterator[tuple[str, list[str]]]:
-    """Captions of image files: from metadata.jsonl in a folder that contains them, or else from their own .txt."""
+def _in_folders(
+    root: Path, names: Sequence[str], unused: list[LeftOut]
+) -> Iterator[tuple[str, list[str]]]:
+    """Captions of image files: from metadata.jsonl in a folder that contains them, or else from
+    their own .txt.
+    """
     described: dict[str, bool] = {}  # folders, by whether they or one above have a metadata.jsonl
 
     def is_described(folder: str) -> bool:
@@ -83,7 +100,14 @@ def _in_folders(root: Path, names: Sequence[str], unused: list[LeftOut]) -> Iter
             with reading(f"data.text: {path}: cannot be read", DataError):
                 yield name, read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
     if passed_over:
-        unused.append(LeftOut(len(passed_over), "file", f"beside a {METADATA}, which is read instead", passed_over[0]))
+        unused.append(
+            LeftOut(
+                len(passed_over),
+                "file",
+                f"beside a {METADATA}, which is read instead",
+                passed_over[0],
+            )
+        )
 
     # ... or is one of those that a file describes.
     for folder in described:
@@ -92,7 +116,9 @@ def _in_folders(root: Path, names: Sequence[str], unused: list[LeftOut]) -> Iter
 
 
 def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Names of images, relative to the root of the source, with their captions; `folder` is that of the file."""
+    """Names of images, relative to the root of the source, with their captions; `folder` is that of
+    the file.
+    """
     with reading(f"data.text: {path}: cannot be read", DataError):
         lines = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
     for number, line in enumerate(lines, 1):
@@ -101,12 +127,17 @@ def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
                 record = json.loads(line)
                 if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
                     raise ValueError('is not an object with "file_name" and "text"')
-                yield posixpath.normpath(posixpath.join(folder, record["file_name"])), _texts(record)
+                yield (
+                    posixpath.normpath(posixpath.join(folder, record["file_name"])),
+                    _texts(record),
+                )
 
 
 def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[str, list[str]]]:
     try:
-        for row, found in enumerate(parquet.read_texts(listing.root / shard, listing.columns, needed)):
+        for row, found in enumerate(
+            parquet.read_texts(listing.root / shard, listing.columns, needed)
+        ):
             name = f"{shard}/{row:07d}"
             with reading(name, DataError):
                 yield name, _texts({"text": found})

@@ -1,4 +1,6 @@
-"""The built-in emoji: colour pictures of 32x32 pixels with names and captions, which tools/fetch_emoji.py writes."""
+"""The built-in emoji: colour pictures of 32x32 pixels with names and captions, which
+tools/fetch_emoji.py writes.
+"""
 
 from collections import Counter
 from pathlib import Path
@@ -34,22 +36,28 @@ def read_emoji() -> Emoji:
     """Read all pictures. Raises DataError if the file is missing or is not one that the tool wrote."""
     path = emoji_file()
     if not path.is_file():
-        raise DataError(f"data.path: builtin:emoji is not at {path}; run: python tools/fetch_emoji.py")
+        raise DataError(
+            f"data.path: builtin:emoji is not at {path}; run: python tools/fetch_emoji.py"
+        )
     arrays = open_npz(path)
     kinds = {name: (rows.dtype.kind, rows.shape) for name, rows in arrays.items()}
     n = arrays["images"].shape[0] if "images" in arrays else 0
     k = kinds.get("captions", ("U", ()))[1][-1:]
     wanted = [("u", (n, 3, SIZE, SIZE)), *[("U", (n,))] * 3, ("U", (n, *k))]
     if not n or kinds != dict(zip(Emoji._fields, wanted)):
-        raise DataError(f"data.path: {path} does not hold emoji; run again: python tools/fetch_emoji.py")
+        raise DataError(
+            f"data.path: {path} does not hold emoji; run again: python tools/fetch_emoji.py"
+        )
     return Emoji(*(arrays[name].whole() for name in Emoji._fields))
 
 
 def split_emoji(emoji: Emoji) -> np.ndarray:
-    """The part of each picture, str (n,): TRAINING, NAME or PAIR. The choice depends on nothing but the pictures.
+    """The part of each picture, str (n,): TRAINING, NAME or PAIR. The choice depends on nothing but
+    the pictures.
 
-    80 names are held out in all styles (NAME). Of the other pictures, 4% are held out in one style (PAIR); their
-    names are trained on in another. Names that share a picture with another name, as some flags do, are never held out.
+    80 names are held out in all styles (NAME). Of the other pictures, 4% are held out in one style
+    (PAIR); their names are trained on in another. Names that share a picture with another name, as
+    some flags do, are never held out.
     """
     rng = np.random.default_rng(0)
     pictures = [image.tobytes() for image in emoji.images]

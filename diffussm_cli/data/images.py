@@ -1,8 +1,8 @@
 """Read untrusted image files, crop them as ADM does, and write PNG files and grids.
 
-Arrays are uint8. Every image becomes upright 8-bit RGB or grey: 12-bit and 16-bit values are scaled, transparent parts
-become white, Pillow converts CMYK, palettes and others without colour profiles, and animations keep only their first
-frame.
+Arrays are uint8. Every image becomes upright 8-bit RGB or grey: 12-bit and 16-bit values are
+scaled, transparent parts become white, Pillow converts CMYK, palettes and others without colour
+profiles, and animations keep only their first frame.
 """
 
 import contextlib
@@ -17,7 +17,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngImageFile, PngInfo
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 from torch import Tensor
 
 from diffussm_cli.errors import DataError, NotFiniteError, reason
@@ -30,7 +35,14 @@ GRID = "grid.png"  # the overview beside a set of images; not one of the set
 ORIENTATION = 0x0112  # of EXIF
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of two TIFF tags
 # Errors that Pillow's decoders raise for damaged files.
-DECODING: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError)
+DECODING: tuple[type[Exception], ...] = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+)
 DECODING += (TypeError, MemoryError, struct.error, Image.DecompressionBombError)
 
 
@@ -47,7 +59,9 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
             Image.open(file, formats=FORMATS) as image,
         ):
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
+                raise DataError(
+                    f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}"
+                )
             yield image
     except UnidentifiedImageError as e:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from e
@@ -55,8 +69,11 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
         raise DataError(f"{path}: cannot be decoded: {reason(e)}") from e
 
 
-def read_image(path: Path, size: tuple[int, int] | None, channels: int, content: BinaryIO | None = None) -> np.ndarray:
-    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width, channels).
+def read_image(
+    path: Path, size: tuple[int, int] | None, channels: int, content: BinaryIO | None = None
+) -> np.ndarray:
+    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width,
+    channels).
 
     Raises:
         DataError: if it cannot be decoded.
@@ -68,10 +85,12 @@ def read_image(path: Path, size: tuple[int, int] | None, channels: int, content:
 
 
 def flatten(image: Image.Image, channels: int) -> Image.Image:
-    """The first frame, upright, as 8-bit grey (1 channel) or RGB (3 channels); transparent parts become white.
+    """The first frame, upright, as 8-bit grey (1 channel) or RGB (3 channels); transparent parts
+    become white.
 
     Raises:
-        ValueError: for pixels without a standard range: floating point, signed, or of more than 16 bits.
+        ValueError: for pixels without a standard range: floating point, signed, or of more than 16
+            bits.
     """
     # Eight bits and transparency, for which Pillow needs help.
     if image.mode == "F":
@@ -92,7 +111,9 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits, rounded to the nearest. Pillow itself would clip all values above 255."""
+    """Scale grey of more than 8 bits, rounded to the nearest. Pillow itself would clip all values
+    above 255.
+    """
     # What the values mean.
     bits, inverted = 16, False
     if isinstance(image, TiffImageFile):
@@ -100,7 +121,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         bits = tags.get(BITSPERSAMPLE, (1,))[0]
         inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
         if bits > 16 or tags.get(SAMPLEFORMAT, (UNSIGNED,))[0] != UNSIGNED:
-            raise ValueError("signed pixels, and those of more than 16 bits, have no standard range")
+            raise ValueError(
+                "signed pixels, and those of more than 16 bits, have no standard range"
+            )
     top = (1 << bits) - 1
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > top):
@@ -116,10 +139,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _opaque(image: Image.Image) -> np.ndarray | None:
-    """The opacity of a PNG that names a transparent colour with 2, 4 or 16 bits: uint8 (height, width), 0 or 255.
+    """The opacity of a PNG that names a transparent colour with 2, 4 or 16 bits: uint8 (height,
+    width), 0 or 255.
 
-    None for other images, also of 1 and 8 bits, whose transparent colour Pillow finds. It compares the colour as it
-    stands in the file with pixels that it has scaled to 8 bits.
+    None for other images, also of 1 and 8 bits, whose transparent colour Pillow finds. It compares
+    the colour as it stands in the file with pixels that it has scaled to 8 bits.
     """
     colour = image.info.get("transparency")
     if colour is None or not isinstance(image, PngImageFile) or not image.tile:
@@ -128,7 +152,9 @@ def _opaque(image: Image.Image) -> np.ndarray | None:
     if layout == "RGB;16B":
         low = _low_bytes(image)
         high = np.asarray(image)
-        transparent = (high == np.array(colour) >> 8).all(2) & (low == np.array(colour) & 0xFF).all(2)
+        transparent = (high == np.array(colour) >> 8).all(2) & (low == np.array(colour) & 0xFF).all(
+            2
+        )
     elif layout in ("L;2", "L;4", "I;16B"):
         unit = {"L;2": 85, "L;4": 17, "I;16B": 1}[layout]
         transparent = np.asarray(image) == colour * unit
@@ -138,7 +164,9 @@ def _opaque(image: Image.Image) -> np.ndarray | None:
 
 
 def _low_bytes(image: PngImageFile) -> np.ndarray:
-    """The low bytes of the pixels of an RGB image of 16 bits, of which Pillow reads the high bytes; not loaded yet."""
+    """The low bytes of the pixels of an RGB image of 16 bits, of which Pillow reads the high bytes;
+    not loaded yet.
+    """
     file: Any = image.fp
     place = file.tell()
     file.seek(0)
@@ -149,7 +177,8 @@ def _low_bytes(image: PngImageFile) -> np.ndarray:
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """ADM's centre crop: halve with a box filter while twice too large, resize bicubically, and crop the centre.
+    """ADM's centre crop: halve with a box filter while twice too large, resize bicubically, and
+    crop the centre.
 
     Raises:
         ValueError: for an image so narrow that it would be enlarged to more than MAX_PIXELS.
@@ -169,23 +198,28 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-# ----------------------------------------------------------------------------------------------- model space
+# -------------------------------------------------------------------------------------- model space
 def coins(flip: bool, generators: Sequence[torch.Generator]) -> Tensor:
-    """Which images to flip, one per generator, as bool (B,): each with probability 1/2 if `flip`, otherwise none."""
+    """Which images to flip, one per generator, as bool (B,): each with probability 1/2 if `flip`,
+    otherwise none.
+    """
     if not flip:
         return torch.zeros(len(generators), dtype=torch.bool)
     return torch.cat([torch.rand(1, generator=g) for g in generators]) < 0.5
 
 
 def to_model_space(pixels: Tensor, mirrored: Tensor | None = None) -> Tensor:
-    """Convert uint8 (B, C, H, W) to float32 in [-1, 1], with a horizontal flip where `mirrored`, bool (B,), is true."""
+    """Convert uint8 (B, C, H, W) to float32 in [-1, 1], with a horizontal flip where `mirrored`,
+    bool (B,), is true.
+    """
     if mirrored is not None and mirrored.any():
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
     return pixels.float() / 127.5 - 1
 
 
 def to_uint8(x: Tensor, names: Sequence[str] = ()) -> Tensor:
-    """Convert model space [-1, 1] to pixels: floor(clamp(127.5 x + 128, 0, 255)), the rule of the ADM evaluation.
+    """Convert model space [-1, 1] to pixels: floor(clamp(127.5 x + 128, 0, 255)), the rule of the
+    ADM evaluation.
 
     Raises:
         NotFiniteError: as `check_finite`. A NaN would become a black pixel.
@@ -206,9 +240,11 @@ def check_finite(x: Tensor, names: Sequence[str] = ()) -> None:
     raise NotFiniteError(names[broken[0]] if names else f"image {broken[0]}", broken[0])
 
 
-# ------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def save_png(pixels: Tensor, path: Path | BinaryIO, prompt: str | None = None) -> None:
-    """Write uint8 (C, H, W) with C = 1 or 3, or (H, W), as a PNG file; a prompt goes into its text chunk `prompt`."""
+    """Write uint8 (C, H, W) with C = 1 or 3, or (H, W), as a PNG file; a prompt goes into its text
+    chunk `prompt`.
+    """
     pixels = pixels[0] if pixels.ndim == 3 and len(pixels) == 1 else pixels
     array = pixels.cpu().numpy() if pixels.ndim == 2 else pixels.permute(1, 2, 0).cpu().numpy()
     chunks = PngInfo()
@@ -217,13 +253,18 @@ def save_png(pixels: Tensor, path: Path | BinaryIO, prompt: str | None = None) -
     Image.fromarray(array).save(path, "PNG", pnginfo=chunks)
 
 
-def save_grid(pixels: Tensor, path: Path | BinaryIO, columns: int, titles: Sequence[str] = ()) -> None:
-    """Write uint8 (n, C, H, W) as one PNG, row by row, each image below its title if there are `titles`."""
+def save_grid(
+    pixels: Tensor, path: Path | BinaryIO, columns: int, titles: Sequence[str] = ()
+) -> None:
+    """Write uint8 (n, C, H, W) as one PNG, row by row, each image below its title if there are
+    `titles`.
+    """
     save_png(image_grid(pixels, columns, titles), path)
 
 
 def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tensor:
-    """uint8 (n, C, H, W) -> one image (C, H', W'), row by row, each below its title if there are `titles`.
+    """uint8 (n, C, H, W) -> one image (C, H', W'), row by row, each below its title if there are
+    `titles`.
 
     Images under 56 pixels, or 112 pixels with a title, are enlarged by an integer.
     """
@@ -234,7 +275,9 @@ def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tens
         strips = torch.stack([_title(text, pixels.shape[3]) for text in titles])[:, None]
         pixels = torch.cat([strips.expand(-1, pixels.shape[1], -1, -1), pixels], 2)
     _, C, H, W = pixels.shape
-    canvas = torch.full((C, rows * (H + gap) + gap, columns * (W + gap) + gap), 128, dtype=torch.uint8)
+    canvas = torch.full(
+        (C, rows * (H + gap) + gap, columns * (W + gap) + gap), 128, dtype=torch.uint8
+    )
     for i, image in enumerate(pixels):
         top, left = gap + (i // columns) * (H + gap), gap + (i % columns) * (W + gap)
         canvas[:, top : top + H, left : left + W] = image

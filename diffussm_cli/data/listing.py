@@ -1,7 +1,9 @@
-"""List the images of a folder or archive in a fixed order, and all else in it with the reason why it is not used.
+"""List the images of a folder or archive in a fixed order, and all else in it with the reason why
+it is not used.
 
-Four layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where KEY.cls holds the
-label of KEY.jpg as an integer; parquet shards (parquet.py). Shards are read in place.
+Four layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where
+KEY.cls holds the label of KEY.jpg as an integer; parquet shards (parquet.py). Shards are read in
+place.
 """
 
 import codecs
@@ -39,15 +41,35 @@ CAPTIONS = "captions, which only a run with text reads"
 JSON = "of a .json file, only captions are read, by a run with text"
 HIDDEN = "a hidden file"
 NO_IMAGE = "not an image by its name or first bytes"
-TABLES = ("dataset.json", "metadata.csv", "metadata.parquet", "labels.csv", "labels.json", "labels.txt")
+TABLES = (
+    "dataset.json",
+    "metadata.csv",
+    "metadata.parquet",
+    "labels.csv",
+    "labels.json",
+    "labels.txt",
+)
 TABLE = f"labels or captions that are not read: classes are folders, captions stand in {METADATA}"
 COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-FOREIGN = (".npz", ".npy", ".h5", ".hdf5", ".mdb", ".lmdb", ".arrow", ".tfrecord", ".tfrecords", ".pkl", ".pickle")
+FOREIGN = (
+    ".npz",
+    ".npy",
+    ".h5",
+    ".hdf5",
+    ".mdb",
+    ".lmdb",
+    ".arrow",
+    ".tfrecord",
+    ".tfrecords",
+    ".pkl",
+    ".pickle",
+)
 KINDS = {  # of files, by their ends
     COMPRESSED: "a compressed archive, which is not read; unpack it first",
     FOREIGN: "a format that is not read; save the images as files, or in tar or parquet shards",
 }
-COLUMNS = {"image": "", "label": "", "text": CAPTIONS}  # of parquet shards, by kind; why one may not be read
+# of parquet shards, by kind; why one may not be read
+COLUMNS = {"image": "", "label": "", "text": CAPTIONS}
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SPLITS = {  # words that name a split of a data set
     "train": "train",
@@ -60,13 +82,16 @@ SPLITS = {  # words that name a split of a data set
     "testing": "test",
     "eval": "test",
 }
-SPLIT_FOLDER = re.compile(rf"({'|'.join(SPLITS)})(?:[AB]|\d\d+|[_-]?(?:set|images|imgs|data))?", re.IGNORECASE)
+SPLIT_FOLDER = re.compile(
+    rf"({'|'.join(SPLITS)})(?:[AB]|\d\d+|[_-]?(?:set|images|imgs|data))?", re.IGNORECASE
+)
 
 
 class Entry(NamedTuple):
     """The location of an image in a source."""
 
-    name: str  # path relative to the source, with forward slashes; ARCHIVE/MEMBER or ARCHIVE/ROW in a shard
+    # path relative to the source, with forward slashes; ARCHIVE/MEMBER or ARCHIVE/ROW in a shard
+    name: str
     label: int
     size: int  # in bytes; -1 if unknown; of its row group in a parquet shard
     archive: str = ""  # the shard that holds it; empty if it is a separate file
@@ -75,8 +100,12 @@ class Entry(NamedTuple):
 
 
 def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
-    """One line of JSON per image that is left out: its index (None if it was never listed), name and reason."""
-    return "".join(json.dumps({"index": i, "file": name, "reason": why}) + "\n" for i, name, why in skipped)
+    """One line of JSON per image that is left out: its index (None if it was never listed), name
+    and reason.
+    """
+    return "".join(
+        json.dumps({"index": i, "file": name, "reason": why}) + "\n" for i, name, why in skipped
+    )
 
 
 class LeftOut(NamedTuple):
@@ -89,7 +118,9 @@ class LeftOut(NamedTuple):
 
 
 def left_out_line(source: str | Path, parts: Iterable[LeftOut]) -> str:
-    """One line that counts what is not used of `source`, with the reasons; empty if everything is used."""
+    """One line that counts what is not used of `source`, with the reasons; empty if everything is
+    used.
+    """
     texts = []
     for number, kind, reason, example in parts:
         things = f"{number:,} {kind}{'' if number == 1 else 's'}"
@@ -106,8 +137,10 @@ class Listing:
     entries: list[Entry]
     class_names: tuple[str, ...]
     ignored: list[tuple[str, str]]  # name and reason of every file that is not used
-    columns: Mapping[str, str] = field(default_factory=dict)  # of parquet shards: those that the user has named
-    unread: tuple[LeftOut, ...] = ()  # what else is not used, which is counted only: there may be one for every image
+    # of parquet shards: those that the user has named
+    columns: Mapping[str, str] = field(default_factory=dict)
+    # what else is not used, which is counted only: there may be one for every image
+    unread: tuple[LeftOut, ...] = ()
 
     def text(self) -> Iterator[bytes]:
         """One line of JSON per image: name, label, bytes."""
@@ -135,17 +168,22 @@ class Listing:
                 counts[group] += 1
                 examples.setdefault(group, name)
         files = [LeftOut(n, *group, examples[group]) for group, n in counts.items()]
-        return files + [part for part in self.unread if not (with_text and part.reason in (CAPTIONS, JSON))]
+        return files + [
+            part for part in self.unread if not (with_text and part.reason in (CAPTIONS, JSON))
+        ]
 
 
 def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
-    """List a folder, one .tar or .parquet file, or a pattern of names in a folder. No image is decoded.
+    """List a folder, one .tar or .parquet file, or a pattern of names in a folder. No image is
+    decoded.
 
     Args:
-        columns: names of columns of parquet shards, from `named_columns`; the others are found by their usual names.
+        columns: names of columns of parquet shards, from `named_columns`; the others are found by
+            their usual names.
 
     Raises:
-        DataError: if the source is missing, unreadable, holds several splits of a data set, or no images.
+        DataError: if the source is missing, unreadable, holds several splits of a data set, or no
+            images.
     """
     try:
         root, names = _names_in(source)
@@ -155,15 +193,22 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, *SHARDS))
         rest = left_out_line(source, listing.left_out())
-        raise DataError(f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}")
+        raise DataError(
+            f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}"
+        )
     if columns and not listing.entries[0].column:
         named = ", ".join(columns.values())
-        raise DataError(f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards")
+        raise DataError(
+            f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards"
+        )
     return listing
 
 
-def read_entry(root: Path, entry: Entry, size: tuple[int, int] | None, channels: int = 3) -> np.ndarray:
-    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width, channels).
+def read_entry(
+    root: Path, entry: Entry, size: tuple[int, int] | None, channels: int = 3
+) -> np.ndarray:
+    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width,
+    channels).
 
     Raises:
         DataError: with a message that begins with the name of the entry.
@@ -171,12 +216,15 @@ def read_entry(root: Path, entry: Entry, size: tuple[int, int] | None, channels:
     name = Path(entry.name)
     content = read_content(root, entry)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns about large and odd files; real problems raise errors
+        # Pillow warns about large and odd files; real problems raise errors
+        warnings.simplefilter("ignore")
         return read_image(name, size, channels, io.BytesIO(content))
 
 
 def read_content(root: Path, entry: Entry) -> bytes:
-    """Read the bytes of an image file. Raises DataError with a message that begins with the name of the entry."""
+    """Read the bytes of an image file. Raises DataError with a message that begins with the name of
+    the entry.
+    """
     path, name = root / (entry.archive or entry.name), Path(entry.name)
     if entry.column:
         try:
@@ -186,7 +234,9 @@ def read_content(root: Path, entry: Entry) -> bytes:
     try:
         with open_regular(path) as file:
             if entry.size > MAX_FILE_BYTES:
-                raise DataError(f"{name}: {entry.size} bytes, more than the limit of {MAX_FILE_BYTES}")
+                raise DataError(
+                    f"{name}: {entry.size} bytes, more than the limit of {MAX_FILE_BYTES}"
+                )
             file.seek(entry.offset)
             content = file.read(entry.size)
     except OSError as e:
@@ -196,7 +246,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
     return content
 
 
-# ------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 def _names_in(source: Path) -> tuple[Path, list[str]]:
     """The folder of a source, and the names in it that were asked for, sorted."""
     whole = os.path.isdir(source)
@@ -209,19 +259,29 @@ def _names_in(source: Path) -> tuple[Path, list[str]]:
     try:
         names = sorted(os.listdir(root if whole or pattern else source))
     except OSError as e:
-        hint = "; a pattern may stand in the last part of a path only" if re.search(r"[*?]", str(root)) else ""
-        raise DataError(f"cannot read the folder {str(root if pattern else source)!r}: {e.strerror}{hint}") from e
+        hint = (
+            "; a pattern may stand in the last part of a path only"
+            if re.search(r"[*?]", str(root))
+            else ""
+        )
+        raise DataError(
+            f"cannot read the folder {str(root if pattern else source)!r}: {e.strerror}{hint}"
+        ) from e
     if pattern:
         names = fnmatch.filter(names, source.name)
         if not names:
-            raise DataError(f"no images in {str(source)!r}: the pattern fits no name in {str(root)!r}")
+            raise DataError(
+                f"no images in {str(source)!r}: the pattern fits no name in {str(root)!r}"
+            )
     return root, names
 
 
 def _single_file(source: Path) -> str:
     """The name of a file that is a shard. Raises DataError for any other."""
     if source.suffix.lower() not in SHARDS:
-        what = next((why for ends, why in KINDS.items() if source.name.lower().endswith(ends)), "a file")
+        what = next(
+            (why for ends, why in KINDS.items() if source.name.lower().endswith(ends)), "a file"
+        )
         raise DataError(f"{str(source)!r} is {what}; give a folder, or a .tar or .parquet file")
     if not os.path.isfile(source):
         raise DataError(f"{str(source)!r} is not a regular file")
@@ -267,7 +327,9 @@ def _one_split(shards: Sequence[str]) -> list[str]:
 
 
 def _refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry]) -> None:
-    """Raises DataError if folders that would become classes, or parts of one, are splits of a data set."""
+    """Raises DataError if folders that would become classes, or parts of one, are splits of a data
+    set.
+    """
     # The splits below each folder that holds some.
     below: dict[str, dict[str, str]] = {}
     for folder in dict.fromkeys(e.name.rpartition("/")[0] for e in entries):
@@ -294,7 +356,7 @@ def _refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry])
     )
 
 
-# ------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 def _list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -> Listing:
     """List the files and folders with these names."""
     ignored: list[tuple[str, str]] = []
@@ -302,10 +364,16 @@ def _list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -
     inner = [n for n in names if not n.startswith(".") and os.path.isdir(root / n)]
     folders = [n for n in inner if not _is_passed_over(root / n, root, ignored)]
     files = [n for n in names if n not in set(inner)]
-    shards = [n for n in files if _kind(n) == "shard" and not n.startswith(".") and n.lower() not in TABLES]
+    shards = [
+        n
+        for n in files
+        if _kind(n) == "shard" and not n.startswith(".") and n.lower() not in TABLES
+    ]
 
     # One folder per class.
-    classes = {name: _entries(root, _files_below(root, name, ignored), ignored, unread) for name in folders}
+    classes = {
+        name: _entries(root, _files_below(root, name, ignored), ignored, unread) for name in folders
+    }
     if any(classes.values()):
         entries = _labelled(root, classes, ignored)
         for name in files:
@@ -320,9 +388,13 @@ def _list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -
     if folders and not shards and not flat:
         shards = _shards_below(root, ignored)
         if not shards:
-            unreadable = next((reason for n, reason in ignored if n == folders[0]), "holds no images")
+            unreadable = next(
+                (reason for n, reason in ignored if n == folders[0]), "holds no images"
+            )
             rest = left_out_line(root, Listing(root, [], (), ignored).left_out())
-            raise DataError(f"the class folder {str(root / folders[0])!r} {unreadable}{rest and '; '}{rest}")
+            raise DataError(
+                f"the class folder {str(root / folders[0])!r} {unreadable}{rest and '; '}{rest}"
+            )
         ignored = [(name, reason) for name, reason in ignored if name not in set(shards)]
         files = []
     elif folders:
@@ -334,12 +406,18 @@ def _list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -
     tars = [name for name in shards if name.lower().endswith(".tar")]
     kind = "tar" if tars else "parquet"
     used = _one_split(tars or shards)
-    ignored += [(n, _reason(n, f"a file next to {kind} shards")) for n in files if n not in set(used)]
-    return _list_archives(root, used, ignored) if tars else _list_parquet(root, used, ignored, columns)
+    ignored += [
+        (n, _reason(n, f"a file next to {kind} shards")) for n in files if n not in set(used)
+    ]
+    return (
+        _list_archives(root, used, ignored) if tars else _list_parquet(root, used, ignored, columns)
+    )
 
 
 def _is_passed_over(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:
-    """Whether a folder cannot be a class: a link to a folder that contains it, or a folder of the system."""
+    """Whether a folder cannot be a class: a link to a folder that contains it, or a folder of the
+    system.
+    """
     loops = folder.is_symlink() and root.resolve().is_relative_to(folder.resolve())
     if loops:
         ignored.append((folder.name, "a link to a folder that contains it"))
@@ -348,15 +426,23 @@ def _is_passed_over(folder: Path, root: Path, ignored: list[tuple[str, str]]) ->
     return loops or folder.name in SYSTEM
 
 
-def _labelled(root: Path, classes: Mapping[str, list[Entry]], ignored: list[tuple[str, str]]) -> list[Entry]:
-    """The images of all classes, with their labels. Raises DataError for splits, and for a class without images."""
+def _labelled(
+    root: Path, classes: Mapping[str, list[Entry]], ignored: list[tuple[str, str]]
+) -> list[Entry]:
+    """The images of all classes, with their labels. Raises DataError for splits, and for a class
+    without images.
+    """
     entries = [e._replace(label=i) for i, found in enumerate(classes.values()) for e in found]
     _refuse_splits(root, [name for name, found in classes.items() if found], entries)
     for name, found in classes.items():
         if not found:
             why = next((reason for n, reason in ignored if n == name), "holds no images")
             shards = [n for n, _ in ignored if n.startswith(f"{name}/") and _kind(n) == "shard"]
-            hint = f", but shards; give this folder, or move it away: {shards[0]!r:.80}" if shards else ""
+            hint = (
+                f", but shards; give this folder, or move it away: {shards[0]!r:.80}"
+                if shards
+                else ""
+            )
             raise DataError(f"the class folder {str(root / name)!r} {why}{hint}")
     return entries
 
@@ -367,12 +453,16 @@ def _shards_below(root: Path, ignored: list[tuple[str, str]]) -> list[str]:
     folders = sorted({n.rpartition("/")[0] for n in shards})
     if len(folders) > 1:
         some = ", ".join(repr(str(root / folder)) for folder in folders[:3])
-        raise DataError(f"{str(root)!r} holds shards in {len(folders)} folders; give one of them: {some}")
+        raise DataError(
+            f"{str(root)!r} holds shards in {len(folders)} folders; give one of them: {some}"
+        )
     return shards
 
 
 def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> list[str]:
-    """All files below root/folder, sorted by the parts of their paths; links to folders are not followed."""
+    """All files below root/folder, sorted by the parts of their paths; links to folders are not
+    followed.
+    """
     found: list[str] = []
 
     def unreadable(e: OSError) -> None:
@@ -396,8 +486,12 @@ def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> lis
     return sorted(found, key=lambda name: name.split("/"))
 
 
-def _entries(root: Path, names: list[str], ignored: list[tuple[str, str]], unread: Counter[str]) -> list[Entry]:
-    """The files that may be images, with label 0; the others are added to `ignored` or counted in `unread`."""
+def _entries(
+    root: Path, names: list[str], ignored: list[tuple[str, str]], unread: Counter[str]
+) -> list[Entry]:
+    """The files that may be images, with label 0; the others are added to `ignored` or counted in
+    `unread`.
+    """
     entries, others = [], []
     for name in names:
         path = root / name
@@ -440,7 +534,7 @@ def _begins_as_image(path: Path) -> bool:
     return head.startswith(MAGIC) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
-# ------------------------------------------------------------------------------------------------ archives
+# ----------------------------------------------------------------------------------------- archives
 def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str]]) -> Listing:
     entries: list[Entry] = []
     labels: dict[str, int] = {}
@@ -455,24 +549,41 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
     entries = [e._replace(label=labels.get(key_of(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
-        raise DataError(f"{without} has no .cls file, but other images have one; label all of them or none")
+        raise DataError(
+            f"{without} has no .cls file, but other images have one; label all of them or none"
+        )
     names = tuple(str(i) for i in range(max(labels.values()) + 1))
     return Listing(root, entries, names, ignored, unread=_counted(unread))
 
 
-def _list_parquet(root: Path, shards: list[str], ignored: list[tuple[str, str]], columns: Mapping[str, str]) -> Listing:
+def _list_parquet(
+    root: Path, shards: list[str], ignored: list[tuple[str, str]], columns: Mapping[str, str]
+) -> Listing:
     parquet.forget()
     rows, class_names = parquet.list_rows(root, shards, columns)
-    entries = [Entry(f"{shard}/{row:07d}", label, size, shard, row, column) for shard, row, column, label, size in rows]
-    return Listing(root, entries, class_names, ignored, columns, _unread_columns(root, shards, columns))
+    entries = [
+        Entry(f"{shard}/{row:07d}", label, size, shard, row, column)
+        for shard, row, column, label, size in rows
+    ]
+    return Listing(
+        root, entries, class_names, ignored, columns, _unread_columns(root, shards, columns)
+    )
 
 
-def _unread_columns(root: Path, shards: Sequence[str], columns: Mapping[str, str]) -> tuple[LeftOut, ...]:
+def _unread_columns(
+    root: Path, shards: Sequence[str], columns: Mapping[str, str]
+) -> tuple[LeftOut, ...]:
     """The columns of parquet shards that are not read, or only by runs with text."""
     reasons: dict[str, str] = {}
     for path in (root / name for name in shards):
-        used = {parquet.find_column(path, kind, columns, needed=False): why for kind, why in COLUMNS.items()}
-        reasons |= {name: used.get(name, "of parquet shards, which is not read") for name in parquet.column_names(path)}
+        used = {
+            parquet.find_column(path, kind, columns, needed=False): why
+            for kind, why in COLUMNS.items()
+        }
+        reasons |= {
+            name: used.get(name, "of parquet shards, which is not read")
+            for name in parquet.column_names(path)
+        }
     examples = {why: name for name, why in reversed(reasons.items()) if why}
     counts = Counter(why for why in reasons.values() if why)
     return tuple(LeftOut(n, "column", why, examples[why]) for why, n in counts.items())
@@ -486,7 +597,9 @@ def _list_members(
     ignored: list[tuple[str, str]],
     unread: Counter[str],
 ) -> None:
-    """Add the images of one archive to `entries`, and its labels to `labels` by key. Raises DataError."""
+    """Add the images of one archive to `entries`, and its labels to `labels` by key. Raises
+    DataError.
+    """
     known: set[str] = set()
     for member, read in members(root / archive):
         name = f"{archive}/{member.name}"
@@ -498,7 +611,9 @@ def _list_members(
             ignored.append((name, "a link, device or sparse file in an archive"))
         elif suffix == ".cls" or suffix in SUFFIXES:
             if name in known:
-                raise DataError(f"{name} stands twice in the archive; give every image a name of its own")
+                raise DataError(
+                    f"{name} stands twice in the archive; give every image a name of its own"
+                )
             known.add(name)
             if suffix == ".cls":
                 labels[key] = _class_of(name, read(32))
@@ -516,5 +631,7 @@ def _class_of(name: str, content: bytes) -> int:
     except ValueError:
         label = -1
     if not 0 <= label < MAX_CLASS:
-        raise DataError(f"{name} must hold an integer from 0 to {MAX_CLASS - 1}, not {content!r:.40}")
+        raise DataError(
+            f"{name} must hold an integer from 0 to {MAX_CLASS - 1}, not {content!r:.40}"
+        )
     return label

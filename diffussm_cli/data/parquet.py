@@ -1,11 +1,13 @@
-"""Images in parquet shards, as the hub stores image sets: a column of images, and perhaps of labels and texts.
+"""Images in parquet shards, as the hub stores image sets: a column of images, and perhaps of labels
+and texts.
 
-An image is a struct with `bytes`, or bytes alone. Labels are integers, or names, which are then the classes. Shards are
-read by row groups, of which the last few are kept. So reading in order is cheap; in random order, every image costs the
-decoding of its group (in the hub's sets, 100 images).
+An image is a struct with `bytes`, or bytes alone. Labels are integers, or names, which are then the
+classes. Shards are read by row groups, of which the last few are kept. So reading in order is
+cheap; in random order, every image costs the decoding of its group (in the hub's sets, 100 images).
 
-A shard of a few bytes may stand for gigabytes: of rows, or of copies of one value. So rows are counted before they are
-listed, and a row group is decoded in small parts, until it exceeds its limit.
+A shard of a few bytes may stand for gigabytes: of rows, or of copies of one value. So rows are
+counted before they are listed, and a row group is decoded in small parts, until it exceeds its
+limit.
 """
 
 import contextlib
@@ -41,11 +43,12 @@ def column_names(path: Path) -> list[str]:
 
 
 def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = True) -> str | None:
-    """The column of images, labels or texts, the given one or the first with a usual name; None without one.
+    """The column of images, labels or texts, the given one or the first with a usual name; None
+    without one.
 
     Raises:
-        DataError: if there is no such column although it is needed or given, naming those of the shard; or if images
-            are not stored as bytes.
+        DataError: if there is no such column although it is needed or given, naming those of the
+            shard; or if images are not stored as bytes.
     """
     with _damage(path):
         columns = {column.name: column.type for column in _open(path)[0].schema_arrow}
@@ -58,11 +61,15 @@ def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = 
         fitting = [n for n in present if _holds_bytes(columns[n])]
     if present and not fitting and kind == "image":
         what = f"{columns[present[0]]}"
-        raise DataError(f"{path.name}: the column {present[0]} holds {what:.80}, not image files as bytes; {EMBED}")
+        raise DataError(
+            f"{path.name}: the column {present[0]} holds {what:.80}, not image files as bytes; {EMBED}"
+        )
     if not fitting and (needed or kind in given):
         asked = ", ".join(names) + (" with integers or names" if kind == "label" else "")
         remedy = f"; name one by {kind}=NAME (data.columns, or --columns of encode)"
-        raise DataError(f"{path.name}: none of its columns is {asked}: {', '.join(columns):.200}{remedy}")
+        raise DataError(
+            f"{path.name}: none of its columns is {asked}: {', '.join(columns):.200}{remedy}"
+        )
     return fitting[0] if fitting else None
 
 
@@ -76,7 +83,11 @@ def _is_text(kind: Any) -> bool:
 
 def _holds_bytes(kind: Any) -> bool:
     """Whether values of a type are bytes, or structs with a field `bytes` of bytes."""
-    fields = {field.name: field.type for field in kind.fields} if str(kind).startswith("struct") else {"bytes": kind}
+    fields = (
+        {field.name: field.type for field in kind.fields}
+        if str(kind).startswith("struct")
+        else {"bytes": kind}
+    )
     return bool(re.fullmatch(BINARY, str(fields.get("bytes"))))
 
 
@@ -90,32 +101,43 @@ class Row(NamedTuple):
     size: int  # of its row group, in bytes
 
 
-def list_rows(root: Path, shards: Sequence[str], given: Mapping[str, str]) -> tuple[list[Row], tuple[str, ...]]:
-    """The images of shards in order, and the class names: those of the schema, the sorted labels, or numbers.
+def list_rows(
+    root: Path, shards: Sequence[str], given: Mapping[str, str]
+) -> tuple[list[Row], tuple[str, ...]]:
+    """The images of shards in order, and the class names: those of the schema, the sorted labels,
+    or numbers.
 
     Raises:
-        DataError: if a shard cannot be read, a label is not a class, or shards have different classes.
+        DataError: if a shard cannot be read, a label is not a class, or shards have different
+            classes.
     """
     rows: list[Row] = []
     labels: list[Any] = []
     kinds: set[tuple[str, tuple[str, ...]]] = set()
     for name in shards:
         path = root / name
-        image, label = find_column(path, "image", given), find_column(path, "label", given, needed=False)
+        image, label = (
+            find_column(path, "image", given),
+            find_column(path, "label", given, needed=False),
+        )
         assert image is not None, "it is needed"
         kind = _classes(path, label)
         labels += _labels(path, label, kind[1]) if label else []
         kinds.add(kind)
         rows += (Row(name, row, image, 0, size) for row, size in enumerate(_sizes(path)))
     if len(kinds) > 1:
-        raise DataError(f"the parquet shards of {str(root)!r} have different classes; take those of one data set")
+        raise DataError(
+            f"the parquet shards of {str(root)!r} have different classes; take those of one data set"
+        )
 
     # Places of labels among the names.
     what, names = next(iter(kinds), ("", ()))
     if what == "names":
         names = tuple(sorted(set(labels)))
         if len(names) > MAX_CLASS:
-            raise DataError(f"the labels of {str(root)!r} are {len(names)} different names, more than {MAX_CLASS}")
+            raise DataError(
+                f"the labels of {str(root)!r} are {len(names)} different names, more than {MAX_CLASS}"
+            )
         places = {label: place for place, label in enumerate(names)}
         labels = [places[label] for label in labels]
     elif what and not names and labels:
@@ -126,24 +148,31 @@ def list_rows(root: Path, shards: Sequence[str], given: Mapping[str, str]) -> tu
 
 
 def _sizes(path: Path) -> list[int]:
-    """The bytes of the row group of every row. Raises DataError if there are more rows than bytes in the file."""
+    """The bytes of the row group of every row. Raises DataError if there are more rows than bytes
+    in the file.
+    """
     file, starts = _open(path)
     size = path.stat().st_size
     if starts[-1] > size:
-        raise DataError(f"{path.name}: {starts[-1]} rows in {size} bytes cannot be images of their own")
+        raise DataError(
+            f"{path.name}: {starts[-1]} rows in {size} bytes cannot be images of their own"
+        )
     groups = (file.metadata.row_group(g).total_byte_size for g in range(file.num_row_groups))
     return [size for size, a, b in zip(groups, starts, starts[1:]) for _ in range(a, b)]
 
 
 def _classes(path: Path, label: str | None) -> tuple[str, tuple[str, ...]]:
-    """What the labels of a shard are, "numbers", "names" or nothing, and the class names in its schema, if any."""
+    """What the labels of a shard are, "numbers", "names" or nothing, and the class names in its
+    schema, if any.
+    """
     schema = _open(path)[0].schema_arrow
     if label is None:
         return "", ()
     if _is_text(schema.field(label).type):
         return "names", ()
     names: Any = ()
-    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):  # most schemas have no such entry
+    # most schemas have no such entry
+    with contextlib.suppress(KeyError, TypeError, ValueError, RecursionError):
         names = json.loads(schema.metadata[b"huggingface"])["info"]["features"][label]["names"]
     is_list = isinstance(names, list) and all(isinstance(name, str | int) for name in names)
     return "numbers", tuple(map(str, names)) if is_list else ()
@@ -158,7 +187,9 @@ def _labels(path: Path, label: str, names: Sequence[str]) -> Iterator[int | str]
             raise DataError(f"{path.name}: row {row} has {label} {value!r:.40}, {limit}")
         if not is_text and (type(value) is not int or not 0 <= value < (len(names) or MAX_CLASS)):
             classes = f"from 0 to {len(names) - 1}" if names else "of at least 0"
-            raise DataError(f"{path.name}: row {row} has {label} {value}, which must be a number {classes}")
+            raise DataError(
+                f"{path.name}: row {row} has {label} {value}, which must be a number {classes}"
+            )
         yield value
 
 
@@ -168,21 +199,31 @@ def read_row(path: Path, row: int, column: str) -> bytes:
         _, starts = _open(path)
         group = next(g for g, end in enumerate(starts[1:]) if row < end)
         value = _column(path, group, column)[row - starts[group]].as_py()
-    content, place = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    content, place = (
+        (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    )
     if content is None:
-        raise DataError(f"the image is stored as a path, {place!r:.80}; {EMBED}" if place else "the image is null")
+        raise DataError(
+            f"the image is stored as a path, {place!r:.80}; {EMBED}"
+            if place
+            else "the image is null"
+        )
     return content
 
 
 def read_texts(path: Path, given: Mapping[str, str], needed: bool = True) -> Iterator[Any]:
-    """What the column of texts holds in each row; nothing without one, unless it is `needed`. Raises DataError."""
+    """What the column of texts holds in each row; nothing without one, unless it is `needed`.
+    Raises DataError.
+    """
     column = find_column(path, "text", given, needed)
     if column:
         yield from _values(path, column)
 
 
 def _values(path: Path, column: str) -> Iterator[Any]:
-    """The values of a column, row by row. Raises DataError, also for text that is not UTF-8, which it counts."""
+    """The values of a column, row by row. Raises DataError, also for text that is not UTF-8, which
+    it counts.
+    """
     row, wrong = 0, []
     for group in range(len(_open(path)[1]) - 1):
         for part in _parts(path, group, column):
@@ -194,7 +235,9 @@ def _values(path: Path, column: str) -> Iterator[Any]:
                 yield from values
             row += len(part)
     if wrong:
-        raise DataError(f"{path.name}: {len(wrong)} of {row} rows of {column} are not UTF-8, such as row {wrong[0]}")
+        raise DataError(
+            f"{path.name}: {len(wrong)} of {row} rows of {column} are not UTF-8, such as row {wrong[0]}"
+        )
 
 
 def _is_utf8(value: Any) -> bool:
@@ -234,7 +277,9 @@ def _column(path: Path, group: int, name: str) -> Any:
 
 
 def _parts(path: Path, group: int, name: str) -> Iterator[Any]:
-    """A column of a row group, in arrays of about PART_BYTES. Raises DataError if they exceed MAX_GROUP_BYTES."""
+    """A column of a row group, in arrays of about PART_BYTES. Raises DataError if they exceed
+    MAX_GROUP_BYTES.
+    """
     file, starts = _open(path)
     claimed, decoded = file.metadata.row_group(group).total_byte_size, 0
     average = claimed // max(1, starts[group + 1] - starts[group])
@@ -248,7 +293,9 @@ def _parts(path: Path, group: int, name: str) -> Iterator[Any]:
             return
         decoded += part.nbytes
         if max(claimed, decoded) > MAX_GROUP_BYTES:
-            raise DataError(f"row group {group} is larger than the limit of {MAX_GROUP_BYTES} bytes")
+            raise DataError(
+                f"row group {group} is larger than the limit of {MAX_GROUP_BYTES} bytes"
+            )
         yield part.column(0)
 
 

@@ -31,28 +31,41 @@ AT_ONCE = 256  # images that are handed to the threads at a time
 
 
 class Source(Protocol):
-    """Images by index. All randomness comes from the generators, one per image, so that a step can be repeated."""
+    """Images by index. All randomness comes from the generators, one per image, so that a step can
+    be repeated.
+    """
 
     class_names: tuple[str, ...]
 
     @property
     def left_out(self) -> str:
-        """One line that counts what is not used of the data, with the reasons; empty if everything is."""
+        """One line that counts what is not used of the data, with the reasons; empty if everything
+        is.
+        """
 
     def __len__(self) -> int: ...
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """Return one caption of each image as vectors, (B, 1 + K, E); only if the run has text."""
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
         """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own generator."""
 
 
 class ImageFolder(Captioned):
-    """A training source over a folder of images in any layout of `list_source`; every read decodes the files."""
+    """A training source over a folder of images in any layout of `list_source`; every read decodes
+    the files.
+    """
 
     def __init__(
-        self, root: Path, size: tuple[int, int], channels: int, flip: bool = False, columns: Mapping[str, str] = {}
+        self,
+        root: Path,
+        size: tuple[int, int],
+        channels: int,
+        flip: bool = False,
+        columns: Mapping[str, str] = {},
     ):
         if channels not in (1, 3):
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
@@ -64,15 +77,21 @@ class ImageFolder(Captioned):
 
     @property
     def left_out(self) -> str:
-        """One line that counts what is not used of the folder, with the reasons; empty if everything is."""
+        """One line that counts what is not used of the folder, with the reasons; empty if
+        everything is.
+        """
         parts = self.listing.left_out(with_text=self.texts is not None)
         return left_out_line(self.listing.root, [*parts, *self._unused_captions])
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-        images = torch.from_numpy(np.stack(list(self._pool.map(self._decode, indices)))).permute(0, 3, 1, 2)
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(np.stack(list(self._pool.map(self._decode, indices)))).permute(
+            0, 3, 1, 2
+        )
         labels = torch.tensor([self.entries[i].label for i in indices])
         return to_model_space(images, coins(self.flip, generators)), labels
 
@@ -90,10 +109,19 @@ class ImageFolder(Captioned):
         return read_captions(self.listing, left_out=self._unused_captions)
 
     def check(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[int, str]]]:
-        """Decode images once; yields the number of images in each block, and the reason of each failure by index."""
+        """Decode images once; yields the number of images in each block, and the reason of each
+        failure by index.
+        """
         for start in range(0, len(indices), AT_ONCE):
             block = indices[start : start + AT_ONCE]
-            yield len(block), {i: reason for i, reason in zip(block, self._pool.map(self._reason, block)) if reason}
+            yield (
+                len(block),
+                {
+                    i: reason
+                    for i, reason in zip(block, self._pool.map(self._reason, block))
+                    if reason
+                },
+            )
 
     def _reason(self, i: int) -> str | None:
         try:
@@ -110,7 +138,9 @@ class ImageFolder(Captioned):
         """
         for i, name in names.items():
             if not 0 <= i < len(self.listing.entries) or self.listing.entries[i].name != name:
-                raise DataError(f"data.path: image {i} of {str(self.listing.root)!r} is no longer {name!r}")
+                raise DataError(
+                    f"data.path: image {i} of {str(self.listing.root)!r} is no longer {name!r}"
+                )
         self.entries = [e for i, e in enumerate(self.listing.entries) if i not in names]
         lost = {e.label for e in self.listing.entries} - {e.label for e in self.entries}
         for label in lost:
@@ -119,10 +149,17 @@ class ImageFolder(Captioned):
 
 
 class Part:
-    """A share of the images of a source, held out at random, or the rest. The seed of the run does not change it."""
+    """A share of the images of a source, held out at random, or the rest. The seed of the run does
+    not change it.
+    """
 
     def __init__(self, whole: Source, share: float, held_out: bool = False):
-        self.whole, self.share, self.held_out, self.class_names = whole, share, held_out, whole.class_names
+        self.whole, self.share, self.held_out, self.class_names = (
+            whole,
+            share,
+            held_out,
+            whole.class_names,
+        )
 
     @property
     def left_out(self) -> str:
@@ -137,7 +174,9 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
         return self.whole.read(self.indices[indices].tolist(), generators)
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -149,11 +188,14 @@ def undivided(source: Source) -> Source:
     return source.whole if isinstance(source, Part) else source
 
 
-def unreadable_images(source: ImageFolder, world: World) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
+def unreadable_images(
+    source: ImageFolder, world: World
+) -> Generator[Event, None, list[tuple[int | None, str, str]]]:
     """Decode every image once, by all processes together.
 
     Returns:
-        index, name and reason of every image that cannot be read; the index is None if it was not even listed.
+        index, name and reason of every image that cannot be read; the index is None if it was not
+        even listed.
     """
     places = range(world.rank, len(source), world.size)
     reasons: dict[int, str] = {}
@@ -166,8 +208,12 @@ def unreadable_images(source: ImageFolder, world: World) -> Generator[Event, Non
 
     for failures in gather(reasons, world):
         reasons |= failures
-    decoded: list[tuple[int | None, str, str]] = [(i, source.entries[i].name, reasons[i]) for i in sorted(reasons)]
-    return decoded + [(None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)]
+    decoded: list[tuple[int | None, str, str]] = [
+        (i, source.entries[i].name, reasons[i]) for i in sorted(reasons)
+    ]
+    return decoded + [
+        (None, name, why) for name, why in source.listing.ignored if why.startswith(UNREADABLE)
+    ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -178,7 +224,8 @@ def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_source(config: Config, dataset: Dataset | None = None) -> Source:
-    """Open the data set of `data.path`, without the images that `data.held_out` excludes, and check it.
+    """Open the data set of `data.path`, without the images that `data.held_out` excludes, and check
+    it.
 
     Args:
         dataset: the data as an object, in place of those at `data.path`.
@@ -193,7 +240,9 @@ def open_source(config: Config, dataset: Dataset | None = None) -> Source:
 
 
 def open_held_out(config: Config, source: Source) -> Source | None:
-    """The images that a run never trains on, or None; `source` is from `open_source`. Raises DataError, ConfigError."""
+    """The images that a run never trains on, or None; `source` is from `open_source`. Raises
+    DataError, ConfigError.
+    """
     d = config.data
     if isinstance(source, Part):
         return Part(source.whole, source.share, held_out=True)
@@ -201,12 +250,15 @@ def open_held_out(config: Config, source: Source) -> Source | None:
         return None
     try:
         found = _open(
-            dataclasses.replace(config, data=dataclasses.replace(d, path=d.held_out or d.path)), held_out=True
+            dataclasses.replace(config, data=dataclasses.replace(d, path=d.held_out or d.path)),
+            held_out=True,
         )
     except (DataError, ConfigError) as e:
         raise type(e)(f"data.held_out: {str(e).removeprefix('data.path: ')}") from e
     if config.model.num_classes and found.class_names != source.class_names:
-        raise ConfigError(f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}")
+        raise ConfigError(
+            f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}"
+        )
     return found
 
 
@@ -222,7 +274,9 @@ def text_hash(config: Config, source: Source) -> str:
     images: Any = undivided(source)
     if config.data.text is None:
         return ""
-    return images.settings.text_sha256 if hasattr(images, "settings") else images.texts.encoder.sha256
+    return (
+        images.settings.text_sha256 if hasattr(images, "settings") else images.texts.encoder.sha256
+    )
 
 
 def vae_hash(source: Source) -> str:
@@ -251,7 +305,9 @@ def _open_images(config: Config, held_out: bool) -> Source:
         source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
-    return ImageFolder(Path(d.path), d.size, d.channels, d.flip, named_columns(d.columns, "data.columns"))
+    return ImageFolder(
+        Path(d.path), d.size, d.channels, d.flip, named_columns(d.columns, "data.columns")
+    )
 
 
 def _check_classes(config: Config, source: Source) -> None:
@@ -266,7 +322,9 @@ def _check_classes(config: Config, source: Source) -> None:
         in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
         kind = "class folders" if in_folders else "classes"
         has = f"has {found or 'no'} {kind}"
-        raise ConfigError(f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}")
+        raise ConfigError(
+            f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}"
+        )
 
 
 def _check_latents(config: Config, settings: Any) -> None:
@@ -275,12 +333,19 @@ def _check_latents(config: Config, settings: Any) -> None:
     assert d.vae is not None, "these are latents"
     height, width = settings.resolution
     found = {
-        "resolution": (d.size, settings.resolution, height if height == width else f"{height}x{width}"),
+        "resolution": (
+            d.size,
+            settings.resolution,
+            height if height == width else f"{height}x{width}",
+        ),
         "channels": (d.channels, settings.channels, settings.channels),
         "downsample": (d.downsample, settings.downsample, settings.downsample),
         "vae": (full_name(d.vae), full_name(settings.vae), settings.vae),
     }
-    if os.path.isdir(d.vae) and read_facts(d.vae, "data.vae").config_sha256 == settings.vae_config_sha256:
+    if (
+        os.path.isdir(d.vae)
+        and read_facts(d.vae, "data.vae").config_sha256 == settings.vae_config_sha256
+    ):
         del found["vae"]  # the folder may have been moved; decoding compares the weights
     for field, (wanted, has, value) in found.items():
         if wanted != has:
@@ -296,7 +361,9 @@ def _check_latents(config: Config, settings: Any) -> None:
         raise ConfigError(f"data.text: {d.text!r}, {but} {given}")
     if m.text_width != settings.text_width or m.text_tokens > settings.text_tokens:
         stored = f"{settings.text_tokens} tokens of width {settings.text_width}"
-        raise ConfigError(f"model.text_tokens: {m.text_tokens} of width {m.text_width}, {but} {stored}")
+        raise ConfigError(
+            f"model.text_tokens: {m.text_tokens} of width {m.text_width}, {but} {stored}"
+        )
 
 
 def _latents_missing(config: Config) -> str:

@@ -10,7 +10,8 @@ from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.files import open_regular
 
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes, which tarfile reads at once
-AFTER_END = 1 << 20  # bytes after the end mark in which content is looked for; they are usually a few zeros
+# bytes after the end mark in which content is looked for; they are usually a few zeros
+AFTER_END = 1 << 20
 PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENDED = (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -30,7 +31,8 @@ class _Header(tarfile.TarInfo):
         try:
             member = super().frombuf(buf, encoding, errors)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
-            raise tarfile.ReadError(str(e)) from e  # tarfile itself would take it for the end of the archive
+            # tarfile itself would take it for the end of the archive
+            raise tarfile.ReadError(str(e)) from e
         if member.size < 0:
             raise tarfile.ReadError(f"{member.name!r:.80} has the size {member.size}")
         if member.type in EXTENDED and member.size > MAX_HEADER_BYTES:
@@ -39,10 +41,12 @@ class _Header(tarfile.TarInfo):
 
 
 def members(path: str | os.PathLike) -> Iterator[tuple[tarfile.TarInfo, Read]]:
-    """Yield the members of a tar file, each with a function that reads up to a number of bytes of a regular one.
+    """Yield the members of a tar file, each with a function that reads up to a number of bytes of a
+    regular one.
 
     Raises:
-        Damaged: at the place from which the file is damaged, with the reason. What came before is good.
+        Damaged: at the place from which the file is damaged, with the reason. What came before is
+            good.
     """
     with _damage(), open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -50,12 +54,15 @@ def members(path: str | os.PathLike) -> Iterator[tuple[tarfile.TarInfo, Read]]:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header in memory
                 length = member.size if member.isreg() else 0
-                if not 0 <= length <= size - member.offset_data:  # extended attributes may hold another size
+                # extended attributes may hold another size
+                if not 0 <= length <= size - member.offset_data:
                     raise tarfile.ReadError("unexpected end of data")
                 yield member, functools.partial(_read, tar, member)
             file.seek(min(tar.offset, size))
             if file.read(AFTER_END).strip(b"\0"):
-                raise tarfile.ReadError("more content after the end of the archive, as of two joined files")
+                raise tarfile.ReadError(
+                    "more content after the end of the archive, as of two joined files"
+                )
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:

@@ -1,8 +1,10 @@
-"""Captions as vectors: text encoders by name, the form in which models take captions, and checks of captions.
+"""Captions as vectors: text encoders by name, the form in which models take captions, and checks of
+captions.
 
 n captions   E width   K tokens   text (n, 1 + K, E): the pooled vector of a caption, then its first K token vectors
 
-Each vector is scaled to the length sqrt(E), so that its entries have about unit variance. Rows of zeros are padding.
+Each vector is scaled to the length sqrt(E), so that its entries have about unit variance. Rows of
+zeros are padding.
 """
 
 import functools
@@ -50,10 +52,11 @@ class TextEncoder(Protocol):
 
 
 class WordLlama:
-    """Static vectors of the tokens of Llama 2, which the package wordllama ships; no network and no context.
+    """Static vectors of the tokens of Llama 2, which the package wordllama ships; no network and no
+    context.
 
-    The pooled vector is the mean of the tokens'. Text in any script has tokens, if need be its bytes; but what other
-    scripts mean is hardly known to it.
+    The pooled vector is the mean of the tokens'. Text in any script has tokens, if need be its
+    bytes; but what other scripts mean is hardly known to it.
     """
 
     name = WORDLLAMA
@@ -69,13 +72,16 @@ class WordLlama:
         self.sha256 = sha256(weights)
         self.vectors = load_file(weights)["embedding.weight"].float()  # (32000, E)
         self.width = self.vectors.shape[1]
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+        self.tokenizer = Tokenizer.from_file(
+            str(folder / "tokenizers" / "l2_supercat_tokenizer_config.json")
+        )
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
 
     def encode(self, captions: Sequence[str]) -> Encoded:
         encodings = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
-        found = [torch.tensor(e.ids, dtype=torch.long) for e in encodings]  # a caption may have no token
+        # a caption may have no token
+        found = [torch.tensor(e.ids, dtype=torch.long) for e in encodings]
         ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)  # (n, K)
         mask = ids >= 0
         tokens = self.vectors[ids.clamp(min=0)] * mask[..., None]
@@ -83,16 +89,22 @@ class WordLlama:
 
 
 class Pretrained:
-    """A text model in transformers' format, from safetensors only: CLIP's or T5's encoder, or a model like MiniLM.
+    """A text model in transformers' format, from safetensors only: CLIP's or T5's encoder, or a
+    model like MiniLM.
 
-    The pooled vector is CLIP's own, and for others the mean of the token vectors, as sentence-transformers takes it.
+    The pooled vector is CLIP's own, and for others the mean of the token vectors, as
+    sentence-transformers takes it.
     """
 
     def __init__(self, name: str):
         if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
             known = f"{WORDLLAMA}, a folder, or a hub name such as openai/clip-vit-large-patch14"
             raise DataError(f"data.text: {name!r} must be {known}")
-        classes = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+        classes = {
+            "clip": "CLIPTextModel",
+            "clip_text_model": "CLIPTextModel",
+            "t5": "T5EncoderModel",
+        }
         self.model, self.tokenizer = load_pretrained(name, "data.text", classes, "AutoTokenizer")
         self.own_pooling = "clip" in self.model.config.model_type
         self.name, self.width = name, self.model.config.hidden_size
@@ -111,7 +123,9 @@ class Pretrained:
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
     """The tokens of captions for a model of transformers, padded to the longest, and their mask."""
     longest = min(tokenizer.model_max_length, MAX_TOKENS)
-    return tokenizer(list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    return tokenizer(
+        list(captions), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,12 +135,16 @@ def open_encoder(name: str) -> TextEncoder:
 
 
 def open_texts(config: Config) -> "Texts":
-    """The text encoder of a run, ready to use. Raises DataError, ConfigError if it is not the one of the run."""
+    """The text encoder of a run, ready to use. Raises DataError, ConfigError if it is not the one
+    of the run.
+    """
     name, recorded = config.data.text, config.data.text_sha256
     assert name is not None, "checked by the configuration"
     encoder = open_encoder(name)
     if recorded not in ("", encoder.sha256):
-        raise DataError(f"data.text: the weights of {name!r} are not those that the run was trained with")
+        raise DataError(
+            f"data.text: the weights of {name!r} are not those that the run was trained with"
+        )
     return Texts(encoder, config.model)
 
 
@@ -155,10 +173,14 @@ class Texts:
             self._known |= zip(block, self.embed(block))
 
     def embed(self, captions: Sequence[str]) -> Tensor:
-        """(n, 1 + K, E) float16, computed and not kept; zeros for an empty caption, as for an image without one."""
+        """(n, 1 + K, E) float16, computed and not kept; zeros for an empty caption, as for an image
+        without one.
+        """
         written = torch.tensor([bool(c.strip()) for c in captions])
         if not written.all():
-            vectors = torch.zeros(len(captions), 1 + self.tokens, self.encoder.width, dtype=torch.float16)
+            vectors = torch.zeros(
+                len(captions), 1 + self.tokens, self.encoder.width, dtype=torch.float16
+            )
             if written.any():
                 vectors[written] = self.embed([c for c in captions if c.strip()])
             return vectors
@@ -186,7 +208,9 @@ class Captioned:
         return f"image {i}"
 
     def embed(self, texts: Texts, name: str) -> None:
-        """Compute the vectors of all captions. Raises DataError for images without one; `name` is that of the set."""
+        """Compute the vectors of all captions. Raises DataError for images without one; `name` is
+        that of the set.
+        """
         found = [self.captions_of(i) for i in range(len(self))]
         check_complete(found, self.name_of, f"data.text: {name!r}")
         self.texts = texts
@@ -202,8 +226,10 @@ def _drawn(captions: tuple[str, ...], generator: torch.Generator) -> str:
     return captions[int(torch.randint(len(captions), (), generator=generator))]
 
 
-# ------------------------------------------------------------------------------------------------- checks
-def check_complete(captions: Sequence[tuple[str, ...]], name_of: Callable[[int], str], where: str) -> None:
+# ------------------------------------------------------------------------------------------- checks
+def check_complete(
+    captions: Sequence[tuple[str, ...]], name_of: Callable[[int], str], where: str
+) -> None:
     """Raises DataError if an image has no caption."""
     without = [i for i, own in enumerate(captions) if not own]
     if without:
@@ -212,26 +238,36 @@ def check_complete(captions: Sequence[tuple[str, ...]], name_of: Callable[[int],
 
 
 def plain(caption: str) -> str:
-    """A caption on one line: control characters and runs of white space become a space, and the end is cut off."""
+    """A caption on one line: control characters and runs of white space become a space, and the end
+    is cut off.
+    """
     kept = "".join(" " if _is_control(c) else c for c in caption)
     return " ".join(kept.split())[:MAX_CHARACTERS].strip()
 
 
-def check_prompts(prompts: Sequence[str], negative: str | None, config: Config, sampling: SampleConfig) -> None:
+def check_prompts(
+    prompts: Sequence[str], negative: str | None, config: Config, sampling: SampleConfig
+) -> None:
     """Raises ConfigError if a model needs prompts or has no use for them, or if one is not fit."""
     if not config.model.text_width:
         if prompts or negative is not None:
             option = "--prompt" if prompts else "--negative"
-            raise ConfigError(f"{option}: {(*prompts, negative)[0]!r:.60} given, but the run was trained without text")
+            raise ConfigError(
+                f"{option}: {(*prompts, negative)[0]!r:.60} given, but the run was trained without text"
+            )
         return
     if not prompts:
-        raise ConfigError('--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE')
+        raise ConfigError(
+            '--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE'
+        )
     for prompt in prompts:
         check_prompt(prompt, "--prompt")
     if negative is not None:
         check_prompt(negative, "--negative")
         if sampling.guidance == 1:
-            raise ConfigError(f"--negative: {negative!r:.60} has no effect at guidance 1; give --guidance 3")
+            raise ConfigError(
+                f"--negative: {negative!r:.60} has no effect at guidance 1; give --guidance 3"
+            )
 
 
 def check_prompt(prompt: str, option: str) -> None:
@@ -240,9 +276,13 @@ def check_prompt(prompt: str, option: str) -> None:
     if not prompt.strip():
         raise ConfigError(f"{option}: the prompt is empty")
     if len(prompt) > MAX_CHARACTERS:
-        raise ConfigError(f"{option}: {prompt[:20]!r}... has {len(prompt)} characters; at most {MAX_CHARACTERS}")
+        raise ConfigError(
+            f"{option}: {prompt[:20]!r}... has {len(prompt)} characters; at most {MAX_CHARACTERS}"
+        )
     if wrong is not None:
-        raise ConfigError(f"{option}: {prompt!r:.60} holds the control character {wrong!r}; remove it")
+        raise ConfigError(
+            f"{option}: {prompt!r:.60} holds the control character {wrong!r}; remove it"
+        )
 
 
 def _is_control(c: str) -> bool:

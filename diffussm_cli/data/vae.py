@@ -1,9 +1,11 @@
-"""The autoencoder between pixels and latents, loaded through diffusers by hub name or from a folder.
+"""The autoencoder between pixels and latents, loaded through diffusers by hub name or from a
+folder.
 
 Nothing about it is hard-coded: channels, downsampling, scale and shift come from its config.
 
 B batch   C latent channels   H x W grid   images (B, 3, fH, fW) in [-1, 1]   latents (B, C, H, W)
-Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about unit variance.
+Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about
+unit variance.
 """
 
 import hashlib
@@ -26,8 +28,10 @@ from diffussm_cli.machine.hub import HUB_NAME, quiet, reach_hub, root_cause, wei
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
 MAX_CONFIG_BYTES = 1 << 20
-MAX_LAYERS, MAX_WIDTH, MAX_PARAMETERS = 64, 1 << 14, 1 << 30  # in a config; the largest VAEs in use have 3e8 parameters
-DECODE_PIXELS = 1 << 19  # decoded at a time: 8 images of 256x256, about 2 GB of activations in SD's VAE
+# in a config; the largest VAEs in use have 3e8 parameters
+MAX_LAYERS, MAX_WIDTH, MAX_PARAMETERS = 64, 1 << 14, 1 << 30
+# decoded at a time: 8 images of 256x256, about 2 GB of activations in SD's VAE
+DECODE_PIXELS = 1 << 19
 
 
 class VAEFacts(NamedTuple):
@@ -49,18 +53,27 @@ class VAE:
     def __init__(self, model: nn.Module, facts: VAEFacts, device: torch.device, dtype: torch.dtype):
         self.facts, self.device, self.dtype = facts, device, dtype
         self.weights_sha256 = weights_sha256(model)
-        self.model: Any = nn.Module.to(model, device, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns
-        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift))
+        # diffusers' own `to` warns
+        self.model: Any = nn.Module.to(model, device, dtype).eval().requires_grad_(False)
+        self.scale, self.shift = (
+            torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift)
+        )
 
     @property
     def identity(self) -> dict[str, str]:
         """Name and hashes, for manifests and meta.json."""
         facts = self.facts
-        return {"name": facts.name, "config_sha256": facts.config_sha256, "weights_sha256": self.weights_sha256}
+        return {
+            "name": facts.name,
+            "config_sha256": facts.config_sha256,
+            "weights_sha256": self.weights_sha256,
+        }
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode (B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's units, on its device."""
+        """Encode (B, 3, fH, fW) to mean and standard deviation of the posterior, in the VAE's
+        units, on its device.
+        """
         x = images.to(self.device, self.dtype)
         with full_float32():
             found = self.model.encode(x)
@@ -72,7 +85,9 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode latents in model space to images on the CPU, DECODE_PIXELS at a time and large images in tiles."""
+        """Decode latents in model space to images on the CPU, DECODE_PIXELS at a time and large
+        images in tiles.
+        """
         z = latents.cpu().float() / self.scale + self.shift
         f = self.facts.downsample
         height, width = (side * f for side in z.shape[2:])
@@ -84,11 +99,13 @@ class VAE:
             self.model.disable_tiling()
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
         with full_float32():
-            parts = [self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)]
+            parts = [
+                self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)
+            ]
         return torch.cat([part.float().cpu() for part in parts])
 
 
-# ------------------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 def read_facts(name: str, option: str = "--vae") -> VAEFacts:
     """Read the config of a VAE, without its weights.
 
@@ -118,7 +135,8 @@ def read_facts(name: str, option: str = "--vae") -> VAEFacts:
     try:
         _check_sizes(values)
         with quiet(), torch.device("meta"):
-            model = getattr(diffusers, kind).from_config(values)  # with the defaults of its class filled in
+            # with the defaults of its class filled in
+            model = getattr(diffusers, kind).from_config(values)
     except Exception as e:  # constructors raise all kinds of errors for values that do not match
         raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
     return facts_of(model, full_name(name), digest, option)
@@ -128,7 +146,8 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
     """The network of diffusers and the numbers that it stands for.
 
     Raises:
-        DataError: if it is no VAE that maps between RGB images and latents; the line begins with `option`.
+        DataError: if it is no VAE that maps between RGB images and latents; the line begins with
+            `option`.
     """
     kind, c = type(model).__name__, model.config
     if kind not in KINDS:
@@ -141,7 +160,9 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
         parameters = sum(p.numel() for p in model.parameters())
         if parameters > MAX_PARAMETERS:
-            raise ValueError(f"{parameters:,} parameters are more than the limit of {MAX_PARAMETERS:,}")
+            raise ValueError(
+                f"{parameters:,} parameters are more than the limit of {MAX_PARAMETERS:,}"
+            )
         if not usable_scale(scale, shift):
             raise ValueError("its scale or shift is not a finite number, or its scale is 0")
     except Exception as e:  # values of any type may stand there
@@ -158,7 +179,9 @@ def usable_scale(scale: Sequence[float], shift: Sequence[float]) -> bool:
 
 
 def full_name(name: str) -> str:
-    """The name of a VAE that is valid in every working directory: a hub name, or the absolute path of a folder."""
+    """The name of a VAE that is valid in every working directory: a hub name, or the absolute path
+    of a folder.
+    """
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
@@ -170,18 +193,24 @@ def _check_config_file(name: str) -> None:
 
 
 def _check_sizes(values: Mapping[str, Any]) -> None:
-    """Raises ValueError for a config that asks for absurdly many layers or channels, which would take for ever."""
+    """Raises ValueError for a config that asks for absurdly many layers or channels, which would
+    take for ever.
+    """
     for field, value in values.items():
         parts = value if isinstance(value, list) else [value]
         counts = "layers" in field or field.startswith("num_")
         for part in parts:
             if isinstance(part, int) and part > (MAX_LAYERS if counts else MAX_WIDTH):
-                raise ValueError(f"{field} is {part}, more than {MAX_LAYERS if counts else MAX_WIDTH}")
+                raise ValueError(
+                    f"{field} is {part}, more than {MAX_LAYERS if counts else MAX_WIDTH}"
+                )
         if len(parts) > (MAX_LAYERS if "block" in field else MAX_WIDTH):
             raise ValueError(f"{field} has {len(parts)} parts")
 
 
-def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32, option: str = "--vae") -> VAE:
+def load_vae(
+    facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.float32, option: str = "--vae"
+) -> VAE:
     """Load the VAE of `facts` with its weights, from safetensors only.
 
     Raises:
@@ -199,25 +228,38 @@ def load_vae(facts: VAEFacts, device: torch.device, dtype: torch.dtype = torch.f
 
 
 def _check_weight_files(facts: VAEFacts, option: str) -> None:
-    """Raises DataError if the network of a folder needs more weights than its files can hold: memory comes first."""
+    """Raises DataError if the network of a folder needs more weights than its files can hold:
+    memory comes first.
+    """
     files = Path(facts.name).glob("*.safetensors") if os.path.isdir(facts.name) else ()
     sizes = [path.stat().st_size for path in files if path.is_file()]
     if sizes and sum(sizes) < facts.parameters:  # no format takes less than a byte for each
         what = f"{facts.parameters:,} parameters, but its weights have {sum(sizes):,} bytes"
-        raise DataError(f"{option}: cannot load the folder {facts.name!r}: its config describes {what}")
+        raise DataError(
+            f"{option}: cannot load the folder {facts.name!r}: its config describes {what}"
+        )
 
 
 def _where(name: str, option: str) -> dict[str, str]:
-    """Arguments of `from_pretrained` for a name. Raises DataError if it is neither a folder nor a hub name."""
+    """Arguments of `from_pretrained` for a name. Raises DataError if it is neither a folder nor a
+    hub name.
+    """
     if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
     found = re.fullmatch(rf"({HUB_NAME})(?:/(\w[\w.-]*))?", name)
     if not found:
-        raise DataError(f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}")
+        raise DataError(
+            f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}"
+        )
     first = name.partition("/")[0]
     if os.path.lexists(first):  # a relative path with a mistake must not be looked up on the hub
-        raise DataError(f"{option}: no folder {name!r}; {first!r} exists here, so it is not taken for a hub name")
-    return {"pretrained_model_name_or_path": found[1], **({"subfolder": found[2]} if found[2] else {})}
+        raise DataError(
+            f"{option}: no folder {name!r}; {first!r} exists here, so it is not taken for a hub name"
+        )
+    return {
+        "pretrained_model_name_or_path": found[1],
+        **({"subfolder": found[2]} if found[2] else {}),
+    }
 
 
 def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
@@ -237,18 +279,20 @@ def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
         ) from e
 
 
-# ------------------------------------------------------------------------------------------------ decoding
+# ----------------------------------------------------------------------------------------- decoding
 class Decoding(NamedTuple):
     """How the output of a model becomes images."""
 
-    decode: Callable[[Tensor], Tensor]  # (B, C, H, W) in model space to (B, 1 or 3, fH, fW) in [-1, 1]
+    # (B, C, H, W) in model space to (B, 1 or 3, fH, fW) in [-1, 1]
+    decode: Callable[[Tensor], Tensor]
     record: dict[str, Any]  # for meta.json
     warning: str | None = None
     vae: VAE | None = None
 
 
 def open_decoding(config: Config, device: torch.device) -> Decoding:
-    """The VAE of a run; the identity for pixels; a preview with a warning if the VAE cannot be used.
+    """The VAE of a run; the identity for pixels; a preview with a warning if the VAE cannot be
+    used.
 
     The warning also says if the VAE is not the one that made the latents of the run.
     """
@@ -259,12 +303,22 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
         facts = read_facts(d.vae, "data.vae")
         if (facts.channels, facts.downsample) != (d.channels, d.downsample):
             has = f"{facts.channels} channels and downsampling {facts.downsample}"
-            raise DataError(f"data.vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}")
+            raise DataError(
+                f"data.vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}"
+            )
         vae = load_vae(facts, device, option="data.vae")
     except DataError as e:
-        warning = f"the images are only previews of the latents, because the VAE cannot be used: {e}"
-        return Decoding(lambda x: preview(x, d.downsample), {"vae": d.vae, "decoded_by": "linear preview"}, warning)
-    return Decoding(vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d), vae)
+        warning = (
+            f"the images are only previews of the latents, because the VAE cannot be used: {e}"
+        )
+        return Decoding(
+            lambda x: preview(x, d.downsample),
+            {"vae": d.vae, "decoded_by": "linear preview"},
+            warning,
+        )
+    return Decoding(
+        vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d), vae
+    )
 
 
 def _another_vae(vae: VAE, d: DataConfig) -> str | None:
@@ -276,8 +330,11 @@ def _another_vae(vae: VAE, d: DataConfig) -> str | None:
 
 
 def preview(latents: Tensor, downsample: int) -> Tensor:
-    """Map latents (B, C, H, W) to RGB in [-1, 1] without a VAE: channels c, c + 3, ... are summed into one of three."""
+    """Map latents (B, C, H, W) to RGB in [-1, 1] without a VAE: channels c, c + 3, ... are summed
+    into one of three.
+    """
     C = latents.shape[1]
     parts = [latents[:, [c for c in range(C) if c % 3 == k % C]] for k in range(3)]
-    x = torch.stack([p.sum(1) / p.shape[1] ** 0.5 for p in parts], 1) / 2  # latents have about unit variance
+    # latents have about unit variance
+    x = torch.stack([p.sum(1) / p.shape[1] ** 0.5 for p in parts], 1) / 2
     return x.repeat_interleave(downsample, 2).repeat_interleave(downsample, 3).clamp(-1, 1)

@@ -1,1 +1,3 @@
-"""The diffusion process, its losses and its samplers. They work with any denoiser and know nothing of the network."""
+"""The diffusion process, its losses and its samplers. They work with any denoiser and know nothing
+of the network.
+"""

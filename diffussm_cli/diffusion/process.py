@@ -1,4 +1,5 @@
-"""How images are noised and what the model predicts: ADM's Gaussian diffusion with its posterior, and the flow of SiT.
+"""How images are noised and what the model predicts: ADM's Gaussian diffusion with its posterior,
+and the flow of SiT.
 
     B batch   C channels   T timesteps   x_0 image   x_t noised image   eps noise   v range interpolation
 
@@ -8,8 +9,9 @@
     flow        a = 1 - t/T, s = t/T            eps - x_0       f = 1, g = s             eps - x_0, s
     its image   a and s as above                x_0             f = 0, g = -1            the same
 
-Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672). Velocity:
-arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT, arXiv 2401.08740, section 2. Predicting the
+Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv
+2102.09672). Velocity: arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT,
+arXiv 2401.08740, section 2. Predicting the
 image of a flow: JiT, arXiv 2511.13720.
 """
 
@@ -34,10 +36,11 @@ class Prediction(NamedTuple):
 
 
 class Objective(ABC):
-    """A row of the table, all that losses and samplers know. t is (B,); images and outputs (without v) are (B, C, ...).
+    """A row of the table, all that losses and samplers know. t is (B,); images and outputs (without
+    v) are (B, C, ...).
 
-    `name` is that of the configuration. `schedule` says the same to diffusers' schedulers. `continuous`: t is anywhere
-    in 0..T, not one of 0..T-1.
+    `name` is that of the configuration. `schedule` says the same to diffusers' schedulers.
+    `continuous`: t is anywhere in 0..T, not one of 0..T-1.
     """
 
     name: str
@@ -52,7 +55,9 @@ class Objective(ABC):
 
     @abstractmethod
     def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """The derivative of x_t with respect to `time`; also the target, if a class does not override that."""
+        """The derivative of x_t with respect to `time`; also the target, if a class does not
+        override that.
+        """
 
     @abstractmethod
     def time(self, t: float) -> float:
@@ -60,7 +65,8 @@ class Objective(ABC):
 
     @abstractmethod
     def timesteps(self, steps: int) -> Sequence[float]:
-        """`steps` evenly spaced timesteps, descending from the noisiest one; the step after the last ends at time 0.
+        """`steps` evenly spaced timesteps, descending from the noisiest one; the step after the
+        last ends at time 0.
 
         Raises:
             ValueError: if `steps` is not a whole number in 1..T.
@@ -98,7 +104,9 @@ class Objective(ABC):
 
     def predict_velocity(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
         """The velocity implied by x_t and the model's output."""
-        return self.velocity(self.predict_x_0(x_t, t, output), t, self.predict_noise(x_t, t, output))
+        return self.velocity(
+            self.predict_x_0(x_t, t, output), t, self.predict_noise(x_t, t, output)
+        )
 
     def loss_weight(self, t: Tensor) -> Tensor:
         """The weight (B,) of the target's MSE in the loss."""
@@ -121,8 +129,8 @@ class Objective(ABC):
             x_0: images or latents, (B, C, H, W), about in [-1, 1].
             y: labels (B,), for a model of classes.
             text: captions (B, 1 + K, E), for a model with text; rows of zeros stand for none.
-            label_dropout: the share of labels that become `model.null_class`, and of captions that become zeros, so
-                that sampling can guide.
+            label_dropout: the share of labels that become `model.null_class`, and of captions that
+                become zeros, so that sampling can guide.
             generator: on the CPU; the default one if None.
         """
         from diffussm_cli.diffusion.losses import training_losses
@@ -155,10 +163,12 @@ class Objective(ABC):
         seed: int = 0,
         shape: tuple[int, int, int] | None = None,
     ) -> Tensor:
-        """Draw n images or latents, (n, C, H, W), float32. Image i depends on the seed `seed` + i alone.
+        """Draw n images or latents, (n, C, H, W), float32. Image i depends on the seed `seed` + i
+        alone.
 
         Args:
-            model: a network of this package in eval mode, or with `shape` any (x_t, t, y) -> prediction.
+            model: a network of this package in eval mode, or with `shape` any (x_t, t, y) ->
+                prediction.
             y: a label for all images, or one for each.
             guidance: scale of classifier-free guidance; 1 for none.
             sampler: a name that `sample_by_name` takes.
@@ -185,19 +195,25 @@ class Objective(ABC):
             denoise = samplers.guided(predict, labels, null, guidance)
 
         covariance = getattr(model, "learn_sigma", False)
-        return samplers.sample_by_name(sampler, denoise, self, x, steps, generators, covariance).float()
+        return samplers.sample_by_name(
+            sampler, denoise, self, x, steps, generators, covariance
+        ).float()
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv 2303.09556, 3.4."""
+        """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv
+        2303.09556, 3.4.
+        """
         a, s, _, g = self.factors(t, t.float())
         return (a / s).square().clamp(max=gamma) * g.square()
 
 
 class GaussianDiffusion(Objective):
-    """Linear schedule of T variances from `beta_start` to `beta_end`, and a model that predicts the noise.
+    """Linear schedule of T variances from `beta_start` to `beta_end`, and a model that predicts the
+    noise.
 
-    Tables are (T,), on `device`. They are computed in float64 and kept in float32, as ADM uses them; `alpha_bar64`
-    stays in float64, on the CPU. `zero_snr` rescales them so that x_{T-1} is pure noise.
+    Tables are (T,), on `device`. They are computed in float64 and kept in float32, as ADM uses
+    them; `alpha_bar64` stays in float64, on the CPU. `zero_snr` rescales them so that x_{T-1} is
+    pure noise.
     """
 
     name, prediction_type = "noise", "epsilon"
@@ -218,30 +234,51 @@ class GaussianDiffusion(Objective):
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         beta = 1 - alpha_bar / previous if zero_snr else beta
         posterior_variance = beta * (1 - previous) / (1 - alpha_bar)  # DDPM (7)
-        clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])  # the variance is 0 at t = 0
+        # the variance is 0 at t = 0
+        clipped = torch.cat([posterior_variance[1:2], posterior_variance[1:]])
 
         self.T, self.device = T, torch.device(device)
-        self.schedule = {"num_train_timesteps": T, "beta_schedule": "linear", "prediction_type": self.prediction_type}
-        self.schedule |= {"beta_start": beta_start, "beta_end": beta_end, "rescale_betas_zero_snr": zero_snr}
+        self.schedule = {
+            "num_train_timesteps": T,
+            "beta_schedule": "linear",
+            "prediction_type": self.prediction_type,
+        }
+        self.schedule |= {
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "rescale_betas_zero_snr": zero_snr,
+        }
 
         def table(x: Tensor) -> Tensor:
             return x.float().to(device)
 
         self.alpha_bar64 = alpha_bar
         self.signal, self.noise = table(alpha_bar.sqrt()), table((1 - alpha_bar).sqrt())
-        self.inv_signal, self.noise_to_signal = table(alpha_bar.rsqrt()), table((1 / alpha_bar - 1).sqrt())
-        self.posterior_x_0 = table(beta * previous.sqrt() / (1 - alpha_bar))  # DDPM (7), factor of x_0
-        self.posterior_x_t = table((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar))  # factor of x_t
+        self.inv_signal, self.noise_to_signal = (
+            table(alpha_bar.rsqrt()),
+            table((1 / alpha_bar - 1).sqrt()),
+        )
+        # DDPM (7), factor of x_0
+        self.posterior_x_0 = table(beta * previous.sqrt() / (1 - alpha_bar))
+        # factor of x_t
+        self.posterior_x_t = table((1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar))
         self.posterior_log_variance = table(clipped.log())
         self.log_beta = table(beta.log())
 
     @classmethod
-    def from_config(cls, config: DiffusionConfig, device: torch.device | str = "cpu") -> "GaussianDiffusion":
+    def from_config(
+        cls, config: DiffusionConfig, device: torch.device | str = "cpu"
+    ) -> "GaussianDiffusion":
         """The process of a configuration's `diffusion` section."""
-        return cls(config.timesteps, config.beta_start, config.beta_end, device, config.zero_terminal_snr)
+        return cls(
+            config.timesteps, config.beta_start, config.beta_end, device, config.zero_terminal_snr
+        )
 
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        a, s, f, g = (_at(x, t, like) for x in (self.signal, self.noise, self.inv_signal, self.noise_to_signal))
+        a, s, f, g = (
+            _at(x, t, like)
+            for x in (self.signal, self.noise, self.inv_signal, self.noise_to_signal)
+        )
         return a, s, f, g
 
     def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -255,16 +292,19 @@ class GaussianDiffusion(Objective):
         return math.atan2(math.sqrt(1 - alpha_bar), math.sqrt(alpha_bar))
 
     def timesteps(self, steps: int) -> list[int]:
-        """Evenly spaced in 0..T-1, both ends included, descending: ADM's respacing with one section.
+        """Evenly spaced in 0..T-1, both ends included, descending: ADM's respacing with one
+        section.
 
-        A single step begins at T-1, the noisiest timestep; ADM's would begin at 0, where nothing is left to denoise.
+        A single step begins at T-1, the noisiest timestep; ADM's would begin at 0, where nothing is
+        left to denoise.
         """
         self.check_steps(steps)
         if steps == 1:
             return [self.T - 1]
         stride = (self.T - 1) / (steps - 1)
         position, kept = 0.0, []
-        for _ in range(steps):  # like ADM, which adds up the stride: the rounding of the sum decides some steps
+        # like ADM, which adds up the stride: the rounding of the sum decides some steps
+        for _ in range(steps):
             kept.append(round(position))
             position += stride
         return kept[::-1]
@@ -288,7 +328,9 @@ class GaussianDiffusion(Objective):
 
 
 class VelocityDiffusion(GaussianDiffusion):
-    """The same process, and a model that predicts the velocity. It keeps the bound, whose mean comes from x_0."""
+    """The same process, and a model that predicts the velocity. It keeps the bound, whose mean
+    comes from x_0.
+    """
 
     name, prediction_type = "velocity", "v_prediction"
     target = Objective.target
@@ -299,13 +341,19 @@ class VelocityDiffusion(GaussianDiffusion):
 
 
 class LinearFlow(Objective):
-    """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in ADM."""
+    """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in
+    ADM.
+    """
 
     name, continuous = "flow", True
 
     def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
         self.T, self.device = T, torch.device(device)
-        self.schedule = {"num_train_timesteps": T, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        self.schedule = {
+            "num_train_timesteps": T,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        }
 
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = (t.to(like.dtype) / self.T).view(-1, *[1] * (like.ndim - 1))
@@ -324,10 +372,11 @@ class LinearFlow(Objective):
 
 
 class ImageFlow(LinearFlow):
-    """The same lines, and a model that predicts the image; the loss is the MSE of the velocity that it implies.
+    """The same lines, and a model that predicts the image; the loss is the MSE of the velocity that
+    it implies.
 
-    That velocity is (x_t - x_0) / s, so the weight of the image's MSE is 1 / s^2. Below s = 0.05 the weight is that of
-    0.05, as in JiT: it would grow without bound.
+    That velocity is (x_t - x_0) / s, so the weight of the image's MSE is 1 / s^2. Below s = 0.05
+    the weight is that of 0.05, as in JiT: it would grow without bound.
     """
 
     least_noise = 0.05
@@ -357,14 +406,19 @@ def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") 
 
 
 def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
-    """A timestep of training, (1,). Logit-normal and shifted times: SD3, arXiv 2403.03206, equations (19) and (23)."""
+    """A timestep of training, (1,). Logit-normal and shifted times: SD3, arXiv 2403.03206,
+    equations (19) and (23).
+    """
     continuous = d.objective == "flow"
     if d.timesteps_drawn == "uniform" and not continuous:
         return torch.randint(d.timesteps, (1,), generator=generator)
     if d.timesteps_drawn == "logit_normal":
         share = torch.sigmoid(d.logit_mean + d.logit_std * torch.randn(1, generator=generator))
     else:
-        alpha, share = d.shift if d.timesteps_drawn == "shifted" else 1.0, torch.rand(1, generator=generator)
+        alpha, share = (
+            d.shift if d.timesteps_drawn == "shifted" else 1.0,
+            torch.rand(1, generator=generator),
+        )
         share = alpha * share / (1 + (alpha - 1) * share)
     t = share.clamp(1e-5, 1 - 1e-5) * d.timesteps  # float32 rounds shares to 0 and 1
     return t if continuous else t.long()
@@ -372,7 +426,9 @@ def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
 
 def timestep_batch(t: float, x: Tensor) -> Tensor:
     """One timestep for all images of x, (B,)."""
-    return torch.full((len(x),), t, device=x.device, dtype=x.dtype if isinstance(t, float) else torch.long)
+    return torch.full(
+        (len(x),), t, device=x.device, dtype=x.dtype if isinstance(t, float) else torch.long
+    )
 
 
 def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""ADM's evaluation: image features, the metrics computed from them, and the references they are compared with."""
+"""ADM's evaluation: image features, the metrics computed from them, and the references they are
+compared with.
+"""
 
 from diffussm_cli.evaluation.session import EvaluationSession, evaluate, make_reference
 

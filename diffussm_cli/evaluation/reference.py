@@ -1,6 +1,8 @@
-"""References: statistics and images to compare samples with, read from ADM's files or made from images.
+"""References: statistics and images to compare samples with, read from ADM's files or made from
+images.
 
-FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s (s,), sigma_s (s, s) of spatial ones.
+FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s (s,), sigma_s (s,
+s) of spatial ones.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ POOL, SPATIAL = ("mu", "sigma"), ("mu_s", "sigma_s")
 EXTRACTOR = "extractor"  # not in ADM's files: the identity of the extractor, as bytes
 MAX_NAME = 256
 RECALL_IMAGES = 10_000
-TOLERANCE = 1e-4  # of a covariance in a file: negative eigenvalues and asymmetry, relative to its largest number
+# of a covariance in a file: negative eigenvalues and asymmetry, relative to its largest number
+TOLERANCE = 1e-4
 BLOCK = 64
 
 Statistics = tuple[Tensor, Tensor]  # mean (d,), covariance (d, d), float64
@@ -29,7 +32,9 @@ Statistics = tuple[Tensor, Tensor]  # mean (d,), covariance (d, d), float64
 
 @dataclass
 class Reference:
-    """What samples are compared with. Statistics that a file lacks are computed from its images when needed."""
+    """What samples are compared with. Statistics that a file lacks are computed from its images
+    when needed.
+    """
 
     name: str
     images: ImageSet | None
@@ -47,7 +52,9 @@ class Reference:
             self.spatial = self.spatial or (gathered.spatial.mean, gathered.spatial.covariance)
 
 
-def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None = None) -> Reference:
+def open_reference(
+    path: str, extractor: Extractor, size: tuple[int, int] | None = None
+) -> Reference:
     """Open one of ADM's .npz files, one written by `make_reference`, or any set of images.
 
     Raises:
@@ -59,7 +66,9 @@ def open_reference(path: str, extractor: Extractor, size: tuple[int, int] | None
     arrays = open_npz(Path(path))
     if IMAGES not in arrays and not set(POOL) <= set(arrays):
         has = ", ".join(sorted(arrays)) or "nothing"
-        raise DataError(f"reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}")
+        raise DataError(
+            f"reference: {path} holds neither {IMAGES} nor {' and '.join(POOL)}, only {has}"
+        )
     made_with = _made_with(arrays)
     if made_with not in (None, extractor.identity):
         raise ConfigError(f"reference: {path} was made with {made_with}, not {extractor.identity}")
@@ -73,7 +82,9 @@ def _made_with(arrays: dict[str, Rows]) -> str | None:
     if name is None:
         return None
     if name.dtype != np.uint8 or len(name.shape) != 1 or name.shape[0] > MAX_NAME:
-        raise DataError(f"{name.path}: {EXTRACTOR} is {name.dtype} of shape {name.shape}, not a name")
+        raise DataError(
+            f"{name.path}: {EXTRACTOR} is {name.dtype} of shape {name.shape}, not a name"
+        )
     return name.whole().tobytes().decode(errors="replace")
 
 
@@ -93,7 +104,9 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
             f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
         )
     if d > 1 << 14:
-        raise DataError(f"{mean.path}: {names[0]} has {d} numbers; no extractor has so many features")
+        raise DataError(
+            f"{mean.path}: {names[0]} has {d} numbers; no extractor has so many features"
+        )
 
     m, S = (torch.from_numpy(rows.whole().astype(np.float64)) for rows in (mean, covariance))
     if not (m.isfinite().all() and S.isfinite().all()):
@@ -103,20 +116,30 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
 
 
 def _check_covariance(S: Tensor, name: str) -> None:
-    """Raises DataError for a matrix (d, d) that is not symmetric or has negative eigenvalues, beyond rounding."""
+    """Raises DataError for a matrix (d, d) that is not symmetric or has negative eigenvalues,
+    beyond rounding.
+    """
     largest = S.abs().max()
     if (S - S.T).abs().max() > TOLERANCE * largest:
         raise DataError(f"{name} is not symmetric, so it is no covariance; make the file again")
     lowest = torch.linalg.eigvalsh((S + S.T) / 2).min()
     if lowest < -TOLERANCE * largest:
-        raise DataError(f"{name} has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again")
+        raise DataError(
+            f"{name} has the eigenvalue {lowest:.3g}, so it is no covariance; make the file again"
+        )
 
 
-# ------------------------------------------------------------------------------------------------- making
+# ------------------------------------------------------------------------------------------- making
 def write_reference(
-    path: Path, images: ImageSet, gathered: Gathered, extractor: Extractor, count: int = RECALL_IMAGES, seed: int = 0
+    path: Path,
+    images: ImageSet,
+    gathered: Gathered,
+    extractor: Extractor,
+    count: int = RECALL_IMAGES,
+    seed: int = 0,
 ) -> int:
-    """Write an .npz that ADM's evaluator can also read: statistics of all images, and `count` of them drawn by `seed`.
+    """Write an .npz that ADM's evaluator can also read: statistics of all images, and `count` of
+    them drawn by `seed`.
 
     Args:
         gathered: the features of all images.

@@ -23,7 +23,12 @@ from diffussm_cli.evaluation.comparison import (
 )
 from diffussm_cli.evaluation.extractors import AUTO, NAMES, Extractor, doubts, load_extractor
 from diffussm_cli.evaluation.features import Gathered, gather_features
-from diffussm_cli.evaluation.reference import Reference, check_extractor, open_reference, write_reference
+from diffussm_cli.evaluation.reference import (
+    Reference,
+    check_extractor,
+    open_reference,
+    write_reference,
+)
 from diffussm_cli.evaluation.sets import HELD_OUT, DrawnImages, ImageSet, open_images
 from diffussm_cli.evaluation.text import Clip, names_in, names_of, retrieval
 from diffussm_cli.events import Event, Message, Stage, Warned
@@ -50,7 +55,8 @@ class EvaluationSession:
     """An extractor, a cache of features, and the comparison of image sets with references.
 
     Args:
-        extractor: a name for `load_extractor`, or `auto` to choose by the first images that are opened.
+        extractor: a name for `load_extractor`, or `auto` to choose by the first images that are
+            opened.
         weights: a file with the weights of `inception`, instead of a download.
         cache: the folder for cached features; None disables the cache.
     """
@@ -87,7 +93,8 @@ class EvaluationSession:
             self.name = "digits" if tuple(size) == (28, 28) and grey else "inception"
 
     def open(self, path: str, size: Size | None = None, name: str = "samples") -> ImageSet:
-        """Open a set of images for the extractor, cropped to `size` if given; `name` is what errors call the path.
+        """Open a set of images for the extractor, cropped to `size` if given; `name` is what errors
+        call the path.
 
         Raises:
             DiffussmError: if it cannot be read, or does not fit the extractor.
@@ -98,7 +105,8 @@ class EvaluationSession:
         return open_images(path, self.extractor.channels, size, name)
 
     def reference(self, path: str, size: Size | None, size_of_run: Size | None = None) -> Reference:
-        """Open a reference. Its images are cropped to `size`, or to the size of the run unless they are in an .npz.
+        """Open a reference. Its images are cropped to `size`, or to the size of the run unless they
+        are in an .npz.
 
         Raises:
             DiffussmError: if it cannot be read or was made with another extractor.
@@ -107,38 +115,60 @@ class EvaluationSession:
         return open_reference(path, self.extractor, size or (size_of_run if is_folder else None))
 
     def held_out(self, config: Config) -> ImageSet | None:
-        """The held-out images of a run with text; None if there is no separate held-out set, or only latents."""
+        """The held-out images of a run with text; None if there is no separate held-out set, or
+        only latents.
+        """
         data = config.data
         path = f"{data.path}{HELD_OUT}" if data.path.startswith(BUILTIN) else data.held_out
-        if not config.model.text_width or data.vae is not None or not isinstance(path, str) or not path:
+        if (
+            not config.model.text_width
+            or data.vae is not None
+            or not isinstance(path, str)
+            or not path
+        ):
             return None
         return self.open(path, None if path.startswith(BUILTIN) else data.size, "data.held_out")
 
     def features(self, images: ImageSet, unit: str) -> Generator[Event, None, Gathered]:
-        """Compute the features of a set, or load them from the cache. A Message tells what of the set is not used."""
+        """Compute the features of a set, or load them from the cache. A Message tells what of the
+        set is not used.
+        """
         if images.left_out:
             yield Message(images.left_out)
         yield Stage("loading the extractor")
-        return (yield from gather_features(images, self.extractor, self.batch_size, self.cache, self.world, unit))
+        return (
+            yield from gather_features(
+                images, self.extractor, self.batch_size, self.cache, self.world, unit
+            )
+        )
 
     def compare(
-        self, images: ImageSet, reference: Reference, metrics: Sequence[str] = USUAL, lenient: bool = False
+        self,
+        images: ImageSet,
+        reference: Reference,
+        metrics: Sequence[str] = USUAL,
+        lenient: bool = False,
     ) -> Generator[Event, None, tuple[dict[str, float], Gathered]]:
-        """The metrics of a set, and its features. On processes other than the first, metrics are empty.
+        """The metrics of a set, and its features. On processes other than the first, metrics are
+        empty.
 
         Args:
-            lenient: leave out metrics that the extractor or the reference does not support, and allow values that are
-                not finite, instead of raising.
+            lenient: leave out metrics that the extractor or the reference does not support, and
+                allow values that are not finite, instead of raising.
 
         Raises:
-            DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot be computed or,
-                unless `lenient`, is not a finite number.
+            DataError, ConfigError: if the reference does not fit the extractor, or a metric cannot
+                be computed or, unless `lenient`, is not a finite number.
         """
         if not lenient:
             check_images(metrics, images, reference)
 
         # The features of both sets.
-        if reference.images is not None and reference.gathered is None and needs_images(metrics, reference):
+        if (
+            reference.images is not None
+            and reference.gathered is None
+            and needs_images(metrics, reference)
+        ):
             reference.complete((yield from self.features(reference.images, "reference")))
         samples = yield from self.features(images, "samples")
         check_extractor(reference, samples.pool.shape[1], self.extractor)
@@ -151,7 +181,9 @@ class EvaluationSession:
         names = possible(metrics, samples, reference) if lenient else metrics
         for name, value in evaluate_features(samples, reference, names):
             if not lenient and not math.isfinite(value):
-                raise DataError(f"metrics: {name} of {images.name} against {reference.name} is {value}")
+                raise DataError(
+                    f"metrics: {name} of {images.name} against {reference.name} is {value}"
+                )
             values[name] = value
             yield Stage(f"metrics: {', '.join(values)}")
         return values, samples
@@ -159,10 +191,12 @@ class EvaluationSession:
     def prompted(
         self, samples: Gathered, prompts: Sequence[str], real: ImageSet | None
     ) -> Generator[Event, None, dict[str, float]]:
-        """How well images with these features show what their prompts say; empty on processes other than the first.
+        """How well images with these features show what their prompts say; empty on processes other
+        than the first.
 
-        `clip_score`, if the extractor is CLIP. If every prompt is a caption of the `real` images: the shares of images
-        whose nearest real image has the right name or class (`evaluation/text.py`). A Warned tells if none is.
+        `clip_score`, if the extractor is CLIP. If every prompt is a caption of the `real` images:
+        the shares of images whose nearest real image has the right name or class
+        (`evaluation/text.py`). A Warned tells if none is.
         """
         values: dict[str, float] = {}
         network = getattr(self.extractor, "network", None)
@@ -171,7 +205,9 @@ class EvaluationSession:
 
         right_names = names_of(prompts, real.captions) if real else None
         if real is None or right_names is None:
-            yield Warned("retrieval is left out: the prompts are not captions of the held-out or reference images")
+            yield Warned(
+                "retrieval is left out: the prompts are not captions of the held-out or reference images"
+            )
             return values
         pool = (yield from self.features(real, "captioned images")).pool
         if self.world.rank == 0:
@@ -183,7 +219,7 @@ class EvaluationSession:
         return values
 
 
-# ------------------------------------------------------------------------------------------------- evaluations
+# -------------------------------------------------------------------------------------- evaluations
 def evaluate(
     samples: str | Path,
     reference: str | None = None,
@@ -209,22 +245,24 @@ def evaluate(
 
     Args:
         samples: a folder of PNG, an .npz, or a run.
-        reference: an .npz from ADM or `make_reference`, or images; by default, the reference of the run, also for a
-            folder of images that `sample` has drawn from it.
+        reference: an .npz from ADM or `make_reference`, or images; by default, the reference of the
+            run, also for a folder of images that `sample` has drawn from it.
         metrics: names of `METRICS`; or one text, in which commas separate them, or "all".
         resolution: (H, W) to crop the reference images to; by default, the run's resolution.
-        num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run; without effect for
-            other samples. A run with text draws the names of its held-out images if there are no prompts.
+        num, seed, classes, prompts, negative, sampling, precision: how images are drawn from a run;
+            without effect for other samples. A run with text draws the names of its held-out images
+            if there are no prompts.
         cache: the folder for cached features; None disables the cache.
-        out: file for the result; by default beside the samples, with a warning if it cannot be written there.
+        out: file for the result; by default beside the samples, with a warning if it cannot be
+            written there.
         run: the run at `samples`, if `find_run_at` has already opened it.
 
     Yields:
         events.
 
     Returns:
-        The metrics and how they were obtained, also written to `out`; None on processes other than the first. The
-        report of a run is renewed too.
+        The metrics and how they were obtained, also written to `out`; None on processes other than
+        the first. The report of a run is renewed too.
 
     Raises:
         DiffussmError: before the long work starts, where possible.
@@ -235,7 +273,8 @@ def evaluate(
         earlier = [out.name] if out.name.endswith(runs.RESULTS) else []
         check_output(out, "out", reads=[samples, reference], replaces=earlier)
 
-    # What the samples say of themselves: a run by its configuration, other images by the meta.json beside them.
+    # What the samples say of themselves: a run by its configuration, other images by the meta.json
+    # beside them.
     world = read_world()
     trained = run or find_run_at(samples)
     facts = {} if trained else read_facts(samples)
@@ -262,7 +301,9 @@ def evaluate(
             if facts.get("prompts") and reference.startswith(BUILTIN):
                 captioned = session.open(f"{reference}{HELD_OUT}")
         if reference is None:
-            raise ConfigError("reference: name a reference file, such as one of ADM's, or a folder of real images")
+            raise ConfigError(
+                "reference: name a reference file, such as one of ADM's, or a folder of real images"
+            )
         against = session.reference(reference, resolution, size_of_run)
         captioned = captioned or against.images
 
@@ -287,7 +328,9 @@ def evaluate(
         return None
 
     # The result, with what makes it incomparable.
-    remarks = doubts(session.requested, session.name, reference) + warnings(images, features, against, metrics)
+    remarks = doubts(session.requested, session.name, reference) + warnings(
+        images, features, against, metrics
+    )
     remarks += _doubtful_facts(facts, len(images))
     yield from map(Warned, remarks)
     result = {
@@ -300,7 +343,11 @@ def evaluate(
         "meta": dict(facts),
         "samples": str(samples),
     }
-    usual = trained.root / runs.RESULTS if trained and runs.is_elsewhere(samples) else results_path(Path(samples))
+    usual = (
+        trained.root / runs.RESULTS
+        if trained and runs.is_elsewhere(samples)
+        else results_path(Path(samples))
+    )
     yield from _save(result, out, usual)
     root = trained.root if trained else usual.absolute().parent.parent  # images of a run lie in it
     yield from _renew_report(root)
@@ -311,22 +358,34 @@ def _doubtful_facts(facts: Mapping[str, Any], images: int) -> list[str]:
     """Warnings about what the meta.json of this number of images says."""
     remarks = []
     if facts.get("num", images) != images:
-        remarks.append(f"{META} tells of {facts['num']:,} images, but there are {images:,}: it may be of others")
+        remarks.append(
+            f"{META} tells of {facts['num']:,} images, but there are {images:,}: it may be of others"
+        )
     if facts.get("complete") is False:
-        remarks.append(f"{META} says that these images are not complete; the command that drew them continues")
+        remarks.append(
+            f"{META} says that these images are not complete; the command that drew them continues"
+        )
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are scores of previews")
     return remarks
 
 
 def drawn_images(
-    session: EvaluationSession, trained: runs.TrainedRun, sampler: Sampler, seeds: range, facts: Mapping[str, Any]
+    session: EvaluationSession,
+    trained: runs.TrainedRun,
+    sampler: Sampler,
+    seeds: range,
+    facts: Mapping[str, Any],
 ) -> DrawnImages:
-    """The images of a request, as `sample_facts` describes it, drawn when they are read. Raises DiffussmError."""
+    """The images of a request, as `sample_facts` describes it, drawn when they are read. Raises
+    DiffussmError.
+    """
     if sampler.decoding.warning:
         raise DataError(f"eval: {sampler.decoding.warning}")
     text = sampler.text(prompts_of(facts, seeds), facts["negative"])
-    return DrawnImages(sampler, seeds, facts["labels"], session.extractor.channels, str(trained.root), facts, text)
+    return DrawnImages(
+        sampler, seeds, facts["labels"], session.extractor.channels, str(trained.root), facts, text
+    )
 
 
 def make_reference(
@@ -342,7 +401,8 @@ def make_reference(
     device: str = "auto",
     cache: Path | None = None,
 ) -> Generator[Event, None, Path | None]:
-    """Write a reference file for a set of images, with `count` of them for recall; ADM's evaluator can read it too.
+    """Write a reference file for a set of images, with `count` of them for recall; ADM's evaluator
+    can read it too.
 
     Yields:
         events.
@@ -359,7 +419,9 @@ def make_reference(
     with process_group(world):
         opened = session.open(str(images), resolution, "images")
         if len(opened) < TABLE["fid"].least:
-            raise DataError(f"images: {opened.name} holds one image, but statistics need at least two")
+            raise DataError(
+                f"images: {opened.name} holds one image, but statistics need at least two"
+            )
         gathered = yield from session.features(opened, "image")
     if world.rank:
         return None
@@ -367,15 +429,21 @@ def make_reference(
     kept = write_reference(target, opened, gathered, session.extractor, count, seed)
     yield from map(Warned, doubts(session.requested, session.name, str(images)))
     height, width = opened.size
-    yield Message(f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept")
+    yield Message(
+        f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept"
+    )
     return target
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRun | None:
-    """The trained run at a path, as in `find_run`, or None if there is no run and the path should hold images."""
+    """The trained run at a path, as in `find_run`, or None if there is no run and the path should
+    hold images.
+    """
     path = Path(samples)
-    known = any(os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL)) or runs.is_elsewhere(path)
+    known = any(
+        os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL)
+    ) or runs.is_elsewhere(path)
     return runs.find_run(path, ema) if known or path.suffix == dit_checkpoint.SUFFIX else None
 
 
@@ -387,9 +455,15 @@ def read_facts(samples: str | Path) -> dict[str, Any]:
 
 
 def requested_prompts(facts: Mapping[str, Any], n: int) -> list[str]:
-    """The prompt of each of n samples by their facts; empty if there are none, or not for this number of images."""
+    """The prompt of each of n samples by their facts; empty if there are none, or not for this
+    number of images.
+    """
     prompts = facts.get("prompts")
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts) or facts.get("num") != n:
+    if (
+        not isinstance(prompts, list)
+        or not all(isinstance(p, str) for p in prompts)
+        or facts.get("num") != n
+    ):
         return []
     return list(itertools.islice(itertools.cycle(prompts), n))
 
@@ -402,14 +476,18 @@ def results_path(samples: Path) -> Path:
 
 
 def _save(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
-    """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises UnsavedResult."""
+    """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises
+    UnsavedResult.
+    """
     try:
         usual.parent.mkdir(parents=True, exist_ok=True)  # of a model that has no run folder here
         write_text(out or usual, json.dumps(result, indent=1) + "\n")
     except OSError as e:
         if out is not None:
             raise UnsavedResult(f"out: cannot write {str(out)!r}: {reason(e)}", result) from e
-        yield Warned(f"the result cannot be saved in {str(usual)!r}: {reason(e)}; name another file with out")
+        yield Warned(
+            f"the result cannot be saved in {str(usual)!r}: {reason(e)}; name another file with out"
+        )
 
 
 def _renew_report(root: Path) -> Iterator[Event]:

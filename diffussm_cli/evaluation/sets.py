@@ -1,4 +1,5 @@
-"""Sets of images to evaluate: folders, .npz files, built-in data sets, and images that a model draws.
+"""Sets of images to evaluate: folders, .npz files, built-in data sets, and images that a model
+draws.
 
 Files are read one batch at a time.
 
@@ -70,13 +71,17 @@ class ImageSet(Protocol):
         """Hash of the content, independent of its name."""
 
 
-def open_images(path: str, channels: int, size: tuple[int, int] | None = None, name: str = "samples") -> ImageSet:
-    """Open a folder of images (or one folder per class), an .npz, `builtin:mnist` or `builtin:mnist/held-out`.
+def open_images(
+    path: str, channels: int, size: tuple[int, int] | None = None, name: str = "samples"
+) -> ImageSet:
+    """Open a folder of images (or one folder per class), an .npz, `builtin:mnist` or
+    `builtin:mnist/held-out`.
 
     Args:
         path: what errors call `name`.
         channels: 1 or 3, as the extractor takes.
-        size: (H, W) to crop to as in ADM; without it, images are used as they are and must have the same size.
+        size: (H, W) to crop to as in ADM; without it, images are used as they are and must have the
+            same size.
 
     Raises:
         DataError, ConfigError: if there are no images, or they differ in size.
@@ -90,8 +95,11 @@ def open_images(path: str, channels: int, size: tuple[int, int] | None = None, n
 
 class _Folder:
     def __init__(self, path: Path, channels: int, size: tuple[int, int] | None, name: str):
-        if os.path.isfile(path / MANIFEST):  # unlike Path.is_file, False for a name that is too long
-            raise DataError(f"{name}: {path} holds latents; name the folder of images that they were made from")
+        # unlike Path.is_file, False for a name that is too long
+        if os.path.isfile(path / MANIFEST):
+            raise DataError(
+                f"{name}: {path} holds latents; name the folder of images that they were made from"
+            )
         self.name = str(path)
         self.channels = channels
         listing = list_source(path, name)
@@ -105,7 +113,9 @@ class _Folder:
         self.cropped = size is not None
         self.size = size or (first.shape[0], first.shape[1])
         self.grey = is_grey(first)
-        self.labels: Sequence[int] | None = [e.label for e in entries] if listing.class_names else None
+        self.labels: Sequence[int] | None = (
+            [e.label for e in entries] if listing.class_names else None
+        )
         self.lossy = any(e.name.lower().endswith(LOSSY) for e in entries)
         self._pool = Helpers(min(8, own_cores()))
 
@@ -114,7 +124,9 @@ class _Folder:
 
     @property
     def left_out(self) -> str:
-        """One line that counts what is not used of the folder, with the reasons; empty if everything is."""
+        """One line that counts what is not used of the folder, with the reasons; empty if
+        everything is.
+        """
         return left_out_line(self.name, self.listing.left_out(with_text=True, own=OWN_FILES))
 
     @functools.cached_property
@@ -166,7 +178,9 @@ class _Npz:
 
         arrays = open_npz(path)
         if IMAGES not in arrays:
-            raise DataError(f"{path}: holds no {IMAGES}, only {', '.join(sorted(arrays)) or 'nothing'}")
+            raise DataError(
+                f"{path}: holds no {IMAGES}, only {', '.join(sorted(arrays)) or 'nothing'}"
+            )
         self.rows = image_rows(arrays[IMAGES])
         height, width = self.rows.shape[1:3]
         self.size = (height, width)
@@ -176,7 +190,9 @@ class _Npz:
         # Labels, if there is one for each image.
         self.left_out = ""
         labels = arrays.get(LABELS)
-        if labels is not None and (labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"):
+        if labels is not None and (
+            labels.shape != self.rows.shape[:1] or labels.dtype.kind not in "iu"
+        ):
             why = f"{labels.dtype} of shape {labels.shape}, which is not one integer per image"
             self.left_out = left_out_line(self.name, [LeftOut(1, "array", why, LABELS)])
             labels = None
@@ -205,10 +221,14 @@ class _Npz:
 
 
 def _refuse_other_size(images: ImageSet, size: tuple[int, int] | None) -> None:
-    """Raises ConfigError if arrays of images, which are not cropped, have another size than the requested one."""
+    """Raises ConfigError if arrays of images, which are not cropped, have another size than the
+    requested one.
+    """
     if size is not None and size != images.size:
         height, width = images.size
-        raise ConfigError(f"resolution: {images.name} holds images of {height}x{width}, which are not cropped")
+        raise ConfigError(
+            f"resolution: {images.name} holds images of {height}x{width}, which are not cropped"
+        )
 
 
 def is_grey(image: np.ndarray) -> bool:
@@ -229,8 +249,15 @@ def image_rows(rows: Rows) -> Rows:
         raise DataError(
             f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: save floor(clamp(127.5 x + 128, 0, 255))"
         )
-    if rows.dtype.str != "|u1" or len(shape) != 3 or shape[2] not in (1, 3) or not math.prod(rows.shape):
-        raise DataError(f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, not uint8 (n, H, W, 3)")
+    if (
+        rows.dtype.str != "|u1"
+        or len(shape) != 3
+        or shape[2] not in (1, 3)
+        or not math.prod(rows.shape)
+    ):
+        raise DataError(
+            f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, not uint8 (n, H, W, 3)"
+        )
     return rows
 
 
@@ -253,7 +280,9 @@ class _Builtin:
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
         self.images = source.images[order].expand(-1, channels, -1, -1)
         self.labels: Sequence[int] | None = source.labels[order].tolist()
-        self.captions: Sequence[tuple[str, ...]] = [source.captions[i] for i in order] if source.captions else ()
+        self.captions: Sequence[tuple[str, ...]] = (
+            [source.captions[i] for i in order] if source.captions else ()
+        )
         _refuse_other_size(self, size)
 
     def __len__(self) -> int:
@@ -295,7 +324,9 @@ class DrawnImages:
     ):
         data = sampler.config.data
         if channels == 1 and not data.is_grey:
-            raise ConfigError("extractor: this one takes grey images, but the run draws colour images")
+            raise ConfigError(
+                "extractor: this one takes grey images, but the run draws colour images"
+            )
         self.sampler = sampler
         self.seeds = seeds
         self.labels = labels

@@ -19,17 +19,25 @@ B = TypeVar("B")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU, unless the environment variable DIFFUSSM_DEVICE names another.
+    """`auto` is CUDA, then Apple's MPS, then the CPU, unless the environment variable
+    DIFFUSSM_DEVICE names another.
 
     Each process of a machine takes its own CUDA device.
 
     A CUDA device becomes the current device, which NCCL and FSDP use.
 
     Raises:
-        ConfigError: if the device is not available, or several processes of this machine would share it.
+        ConfigError: if the device is not available, or several processes of this machine would
+            share it.
     """
     if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
         name = os.environ.get("DIFFUSSM_DEVICE") or found
     chosen = name
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
@@ -47,12 +55,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def _check_not_shared(chosen: str) -> None:
-    """Raises ConfigError if all processes that were started on this machine would compute on one GPU."""
+    """Raises ConfigError if all processes that were started on this machine would compute on one
+    GPU.
+    """
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
     if processes in ("0", "1"):
         return
     if chosen != "cuda":
-        raise ConfigError(f"device: {chosen!r} would be shared by {processes} processes; use cuda, a GPU for each")
+        raise ConfigError(
+            f"device: {chosen!r} would be shared by {processes} processes; use cuda, a GPU for each"
+        )
     if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         raise ConfigError(
             f"device: {chosen!r} would be shared by {processes} processes, because LOCAL_RANK is not set; "
@@ -61,11 +73,17 @@ def _check_not_shared(chosen: str) -> None:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware for it."""
+    """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware
+    for it.
+    """
     fast = has_bf16(device)
     if precision == "bf16" and not fast:
-        raise ConfigError(f"precision: bf16 has no hardware support on this {device.type} and would be slow; use fp32")
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+        raise ConfigError(
+            f"precision: bf16 has no hardware support on this {device.type} and would be slow; use fp32"
+        )
+    return (
+        torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    )
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -81,13 +99,20 @@ def processor_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        return next((line.partition(": ")[2].strip() for line in file if line.startswith("model name")), "unknown")
+        return next(
+            (line.partition(": ")[2].strip() for line in file if line.startswith("model name")),
+            "unknown",
+        )
     return platform.processor() or "unknown"
 
 
 def facts_of_machine(device: torch.device) -> dict[str, str]:
     """The processor, the platform and the versions of programs, which belong to every measurement."""
-    versions = {"diffussm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {
+        "diffussm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     return {
         "processor": processor_name(device),
         "platform": platform.platform(),
@@ -97,13 +122,15 @@ def facts_of_machine(device: torch.device) -> dict[str, str]:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute products and convolutions of float32 tensors with all 24 bits, whatever the global settings allow.
+    """Compute products and convolutions of float32 tensors with all 24 bits, whatever the global
+    settings allow.
 
     By default torch computes float32 convolutions in TensorFloat-32 (11 bits) on NVIDIA GPUs.
     """
     b: Any = torch.backends
     with contextlib.ExitStack() as stack:
-        if hasattr(b, "fp32_precision"):  # since torch 2.9, which warns or fails if the older switches are read as well
+        # since torch 2.9, which warns or fails if the older switches are read as well
+        if hasattr(b, "fp32_precision"):
             for switch in (b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv):
                 stack.callback(setattr, switch, "fp32_precision", switch.fp32_precision)
                 switch.fp32_precision = "ieee"
@@ -123,7 +150,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def helpers(count: int = 1) -> ThreadPoolExecutor:
     """Threads for background work, in each of which torch runs on one core, without OpenMP workers.
 
-    Once the OpenMP workers of all threads outnumber the cores, they sleep, and waking them costs the main thread a
+    Once the OpenMP workers of all threads outnumber the cores, they sleep, and waking them costs
+    the main thread a
     tenth of a millisecond per operator: `mnist` trained half as fast on two cores.
     """
     torch.get_num_threads()  # otherwise this thread would take the number that another one set last
@@ -131,7 +159,9 @@ def helpers(count: int = 1) -> ThreadPoolExecutor:
 
 
 class Helpers:
-    """`helpers` that start at first use in each process, so that an owner of them may be pickled or forked."""
+    """`helpers` that start at first use in each process, so that an owner of them may be pickled or
+    forked.
+    """
 
     def __init__(self, count: int):
         self.count, self._process = count, 0
@@ -148,7 +178,9 @@ class Helpers:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: new ones cause page faults in every forward pass on Linux CPUs."""
+    """Tell glibc to keep large freed blocks: new ones cause page faults in every forward pass on
+    Linux CPUs.
+    """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none

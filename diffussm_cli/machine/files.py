@@ -24,10 +24,14 @@ def content(folder: Path) -> set[str]:
 
 
 def default_cache() -> Path | None:
-    """DIFFUSSM_CACHE, or this program's folder in the user's cache folder; None if the user has no home folder."""
+    """DIFFUSSM_CACHE, or this program's folder in the user's cache folder; None if the user has no
+    home folder.
+    """
     try:
         chosen = os.environ.get("DIFFUSSM_CACHE")
-        return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm")
+        return Path(
+            chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffussm"
+        )
     except RuntimeError:
         return None
 
@@ -39,17 +43,20 @@ def check_output(
     reads: Iterable[str | os.PathLike | None] = (),
     replaces: Collection[str] = (),
 ) -> None:
-    """Check a file that a command is going to write, so that no work is lost and nothing is overwritten by mistake.
+    """Check a file that a command is going to write, so that no work is lost and nothing is
+    overwritten by mistake.
 
     Args:
         option: the option that gave the path, for the error.
         suffixes: the endings that the file may have; empty: any.
-        reads: files and folders that the command reads. A path that does not exist, or is None, is passed over.
-        replaces: names of files that the command may overwrite in a folder that it reads, because it wrote them itself.
+        reads: files and folders that the command reads. A path that does not exist, or is None, is
+            passed over.
+        replaces: names of files that the command may overwrite in a folder that it reads, because
+            it wrote them itself.
 
     Raises:
-        ConfigError: if the file has another ending, its folder is missing or cannot be written, it is a folder, a link
-            or a device, or the command reads it.
+        ConfigError: if the file has another ending, its folder is missing or cannot be written, it
+            is a folder, a link or a device, or the command reads it.
     """
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{option}: {str(path)!r} must end in {' or '.join(suffixes)}")
@@ -58,7 +65,9 @@ def check_output(
         raise ConfigError(f"{option}: there is no folder {str(folder)!r}")
     if path.is_symlink():
         target = os.readlink(path)
-        raise ConfigError(f"{option}: {str(path)!r} is a link to {target!r} and would be replaced; name another file")
+        raise ConfigError(
+            f"{option}: {str(path)!r} is a link to {target!r} and would be replaced; name another file"
+        )
     if os.path.lexists(path) and not path.is_file():
         what = "a folder" if path.is_dir() else "a device or pipe"
         raise ConfigError(f"{option}: cannot write {str(path)!r}: it is {what}; name a file")
@@ -67,7 +76,11 @@ def check_output(
     for source in (Path(name) for name in reads if name):
         if not path.exists() or not source.exists():
             continue
-        in_folder = source.is_dir() and path.name not in replaces and path.resolve().is_relative_to(source.resolve())
+        in_folder = (
+            source.is_dir()
+            and path.name not in replaces
+            and path.resolve().is_relative_to(source.resolve())
+        )
         if in_folder or path.samefile(source):
             raise ConfigError(f"{option}: {str(path)!r} is read by this command; name another file")
 
@@ -82,8 +95,11 @@ def check_output(
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open a file of a user for reading. Raises OSError, also for a pipe or device, which might block for ever."""
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # of Unix, of Windows
+    """Open a file of a user for reading. Raises OSError, also for a pipe or device, which might
+    block for ever.
+    """
+    # of Unix, of Windows
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -92,7 +108,9 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 
 def read_regular(path: str | os.PathLike, most: int) -> bytes:
-    """The content of a file of a user. Raises OSError as `open_regular`, ValueError for more than `most` bytes."""
+    """The content of a file of a user. Raises OSError as `open_regular`, ValueError for more than
+    `most` bytes.
+    """
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -117,7 +135,8 @@ def locked(path: Path) -> Iterator[None]:
         BlockingIOError: if another process holds it.
         OSError: if it cannot be created, or the file system has no locks.
     """
-    lock = FileLock(str(path), timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed process
+    # a soft lock would outlive a killed process
+    lock = FileLock(str(path), timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout as e:
@@ -134,7 +153,8 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold the lock of one rank in a folder, which is created if needed, and removed again if no file was written.
+    """Hold the lock of one rank in a folder, which is created if needed, and removed again if no
+    file was written.
 
     Raises:
         BlockingIOError: if another process holds it.
@@ -160,7 +180,9 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk; Windows can flush neither a folder nor a file that is open to be read."""
+    """Wait until a file or folder is on disk; Windows can flush neither a folder nor a file that is
+    open to be read.
+    """
     if sys.platform == "win32":
         return
     handle = os.open(path, os.O_RDONLY)
@@ -172,20 +194,22 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
-    """Write a file that takes its name only when complete and on disk; leftovers of a killed process are removed.
+    """Write a file that takes its name only when complete and on disk; leftovers of a killed
+    process are removed.
 
-    If not `durable`, a power failure may lose the file. This is faster, for one file of very many. A link of that name
-    is replaced by the file; its target is not touched.
+    If not `durable`, a power failure may lose the file. This is faster, for one file of very many.
+    A link of that name is replaced by the file; its target is not touched.
 
     Raises:
-        OSError: if the file cannot be written, or a device has its name; the error names it, and an earlier file of
-            that name is untouched.
+        OSError: if the file cannot be written, or a device has its name; the error names it, and an
+            earlier file of that name is untouched.
     """
     if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
         raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
     if durable:  # listing a folder of very many files takes long
         for old in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):
-            if old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():  # not of another file, as NAME.gz
+            # not of another file, as NAME.gz
+            if old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():
                 old.unlink(missing_ok=True)
     temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:

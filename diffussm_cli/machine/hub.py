@@ -52,7 +52,8 @@ def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
     repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
     if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
         return
-    with contextlib.suppress(hub.errors.HfHubHTTPError):  # the hub answers; diffusers reports its errors
+    # the hub answers; diffusers reports its errors
+    with contextlib.suppress(hub.errors.HfHubHTTPError):
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, file))
 
 
@@ -75,7 +76,9 @@ def fetch(name: str, option: str, files: Sequence[str], cache: Path | None = Non
     repository, revision = match.groups()
     try:
         with quiet():
-            folder = hub.snapshot_download(repository, cache_dir=cache, revision=revision, allow_patterns=list(files))
+            folder = hub.snapshot_download(
+                repository, cache_dir=cache, revision=revision, allow_patterns=list(files)
+            )
             return Path(folder)
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         raise RunError(
@@ -84,7 +87,9 @@ def fetch(name: str, option: str, files: Sequence[str], cache: Path | None = Non
         ) from e
 
 
-def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: str) -> tuple[Any, ...]:
+def load_pretrained(
+    name: str, option: str, classes: Mapping[str, str], *parts: str
+) -> tuple[Any, ...]:
     """A frozen model in transformers' format, float32 on the CPU, and what belongs to it.
 
     Weights are read from safetensors only.
@@ -105,13 +110,17 @@ def load_pretrained(name: str, option: str, classes: Mapping[str, str], *parts: 
     try:
         with quiet():
             reach_hub(name)
-            others = [getattr(transformers, part).from_pretrained(name, trust_remote_code=False) for part in parts]
+            others = [
+                getattr(transformers, part).from_pretrained(name, trust_remote_code=False)
+                for part in parts
+            ]
             kind = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
             cls = getattr(transformers, classes.get(kind, "AutoModel"))
             model, info = cls.from_pretrained(
                 name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
-    except Exception as e:  # the libraries raise all kinds of errors for damaged files and missing networks
+    # the libraries raise all kinds of errors for damaged files and missing networks
+    except Exception as e:
         raise DataError(f"{option}: cannot load {name!r}: {reason(root_cause(e))}") from e
     lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if lacking:
@@ -124,5 +133,6 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())  # numpy has no bfloat16
+        # numpy has no bfloat16
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

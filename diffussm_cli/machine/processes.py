@@ -1,4 +1,6 @@
-"""The processes of a job: rank and size, from the environment that torchrun sets, and communication between them."""
+"""The processes of a job: rank and size, from the environment that torchrun sets, and communication
+between them.
+"""
 
 import contextlib
 import datetime
@@ -20,12 +22,16 @@ PEER_LOST = (
     "timeout caused pair closure",
     "remote process exiting prematurely",
 )
-STEP = datetime.timedelta(minutes=10)  # timeout of collectives within a step, so that a hung machine is noticed
-PATIENCE = datetime.timedelta(days=7)  # timeout of `gather`: one process may have much more to do than another
+# timeout of collectives within a step, so that a hung machine is noticed
+STEP = datetime.timedelta(minutes=10)
+# timeout of `gather`: one process may have much more to do than another
+PATIENCE = datetime.timedelta(days=7)
 
 
 class World(NamedTuple):
-    """The processes of a job: this one is number `rank` of `size`, and takes every `size`-th piece of numbered work."""
+    """The processes of a job: this one is number `rank` of `size`, and takes every `size`-th piece
+    of numbered work.
+    """
 
     rank: int = 0
     size: int = 1
@@ -43,13 +49,19 @@ def read_world() -> World:
     """The processes of this job, from RANK and WORLD_SIZE, which torchrun sets. Raises ConfigError."""
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ConfigError(f"RANK {rank!r} and WORLD_SIZE {size!r} in the environment must be numbers, RANK the smaller")
+        raise ConfigError(
+            f"RANK {rank!r} and WORLD_SIZE {size!r} in the environment must be numbers, RANK the smaller"
+        )
     return World(int(rank), int(size))
 
 
 def own_cores() -> int:
-    """The number of cores for this process: those it may use, shared with the processes that torchrun started here."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of cores for this process: those it may use, shared with the processes that
+    torchrun started here.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, cores // max(1, int(local))) if local.isdecimal() else cores
 
@@ -76,7 +88,9 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=STEP)
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     except (ValueError, RuntimeError) as e:
-        raise ConfigError(f"WORLD_SIZE: {world.size} processes cannot connect: {e}; start them with torchrun") from e
+        raise ConfigError(
+            f"WORLD_SIZE: {world.size} processes cannot connect: {e}; start them with torchrun"
+        ) from e
     try:
         with peer_errors():
             yield
@@ -90,7 +104,9 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
 
 
 def _abort_nccl() -> None:
-    """Let NCCL drop its unfinished work: otherwise its end waits for kernels that wait for a lost process."""
+    """Let NCCL drop its unfinished work: otherwise its end waits for kernels that wait for a lost
+    process.
+    """
     import torch
     import torch.distributed as dist
 
@@ -99,9 +115,11 @@ def _abort_nccl() -> None:
 
 
 def gather(value: Any, world: World) -> list[Any]:
-    """Gather the values of all processes on every process, in the order of their ranks; also a barrier.
+    """Gather the values of all processes on every process, in the order of their ranks; also a
+    barrier.
 
-    This waits for days if needed: while one process works alone, the rest wait here, not in a collective of a step.
+    This waits for days if needed: while one process works alone, the rest wait here, not in a
+    collective of a step.
 
     Raises:
         RunError: if one of them is lost.
@@ -118,13 +136,17 @@ def gather(value: Any, world: World) -> list[Any]:
 
 @contextlib.contextmanager
 def first_works(world: World) -> Iterator[None]:
-    """Wrap work that the first process does alone: at the end the others wait for it. Raises RunError if it is lost."""
+    """Wrap work that the first process does alone: at the end the others wait for it. Raises
+    RunError if it is lost.
+    """
     yield
     gather(None, world)
 
 
 def reduced(tensor, world: World, operation: str = "SUM"):
-    """The sum or "MIN" of a tensor over all processes, in place, without waiting for a CUDA device. Raises RunError."""
+    """The sum or "MIN" of a tensor over all processes, in place, without waiting for a CUDA device.
+    Raises RunError.
+    """
     if world.size > 1:
         import torch.distributed as dist
 
@@ -134,7 +156,9 @@ def reduced(tensor, world: World, operation: str = "SUM"):
 
 
 def any_of(flag: bool, world: World) -> bool:
-    """Whether `flag` is true in any process; reduced on the CPU, so that it waits for no device. Raises RunError."""
+    """Whether `flag` is true in any process; reduced on the CPU, so that it waits for no device.
+    Raises RunError.
+    """
     if world.size == 1:
         return flag
     import torch

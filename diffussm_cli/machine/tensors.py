@@ -53,7 +53,9 @@ def file_size(layout: Layout) -> int:
     return len(header(layout)) + numbers
 
 
-def write(file: BinaryIO, layout: Layout, parts: Iterable[Any], metadata: Mapping[str, str] | None = None) -> str:
+def write(
+    file: BinaryIO, layout: Layout, parts: Iterable[Any], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write the header and the bytes of each tensor, in the order of the layout.
 
     Args:
@@ -97,6 +99,8 @@ def map_file(path: Path, layout: Layout) -> dict[str, np.ndarray]:
     views = {}
     start = len(expected)
     for name, (dtype, shape) in layout.items():
-        views[name] = np.frombuffer(data, np.dtype(ARRAYS[dtype]), math.prod(shape), start).reshape(shape)
+        views[name] = np.frombuffer(data, np.dtype(ARRAYS[dtype]), math.prod(shape), start).reshape(
+            shape
+        )
         start += views[name].nbytes
     return views

@@ -1,4 +1,6 @@
-"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py`, `s4d/layer.py`, `mixers`."""
+"""The networks. Start with `backbone.py` (tokens in, blocks, tokens out), then `block.py`,
+`s4d/layer.py`, `mixers`.
+"""
 
 import dataclasses
 
@@ -19,7 +21,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbone:
-    """Build the network that a configuration describes, freshly initialised, on the current default device."""
+    """Build the network that a configuration describes, freshly initialised, on the current default
+    device.
+    """
     options = dataclasses.asdict(config.model) | {"gradient_checkpointing": gradient_checkpointing}
     options |= {"input_size": config.data.grid, "in_channels": config.data.channels}
     if options.pop("backbone") == "diffussm":

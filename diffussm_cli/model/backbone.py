@@ -13,37 +13,51 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
-from diffussm_cli.model.embeddings import TextEmbedding, TimestepEmbedding, patchify, position_table, unpatchify
+from diffussm_cli.model.embeddings import (
+    TextEmbedding,
+    TimestepEmbedding,
+    patchify,
+    position_table,
+    unpatchify,
+)
 from diffussm_cli.model.local import Local
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license="apache-2.0"):
-    """A denoiser made of a stack of blocks: (x_t, t, y, text) -> noise, and the covariance if it is learned.
+    """A denoiser made of a stack of blocks: (x_t, t, y, text) -> noise, and the covariance if it is
+    learned.
 
-    The pooled vector of a caption joins the conditioning. Its K tokens, if any, stand before the image and, mirrored,
-    behind it, so that a layer that reads in order meets the words first in both directions, and padding comes before
-    words. Each token takes a whole position, whatever M is; scans only reorder the image.
+    The pooled vector of a caption joins the conditioning. Its K tokens, if any, stand before the
+    image and, mirrored, behind it, so that a layer that reads in order meets the words first in
+    both directions, and padding comes before words. Each token takes a whole position, whatever M
+    is; scans only reorder the image.
 
-    `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its arguments and weights, as
-    huggingface_hub's mixin does. A run folder holds more: how to draw, names of classes, the VAE.
+    `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its
+    arguments and weights, as huggingface_hub's mixin does. A run folder holds more: how to draw,
+    names of classes, the VAE.
 
     Args:
-        blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of the positions to
-            (B, J, D), or with text tokens the same for K + J + K positions. `zeroed()` of a block lists the Linears
-            that are initialised to zero, so that the block starts as the identity.
-        input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other sizes.
+        blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of
+            the positions to (B, J, D), or with text tokens the same for K + J + K positions.
+            `zeroed()` of a block lists the Linears that are initialised to zero, so that the block
+            starts as the identity.
+        input_size: (H, W) of the grid, or one number for a square. `forward` also accepts other
+            sizes.
         in_channels: C.
         patch_size: P; must divide H and W.
         hidden_size: D, a multiple of 4.
         compression: M, the number of tokens that share a position; must divide W/P.
-        num_classes: 0 for an unconditional model. Label `num_classes` is the null class of guidance.
-        learn_sigma: output 2C channels, the noise and then ADM's range interpolation v of the covariance; else C.
+        num_classes: 0 for an unconditional model. Label `num_classes` is the null class of
+            guidance.
+        learn_sigma: output 2C channels, the noise and then ADM's range interpolation v of the
+            covariance; else C.
         label_std: initial standard deviation of the label table (DiT: 0.02).
         text_width: E; 0 for a model without text.
         text_tokens: K; 0 for the pooled vector only.
-        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        skips: before each block of the last half, add what its mirror image in the first half gave, through a Linear
-            that starts at zero.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its
+            activations.
+        skips: before each block of the last half, add what its mirror image in the first half gave,
+            through a Linear that starts at zero.
 
     Raises:
         ValueError: if sizes do not divide; the message names them.
@@ -83,7 +97,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         self.y_embed = nn.Embedding(num_classes + 1, D) if num_classes else None
         self.text_embed = TextEmbedding(text_width, D, text_tokens) if text_width else None
         self.blocks = nn.ModuleList(blocks)
-        self.skips = nn.ModuleList(nn.Linear(D, D) for _ in range(len(self.blocks) // 2)) if skips else None
+        self.skips = (
+            nn.ModuleList(nn.Linear(D, D) for _ in range(len(self.blocks) // 2)) if skips else None
+        )
         self.norm_out = ShiftScaleNorm(D)
         self.patch_out = nn.Linear(D, M * P * P * self.out_channels)
         self.register_buffer("position", self.positions(*self.input_size), persistent=False)
@@ -98,16 +114,22 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         """The label that stands for "no class"."""
         return self.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, text: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), t (B,) in 0..T-1, y (B,) labels, text (B, 1 + K, E) -> (B, 2C or C, H, W).
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, text: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, H, W), t (B,) in 0..T-1, y (B,) labels, text (B, 1 + K, E) -> (B, 2C or C, H,
+        W).
 
-        y is None for a model without classes, and text for one without text; `TextEmbedding` describes text.
+        y is None for a model without classes, and text for one without text; `TextEmbedding`
+        describes text.
         """
         self._check_inputs(x, t, y, text)
         H, W = x.shape[-2:]
         grid = H // self.patch_size, W // (self.patch_size * self.compression)
         c, words = self.condition(t, y, text)  # (B, D), (B, K, D)
-        position = self.position if self.input_size == (H, W) else self.positions(H, W).to(self.position)
+        position = (
+            self.position if self.input_size == (H, W) else self.positions(H, W).to(self.position)
+        )
         h = self.patch_in(patchify(x, self.patch_size, self.compression)) + position  # (B, J, D)
         if words is not None:
             h = torch.cat([words.flip(1), h, words], dim=1)  # (B, K + J + K, D)
@@ -116,7 +138,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         for i, block in enumerate(self.blocks):
             if self.skips is not None and i >= len(self.blocks) - len(self.skips):
                 h = h + self.skips[i - len(self.blocks)](earlier.pop())
-            h = checkpoint(block, h, c, grid, use_reentrant=False) if recomputes else block(h, c, grid)
+            h = (
+                checkpoint(block, h, c, grid, use_reentrant=False)
+                if recomputes
+                else block(h, c, grid)
+            )
             if self.skips is not None and i < len(self.skips):
                 earlier.append(h)
         if words is not None:
@@ -124,8 +150,12 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
         return unpatchify(h, self.patch_size, self.compression, H, W)  # (B, 2C, H, W)
 
-    def condition(self, t: Tensor, y: Tensor | None, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Timestep, label and caption -> c (B, D), which is their sum, and the text tokens (B, K, D), if any."""
+    def condition(
+        self, t: Tensor, y: Tensor | None, text: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Timestep, label and caption -> c (B, D), which is their sum, and the text tokens (B, K,
+        D), if any.
+        """
         c, words = self.t_embed(t), None
         if self.y_embed is not None:
             assert y is not None
@@ -137,7 +167,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         return c, words
 
     def reset_parameters(self) -> None:
-        """DiT's initialisation: Xavier, N(0, 0.02) timestep MLP, zero output and conditioning (identity blocks)."""
+        """DiT's initialisation: Xavier, N(0, 0.02) timestep MLP, zero output and conditioning
+        (identity blocks).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -157,16 +189,20 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
     def compile_blocks(self, **options: Any) -> None:
         """Let torch.compile, with these options, translate the blocks when they are first called.
 
-        Blocks of one kind share their code, so it takes as long for 29 blocks as for one. The layers around the blocks
+        Blocks of one kind share their code, so it takes as long for 29 blocks as for one. The
+        layers around the blocks
         stay as they are: they take little of the time.
         """
         dynamo = torch._dynamo.config
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))  # kinds of blocks, training or not
+        # kinds of blocks, training or not
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 4 * len(self.blocks))
         for block in self.blocks:
             block.compile(**options)
 
     def materialize(self, device: torch.device | str) -> None:
-        """Allocate a "meta" model on a device, with its table of positions; the parameters are not yet initialised."""
+        """Allocate a "meta" model on a device, with its table of positions; the parameters are not
+        yet initialised.
+        """
         self.to_empty(device=device)
         self.position = self.positions(*self.input_size).to(self.position)
 
@@ -177,7 +213,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         return position_table(H // P, W // P, self.compression, self.patch_in.out_features)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None, text: Tensor | None) -> None:
-        """Raises ValueError for sizes that do not fit; the content of tensors is only seen on a CPU."""
+        """Raises ValueError for sizes that do not fit; the content of tensors is only seen on a
+        CPU.
+        """
         B = x.shape[0]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: shape {tuple(x.shape)} must be (B, {self.in_channels}, H, W)")
@@ -186,7 +224,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         if self.y_embed is not None:
             if y is None or y.shape != (B,):
                 given = "None" if y is None else f"shape {tuple(y.shape)}"
-                raise ValueError(f"y: {given} must be ({B},), one label per image; no class is {self.null_class}")
+                raise ValueError(
+                    f"y: {given} must be ({B},), one label per image; no class is {self.null_class}"
+                )
             if _is_at_hand(y) and not ((y >= 0) & (y <= self.null_class)).all():
                 low, high = y.min().item(), y.max().item()
                 raise ValueError(f"y: labels from {low} to {high} must lie in 0..{self.null_class}")
@@ -210,11 +250,22 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W) of a size, or of one number for a square. Raises TypeError for anything else."""
     sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, Sequence) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+    if (
+        not isinstance(sides, Sequence)
+        or len(sides) != 2
+        or not all(isinstance(side, int) for side in sides)
+    ):
         raise TypeError(f"input_size {size!r} must be a whole number or (height, width)")
     return (sides[0], sides[1])
 
 
 def _is_at_hand(tensor: Tensor) -> bool:
-    """Whether its numbers can be read without waiting for a device, breaking a graph or leaving a trace."""
-    return tensor.is_cpu and tensor.numel() > 0 and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether its numbers can be read without waiting for a device, breaking a graph or leaving a
+    trace.
+    """
+    return (
+        tensor.is_cpu
+        and tensor.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )

@@ -2,8 +2,8 @@
 
 B batch   J positions   M tokens per position   L = J M tokens   D width   token l = j M + m
 
-Between W_up and W3, channels come first in memory, which is the layout that the convolution needs. The matrix products
-write this layout and read it back, so that nothing is transposed.
+Between W_up and W3, channels come first in memory, which is the layout that the convolution needs.
+The matrix products write this layout and read it back, so that nothing is transposed.
 """
 
 import torch
@@ -18,7 +18,9 @@ from diffussm_cli.model.stacked import StackedLinear
 
 
 class ShiftScaleNorm(nn.Module):
-    """Non-affine LayerNorm, shifted and scaled by the conditioning (adaLN): x (B, J, D), c (B, D) -> (B, J, D)."""
+    """Non-affine LayerNorm, shifted and scaled by the conditioning (adaLN): x (B, J, D), c (B, D)
+    -> (B, J, D).
+    """
 
     def __init__(self, D: int):
         super().__init__()
@@ -31,7 +33,9 @@ class ShiftScaleNorm(nn.Module):
 
 
 class ChannelsFirstLinear(nn.Linear):
-    """A Linear, x (B, J, in) -> (B, J, out), whose result has channels first in memory: (out, B, J)."""
+    """A Linear, x (B, J, in) -> (B, J, out), whose result has channels first in memory: (out, B,
+    J).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         columns = x.flatten(0, 1).mT  # (in, B J)
@@ -39,7 +43,9 @@ class ChannelsFirstLinear(nn.Linear):
 
 
 class HourglassLinear(nn.Module):
-    """M independent Linears, one per place m of a token within its position: weight (M, out, in), bias (M, out)."""
+    """M independent Linears, one per place m of a token within its position: weight (M, out, in),
+    bias (M, out).
+    """
 
     def __init__(self, M: int, d_in: int, d_out: int):
         super().__init__()
@@ -52,15 +58,21 @@ class HourglassLinear(nn.Module):
         nn.init.zeros_(self.bias)
 
     def expand(self, x: Tensor) -> Tensor:
-        """Split every position into its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M, out, B, J)."""
+        """Split every position into its M tokens: x (B, J, in) -> (B, out, J, M), in memory (M,
+        out, B, J).
+        """
         columns = x.flatten(0, 1).mT  # (in, B J)
-        tokens = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), columns)  # (M out, B J)
+        # (M out, B J)
+        tokens = torch.addmm(self.bias.flatten()[:, None], self.weight.flatten(0, 1), columns)
         return tokens.view(*self.bias.shape, *x.shape[:2]).permute(2, 1, 3, 0)
 
     def contract(self, y: Tensor) -> Tensor:
-        """Concatenate the tokens of every position: y (B, in, J, M) -> (B, J, M out), channels first in memory."""
+        """Concatenate the tokens of every position: y (B, in, J, M) -> (B, J, M out), channels
+        first in memory.
+        """
         columns = y.permute(3, 1, 0, 2)  # (M, in, B, J), the order in memory
-        places = torch.baddbmm(self.bias[..., None], self.weight, columns.flatten(2))  # (M, out, B J)
+        # (M, out, B J)
+        places = torch.baddbmm(self.bias[..., None], self.weight, columns.flatten(2))
         return places.flatten(0, 1).mT.unflatten(0, columns.shape[2:])
 
 
@@ -76,9 +88,10 @@ def gelu(x: Tensor) -> Tensor:
 class DiffuSSMBlock(nn.Module):
     """x (B, J, D), c (B, D), grid (H, W/M) -> (B, J, D). The names of the Linears are the paper's.
 
-    The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of `scan`; x is always
-    in raster order. `local` is 3 for a convolution before the mixer, or 0. `grid` is that of
-    the tokens which the mixer is made for, `kernel` the side of its convolution. The defaults need no grid.
+    The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of
+    `scan`; x is always in raster order. `local` is 3 for a convolution before the mixer, or 0.
+    `grid` is that of the tokens which the mixer is made for, `kernel` the side of its convolution.
+    The defaults need no grid.
     """
 
     def __init__(
@@ -119,9 +132,12 @@ class DiffuSSMBlock(nn.Module):
         y = self.mixer(self.local(u, grid) if self.local else u, grid)  # Y (B, 2D, J, M)
         z = gelu(self.W_down.contract(y))  # I' (B, J, 2D)
         gated = self.gate(gelu(self.W2(z)), h)  # (B, J, 2D)
-        o = self.W3(gated.flatten(0, 1)).view_as(x)  # O (B, J, D); 2-D, as torch adds the bias of 3-D separately
+        # O (B, J, D); 2-D, as torch adds the bias of 3-D separately
+        o = self.W3(gated.flatten(0, 1)).view_as(x)
         return x + self.scan.undo(o, grid)
 
     def gate(self, o: Tensor, h: Tensor) -> Tensor:
-        """What the tokens gave, o (B, J, 2D), times the gate of the block's input, h (B, J, D) -> (B, J, 2D)."""
+        """What the tokens gave, o (B, J, 2D), times the gate of the block's input, h (B, J, D) ->
+        (B, J, 2D).
+        """
         return o * gelu(self.W1(h))

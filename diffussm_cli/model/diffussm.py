@@ -1,4 +1,5 @@
-"""DiffuSSM (Yan, Gu, Rush 2023, arXiv 2311.18257): a backbone of gated S4D blocks. Its forward is in `backbone.py`.
+"""DiffuSSM (Yan, Gu, Rush 2023, arXiv 2311.18257): a backbone of gated S4D blocks. Its forward is
+in `backbone.py`.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
 D hidden size   N state size of S4D
@@ -14,22 +15,25 @@ from diffussm_cli.model.scan import SCANS
 
 
 class DiffuSSM(Backbone):
-    """Denoiser of bidirectional S4D and hourglass dense layers: (x_t, t, y) -> noise, and covariance if learned.
+    """Denoiser of bidirectional S4D and hourglass dense layers: (x_t, t, y) -> noise, and
+    covariance if learned.
 
     Args (others as in `Backbone`):
         hidden_size: D, a multiple of 4. The paper's XL: 1152.
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
-        d_state: N of the mixers "s4d" and "axial", even; N/2 complex modes per channel and direction.
-        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D. A list such as "conv,axial"
-            repeats along the blocks.
+        d_state: N of the mixers "s4d" and "axial", even; N/2 complex modes per channel and
+            direction.
+        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D. A list
+            such as "conv,axial" repeats along the blocks.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
         kernel: side of the convolution of the mixer "conv", odd.
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
 
     Raises:
-        ValueError: if sizes do not divide or there is no such mixer or scan; the message names them.
+        ValueError: if sizes do not divide or there is no such mixer or scan; the message names
+            them.
     """
 
     def __init__(
@@ -66,13 +70,17 @@ class DiffuSSM(Backbone):
                 f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image without text"
             )
         if 2 * hidden_size % compression:
-            raise ValueError(f"compression {compression} must divide twice hidden_size {hidden_size}")
+            raise ValueError(
+                f"compression {compression} must divide twice hidden_size {hidden_size}"
+            )
         H, W = pair(input_size)
         tokens = (H // patch_size, W // patch_size)
         orders = itertools.cycle(SCANS[scan])
         names = itertools.cycle(mixers)
         blocks = [
-            DiffuSSMBlock(hidden_size, compression, d_state, name, heads, order, local, tokens, kernel)
+            DiffuSSMBlock(
+                hidden_size, compression, d_state, name, heads, order, local, tokens, kernel
+            )
             for name, order, _ in zip(names, orders, range(depth))
         ]
         super().__init__(
@@ -92,7 +100,9 @@ class DiffuSSM(Backbone):
         )
 
     def reset_parameters(self) -> None:
-        """Initialise the layers as `Backbone` does, and the mixers by their own rules (S4D: S4D-Lin)."""
+        """Initialise the layers as `Backbone` does, and the mixers by their own rules (S4D:
+        S4D-Lin).
+        """
         super().reset_parameters()
         for block in self.blocks:
             if hasattr(block.mixer, "reset_parameters"):

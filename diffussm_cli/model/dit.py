@@ -1,10 +1,12 @@
-"""DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, with the embeddings and the interface of DiffuSSM.
+"""DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, with the embeddings and the interface
+of DiffuSSM.
 
 B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
 D hidden size   h heads of d = D/h channels   token l = j M + k
 
-M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and only attention works on all L tokens.
-This is the hourglass around attention whose Gflops the DiffuSSM paper compares (section 4 and figure 3).
+M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and only attention
+works on all L tokens. This is the hourglass around attention whose Gflops the DiffuSSM paper
+compares (section 4 and figure 3).
 """
 
 import torch
@@ -23,24 +25,34 @@ class Attention(nn.Module):
     def __init__(self, D: int, M: int, heads: int):
         super().__init__()
         self.M, self.heads = M, heads
-        self.qkv = StackedLinear(D, D, parts=3 * M)  # one set per place of a token within its position
+        # one set per place of a token within its position
+        self.qkv = StackedLinear(D, D, parts=3 * M)
         self.proj = HourglassLinear(M, D, D // M)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads)
+        q, k, v = rearrange(
+            self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads
+        )
         y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
-        places = zip(rearrange(y, "b h (j m) d -> m b j (h d)", m=self.M), self.proj.weight, self.proj.bias)
-        return torch.cat([F.linear(y_m, W, b) for y_m, W, b in places], dim=-1)  # concatenates the tokens of a position
+        places = zip(
+            rearrange(y, "b h (j m) d -> m b j (h d)", m=self.M), self.proj.weight, self.proj.bias
+        )
+        # concatenates the tokens of a position
+        return torch.cat([F.linear(y_m, W, b) for y_m, W, b in places], dim=-1)
 
 
 class DiTBlock(nn.Module):
-    """x (B, J, D), c (B, D) -> (B, J, D): attention and MLP, each shifted, scaled and gated by c (adaLN-Zero)."""
+    """x (B, J, D), c (B, D) -> (B, J, D): attention and MLP, each shifted, scaled and gated by c
+    (adaLN-Zero).
+    """
 
     def __init__(self, D: int, M: int, heads: int, mlp_ratio: int = 4):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
         self.attention = Attention(D, M, heads)
-        self.mlp = nn.Sequential(nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D))
+        self.mlp = nn.Sequential(
+            nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D)
+        )
         self.adaLN = StackedLinear(D, D, parts=6)
 
     def zeroed(self) -> list[nn.Linear]:
@@ -48,13 +60,17 @@ class DiTBlock(nn.Module):
         return [self.adaLN]
 
     def forward(self, x: Tensor, c: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(F.silu(c))[:, None].chunk(6, dim=-1)  # (B, 1, D)
+        # (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(F.silu(c))[:, None].chunk(
+            6, dim=-1
+        )
         x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)))
 
 
 class DiT(Backbone):
-    """Transformer denoiser: (x_t, t, y) -> noise, and covariance if learned. XL/2 has DiT's 675 M parameters.
+    """Transformer denoiser: (x_t, t, y) -> noise, and covariance if learned. XL/2 has DiT's 675 M
+    parameters.
 
     Args (others as in `Backbone`):
         hidden_size: D, a multiple of 4 and of heads.
@@ -84,7 +100,9 @@ class DiT(Backbone):
         gradient_checkpointing: bool = False,
     ):
         if hidden_size % heads or hidden_size % compression:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of heads {heads} and of M {compression}")
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of heads {heads} and of M {compression}"
+            )
         blocks = [DiTBlock(hidden_size, compression, heads) for _ in range(depth)]
         super().__init__(
             blocks,
@@ -103,5 +121,7 @@ class DiT(Backbone):
         )
 
     def positions(self, H: int, W: int) -> Tensor:
-        """The fixed position embedding, (J, D), in DiT's order: sin and cos of the column, then of the row."""
+        """The fixed position embedding, (J, D), in DiT's order: sin and cos of the column, then of
+        the row.
+        """
         return super().positions(H, W).unflatten(-1, (4, -1)).flip(-2).flatten(-2)

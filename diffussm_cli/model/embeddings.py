@@ -31,22 +31,27 @@ def sinusoids(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
 
 
 def position_table(H: int, W: int, M: int, D: int) -> Tensor:
-    """Fixed 2-D sin-cos embedding of a grid of H x W tokens, M neighbours in a row per position -> (J, D), float32.
+    """Fixed 2-D sin-cos embedding of a grid of H x W tokens, M neighbours in a row per position ->
+    (J, D), float32.
 
-    Half of D encodes the row and half the column. Both count tokens (the column is the mean of the M tokens), so that
-    the two axes have the same scale for every M.
+    Half of D encodes the row and half the column. Both count tokens (the column is the mean of the
+    M tokens), so that the two axes have the same scale for every M.
     """
     row = torch.arange(H, dtype=torch.float32)
     column = torch.arange(0, W, M, dtype=torch.float32) + (M - 1) / 2
     row, column = torch.meshgrid(row, column, indexing="ij")
-    return torch.cat([sinusoids(row.flatten(), D // 2), sinusoids(column.flatten(), D // 2)], dim=-1)
+    return torch.cat(
+        [sinusoids(row.flatten(), D // 2), sinusoids(column.flatten(), D // 2)], dim=-1
+    )
 
 
 class TextEmbedding(nn.Module):
     """A caption -> what joins the conditioning, (B, D), and its tokens, (B, K, D).
 
-    A caption is one tensor, (B, 1 + K, E): its pooled vector, then K token vectors. Rows of zeros stand for what is
-    missing: the padding of a short caption, or a whole caption. A learned vector, one per row, takes their place.
+    A caption is one tensor, (B, 1 + K, E): its pooled vector, then K token vectors. Rows of zeros
+    stand for what is
+    missing: the padding of a short caption, or a whole caption. A learned vector, one per row,
+    takes their place.
     """
 
     def __init__(self, E: int, D: int, K: int):
@@ -75,4 +80,6 @@ def patchify(x: Tensor, P: int, M: int) -> Tensor:
 
 def unpatchify(x: Tensor, P: int, M: int, H: int, W: int) -> Tensor:
     """(B, J, M P^2 C) -> (B, C, H, W)."""
-    return rearrange(x, "b (h w) (m p q c) -> b c (h p) (w m q)", p=P, q=P, m=M, h=H // P, w=W // (P * M))
+    return rearrange(
+        x, "b (h w) (m p q c) -> b c (h p) (w m q)", p=P, q=P, m=M, h=H // P, w=W // (P * M)
+    )

@@ -1,4 +1,6 @@
-"""A depthwise convolution over the tokens of an image: B batch, D channels, J positions of M tokens, H x W tokens."""
+"""A depthwise convolution over the tokens of an image: B batch, D channels, J positions of M
+tokens, H x W tokens.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,11 @@ from diffussm_cli.model.scan import RASTER, Scan
 
 
 class Local(nn.Module):
-    """Depthwise convolution with zeros around the image: u (B, D, J, M) in the order of a scan -> the same.
+    """Depthwise convolution with zeros around the image: u (B, D, J, M) in the order of a scan ->
+    the same.
 
-    `kernel` is its side in tokens. It starts as the identity. In DiG (arXiv 2405.18428) that start improved the FID of
-    a small model, and a random one made it worse.
+    `kernel` is its side in tokens. It starts as the identity. In DiG (arXiv 2405.18428) that start
+    improved the FID of a small model, and a random one made it worse.
     """
 
     def __init__(self, D: int, scan: Scan = RASTER, kernel: int = 3):
@@ -38,6 +41,8 @@ class Local(nn.Module):
     def convolve_naive(self, image: Tensor) -> Tensor:
         """Reference for `convolve`: the k x k products of every token and channel."""
         k, edge = self.kernel, self.kernel // 2
-        around = F.pad(image, (edge, edge, edge, edge)).unfold(2, k, 1).unfold(3, k, 1)  # (B, D, H, W, k, k)
-        products = around.flatten(2, 3).flatten(3) @ self.weight.view(self.D, k * k, 1)  # (B, D, HW, 1)
+        # (B, D, H, W, k, k)
+        around = F.pad(image, (edge, edge, edge, edge)).unfold(2, k, 1).unfold(3, k, 1)
+        # (B, D, HW, 1)
+        products = around.flatten(2, 3).flatten(3) @ self.weight.view(self.D, k * k, 1)
         return products.view_as(image) + self.bias[:, None, None]

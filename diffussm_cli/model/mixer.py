@@ -1,4 +1,5 @@
-"""What the rest of the package knows of a layer that mixes tokens, and how kernels are kept while images are drawn.
+"""What the rest of the package knows of a layer that mixes tokens, and how kernels are kept while
+images are drawn.
 
 B batch   D channels   J positions   M tokens per position   H x W grid of tokens   L = H W tokens
 """
@@ -19,7 +20,9 @@ COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two per multiply-add
 
 
 def fft_macs(n: int) -> float:
-    """Multiply-adds of a real transform of length n: 5/2 n log2 n real operations, two per multiply-add."""
+    """Multiply-adds of a real transform of length n: 5/2 n log2 n real operations, two per
+    multiply-add.
+    """
     return 5 / 2 * n * math.log2(n) / 2
 
 
@@ -27,8 +30,9 @@ def fft_macs(n: int) -> float:
 class Sizes:
     """What a mixer can be made from.
 
-    `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid` (H, W) the number of
-    tokens that the model is built for (a mixer also accepts other grids), and `kernel` the side of a convolution.
+    `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid`
+    (H, W) the number of tokens that the model is built for (a mixer also accepts other grids), and
+    `kernel` the side of a convolution.
     """
 
     D: int
@@ -42,10 +46,12 @@ class Sizes:
 class Mixer(nn.Module):
     """A layer that mixes tokens: U (B, D, J, M), grid (H, W/M) -> Y (B, 2D, J, M).
 
-    Costs are of one image with L tokens in a grid (H, W) of tokens; L is larger than H W if there are text tokens.
+    Costs are of one image with L tokens in a grid (H, W) of tokens; L is larger than H W if there
+    are text tokens.
     """
 
-    needs_image = False  # whether every token must have a place in the image, so that there are no text tokens
+    # whether every token must have a place in the image, so that there are no text tokens
+    needs_image = False
 
     @classmethod
     def of(cls, sizes: Sizes) -> "Mixer":
@@ -70,10 +76,12 @@ class Mixer(nn.Module):
 
 
 class StateSpace(Mixer):
-    """A mixer whose parameters are those of state spaces, and whose kernels depend on its weights alone.
+    """A mixer whose parameters are those of state spaces, and whose kernels depend on its weights
+    alone.
 
-    The optimiser gives the parameters a group of their own, and FSDP a unit in float32. They stay at least float32
-    under `.half()`, `.to(bfloat16)` and autocast, because rounding log_dt alone to bfloat16 changes a kernel by 35%.
+    The optimiser gives the parameters a group of their own, and FSDP a unit in float32. They stay
+    at least float32 under `.half()`, `.to(bfloat16)` and autocast, because rounding log_dt alone to
+    bfloat16 changes a kernel by 35%.
     """
 
     def reset_parameters(self) -> None:
@@ -81,7 +89,9 @@ class StateSpace(Mixer):
         raise NotImplementedError
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:
-        """What `make` returns: kept inside `kept_kernels`, without gradients, and otherwise made at each call."""
+        """What `make` returns: kept inside `kept_kernels`, without gradients, and otherwise made at
+        each call.
+        """
         # Compiled code makes kernels at each call: what is kept would be another program.
         kept = None if torch.compiler.is_compiling() or torch.is_grad_enabled() else _kept.get(self)
         if kept is None:
@@ -91,7 +101,9 @@ class StateSpace(Mixer):
         return kept[key]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StateSpace":
-        """Called by `.to`, `.cuda`, `.half` and the like: changes the device; precision stays at least float32."""
+        """Called by `.to`, `.cuda`, `.half` and the like: changes the device; precision stays at
+        least float32.
+        """
 
         def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t.new_empty(0))
@@ -102,7 +114,8 @@ class StateSpace(Mixer):
         return super()._apply(keep_precision, recurse)
 
 
-# What each layer keeps inside `kept_kernels`. It is not in the layer, so that copies of a model do not take it.
+# What each layer keeps inside `kept_kernels`. It is not in the layer, so that copies of a model do
+# not take it.
 _kept: dict[nn.Module, dict[Any, Any]] = {}
 
 
@@ -110,10 +123,16 @@ _kept: dict[nn.Module, dict[Any, Any]] = {}
 def kept_kernels(*models: nn.Module) -> Iterator[None]:
     """While images are drawn: make the kernels of models once, and not at each denoising step.
 
-    The weights must not change inside. Gradients never meet a kept kernel. At the end the memory is freed: for S4D,
-    0.55 GB for XL at 256, 8.8 GB at 1024. If a model is already in such a context, the outer one ends it.
+    The weights must not change inside. Gradients never meet a kept kernel. At the end the memory is
+    freed: for S4D, 0.55 GB for XL at 256, 8.8 GB at 1024. If a model is already in such a context,
+    the outer one ends it.
     """
-    layers = [m for model in models for m in model.modules() if isinstance(m, StateSpace) and m not in _kept]
+    layers = [
+        m
+        for model in models
+        for m in model.modules()
+        if isinstance(m, StateSpace) and m not in _kept
+    ]
     _kept.update({layer: {} for layer in layers})
     try:
         yield

@@ -2,9 +2,9 @@
 
 B batch   D width   H x W grid of tokens   M tokens per position   J = HW/M positions in a grid of H x W/M
 
-The orders have no parameters. Only positions are permuted: the M tokens of a position, which are neighbours in a row,
-stay together and keep their order from left to right. Thus a column is M tokens wide, and in the sequence a token is
-M places before the token below it.
+The orders have no parameters. Only positions are permuted: the M tokens of a position, which are
+neighbours in a row, stay together and keep their order from left to right. Thus a column is M
+tokens wide, and in the sequence a token is M places before the token below it.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scan:
-    """An order of positions: row by row, or with `columns` column by column; `turning` reverses every second line.
+    """An order of positions: row by row, or with `columns` column by column; `turning` reverses
+    every second line.
 
-    In all methods `grid` is (H, W/M), and `dim` is the dimension of x that holds the J positions. `apply` and `undo`
-    leave text positions, which stand in equal number before and behind those of the image, in their places.
+    In all methods `grid` is (H, W/M), and `dim` is the dimension of x that holds the J positions.
+    `apply` and `undo` leave text positions, which stand in equal number before and behind those of
+    the image, in their places.
     """
 
     columns: bool = False
@@ -71,9 +73,10 @@ def _turned(x: Tensor, grid, dim: int) -> Tensor:
 
 
 RASTER = Scan()
-# The orders by name; the blocks take them in turn. DiG (arXiv 2405.18428) also takes four in turn: rows, columns, and
-# the same two reversed. Our mixers read in both directions, so reversing an order would only exchange the parameters of
-# the two directions. Instead, two of our four turn at the end of a line, so that consecutive positions are neighbours.
+# The orders by name; the blocks take them in turn. DiG (arXiv 2405.18428) also takes four in turn:
+# rows, columns, and the same two reversed. Our mixers read in both directions, so reversing an
+# order would only exchange the parameters of the two directions. Instead, two of our four turn at
+# the end of a line, so that consecutive positions are neighbours.
 SCANS = {
     "raster": (RASTER,),
     "alternate": (RASTER, Scan(columns=True)),

@@ -25,12 +25,23 @@ from diffussm_cli.profiling.flops import shortened
 # Elementwise operators on real numbers, and operators that only look up or move values.
 NOT_COUNTED = {"mul_", "add", "add_", "sub", "div", "neg", "pow", "exp", "expm1", "sin", "cos"}
 NOT_COUNTED |= {"silu", "gelu", "addcmul", "conj_physical", "conj_physical_", "where", "lt"}
-NOT_COUNTED |= {"log_sigmoid", "sigmoid", "mean", "rms_norm", "cumsum", "pad", "flip", "triu", "unfold"}
+NOT_COUNTED |= {
+    "log_sigmoid",
+    "sigmoid",
+    "mean",
+    "rms_norm",
+    "cumsum",
+    "pad",
+    "flip",
+    "triu",
+    "unfold",
+}
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real", "ne", "any"}
 
 
 def count(config: Config) -> dict[str, float]:
-    """Gflops per image by kind: products, attention, FFT, spectra; and `kernels`, per weight update.
+    """Gflops per image by kind: products, attention, FFT, spectra; and `kernels`, per weight
+    update.
 
     A model with one block of each kind is traced, and each block is counted as often as the model
     has it. The trace runs on the meta device, so that a large model takes no memory.
@@ -89,7 +100,8 @@ def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...]) -> dict[str, Cou
 
 def _fvcore() -> types.ModuleType:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # fvcore scripts a function when it is imported
+        # fvcore scripts a function when it is imported
+        warnings.simplefilter("ignore", FutureWarning)
         return importlib.import_module("fvcore.nn")
 
 
@@ -101,7 +113,8 @@ def _handles(jit: types.ModuleType) -> dict[str, Callable]:
         return Counter(products=jit.linear_flop_jit(inputs, outputs))
 
     def matmul(inputs, outputs) -> Counter:
-        return Counter(products=jit.matmul_flop_jit(inputs[:2], outputs))  # bmm may have an output argument
+        # bmm may have an output argument
+        return Counter(products=jit.matmul_flop_jit(inputs[:2], outputs))
 
     def baddbmm(inputs, outputs) -> Counter:  # noqa: ARG001
         (B, n, k), m = shape(inputs[1]), shape(inputs[2])[-1]

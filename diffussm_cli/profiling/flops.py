@@ -1,11 +1,13 @@
-"""Analytic cost of a configuration: parameters, tokens, multiply-adds of a forward pass, memory of training.
+"""Analytic cost of a configuration: parameters, tokens, multiply-adds of a forward pass, memory of
+training.
 
     L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length   F = n/2 + 1
     E width of text vectors   K text tokens, which stand twice in the sequence and take a position each
 
-"Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and of the paper.
-Transforms and complex products are converted at two real operations per multiply-add. Elementwise work on real
-numbers (activations, norms, gates) is not counted, as in the literature. `count.py` counts the same from a trace.
+"Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and
+of the paper. Transforms and complex products are converted at two real operations per multiply-add.
+Elementwise work on real numbers (activations, norms, gates) is not counted, as in the literature.
+`count.py` counts the same from a trace.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ from diffussm_cli.model.mixer import Mixer
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one model per image. `parts` are Gflops by name; `kernel_gflops` is spent once per weight update.
+    """Cost of one model per image. `parts` are Gflops by name; `kernel_gflops` is spent once per
+    weight update.
 
     `training_bytes` is the memory per process when `processes` of them train the model together.
     """
@@ -50,10 +53,12 @@ class Cost:
 
 
 def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
-    """The cost of a configuration, under its preset's name or another, from a shorter model on the meta device.
+    """The cost of a configuration, under its preset's name or another, from a shorter model on the
+    meta device.
 
     Args:
-        processes: number of processes, which share the batch of a step and, with `train.parallel=fsdp`, the parameters.
+        processes: number of processes, which share the batch of a step and, with
+            `train.parallel=fsdp`, the parameters.
     """
     m, t = config.model, config.train
     model, missing = shortened(config)
@@ -106,7 +111,8 @@ def in_sequence(m: ModelConfig, L: int) -> int:
 
 
 def shortened(config: Config) -> tuple[Backbone, dict[str, int]]:
-    """A model on the meta device with a block of each kind, and how often its parts are missing, by name.
+    """A model on the meta device with a block of each kind, and how often its parts are missing, by
+    name.
 
     Blocks are alike if they have the same mixer, and all skips are.
     """
@@ -130,17 +136,29 @@ def mixer_of(block: nn.Module) -> Mixer:
     return block.mixer  # type: ignore[return-value]
 
 
-def _diffussm_block(m: ModelConfig, mixer: Mixer, L: int, grid: tuple[int, int]) -> dict[str, float]:
+def _diffussm_block(
+    m: ModelConfig, mixer: Mixer, L: int, grid: tuple[int, int]
+) -> dict[str, float]:
     """Multiply-adds of one block per image: (13/M + 1) L D^2 is the paper's formula."""
     M, D = m.compression, m.hidden_size
-    parts = {"dense layers": (13 / M + 1) * L * D**2, "conditioning": 2 * D**2, **mixer.macs(L, grid)}
+    parts = {
+        "dense layers": (13 / M + 1) * L * D**2,
+        "conditioning": 2 * D**2,
+        **mixer.macs(L, grid),
+    }
     return parts | ({"local": 9 * L * D} if m.local else {})
 
 
 def _dit_block(m: ModelConfig, L: int) -> dict[str, float]:
-    """Multiply-adds of one block per image: q, k and v of every token, output and MLP of every position."""
+    """Multiply-adds of one block per image: q, k and v of every token, output and MLP of every
+    position.
+    """
     M, D = m.compression, m.hidden_size
-    return {"dense layers": (3 + 9 / M) * L * D**2, "attention": 2 * L**2 * D, "conditioning": 6 * D**2}
+    return {
+        "dense layers": (3 + 9 / M) * L * D**2,
+        "attention": 2 * L**2 * D,
+        "conditioning": 6 * D**2,
+    }
 
 
 def _outside(config: Config, L: int) -> dict[str, float]:
@@ -148,21 +166,26 @@ def _outside(config: Config, L: int) -> dict[str, float]:
     m = config.model
     D, taps = m.hidden_size, config.data.channels * m.patch_size**2
     out = (2 if m.learn_sigma else 1) * taps
-    parts: dict[str, float] = {"conditioning": (256 + D) * D + 2 * D**2, "in and out": L * D * (taps + out)}
+    parts: dict[str, float] = {
+        "conditioning": (256 + D) * D + 2 * D**2,
+        "in and out": L * D * (taps + out),
+    }
     if m.skips:
         parts["skips"] = m.depth // 2 * in_sequence(m, L) / m.compression * D**2
     return parts | ({"text": ((1 + m.text_tokens) * m.text_width + D) * D} if m.text_width else {})
 
 
 def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
-    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMAs, saved activations, workspace.
+    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMAs, saved
+    activations, workspace.
 
-    It is per process if several share the batch. With FSDP they also share the parameters, and each gathers the weights
-    and gradients of two blocks at a time; otherwise each holds all of them.
+    It is per process if several share the batch. With FSDP they also share the parameters, and each
+    gathers the weights and gradients of two blocks at a time; otherwise each holds all of them.
 
-    Activations are those that eager autograd saves for one part of the batch, in float32 unless `train.precision` is
-    bf16, plus the kernels. A backward pass needs another two blocks. Peaks measured on a CPU were within 25% of it
-    (s-256 at batch 8, with and without checkpointing and with every mixer; mnist at batch 64).
+    Activations are those that eager autograd saves for one part of the batch, in float32 unless
+    `train.precision` is bf16, plus the kernels. A backward pass needs another two blocks. Peaks
+    measured on a CPU were within 25% of it (s-256 at batch 8, with and without checkpointing and
+    with every mixer; mnist at batch 64).
     """
     m, t = config.model, config.train
     model, missing = shortened(config)
@@ -175,10 +198,12 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     for i, block in enumerate(model.blocks):
         kernels = 0.0
         if m.backbone == "dit":
-            per_token = (8 * D + 20 * D / M) * narrow  # qkv twice, attention out twice; norms, MLP, residuals
+            # qkv twice, attention out twice; norms, MLP, residuals
+            per_token = (8 * D + 20 * D / M) * narrow
         else:
             mixer = mixer_of(block)
-            positions = 20 * D * narrow / M  # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
+            # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
+            positions = 20 * D * narrow / M
             tokens = 4 * D * narrow  # U before and after GELU, Y
             per_token = positions + tokens + (mixer.saved() + (2 * D if m.local else 0)) * narrow
             kernels = mixer.saved_kernels(L, token_grid(config)) * wide

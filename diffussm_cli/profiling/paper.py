@@ -48,7 +48,9 @@ def named_model(name: str, resolution: int | str) -> Config:
     parts = NAME.fullmatch(name)
     if parts is None or parts["size"] not in SIZES:
         sizes = ", ".join(SIZES)
-        raise ConfigError(f"--models: {name!r} must be one of {sizes}, with /P and -mM as in dit-xl/1-m2")
+        raise ConfigError(
+            f"--models: {name!r} must be one of {sizes}, with /P and -mM as in dit-xl/1-m2"
+        )
     size = parts["size"]
     network = dataclasses.asdict(SIZES[size])
     if parts["P"]:
@@ -69,7 +71,9 @@ def display_name(config: Config) -> str:
     """DiffuSSM-XL, DiffuSSM-XL/2 M=4, DiT-XL/2, DiT-XL/1 M=2: P and M if they are not usual."""
     m = config.model
     network = (m.backbone, m.hidden_size, m.depth)
-    size = next(name for name, s in SIZES.items() if (s.backbone, s.hidden_size, s.depth) == network)
+    size = next(
+        name for name, s in SIZES.items() if (s.backbone, s.hidden_size, s.depth) == network
+    )
     is_dit = m.backbone == "dit"
     family = "DiT" if is_dit else "DiffuSSM"
     patch = f"/{m.patch_size}" if is_dit or m.patch_size != SIZES[size].patch_size else ""

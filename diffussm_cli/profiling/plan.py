@@ -38,7 +38,9 @@ class Noise:
     def __len__(self) -> int:
         return 1 << 20
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
         labels = torch.as_tensor(indices) % self.classes
         return torch.stack([torch.randn(self.shape, generator=g) for g in generators]), labels
 

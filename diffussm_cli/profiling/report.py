@@ -151,7 +151,9 @@ def _axis(text: str) -> list[tuple[str, str]]:
     letter, _, values = text.partition("=")
     if letter not in LETTERS or not values:
         letters = ", ".join(LETTERS)
-        raise ConfigError(f"--sweep: {text!r} must read LETTER=VALUES, such as M=1,2,4; letters: {letters}")
+        raise ConfigError(
+            f"--sweep: {text!r} must read LETTER=VALUES, such as M=1,2,4; letters: {letters}"
+        )
     return [(letter, value) for value in values.split(",")]
 
 
@@ -166,7 +168,9 @@ def make_setting(
     keep_freed_memory()
     chosen = pick_device(device)
     if precision == "bf16" and not has_bf16(chosen):
-        warnings = ["bf16 has no hardware support here; its times say nothing about a machine that has it"]
+        warnings = [
+            "bf16 has no hardware support here; its times say nothing about a machine that has it"
+        ]
         dtype = torch.bfloat16
     else:
         warnings = []

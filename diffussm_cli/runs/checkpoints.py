@@ -17,13 +17,18 @@ def has_final(root: Path, step: int) -> bool:
     """Whether `final/` is complete, undamaged and from this step."""
     try:
         read_config(root / FINAL)
-        return damage(root / FINAL, [MODEL], averages=True) is None and read_state(root / FINAL)["step"] == step
+        return (
+            damage(root / FINAL, [MODEL], averages=True) is None
+            and read_state(root / FINAL)["step"] == step
+        )
     except RunError:
         return False
 
 
 def newest_good(root: Path, files: Sequence[str] | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose `files` (default: all) are undamaged, and what is wrong with newer ones."""
+    """The newest checkpoint of a run whose `files` (default: all) are undamaged, and what is wrong
+    with newer ones.
+    """
     damaged: list[str] = []
     for path in reversed(list_checkpoints(root)):
         wrong = damage(path, files or (MODEL, EMA, OPTIMIZER), averages=files is None)
@@ -34,7 +39,9 @@ def newest_good(root: Path, files: Sequence[str] | None = None) -> tuple[Path | 
 
 
 def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> str | None:
-    """A description of what is wrong with `files`, and with all further averages if `averages`; or None."""
+    """A description of what is wrong with `files`, and with all further averages if `averages`; or
+    None.
+    """
     try:
         hashes = read_state(checkpoint)["sha256"]
         further = fnmatch.filter(hashes, ema_file("*")) if averages else ()
@@ -50,9 +57,11 @@ def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> st
     return None
 
 
-# ------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 def remove(path: Path) -> None:
-    """Remove a folder, a file or a link, but never the target of a link. What cannot be removed stays."""
+    """Remove a folder, a file or a link, but never the target of a link. What cannot be removed
+    stays.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -93,4 +102,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if replaced.exists() and not path.exists():
             replaced.rename(path)
-        raise RunError(f"{path}: cannot be written: {e.strerror or e}; what was saved before is intact") from e
+        raise RunError(
+            f"{path}: cannot be written: {e.strerror or e}; what was saved before is intact"
+        ) from e

@@ -1,7 +1,8 @@
-"""Read DiT's published checkpoints (a state dict in a .pt file) as one of our models with a configuration.
+"""Read DiT's published checkpoints (a state dict in a .pt file) as one of our models with a
+configuration.
 
-The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt. Training checkpoints, with the
-averaged weights under `ema`, can be read too.
+The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt. Training
+checkpoints, with the averaged weights under `ema`, can be read too.
 """
 
 import argparse
@@ -50,14 +51,21 @@ def published_config(path: Path) -> Config:
             "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
         }
         side = math.isqrt(state["pos_embed"].shape[1]) * P
-        data = {"resolution": side * DOWNSAMPLE, "channels": C, "downsample": DOWNSAMPLE, "vae": DEFAULT_VAE}
+        data = {
+            "resolution": side * DOWNSAMPLE,
+            "channels": C,
+            "downsample": DOWNSAMPLE,
+            "vae": DEFAULT_VAE,
+        }
         return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
     except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
         raise RunError(f"RUN: {path} is not a DiT checkpoint: {reason(e)} does not fit") from e
 
 
 def assumption(path: Path) -> str:
-    """One line that says what is assumed of a file, because neither its names nor its shapes tell it."""
+    """One line that says what is assumed of a file, because neither its names nor its shapes tell
+    it.
+    """
     return (
         f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT and of "
         "other flows have the same names, and would give images of noise"
@@ -89,8 +97,11 @@ def _our_name(name: str, path: Path) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in DiT's training checkpoints
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # the options in DiT's training checkpoints
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as e:  # torch raises all kinds of errors for a damaged pickle
         why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
         raise RunError(f"RUN: {path} cannot be read as a state dict: {why}") from e

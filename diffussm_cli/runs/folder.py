@@ -42,7 +42,8 @@ def resumed_config(
 
 @contextlib.contextmanager
 def run_folder(root: Path | None, config: Config, resume: bool) -> Iterator[Path]:
-    """Lock the folder to train in: `root`, or the first of runs/PRESET, runs/PRESET-2, ... that is free.
+    """Lock the folder to train in: `root`, or the first of runs/PRESET, runs/PRESET-2, ... that is
+    free.
 
     Raises:
         RunError: if a run cannot begin there or, with `resume`, cannot continue there.
@@ -81,7 +82,9 @@ def check_run_folder(root: Path, resume: bool) -> None:
     if resume and is_foreign and not has_begun and CONFIG not in names:
         raise RunError(f"--out: {str(root)!r} is not empty and holds no run; choose another folder")
     if not resume and (has_begun or is_foreign):
-        raise RunError(f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder")
+        raise RunError(
+            f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -94,7 +97,11 @@ def locked_folder(root: Path, rank: int = 0) -> Iterator[None]:
         try:
             stack.enter_context(held_folder(root, rank))
         except BlockingIOError as e:
-            raise RunError(f"--out: another process is training in {str(root)!r}; wait for it, or stop it first") from e
+            raise RunError(
+                f"--out: another process is training in {str(root)!r}; wait for it, or stop it first"
+            ) from e
         except OSError as e:
-            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}; choose another --out") from e
+            raise RunError(
+                f"--out: cannot write to {str(root)!r}: {e.strerror}; choose another --out"
+            ) from e
         yield

@@ -1,4 +1,6 @@
-"""Runs that are not folders of the user: models that come with the package, and models on the Hugging Face hub."""
+"""Runs that are not folders of the user: models that come with the package, and models on the
+Hugging Face hub.
+"""
 
 import os
 from pathlib import Path
@@ -16,16 +18,20 @@ def is_elsewhere(path: Path | str) -> bool:
     It is not OWNER/NAME if OWNER is a folder here: then NAME was mistyped.
     """
     name = Path(path).as_posix()
-    if os.path.exists(path) or name.endswith(NOT_NAMES):  # unlike Path.exists, False for a name that is too long
+    # unlike Path.exists, False for a name that is too long
+    if os.path.exists(path) or name.endswith(NOT_NAMES):
         return False
     if name in bundled_names():
         return True
     owner = name.partition("/")[0]
-    return AT_REVISION.fullmatch(name) is not None and owner != str(RUNS) and not os.path.exists(owner)
+    return (
+        AT_REVISION.fullmatch(name) is not None and owner != str(RUNS) and not os.path.exists(owner)
+    )
 
 
 def locate(name: str) -> tuple[Path, Path]:
-    """The folder of a model that `is_elsewhere`, and the run folder, in runs/, to which its images go.
+    """The folder of a model that `is_elsewhere`, and the run folder, in runs/, to which its images
+    go.
 
     Raises:
         RunError: if it is neither in the hub's cache nor can be fetched.

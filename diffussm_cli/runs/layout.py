@@ -26,18 +26,23 @@ CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samp
 LOG, SKIPPED, DATA = "metrics.jsonl", "skipped.jsonl", "data.json"
 REPORT, RESULTS = "report.html", "results.json"
 CARD, IMAGE = "README.md", "samples.png"
-FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]  # of a model on the hub; code is not among them
+# of a model on the hub; code is not among them
+FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]
 # All that a run may hold before its first checkpoint.
 BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, DATA, REPORT, "wandb", CHECKPOINTS}
 
 
 def ema_file(decay: float | str) -> str:
-    """The file of a further average (`*`: a pattern for all); the first is ema.safetensors, in `final/` MODEL."""
+    """The file of a further average (`*`: a pattern for all); the first is ema.safetensors, in
+    `final/` MODEL.
+    """
     return f"ema-{decay}.safetensors"
 
 
 def newest_run(folder: Path, name: str | None = None) -> Path | None:
-    """The run in `folder` whose configuration was written last; with a name, only NAME, NAME-2, NAME-3, ... count."""
+    """The run in `folder` whose configuration was written last; with a name, only NAME, NAME-2,
+    NAME-3, ... count.
+    """
     roots = [config.parent for config in folder.glob(f"*/{CONFIG}")]
     if name is not None:
         roots = [root for root in roots if re.fullmatch(re.escape(name) + r"(-\d+)?", root.name)]

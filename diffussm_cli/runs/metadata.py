@@ -1,11 +1,21 @@
-"""The small text files of a run: configuration, state, metrics, skipped images. Errors name the damaged file."""
+"""The small text files of a run: configuration, state, metrics, skipped images. Errors name the
+damaged file.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config import MAX_YAML_BYTES, Config, check_text, config_from_dict, parse_yaml, read_text, to_yaml
+from diffussm_cli.config import (
+    MAX_YAML_BYTES,
+    Config,
+    check_text,
+    config_from_dict,
+    parse_yaml,
+    read_text,
+    to_yaml,
+)
 from diffussm_cli.data.listing import skipped_text
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import write_text
@@ -43,7 +53,9 @@ def write_config(folder: Path, config: Config) -> None:
 
 
 def check_config(config: Config) -> None:
-    """Check, before a run begins, that the configuration that it will write can be read again. Raises ConfigError."""
+    """Check, before a run begins, that the configuration that it will write can be read again.
+    Raises ConfigError.
+    """
     for name in config.data.class_names:
         check_text(name, "data.class_names")
     text = to_yaml(config)
@@ -53,11 +65,14 @@ def check_config(config: Config) -> None:
             f"data.class_names: the names of {n:,} classes make {CONFIG} larger than {MAX_YAML_BYTES} bytes, which is "
             "the most that is read; use shorter names"
         )
-    assert config_from_dict(parse_yaml(text, CONFIG), CONFIG) == config, "what is written is what is read"
+    assert config_from_dict(parse_yaml(text, CONFIG), CONFIG) == config, (
+        "what is written is what is read"
+    )
 
 
 def write_data(root: Path, facts: Mapping[str, Any]) -> None:
-    """Write where the images of a run are (`path`, absolute), their number `images` and the hash of their list.
+    """Write where the images of a run are (`path`, absolute), their number `images` and the hash of
+    their list.
 
     `checked` is whether all of them could be read, or are skipped. Raises OSError.
     """
@@ -65,7 +80,9 @@ def write_data(root: Path, facts: Mapping[str, Any]) -> None:
 
 
 def read_data(root: Path) -> dict[str, Any] | None:
-    """Read the file that `write_data` writes; None if it is missing, as in runs of earlier versions, or damaged."""
+    """Read the file that `write_data` writes; None if it is missing, as in runs of earlier
+    versions, or damaged.
+    """
     try:
         facts = _read_object(root / DATA)
     except RunError:
@@ -111,7 +128,9 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def write_skipped(root: Path, skipped: Sequence[tuple[int | None, str, str]]) -> None:
-    """Write index, name and reason of the images that a run skips, in the format of `encode`. Raises OSError."""
+    """Write index, name and reason of the images that a run skips, in the format of `encode`.
+    Raises OSError.
+    """
     write_text(root / SKIPPED, skipped_text(skipped))
 
 

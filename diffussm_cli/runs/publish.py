@@ -1,4 +1,6 @@
-"""What makes `final/` useful to others: a model card, as the hub reads it, and a pipeline that diffusers loads."""
+"""What makes `final/` useful to others: a model card, as the hub reads it, and a pipeline that
+diffusers loads.
+"""
 
 import json
 import math
@@ -47,7 +49,9 @@ images = pipe({argument}batch_size=8, num_inference_steps=20).images
 
 
 def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> dict[str, bytes]:
-    """The files that `final/` of the run at `root` holds beside its weights and configuration, by name."""
+    """The files that `final/` of the run at `root` holds beside its weights and configuration, by
+    name.
+    """
     preview = root / SAMPLES / f"step-{step:08d}.png"
     images = {IMAGE: preview.read_bytes()} if preview.is_file() else {}
     scores, measured = last_scores(root, step), ""
@@ -69,7 +73,9 @@ def pipeline_files(config: Config) -> dict[str, bytes]:
     found: dict[str, Any] = {"model_index.json": index}
     found["scheduler/scheduler_config.json"] = {"_class_name": kind, **made_by, **options}
     code = {"pipeline.py": CODE.encode(), "denoiser/denoiser.py": CODE.encode()}
-    return code | {name: (json.dumps(values, indent=2) + "\n").encode() for name, values in found.items()}
+    return code | {
+        name: (json.dumps(values, indent=2) + "\n").encode() for name, values in found.items()
+    }
 
 
 def model_card(
@@ -92,11 +98,23 @@ def model_card(
     import huggingface_hub as hub
 
     d, m, t, s = config.data, config.model, config.train, config.sample
-    preset, data = config.preset or "diffussm", d.path if d.path.startswith(BUILTIN) else Path(d.path).name
+    preset, data = (
+        config.preset or "diffussm",
+        d.path if d.path.startswith(BUILTIN) else Path(d.path).name,
+    )
     measured_on = HUB_DATA.get(d.path, data.removeprefix(BUILTIN)), data.removeprefix(BUILTIN)
     task = "text-to-image" if m.text_width else "unconditional-image-generation"
-    results = [hub.EvalResult(task, *measured_on, metric, round(value, 4)) for metric, value in (scores or {}).items()]
-    conditional = "text-conditional" if m.text_width else "class-conditional" if m.num_classes else "unconditional"
+    results = [
+        hub.EvalResult(task, *measured_on, metric, round(value, 4))
+        for metric, value in (scores or {}).items()
+    ]
+    conditional = (
+        "text-conditional"
+        if m.text_width
+        else "class-conditional"
+        if m.num_classes
+        else "unconditional"
+    )
     header = hub.ModelCardData(
         license=license,
         library_name="diffusers",
@@ -108,7 +126,8 @@ def model_card(
     )
     kind = "DiT" if m.backbone == "dit" else "[DiffuSSM](https://arxiv.org/abs/2311.18257)"
     facts = {
-        "Data": f"{plain(data)}, {d.size[0]}x{d.size[1]} pixels" + (f", as latents of {plain(d.vae)}" if d.vae else ""),
+        "Data": f"{plain(data)}, {d.size[0]}x{d.size[1]} pixels"
+        + (f", as latents of {plain(d.vae)}" if d.vae else ""),
         "Training": f"{step:,} steps of {t.batch_size} images, learning rate {t.lr:g}, seed {t.seed}",
         "Objective": config.diffusion.objective,
         "Weights": f"averaged with decay {t.ema[0]:g}" if t.ema else "averaged",
@@ -121,7 +140,9 @@ def model_card(
         f"{'An' if conditional == 'unconditional' else 'A'} {conditional} {kind} with {parameters:,} parameters.\n"
     ]
     parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n"]
-    option, argument = (' --prompt "red heart"', 'prompt="red heart", ') if m.text_width else ("", "")
+    option, argument = (
+        (' --prompt "red heart"', 'prompt="red heart", ') if m.text_width else ("", "")
+    )
     parts += [USE.format(option=option, argument=argument)]
     if scores:
         numbers = {metric: f"{value:.4g}" for metric, value in scores.items()}
@@ -141,11 +162,19 @@ def table(rows: Mapping[str, str]) -> str:
 
 
 def last_scores(root: Path, step: int) -> dict[str, float]:
-    """The metrics of the first average that training measured at its last step; empty if it measured none."""
+    """The metrics of the first average that training measured at its last step; empty if it
+    measured none.
+    """
     try:
-        records = [json.loads(line) for line in (root / LOG).read_text(encoding="utf-8").splitlines()]
+        records = [
+            json.loads(line) for line in (root / LOG).read_text(encoding="utf-8").splitlines()
+        ]
         last = [r for r in records if r["step"] == step][-1]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-    found = {k.removeprefix("eval/"): v for k, v in last.items() if k.startswith("eval/") and "@" not in k}
+    found = {
+        k.removeprefix("eval/"): v
+        for k, v in last.items()
+        if k.startswith("eval/") and "@" not in k
+    }
     return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}

@@ -1,7 +1,9 @@
-"""RUN/report.html: what a run is and how it goes, in one file that needs no network, and a script only for a slider.
+"""RUN/report.html: what a run is and how it goes, in one file that needs no network, and a script
+only for a slider.
 
-It is made from the files of the run alone, so it can be written at any time, also long after training. This module
-gathers the content; report.html beside it, a template of Jinja, is the page and escapes all text.
+It is made from the files of the run alone, so it can be written at any time, also long after
+training. This module gathers the content; report.html beside it, a template of Jinja, is the page
+and escapes all text.
 """
 
 import base64
@@ -29,12 +31,20 @@ from diffussm_cli.machine.files import write_text
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.pages import Curve, chart, render
 
-PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280  # previews; larger files (bytes) are shrunk to this width (pixels)
+# previews; larger files (bytes) are shrunk to this width (pixels)
+PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280
 ROWS, TAPS, EVALUATIONS = 200, 4096, 20  # most events in the table, taps of a kernel, evaluations
 DRAWN = ("step", "ema", "sampler", "steps", "guidance", "label_choice")  # settings of samples
 HIGHER_IS_BETTER = ("is", "precision", "recall")
-NAMES = {"fid": "FID", "sfid": "sFID", "is": "Inception score", "kid": "KID", "held_out": "Held-out loss"}
-DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)  # what a line that is no record raises
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "is": "Inception score",
+    "kid": "KID",
+    "held_out": "Held-out loss",
+}
+# what a line that is no record raises
+DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 NAMED = 5  # damaged lines that are listed
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
 
@@ -58,7 +68,9 @@ def write_report(root: Path | str) -> Path:
         step=log.step,
         written=datetime.datetime.now(datetime.timezone.utc),
         frames=list(frames(root / runs.SAMPLES)),
-        metrics={name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)},
+        metrics={
+            name: (curve, log.best(name)) for name, curve in log.curves.items() if is_metric(name)
+        },
         evaluations=list(evaluations(root)),
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
@@ -73,25 +85,44 @@ def write_report(root: Path | str) -> Path:
 
 
 def evaluations(root: Path) -> Iterator[dict[str, Any]]:
-    """What `diffussm eval` has left in a run and its folders, the newest first; a damaged file is left out."""
+    """What `diffussm eval` has left in a run and its folders, the newest first; a damaged file is
+    left out.
+    """
     places = ("", "*/", f"{runs.CHECKPOINTS}/*/")
-    files = [path for place in places for path in root.glob(f"{place}*{runs.RESULTS}") if path.is_file()]
+    files = [
+        path for place in places for path in root.glob(f"{place}*{runs.RESULTS}") if path.is_file()
+    ]
     for path in sorted(files, key=os.path.getmtime, reverse=True)[:EVALUATIONS]:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
+        ):
             result = json.loads(path.read_text(encoding="utf-8"))
-            meta, values = result["meta"], {name: float(value) for name, value in result["metrics"].items()}
+            meta, values = (
+                result["meta"],
+                {name: float(value) for name, value in result["metrics"].items()},
+            )
             yield {
                 "file": path.relative_to(root),
-                "time": datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc),
-                "drawn": ", ".join(f"{name} {meta[name]}" for name in DRAWN if meta.get(name) is not None),
-                "values": {metric_name(name): value for name, value in values.items() if name != "kid_error"},
+                "time": datetime.datetime.fromtimestamp(
+                    path.stat().st_mtime, datetime.timezone.utc
+                ),
+                "drawn": ", ".join(
+                    f"{name} {meta[name]}" for name in DRAWN if meta.get(name) is not None
+                ),
+                "values": {
+                    metric_name(name): value
+                    for name, value in values.items()
+                    if name != "kid_error"
+                },
                 "what": f"{result['num']} samples against {result['reference']}",
                 "warnings": list(map(str, result["warnings"])),
             }
 
 
 class Log:
-    """The records of a run: curves by name, events in order, the facts of each session, and the last step."""
+    """The records of a run: curves by name, events in order, the facts of each session, and the
+    last step.
+    """
 
     def __init__(self, path: Path):
         self.curves: dict[str, Curve] = {}
@@ -108,8 +139,12 @@ class Log:
                         if line.endswith("\n"):  # otherwise it is only unfinished
                             self.damaged.append(number)
         if self.damaged:
-            some = ", ".join(map(str, self.damaged[:NAMED])) + (", ..." if len(self.damaged) > NAMED else "")
-            self.events.append((self.step, f"{path.name}: lines passed over, because they are damaged: {some}"))
+            some = ", ".join(map(str, self.damaged[:NAMED])) + (
+                ", ..." if len(self.damaged) > NAMED else ""
+            )
+            self.events.append(
+                (self.step, f"{path.name}: lines passed over, because they are damaged: {some}")
+            )
 
     def _add(self, record: dict[str, Any]) -> None:
         step = step_in(record)
@@ -117,10 +152,14 @@ class Log:
         for name, value in record.items():
             if name == "session":
                 what = "training continued" if value["from_step"] else "training began"
-                self.events.append((value["from_step"], f"{what} at {value['time']} on {value['processor']}"))
+                self.events.append(
+                    (value["from_step"], f"{what} at {value['time']} on {value['processor']}")
+                )
                 self.sessions.append(value)
             elif name == "left_out":
-                self.events.append((step, f"not finite, left out: steps {', '.join(map(str, value))}"))
+                self.events.append(
+                    (step, f"not finite, left out: steps {', '.join(map(str, value))}")
+                )
             elif isinstance(value, (int, float)) and math.isfinite(float(value)):
                 x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
                 x.append(step)
@@ -133,7 +172,9 @@ class Log:
 
 
 def step_in(record: Mapping[str, Any]) -> int:
-    """The step of a record. Raises ValueError, KeyError or TypeError if it is missing or cannot be one."""
+    """The step of a record. Raises ValueError, KeyError or TypeError if it is missing or cannot be
+    one.
+    """
     step = record["step"]
     if type(step) is not int or not 0 <= step <= MANY:
         raise ValueError(f"{step!r:.40} is no step")
@@ -142,11 +183,15 @@ def step_in(record: Mapping[str, Any]) -> int:
 
 def is_metric(name: str) -> bool:
     """Whether a curve measures the averaged weights, so that its best point is worth a mark."""
-    return name.startswith(("eval/", "held_out")) and "/q" not in name and not name.endswith("_error")
+    return (
+        name.startswith(("eval/", "held_out")) and "/q" not in name and not name.endswith("_error")
+    )
 
 
 def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
-    """Name, value and usual value of each field that differs from the preset; from the defaults without a preset."""
+    """Name, value and usual value of each field that differs from the preset; from the defaults
+    without a preset.
+    """
     usual = to_dict(load_config(config.preset) if config.preset in preset_names() else Config())
     for section, fields in to_dict(config).items():
         for name, value in fields.items() if isinstance(fields, dict) else ():
@@ -155,9 +200,13 @@ def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 def frames(folder: Path) -> Iterator[tuple[int, str]]:
-    """Step and data URL of previews at evenly spread steps. A large picture is shrunk, a damaged one left out."""
+    """Step and data URL of previews at evenly spread steps. A large picture is shrunk, a damaged
+    one left out.
+    """
     every = sorted(folder.glob("step-*.png"))
-    for i in np.unique(np.linspace(0, len(every) - 1, min(PICTURES, len(every))).round().astype(int)):
+    for i in np.unique(
+        np.linspace(0, len(every) - 1, min(PICTURES, len(every))).round().astype(int)
+    ):
         with contextlib.suppress(OSError, DataError, ValueError), open_image(every[i]) as image:
             kind, content = "png", every[i].read_bytes()
             if len(content) > LARGE:
@@ -169,14 +218,19 @@ def frames(folder: Path) -> Iterator[tuple[int, str]]:
             yield int(every[i].stem.removeprefix("step-")), url
 
 
-# ------------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------- curves
 def charts_of(log: Log, chosen: Mapping[str, Mapping[str, str]]) -> Iterator[dict[str, Any]]:
     """A chart for every metric, with its further averages and its best point; then the chosen ones.
 
-    `chosen` has labels by the name of a curve, by the title of the chart. What is not in the log is left out.
+    `chosen` has labels by the name of a curve, by the title of the chart. What is not in the log is
+    left out.
     """
     for name in [n for n in log.curves if is_metric(n) and "@" not in n]:
-        averages = {n.partition("@")[2]: curve for n, curve in log.curves.items() if n.partition("@")[0] == name}
+        averages = {
+            n.partition("@")[2]: curve
+            for n, curve in log.curves.items()
+            if n.partition("@")[0] == name
+        }
         curve, place = log.curves[name], log.best(name)
         yield chart(metric_name(name), averages, (curve.x[place], curve.y[place]))
     for title, labels in chosen.items():
@@ -190,18 +244,23 @@ def metric_name(name: str) -> str:
     return NAMES.get(short, short.replace("_", " ").capitalize()) + at + decay
 
 
-# ------------------------------------------------------------------------------------------------- kernels
+# ------------------------------------------------------------------------------------------ kernels
 def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
-    """Charts of the newest averaged weights: the first, middle and last SSM layer, a slow, median and fast channel.
+    """Charts of the newest averaged weights: the first, middle and last SSM layer, a slow, median
+    and fast channel.
 
-    The mixer axial has kernels along rows and along columns; its steps are shown in tokens, as those of S4D are.
+    The mixer axial has kernels along rows and along columns; its steps are shown in tokens, as
+    those of S4D are.
     """
     held = [(runs.step_of(path), path / runs.EMA) for path in runs.list_checkpoints(root)[-1:]]
     with contextlib.suppress(RunError):
         held.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
     H, W = config.data.grid
     H, W = H // config.model.patch_size, W // config.model.patch_size
-    with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(max(held)[1], "pt") as weights:
+    with (
+        contextlib.suppress(OSError, SafetensorError, ValueError),
+        safe_open(max(held)[1], "pt") as weights,
+    ):
         layers = [name.removesuffix("log_dt") for name in weights.keys() if name.endswith("log_dt")]  # noqa: SIM118
         layers.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdecimal()])
         for i in sorted({0, len(layers) // 2, len(layers) - 1}) if layers else ():
@@ -214,7 +273,8 @@ def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
                     for axis, (words, S) in enumerate((("along rows", W), ("along columns", H)))
                 }
             for words, ((log_dt, log_A_real, A_imag, B, C), L) in sequences.items():
-                taps = s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, min(TAPS, L))  # (2, D, L)
+                # (2, D, L)
+                taps = s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, min(TAPS, L))
                 ranked = log_dt.mean(0).argsort().tolist()
                 for k in (ranked[0], ranked[len(ranked) // 2], ranked[-1]):
                     dt = log_dt[:, k].exp().mean()
@@ -223,8 +283,13 @@ def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
 
 
 def both_ways(taps: np.ndarray) -> dict[str, Curve]:
-    """The kernels of both directions, (2, L), by the offset of the token that is read; as far as 99% of the energy."""
+    """The kernels of both directions, (2, L), by the offset of the token that is read; as far as
+    99% of the energy.
+    """
     energy = np.square(taps).sum(0).cumsum()
     n = max(8, 1 + int((energy < 0.99 * energy[-1]).sum()))
     offsets = np.arange(taps[:, :n].shape[1])
-    return {"earlier tokens": Curve(-offsets[::-1], taps[0, :n][::-1]), "later tokens": Curve(offsets, taps[1, :n])}
+    return {
+        "earlier tokens": Curve(-offsets[::-1], taps[0, :n][::-1]),
+        "later tokens": Curve(offsets, taps[1, :n]),
+    }

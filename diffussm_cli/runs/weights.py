@@ -1,4 +1,6 @@
-"""Find, read, check and write the weights of a run: only safetensors, and DiT's published .pt files."""
+"""Find, read, check and write the weights of a run: only safetensors, and DiT's published .pt
+files.
+"""
 
 import dataclasses
 import json
@@ -19,8 +21,24 @@ from diffussm_cli.machine.tensors import write as write_file
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint, hub
 from diffussm_cli.runs.checkpoints import damage, newest_good, whole_folder
-from diffussm_cli.runs.layout import CONFIG, EMA, FINAL, METRICS, MODEL, RUNS, STATE, ema_file, newest_run
-from diffussm_cli.runs.metadata import read_config, read_metrics, read_state, write_config, write_state
+from diffussm_cli.runs.layout import (
+    CONFIG,
+    EMA,
+    FINAL,
+    METRICS,
+    MODEL,
+    RUNS,
+    STATE,
+    ema_file,
+    newest_run,
+)
+from diffussm_cli.runs.metadata import (
+    read_config,
+    read_metrics,
+    read_state,
+    write_config,
+    write_state,
+)
 
 DTYPES = {  # of weights, with their names in safetensors
     torch.float64: "F64",
@@ -42,27 +60,39 @@ class TrainedRun:
 
     @property
     def averages(self) -> dict[float, Path]:
-        """The files of averaged weights in the folder of `weights` by decay, the first one first; none for a DiT."""
+        """The files of averaged weights in the folder of `weights` by decay, the first one first;
+        none for a DiT.
+        """
         decays = () if self.weights.suffix == dit_checkpoint.SUFFIX else self.config.train.ema
-        further = {d: file for d in decays if (file := self.weights.with_name(ema_file(d))).is_file()}
+        further = {
+            d: file for d in decays if (file := self.weights.with_name(ema_file(d))).is_file()
+        }
         return dict.fromkeys(decays[:1], self.weights) | further
 
     @property
     def assumption(self) -> str:
-        """One line that says what is assumed of weights that do not tell it; empty for runs of this program."""
-        return dit_checkpoint.assumption(self.weights) if self.weights.suffix == dit_checkpoint.SUFFIX else ""
+        """One line that says what is assumed of weights that do not tell it; empty for runs of this
+        program.
+        """
+        return (
+            dit_checkpoint.assumption(self.weights)
+            if self.weights.suffix == dit_checkpoint.SUFFIX
+            else ""
+        )
 
     @property
     def label(self) -> str:
         return f"{self.root} (finished)" if self.step is None else f"{self.root} (step {self.step})"
 
 
-# ------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
-    """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a published DiT's .pt file.
+    """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a
+    published DiT's .pt file.
 
-    A path that does not exist may name a model of the package, or one on the hub as OWNER/NAME or OWNER/NAME@REVISION.
-    Without a path, take the newest run in runs/. Without `ema`, a decay, take the first average of the run.
+    A path that does not exist may name a model of the package, or one on the hub as OWNER/NAME or
+    OWNER/NAME@REVISION. Without a path, take the newest run in runs/. Without `ema`, a decay, take
+    the first average of the run.
 
     Raises:
         RunError: if there are none, or they are damaged.
@@ -71,7 +101,9 @@ def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
     held = trained.averages
     if ema is not None and ema not in held:
         holds = ", ".join(map(str, held)) or "none"
-        raise RunError(f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; it holds {holds}")
+        raise RunError(
+            f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; it holds {holds}"
+        )
     decay = next(iter(held), None) if ema is None else ema
     file = trained.weights if decay is None else held[decay]
     if file != trained.weights:
@@ -89,7 +121,8 @@ def _find_weights(path: Path | None) -> TrainedRun:
         return TrainedRun(path.with_suffix(""), dit_checkpoint.published_config(path), path, None)
     if not path.is_dir():
         raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
-    if (path / CONFIG).is_file() and (path / MODEL).is_file():  # final/ or best/ itself, perhaps copied elsewhere
+    # final/ or best/ itself, perhaps copied elsewhere
+    if (path / CONFIG).is_file() and (path / MODEL).is_file():
         root = path.parent if (path.parent / CONFIG).is_file() else path
         _refuse_damage(path, MODEL, "give the run folder, or another copy")
         return TrainedRun(root, read_config(path), path / MODEL, read_metrics(path).get("step"))
@@ -98,17 +131,23 @@ def _find_weights(path: Path | None) -> TrainedRun:
         _refuse_damage(path, EMA, "give the run folder to use the newest good checkpoint")
         return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
     if (path / FINAL / MODEL).is_file():
-        _refuse_damage(path / FINAL, MODEL, f"write it again with: diffussm train --resume --out {path}")
+        _refuse_damage(
+            path / FINAL, MODEL, f"write it again with: diffussm train --resume --out {path}"
+        )
         return TrainedRun(path, read_config(path / FINAL), path / FINAL / MODEL, None)
     newest, damaged = newest_good(path, [EMA])
     if newest is None:
         also = f": {damaged[0]}" if damaged else ""
-        raise RunError(f"RUN: {str(path)!r} holds no finished training and no usable checkpoint{also}")
+        raise RunError(
+            f"RUN: {str(path)!r} holds no finished training and no usable checkpoint{also}"
+        )
     return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
 
 
 def _refuse_damage(folder: Path, file: str, remedy: str) -> None:
-    """Raises RunError if weights have changed since they were written; those of earlier versions have no hashes."""
+    """Raises RunError if weights have changed since they were written; those of earlier versions
+    have no hashes.
+    """
     wrong = damage(folder, [file]) if (folder / STATE).exists() else None
     if wrong:
         raise RunError(f"RUN: {wrong}; {remedy}")
@@ -125,8 +164,12 @@ def load_model(trained: TrainedRun) -> Backbone:
     return model.eval().requires_grad_(False)
 
 
-def check_weights_match(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
-    """Raises RunError if names or shapes of weights differ from a model's own, or if values are not finite."""
+def check_weights_match(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path
+) -> None:
+    """Raises RunError if names or shapes of weights differ from a model's own, or if values are not
+    finite.
+    """
     wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
     if wrong:
         raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
@@ -135,7 +178,9 @@ def check_weights_match(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]
             shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
             raise RunError(f"{path}: weights of another model: {name} is {shapes}")
         if weights[name].dtype not in DTYPES:
-            raise RunError(f"{path}: damaged: {name} holds {weights[name].dtype}, not floating-point numbers")
+            raise RunError(
+                f"{path}: damaged: {name} holds {weights[name].dtype}, not floating-point numbers"
+            )
         if not weights[name].isfinite().all():
             raise RunError(f"{path}: damaged: {name} holds numbers that are not finite")
 
@@ -151,7 +196,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Write tensors of any device to a safetensors file; returns its sha256, computed while writing.
+    """Write tensors of any device to a safetensors file; returns its sha256, computed while
+    writing.
 
     Raises:
         RunError: if a number is not finite; nothing is written then.
@@ -159,8 +205,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
     """
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise RunError(f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not finite")
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # so that all are aligned
+            raise RunError(
+                f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not finite"
+            )
+    # so that all are aligned
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     layout = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in ordered}
     buffers = (t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, t in ordered)
     with path.open("wb") as file:
@@ -176,7 +225,8 @@ def write_weights(
     further: Mapping[str, Mapping[str, Tensor]] | None = None,
     others: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics, and `others` by file.
+    """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics, and
+    `others` by file.
 
     Raises:
         RunError: if the folder cannot be written.

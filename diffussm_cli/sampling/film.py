@@ -24,7 +24,8 @@ LAST = 2000  # and the last one
 
 
 def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: Path) -> None:
-    """Draw the first images of a request again, and write evenly spaced steps of their denoising side by side.
+    """Draw the first images of a request again, and write evenly spaced steps of their denoising
+    side by side.
 
     Args:
         facts: of the request, from `sample_facts`.
@@ -51,15 +52,28 @@ def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: P
     durations = [*[MILLISECONDS] * (len(frames) - 1), LAST]
     kind = path.suffix.removeprefix(".")
     with writing(f"--film: cannot write {str(path)!r}", ConfigError), whole_file(path) as file:
-        frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, quality=90)
+        frames[0].save(
+            file,
+            kind,
+            save_all=True,
+            append_images=frames[1:],
+            duration=durations,
+            loop=0,
+            quality=90,
+        )
 
 
-def _states(sampler: Sampler, seeds: range, labels: Sequence[int] | None, text: Text | None) -> list[Tensor]:
-    """x_t of the images at each call of the network, and at last the images, each (B, C, H, W) in model space."""
+def _states(
+    sampler: Sampler, seeds: range, labels: Sequence[int] | None, text: Text | None
+) -> list[Tensor]:
+    """x_t of the images at each call of the network, and at last the images, each (B, C, H, W) in
+    model space.
+    """
     states: list[Tensor] = []
 
     def record(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        states.append(inputs[0][: len(seeds)].cpu())  # with guidance, the network sees each image twice
+        # with guidance, the network sees each image twice
+        states.append(inputs[0][: len(seeds)].cpu())
 
     hook = sampler.model.register_forward_pre_hook(record)
     try:

@@ -1,7 +1,9 @@
-"""A folder of samples: one PNG per seed, a grid, meta.json, and an .npz on request; written by one process or several.
+"""A folder of samples: one PNG per seed, a grid, meta.json, and an .npz on request; written by one
+process or several.
 
-The batches of seeds are always the same, so that the images depend neither on the number of processes nor on
-interruptions. meta.json is written first and describes the request; its field `complete` becomes true at the end.
+The batches of seeds are always the same, so that the images depend neither on the number of
+processes nor on interruptions. meta.json is written first and describes the request; its field
+`complete` becomes true at the end.
 """
 
 import dataclasses
@@ -47,7 +49,9 @@ def sample_facts(
     prompts: Sequence[str] = (),
     negative: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that determines the images of these seeds, for meta.json. Raises ConfigError for wrong prompts."""
+    """Everything that determines the images of these seeds, for meta.json. Raises ConfigError for
+    wrong prompts.
+    """
     check_prompts(prompts, negative, trained.config, sampler.sampling)
     config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
     in_turn = "balanced" if sorted(classes) == list(range(config.model.num_classes)) else "given"
@@ -68,7 +72,9 @@ def sample_facts(
         "class_names": list(config.data.class_names) or None,
         "prompts": list(prompts) or None,
         "negative": negative,
-        "text_encoder": {"name": config.data.text, "sha256": config.data.text_sha256} if prompts else None,
+        "text_encoder": {"name": config.data.text, "sha256": config.data.text_sha256}
+        if prompts
+        else None,
         "reference": config.reference,
         "extractor": config.eval.extractor,
         "null_class": config.model.num_classes or None,
@@ -76,13 +82,19 @@ def sample_facts(
         **sampler.decoding.record,
         "precision": str(sampler.dtype).removeprefix("torch."),
         "device": sampler.device.type,
-        "versions": {"diffussm": __version__, "torch": torch.__version__, "diffusers": version("diffusers")},
+        "versions": {
+            "diffussm": __version__,
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+        },
     }
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """The folder for the images of a request; `facts` come from `sample_facts`. A full disk raises OSError."""
+    """The folder for the images of a request; `facts` come from `sample_facts`. A full disk raises
+    OSError.
+    """
 
     path: Path
     sampler: Sampler
@@ -105,7 +117,9 @@ class SampleFolder:
         every = [self.seeds[i : i + size] for i in range(0, len(self.seeds), size)]
         with os.scandir(self.path) as entries:  # an empty file is what a power failure may leave
             existing = {entry.name for entry in entries if entry.is_file() and entry.stat().st_size}
-        incomplete = [batch for batch in every if not all(file_name(seed) in existing for seed in batch)]
+        incomplete = [
+            batch for batch in every if not all(file_name(seed) in existing for seed in batch)
+        ]
         return incomplete[world.rank :: world.size]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
@@ -126,8 +140,12 @@ class SampleFolder:
         return file.is_file() and file.stat().st_size > 0
 
     def finish(self, grid: Path, npz: bool) -> None:
-        """Write the grid of the first images, the .npz of all images if `npz`, and the final meta.json."""
-        shown = torch.cat([torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]).permute(0, 3, 1, 2)
+        """Write the grid of the first images, the .npz of all images if `npz`, and the final
+        meta.json.
+        """
+        shown = torch.cat(
+            [torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]
+        ).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
         columns = 10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5))
         if 1 < len(self.facts["prompts"] or ()) <= columns:
@@ -138,13 +156,19 @@ class SampleFolder:
         self._write_meta(complete=True)
 
     def _arrays(self, shape: Sequence[int]) -> dict[str, tuple]:
-        """Images in NHWC as `arr_0`, as the ADM evaluation expects, and labels as `arr_1` if there are any."""
+        """Images in NHWC as `arr_0`, as the ADM evaluation expects, and labels as `arr_1` if there
+        are any.
+        """
         labels = self.facts["labels"]
         arrays = {"arr_0": ((len(self.seeds), *shape), np.uint8, self.read(self.seeds))}
-        return arrays | ({"arr_1": ((len(labels),), np.int64, [np.array(labels)])} if labels else {})
+        return arrays | (
+            {"arr_1": ((len(labels),), np.int64, [np.array(labels)])} if labels else {}
+        )
 
     def read(self, seeds: range) -> Iterator[np.ndarray]:
-        """Read images back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image of another size."""
+        """Read images back, uint8 (n, H, W, C), up to 256 at a time. Raises RunError for an image
+        of another size.
+        """
         for i in range(0, len(seeds), READ):
             yield np.stack([self._image(seed) for seed in seeds[i : i + READ]])
 
@@ -153,7 +177,9 @@ class SampleFolder:
         image = read_image(self.file(seed), None, 1 if data.is_grey else 3)
         if image.shape[:2] != data.size:
             size = f"{image.shape[0]}x{image.shape[1]}"
-            raise RunError(f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again")
+            raise RunError(
+                f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again"
+            )
         return image
 
     def file(self, seed: int) -> Path:
@@ -161,7 +187,9 @@ class SampleFolder:
         return self.path / file_name(seed)
 
     def _write_meta(self, complete: bool) -> None:
-        write_text(self.path / META, json.dumps({**self.facts, "complete": complete}, indent=1) + "\n")
+        write_text(
+            self.path / META, json.dumps({**self.facts, "complete": complete}, indent=1) + "\n"
+        )
 
 
 def prompts_of(facts: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
@@ -185,7 +213,9 @@ def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
     """Raises RunError if `folder` holds images that were drawn with other settings."""
     if not (folder / META).is_file():
         if any(folder.glob("*.png")):
-            raise RunError(f"--out: {str(folder)!r} holds images without {META}; name another folder")
+            raise RunError(
+                f"--out: {str(folder)!r} holds images without {META}; name another folder"
+            )
         return
     before = read_meta(folder)
     for key in FIXED:
@@ -197,7 +227,9 @@ def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
-    """The first of ROOT/images, ROOT/images-2, ... that is free or holds images of the same request."""
+    """The first of ROOT/images, ROOT/images-2, ... that is free or holds images of the same
+    request.
+    """
     for i in range(1, 10_000):
         folder = root / (IMAGES if i == 1 else f"{IMAGES}-{i}")
         try:
@@ -209,7 +241,9 @@ def free_folder(root: Path, facts: Mapping[str, Any]) -> Path:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json of a folder of samples, which may come from a stranger. Raises RunError for values without sense."""
+    """meta.json of a folder of samples, which may come from a stranger. Raises RunError for values
+    without sense.
+    """
     path, remedy = folder / META, "; delete the folder to draw its images again"
     with reading(f"{path}: cannot be read", RunError, remedy):
         text = path.read_text(encoding="utf-8")
@@ -230,7 +264,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    """A number in JSON, which Python also reads if it is NaN or infinite. Raises ValueError for these."""
+    """A number in JSON, which Python also reads if it is NaN or infinite. Raises ValueError for
+    these.
+    """
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
@@ -259,7 +295,10 @@ def _are_whole(value: Any) -> bool:
 
 # What must be true of facts in meta.json that others read or print, and how an error calls it.
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("run", "weights", "weights_sha256", "negative", "reference", "extractor"), (_is_text, "text")),
+    **dict.fromkeys(
+        ("run", "weights", "weights_sha256", "negative", "reference", "extractor"),
+        (_is_text, "text"),
+    ),
     "grid": (_is_text, "text"),
     **dict.fromkeys(("step", "first_seed", "num"), (_is_whole, "a whole number from 0")),
     **dict.fromkeys(("prompts", "class_names"), (_are_texts, "a list of texts")),

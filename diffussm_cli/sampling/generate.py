@@ -1,4 +1,5 @@
-"""From seeds to images in model space. Image i depends only on seed i and its class: one CPU generator per image.
+"""From seeds to images in model space. Image i depends only on seed i and its class: one CPU
+generator per image.
 
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
@@ -42,14 +43,17 @@ def generate(
     dtype: torch.dtype = torch.float32,
     text: Text | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Draw one image per seed; yields seeds and images, (B, C, H, W) float32 on the CPU, batch by batch.
+    """Draw one image per seed; yields seeds and images, (B, C, H, W) float32 on the CPU, batch by
+    batch.
 
     Kernels are made and weights are cast once for all batches.
 
     Args:
-        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of `objective`.
+        model: a DiffuSSM or another backbone with its attributes, in eval mode, on the device of
+            `objective`.
         sampling: sampler, steps and guidance.
-        labels: one per seed; by default each is drawn uniformly with the generator of its seed (`labels_of`).
+        labels: one per seed; by default each is drawn uniformly with the generator of its seed
+            (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
         text: one caption per seed, for a model with text.
 
@@ -93,7 +97,8 @@ def begin(
     labels: Sequence[int] | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """What images begin with: labels, (B,) or None for an unconditional model, and x_T, (B, C, H, W), on `device`.
+    """What images begin with: labels, (B,) or None for an unconditional model, and x_T, (B, C, H,
+    W), on `device`.
 
     Args:
         generators: each gives what `labels` and `noise` do not, first the label.
@@ -109,7 +114,9 @@ def begin(
 
 
 def _solver_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of x_t between steps: near t = T, noise is 150 times larger than the image and float32 loses digits."""
+    """The dtype of x_t between steps: near t = T, noise is 150 times larger than the image and
+    float32 loses digits.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -117,12 +124,17 @@ def make_denoiser(
     model, objective: Objective, sampling: SampleConfig, y: Tensor | None, text: Text | None = None
 ) -> Denoiser:
     """Wrap the model with its labels, captions, guidance and clipping as `sampling` specifies."""
-    # The first half are the conditions of the images, the second half those that guidance leads away from.
+    # The first half are the conditions of the images, the second half those that guidance leads
+    # away from.
     labels = None if y is None else torch.cat([y, torch.full_like(y, model.null_class)])
     captions = None
     if text is not None:
         wanted = text.captions.to(objective.device)
-        null = torch.zeros_like(wanted) if text.negative is None else text.negative.to(wanted).expand_as(wanted)
+        null = (
+            torch.zeros_like(wanted)
+            if text.negative is None
+            else text.negative.to(wanted).expand_as(wanted)
+        )
         captions = torch.cat([wanted, null])
 
     def predict(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:

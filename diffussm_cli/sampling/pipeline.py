@@ -1,4 +1,6 @@
-"""A pipeline for diffusers around a trained run. The files that `runs/publish.py` writes into `final/` lead here."""
+"""A pipeline for diffusers around a trained run. The files that `runs/publish.py` writes into
+`final/` lead here.
+"""
 
 import copy
 import dataclasses
@@ -44,7 +46,9 @@ INDEX = "model_index.json"
 
 
 class Denoiser(ModelMixin, ConfigMixin):
-    """The network of a trained run, with its configuration in `run`, as a component of the pipeline."""
+    """The network of a trained run, with its configuration in `run`, as a component of the
+    pipeline.
+    """
 
     config_name = "config.json"  # type: ignore[assignment]
 
@@ -64,7 +68,8 @@ class Denoiser(ModelMixin, ConfigMixin):
             DiffussmError: if the run cannot be read or fetched.
         """
         root = Path(folder) if (Path(folder) / CONFIG).exists() else Path(folder).parent
-        if not (root / CONFIG).exists() and root.parent.name == "snapshots":  # of CACHE/models--OWNER--NAME
+        # of CACHE/models--OWNER--NAME
+        if not (root / CONFIG).exists() and root.parent.name == "snapshots":
             repository = root.parents[1].name.removeprefix("models--").replace("--", "/")
             root = fetch(f"{repository}@{root.name}", "RUN", FILES_TO_SAMPLE, root.parents[2])
         denoiser = cls(find_run(root))
@@ -73,7 +78,8 @@ class Denoiser(ModelMixin, ConfigMixin):
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, *_: Any, variant: str | None = None, **__: Any
     ) -> None:
-        """Write the weights and the configuration as those of a finished run; `from_pretrained` reads them back.
+        """Write the weights and the configuration as those of a finished run; `from_pretrained`
+        reads them back.
 
         The weights are always safetensors, so `safe_serialization` has no effect.
 
@@ -82,12 +88,20 @@ class Denoiser(ModelMixin, ConfigMixin):
             OSError: if the folder cannot be written.
         """
         if variant is not None:
-            raise ValueError(f"variant: {variant!r} is not written; load the model with dtype= for another precision")
+            raise ValueError(
+                f"variant: {variant!r} is not written; load the model with dtype= for another precision"
+            )
         config, step = self.run.config, self.run.step
         weights = {name: tensor.float().cpu() for name, tensor in self.model.state_dict().items()}
         folder, finished = Path(save_directory), config.train.steps
         folder.mkdir(parents=True, exist_ok=True)
-        fill_folder(folder, config, weights, finished if step is None else step, others=pipeline_files(config))
+        fill_folder(
+            folder,
+            config,
+            weights,
+            finished if step is None else step,
+            others=pipeline_files(config),
+        )
 
     def forward(
         self,
@@ -97,7 +111,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         text: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """What the objective predicts, and the covariance's v if it is learned, in `sample` of the output.
+        """What the objective predicts, and the covariance's v if it is learned, in `sample` of the
+        output.
 
         Args:
             sample: x_t, (B, C, H, W).
@@ -110,7 +125,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def to(self, *args: Any, **options: Any) -> "Denoiser":  # type: ignore[override]
-        """Move the network; a dtype is that of matrix products, and the state space layers stay in float32.
+        """Move the network; a dtype is that of matrix products, and the state space layers stay in
+        float32.
 
         Raises:
             ValueError: for another dtype than float32, bfloat16 and float16.
@@ -137,7 +153,9 @@ class Denoiser(ModelMixin, ConfigMixin):
 
 
 class _Network:
-    """A denoiser in the form that `make_denoiser` takes. It is called as a module, so that `compile` has an effect."""
+    """A denoiser in the form that `make_denoiser` takes. It is called as a module, so that
+    `compile` has an effect.
+    """
 
     def __init__(self, denoiser: Denoiser):
         self.denoiser, self.null_class = denoiser, denoiser.model.null_class
@@ -156,10 +174,11 @@ class _Request(NamedTuple):
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
-    """Draws images of a trained run; with the scheduler that comes with it, those of `diffussm sample`.
+    """Draws images of a trained run; with the scheduler that comes with it, those of `diffussm
+    sample`.
 
-    Schedulers that step along x_t can take its place, such as DDIM, DPM-Solver++ and UniPC. `vae` is that of the run,
-    or None for pixels; another one of its kind can take its place.
+    Schedulers that step along x_t can take its place, such as DDIM, DPM-Solver++ and UniPC. `vae`
+    is that of the run, or None for pixels; another one of its kind can take its place.
     """
 
     denoiser: Denoiser
@@ -185,7 +204,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance of the call in progress; a callback may change `_guidance_scale` for the steps to come."""
+        """The guidance of the call in progress; a callback may change `_guidance_scale` for the
+        steps to come.
+        """
         return self._guidance_scale
 
     @property
@@ -218,24 +239,28 @@ class DiffuSSMPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            prompt: for a model with text, one for all images, or a list with one per image; "" says nothing.
+            prompt: for a model with text, one for all images, or a list with one per image; "" says
+                nothing.
             negative_prompt: what guidance leads away from, one for all images or one per image.
-            class_labels: one for all images, or a list, array or tensor with one per image; by default each is drawn
-                with the generator.
-            batch_size: number of images, if no list of prompts, labels, generators or latents gives it.
+            class_labels: one for all images, or a list, array or tensor with one per image; by
+                default each is drawn with the generator.
+            batch_size: number of images, if no list of prompts, labels, generators or latents gives
+                it.
             num_inference_steps, guidance_scale: by default those of the run.
             num_images_per_prompt: number of images of each prompt or label.
-            generator: on the CPU; one for all images or a list with one per image, as `diffussm sample` has.
+            generator: on the CPU; one for all images or a list with one per image, as `diffussm
+                sample` has.
             latents: x_T, (B, C, H, W), in place of noise from the generator.
-            output_type: `pil`; `np`, float (B, H, W, C) in [0, 1]; `pt`, float (B, C, H, W) in [0, 1]; or `latent`, x_0
-                in model space, (B, C, H, W).
-            callback_on_step_end: is called as (pipeline, step, timestep, tensors) after each step; what it returns as
-                `latents` takes the place of x.
+            output_type: `pil`; `np`, float (B, H, W, C) in [0, 1]; `pt`, float (B, C, H, W) in [0,
+                1]; or `latent`, x_0 in model space, (B, C, H, W).
+            callback_on_step_end: is called as (pipeline, step, timestep, tensors) after each step;
+                what it returns as `latents` takes the place of x.
             callback_on_step_end_tensor_inputs: the tensors that it gets; there is `latents`.
 
         Raises:
-            ValueError: if an argument is not as above, the numbers of prompts, labels, latents and generators differ,
-                or the scheduler does not fit; also as NotFiniteError for an image with NaN or infinite values.
+            ValueError: if an argument is not as above, the numbers of prompts, labels, latents and
+                generators differ, or the scheduler does not fit; also as NotFiniteError for an
+                image with NaN or infinite values.
             DiffussmError: if the text encoder of the run cannot be used.
         """
         model, config, device = self.denoiser.model, self.denoiser.run.config, self.denoiser.device
@@ -243,7 +268,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
         # what is asked for
         if output_type not in OUTPUTS:
             raise ValueError(f"output_type: {output_type!r} must be one of {', '.join(OUTPUTS)}")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        unknown = [
+            name
+            for name in callback_on_step_end_tensor_inputs
+            if name not in self._callback_tensor_inputs
+        ]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r} must be latents")
         counts = batch_size, num_images_per_prompt
@@ -280,7 +309,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
         # the images
         final = x.float().cpu()
         check_finite(final)
-        images: Any = final if output_type == "latent" else _as_output(self._decode(final), output_type)
+        images: Any = (
+            final if output_type == "latent" else _as_output(self._decode(final), output_type)
+        )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -309,7 +340,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
             ("prompts or class_labels", labels),
             ("negative prompts", negative),
         )
-        counts = [(times * len(value), kind) for kind, value in kinds if isinstance(value, list | tuple)]
+        counts = [
+            (times * len(value), kind) for kind, value in kinds if isinstance(value, list | tuple)
+        ]
         counts += [] if is_alone else [(len(generators), "generators")]
         counts += [] if latents is None else [(len(latents), "latents")]
         counts += [(times * batch_size, "of batch_size")] if batch_size > 1 or not counts else []
@@ -336,7 +369,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
             None if negative is None else per_image(negative),
         )
 
-    def _check_prompt(self, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None) -> None:
+    def _check_prompt(
+        self, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None
+    ) -> None:
         for name, given in (("prompt", prompt), ("negative_prompt", negative)):
             texts = given if isinstance(given, list | tuple) else [] if given is None else [given]
             if not all(isinstance(each, str) for each in texts):
@@ -354,7 +389,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
         if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance) or guidance < 0:
             raise ValueError(f"guidance_scale: {guidance!r} must be a number of at least 0")
         if guidance != 1 and not (config.model.num_classes or config.model.text_width):
-            raise ValueError(f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1")
+            raise ValueError(
+                f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1"
+            )
         return float(guidance)
 
     def _checked_steps(self, steps: int | None) -> int:
@@ -363,7 +400,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return config.sample.steps
         most = config.diffusion.timesteps
         if not _is_whole(steps) or not 1 <= steps <= most:
-            raise ValueError(f"num_inference_steps: {steps!r} must be a whole number from 1 to {most}")
+            raise ValueError(
+                f"num_inference_steps: {steps!r} must be a whole number from 1 to {most}"
+            )
         return int(steps)
 
     def save_pretrained(  # type: ignore[override]
@@ -403,7 +442,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
                 "UniPCMultistepScheduler"
             )
         if type(scheduler).__name__ != "DDPMScheduler":
-            scheduler.register_to_config(variance_type=None)  # copied from DDPM's, it would change the output's meaning
+            # copied from DDPM's, it would change the output's meaning
+            scheduler.register_to_config(variance_type=None)
         return scheduler
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -425,14 +465,18 @@ def _is_whole(value: Any) -> bool:
 
 
 def _labels(given: Any, num_classes: int) -> int | list[int] | None:
-    """One label for all images or a list of them, from numbers, arrays, tensors and nested lists. Raises ValueError."""
+    """One label for all images or a list of them, from numbers, arrays, tensors and nested lists.
+    Raises ValueError.
+    """
     if given is None:
         return None
     if not num_classes:
         raise ValueError(f"class_labels: {given!r:.60} given, but this model has no classes")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if array.dtype.kind not in "iu":
-        raise ValueError(f"class_labels: {given!r:.60} must be whole numbers in 0..{num_classes - 1}")
+        raise ValueError(
+            f"class_labels: {given!r:.60} must be whole numbers in 0..{num_classes - 1}"
+        )
     labels = array.reshape(-1).tolist()
     if not all(0 <= label < num_classes for label in labels):
         raise ValueError(f"class_labels: {labels} must lie in 0..{num_classes - 1}")

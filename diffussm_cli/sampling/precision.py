@@ -16,7 +16,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @contextlib.contextmanager
 def products_cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Cast the weights of matrix products for a while, so that autocast does not cast them at each call."""
+    """Cast the weights of matrix products for a while, so that autocast does not cast them at each
+    call.
+    """
     parameters = _product_parameters(model)
     originals = [p.data for p in parameters]
     try:

@@ -20,7 +20,9 @@ from diffussm_cli.sampling.precision import cast_products
 
 
 class PromptEncoder:
-    """Prompts as vectors, for a model with text. The encoder of the run is loaded when the first ones come."""
+    """Prompts as vectors, for a model with text. The encoder of the run is loaded when the first
+    ones come.
+    """
 
     def __init__(self, config: Config):
         self.config = config
@@ -29,8 +31,11 @@ class PromptEncoder:
     def texts(self) -> Texts:
         return open_texts(self.config)
 
-    def __call__(self, prompts: Sequence[str], negative: str | Sequence[str] | None = None) -> Text | None:
-        """The vectors, or None for a model without text; `negative` is one text for all prompts, or one for each.
+    def __call__(
+        self, prompts: Sequence[str], negative: str | Sequence[str] | None = None
+    ) -> Text | None:
+        """The vectors, or None for a model without text; `negative` is one text for all prompts, or
+        one for each.
 
         Raises:
             DataError: without the run's encoder.
@@ -69,19 +74,27 @@ class Sampler:
         self.objective = make_objective(config.diffusion, self.device)
 
     def labels(self, seeds: range, classes: Sequence[int] = ()) -> list[int] | None:
-        """The label of each seed: `classes` in turn, or drawn with the seed; None for an unconditional model."""
+        """The label of each seed: `classes` in turn, or drawn with the seed; None for an
+        unconditional model.
+        """
         n = self.config.model.num_classes
         if not n:
             return None
-        return [classes[i % len(classes)] for i in range(len(seeds))] if classes else labels_of(seeds, n)
+        return (
+            [classes[i % len(classes)] for i in range(len(seeds))]
+            if classes
+            else labels_of(seeds, n)
+        )
 
     def draw(
         self, seeds: Sequence[int], labels: Sequence[int] | None, text: Text | None = None
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch; a model with text needs its captions.
+        """Yield seeds and their images, uint8 (B, C, H, W), batch by batch; a model with text needs
+        its captions.
 
         Raises:
-            NotFiniteError: if an image holds NaN or infinite values, before its batch is handed out.
+            NotFiniteError: if an image holds NaN or infinite values, before its batch is handed
+                out.
             RunError: if the images do not fit into memory.
         """
         batches = generate(
@@ -101,7 +114,9 @@ class Sampler:
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            raise RunError(f"--batch-size: {self.batch_size} images do not fit into memory; use fewer") from e
+            raise RunError(
+                f"--batch-size: {self.batch_size} images do not fit into memory; use fewer"
+            ) from e
 
 
 def open_sampler(
@@ -122,4 +137,6 @@ def open_sampler(
     model = load_model(trained).to(where)
     cast_products(model, dtype)
     decoding = open_decoding(trained.config, where)
-    return Sampler(model, trained.config, sampling or trained.config.sample, decoding, batch_size, dtype)
+    return Sampler(
+        model, trained.config, sampling or trained.config.sample, decoding, batch_size, dtype
+    )

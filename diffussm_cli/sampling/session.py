@@ -42,16 +42,19 @@ def sample(
     npz: bool = False,
     film: Path | None = None,
 ) -> Generator[Event, None, Path]:
-    """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an interrupted one.
+    """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an
+    interrupted one.
 
     Under torchrun the processes share the work.
 
     Args:
-        run: a run folder, its `final/` or `best/`, a checkpoint, a published DiT, or a name that `find_run` takes.
-        out: the output folder; by default RUN/images, or a numbered one if that holds images of another request.
+        run: a run folder, its `final/` or `best/`, a checkpoint, a published DiT, or a name that
+            `find_run` takes.
+        out: the output folder; by default RUN/images, or a numbered one if that holds images of
+            another request.
         classes: labels, used in turn; if empty, each seed draws its own.
-        prompts: captions, used in turn, for a run with text, by default its `sample.prompts`; `negative` is what
-            guidance leads away from.
+        prompts: captions, used in turn, for a run with text, by default its `sample.prompts`;
+            `negative` is what guidance leads away from.
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
@@ -81,7 +84,9 @@ def sample(
     sampler.text(prompts[:1])  # a missing text encoder is an error before anything is written
     path = Path(out) if out is not None else free_folder(trained.root, facts)
     if out is None and path.name != IMAGES:
-        yield Message(f"{trained.root / IMAGES} holds images of another request; these go to {path}")
+        yield Message(
+            f"{trained.root / IMAGES} holds images of another request; these go to {path}"
+        )
     if sampler.decoding.warning:
         yield Warned(sampler.decoding.warning)
     grid = check_grid(grid, path) if grid else path / GRID
@@ -111,7 +116,8 @@ def sample(
 
 
 def check_grid(grid: Path, folder: Path) -> Path:
-    """Return the file for the grid of a folder of images. It replaces nothing but the grid of that folder.
+    """Return the file for the grid of a folder of images. It replaces nothing but the grid of that
+    folder.
 
     Raises:
         ConfigError: if it has the name of an image of the folder, or is another file that exists.

@@ -44,8 +44,11 @@ class Batch:
         return Batch(*(None if tensor is None else change(tensor) for tensor in tensors))  # type: ignore[arg-type]
 
 
-def batches(source: Source, config: Config, start: int, world: World = ALONE, pinned: bool = False) -> Iterator[Batch]:
-    """Yield the batches of steps start, start + 1, ..., made by a thread up to PREFETCH batches ahead.
+def batches(
+    source: Source, config: Config, start: int, world: World = ALONE, pinned: bool = False
+) -> Iterator[Batch]:
+    """Yield the batches of steps start, start + 1, ..., made by a thread up to PREFETCH batches
+    ahead.
 
     Args:
         pinned: use page-locked memory, from which a CUDA device copies asynchronously.
@@ -57,14 +60,18 @@ def batches(source: Source, config: Config, start: int, world: World = ALONE, pi
             for step in range(start, steps):
                 while len(waiting) < PREFETCH and step + len(waiting) < steps:
                     following = step + len(waiting)
-                    waiting.append(worker.submit(make_batch, source, config, following, world, pinned))
+                    waiting.append(
+                        worker.submit(make_batch, source, config, following, world, pinned)
+                    )
                 yield waiting.popleft().result()
         finally:
             for batch in waiting:
                 batch.cancel()
 
 
-def make_batch(source: Source, config: Config, step: int, world: World = ALONE, pinned: bool = False) -> Batch:
+def make_batch(
+    source: Source, config: Config, step: int, world: World = ALONE, pinned: bool = False
+) -> Batch:
     """One process's part of the batch of optimiser step `step` (0, 1, ...).
 
     Everything random about an image depends only on (seed, step, its place in the batch), not on
@@ -82,7 +89,9 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
     # The order of these draws is part of what a seed means.
     x_0, labels = source.read(indices, generators)
     t = torch.cat([draw_timestep(config.diffusion, g) for g in generators])
-    dropped = torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
+    dropped = (
+        torch.cat([torch.rand(1, generator=g) for g in generators]) < config.train.label_dropout
+    )
     noise = torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in generators])
     text = _captions(source, indices, generators, config) if config.model.text_width else None
 
@@ -92,7 +101,9 @@ def make_batch(source: Source, config: Config, step: int, world: World = ALONE, 
     return batch.each(Tensor.pin_memory) if pinned else batch
 
 
-def _captions(source: Source, indices: list[int], generators: list[torch.Generator], config: Config) -> Tensor:
+def _captions(
+    source: Source, indices: list[int], generators: list[torch.Generator], config: Config
+) -> Tensor:
     """One caption per image, some dropped; drawn last, so that a run without text draws the same
     numbers.
     """

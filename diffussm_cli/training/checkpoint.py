@@ -1,4 +1,5 @@
-"""Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and all hashes as JSON.
+"""Checkpoints: model, averaged weights and optimiser as safetensors; step, counts and all hashes as
+JSON.
 
 A checkpoint gets its final name once it is complete and on disk. The hashes reveal later damage,
 and then the previous checkpoint is used.
@@ -40,8 +41,9 @@ class CheckpointWriter:
     def write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Wait for the previous checkpoint, then start to write this one.
 
-        A thread writes copies on the CPU, which further training does not change. Each tensor is taken out of `tensors`
-        when it is copied, so that what was gathered from several processes is not in memory twice.
+        A thread writes copies on the CPU, which further training does not change. Each tensor is
+        taken out of `tensors` when it is copied, so that what was gathered from several processes
+        is not in memory twice.
 
         Raises RunError if either fails.
         """
@@ -69,7 +71,10 @@ class CheckpointWriter:
     def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
         path = self.root / runs.CHECKPOINTS / runs.checkpoint_name(state["step"])
         with runs.whole_folder(path) as folder:
-            hashes = {name: runs.write_tensors(content, folder / name) for name, content in tensors.items()}
+            hashes = {
+                name: runs.write_tensors(content, folder / name)
+                for name, content in tensors.items()
+            }
             runs.write_state(folder, state | {"sha256": hashes})
         self._remove_old(path.parent)
 
@@ -91,7 +96,9 @@ def collect(
 
     If the models are sharded, every process must call this.
     """
-    moments = {f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()}
+    moments = {
+        f"{n}/{k}": v for n, p in model.named_parameters() for k, v in optimizer.state[p].items()
+    }
     return full_tensors({runs.MODEL: model.state_dict(), **averages, runs.OPTIMIZER: moments}, keep)
 
 
@@ -110,7 +117,8 @@ def full_tensors(files: Tensors, keep: bool = True) -> dict[str, dict[str, Tenso
 
 
 def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint as the first process sees it, and what is wrong with newer ones.
+    """The newest undamaged checkpoint as the first process sees it, and what is wrong with newer
+    ones.
 
     Only the first process decides, because others may see a stale state of a shared file system.
 
@@ -135,7 +143,9 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
     path = root / runs.CHECKPOINTS / name
     for rank, wrong in enumerate(gather(_difference(path, state) if world.rank else None, world)):
         if wrong:
-            raise RunError(f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}")
+            raise RunError(
+                f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}"
+            )
     return path, damaged
 
 
@@ -145,8 +155,11 @@ def _difference(path: Path, state: dict[str, Any]) -> str | None:
     return wrong or (None if runs.read_state(path) == state else f"{path / runs.STATE} differs")
 
 
-def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer) -> dict[str, Any]:
-    """Load model, averages and optimiser; an average that the checkpoint lacks starts as a copy of the first.
+def load_checkpoint(
+    path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer
+) -> dict[str, Any]:
+    """Load model, averages and optimiser; an average that the checkpoint lacks starts as a copy of
+    the first.
 
     Returns:
         The state: step, counts and hashes.
@@ -168,15 +181,25 @@ def load_checkpoint(path: Path, model: nn.Module, averages: Averages, optimizer:
     return state
 
 
-def _restore_optimizer(model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor], path: Path) -> None:
-    matrices = {id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]}
+def _restore_optimizer(
+    model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor], path: Path
+) -> None:
+    matrices = {
+        id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]
+    }
     for name, p in model.named_parameters():
         kinds = (MOMENT,) if id(p) in matrices else KINDS
         entries = {k: saved[f"{name}/{k}"] for k in kinds if f"{name}/{k}" in saved}
-        if len(entries) < len(kinds) or any(v.shape != p.shape for k, v in entries.items() if k != "step"):
-            raise RunError(f"{path / runs.OPTIMIZER}: optimiser state of another model: {name} does not fit")
+        if len(entries) < len(kinds) or any(
+            v.shape != p.shape for k, v in entries.items() if k != "step"
+        ):
+            raise RunError(
+                f"{path / runs.OPTIMIZER}: optimiser state of another model: {name} does not fit"
+            )
         if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
-            raise RunError(f"{path / runs.OPTIMIZER}: damaged: {name} holds numbers that are not finite")
+            raise RunError(
+                f"{path / runs.OPTIMIZER}: damaged: {name} holds numbers that are not finite"
+            )
         # A clone, because the tensor maps the file, which is later deleted with its checkpoint.
         moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}
         step = {"step": entries["step"].to(p.device)} if "step" in entries else {}

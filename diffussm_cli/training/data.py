@@ -34,7 +34,9 @@ def open_data(root: Path, config: Config, dataset: Dataset | None = None) -> Sou
         before = runs.read_data(root)
         if before is None or before["path"] == data_place(config):
             raise
-        raise DataError(f"{e}; the run has read {before['path']!r}: give it as --data, or where it is now") from e
+        raise DataError(
+            f"{e}; the run has read {before['path']!r}: give it as --data, or where it is now"
+        ) from e
 
 
 def data_place(config: Config) -> str:
@@ -80,7 +82,8 @@ def leave_out_unreadable(
 ) -> Generator[Event, None, None]:
     """Decode every image before a run begins, so that no bad one ends it after days.
 
-    On resume, use the run's record, unless the images have changed or one of them has ended the run.
+    On resume, use the run's record, unless the images have changed or one of them has ended the
+    run.
 
     Raises:
         DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
@@ -105,7 +108,9 @@ def leave_out_unreadable(
         if skips and world.rank == 0:
             runs.write_skipped(root, skipped)
         if skipped:
-            yield Message(f"skipped: {len(skipped)} images that cannot be read; reasons in {root / runs.SKIPPED}")
+            yield Message(
+                f"skipped: {len(skipped)} images that cannot be read; reasons in {root / runs.SKIPPED}"
+            )
     elif skips:
         skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
     else:

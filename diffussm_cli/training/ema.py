@@ -9,9 +9,11 @@ from diffussm_cli.training.parallel import local_shards
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, kept as a separate model (`ema.model`, in eval mode).
+    """Exponential moving average of a model's parameters, kept as a separate model (`ema.model`, in
+    eval mode).
 
-    The decay at step s is min(decay, (1 + s) / (10 + s)), so that the initial weights do not dominate a short run.
+    The decay at step s is min(decay, (1 + s) / (10 + s)), so that the initial weights do not
+    dominate a short run.
     """
 
     def __init__(self, model: Backbone, decay: float):

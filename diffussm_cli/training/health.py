@@ -38,7 +38,8 @@ class BadSteps:
 
 
 def diagnosis(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, float]:
-    """The size of the last update relative to the weights, by group, and the range of the SSM's time scales.
+    """The size of the last update relative to the weights, by group, and the range of the SSM's
+    time scales.
 
     Args:
         world: the processes that each hold a shard of the model; one process if it is not sharded.
@@ -73,7 +74,9 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                 continue
             w, m, v = local_shards((p, state["exp_avg"], state["exp_avg_sq"]))
             n = state["step"].to(w.device).clamp(min=1)
-            update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group["weight_decay"] * w
+            update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group[
+                "weight_decay"
+            ] * w
             sums += torch.stack([(group["lr"] * update).square().sum(), w.square().sum()])
         by_group[group["name"]] = sums
     return by_group
@@ -86,7 +89,9 @@ def time_scales(model: nn.Module) -> dict[str, Tensor]:
     """
     scales = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
-        parameters = local_shards(getattr(m, name) for m in model.modules() if isinstance(m, StateSpace))
+        parameters = local_shards(
+            getattr(m, name) for m in model.modules() if isinstance(m, StateSpace)
+        )
         if not parameters:
             continue
         values = torch.cat([p.reshape(-1) for p in parameters])

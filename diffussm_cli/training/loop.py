@@ -56,10 +56,13 @@ class Trainer:
         # Previews and scores share what decodes latents; it is opened once, if at all.
         decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
         self.measures = Measures(self.step, source, root, decoding) if config.eval.every else None
-        self.previews = Previews(self.step, source, root, decoding) if config.train.sample_every else None
+        self.previews = (
+            Previews(self.step, source, root, decoding) if config.train.sample_every else None
+        )
         self.writer = CheckpointWriter(root, config.train)
         self.after_preview: Callable[[], Any] = lambda: None
-        self.notes: list[str] = []  # what the user should know of the last steps; a session shows and clears it
+        # what the user should know of the last steps; a session shows and clears it
+        self.notes: list[str] = []
         self._any_finite = False  # whether a record had a finite loss
 
     @property
@@ -75,7 +78,9 @@ class Trainer:
         where = str(self.step.device)
         if self.world.size > 1:
             where += f", {self.world.size} processes ({t.parallel})"
-        arithmetic = str(self.step.dtype).removeprefix("torch.") + (", compiled" if t.compile else "")
+        arithmetic = str(self.step.dtype).removeprefix("torch.") + (
+            ", compiled" if t.compile else ""
+        )
         return f"{count_parameters(self.step.model):,} parameters on {where}, {arithmetic}"
 
     def facts(self) -> Record:
@@ -250,4 +255,6 @@ class Trainer:
         weights = averages.pop(runs.MODEL)
         parameters = count_parameters(self.step.ema.model)
         others = runs.files_to_publish(self.root, self.config, number, parameters)
-        runs.write_weights(self.root / runs.FINAL, self.config, weights, number, None, averages, others)
+        runs.write_weights(
+            self.root / runs.FINAL, self.config, weights, number, None, averages, others
+        )

@@ -55,7 +55,9 @@ class Measures:
         images = open_held_out(config, source)
         self.held_out = HeldOut(images, config, step.device, step.world) if images else None
         if not config.eval.images and not images:
-            raise ConfigError("eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16")
+            raise ConfigError(
+                "eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16"
+            )
 
         # Without a reference there are no scores; an error if there is no held-out loss either.
         self.scoring = None
@@ -170,13 +172,17 @@ class Scoring:
         if decoding.warning:
             raise DataError(f"eval.every: {decoding.warning}")
         if path is None:
-            raise ConfigError("eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out")
+            raise ConfigError(
+                "eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out"
+            )
         self.step = step
         self.source = source
         self.root = root
         self.decoding = decoding
 
-        self.session = EvaluationSession(config.eval.extractor, device=str(step.device), world=step.world)
+        self.session = EvaluationSession(
+            config.eval.extractor, device=str(step.device), world=step.world
+        )
         self.session.choose(config.data.size, config.data.is_grey)
         self.reference = self.session.reference(path, None, config.data.size)
         self.warnings = doubts(self.session.requested, self.session.name, path)
@@ -201,7 +207,9 @@ class Scoring:
         seeds = range(config.eval.images)
         text = captions_of(self.source, len(seeds)) if config.model.text_width else None
         channels = self.session.extractor.channels
-        images = DrawnImages(sampler, seeds, sampler.labels(seeds), channels, "averaged weights", text=text)
+        images = DrawnImages(
+            sampler, seeds, sampler.labels(seeds), channels, "averaged weights", text=text
+        )
 
         metrics, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in metrics.items()}
@@ -214,4 +222,6 @@ class Scoring:
         before = runs.read_metrics(best).get("eval/fid", float("inf"))
         if values["eval/fid"] < before:
             number = self.step.number
-            runs.write_weights(best, self.step.config, model.state_dict(), number, {"step": number, **values})
+            runs.write_weights(
+                best, self.step.config, model.state_dict(), number, {"step": number, **values}
+            )

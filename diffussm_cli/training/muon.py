@@ -1,8 +1,9 @@
-"""Muon (Jordan et al. 2024): matrices are updated by their orthogonalised momentum, everything else by AdamW.
+"""Muon (Jordan et al. 2024): matrices are updated by their orthogonalised momentum, everything else
+by AdamW.
 
-A matrix A x B of a group with the flag `muon` takes the step lr 0.2 sqrt(max(A, B)) U V^T, where U S V^T is its
-momentum. Its entries then have the size that AdamW's updates have, so a rate that suits AdamW suits it (Liu et al.,
-2025, arXiv 2502.16982).
+A matrix A x B of a group with the flag `muon` takes the step lr 0.2 sqrt(max(A, B)) U V^T, where U
+S V^T is its momentum. Its entries then have the size that AdamW's updates have, so a rate that
+suits AdamW suits it (Liu et al., 2025, arXiv 2502.16982).
 """
 
 import math
@@ -22,22 +23,26 @@ MOMENT = "momentum"  # the state of a matrix
 class Muon(torch.optim.Optimizer):
     """Muon for the parameters of groups with `muon` true, fused AdamW for those of other groups.
 
-    Like fused AdamW, it skips a step on the device, without waiting for it, when its `found_inf` is 1.
+    Like fused AdamW, it skips a step on the device, without waiting for it, when its `found_inf` is
+    1.
 
     Args:
         groups: each with `params`, `lr`, `weight_decay` and `muon`.
-        parts: how many matrices lie one below the other in a parameter, by its id; 1 for others. Leading dimensions of
-            a parameter are separate matrices anyway.
+        parts: how many matrices lie one below the other in a parameter, by its id; 1 for others.
+            Leading dimensions of a parameter are separate matrices anyway.
         betas: of AdamW.
     """
 
     found_inf: Tensor
 
-    def __init__(self, groups: list[dict[str, Any]], parts: dict[int, int], betas: tuple[float, float]):
+    def __init__(
+        self, groups: list[dict[str, Any]], parts: dict[int, int], betas: tuple[float, float]
+    ):
         super().__init__(groups, {"betas": betas, "eps": 1e-8})
         self.parts = parts
         others = [group for group in self.param_groups if not group["muon"]]
-        self.adamw = torch.optim.AdamW(others, betas=betas, fused=True)  # it shares these groups, and so their rates
+        # it shares these groups, and so their rates
+        self.adamw = torch.optim.AdamW(others, betas=betas, fused=True)
         self.adamw.state = self.state
 
     @torch.no_grad()
@@ -58,27 +63,36 @@ class Muon(torch.optim.Optimizer):
             after = torch.where(skipped, before, before.lerp(gradients, 1 - MOMENTUM))
             direction = orthogonalised(gradients.lerp(after, MOMENTUM))
 
-            # the step, or nothing if the step is skipped: a product with 0 would keep what is not finite
+            # the step, or nothing if the step is skipped: a product with 0 would keep what is not
+            # finite
             scale = 0.2 * math.sqrt(max(direction.shape[-2:]))
-            update = group["lr"] * (scale * direction + group["weight_decay"] * torch.cat([w for w, _, _ in pieces]))
+            update = group["lr"] * (
+                scale * direction + group["weight_decay"] * torch.cat([w for w, _, _ in pieces])
+            )
             update = torch.where(skipped, 0.0, update)
             moved += update.square().sum()
 
             sizes = [len(weights) for weights, _, _ in pieces]
-            for (weights, moment, _), new, moves in zip(pieces, after.split(sizes), update.split(sizes)):
+            for (weights, moment, _), new, moves in zip(
+                pieces, after.split(sizes), update.split(sizes)
+            ):
                 moment.copy_(new)
                 weights.sub_(moves)
         group["moved"] = moved
 
     def _by_shape(self, group: dict[str, Any]) -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
-        """Weights, momentum and gradient of each parameter as matrices (n, A, B), those of one shape together."""
+        """Weights, momentum and gradient of each parameter as matrices (n, A, B), those of one
+        shape together.
+        """
         shapes: dict[torch.Size, list] = defaultdict(list)
         for p in group["params"]:
             if p.grad is None:
                 continue
             if not self.state[p]:
                 self.state[p][MOMENT] = torch.zeros_like(p)
-            pieces = tuple(self._matrices(p, tensor) for tensor in (p, self.state[p][MOMENT], p.grad))
+            pieces = tuple(
+                self._matrices(p, tensor) for tensor in (p, self.state[p][MOMENT], p.grad)
+            )
             shapes[pieces[0].shape[1:]].append(pieces)
         yield from shapes.values()
 
@@ -89,7 +103,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """About U V^T of matrices (n, A, B) = U S V^T, by Newton and Schulz: singular values come to lie in 0.7 to 1.2.
+    """About U V^T of matrices (n, A, B) = U S V^T, by Newton and Schulz: singular values come to
+    lie in 0.7 to 1.2.
 
     On a GPU it computes in bfloat16, as Muon's authors do. A matrix of zeros stays one.
     """

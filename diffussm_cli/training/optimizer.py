@@ -13,7 +13,8 @@ from diffussm_cli.training.muon import Muon
 
 
 def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | Muon:
-    """Fused AdamW over `parameter_groups`, or Muon for the matrices of the blocks and AdamW for all others.
+    """Fused AdamW over `parameter_groups`, or Muon for the matrices of the blocks and AdamW for all
+    others.
 
     Either skips a step on the device when its `found_inf` is 1.
     """
@@ -31,16 +32,28 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
             chosen = [p for p in group["params"] if id(p) in inside and p.ndim < 4]
             group["params"] = [p for p in group["params"] if not (id(p) in inside and p.ndim < 4)]
             muon.append({**group, "name": "muon", "params": chosen, "muon": True})
-    parts = {id(module.weight): module.parts for module in model.modules() if isinstance(module, StackedLinear)}
+    parts = {
+        id(module.weight): module.parts
+        for module in model.modules()
+        if isinstance(module, StackedLinear)
+    }
     return Muon([*groups, *muon], parts, betas)
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a capped rate."""
-    ssm = {id(p) for module in model.modules() if isinstance(module, StateSpace) for p in module.parameters()}
+    """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a
+    capped rate.
+    """
+    ssm = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, StateSpace)
+        for p in module.parameters()
+    }
     groups: dict[str, list] = {"matrices": [], "vectors": [], "ssm": []}
     for name, p in model.named_parameters():
-        is_vector = p.ndim < 2 or name.endswith("bias")  # the hourglass keeps M biases in one tensor
+        # the hourglass keeps M biases in one tensor
+        is_vector = p.ndim < 2 or name.endswith("bias")
         groups["ssm" if id(p) in ssm else "vectors" if is_vector else "matrices"].append(p)
     rates = {"matrices": config.lr, "vectors": config.lr, "ssm": min(config.lr, config.ssm_lr)}
     decays = {"matrices": config.weight_decay, "vectors": 0.0, "ssm": 0.0}
@@ -52,7 +65,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
-    """Multiplier of the peak learning rate at optimiser step `step` (0, 1, ...): warm-up, then the chosen decay."""
+    """Multiplier of the peak learning rate at optimiser step `step` (0, 1, ...): warm-up, then the
+    chosen decay.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)

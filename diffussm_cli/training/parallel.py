@@ -1,4 +1,6 @@
-"""Train one model in several processes, replicated (DDP) or sharded (FSDP2), and gather sharded tensors."""
+"""Train one model in several processes, replicated (DDP) or sharded (FSDP2), and gather sharded
+tensors.
+"""
 
 import contextlib
 import warnings
@@ -19,13 +21,16 @@ from diffussm_cli.model.mixer import StateSpace
 def compile_model(model: Backbone) -> None:
     """Compile the forward and backward pass of a model's blocks at their first call.
 
-    Call it before `replicate` or `shard`, and after copying the model. Blocks of one kind share a graph. In a sharded
-    model a block has a graph for each of its units, because FSDP2 gathers parameters between them.
+    Call it before `replicate` or `shard`, and after copying the model. Blocks of one kind share a
+    graph. In a sharded model a block has a graph for each of its units, because FSDP2 gathers
+    parameters between them.
     """
     if torch.__version__ < (2, 7):  # type: ignore[operator]
         # DDP's graph splitter of these versions rejects graphs with a torch.autograd.Function.
         torch._dynamo.config.optimize_ddp = False
-    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
+    warnings.filterwarnings(
+        "ignore", "Torchinductor does not support code generation for complex operators"
+    )
     model.compile_blocks()
 
 
@@ -47,8 +52,12 @@ def shard(model: Backbone, world: World, device: torch.device, dtype: torch.dtyp
     Dense layers are gathered in `dtype`. Each SSM is a separate unit, always in float32.
     """
     mesh = init_device_mesh(device.type, (world.size,))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    exact = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in model.modules():
         if isinstance(module, StateSpace):
             fully_shard(module, mesh=mesh, mp_policy=exact)
@@ -58,9 +67,11 @@ def shard(model: Backbone, world: World, device: torch.device, dtype: torch.dtyp
 
 
 def last_part_only(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-    """A context for forward and backward of one part of a batch; only the last part synchronises gradients.
+    """A context for forward and backward of one part of a batch; only the last part synchronises
+    gradients.
 
-    Between the parts FSDP2 keeps the gathered parameters, which do not change before the optimiser's step.
+    Between the parts FSDP2 keeps the gathered parameters, which do not change before the
+    optimiser's step.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
@@ -73,7 +84,9 @@ def last_part_only(model: nn.Module, last: bool) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def views_are_fine() -> Iterator[None]:
-    """Silence FSDP2's warning about units that return views; it concerns in-place changes, which our blocks avoid."""
+    """Silence FSDP2's warning about units that return views; it concerns in-place changes, which
+    our blocks avoid.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         yield
@@ -98,7 +111,11 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """Move a full tensor to the device of `like`, and shard it if `like` is sharded."""
     value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+    return (
+        distribute_tensor(value, like.device_mesh, like.placements)
+        if isinstance(like, DTensor)
+        else value
+    )
 
 
 def load_full(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -63,7 +63,9 @@ class Previews:
         sampling = config.sample
         if not last:
             steps = min(config.train.sample_steps, config.diffusion.timesteps)
-            sampling = dataclasses.replace(sampling, sampler=SAMPLERS[config.diffusion.objective][0], steps=steps)
+            sampling = dataclasses.replace(
+                sampling, sampler=SAMPLERS[config.diffusion.objective][0], steps=steps
+            )
         sampler = Sampler(model, config, sampling, self.decoding, dtype=self.step.dtype)
 
         # One class per column, or one caption per image.

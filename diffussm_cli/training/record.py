@@ -29,7 +29,8 @@ QUARTERS = 4
 
 
 class Meter:
-    """Means since the last flush over all processes, summed on the device so that no step waits for the host.
+    """Means since the last flush over all processes, summed on the device so that no step waits for
+    the host.
 
     Skipped steps do not count.
     """
@@ -49,7 +50,8 @@ class Meter:
 
     def add(self, losses: dict[str, Tensor], t: Tensor) -> None:
         """Add the losses per image, (B,), and the timesteps, (B,), of one part of a step."""
-        quarter = torch.nn.functional.one_hot((t * QUARTERS // self.T).long(), QUARTERS).float()  # (B, 4)
+        # (B, 4)
+        quarter = torch.nn.functional.one_hot((t * QUARTERS // self.T).long(), QUARTERS).float()
         part = {name: loss.detach().float().sum() for name, loss in losses.items()}
         part |= {
             "quarters": losses["mse"].detach().float() @ quarter,
@@ -89,7 +91,8 @@ class Meter:
         quarters = (sums.pop("quarters") / sums.pop("in_quarters")).tolist()
         norm = (sums.pop("grad_norm") / steps).item()
         means = {name: (value / images).item() for name, value in sums.items()}
-        means |= {f"mse_q{i + 1}": q for i, q in enumerate(quarters) if q == q}  # an empty quarter has no mean
+        # an empty quarter has no mean
+        means |= {f"mse_q{i + 1}": q for i, q in enumerate(quarters) if q == q}
 
         seconds = time.perf_counter() - self.since - self.pause
         means |= {"grad_norm": norm, "images_per_second": self.images * self.world.size / seconds}
@@ -98,7 +101,8 @@ class Meter:
 
 
 class RecordWriter:
-    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, records after `step` are dropped.
+    """Appends records to RUN/metrics.jsonl and RUN/tensorboard; on resume, records after `step` are
+    dropped.
 
     Damaged files are renamed and replaced by new ones; `warnings` tells the user. `tracker` gets
     the numbers too.
@@ -133,20 +137,29 @@ class RecordWriter:
         names = (path.with_name(f"{path.name}.damaged-{i}") for i in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         path.rename(aside)
-        self.warnings.append(f"{path} is damaged; it was renamed to {aside.name}, and a new one begins")
+        self.warnings.append(
+            f"{path} is damaged; it was renamed to {aside.name}, and a new one begins"
+        )
 
     def write(self, record: dict) -> None:
         """Write a record.
 
         Raises RunError, naming the run folder, also for earlier records in TensorBoard's thread.
         """
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        plain = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
         with writing(str(self.root)):
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
-            numbers = {k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))}
+            numbers = {
+                k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))
+            }
             for name, value in numbers.items():
-                self.board.add_scalar(name if "/" in name else f"train/{name}", value, record["step"])
+                self.board.add_scalar(
+                    name if "/" in name else f"train/{name}", value, record["step"]
+                )
             if self.tracker:
                 self.tracker.log(numbers, step=record["step"])
 
@@ -164,7 +177,9 @@ def quiet_threads() -> Iterator[None]:
     again.
     """
     before = threading.excepthook
-    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    threading.excepthook = lambda args: (
+        None if isinstance(args.exc_value, OSError) else before(args)
+    )
     try:
         yield
     finally:
@@ -172,7 +187,8 @@ def quiet_threads() -> Iterator[None]:
 
 
 def open_tracker(config: Config, root: Path) -> Any:
-    """The run of Weights & Biases or trackio that `train.logger` asks for, begun or continued; None for TensorBoard.
+    """The run of Weights & Biases or trackio that `train.logger` asks for, begun or continued; None
+    for TensorBoard.
 
     Raises:
         ConfigError: if the package is missing or refuses to begin.
@@ -183,14 +199,21 @@ def open_tracker(config: Config, root: Path) -> Any:
         return None
     try:
         package = importlib.import_module(name)
-        unique = f"{root.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"  # the same on resume
+        # the same on resume
+        unique = f"{root.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
         options = {"id": unique, "dir": place} if name == "wandb" else {}
         with contextlib.redirect_stdout(sys.stderr):
-            return package.init(project="diffussm", name=unique, resume="allow", config=to_dict(config), **options)
+            return package.init(
+                project="diffussm", name=unique, resume="allow", config=to_dict(config), **options
+            )
     except ImportError as e:
         raise ConfigError(f"train.logger: {name} is not installed: {install(name)}") from e
     except Exception as e:  # each package has its own errors
-        remedy = "log in, or set WANDB_MODE=offline" if name == "wandb" else "or leave train.logger at tensorboard"
+        remedy = (
+            "log in, or set WANDB_MODE=offline"
+            if name == "wandb"
+            else "or leave train.logger at tensorboard"
+        )
         raise ConfigError(f"train.logger: {name} cannot begin: {reason(e)}; {remedy}") from e
 
 

@@ -168,7 +168,9 @@ def _train_in(
     return TrainingResult(root, trainer.step.number, steps, processes=world.size)
 
 
-def _steps(trainer: Trainer, writer: RecordWriter | None, stop: Callable[[], bool]) -> Generator[Event, None, None]:
+def _steps(
+    trainer: Trainer, writer: RecordWriter | None, stop: Callable[[], bool]
+) -> Generator[Event, None, None]:
     """Run the loop. The first process, which has the writer, writes the log and the report."""
     config = trainer.config
     first = trainer.step.number
@@ -252,11 +254,17 @@ def _prepare(
         if checkpoint is not None and world.rank == 0:
             if (root / runs.CONFIG).exists():
                 before = runs.read_data(root)
-                moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
+                moved = (
+                    before is not None
+                    and bool(facts["sha256"])
+                    and before["sha256"] == facts["sha256"]
+                )
                 changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
-                yield Message(f"{root / runs.CONFIG} was missing; it will be written again from this command line")
+                yield Message(
+                    f"{root / runs.CONFIG} was missing; it will be written again from this command line"
+                )
             runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
 
     trainer = Trainer(config, source, root, world)
@@ -286,9 +294,12 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     old, new = to_dict(saved), to_dict(config)
     for values in (old["data"], new["data"]):
         values["vae"] = values["vae"] and full_name(values["vae"])
-    old["data"]["vae_sha256"] = old["data"]["vae_sha256"] or new["data"]["vae_sha256"]  # not known to earlier versions
+    # not known to earlier versions
+    old["data"]["vae_sha256"] = old["data"]["vae_sha256"] or new["data"]["vae_sha256"]
     harmless = [("data", "skip_unreadable"), *([("data", "path")] if moved else [])]
-    fixed = [(s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless]
+    fixed = [
+        (s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless
+    ]
     for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:
         was, now = old[section][name], new[section][name]
         if was != now:
@@ -300,4 +311,7 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     values = [(s, f, old[s][f], new[s][f]) for s, f in free]
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
     added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
-    return changes + [f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}" for decay in added]
+    return changes + [
+        f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}"
+        for decay in added
+    ]

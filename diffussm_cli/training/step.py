@@ -169,7 +169,9 @@ class Step:
         with torch.device("meta"):  # initial weights would take as long as the drawing
             model = build_model(self.config)
         model.materialize(self.device)
-        model.load_state_dict({name: full_tensor(tensor) for name, tensor in average.state_dict().items()})
+        model.load_state_dict(
+            {name: full_tensor(tensor) for name, tensor in average.state_dict().items()}
+        )
         return model.eval().requires_grad_(False)
 
     def averages_by_file(self, first: str) -> dict[str, dict[str, Tensor]]:

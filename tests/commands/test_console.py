@@ -18,7 +18,9 @@ def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
             advance(10)
             advance(10)
         monkeypatch.undo()
-        said = [line for line in capsys.readouterr().err.splitlines(keepends=True) if "more" in line]
+        said = [
+            line for line in capsys.readouterr().err.splitlines(keepends=True) if "more" in line
+        ]
         assert said == ([words] if words else [])
     lengths = {
         13: "13 s",
@@ -35,7 +37,9 @@ def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
 def followed(events, value=None):
     """What `follow` gives, and what it shows, line by line, on a console that is no terminal."""
     shown = io.StringIO()
-    shown_on = rich.console.Console(file=shown, markup=False, emoji=False, highlight=False, soft_wrap=True)
+    shown_on = rich.console.Console(
+        file=shown, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
     def session():
         yield from events
@@ -70,8 +74,13 @@ def test_without_a_terminal_a_record_is_a_line_after_the_warning_of_skipped_step
 
 
 def test_only_what_controls_a_terminal_is_escaped():
-    """Letters, accents, full-width spaces and line breaks stay; escapes, bells and reversals of writing do not."""
-    assert console.printable("caf\u00e9 \u6f22\u3000\u5b57\n\tx") == "caf\u00e9 \u6f22\u3000\u5b57\n\tx"
+    """Letters, accents, full-width spaces and line breaks stay; escapes, bells and reversals of
+    writing do not.
+    """
+    assert (
+        console.printable("caf\u00e9 \u6f22\u3000\u5b57\n\tx")
+        == "caf\u00e9 \u6f22\u3000\u5b57\n\tx"
+    )
     assert console.printable("\x1b[2J\x07\r\x9b\u202ea\udce9") == r"\x1b[2J\x07\r\x9b\u202ea\udce9"
 
 

@@ -28,16 +28,22 @@ from diffussm_cli.errors import ConfigError
 )
 def test_classes_by_name_by_label_and_by_range(text, labels):
     names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
-    config = config_from_dict({}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"})
+    config = config_from_dict(
+        {}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"}
+    )
     assert parse_classes(text, config) == tuple(labels)
 
 
-@pytest.mark.parametrize(("text", "size"), [("256", (256, 256)), ("256x384", (256, 384)), ("9999", (9999, 9999))])
+@pytest.mark.parametrize(
+    ("text", "size"), [("256", (256, 256)), ("256x384", (256, 384)), ("9999", (9999, 9999))]
+)
 def test_sizes_are_height_and_width(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "0", "x", "8x", "8x0", "10000", "8X8", "-8", "8.0", " 8", "8x8x8", "\u0668"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "x", "8x", "8x0", "10000", "8X8", "-8", "8.0", " 8", "8x8x8", "\u0668"]
+)
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ConfigError, match="^--resolution: "):
         parse_size(text)
@@ -62,8 +68,14 @@ def test_overrides_change_sampling_as_those_of_train_do():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.lr=1", "--set: 'train.lr' does not change how a run draws; fields such as sample.steps do"),
-        ("sample.prompts=a", "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts"),
+        (
+            "train.lr=1",
+            "--set: 'train.lr' does not change how a run draws; fields such as sample.steps do",
+        ),
+        (
+            "sample.prompts=a",
+            "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts",
+        ),
         ("sample.stepps=3", "unknown field sample.stepps; did you mean 'sample.steps'?"),
         ("sample.steps=0", "sample.steps: 0 must be at least 1"),
     ],
@@ -79,7 +91,9 @@ def test_balanced_is_all_classes_once_and_not_with_others():
     assert parse_classes(None, config, balanced=True) == tuple(range(10))
     unconditional = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
     for text, wrong in (("3", config), (None, unconditional)):
-        with pytest.raises(ConfigError, match="^--balanced: needs a class-conditional model, and no --classes"):
+        with pytest.raises(
+            ConfigError, match="^--balanced: needs a class-conditional model, and no --classes"
+        ):
             parse_classes(text, wrong, balanced=True)
 
 

@@ -1,4 +1,6 @@
-"""Signals: from the first step on they ask for an end, before it and afterwards they are as they were."""
+"""Signals: from the first step on they ask for an end, before it and afterwards they are as they
+were.
+"""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,9 @@ def before():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
+)
 def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
     with stopping() as stop:
         assert handlers() == before  # nothing is lost yet: a signal may end the process

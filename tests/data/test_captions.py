@@ -31,7 +31,15 @@ def captions(root):
 
 
 def test_text_files_beside_images_hold_one_caption_per_line(tmp_path):
-    write(tmp_path, {"a/1.png": None, "a/1.txt": b"a cat\n\n  a cat \ncats\n", "b/2.png": None, "b/2.txt": b" \n"})
+    write(
+        tmp_path,
+        {
+            "a/1.png": None,
+            "a/1.txt": b"a cat\n\n  a cat \ncats\n",
+            "b/2.png": None,
+            "b/2.txt": b" \n",
+        },
+    )
     assert captions(tmp_path) == {"a/1.png": ("a cat", "cats")}
 
 
@@ -41,7 +49,9 @@ def test_metadata_takes_the_place_of_text_files(tmp_path):
     content = "\n".join(json.dumps(line) for line in lines).encode()
     write(tmp_path, {"1.png": None, "2.png": None, "2.txt": b"two", METADATA: content})
     left_out = []
-    assert read_captions(list_source(tmp_path), left_out=left_out) == {"1.png": ("one", "uno", "ein")}
+    assert read_captions(list_source(tmp_path), left_out=left_out) == {
+        "1.png": ("one", "uno", "ein")
+    }
     assert left_out == [
         (1, "file", "beside a metadata.jsonl, which is read instead", "2.txt"),
         (1, "caption", "of no image in the source", "gone.png"),
@@ -60,7 +70,8 @@ def test_shards_hold_text_and_json_beside_images(tmp_path):
     assert captions(tmp_path) == whole
     assert captions(tmp_path / "0.tar") == whole
     content = (tmp_path / "0.tar").read_bytes()
-    (tmp_path / "0.tar").write_bytes(content[: content.index(b"2.json") + 100])  # cut within a header
+    # cut within a header
+    (tmp_path / "0.tar").write_bytes(content[: content.index(b"2.json") + 100])
     assert captions(tmp_path) == {"0.tar/1.png": ("one", "uno")}
 
 
@@ -68,11 +79,19 @@ def test_shards_hold_text_and_json_beside_images(tmp_path):
     ("name", "content", "problem"),
     [
         ("1.txt", b"\xff\xfe", "1.txt: cannot be read: it is not UTF-8 text"),
-        ("1.txt", b"x" * (MAX_TEXT_BYTES + 1), f"1.txt: cannot be read: it has more than {MAX_TEXT_BYTES} bytes"),
+        (
+            "1.txt",
+            b"x" * (MAX_TEXT_BYTES + 1),
+            f"1.txt: cannot be read: it has more than {MAX_TEXT_BYTES} bytes",
+        ),
         (METADATA, b"\xff", f"{METADATA}: cannot be read: it is not UTF-8 text"),
         (METADATA, b'\n{"file_name": 3}', f"{METADATA}: line 2: is not an object with"),
         (METADATA, b"{", f"{METADATA}: line 1: Expecting"),
-        (METADATA, b'{"file_name": "1.png", "text": [4]}', f"{METADATA}: line 1: a caption must be text, not 4"),
+        (
+            METADATA,
+            b'{"file_name": "1.png", "text": [4]}',
+            f"{METADATA}: line 1: a caption must be text, not 4",
+        ),
         (METADATA, b"[" * 100_000, f"{METADATA}: line 1: it is nested too deeply"),
     ],
 )
@@ -84,12 +103,17 @@ def test_a_damaged_file_is_named(tmp_path, name, content, problem):
 
 
 def test_metadata_is_found_below_and_names_what_lies_beside_it(tmp_path):
-    """Each folder may have its own, as in Hugging Face's imagefolder; others have files of captions."""
+    """Each folder may have its own, as in Hugging Face's imagefolder; others have files of
+    captions.
+    """
     cat = [{"file_name": "1.png", "text": "a cat"}, {"file_name": "./sub/2.png", "text": "another"}]
     cat += [{"file_name": "9.png", "text": "gone"}]
     content = "\n".join(json.dumps(line) for line in cat).encode()
     images = dict.fromkeys(["cat/1.png", "cat/sub/2.png", "dog/1.png"])
-    write(tmp_path, {**images, f"cat/{METADATA}": content, "cat/1.txt": b"not this", "dog/1.txt": b"a dog"})
+    write(
+        tmp_path,
+        {**images, f"cat/{METADATA}": content, "cat/1.txt": b"not this", "dog/1.txt": b"a dog"},
+    )
     found, left_out = list_source(tmp_path), []
     expected = {"cat/1.png": ("a cat",), "cat/sub/2.png": ("another",), "dog/1.png": ("a dog",)}
     assert read_captions(found, left_out=left_out) == expected
@@ -102,9 +126,17 @@ def test_metadata_is_found_below_and_names_what_lies_beside_it(tmp_path):
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     """Notepad begins every file with one."""
     mark = b"\xef\xbb\xbf"
-    members = {"3.png": png(), "3.txt": mark + b"three", "4.png": png(), "4.json": mark + b'{"text": "four"}'}
+    members = {
+        "3.png": png(),
+        "3.txt": mark + b"three",
+        "4.png": png(),
+        "4.json": mark + b'{"text": "four"}',
+    }
     write(tmp_path / "flat", {"1.png": None, "1.txt": mark + b"one"})
-    write(tmp_path / "described", {"2.png": None, METADATA: mark + b'{"file_name": "2.png", "text": "two"}'})
+    write(
+        tmp_path / "described",
+        {"2.png": None, METADATA: mark + b'{"file_name": "2.png", "text": "two"}'},
+    )
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in members.items():
             member = tarfile.TarInfo(name)

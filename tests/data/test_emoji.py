@@ -11,7 +11,11 @@ from diffussm_cli.errors import ConfigError, DataError
 
 def test_eighty_names_and_four_percent_of_the_rest_are_held_out(emoji):
     part = split_emoji(emoji)
-    assert {p: int((part == p).sum()) for p in (TRAINING, PAIR, NAME)} == {TRAINING: 422, PAIR: 18, NAME: 160}
+    assert {p: int((part == p).sum()) for p in (TRAINING, PAIR, NAME)} == {
+        TRAINING: 422,
+        PAIR: 18,
+        NAME: 160,
+    }
     names = {p: set(emoji.names[part == p].tolist()) for p in (TRAINING, PAIR, NAME)}
     assert len(names[NAME]) == 80
     assert not names[NAME] & (names[TRAINING] | names[PAIR])
@@ -24,7 +28,11 @@ def test_the_split_is_the_same_every_time_and_takes_both_styles(emoji):
     part = split_emoji(emoji)
     assert np.array_equal(part, split_emoji(read_emoji()))
     assert set(emoji.styles[part == PAIR]) == {"google", "twitter"}
-    assert np.unique(emoji.names[part == NAME])[:3].tolist() == ["thing 0", "thing 102", "thing 105"]
+    assert np.unique(emoji.names[part == NAME])[:3].tolist() == [
+        "thing 0",
+        "thing 102",
+        "thing 105",
+    ]
 
 
 def test_a_name_of_one_style_is_held_out_as_a_name_or_not_at_all(emoji):
@@ -54,10 +62,16 @@ def test_emoji_are_loaded_with_names_and_captions(emoji):
 
 
 def test_unsuitable_requests_and_files_are_one_line(emoji):
-    with pytest.raises(ConfigError, match="builtin:emoji is 32x32 with data.channels 3, not 32x32 with 1"):
+    with pytest.raises(
+        ConfigError, match="builtin:emoji is 32x32 with data.channels 3, not 32x32 with 1"
+    ):
         builtin.load("emoji", (32, 32), 1)
     again = "emoji.npz does not hold emoji; run again: python tools/fetch_emoji.py"
-    for change in ({"images": emoji.images[:9]}, {"names": np.arange(600)}, {"captions": emoji.captions[:, 0]}):
+    for change in (
+        {"images": emoji.images[:9]},
+        {"names": np.arange(600)},
+        {"captions": emoji.captions[:, 0]},
+    ):
         np.savez(emoji_file(), **emoji._asdict() | change)
         with pytest.raises(DataError, match=again):
             read_emoji()
@@ -68,5 +82,7 @@ def test_unsuitable_requests_and_files_are_one_line(emoji):
     with pytest.raises(DataError, match="emoji.npz: cannot be read as .npz"):
         read_emoji()
     emoji_file().unlink()
-    with pytest.raises(DataError, match="builtin:emoji is not at .*emoji.npz; run: python tools/fetch_emoji.py"):
+    with pytest.raises(
+        DataError, match="builtin:emoji is not at .*emoji.npz; run: python tools/fetch_emoji.py"
+    ):
         read_emoji()

@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 
 from diffussm_cli.data import images
-from diffussm_cli.data.images import centre_crop, coins, read_image, save_grid, to_model_space, to_uint8
+from diffussm_cli.data.images import (
+    centre_crop,
+    coins,
+    read_image,
+    save_grid,
+    to_model_space,
+    to_uint8,
+)
 from diffussm_cli.errors import DataError, NotFiniteError
 
 
@@ -38,16 +45,22 @@ def test_flips_follow_the_generators():
 
 
 def test_centre_crop_equals_adm():
-    """ADM's arithmetic, written out for a square: box-halve while twice too large, then bicubic, then the middle."""
+    """ADM's arithmetic, written out for a square: box-halve while twice too large, then bicubic,
+    then the middle.
+    """
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 135, 3), dtype=np.uint8))
     expected = image
     while min(*expected.size) >= 2 * 32:
-        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+        expected = expected.resize(
+            (expected.width // 2, expected.height // 2), Image.Resampling.BOX
+        )
     scale = 32 / min(*expected.size)
     size = (round(expected.width * scale), round(expected.height * scale))
     array = np.asarray(expected.resize(size, Image.Resampling.BICUBIC))
     top, left = (array.shape[0] - 32) // 2, (array.shape[1] - 32) // 2
-    assert np.array_equal(np.asarray(centre_crop(image, (32, 32))), array[top : top + 32, left : left + 32])
+    assert np.array_equal(
+        np.asarray(centre_crop(image, (32, 32))), array[top : top + 32, left : left + 32]
+    )
 
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (1, 1), (33, 64), (640, 480)])
@@ -92,10 +105,14 @@ def test_bad_images_are_named(tmp_path, monkeypatch):
 
 
 def png(pixels, bits, transparent=None):
-    """A PNG of grey (height, width) or RGB (height, width, 3) values, of a transparent colour, written by hand."""
+    """A PNG of grey (height, width) or RGB (height, width, 3) values, of a transparent colour,
+    written by hand.
+    """
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width = pixels.shape[:2]
     rows = np.asarray(pixels, ">u2").reshape(height, -1)
@@ -105,7 +122,9 @@ def png(pixels, bits, transparent=None):
         parts = (rows[:, :, None] >> np.arange(bits)[::-1]) & 1
         packed = [np.packbits(row).tobytes() for row in parts.reshape(height, -1).astype(np.uint8)]
     head = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    colour = b"" if transparent is None else chunk(b"tRNS", np.asarray(transparent, ">u2").tobytes())
+    colour = (
+        b"" if transparent is None else chunk(b"tRNS", np.asarray(transparent, ">u2").tobytes())
+    )
     image = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + colour + image + chunk(b"IEND", b"")
 
@@ -125,7 +144,10 @@ def test_transparent_colour_of_rgb_becomes_white_and_its_neighbours_do_not(tmp_p
     unit = 2 ** (bits - 8)
     colour, neighbour = (3 * unit, 7 * unit, 200 * unit), (3 * unit + 1, 7 * unit, 200 * unit)
     (tmp_path / "x.png").write_bytes(png(np.array([[colour, neighbour]] * 2), bits, colour))
-    assert read_image(tmp_path / "x.png", None, 3)[0].tolist() == [[255] * 3, [neighbour[0] // unit, 7, 200]]
+    assert read_image(tmp_path / "x.png", None, 3)[0].tolist() == [
+        [255] * 3,
+        [neighbour[0] // unit, 7, 200],
+    ]
 
 
 def tiff(values, bits, photometric=1, sample_format=1):
@@ -133,12 +155,26 @@ def tiff(values, bits, photometric=1, sample_format=1):
     height, width = values.shape
     if bits == 12:
         ones = (values[:, :, None] >> np.arange(12)[::-1]) & 1
-        data = b"".join(np.packbits(row).tobytes() for row in ones.reshape(height, -1).astype(np.uint8))
+        data = b"".join(
+            np.packbits(row).tobytes() for row in ones.reshape(height, -1).astype(np.uint8)
+        )
     else:
         data = values.astype({16: "<u2", 32: "<u4"}[bits]).tobytes()
-    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    tags = {
+        256: width,
+        257: height,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: height,
+        279: len(data),
+    }
     tags |= {339: sample_format}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())
+    )
     directory = struct.pack("<H", len(tags)) + entries + bytes(4)
     return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + directory
 
@@ -156,7 +192,9 @@ def test_grey_of_a_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
 @pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2)])
 def test_grey_without_a_standard_range_is_refused(tmp_path, bits, sample_format):
     (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 2), 300), bits, sample_format=sample_format))
-    with pytest.raises(DataError, match="signed pixels, and those of more than 16 bits, have no standard range"):
+    with pytest.raises(
+        DataError, match="signed pixels, and those of more than 16 bits, have no standard range"
+    ):
         read_image(tmp_path / "x.tif", None, 1)
 
 
@@ -174,7 +212,10 @@ def test_sixteen_bits_are_turned_upright(tmp_path):
 def test_narrow_images_do_not_unfold(tmp_path, width, height):
     content = io.BytesIO()
     Image.new("1", (width, height)).save(content, "PNG")
-    with pytest.raises(DataError, match=rf"x.png: .*{width}x{height} pixels become .* more than the limit of 67108864"):
+    with pytest.raises(
+        DataError,
+        match=rf"x.png: .*{width}x{height} pixels become .* more than the limit of 67108864",
+    ):
         read_image(tmp_path / "x.png", (64, 64), 3, content)
 
 
@@ -213,7 +254,9 @@ def test_grid_places_every_image(tmp_path, channels):
 
 
 def test_titles_stand_above_their_images(tmp_path):
-    """Small images are enlarged to hold two lines; the second title is dark on white, the first is empty."""
+    """Small images are enlarged to hold two lines; the second title is dark on white, the first is
+    empty.
+    """
     pixels = torch.full((2, 3, 50, 50), 77, dtype=torch.uint8)
     save_grid(pixels, tmp_path / "grid.png", 2, ["", "a very long title " * 20])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))

@@ -48,12 +48,22 @@ def make_source(root):
 
 
 def make_encoder(folder, flip=True, workers=0, target=None):
-    """An Encoder from folder/images to folder/store, or `target`, with shards of 4 and batches of 3."""
+    """An Encoder from folder/images to folder/store, or `target`, with shards of 4 and batches of
+    3.
+    """
     listing = list_source(folder / "images")
     vae = load_vae(read_facts(str(folder / "vae")), torch.device("cpu"))
     f = vae.facts
     settings = StoreSettings(
-        *(listing.sha256(), N, listing.class_names, SIZE, f.name, f.config_sha256, vae.weights_sha256),
+        *(
+            listing.sha256(),
+            N,
+            listing.class_names,
+            SIZE,
+            f.name,
+            f.config_sha256,
+            vae.weights_sha256,
+        ),
         *(f.channels, f.downsample, f.scale, f.shift, flip, "fp32", 3, 4),
     )
     return Encoder(listing, settings, target or folder / "store", vae, workers)
@@ -99,7 +109,7 @@ def generators(n):
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
 
-# ------------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 def test_store_holds_the_posterior_of_every_image(whole):
     tensors = [load_file(whole.store / f"shard-{i:05d}.safetensors") for i in range(3)]
     joined = {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
@@ -107,7 +117,9 @@ def test_store_holds_the_posterior_of_every_image(whole):
     assert joined["label"].tolist() == [0] * 6 + [1] * 5
     assert joined["readable"].tolist() == [int(i != BROKEN) for i in range(N)]
     for i, entry in enumerate(whole.listing.entries):
-        stored = {name: joined[name][i].float() for name in joined if name.startswith(("mean", "std"))}
+        stored = {
+            name: joined[name][i].float() for name in joined if name.startswith(("mean", "std"))
+        }
         if i == BROKEN:
             assert not any(t.any() for t in stored.values())
             continue
@@ -132,9 +144,15 @@ def test_manifest_and_records_describe_the_store(whole):
     broken = {"index": 5, "file": "cat/05.png", "reason": reason}
     assert [r["skipped"] for r in records] == [[], [broken], []]
     shards = [whole.store / f"shard-{i:05d}.safetensors" for i in range(3)]
-    assert [r["sha256"] for r in records] == [hashlib.sha256(p.read_bytes()).hexdigest() for p in shards]
+    assert [r["sha256"] for r in records] == [
+        hashlib.sha256(p.read_bytes()).hexdigest() for p in shards
+    ]
     ignored = json.loads((whole.store / "ignored.jsonl").read_text())
-    assert ignored == {"index": None, "file": "dog/notes.txt", "reason": "not an image by its name or first bytes"}
+    assert ignored == {
+        "index": None,
+        "file": "dog/notes.txt",
+        "reason": "not an image by its name or first bytes",
+    }
 
 
 def test_without_flips_half_the_bytes(whole, tmp_path):
@@ -144,7 +162,9 @@ def test_without_flips_half_the_bytes(whole, tmp_path):
     write_store(encoder)
     names = set(load_file(encoder.store / "shard-00000.safetensors"))
     assert names == {"index", "label", "mean", "std", "readable"}
-    with pytest.raises(DataError, match="data.flip: true, but .* was made with --no-flip; --set data.flip=false"):
+    with pytest.raises(
+        DataError, match="data.flip: true, but .* was made with --no-flip; --set data.flip=false"
+    ):
         LatentStore(encoder.store, flip=True)
     assert len(LatentStore(encoder.store, flip=False)) == N - 1
 
@@ -160,13 +180,16 @@ def test_latents_that_are_not_finite_are_skipped(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(whole.vae, "encode", broken)
     encoder = dataclasses.replace(whole, store=tmp_path / "store")
     write_store(encoder)
-    skipped = [image for record in read_store(encoder.store, "x").records for image in record.skipped]
-    assert [s.index for s in skipped] == [0, 3, 4, 5, 7, 8]  # the first of each batch, and the broken one
+    skipped = [
+        image for record in read_store(encoder.store, "x").records for image in record.skipped
+    ]
+    # the first of each batch, and the broken one
+    assert [s.index for s in skipped] == [0, 3, 4, 5, 7, 8]
     assert skipped[0].reason == "its latents are not finite in float16"
     assert not load_file(encoder.store / "shard-00000.safetensors")["mean"][0].any()
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 def test_read_samples_the_posterior_in_model_space(whole):
     store = LatentStore(whole.store, flip=False)
     assert (len(store), store.class_names) == (N - 1, ("cat", "dog"))
@@ -181,7 +204,9 @@ def test_read_samples_the_posterior_in_model_space(whole):
     assert torch.equal(store.read(indices, generators(4))[0], x)
     last = load_file(whole.store / "shard-00002.safetensors")
     assert torch.equal(store.moments([9])[0][0], last["mean"][2])
-    assert torch.equal(store.moments([5])[1][0], load_file(whole.store / "shard-00001.safetensors")["std"][2])
+    assert torch.equal(
+        store.moments([5])[1][0], load_file(whole.store / "shard-00001.safetensors")["std"][2]
+    )
 
 
 def test_read_mirrors_half_by_the_generator(whole):
@@ -190,7 +215,9 @@ def test_read_mirrors_half_by_the_generator(whole):
     mirrored = torch.cat([torch.rand(1, generator=g) for g in generators(64)]) < 0.5
     first = load_file(whole.store / "shard-00000.safetensors")
     mean, _ = store.moments(indices, mirrored.numpy())
-    expected = torch.where(mirrored[:, None, None, None], first["mean_mirrored"][3], first["mean"][3])
+    expected = torch.where(
+        mirrored[:, None, None, None], first["mean_mirrored"][3], first["mean"][3]
+    )
     assert torch.equal(mean, expected)
     x, _ = store.read(indices, generators(64))
     deviation = (x / 0.3 + 0.1 - mean.float()).abs().mean((1, 2, 3))
@@ -202,7 +229,8 @@ def test_another_process_reads_the_same(whole):
     store = LatentStore(whole.store, flip=True)
     x, _ = store.read([1, 2], generators(2))
     message = pickle.dumps(store)
-    assert len(message) < sum(p.stat().st_size for p in whole.store.glob("shard-*"))  # maps do not travel
+    # maps do not travel
+    assert len(message) < sum(p.stat().st_size for p in whole.store.glob("shard-*"))
     assert torch.equal(pickle.loads(message).read([1, 2], generators(2))[0], x)  # noqa: S301
 
 
@@ -215,10 +243,16 @@ def test_open_source_checks_store_and_configuration(whole):
     vae = whole.settings.vae
     assert open_source(config_for(whole.store, vae)).class_names == ("cat", "dog")
     for changes, words in {
-        ("data.resolution=32",): r"data.resolution: 32, but the latents in .* have '16x24'; --set .*=16x24",
-        ("data.channels=16",): "data.channels: 16, but the latents in .* have 4; --set data.channels=4",
+        (
+            "data.resolution=32",
+        ): r"data.resolution: 32, but the latents in .* have '16x24'; --set .*=16x24",
+        (
+            "data.channels=16",
+        ): "data.channels: 16, but the latents in .* have 4; --set data.channels=4",
         ("data.downsample=2",): "data.downsample: 2, but",
-        ("data.vae=stabilityai/x",): "data.vae: 'stabilityai/x', but the latents in .* have .*; --set data.vae=",
+        (
+            "data.vae=stabilityai/x",
+        ): "data.vae: 'stabilityai/x', but the latents in .* have .*; --set data.vae=",
         ("model.num_classes=10",): "model.num_classes: 10, but .* has 2 class",
     }.items():
         with pytest.raises(ConfigError, match=words):
@@ -227,7 +261,7 @@ def test_open_source_checks_store_and_configuration(whole):
         open_source(config_for(whole.store.parent, vae))
 
 
-# ------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 def test_verify_names_a_damaged_shard(copy):
     assert [problem for _, problem in verify(copy)] == [None] * 4
     damage(copy / "shard-00001.safetensors", -9)
@@ -266,7 +300,8 @@ def test_training_refuses_damaged_shards(copy):
     shard = copy / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
-        DataError, match="shard-00001.safetensors: .* bytes are not the size of its layout; run diffussm"
+        DataError,
+        match="shard-00001.safetensors: .* bytes are not the size of its layout; run diffussm",
     ):
         LatentStore(copy, flip=True)
     damage(shard, 20)
@@ -274,7 +309,8 @@ def test_training_refuses_damaged_shards(copy):
         LatentStore(copy, flip=True)
     shard.unlink()
     with pytest.raises(
-        DataError, match="shard-00001.safetensors: cannot be read: No such .* run the same diffussm encode"
+        DataError,
+        match="shard-00001.safetensors: cannot be read: No such .* run the same diffussm encode",
     ):
         LatentStore(copy, flip=True)
 
@@ -282,12 +318,16 @@ def test_training_refuses_damaged_shards(copy):
 def test_labels_must_have_a_class(copy, whole):
     label = len(header(shard.layout(whole.settings, 0))) + 4 * 8  # after the header and the indices
     damage(copy / "shard-00000.safetensors", label + 1)
-    with pytest.raises(DataError, match="holds labels without a class; run diffussm encode --verify"):
+    with pytest.raises(
+        DataError, match="holds labels without a class; run diffussm encode --verify"
+    ):
         LatentStore(copy, flip=True)
 
 
 def test_store_without_a_readable_image_is_not_left_behind(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2)
+    monkeypatch.setattr(
+        whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2
+    )
     line = "SOURCE: none of the 11 images can be read, such as cat/00.png: its latents are not finite in float16"
     with pytest.raises(DataError, match=f"^{line}$"):
         write_store(dataclasses.replace(whole, store=tmp_path / "store"))
@@ -314,34 +354,52 @@ def test_numbers_that_are_not_finite_are_named_by_verify_and_training(whole, cop
     """Row 2 of the second shard is image 6, and the fifth readable one, though its hash is right."""
     path = copy / "shard-00001.safetensors"
     overwrite(path, whole.settings, name, 2, value, k=1)
-    assert {n: p for n, p in verify(copy) if p} == {path.name: "row 2 holds numbers that are not finite"}
+    assert {n: p for n, p in verify(copy) if p} == {
+        path.name: "row 2 holds numbers that are not finite"
+    }
     store = LatentStore(copy, flip=True)
     line = f"row 2 of shard-00001.safetensors in '{copy}' holds numbers that are not finite; run diffussm encode --ver"
-    both = [torch.Generator().manual_seed(seed) for seed in range(22)]  # some of them read the mirrored latents
+    # some of them read the mirrored latents
+    both = [torch.Generator().manual_seed(seed) for seed in range(22)]
     with pytest.raises(DataError, match=line):
         store.read([0, 9, *[5] * 20], both)
     store.read([0, 4, 9], generators(3))
 
 
-# --------------------------------------------------------------------------------------------- statistics
-@pytest.mark.parametrize("changes", [{}, {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}])
+# --------------------------------------------------------------------------------------- statistics
+@pytest.mark.parametrize(
+    "changes", [{}, {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}]
+)
 def test_statistics_are_those_of_all_latents_in_model_space(tmp_path, changes):
-    """Of samples of the posterior, and the same after a resume; with four and with sixteen channels."""
+    """Of samples of the posterior, and the same after a resume; with four and with sixteen
+    channels.
+    """
     save_vae(tmp_path / "vae", **changes)
     make_source(tmp_path / "images")
     encoder = make_encoder(tmp_path)
     statistics = read_store(write_store(encoder), "x").statistics
     tensors = [load_file(tmp_path / "store" / f"shard-{i:05d}.safetensors") for i in range(3)]
     mean, std = (
-        torch.cat([t[name][t["readable"] == 1] for t in tensors]).double().transpose(0, 1).flatten(1)
+        torch.cat([t[name][t["readable"] == 1] for t in tensors])
+        .double()
+        .transpose(0, 1)
+        .flatten(1)
         for name in ("mean", "std")
     )
-    scale, shift = (torch.tensor(v, dtype=torch.float64) for v in (encoder.vae.facts.scale, encoder.vae.facts.shift))
+    scale, shift = (
+        torch.tensor(v, dtype=torch.float64)
+        for v in (encoder.vae.facts.scale, encoder.vae.facts.shift)
+    )
     found = [torch.from_numpy(v) for v in statistics]
     torch.testing.assert_close(found[0], (mean.mean(1) - shift) * scale, rtol=1e-5, atol=1e-5)
     expected = scale * (mean.var(1, correction=0) + (std**2).mean(1)).sqrt()
     torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-6)
-    x = torch.cat([LatentStore(tmp_path / "store", flip=False).read(range(10), generators(10))[0] for _ in range(2)])
+    x = torch.cat(
+        [
+            LatentStore(tmp_path / "store", flip=False).read(range(10), generators(10))[0]
+            for _ in range(2)
+        ]
+    )
     torch.testing.assert_close(found[0], x.double().mean((0, 2, 3)), rtol=0, atol=0.3)
 
 
@@ -362,13 +420,18 @@ def test_latents_of_another_scale_are_reported(copy, whole):
     ):
         warning = with_statistics(copy, mean, std)
         has = f"means from {min(mean):.3g} to {max(mean):.3g} and deviations from {min(std):.3g} to {max(std):.3g}"
-        assert f"have channels with {has}, but training assumes about 0 and 1: check scaling_factor" in warning
+        assert (
+            f"have channels with {has}, but training assumes about 0 and 1: check scaling_factor"
+            in warning
+        )
         assert warning.endswith(f"in the config of {whole.settings.vae}")
 
 
 @pytest.mark.parametrize("numbers", [[1.0], [float("nan")] * 4, "abcd", [None] * 4])
 def test_bad_statistics_are_damage(copy, numbers):
-    with pytest.raises(DataError, match=r"shard-00000.json: damaged; delete it and run the same diffussm encode"):
+    with pytest.raises(
+        DataError, match=r"shard-00000.json: damaged; delete it and run the same diffussm encode"
+    ):
         with_statistics(copy, numbers, numbers)
 
 
@@ -390,7 +453,9 @@ def test_images_without_captions_are_refused(captioned, tmp_path):
     captioned()
     store = tmp_path / "store"
     overwrite(store / "shard-00000.safetensors", read_settings(store, "x"), "captions", 1, 0)
-    with pytest.raises(DataError, match="holds images without captions; run diffussm encode --verify"):
+    with pytest.raises(
+        DataError, match="holds images without captions; run diffussm encode --verify"
+    ):
         open_source(text_config(tmp_path))
 
 
@@ -402,12 +467,20 @@ BAD_MANIFESTS = {
     "missing setting": lambda v: json.dumps(v | {"settings": {}}),
     "fraction": lambda v: json.dumps(v | {"settings": v["settings"] | {"shard_size": 1.5}}),
     "no size": lambda v: json.dumps(v | {"settings": v["settings"] | {"downsample": 0}}),
-    "infinite scale": lambda v: json.dumps(v | {"settings": v["settings"] | {"scale": [float("inf")] * 4}}),
+    "infinite scale": lambda v: json.dumps(
+        v | {"settings": v["settings"] | {"scale": [float("inf")] * 4}}
+    ),
     "a number for a name": lambda v: json.dumps(v | {"settings": v["settings"] | {"vae": 5}}),
-    "a list for a hash": lambda v: json.dumps(v | {"settings": v["settings"] | {"source_sha256": []}}),
-    "numbers for classes": lambda v: json.dumps(v | {"settings": v["settings"] | {"class_names": [1, 2]}}),
+    "a list for a hash": lambda v: json.dumps(
+        v | {"settings": v["settings"] | {"source_sha256": []}}
+    ),
+    "numbers for classes": lambda v: json.dumps(
+        v | {"settings": v["settings"] | {"class_names": [1, 2]}}
+    ),
     "text for yes": lambda v: json.dumps(v | {"settings": v["settings"] | {"flip": "no"}}),
-    "another precision": lambda v: json.dumps(v | {"settings": v["settings"] | {"precision": "fp8"}}),
+    "another precision": lambda v: json.dumps(
+        v | {"settings": v["settings"] | {"precision": "fp8"}}
+    ),
 }
 
 
@@ -427,7 +500,9 @@ def test_manifests_of_other_formats_and_unfinished_ones(copy):
         LatentStore(copy, flip=True)
     path.write_text(json.dumps(values))
     (copy / "shard-00001.json").unlink()
-    with pytest.raises(DataError, match="is not finished; run the same diffussm encode command again"):
+    with pytest.raises(
+        DataError, match="is not finished; run the same diffussm encode command again"
+    ):
         LatentStore(copy, flip=True)
     with pytest.raises(DataError, match="--verify: .* is not finished"):
         list(verify(copy))
@@ -454,14 +529,18 @@ def test_bad_record_is_one_line_and_its_shard_is_encoded_again(whole, copy, chan
         path.write_text(change)
     else:
         change_record(copy, 1, **change)
-    with pytest.raises(DataError, match=r"shard-00001.json: damaged; delete it and run the same diffussm encode"):
+    with pytest.raises(
+        DataError, match=r"shard-00001.json: damaged; delete it and run the same diffussm encode"
+    ):
         LatentStore(copy, flip=True)
     path.unlink()
     write_store(dataclasses.replace(whole, store=copy))
     assert path.read_bytes() == (whole.store / path.name).read_bytes()
 
 
-def test_deleted_files_are_written_again_with_the_same_bytes_and_others_are_not_touched(whole, copy):
+def test_deleted_files_are_written_again_with_the_same_bytes_and_others_are_not_touched(
+    whole, copy
+):
     lost = ["shard-00001.safetensors", "shard-00002.json", "listing.jsonl"]
     for name in lost:
         (copy / name).unlink()
@@ -474,7 +553,9 @@ def test_deleted_files_are_written_again_with_the_same_bytes_and_others_are_not_
 
 
 def test_parts_of_a_read_make_up_the_whole(whole):
-    """Flip and posterior sample of an image come from its own generator, whoever else is read beside it."""
+    """Flip and posterior sample of an image come from its own generator, whoever else is read
+    beside it.
+    """
     store, indices = LatentStore(whole.store, flip=True), [3, 1, 4, 0, 2]
     x, labels = store.read(indices, generators(5))
     parts = [store.read(indices[part], generators(5)[part]) for part in (slice(0, 2), slice(2, 5))]
@@ -482,10 +563,12 @@ def test_parts_of_a_read_make_up_the_whole(whole):
     assert torch.equal(torch.cat([p[1] for p in parts]), labels)
 
 
-# ------------------------------------------------------------------------------------------------- captions
+# ----------------------------------------------------------------------------------------- captions
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):
-    """An encoder of twelve images with one or two captions each, and what `encode_images` is asked for."""
+    """An encoder of twelve images with one or two captions each, and what `encode_images` is asked
+    for.
+    """
     monkeypatch.setattr(encoders, "open_encoder", lambda name: Letters())
     save_vae(tmp_path / "vae")
     for i in range(6):
@@ -493,14 +576,34 @@ def captioned(tmp_path, monkeypatch):
         path.write_text(f"cat {i}\nanimal of number {i}\n")
     for i in range(6, N):
         (tmp_path / "images" / "dog" / f"{i:02d}.txt").write_text(f"dog {i}\n")
-    options = {"text": "letters", "text_tokens": 3, "batch_size": 3, "shard_size": 4, "workers": 0, "device": "cpu"}
+    options = {
+        "text": "letters",
+        "text_tokens": 3,
+        "batch_size": 3,
+        "shard_size": 4,
+        "workers": 0,
+        "device": "cpu",
+    }
     vae = str(tmp_path / "vae")
-    return lambda: list(encoding.encode_images(tmp_path / "images", tmp_path / "store", SIZE, vae, **options))
+    return lambda: list(
+        encoding.encode_images(tmp_path / "images", tmp_path / "store", SIZE, vae, **options)
+    )
 
 
 def text_config(folder, *overrides):
-    given = [f"data.path={folder / 'store'}", f"data.vae={folder / 'vae'}", "data.resolution=16x24", "data.channels=4"]
-    given += ["data.downsample=4", "data.text=letters", "model.text_width=4", "model.num_classes=0", "data.flip=true"]
+    given = [
+        f"data.path={folder / 'store'}",
+        f"data.vae={folder / 'vae'}",
+        "data.resolution=16x24",
+        "data.channels=4",
+    ]
+    given += [
+        "data.downsample=4",
+        "data.text=letters",
+        "model.text_width=4",
+        "model.num_classes=0",
+        "data.flip=true",
+    ]
     given += ["sample.clip=false"]
     return load_config("digits", [*given, *overrides])
 
@@ -511,8 +614,12 @@ def test_captions_are_stored_beside_latents_and_drawn_from_there(captioned, tmp_
     source = open_source(text_config(tmp_path, "model.text_tokens=2"))
     assert text_hash(text_config(tmp_path), source) == Letters.sha256
     wanted = texts(["cat 1", "animal of number 1", "dog 7"])[:, :3]
-    found = torch.cat([source.text([1, 6], [torch.Generator().manual_seed(s)] * 2) for s in range(20)])
-    assert {tuple(t.flatten().tolist()) for t in found} == {tuple(t.flatten().tolist()) for t in wanted}
+    found = torch.cat(
+        [source.text([1, 6], [torch.Generator().manual_seed(s)] * 2) for s in range(20)]
+    )
+    assert {tuple(t.flatten().tolist()) for t in found} == {
+        tuple(t.flatten().tolist()) for t in wanted
+    }
     assert all(problem is None for _, problem in verify(tmp_path / "store"))
 
 
@@ -532,7 +639,9 @@ def test_captions_that_changed_or_are_missing_are_refused(captioned, tmp_path):
     with pytest.raises(DataError, match="begun with other settings: captions_sha256 was"):
         captioned()
     path.unlink()
-    with pytest.raises(DataError, match="--text: .*images' has no caption for 1 of 11 images, such as 'dog/07.png'"):
+    with pytest.raises(
+        DataError, match="--text: .*images' has no caption for 1 of 11 images, such as 'dog/07.png'"
+    ):
         captioned()
 
 
@@ -545,6 +654,8 @@ def test_a_run_must_fit_the_stored_captions(captioned, tmp_path, whole):
         "model.text_tokens=4": "model.text_tokens: 4 of width 4, but the captions in .* are 3 tokens",
         f"data.path={whole.store}": "are missing; encode the images with --text",
     }.items():
-        given = [overrides, f"data.vae={whole.settings.vae}"] if "path" in overrides else [overrides]
+        given = (
+            [overrides, f"data.vae={whole.settings.vae}"] if "path" in overrides else [overrides]
+        )
         with pytest.raises(ConfigError, match=problem):
             open_source(text_config(tmp_path, *given))

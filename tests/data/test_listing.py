@@ -89,9 +89,18 @@ def write_tar(path, members, **special):
 
 def test_tar_shards_read_where_they_lie(tmp_path):
     jpg = content("JPEG")
-    first = {"x/1.png": content(), "x/1.cls": b"2\n", "x/1.json": b"{}", "2.jpg": jpg, "2.cls": b"0", "2.txt": b""}
+    first = {
+        "x/1.png": content(),
+        "x/1.cls": b"2\n",
+        "x/1.json": b"{}",
+        "2.jpg": jpg,
+        "2.cls": b"0",
+        "2.txt": b"",
+    }
     write_tar(
-        tmp_path / "1.tar", {"3.webp": content("WEBP"), "3.cls": b"1", "3.seg.png": content()}, link="/etc/passwd"
+        tmp_path / "1.tar",
+        {"3.webp": content("WEBP"), "3.cls": b"1", "3.seg.png": content()},
+        link="/etc/passwd",
     )
     write_tar(tmp_path / "0.tar", first)
     found = list_source(write(tmp_path, **{"readme": b""}))
@@ -116,12 +125,17 @@ def test_damaged_tar_keeps_what_came_before(tmp_path):
     found = list_source(tmp_path)
     assert "0.tar/1.png" in names(found)
     assert [name for name, _ in found.ignored] == ["0.tar", "1.tar"]
-    assert all(reason.startswith("damaged from here on, or not an uncompressed tar") for _, reason in found.ignored)
+    assert all(
+        reason.startswith("damaged from here on, or not an uncompressed tar")
+        for _, reason in found.ignored
+    )
 
 
 def test_wrong_labels_in_tars(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"cat"})
-    with pytest.raises(DataError, match=r"0.tar/1.cls must hold an integer from 0 to .*, not b'cat'"):
+    with pytest.raises(
+        DataError, match=r"0.tar/1.cls must hold an integer from 0 to .*, not b'cat'"
+    ):
         list_source(tmp_path)
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"1" * 30})
     with pytest.raises(DataError, match=r"must hold an integer"):
@@ -154,14 +168,21 @@ def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch)
     forbidden = ["sub"]
     assert ("a/sub", "cannot be read: Permission denied") in list_source(tmp_path).ignored
     forbidden = ["b"]
-    with pytest.raises(DataError, match=r"SOURCE: the class folder '.*b' cannot be read: Permission denied"):
+    with pytest.raises(
+        DataError, match=r"SOURCE: the class folder '.*b' cannot be read: Permission denied"
+    ):
         list_source(tmp_path)
 
 
 def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
     jpg = io.BytesIO()
     picture(64, 64).save(jpg, "JPEG")
-    files = {"cut.jpg": jpg.getvalue()[:500], "text.png": b"text", "zero.png": b"", "good.png": None}
+    files = {
+        "cut.jpg": jpg.getvalue()[:500],
+        "text.png": b"text",
+        "zero.png": b"",
+        "good.png": None,
+    }
     write(tmp_path, **files)
     (tmp_path / "loop.png").symlink_to("loop.png")
     (tmp_path / "gone.png").symlink_to("nowhere")
@@ -187,11 +208,13 @@ def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
         "huge.png": f"10000x10000 pixels, more than the limit of {images.MAX_PIXELS}",
     }
     monkeypatch.setattr(listing, "MAX_FILE_BYTES", 10)
-    with pytest.raises(DataError, match=f"good.png: {len(content())} bytes, more than the limit of 10"):
+    with pytest.raises(
+        DataError, match=f"good.png: {len(content())} bytes, more than the limit of 10"
+    ):
         read_entry(tmp_path, next(e for e in found.entries if e.name == "good.png"), (8, 8))
 
 
-# ----------------------------------------------------------------------------------------- what is not used
+# --------------------------------------------------------------------------------- what is not used
 def shard(**members):
     """The content of a tar file; None is a small picture."""
     file = io.BytesIO()
@@ -205,13 +228,18 @@ def shard(**members):
 
 
 CAPTION = "captions, which only a run with text reads"
-NOT_READ = "labels or captions that are not read: classes are folders, captions stand in metadata.jsonl"
+NOT_READ = (
+    "labels or captions that are not read: classes are folders, captions stand in metadata.jsonl"
+)
 PACKED = "a compressed archive, which is not read; unpack it first"
 LEFT_OUT = {  # files; how many images are used; what is left out
     "images beside class folders": (
         {"a/1.png": None, "2.png": None, "3.png": None, "x.tar": b""},
         1,
-        [(2, "image", "not in a class folder", "2.png"), (1, "shard", "not in a class folder", "x.tar")],
+        [
+            (2, "image", "not in a class folder", "2.png"),
+            (1, "shard", "not in a class folder", "x.tar"),
+        ],
     ),
     "images beside a shard": (
         {"0.tar": shard(**{"1.png": None}), "2.png": None, "3.png": None},
@@ -246,7 +274,12 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         1,
         [
             (3, "file", PACKED, "a.zip"),
-            (1, "file", "a format that is not read; save the images as files, or in tar or parquet shards", "x.npz"),
+            (
+                1,
+                "file",
+                "a format that is not read; save the images as files, or in tar or parquet shards",
+                "x.npz",
+            ),
         ],
     ),
     "captions": (
@@ -258,7 +291,10 @@ LEFT_OUT = {  # files; how many images are used; what is left out
             "a/metadata.jsonl": b"",
         },
         1,
-        [(1, "file", "not an image by its name or first bytes", "a/2.txt"), (3, "file", CAPTION, "")],
+        [
+            (1, "file", "not an image by its name or first bytes", "a/2.txt"),
+            (3, "file", CAPTION, ""),
+        ],
     ),
     "texts in shards": (
         {
@@ -306,16 +342,18 @@ def test_what_is_not_used_is_one_line():
 def test_a_source_without_images_says_what_it_holds(tmp_path):
     write(tmp_path, **{"0.tar": shard(**{"1.image.png": None, "2.image.png": None})})
     with pytest.raises(
-        DataError, match=r"no images in .*; left out of .*: 2 images \(not an image by its name, such as '0.tar/1.image"
+        DataError,
+        match=r"no images in .*; left out of .*: 2 images \(not an image by its name, such as '0.tar/1.image",
     ):
         list_source(tmp_path)
     with pytest.raises(
-        DataError, match=r"no images in .*: 2 files \(a compressed archive, which is not read; unpack it first, such"
+        DataError,
+        match=r"no images in .*: 2 files \(a compressed archive, which is not read; unpack it first, such",
     ):
         list_source(write(tmp_path / "packed", **{"0.tar.gz": b"", "1.tar.gz": b""}))
 
 
-# ------------------------------------------------------------------------------------------------ what is listed
+# ----------------------------------------------------------------------------------- what is listed
 REFUSED = {  # files, what is given, the line
     "splits of tar shards": (
         {"train-0.tar": b"", "train-1.tar": b"", "val-0.tar": b""},
@@ -360,7 +398,11 @@ REFUSED = {  # files, what is given, the line
         "give one: 'ROOT/ILSVRC/Data/CLS-LOC/train'",
     ),
     "splits within every class": (
-        {f"{name}/{split}/1.png": None for name in ("bottle", "cable") for split in ("train", "test")},
+        {
+            f"{name}/{split}/1.png": None
+            for name in ("bottle", "cable")
+            for split in ("train", "test")
+        },
         "",
         "ROOT/bottle' holds the splits test, train of a data set, not classes, and other folders in it do too",
     ),
@@ -385,14 +427,22 @@ REFUSED = {  # files, what is given, the line
         "is a compressed archive, which is not read; unpack it first",
     ),
     "arrays": ({"x.npz": b""}, "x.npz", "is a format that is not read; save the images as files"),
-    "an image": ({"x.png": None}, "x.png", "ROOT/x.png' is a file; give a folder, or a .tar or .parquet file"),
+    "an image": (
+        {"x.png": None},
+        "x.png",
+        "ROOT/x.png' is a file; give a folder, or a .tar or .parquet file",
+    ),
     "a pattern with two stars": ({"ab.txt": b""}, "x**b", "the pattern fits no name in 'ROOT'"),
     "a pattern that ends in two stars": (
         {"ab.txt": b""},
         "x/**.parquet",
         "cannot read the folder 'ROOT/x': No such file",
     ),
-    "a pattern of folders": ({"a/0.tar": b""}, "*/0.tar", "a pattern may stand in the last part of a path only"),
+    "a pattern of folders": (
+        {"a/0.tar": b""},
+        "*/0.tar",
+        "a pattern may stand in the last part of a path only",
+    ),
     "keys that stand twice": (
         {"0.tar": shard(**{"1.png": None})[:1024] + shard(**{"1.png": None})},
         "",
@@ -413,12 +463,21 @@ def test_a_source_of_doubtful_content_is_one_line(tmp_path, case):
 
 LISTED = {  # files, what is given, names, classes
     "a pattern of tar shards": (
-        {"train-0.tar": shard(**{"1.png": None}), "train-1.tar": shard(**{"2.png": None}), "val-0.tar": b""},
+        {
+            "train-0.tar": shard(**{"1.png": None}),
+            "train-1.tar": shard(**{"2.png": None}),
+            "val-0.tar": b"",
+        },
         "train-*.tar",
         ["train-0.tar/1.png", "train-1.tar/2.png"],
         (),
     ),
-    "a pattern of images": ({"a1.png": None, "a2.png": None, "b1.png": None}, "a*", ["a1.png", "a2.png"], ()),
+    "a pattern of images": (
+        {"a1.png": None, "a2.png": None, "b1.png": None},
+        "a*",
+        ["a1.png", "a2.png"],
+        (),
+    ),
     "a pattern of classes": (
         {"n1/1.png": None, "n2/1.png": None, "x/1.png": None},
         "n[12]",
@@ -466,7 +525,7 @@ def test_a_pipe_is_no_source_and_is_not_waited_for(tmp_path, name):
         list_source(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------- pixel kinds
+# -------------------------------------------------------------------------------------- pixel kinds
 def read(image, path, **options):
     image.save(path, **options)
     return read_image(path, (image.height, image.width), 3)
@@ -487,7 +546,9 @@ def test_wider_pixels_are_refused(tmp_path):
 
 def test_transparency_becomes_white(tmp_path):
     rgba = np.array([[[255, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 128]]], np.uint8)
-    assert read(Image.fromarray(rgba), tmp_path / "x.png").tolist() == [[[255] * 3, [255, 0, 0], [127] * 3]]
+    assert read(Image.fromarray(rgba), tmp_path / "x.png").tolist() == [
+        [[255] * 3, [255, 0, 0], [127] * 3]
+    ]
     grey = Image.fromarray(np.array([[[9, 0], [9, 255]]], np.uint8), "LA")
     assert read(grey, tmp_path / "y.png")[0, :, 0].tolist() == [255, 9]
     palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("L").quantize(2)

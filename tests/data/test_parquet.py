@@ -1,4 +1,6 @@
-"""Parquet shards as the hub stores image sets: the same images and labels as folders, and one line for each fault."""
+"""Parquet shards as the hub stores image sets: the same images and labels as folders, and one line
+for each fault.
+"""
 
 import json
 import os
@@ -26,11 +28,17 @@ pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra parquet")
 HUB = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 
 
-def write(path, images, labels=None, features=HUB, image="image", label="label", raw=False, group=2):
+def write(
+    path, images, labels=None, features=HUB, image="image", label="label", raw=False, group=2
+):
     """A shard; `images` are bytes or None."""
     columns = {image: images if raw else [{"bytes": b, "path": "a.png"} for b in images]}
     columns |= {label: labels} if labels is not None else {}
-    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()} if features else None
+    metadata = (
+        {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        if features
+        else None
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=group)
 
@@ -73,7 +81,15 @@ def test_training_reads_the_same_images_in_any_order(both):
 
 def test_a_run_checks_and_skips_rows_as_files(both):
     source = open_source(
-        load_config("digits", [f"data.path={both[1]}", "data.channels=3", "data.resolution=16", "model.num_classes=2"])
+        load_config(
+            "digits",
+            [
+                f"data.path={both[1]}",
+                "data.channels=3",
+                "data.resolution=16",
+                "model.num_classes=2",
+            ],
+        )
     )
     reasons = {i: why for _, found in source.check(range(len(source))) for i, why in found.items()}
     assert reasons == {5: "not a PNG, JPEG, WEBP, BMP, GIF, TIFF image"}
@@ -84,7 +100,9 @@ def test_a_run_checks_and_skips_rows_as_files(both):
 def test_a_split_is_chosen_by_a_pattern(both):
     _, shards = both
     write(shards / "test-00000-of-00001.parquet", [b"x"], [-1])
-    with pytest.raises(DataError, match=r"^SOURCE: the shards are of test, train; choose one: 'train-\*.parquet'$"):
+    with pytest.raises(
+        DataError, match=r"^SOURCE: the shards are of test, train; choose one: 'train-\*.parquet'$"
+    ):
         list_source(shards)
     assert len(list_source(shards / "train-*.parquet").entries) == 11
     assert len(list_source(shards / "train-00001-of-00002.parquet").entries) == 4
@@ -156,7 +174,9 @@ def test_a_fault_of_a_shard_is_one_line(tmp_path, line):
 def named(both):
     """One shard whose columns have names of their own; the title of the second image is a list."""
     content = [(both[0] / name).read_bytes() for name in ("cat/00.png", "dog/07.png")]
-    table = pa.table({"photo": content, "breed": [1, 0], "title": [["a dog"], ["cats", "two cats"]]})
+    table = pa.table(
+        {"photo": content, "breed": [1, 0], "title": [["a dog"], ["cats", "two cats"]]}
+    )
     folder = both[0].parent / "named"
     folder.mkdir()
     pq.write_table(table, folder / "a.parquet", row_group_size=1)
@@ -170,15 +190,22 @@ def test_columns_may_be_named(named, both):
     found = list_source(named, columns=COLUMNS)
     assert ([e.label for e in found.entries], found.class_names) == ([1, 0], ("0", "1"))
     dog = next(e for e in list_source(both[0]).entries if e.name == "dog/07.png")
-    np.testing.assert_array_equal(read_entry(named, found.entries[1], None), read_entry(both[0], dog, None))
-    with pytest.raises(DataError, match="^SOURCE: the columns photo are named, but '.*' holds no parquet shards$"):
+    np.testing.assert_array_equal(
+        read_entry(named, found.entries[1], None), read_entry(both[0], dog, None)
+    )
+    with pytest.raises(
+        DataError, match="^SOURCE: the columns photo are named, but '.*' holds no parquet shards$"
+    ):
         list_source(both[0], columns={"image": "photo"})
 
 
 @pytest.mark.parametrize(
     ("columns", "line"),
     [
-        ({"image": "pixels"}, "none of its columns is pixels: photo, breed, title; name one by image=NAME"),
+        (
+            {"image": "pixels"},
+            "none of its columns is pixels: photo, breed, title; name one by image=NAME",
+        ),
         (
             {"image": "photo", "label": "title"},
             "none of its columns is title with integers or names: photo, breed, title; name",
@@ -195,9 +222,14 @@ def test_captions_come_from_a_column(named):
     texts = {"a.parquet/0000000": ("a dog",), "a.parquet/0000001": ("cats", "two cats")}
     assert read_captions(list_source(named, columns=COLUMNS)) == texts
     columns = {"image": "photo", "label": "breed"}
-    with pytest.raises(DataError, match="^data.text: a.parquet: none of its columns is text, caption, captions: photo"):
+    with pytest.raises(
+        DataError,
+        match="^data.text: a.parquet: none of its columns is text, caption, captions: photo",
+    ):
         read_captions(list_source(named, columns=columns))
-    with pytest.raises(DataError, match="^data.text: a.parquet/0000000: a caption must be text, not 1$"):
+    with pytest.raises(
+        DataError, match="^data.text: a.parquet/0000000: a caption must be text, not 1$"
+    ):
         read_captions(list_source(named, columns=columns | {"text": "breed"}))
 
 
@@ -223,12 +255,17 @@ def test_a_store_keeps_the_columns_it_was_made_from(named):
     columns = ["image=photo", "label=breed"]
 
     def encode(asked):
-        return finish(encode_images(named, store, (16, 16), str(vae), workers=0, columns=asked, flip=False))
+        return finish(
+            encode_images(named, store, (16, 16), str(vae), workers=0, columns=asked, flip=False)
+        )
 
     assert encode(columns).settings.columns == tuple(columns)
     with pytest.raises(DataError, match="^SOURCE: a.parquet: none of its columns is image"):
         encode([])
-    with pytest.raises(DataError, match=r"columns was \('image=photo', 'label=breed'\) and is now \('label=breed', "):
+    with pytest.raises(
+        DataError,
+        match=r"columns was \('image=photo', 'label=breed'\) and is now \('label=breed', ",
+    ):
         encode(columns[::-1])
     shard = store / "shard-00000.safetensors"
     whole = shard.read_bytes()
@@ -246,7 +283,8 @@ def test_a_broken_shard_is_one_line(both):
     ) as error:
         list_source(both[1])
     assert "\n" not in str(error.value)
-    path.write_bytes(whole[:4] + bytes(60) + whole[64:])  # the header of the first images; labels and footer are whole
+    # the header of the first images; labels and footer are whole
+    path.write_bytes(whole[:4] + bytes(60) + whole[64:])
     found = list_source(both[1])
     with pytest.raises(DataError, match="^train-00001-of-00002.parquet/0000000: "):
         read_entry(both[1], found.entries[7], None)
@@ -254,7 +292,9 @@ def test_a_broken_shard_is_one_line(both):
 
 def test_images_that_are_null_or_not_stored_are_named(tmp_path):
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    images = pa.array([{"bytes": None, "path": "cat/a.png"}, {"bytes": None, "path": None}, None], kind)
+    images = pa.array(
+        [{"bytes": None, "path": "cat/a.png"}, {"bytes": None, "path": None}, None], kind
+    )
     write(tmp_path / "a.parquet", images, features=None, raw=True)
     found = list_source(tmp_path / "a.parquet")
     stored = "the image is stored as a path, 'cat/a.png'; save the data set with the images embedded as bytes"
@@ -286,10 +326,17 @@ def test_column_with_bytes_is_taken_before_one_with_paths(tmp_path):
     assert list_source(tmp_path).entries[0].column == "jpg"
 
 
-@pytest.mark.parametrize("stored", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "stored", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_labels_of_text_are_classes_sorted_by_name(tmp_path, stored):
     """Over all shards, of which none holds every name."""
-    write(tmp_path / "0.parquet", [b"x"] * 3, pa.array(["dog", "ant", "dog"]).cast(stored), features=None)
+    write(
+        tmp_path / "0.parquet",
+        [b"x"] * 3,
+        pa.array(["dog", "ant", "dog"]).cast(stored),
+        features=None,
+    )
     write(tmp_path / "1.parquet", [b"x"] * 2, pa.array(["cat", "ant"]).cast(stored), features=None)
     found = list_source(tmp_path)
     assert found.class_names == ("ant", "cat", "dog")
@@ -311,7 +358,10 @@ def test_numbers_as_names_in_the_schema_become_text(both):
         pq.write_table(table.replace_schema_metadata(metadata), path)
     assert list_source(both[1]).class_names == ("7", "8")
     save_vae(both[1].parent / "vae")
-    assert LatentStore(write_store(make_encoder(both[1].parent)), flip=True).class_names == ("7", "8")
+    assert LatentStore(write_store(make_encoder(both[1].parent)), flip=True).class_names == (
+        "7",
+        "8",
+    )
 
 
 def not_utf8(values):
@@ -320,11 +370,17 @@ def not_utf8(values):
 
 def test_text_that_is_not_utf8_is_counted(tmp_path):
     captions = not_utf8([b"ok", b"\xff", b"caf\xe9", None, b"ok"])
-    pq.write_table(pa.table({"image": [b"x"] * 5, "text": captions}), tmp_path / "a.parquet", row_group_size=2)
-    with pytest.raises(DataError, match="^data.text: a.parquet: 2 of 5 rows of text are not UTF-8, such as row 1$"):
+    pq.write_table(
+        pa.table({"image": [b"x"] * 5, "text": captions}), tmp_path / "a.parquet", row_group_size=2
+    )
+    with pytest.raises(
+        DataError, match="^data.text: a.parquet: 2 of 5 rows of text are not UTF-8, such as row 1$"
+    ):
         read_captions(list_source(tmp_path))
     write(tmp_path / "b" / "b.parquet", [b"x"] * 2, not_utf8([b"ok", b"\xff"]), features=None)
-    with pytest.raises(DataError, match="^SOURCE: b.parquet: 1 of 2 rows of label are not UTF-8, such as row 1$"):
+    with pytest.raises(
+        DataError, match="^SOURCE: b.parquet: 1 of 2 rows of label are not UTF-8, such as row 1$"
+    ):
         list_source(tmp_path / "b")
 
 
@@ -340,8 +396,14 @@ def test_one_value_that_stands_for_many_does_not_unfold(tmp_path, monkeypatch):
 
 
 def test_more_rows_than_bytes_are_not_listed(tmp_path):
-    pq.write_table(pa.table({"image": pa.nulls(100_000, pa.binary())}), tmp_path / "a.parquet", compression="zstd")
-    with pytest.raises(DataError, match=r"a.parquet: 100000 rows in \d+ bytes cannot be images of their own"):
+    pq.write_table(
+        pa.table({"image": pa.nulls(100_000, pa.binary())}),
+        tmp_path / "a.parquet",
+        compression="zstd",
+    )
+    with pytest.raises(
+        DataError, match=r"a.parquet: 100000 rows in \d+ bytes cannot be images of their own"
+    ):
         list_source(tmp_path)
 
 
@@ -365,7 +427,9 @@ def test_a_huge_row_group_is_refused(both, monkeypatch):
 
 def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install '\.\[parquet\]' "):
+    with pytest.raises(
+        DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install '\.\[parquet\]' "
+    ):
         list_source(both[1])
 
 

@@ -27,14 +27,18 @@ def test_number_of_classes_must_fit(tmp_path):
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / "1.png")
     assert open_source(folder_config(tmp_path, 2)).class_names == ("cat", "dog")
     assert len(open_source(folder_config(tmp_path, 0))) == 2
-    with pytest.raises(ConfigError, match="num_classes: 10, but .* has 2 class folders; --set model.num_classes=2"):
+    with pytest.raises(
+        ConfigError, match="num_classes: 10, but .* has 2 class folders; --set model.num_classes=2"
+    ):
         open_source(folder_config(tmp_path, 10))
     with pytest.raises(ConfigError, match="has no class folders; --set model.num_classes=0"):
         open_source(folder_config(tmp_path / "cat", 10))
 
 
 def test_missing_data_says_what_to_do():
-    with pytest.raises(DataError, match="diffussm encode IMAGES latents/imagenet-256 --resolution 256"):
+    with pytest.raises(
+        DataError, match="diffussm encode IMAGES latents/imagenet-256 --resolution 256"
+    ):
         open_source(load_config("xl-256"))
     with pytest.raises(ConfigError, match="no data set given; pass --data FOLDER"):
         open_source(load_config("digits", ["data.path=''"]))
@@ -42,7 +46,7 @@ def test_missing_data_says_what_to_do():
         open_source(load_config("digits", ["data.path=x", "data.channels=4"]))
 
 
-# ------------------------------------------------------------------------------------------------ folders of images
+# -------------------------------------------------------------------------------- folders of images
 def generators(n):
     return [torch.Generator().manual_seed(i) for i in range(n)]
 
@@ -86,7 +90,9 @@ def test_bad_folders_are_named(tmp_path):
 
 
 def test_training_and_encoding_list_the_same_files(tmp_path):
-    """Images by their first bytes, in tar shards, and nothing but regular files: a named pipe would be waited for."""
+    """Images by their first bytes, in tar shards, and nothing but regular files: a named pipe would
+    be waited for.
+    """
     write(tmp_path / "data" / "1.png")
     (tmp_path / "data" / "photo").write_bytes((tmp_path / "data" / "1.png").read_bytes())
     os.mkfifo(tmp_path / "data" / "z.png")
@@ -97,7 +103,12 @@ def test_training_and_encoding_list_the_same_files(tmp_path):
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
         tar.add(tmp_path / "data" / "1.png", "x.png")
-    assert ImageFolder(tmp_path / "shards", (4, 6), 3).read([0], generators(1))[0].shape == (1, 3, 4, 6)
+    assert ImageFolder(tmp_path / "shards", (4, 6), 3).read([0], generators(1))[0].shape == (
+        1,
+        3,
+        4,
+        6,
+    )
 
 
 def test_unreadable_images_are_found_and_left_out(tmp_path):
@@ -118,11 +129,13 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
 
 def test_a_builtin_set_has_classes_and_no_folders():
     pytest.importorskip("sklearn")
-    with pytest.raises(ConfigError, match="num_classes: 11, but builtin:digits has 10 classes; --set"):
+    with pytest.raises(
+        ConfigError, match="num_classes: 11, but builtin:digits has 10 classes; --set"
+    ):
         open_source(load_config("digits", ["model.num_classes=11"]))
 
 
-# ------------------------------------------------------------------------------------------- processes, and the rest
+# -------------------------------------------------------------------------- processes, and the rest
 def read_in_child(source, answers):
     answers.put(source.read([0, 1], generators(2))[0].shape)
 
@@ -130,7 +143,9 @@ def read_in_child(source, answers):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_folder_that_was_read_is_also_read_in_a_forked_process(tmp_path):
-    """As by a DataLoader; threads of the parent do not live on in the child, which would wait for them for ever."""
+    """As by a DataLoader; threads of the parent do not live on in the child, which would wait for
+    them for ever.
+    """
     for i in range(2):
         write(tmp_path / f"{i}.png")
     source = ImageFolder(tmp_path, (4, 6), 3)
@@ -163,7 +178,10 @@ def test_a_source_says_what_it_does_not_use(tmp_path):
     assert whole.left_out == line
     for name in ("a/2.png", "a/3.png"):
         write(tmp_path / name)
-    assert open_source(folder_config(tmp_path, 0, "data.channels=3", "data.held_out=0.5")).left_out == line
+    assert (
+        open_source(folder_config(tmp_path, 0, "data.channels=3", "data.held_out=0.5")).left_out
+        == line
+    )
 
 
 def test_shards_without_labels_are_said_to_have_no_classes(tmp_path):

@@ -1,4 +1,6 @@
-"""Tar files that are damaged or made to do harm: what came before is read, and the reason is one line."""
+"""Tar files that are damaged or made to do harm: what came before is read, and the reason is one
+line.
+"""
 
 import io
 import os
@@ -33,7 +35,10 @@ LATER = ("z.txt", b"later", {})
 BROKEN = {
     "negative": ([GOOD, ("b", b"", {"size": -5}), LATER], "'b' has the size -5"),
     "backwards": ([GOOD, ("b", b"", {"size": -512}), LATER], "'b' has the size -512"),
-    "folder of negative size": ([GOOD, ("b", b"", {"size": -512, "type": tarfile.LNKTYPE})], "has the size -512"),
+    "folder of negative size": (
+        [GOOD, ("b", b"", {"size": -512, "type": tarfile.LNKTYPE})],
+        "has the size -512",
+    ),
     "negative by attribute": (
         [GOOD, ("p", pax({"size": "-512"}), {"type": tarfile.XHDTYPE}), ("b", b"", {}), LATER],
         "unexpected end of data",

@@ -8,7 +8,15 @@ import torch
 from diffussm_cli.config import ModelConfig, load_config
 from diffussm_cli.data import text
 from diffussm_cli.data.source import open_source
-from diffussm_cli.data.text import MAX_CHARACTERS, Pretrained, Texts, WordLlama, check_prompts, open_encoder, plain
+from diffussm_cli.data.text import (
+    MAX_CHARACTERS,
+    Pretrained,
+    Texts,
+    WordLlama,
+    check_prompts,
+    open_encoder,
+    plain,
+)
 from diffussm_cli.errors import ConfigError, DataError
 from tests.conftest import Letters
 
@@ -27,15 +35,19 @@ def test_a_caption_is_its_pooled_vector_and_its_first_tokens(tokens):
     expected = torch.zeros(2, 6, 4)
     expected[0, 0] = expected[0, 1] = vectors[0]
     expected[1, 0], expected[1, 1:5] = torch.stack(vectors).mean(0), torch.stack(vectors)
-    expected = 2 * expected / expected.norm(dim=-1, keepdim=True).clamp(min=1e-9)  # of length sqrt(E); padding stays 0
-    torch.testing.assert_close(found[:2], expected[:, : 1 + tokens], rtol=0, atol=2e-3)  # kept as float16
+    # of length sqrt(E); padding stays 0
+    expected = 2 * expected / expected.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    # kept as float16
+    torch.testing.assert_close(found[:2], expected[:, : 1 + tokens], rtol=0, atol=2e-3)
     assert torch.equal(found[0], found[2])
 
 
 def test_each_caption_is_encoded_once(monkeypatch):
     encoder, asked = Letters(), []
     encode = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda captions: asked.extend(captions) or encode(captions))
+    monkeypatch.setattr(
+        encoder, "encode", lambda captions: asked.extend(captions) or encode(captions)
+    )
     monkeypatch.setattr(text, "AT_ONCE", 2)
     known = texts(encoder, 1)
     known.learn(["a", "b", "c"])
@@ -44,7 +56,10 @@ def test_each_caption_is_encoded_once(monkeypatch):
 
 
 def test_a_width_that_is_not_the_encoders_is_refused():
-    with pytest.raises(ConfigError, match="text_width: 8, but the vectors of letters have 4 numbers; --set model.text"):
+    with pytest.raises(
+        ConfigError,
+        match="text_width: 8, but the vectors of letters have 4 numbers; --set model.text",
+    ):
         Texts(Letters(), ModelConfig(text_width=8))
 
 
@@ -64,11 +79,13 @@ def test_wordllama_knows_that_crimson_is_like_red():
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"wordllama is not installed: pip install '\.\[text\]' in a clone"):
+    with pytest.raises(
+        DataError, match=r"wordllama is not installed: pip install '\.\[text\]' in a clone"
+    ):
         WordLlama()
 
 
-# ------------------------------------------------------------------------------------------------ transformers
+# ------------------------------------------------------------------------------------- transformers
 def save_tokenizer(folder, special):
     """A tokenizer of whole words with the special tokens of a kind of model."""
     import transformers
@@ -78,8 +95,12 @@ def save_tokenizer(folder, special):
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if special:
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 1)])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 1)]
+        )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
+    )
     fast.model_max_length = 8
     fast.save_pretrained(folder)
 
@@ -88,7 +109,12 @@ def saved(folder, kind):
     """A text model of width 8 with random weights, in transformers' format."""
     transformers = pytest.importorskip("transformers")
     save_tokenizer(folder, special=kind != "bert")
-    sizes = {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8, "vocab_size": 6}
+    sizes = {
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+        "vocab_size": 6,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if kind == "bert":
@@ -96,10 +122,14 @@ def saved(folder, kind):
             model = transformers.BertModel(config)
         elif kind == "clip":
             ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
-            config = transformers.CLIPTextConfig(hidden_size=8, max_position_embeddings=8, **sizes, **ends)
+            config = transformers.CLIPTextConfig(
+                hidden_size=8, max_position_embeddings=8, **sizes, **ends
+            )
             model = transformers.CLIPTextModel(config)
         else:
-            config = transformers.T5Config(vocab_size=6, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+            config = transformers.T5Config(
+                vocab_size=6, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2
+            )
             model = transformers.T5EncoderModel(config)
     model.save_pretrained(folder)
     return model.eval()
@@ -128,7 +158,9 @@ def test_weights_that_are_pickled_or_incomplete_are_refused(tmp_path):
     saved(tmp_path, "t5")
     weights = load_file(tmp_path / "model.safetensors")
     save_file(
-        {k: v for k, v in weights.items() if "layer_norm" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+        {k: v for k, v in weights.items() if "layer_norm" not in k},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(DataError, match="data.text: the weights of .* lack encoder.*layer_norm"):
         Pretrained(str(tmp_path))
@@ -140,13 +172,15 @@ def test_weights_that_are_pickled_or_incomplete_are_refused(tmp_path):
 
 def test_a_name_that_nothing_has_is_refused(tmp_path):
     pytest.importorskip("transformers")
-    with pytest.raises(DataError, match="'wordlama' must be wordllama, a folder, or a hub name such as"):
+    with pytest.raises(
+        DataError, match="'wordlama' must be wordllama, a folder, or a hub name such as"
+    ):
         open_encoder("wordlama")
     with pytest.raises(DataError, match="data.text: cannot load"):
         open_encoder(str(tmp_path))  # an empty folder
 
 
-# ------------------------------------------------------------------------------------------------ captions and prompts
+# ----------------------------------------------------------------------------- captions and prompts
 def test_captions_become_one_line_of_bounded_length():
     assert plain(" a\tred\u0000 heart\r\n") == "a red heart"
     assert plain("\ud800") == plain(" \n") == ""
@@ -159,7 +193,12 @@ def test_captions_become_one_line_of_bounded_length():
     [
         ((), None, 3, "--prompt: the run draws what a text says; give --prompt"),
         (("heart", " "), None, 3, "--prompt: the prompt is empty"),
-        (("x" * 10_000,), None, 3, "--prompt: 'xxxxxxxxxxxxxxxxxxxx'... has 10000 characters; at most 1000"),
+        (
+            ("x" * 10_000,),
+            None,
+            3,
+            "--prompt: 'xxxxxxxxxxxxxxxxxxxx'... has 10000 characters; at most 1000",
+        ),
         (("red\x1b[31m",), None, 3, r"--prompt: .* holds the control character '\\x1b'"),
         (("heart",), "", 3, "--negative: the prompt is empty"),
         (("heart",), "red", 1, "--negative: 'red' has no effect at guidance 1"),
@@ -176,7 +215,10 @@ def test_a_run_without_text_takes_no_prompt():
     config = load_config("mnist")
     check_prompts((), None, config, config.sample)
     for prompts, negative in ((("one",), None), ((), "one")):
-        with pytest.raises(ConfigError, match="--(prompt|negative): 'one' given, but the run was trained without text"):
+        with pytest.raises(
+            ConfigError,
+            match="--(prompt|negative): 'one' given, but the run was trained without text",
+        ):
             check_prompts(prompts, negative, config, config.sample)
 
 
@@ -194,7 +236,9 @@ def test_images_without_captions_are_counted_and_one_is_named(captioned, tmp_pat
 
 def test_another_encoder_than_the_runs_is_refused(captioned):
     text.open_texts(captioned(f"data.text_sha256={Letters.sha256}"))
-    with pytest.raises(DataError, match="the weights of 'letters' are not those that the run was trained with"):
+    with pytest.raises(
+        DataError, match="the weights of 'letters' are not those that the run was trained with"
+    ):
         text.open_texts(captioned("data.text_sha256=abc"))
 
 
@@ -202,9 +246,15 @@ def test_another_encoder_than_the_runs_is_refused(captioned):
     ("overrides", "problem"),
     [
         (["data.text=wordllama"], "data.text: 'wordllama' needs model.text_width"),
-        (["model.text_width=4"], "model.text_width: 4 needs a text encoder, such as data.text=wordllama"),
+        (
+            ["model.text_width=4"],
+            "model.text_width: 4 needs a text encoder, such as data.text=wordllama",
+        ),
         (["model.text_tokens=4"], "model.text_tokens: 4 needs model.text_width"),
-        (["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.local=3"], "model.local=3 reads an image"),
+        (
+            ["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.local=3"],
+            "model.local=3 reads an image",
+        ),
         (
             ["data.text=x", "model.text_width=4", "model.text_tokens=4", "model.mixer=conv"],
             "model.mixer=conv reads an image",

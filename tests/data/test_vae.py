@@ -1,4 +1,6 @@
-"""The autoencoder: what is read from its config, encoding and decoding, and what is said without it."""
+"""The autoencoder: what is read from its config, encoding and decoding, and what is said without
+it.
+"""
 
 import json
 import os
@@ -44,16 +46,35 @@ def test_old_configs_have_the_defaults_of_their_kind(tmp_path):
 
 
 def as_on_the_hub(folder, **changes):
-    """A small VAE in the format of stabilityai/sd-vae-ft-ema: written by diffusers 0.4, weights in two formats."""
-    save_vae(folder, block_out_channels=(4, 8, 8, 8), scaling_factor=0.18215, shift_factor=None, **changes)
+    """A small VAE in the format of stabilityai/sd-vae-ft-ema: written by diffusers 0.4, weights in
+    two formats.
+    """
+    save_vae(
+        folder,
+        block_out_channels=(4, 8, 8, 8),
+        scaling_factor=0.18215,
+        shift_factor=None,
+        **changes,
+    )
     values = json.loads((folder / "config.json").read_text())
-    old = ["act_fn", "block_out_channels", "down_block_types", "in_channels", "latent_channels", "layers_per_block"]
+    old = [
+        "act_fn",
+        "block_out_channels",
+        "down_block_types",
+        "in_channels",
+        "latent_channels",
+        "layers_per_block",
+    ]
     old += ["norm_num_groups", "out_channels", "sample_size", "up_block_types"]
-    old_values = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2"} | {k: values[k] for k in old}
+    old_values = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.4.2"} | {
+        k: values[k] for k in old
+    }
     (folder / "config.json").write_text(json.dumps(old_values, indent=2))
     weights, names = folder / "diffusion_pytorch_model.safetensors", {}
     for name in load_file(weights):
-        names[name] = re.sub(r"\.to_([qkv])\.", lambda m: {"q": ".query.", "k": ".key.", "v": ".value."}[m[1]], name)
+        names[name] = re.sub(
+            r"\.to_([qkv])\.", lambda m: {"q": ".query.", "k": ".key.", "v": ".value."}[m[1]], name
+        )
         names[name] = names[name].replace(".to_out.0.", ".proj_attn.")
     save_file({names[k]: v for k, v in load_file(weights).items()}, weights)
     assert {n.split(".")[4] for n in names.values() if ".attentions." in n} == {
@@ -74,7 +95,10 @@ class Attack:
 
 
 def test_the_vae_of_the_hub_is_read_in_its_old_format(tmp_path):
-    old, new = as_on_the_hub(tmp_path / "old"), save_vae(tmp_path / "new", block_out_channels=(4, 8, 8, 8))
+    old, new = (
+        as_on_the_hub(tmp_path / "old"),
+        save_vae(tmp_path / "new", block_out_channels=(4, 8, 8, 8)),
+    )
     facts = read_facts(str(old))
     assert (facts.kind, facts.channels, facts.downsample) == ("AutoencoderKL", 4, 8)
     assert (facts.scale, facts.shift) == ((0.18215,) * 4, (0.0,) * 4)
@@ -94,7 +118,9 @@ def test_encoding_and_decoding_are_in_full_float32(tmp_path, monkeypatch):
     v, before, seen = loaded(save_vae(tmp_path)), float32_arithmetic(), []
     for name in ("encode", "decode"):
         own = getattr(v.model, name)
-        monkeypatch.setattr(v.model, name, lambda x, own=own: seen.append(float32_arithmetic()) or own(x))
+        monkeypatch.setattr(
+            v.model, name, lambda x, own=own: seen.append(float32_arithmetic()) or own(x)
+        )
     v.decode(v.encode(torch.zeros(1, 3, 8, 8))[0])
     assert not before["convolutions"]  # torch's default
     assert seen == [{"products": True, "convolutions": True}] * 2
@@ -187,7 +213,9 @@ def test_incomplete_weights_are_refused(tmp_path):
     with pytest.raises(DataError, match="the weights of .* lack decoder.conv_in.bias"):
         loaded(tmp_path)
     save_file(kept | {"decoder.conv_in.bias": torch.zeros(3)}, weights)
-    with pytest.raises(DataError, match="cannot load the folder .* size mismatch for decoder.conv_in.bias"):
+    with pytest.raises(
+        DataError, match="cannot load the folder .* size mismatch for decoder.conv_in.bias"
+    ):
         loaded(tmp_path)
 
 
@@ -208,7 +236,9 @@ def test_hub_names_may_have_a_subfolder(monkeypatch):
 
     answering(monkeypatch, lambda: None)
     asked = []
-    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: asked.append(where) or {})
+    monkeypatch.setattr(
+        diffusers.AutoencoderKL, "load_config", lambda **where: asked.append(where) or {}
+    )
     for name in ("owner/name", "owner/name/vae"):
         with pytest.raises(DataError, match="holds None, not AutoencoderKL"):
             read_facts(name)
@@ -219,13 +249,16 @@ def test_hub_names_may_have_a_subfolder(monkeypatch):
 
 
 def test_names_that_are_neither_folder_nor_hub():
-    with pytest.raises(DataError, match="--vae: no folder 'nowhere/a/b/c', and it is not a hub name"):
+    with pytest.raises(
+        DataError, match="--vae: no folder 'nowhere/a/b/c', and it is not a hub name"
+    ):
         read_facts("nowhere/a/b/c")
     with pytest.raises(DataError, match="no folder './vae'"):
         read_facts("./vae")
     with pytest.raises(DataError, match=r"^data.vae: no folder './a/b'"):
         read_facts("./a/b", "data.vae")
-    with pytest.raises(DataError, match="no folder 'xxx"):  # from a manifest, say: longer than a name may be
+    # from a manifest, say: longer than a name may be
+    with pytest.raises(DataError, match="no folder 'xxx"):
         read_facts("x" * 300)
 
 
@@ -234,7 +267,8 @@ def test_relative_folders_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     asked = answering(monkeypatch, lambda: pytest.fail("the hub is asked"))
     save_vae(tmp_path / "vaes" / "x")
     monkeypatch.chdir(tmp_path)
-    assert read_facts("vaes/x").name == str(tmp_path / "vaes" / "x")  # which is valid in every folder
+    # which is valid in every folder
+    assert read_facts("vaes/x").name == str(tmp_path / "vaes" / "x")
     for name in ("vaes/y", "vaes/y/vae", "./vaes/y"):
         with pytest.raises(DataError, match=f"^--vae: no folder '{name}'"):
             read_facts(name)
@@ -246,7 +280,10 @@ def test_another_vae_than_that_of_the_run_is_reported(tmp_path):
     recorded = loaded(save_vae(tmp_path)).weights_sha256
     given = [f"data.vae={tmp_path}", "data.downsample=4"]
     for sha256 in (recorded, ""):
-        assert open_decoding(load_config("s-256", [*given, f"data.vae_sha256={sha256}"]), CPU).warning is None
+        assert (
+            open_decoding(load_config("s-256", [*given, f"data.vae_sha256={sha256}"]), CPU).warning
+            is None
+        )
     save_vae(tmp_path, seed=1)
     decoding = open_decoding(load_config("s-256", [*given, f"data.vae_sha256={recorded}"]), CPU)
     assert f"{str(tmp_path)!r} is not the VAE that made the latents of this run" in decoding.warning
@@ -280,14 +317,19 @@ def test_absurd_configs_are_refused_before_the_network_is_built(tmp_path, words)
 def test_network_larger_than_its_weights_takes_no_memory(tmp_path):
     path = save_vae(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"block_out_channels": [1024] * 3}))
-    with pytest.raises(DataError, match=r"its config describes [\d,]+ parameters, but its weights have [\d,]+ bytes"):
+    with pytest.raises(
+        DataError,
+        match=r"its config describes [\d,]+ parameters, but its weights have [\d,]+ bytes",
+    ):
         loaded(tmp_path)
 
 
 def test_config_is_read_only_as_a_small_file(tmp_path):
     path = save_vae(tmp_path) / "config.json"
     path.write_text(path.read_text() + " " * (1 << 20))
-    with pytest.raises(DataError, match="--vae: cannot load the folder .*: it has more than 1048576 bytes"):
+    with pytest.raises(
+        DataError, match="--vae: cannot load the folder .*: it has more than 1048576 bytes"
+    ):
         read_facts(str(tmp_path))
     path.unlink()
     os.mkfifo(path)
@@ -299,7 +341,9 @@ def without_network(monkeypatch):
     import diffusers
 
     def unreachable(*args, **options):
-        raise OSError("it does not appear to have a file named config.json") from OSError("Name not known\nby anyone")
+        raise OSError("it does not appear to have a file named config.json") from OSError(
+            "Name not known\nby anyone"
+        )
 
     answering(monkeypatch, lambda: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
@@ -316,7 +360,9 @@ def test_without_network_one_line_says_what_to_do(monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
-    """Its client would repeat the request for 23 seconds; where it answers, though with an error, it may."""
+    """Its client would repeat the request for 23 seconds; where it answers, though with an error,
+    it may.
+    """
     import diffusers
 
     def fail():
@@ -326,10 +372,14 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
         raise HfHubHTTPError("404 for this file", response=unittest.mock.Mock())
 
     loaded_by = []
-    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda **where: loaded_by.append(where) or {})
+    monkeypatch.setattr(
+        diffusers.AutoencoderKL, "load_config", lambda **where: loaded_by.append(where) or {}
+    )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     asked = answering(monkeypatch, fail)
-    with pytest.raises(DataError, match="cannot load 'owner/name/vae' from the hub, .* .Name not known."):
+    with pytest.raises(
+        DataError, match="cannot load 'owner/name/vae' from the hub, .* .Name not known."
+    ):
         read_facts("owner/name/vae")
     assert [a.partition("owner")[2] for a in asked] == ["/name/resolve/main/vae/config.json"]
     assert loaded_by == []
@@ -354,7 +404,10 @@ def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
     assert decoding.warning.startswith(
         "the images are only previews of the latents, because the VAE cannot be used: data.vae: cannot load"
     )
-    assert "name it by data.vae: in training by --set, in a finished run in the config.yaml" in decoding.warning
+    assert (
+        "name it by data.vae: in training by --set, in a finished run in the config.yaml"
+        in decoding.warning
+    )
     assert "--vae" not in decoding.warning
     assert decoding.record == {"vae": "stabilityai/sd-vae-ft-ema", "decoded_by": "linear preview"}
     assert decoding.decode(torch.randn(2, 4, 5, 6)).shape == (2, 3, 40, 48)
@@ -373,4 +426,6 @@ def test_preview_is_linear_within_its_range(channels):
     out = preview(x, 2)
     assert out.shape == (2, 3, 6, 8)
     torch.testing.assert_close(preview(0.5 * x, 2), 0.5 * out)
-    assert all(preview(x * (torch.arange(channels) == c).view(-1, 1, 1), 2).any() for c in range(channels))
+    assert all(
+        preview(x * (torch.arange(channels) == c).view(-1, 1, 1), 2).any() for c in range(channels)
+    )

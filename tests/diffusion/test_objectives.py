@@ -1,4 +1,6 @@
-"""Noise, velocity and flow against closed forms: on Gaussian data, everything that a model could learn is known."""
+"""Noise, velocity and flow against closed forms: on Gaussian data, everything that a model could
+learn is known.
+"""
 
 import math
 
@@ -84,10 +86,12 @@ def slope(name, objective, steps):
     return sum((a - mx) * (b - my) for a, b in zip(x, y)) / sum((a - mx) ** 2 for a in x)
 
 
-# ------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 @pytest.mark.skipif(device().type != "cpu", reason="recorded on a CPU")
 def test_losses_of_noise_are_those_before_there_were_other_objectives():
-    """Recorded in float32 with the code of that time. Exponentials of the bound may differ by CPU, products do not."""
+    """Recorded in float32 with the code of that time. Exponentials of the bound may differ by CPU,
+    products do not.
+    """
     process = GaussianDiffusion()
     x_0, noise, output = randn(4, 1, 2, 2) / 2, randn(4, 1, 2, 2, seed=1), randn(4, 2, 2, 2, seed=2)
     t = torch.tensor([0, 10, 500, 999])
@@ -95,27 +99,48 @@ def test_losses_of_noise_are_those_before_there_were_other_objectives():
     plain = training_losses(process, output[:, :1], *known)["loss"]
     capped = training_losses(process, output[:, :1], *known, weight_cap=20.0)["loss"]
     bound = training_losses(process, output, *known)["loss"]
-    assert plain.tolist() == [0.9214867353439331, 0.9044747352600098, 0.45586803555488586, 2.6318485736846924]
-    assert capped.tolist() == [0.9215787649154663, 0.9064629673957825, 5.859737873077393, 52.63697052001953]
-    recorded = torch.tensor([3.084646701812744, 1.0043985843658447, 0.459492951631546, 2.6705946922302246])
+    assert plain.tolist() == [
+        0.9214867353439331,
+        0.9044747352600098,
+        0.45586803555488586,
+        2.6318485736846924,
+    ]
+    assert capped.tolist() == [
+        0.9215787649154663,
+        0.9064629673957825,
+        5.859737873077393,
+        52.63697052001953,
+    ]
+    recorded = torch.tensor(
+        [3.084646701812744, 1.0043985843658447, 0.459492951631546, 2.6705946922302246]
+    )
     torch.testing.assert_close(bound, recorded, rtol=1e-6, atol=0)
 
 
 @ALL
 def test_optimal_predictor_has_no_excess_loss(objective):
-    """Its loss is the variance that x_t leaves to the target p x_0 + q eps: V (a q - s p)^2 / (V a^2 + s^2)."""
+    """Its loss is the variance that x_t leaves to the target p x_0 + q eps: V (a q - s p)^2 / (V
+    a^2 + s^2).
+    """
     n = 20_000
     t = batch_of(TIMES)
     x_0 = MEAN + math.sqrt(VARIANCE) * randn(len(t), 1, n, 1, seed=1, dtype=torch.float64)
     noise = randn(len(t), 1, n, 1, seed=2, dtype=torch.float64)
     x_t = objective.q_sample(x_0, t, noise)
     a, s = (v.flatten() for v in path(objective, t, x_t))
-    targets = {"epsilon": (0, 1), "v_prediction": (-s, a), "flow_prediction": (-1, 1), "sample": (1, 0)}
+    targets = {
+        "epsilon": (0, 1),
+        "v_prediction": (-s, a),
+        "flow_prediction": (-1, 1),
+        "sample": (1, 0),
+    }
     p, q = targets[objective.schedule["prediction_type"]]
     left = VARIANCE * (a * q - s * p) ** 2 / (VARIANCE * a**2 + s**2)
     losses = training_losses(objective, optimal(objective)(x_t, t), x_0, x_t, t, noise)
     torch.testing.assert_close(losses["mse"], left, rtol=5 * math.sqrt(2 / n), atol=0)
-    torch.testing.assert_close(losses["loss"], losses["mse"] * objective.loss_weight(t), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        losses["loss"], losses["mse"] * objective.loss_weight(t), rtol=1e-6, atol=0
+    )
 
 
 def test_loss_of_a_predicted_image_is_that_of_its_velocity_but_for_the_least_noise():
@@ -141,30 +166,46 @@ def test_loss_is_zero_if_the_image_is_known(objective):
     torch.testing.assert_close(objective.predict_x_0(x_t, t, target), x_0, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(objective.predict_noise(x_t, t, target), noise, rtol=1e-4, atol=1e-4)
     velocity = objective.velocity(x_0, t, noise)
-    torch.testing.assert_close(objective.predict_velocity(x_t, t, target), velocity, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        objective.predict_velocity(x_t, t, target), velocity, rtol=1e-4, atol=1e-4
+    )
 
 
 @ALL
 def test_velocity_is_the_derivative_of_the_path(objective):
-    """Along the angle of image and noise in the discrete process, along t/T in the flow: a central difference."""
+    """Along the angle of image and noise in the discrete process, along t/T in the flow: a central
+    difference.
+    """
     x_0, noise = (randn(1, 1, 4, 4, seed=i, dtype=torch.float64) for i in (1, 2))
-    earlier, t, later = (timestep_batch(type(objective.timesteps(2)[0])(v), x_0) for v in (499, 500, 501))
+    earlier, t, later = (
+        timestep_batch(type(objective.timesteps(2)[0])(v), x_0) for v in (499, 500, 501)
+    )
     ends = [objective.q_sample(x_0, v, noise) for v in (earlier, later)]
     step = objective.time(later.item()) - objective.time(earlier.item())
-    torch.testing.assert_close((ends[1] - ends[0]) / step, objective.velocity(x_0, t, noise), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        (ends[1] - ends[0]) / step, objective.velocity(x_0, t, noise), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_min_snr_weights_of_noise_and_velocity():
-    """min(SNR, 5)/SNR and min(SNR, 5)/(SNR + 1), arXiv 2303.09556; the velocity's falls to zero with the signal."""
+    """min(SNR, 5)/SNR and min(SNR, 5)/(SNR + 1), arXiv 2303.09556; the velocity's falls to zero
+    with the signal.
+    """
     t = batch_of(TIMES)
     abar = OBJECTIVES["noise"].alpha_bar64.to(device())[t]
     snr = (abar / (1 - abar)).float()
     least = snr.clamp(max=5)
-    torch.testing.assert_close(OBJECTIVES["noise"].min_snr_weight(t, 5), least / snr, rtol=1e-5, atol=0)
-    torch.testing.assert_close(OBJECTIVES["velocity"].min_snr_weight(t, 5), least / (snr + 1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        OBJECTIVES["noise"].min_snr_weight(t, 5), least / snr, rtol=1e-5, atol=0
+    )
+    torch.testing.assert_close(
+        OBJECTIVES["velocity"].min_snr_weight(t, 5), least / (snr + 1), rtol=1e-5, atol=0
+    )
     assert snr[0] > 5 > snr[-1]  # capped and not
     known = [randn(5, 1, 4, 4, seed=i) for i in range(3)]
-    losses = training_losses(OBJECTIVES["velocity"], known[0], known[1], known[2], t, known[1], min_snr_gamma=5)
+    losses = training_losses(
+        OBJECTIVES["velocity"], known[0], known[1], known[2], t, known[1], min_snr_gamma=5
+    )
     torch.testing.assert_close(losses["loss"], losses["mse"] * least / (snr + 1), rtol=1e-5, atol=0)
 
 
@@ -176,7 +217,9 @@ def test_velocity_keeps_the_bound_of_the_noise():
     x_t = noise.q_sample(x_0, t, eps)
     as_velocity = velocity.output_for(x_t, t, noise.predict_x_0(x_t, t, predicted))
     outputs = [torch.cat([output, v], dim=1) for output in (predicted, as_velocity)]
-    one, two = (training_losses(o, out, x_0, x_t, t, eps) for o, out in zip((noise, velocity), outputs))
+    one, two = (
+        training_losses(o, out, x_0, x_t, t, eps) for o, out in zip((noise, velocity), outputs)
+    )
     torch.testing.assert_close(two["vb"], one["vb"], rtol=1e-4, atol=1e-6)
 
 
@@ -186,7 +229,8 @@ def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
     assert rescaled.alpha_bar64[-1] == 0
     assert rescaled.alpha_bar64[0].item() == pytest.approx(usual.alpha_bar64[0].item(), rel=1e-12)
     ratios = rescaled.alpha_bar64.sqrt().diff() / usual.alpha_bar64.sqrt().diff()
-    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-9, atol=0)  # a linear map of sqrt(abar)
+    # a linear map of sqrt(abar)
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios), rtol=1e-9, atol=0)
     # without noise, the mean of x_{t-1} given x_t = a_t x_0 is a_{t-1} x_0, in the last step too
     mean = rescaled.posterior_x_0 + rescaled.posterior_x_t * rescaled.signal
     torch.testing.assert_close(mean[1:], rescaled.signal[:-1], rtol=1e-4, atol=1e-6)
@@ -194,7 +238,7 @@ def test_zero_terminal_snr_ends_in_noise_and_begins_as_before():
     assert torch.isfinite(rescaled.posterior_log_variance).all()
 
 
-# ------------------------------------------------------------------------------------------------- samplers
+# ----------------------------------------------------------------------------------------- samplers
 @ALL
 @pytest.mark.parametrize(
     ("name", "order", "steps"), [("euler", 1, (10, 20, 40, 80, 160)), ("heun", 2, (8, 16, 32, 64))]
@@ -206,7 +250,9 @@ def test_solvers_of_the_flow_converge_with_their_order(objective, name, order, s
 @pytest.mark.parametrize("of", ["flow", "image"])
 @pytest.mark.parametrize("name", ["dpmpp", "unipc"])
 def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name, of):
-    """Their own timesteps are rounded down to whole numbers; the model must see the noise level of the step."""
+    """Their own timesteps are rounded down to whole numbers; the model must see the noise level of
+    the step.
+    """
     objective = OBJECTIVES[of]
     assert ode_error(name, objective, 160) < 1e-3
     assert ode_error(name, objective, 320) < 0.4 * ode_error(name, objective, 160)
@@ -245,7 +291,8 @@ def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
 def test_samplers_take_the_same_steps_with_noise_and_velocity(name):
     x = randn(4, 1, 8, 8, dtype=torch.float64)
     noise, velocity = (
-        sample_by_name(name, optimal(o), o, x, 12) for o in (OBJECTIVES["noise"], OBJECTIVES["velocity"])
+        sample_by_name(name, optimal(o), o, x, 12)
+        for o in (OBJECTIVES["noise"], OBJECTIVES["velocity"])
     )
     assert relative(velocity, noise) < 1e-4
 
@@ -254,7 +301,8 @@ def test_all_objectives_describe_the_same_flow():
     x = randn(4, 1, 8, 8, dtype=torch.float64)
     ends = [sample_by_name("heun", optimal(o), o, x, 100) for o in OBJECTIVES.values()]
     exact = MEAN + math.sqrt(VARIANCE) * x
-    assert all(relative(end, exact) < 2e-3 for end in ends)  # noise and velocity begin at a signal of 0.006
+    # noise and velocity begin at a signal of 0.006
+    assert all(relative(end, exact) < 2e-3 for end in ends)
 
 
 def test_stochastic_sampler_reproduces_mean_and_variance():
@@ -276,7 +324,9 @@ def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(obj
     x = randn(3, 2, 4, 4, dtype=torch.float64)
     for name in SAMPLERS[objective]:
         together, alone = (
-            sample_by_name(name, clipped(optimal(process), process), process, x[chosen], 6, seeded(3)[chosen])
+            sample_by_name(
+                name, clipped(optimal(process), process), process, x[chosen], 6, seeded(3)[chosen]
+            )
             for chosen in (slice(0, 3), slice(2, 3))
         )
         torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-12)
@@ -293,14 +343,17 @@ def test_heun_computes_the_model_twice_a_step_but_once_in_the_last():
     assert seen == [1000.0, 750.0, 750.0, 500.0, 500.0, 250.0, 250.0]
 
 
-# ------------------------------------------------------------------------------------------------- timesteps
+# ---------------------------------------------------------------------------------------- timesteps
 def drawn(n=4000, **fields):
     d = DiffusionConfig(**fields)
     return torch.cat([draw_timestep(d, torch.Generator().manual_seed(i)) for i in range(n)])
 
 
 def test_uniform_timesteps_are_those_before_there_were_other_draws():
-    expected = [torch.randint(1000, (1,), generator=torch.Generator().manual_seed(i)).item() for i in range(50)]
+    expected = [
+        torch.randint(1000, (1,), generator=torch.Generator().manual_seed(i)).item()
+        for i in range(50)
+    ]
     assert drawn(50).tolist() == expected
 
 
@@ -314,7 +367,9 @@ def test_flow_draws_between_the_whole_timesteps():
 
 @pytest.mark.parametrize("objective", ["noise", "flow"])
 def test_logits_of_logit_normal_timesteps_are_normal(objective):
-    t = drawn(objective=objective, timesteps_drawn="logit_normal", logit_mean=-0.5, logit_std=0.8).double()
+    t = drawn(
+        objective=objective, timesteps_drawn="logit_normal", logit_mean=-0.5, logit_std=0.8
+    ).double()
     logit = torch.logit((t + (0.5 if objective == "noise" else 0)) / 1000)
     assert logit.mean().item() == pytest.approx(-0.5, abs=0.06)
     assert logit.std().item() == pytest.approx(0.8, rel=0.06)

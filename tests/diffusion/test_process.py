@@ -27,5 +27,7 @@ def test_process_equals_adm(g):
 def test_prediction_of_noise_and_image_are_inverse(g):
     process = GaussianDiffusion(device=device())
     x_0 = process.predict_x_0(g["x_t"], g["t"], g["noise"])
-    torch.testing.assert_close(process.output_for(g["x_t"], g["t"], x_0), g["noise"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        process.output_for(g["x_t"], g["t"], x_0), g["noise"], rtol=1e-4, atol=1e-4
+    )
     assert relative(x_0, g["x0"]) < 1e-4

@@ -1,4 +1,6 @@
-"""Samplers against ADM's runs and against the exact solution on Gaussian data; guidance and clipping by hand."""
+"""Samplers against ADM's runs and against the exact solution on Gaussian data; guidance and
+clipping by hand.
+"""
 
 import math
 
@@ -49,7 +51,9 @@ def test_ddim_equals_adm():
     g = golden("adm_diffusion")
     scheduler = make_scheduler("ddim", PROCESS, 25, learned_covariance=True)
     assert scheduler.timesteps.tolist() == g["sddim25_timesteps"].tolist()
-    assert relative(sample(gaussian_denoiser, scheduler, g["sddim25_xT"]), g["sddim25_final"]) < 1e-6
+    assert (
+        relative(sample(gaussian_denoiser, scheduler, g["sddim25_xT"]), g["sddim25_final"]) < 1e-6
+    )
 
 
 def test_respacing_ends_and_bounds():
@@ -63,7 +67,9 @@ def test_respacing_ends_and_bounds():
 
 
 def ode_error(name, steps):
-    """Distance of a solver's end from the exact probability flow, which only rescales Gaussian data."""
+    """Distance of a solver's end from the exact probability flow, which only rescales Gaussian
+    data.
+    """
     scheduler = make_scheduler(name, PROCESS, steps, learned_covariance=True)
     x_T = randn(4, 1, 8, 8, dtype=torch.float64)
     abar = PROCESS.alpha_bar64[int(scheduler.timesteps[0])]
@@ -87,14 +93,18 @@ def test_second_order_solvers_beat_ddim_and_converge(name):
 
 
 def test_unknown_sampler_is_named():
-    with pytest.raises(ValueError, match="'eulr' is not one of ddpm, ddim, dpmpp, unipc, euler, heun, sde"):
+    with pytest.raises(
+        ValueError, match="'eulr' is not one of ddpm, ddim, dpmpp, unipc, euler, heun, sde"
+    ):
         sample_by_name("eulr", gaussian_denoiser, PROCESS, randn(1, 1, 4, 4), 10)
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "sde"])
 def test_a_sampler_of_another_process_is_refused(name):
     objective = PROCESS if name == "sde" else LinearFlow()
-    with pytest.raises(ValueError, match=f"'{name}' does not fit the objective {objective.name}; choose .*euler"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' does not fit the objective {objective.name}; choose .*euler"
+    ):
         check_sampler(name, objective)
 
 
@@ -104,10 +114,14 @@ def test_a_sampler_that_is_no_scheduler_of_diffusers_is_refused_as_one():
 
 
 def test_ddim_begins_at_the_noisiest_timestep_whatever_the_steps():
-    """ADM's ddimN where N divides T and reaches the last tenth, bit for bit; otherwise evenly spaced from T-1 to 0."""
+    """ADM's ddimN where N divides T and reaches the last tenth, bit for bit; otherwise evenly
+    spaced from T-1 to 0.
+    """
     for steps in (10, 25, 50, 250, 500, 1000):
         stride = 1000 // steps
-        assert make_scheduler("ddim", PROCESS, steps).timesteps.tolist() == list(range(1000 - stride, -1, -stride))
+        assert make_scheduler("ddim", PROCESS, steps).timesteps.tolist() == list(
+            range(1000 - stride, -1, -stride)
+        )
     for steps in (1, 2, 3, 8, 334, 501, 600, 999):
         assert make_scheduler("ddim", PROCESS, steps).timesteps.tolist() == PROCESS.timesteps(steps)
     for steps in (334, 501, 600):
@@ -144,8 +158,13 @@ def test_an_image_that_is_not_finite_is_an_error_that_names_it_and_the_step(valu
         output[1, 0, 2, 2] = value if t < 500 else output[1, 0, 2, 2]
         return output
 
-    for name, where in (("ddim", r"step 6 of 10 \(timestep 400\)"), ("euler", r"step 6 of 10 \(timestep 444\)")):
-        with pytest.raises(NotFiniteError, match=f"^image 1 has values that are not finite after {where}, so") as e:
+    for name, where in (
+        ("ddim", r"step 6 of 10 \(timestep 400\)"),
+        ("euler", r"step 6 of 10 \(timestep 444\)"),
+    ):
+        with pytest.raises(
+            NotFiniteError, match=f"^image 1 has values that are not finite after {where}, so"
+        ) as e:
             sample_by_name(name, denoise, PROCESS, randn(2, 1, 4, 4, dtype=torch.float64), 10)
         assert e.value.index == 1
 
@@ -162,7 +181,9 @@ def test_every_sampler_takes_four_channels_with_and_without_covariance(name, lea
 
 
 def test_euler_heun_and_the_stochastic_step_by_hand():
-    """Two steps of a flow: x + h v(x); x + h (v(x) + v(x + h v(x))) / 2; and SiT's drift with noise, w_t = t."""
+    """Two steps of a flow: x + h v(x); x + h (v(x) + v(x + h v(x))) / 2; and SiT's drift with
+    noise, w_t = t.
+    """
     flow, x = LinearFlow(), randn(2, 1, 4, 4, dtype=torch.float64)
     z = randn(2, 1, 4, 4, seed=1, dtype=torch.float64)
 
@@ -179,7 +200,11 @@ def test_euler_heun_and_the_stochastic_step_by_hand():
 
     middle = x - 0.5 * drift(x, 1000) + math.sqrt(0.5) * z
     stochastic = middle - 0.5 * drift(middle, 500)
-    for expected, how in ((euler, {}), (heun, {"heun": True}), (stochastic, {"noise": lambda _: z})):
+    for expected, how in (
+        (euler, {}),
+        (heun, {"heun": True}),
+        (stochastic, {"noise": lambda _: z}),
+    ):
         assert relative(integrate(velocity, flow, x, 2, **how), expected) < 1e-14
 
 
@@ -199,7 +224,8 @@ def test_guidance_by_hand_all_channels_and_three():
     x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3.0, 5.0], device=device())
     everything = guided(CountingModel(), y, null=1, scale=1.5)(x, 7)
     assert everything[:, :4, 0, 0].tolist() == [[1 + 1.5 * 2] * 4, [1 + 1.5 * 4] * 4]
-    assert everything[:, 4:, 0, 0].tolist() == [[30] * 4, [50] * 4]  # the covariance of the label itself
+    # the covariance of the label itself
+    assert everything[:, 4:, 0, 0].tolist() == [[30] * 4, [50] * 4]
     three = guided(CountingModel(), y, null=1, scale=1.5, channels=3)(x, 7)
     assert three[:, :4, 0, 0].tolist() == [[4, 4, 4, 3], [7, 7, 7, 5]]
 

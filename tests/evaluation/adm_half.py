@@ -1,7 +1,9 @@
-"""Precision and recall by their definition, with whole matrices, and the float16 distances of ADM's evaluator.
+"""Precision and recall by their definition, with whole matrices, and the float16 distances of ADM's
+evaluator.
 
-The evaluator computes in float16 with TensorFlow. What is rounded, and in which order, decides how many distances are
-equal to a radius. The functions below round where TensorFlow does on a CPU; with them, the shares are exactly ADM's.
+The evaluator computes in float16 with TensorFlow. What is rounded, and in which order, decides how
+many distances are equal to a radius. The functions below round where TensorFlow does on a CPU; with
+them, the shares are exactly ADM's.
 """
 
 import functools
@@ -13,7 +15,9 @@ from torch import Tensor
 NEIGHBOURS = 3
 
 
-def precision_recall(reference: Tensor, samples: Tensor, distances: Callable) -> tuple[float, float]:
+def precision_recall(
+    reference: Tensor, samples: Tensor, distances: Callable
+) -> tuple[float, float]:
     """Shares of samples and of references in the balls of the other set.
 
     `distances` maps (n, d) and (m, d) to squared distances (n, m).
@@ -31,7 +35,9 @@ def exact_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def half_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (n, m), rounded to float16 after each step; matrix products accumulate in float32."""
+    """Squared distances (n, m), rounded to float16 after each step; matrix products accumulate in
+    float32.
+    """
     a, b = a.half(), b.half()
     products = (a.float() @ b.float().T).half()
     distance = half_sum(a.square())[:, None] - 2 * products + half_sum(b.square())
@@ -41,8 +47,9 @@ def half_distances(a: Tensor, b: Tensor) -> Tensor:
 def half_sum(x: Tensor) -> Tensor:
     """Sum of float16 (n, d) over d in the order of TensorFlow.
 
-    2,048 or more numbers are split into halves. Packets of eight lanes are added, every fourth one; then the four sums
-    and the packets that are left; then the lanes in float32; then the numbers that are left.
+    2,048 or more numbers are split into halves. Packets of eight lanes are added, every fourth one;
+    then the four sums and the packets that are left; then the lanes in float32; then the numbers
+    that are left.
     """
     n, d = x.shape
     if d >= 2048:
@@ -56,4 +63,6 @@ def half_sum(x: Tensor) -> Tensor:
     total = functools.reduce(torch.add, packets[fours:], total)
 
     lanes = total.float().sum(1).half()
-    return lanes + functools.reduce(torch.add, x[:, d // 8 * 8 :].unbind(1), torch.zeros_like(lanes))
+    return lanes + functools.reduce(
+        torch.add, x[:, d // 8 * 8 :].unbind(1), torch.zeros_like(lanes)
+    )

@@ -63,10 +63,15 @@ def test_kid_comes_with_its_error_and_recall_can_come_alone():
     assert list(found) == ["precision", "recall", "kid", "kid_error"]
     assert (found["precision"], found["recall"]) == (2 / 5, 1.0)
     assert evaluated(["recall"], samples, gathered=real) == {"recall": 1.0}
-    assert evaluated(["recall", "precision"], samples, gathered=real) == {"recall": 1.0, "precision": 2 / 5}
+    assert evaluated(["recall", "precision"], samples, gathered=real) == {
+        "recall": 1.0,
+        "precision": 2 / 5,
+    }
 
 
-@pytest.mark.parametrize("metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"])
+@pytest.mark.parametrize(
+    "metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"]
+)
 def test_unsupported_metric_is_an_error_or_left_out(metric):
     samples, reference = Gathered(POOL, None, None), Reference("r", None)
     with pytest.raises(DataError, match=f"^metrics: {metric} needs "):

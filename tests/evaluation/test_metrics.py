@@ -36,7 +36,9 @@ def normal(n, d, seed=0):
 
 @pytest.mark.parametrize(("kind", "name"), [("pool", "fid"), ("spatial", "sfid")])
 def test_distance_equals_adm(adm, kind, name):
-    assert distance(adm[f"gen_{kind}"], adm[f"ref_{kind}"]) == pytest.approx(adm[name].item(), rel=1e-6)
+    assert distance(adm[f"gen_{kind}"], adm[f"ref_{kind}"]) == pytest.approx(
+        adm[name].item(), rel=1e-6
+    )
 
 
 class OnMPS(torch.Tensor):
@@ -90,18 +92,24 @@ def test_half_sum_rounds_as_tensorflow_does(d):
     assert torch.equal(adm_half.half_sum(sums[f"x{d}"].square()), sums[f"n{d}"])
 
 
-# -------------------------------------------------------------------------------------------- known answers
+# ------------------------------------------------------------------------------------ known answers
 def test_distance_of_a_set_to_itself_is_zero():
     assert abs(distance(normal(500, 12), normal(500, 12))) < 1e-9
 
 
 def test_distance_of_gaussians_has_a_closed_form():
     """Commuting covariances: |m|^2 + sum (sqrt a - sqrt b)^2."""
-    a, b, shift = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([16.0, 1.0, 0.25]), torch.tensor([1.0, -2.0, 0.5])
+    a, b, shift = (
+        torch.tensor([1.0, 4.0, 9.0]),
+        torch.tensor([16.0, 1.0, 0.25]),
+        torch.tensor([1.0, -2.0, 0.5]),
+    )
     turn = torch.linalg.qr(normal(3, 3).double())[0]
     covariances = [turn @ torch.diag(v).double() @ turn.T for v in (a, b)]
     found = frechet_distance(torch.zeros(3), covariances[0], shift, covariances[1])
-    assert found == pytest.approx((shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item(), rel=1e-12)
+    assert found == pytest.approx(
+        (shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()).item(), rel=1e-12
+    )
 
 
 def test_distance_without_full_rank_is_finite():
@@ -149,7 +157,8 @@ def test_inception_score_of_certain_and_of_blind_classifiers():
     assert inception_score(certain) == pytest.approx(10)
     assert inception_score(torch.zeros(500, 10)) == pytest.approx(1)
     in_order = certain[:10].repeat_interleave(50, 0)
-    assert inception_score(in_order, split=50) == pytest.approx(1)  # sorted by class: each split sees one
+    # sorted by class: each split sees one
+    assert inception_score(in_order, split=50) == pytest.approx(1)
 
 
 def test_split_sums_by_parts_equal_those_of_all():
@@ -157,7 +166,9 @@ def test_split_sums_by_parts_equal_those_of_all():
     parts = [SplitSums.empty(1203, 7, 500) for _ in range(3)]
     for part, start in zip(parts, (0, 400, 900)):
         part.add(start, logits[start : {0: 400, 400: 900, 900: 1203}[start]], 500)
-    assert parts[0].joined(parts[2]).joined(parts[1]).score() == pytest.approx(inception_score(logits, 500), rel=1e-12)
+    assert parts[0].joined(parts[2]).joined(parts[1]).score() == pytest.approx(
+        inception_score(logits, 500), rel=1e-12
+    )
 
 
 def test_collapsed_generator_is_precise_and_recalls_nothing():

@@ -1,4 +1,6 @@
-"""Sets of images and reference files: what goes in comes out, whoever made it, and bad ones are one line."""
+"""Sets of images and reference files: what goes in comes out, whoever made it, and bad ones are one
+line.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from diffussm_cli.evaluation.sets import open_images
 from tests.evaluation.conftest import gathered
 
 
-# ------------------------------------------------------------------------------------------------ gathering
+# ---------------------------------------------------------------------------------------- gathering
 def test_a_reference_is_what_adm_reads(pictures, tmp_path, digits):
     images = open_images(str(pictures), 1)
     features = gathered(images, digits)[0]
@@ -43,7 +45,9 @@ def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
     found = dict(ev.evaluate_features(features, reference, ["fid", "sfid"]))
     assert abs(found["fid"]) < 1e-6
     assert abs(found["sfid"]) < 1e-4  # its covariance has a trace of thousands
-    with pytest.raises(DataError, match="metrics: recall needs images or statistics that .*ref.npz does not hold"):
+    with pytest.raises(
+        DataError, match="metrics: recall needs images or statistics that .*ref.npz does not hold"
+    ):
         dict(ev.evaluate_features(features, reference, ["recall"]))
     reference.complete(gathered(reference.images, digits)[0])
     assert abs(dict(ev.evaluate_features(features, reference, ["fid"]))["fid"]) < 1e-6
@@ -64,7 +68,11 @@ def statistics(d):
 
 BAD_REFERENCES = {
     "missing keys": ({"mu": np.zeros(4)}, DataError, "neither arr_0 nor mu and sigma, only mu"),
-    "labels only": ({"arr_1": np.zeros(4, int)}, DataError, "neither arr_0 nor mu and sigma, only arr_1"),
+    "labels only": (
+        {"arr_1": np.zeros(4, int)},
+        DataError,
+        "neither arr_0 nor mu and sigma, only arr_1",
+    ),
     "shapes": ({"mu": np.zeros(4), "sigma": np.eye(5)}, DataError, "not \\(d,\\) and \\(d, d\\)"),
     "not finite": ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, DataError, "not finite"),
     "other": (

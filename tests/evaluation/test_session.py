@@ -32,7 +32,10 @@ def test_auto_extractor_follows_the_first_images(asked, size, grey, name):
 
 
 def test_images_are_opened_in_the_channels_of_the_extractor(tmp_path, monkeypatch):
-    seen = {"digits": types.SimpleNamespace(channels=1), "inception": types.SimpleNamespace(channels=3)}
+    seen = {
+        "digits": types.SimpleNamespace(channels=1),
+        "inception": types.SimpleNamespace(channels=3),
+    }
     monkeypatch.setattr(session, "load_extractor", lambda name, weights, device: seen[name])
     chosen = EvaluationSession(device="cpu")
     colour = chosen.open(str(folder(tmp_path / "a", 2, side=40, mode="RGB")), (28, 28))
@@ -51,7 +54,9 @@ def test_results_lie_beside_the_samples(tmp_path):
 def test_facts_are_those_of_the_folder(tmp_path):
     assert session.read_facts(tmp_path) == {}
     (tmp_path / "meta.json").write_text(json.dumps({"steps": 7}))
-    assert session.read_facts(tmp_path) == session.read_facts(tmp_path / "samples.npz") == {"steps": 7}
+    assert (
+        session.read_facts(tmp_path) == session.read_facts(tmp_path / "samples.npz") == {"steps": 7}
+    )
 
 
 def test_a_folder_of_images_is_no_run(tmp_path):
@@ -64,8 +69,12 @@ def test_metrics_without_reference_images_are_rejected_before_features_are_compu
     evaluation = EvaluationSession("digits", device="cpu")
     images = evaluation.open(str(folder(tmp_path / "a", 5)))
     statistics = torch.zeros(64), torch.eye(64)
-    comparison = evaluation.compare(images, Reference("r.npz", None, pool=statistics), ["fid", "recall", "kid"])
-    with pytest.raises(DataError, match=r"^reference: r.npz holds no images \(arr_0\), which recall, kid need"):
+    comparison = evaluation.compare(
+        images, Reference("r.npz", None, pool=statistics), ["fid", "recall", "kid"]
+    )
+    with pytest.raises(
+        DataError, match=r"^reference: r.npz holds no images \(arr_0\), which recall, kid need"
+    ):
         next(comparison)
 
 

@@ -1,4 +1,6 @@
-"""Sets of images: what goes in comes out, bad ones are one line, and those of a model are drawn by seed."""
+"""Sets of images: what goes in comes out, bad ones are one line, and those of a model are drawn by
+seed.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,12 @@ from tests.evaluation.conftest import folder
 
 def test_folder_and_npz_of_the_same_images_are_the_same(pictures, tmp_path):
     files = open_images(str(pictures), 1)
-    assert (len(files), files.size, files.labels, files.lossy) == (12, (28, 28), [0] * 6 + [1] * 6, False)
+    assert (len(files), files.size, files.labels, files.lossy) == (
+        12,
+        (28, 28),
+        [0] * 6 + [1] * 6,
+        False,
+    )
     stack = torch.cat(list(files.read(range(12), 5)))
     np.savez(tmp_path / "s.npz", stack.permute(0, 2, 3, 1).numpy(), np.array(files.labels))
     packed = open_images(str(tmp_path / "s.npz"), 1)
@@ -43,7 +50,9 @@ def test_crop_makes_sizes_equal(tmp_path):
     path = folder(tmp_path / "mixed", 2, classes=0)
     folder(path / "more", 0)
     Image.new("L", (40, 60)).save(path / "x.jpg")
-    with pytest.raises(DataError, match="x.jpg is 60x40, the first image is 28x28; give images of one size"):
+    with pytest.raises(
+        DataError, match="x.jpg is 60x40, the first image is 28x28; give images of one size"
+    ):
         list(open_images(str(path), 1).read(range(3), 3))
     images = open_images(str(path), 1, (16, 16))
     assert next(images.read(range(3), 3)).shape == (3, 1, 16, 16)
@@ -64,7 +73,9 @@ def test_builtin_emoji_are_in_colour(emoji):
     assert next(whole[1].read([3], 1)).shape == (1, 3, 32, 32)
     images = open_images("builtin:emoji", 3)
     assert (images.size, images.grey) == ((32, 32), False)
-    with pytest.raises(DataError, match="builtin:emoji is in colour, but the extractor takes only grey images"):
+    with pytest.raises(
+        DataError, match="builtin:emoji is in colour, but the extractor takes only grey images"
+    ):
         open_images("builtin:emoji", 1)
 
 
@@ -90,7 +101,11 @@ def test_latents_are_no_images(tmp_path):
 
 
 def test_a_set_is_known_by_its_content_its_channels_and_its_crop(pictures, tmp_path):
-    known = {open_images(str(pictures), c, s).sha256() for c in (1, 3) for s in (None, (16, 16), (16, 20))}
+    known = {
+        open_images(str(pictures), c, s).sha256()
+        for c in (1, 3)
+        for s in (None, (16, 16), (16, 20))
+    }
     assert len(known) == 6
     assert open_images(str(folder(tmp_path / "copy", 12)), 1).sha256() in known
 
@@ -101,7 +116,7 @@ def test_arrays_of_images_are_not_cropped(tmp_path):
     assert open_images("builtin:digits", 1, (8, 8)).size == (8, 8)
 
 
-# ------------------------------------------------------------------------------------------------- drawn by a model
+# --------------------------------------------------------------------------------- drawn by a model
 FACTS = dict.fromkeys(FIXED, 1) | {"num": 5, "run": "a", "device": "cpu"}
 
 
@@ -112,7 +127,9 @@ class Painter:
         self.config, self.asked = load_config("digits", overrides), []
 
     def draw(self, seeds, labels, text):
-        self.asked.append((list(seeds), labels) if text is None else (list(seeds), labels, text.captions.tolist()))
+        self.asked.append(
+            (list(seeds), labels) if text is None else (list(seeds), labels, text.captions.tolist())
+        )
         yield seeds, torch.tensor(seeds, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
@@ -123,7 +140,9 @@ def test_places_are_drawn_by_their_seeds_and_labels_in_the_channels_of_the_extra
     batches = list(images.read([0, 2, 4], 2))
     assert painter.asked == [([10, 12], [0, 2]), ([14], [4])]
     assert [b.shape for b in batches] == [(2, 3, 8, 8), (1, 3, 8, 8)]
-    assert [b[:, c, 7, 7].tolist() for b in batches for c in range(3)] == [[10, 12]] * 3 + [[14]] * 3
+    assert [b[:, c, 7, 7].tolist() for b in batches for c in range(3)] == [[10, 12]] * 3 + [
+        [14]
+    ] * 3
 
 
 def test_places_are_drawn_by_their_captions():

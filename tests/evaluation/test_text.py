@@ -1,4 +1,6 @@
-"""Retrieval on features whose neighbours are known; CLIP on tiny saved models, against transformers' own forward."""
+"""Retrieval on features whose neighbours are known; CLIP on tiny saved models, against
+transformers' own forward.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ def at(degrees):
 
 
 def test_names_and_categories_are_found_by_the_nearest_picture():
-    """The first is right by its second picture, the second is of a neighbour, the third is the sixth nearest."""
+    """The first is right by its second picture, the second is of a neighbour, the third is the
+    sixth nearest.
+    """
     found = retrieval(at([179.0, 11, 1]), ["a", "c", "f"], at(DEGREES), NAMES, CATEGORIES)
     assert found["top1"] == pytest.approx(1 / 3)
     assert found["top5"] == pytest.approx(2 / 3)
@@ -28,7 +32,7 @@ def test_names_and_categories_are_found_by_the_nearest_picture():
     assert found["chance_category"] == pytest.approx((2 + 5 + 5) / 3 / 7)
 
 
-# ------------------------------------------------------------------------------------------------- CLIP
+# --------------------------------------------------------------------------------------------- CLIP
 # of each colour, as OpenAI published them with CLIP
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 CPU = torch.device("cpu")
@@ -36,36 +40,59 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clip(tmp_path):
-    """A folder with a CLIP of width 8 that takes images of 16x16, with random weights; and the model."""
+    """A folder with a CLIP of width 8 that takes images of 16x16, with random weights; and the
+    model.
+    """
     transformers = pytest.importorskip("transformers")
     save_tokenizer(tmp_path, special=True)
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
-    words = {"vocab_size": 6, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+    }
+    words = {
+        "vocab_size": 6,
+        "max_position_embeddings": 8,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = transformers.CLIPConfig(
-            text_config={**sizes, **words}, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=6
+            text_config={**sizes, **words},
+            vision_config={**sizes, "image_size": 16, "patch_size": 8},
+            projection_dim=6,
         )
         model = transformers.CLIPModel(config).eval()
     model.save_pretrained(tmp_path)
     side = {"height": 16, "width": 16}
-    transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side).save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=side).save_pretrained(
+        tmp_path
+    )
     return tmp_path, model
 
 
 def test_embeddings_and_score_are_those_of_transformers(clip):
     folder, model = clip
-    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     extractor = load_extractor(str(folder), None, CPU)
     assert extractor.identity.startswith("clip-")
     found = extractor(images).pool
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    ids = torch.tensor([[3, 4, 1], [5, 1, 0], [4, 1, 0]])  # "red heart", "blue", "heart", each with its end
+    # "red heart", "blue", "heart", each with its end
+    ids = torch.tensor([[3, 4, 1], [5, 1, 0], [4, 1, 0]])
     with torch.no_grad():
-        own = model(input_ids=ids, attention_mask=(ids > 0).long(), pixel_values=(images / 255 - mean) / std)
+        own = model(
+            input_ids=ids, attention_mask=(ids > 0).long(), pixel_values=(images / 255 - mean) / std
+        )
     torch.testing.assert_close(found, own.image_embeds, rtol=1e-4, atol=1e-5)
     cosine = (own.image_embeds * own.text_embeds).sum(1).tolist()
-    away = torch.tensor([-1.0, 1, 1]) * torch.tensor(cosine).sign()  # the first leads away from its text, others do not
+    # the first leads away from its text, others do not
+    away = torch.tensor([-1.0, 1, 1]) * torch.tensor(cosine).sign()
     expected = 100 * (abs(cosine[1]) + abs(cosine[2])) / 3
     score = extractor.network.score(found * away[:, None], ["red heart", "blue", "heart"])
     assert score == pytest.approx(expected, rel=1e-4)
@@ -75,5 +102,7 @@ def test_other_models_are_refused(tmp_path):
     saved(tmp_path / "bert", "bert")
     with pytest.raises(DataError, match="extractor: cannot load .*bert"):
         load_extractor(str(tmp_path / "bert"), None, CPU)  # it has no preprocessing of images
-    with pytest.raises(ConfigError, match="extractor: 'clippy' must be .* a folder or hub name of CLIP"):
+    with pytest.raises(
+        ConfigError, match="extractor: 'clippy' must be .* a folder or hub name of CLIP"
+    ):
         load_extractor("clippy", None, CPU)

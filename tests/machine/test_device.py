@@ -12,7 +12,13 @@ import torch
 from diffussm_cli.data.source import open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine import device
-from diffussm_cli.machine.device import full_float32, is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.device import (
+    full_float32,
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+)
 from diffussm_cli.training.loop import Trainer
 from tests.conftest import float32_arithmetic
 
@@ -32,9 +38,16 @@ def test_devices_by_name():
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "named", "expected"),
-    [(True, True, None, "cuda"), (False, True, None, "mps"), (False, False, None, "cpu"), (True, True, "cpu", "cpu")],
+    [
+        (True, True, None, "cuda"),
+        (False, True, None, "mps"),
+        (False, False, None, "cpu"),
+        (True, True, "cpu", "cpu"),
+    ],
 )
-def test_auto_is_cuda_then_mps_then_the_cpu_unless_the_environment_names_one(monkeypatch, cuda, mps, named, expected):
+def test_auto_is_cuda_then_mps_then_the_cpu_unless_the_environment_names_one(
+    monkeypatch, cuda, mps, named, expected
+):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -46,7 +59,9 @@ def test_auto_is_cuda_then_mps_then_the_cpu_unless_the_environment_names_one(mon
     assert pick_device("auto") == torch.device(expected)
 
 
-@pytest.mark.parametrize("name", ["meta", "cuda:-1", "cuda:99999999999999999999", "", "hpu", "mps:7"])
+@pytest.mark.parametrize(
+    "name", ["meta", "cuda:-1", "cuda:99999999999999999999", "", "hpu", "mps:7"]
+)
 def test_what_cannot_compute_here_is_one_line(name):
     with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
         pick_device(name)
@@ -54,7 +69,12 @@ def test_what_cannot_compute_here_is_one_line(name):
 
 @pytest.mark.parametrize(
     ("name", "local_rank", "current"),
-    [("cuda", "3", "cuda:3"), ("auto", "2", "cuda:2"), ("cuda:1", "3", "cuda:1"), ("cuda", None, None)],
+    [
+        ("cuda", "3", "cuda:3"),
+        ("auto", "2", "cuda:2"),
+        ("cuda:1", "3", "cuda:1"),
+        ("cuda", None, None),
+    ],
 )
 def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, current):
     """NCCL, FSDP and events use the current device, whichever the tensors are on."""
@@ -73,10 +93,30 @@ def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, cu
 
 
 SHARED = {  # train.device, what the launcher sets, GPUs of this machine, and the end of the line
-    "torchrun": ("cuda:0", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}, 2, "use cuda, a GPU for"),
-    "another launcher": ("cuda", {"WORLD_SIZE": "4"}, 8, "LOCAL_RANK is not set; start them with torchrun"),
-    "a GPU for each": ("cuda", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, 4, None),
-    "a machine for each": ("cuda:0", {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, 8, None),
+    "torchrun": (
+        "cuda:0",
+        {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        2,
+        "use cuda, a GPU for",
+    ),
+    "another launcher": (
+        "cuda",
+        {"WORLD_SIZE": "4"},
+        8,
+        "LOCAL_RANK is not set; start them with torchrun",
+    ),
+    "a GPU for each": (
+        "cuda",
+        {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"},
+        4,
+        None,
+    ),
+    "a machine for each": (
+        "cuda:0",
+        {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+        8,
+        None,
+    ),
     "each sees its own": ("cuda", {"WORLD_SIZE": "4"}, 1, None),
 }
 
@@ -94,7 +134,9 @@ def test_processes_of_a_machine_do_not_share_a_gpu(monkeypatch, name, launched, 
     if line is None:
         assert pick_device(name).type == "cuda"
         return
-    with pytest.raises(ConfigError, match=f"device: '{name}' would be shared by . processes.*{line}"):
+    with pytest.raises(
+        ConfigError, match=f"device: '{name}' would be shared by . processes.*{line}"
+    ):
         pick_device(name)
 
 
@@ -114,7 +156,12 @@ print(torch.get_num_threads())
 def test_no_pool_of_threads_is_made_elsewhere():
     """A thread that shares the cores with the one that computes slows it down."""
     root = Path(device.__file__).parents[1]
-    made = {p.name for p in root.rglob("*.py") for word in ("ThreadPoolExecutor(", "Thread(") if word in p.read_text()}
+    made = {
+        p.name
+        for p in root.rglob("*.py")
+        for word in ("ThreadPoolExecutor(", "Thread(")
+        if word in p.read_text()
+    }
     assert made == {"device.py"}
 
 
@@ -146,7 +193,9 @@ def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkey
     assert 0 < records[-1]["loss"] < 10
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"])
+@pytest.mark.parametrize(
+    "older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"]
+)
 def test_full_float32_inside_a_block_and_as_before_after_it(monkeypatch, older):
     torch.set_float32_matmul_precision("medium")
     before = float32_arithmetic()
@@ -171,10 +220,15 @@ def test_out_of_memory_is_recognised():
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
-@pytest.mark.parametrize(("platform", "has_it"), [("linux", True), ("linux", False), ("darwin", True)])
-def test_glibc_and_no_other_library_is_told_to_keep_large_freed_blocks(monkeypatch, platform, has_it):
+@pytest.mark.parametrize(
+    ("platform", "has_it"), [("linux", True), ("linux", False), ("darwin", True)]
+)
+def test_glibc_and_no_other_library_is_told_to_keep_large_freed_blocks(
+    monkeypatch, platform, has_it
+):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, told = -1, -3, {}  # as malloc.h has them
-    library = types.SimpleNamespace(**({"mallopt": told.__setitem__} if has_it else {}))  # musl has none
+    # musl has none
+    library = types.SimpleNamespace(**({"mallopt": told.__setitem__} if has_it else {}))
     monkeypatch.setattr(device.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(device.sys, "platform", platform)
     keep_freed_memory()

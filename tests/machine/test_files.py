@@ -42,7 +42,10 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(fcntl, "flock", none)
     line = line_of(run("train", "--preset", "digits", "--out", tmp_path / "run"))
-    assert f"--out: cannot write to '{tmp_path / 'run'}': this file system has no file locks (flock)" in line
+    assert (
+        f"--out: cannot write to '{tmp_path / 'run'}': this file system has no file locks (flock)"
+        in line
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -89,11 +92,16 @@ def test_an_output_replaces_no_input_link_or_device(tmp_path, name):
     (tmp_path / "dangling.json").symlink_to("nothing")
     os.mkfifo(tmp_path / "pipe")
     before = sorted(tmp_path.rglob("*"))
-    reads, suffixes = [tmp_path / "read.npz", tmp_path / "images", tmp_path / "none", None], [".json", ".npz"]
+    reads, suffixes = (
+        [tmp_path / "read.npz", tmp_path / "images", tmp_path / "none", None],
+        [".json", ".npz"],
+    )
 
     def check():
         path = tmp_path / name
-        check_output(path, "--out", suffixes if path.suffix else (), reads, replaces=["results.json"])
+        check_output(
+            path, "--out", suffixes if path.suffix else (), reads, replaces=["results.json"]
+        )
 
     if OUTPUTS[name] is None:
         check()

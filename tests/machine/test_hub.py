@@ -11,7 +11,9 @@ from diffussm_cli.machine.hub import fetch, weights_sha256
 
 def test_fetch_takes_no_code(monkeypatch):
     asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name
+    )
     assert fetch("owner/name@v1", "RUN", runs.FILES_TO_SAMPLE) == Path("owner/name")
     wanted = [
         "config.yaml",
@@ -27,7 +29,9 @@ def test_fetch_takes_no_code(monkeypatch):
         "model.pt",
         "x/model.safetensors.py",
     ]
-    kept = huggingface_hub.utils.filter_repo_objects(wanted + others, allow_patterns=asked["allow_patterns"])
+    kept = huggingface_hub.utils.filter_repo_objects(
+        wanted + others, allow_patterns=asked["allow_patterns"]
+    )
     assert list(kept) == wanted
     assert asked["revision"] == "v1"
 

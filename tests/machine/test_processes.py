@@ -28,7 +28,10 @@ OURS = [
 
 @pytest.mark.parametrize("message", LOST.values(), ids=LOST)
 def test_a_lost_connection_is_a_line_that_keeps_its_cause(message):
-    with pytest.raises(RunError, match="another process of this job has ended") as caught, peer_errors():
+    with (
+        pytest.raises(RunError, match="another process of this job has ended") as caught,
+        peer_errors(),
+    ):
         raise RuntimeError(message)
     assert message.split()[-3:] == str(caught.value).rstrip(")").split()[-3:]
     assert "\n" not in str(caught.value)
@@ -42,8 +45,12 @@ def test_other_errors_of_gloo_and_nccl_keep_their_traceback(message):
 
 def test_only_gather_waits_for_days(monkeypatch):
     groups, waited = [], []
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **k: groups.append((backend, k["timeout"])))
-    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: groups.append((backend, timeout)) or "patient")
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **k: groups.append((backend, k["timeout"]))
+    )
+    monkeypatch.setattr(
+        dist, "new_group", lambda backend, timeout: groups.append((backend, timeout)) or "patient"
+    )
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, value, group: waited.append(group))
     with process_group(World(0, 2), cuda=True):
@@ -72,16 +79,25 @@ class Backend:
 
 @pytest.mark.parametrize(
     ("cuda", "error", "expected"),
-    [(True, RunError, ["abort", "destroy"]), (True, None, ["destroy"]), (False, RunError, ["destroy"])],
+    [
+        (True, RunError, ["abort", "destroy"]),
+        (True, None, ["destroy"]),
+        (False, RunError, ["destroy"]),
+    ],
 )
-def test_after_an_error_nccl_drops_its_work_before_the_group_ends(monkeypatch, cuda, error, expected):
+def test_after_an_error_nccl_drops_its_work_before_the_group_ends(
+    monkeypatch, cuda, error, expected
+):
     """Its orderly end waits for kernels, which never finish if another process is lost."""
     ends = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: None)
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "group", types.SimpleNamespace(WORLD=Backend(ends)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: ends.append("destroy"))
-    with pytest.raises(error) if error else contextlib.nullcontext(), process_group(World(0, 2), cuda):
+    with (
+        pytest.raises(error) if error else contextlib.nullcontext(),
+        process_group(World(0, 2), cuda),
+    ):
         if error:
             raise error("out of memory")
     assert ends == expected

@@ -1,4 +1,6 @@
-"""safetensors files: what is written is what the package safetensors reads, and what is mapped is what was written."""
+"""safetensors files: what is written is what the package safetensors reads, and what is mapped is
+what was written.
+"""
 
 import hashlib
 

@@ -24,10 +24,19 @@ def test_block_equals_the_formula_token_by_token(M):
     U = torch.empty(B, J * M, D, dtype=torch.float64, device=device())
     for token in range(J * M):
         j, k = divmod(token, M)
-        U[:, token] = F.gelu(F.gelu(block.W0(I[:, j])) @ block.W_up.weight[k].T + block.W_up.bias[k])
+        U[:, token] = F.gelu(
+            F.gelu(block.W0(I[:, j])) @ block.W_up.weight[k].T + block.W_up.bias[k]
+        )
     s4d, directions = block.s4d, []
     for d, u in enumerate((U.mT, U.mT.flip(-1))):
-        ssm = (s4d.log_dt[d].exp(), -s4d.log_A_real[d].exp(), s4d.A_imag[d], s4d.B[d], s4d.C[d], s4d.D_skip[d])
+        ssm = (
+            s4d.log_dt[d].exp(),
+            -s4d.log_A_real[d].exp(),
+            s4d.A_imag[d],
+            s4d.B[d],
+            s4d.C[d],
+            s4d.D_skip[d],
+        )
         y = s4d_recurrence(u, *ssm)
         directions.append(y if d == 0 else y.flip(-1))
     Y = torch.cat(directions, dim=1).mT  # (B, L, 2D)
@@ -37,8 +46,13 @@ def test_block_equals_the_formula_token_by_token(M):
         return v @ layer.weight.T + layer.bias
 
     for j in range(J):
-        down = [F.gelu(Y[:, j * M + k] @ block.W_down.weight[k].T + block.W_down.bias[k]) for k in range(M)]
-        O[:, j] = block.W3(F.gelu(linear(block.W2, torch.cat(down, -1))) * F.gelu(linear(block.W1, I[:, j])))
+        down = [
+            F.gelu(Y[:, j * M + k] @ block.W_down.weight[k].T + block.W_down.bias[k])
+            for k in range(M)
+        ]
+        O[:, j] = block.W3(
+            F.gelu(linear(block.W2, torch.cat(down, -1))) * F.gelu(linear(block.W1, I[:, j]))
+        )
     torch.testing.assert_close(block(x, c), x + O, rtol=1e-9, atol=1e-10)
 
 

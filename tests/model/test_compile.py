@@ -1,4 +1,6 @@
-"""torch.compile of the whole model or of its blocks: each graph is made once, with eager values and gradients."""
+"""torch.compile of the whole model or of its blocks: each graph is made once, with eager values and
+gradients.
+"""
 
 import copy
 
@@ -16,7 +18,9 @@ MODELS = {
     "dit": lambda: DiT(heads=2, **SIZES),
 }
 OTHERS = {  # every mixer, every order of positions and the convolution in one model each
-    mixer: lambda mixer=mixer: DiffuSSM(**SIZES | {"depth": 4}, mixer=mixer, heads=2, d_state=4, scan="four", local=3)
+    mixer: lambda mixer=mixer: DiffuSSM(
+        **SIZES | {"depth": 4}, mixer=mixer, heads=2, d_state=4, scan="four", local=3
+    )
     for mixer in ("s4d", "axial", "linear", "conv", "attention")
 }
 CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
@@ -74,7 +78,9 @@ COURSE = [
     ids=["diffussm", "dit", "checkpointed", *OTHERS],
 )
 def test_one_graph_for_all_layers_and_steps(make, course):
-    """No graph break; nothing is compiled again but for gradients or none, and once for another batch size."""
+    """No graph break; nothing is compiled again but for gradients or none, and once for another
+    batch size.
+    """
     torch._dynamo.reset()
     counters.clear()
     eager = fill(make())
@@ -89,20 +95,29 @@ def test_one_graph_for_all_layers_and_steps(make, course):
 KINDS = {  # models of four blocks, and how many kinds of blocks they have
     "diffussm": (lambda: DiffuSSM(d_state=4, **SIZES | {"depth": 4}), 1),
     "dit": (lambda: DiT(heads=2, **SIZES | {"depth": 4}), 1),
-    "checkpointed": (lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES | {"depth": 4}), 1),
-    "two mixers, skips": (lambda: DiffuSSM(mixer="s4d,conv", skips=True, d_state=4, **SIZES | {"depth": 4}), 2),
+    "checkpointed": (
+        lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES | {"depth": 4}),
+        1,
+    ),
+    "two mixers, skips": (
+        lambda: DiffuSSM(mixer="s4d,conv", skips=True, d_state=4, **SIZES | {"depth": 4}),
+        2,
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(("make", "kinds"), KINDS.values(), ids=KINDS)
 def test_blocks_of_one_kind_share_their_graph(make, kinds):
-    """As many graphs as kinds of blocks, however many blocks there are; none is left to eager execution."""
+    """As many graphs as kinds of blocks, however many blocks there are; none is left to eager
+    execution.
+    """
     torch._dynamo.reset()
     counters.clear()
     eager = fill(make())
     compiled, backend = copy.deepcopy(eager), CompileCounterWithBackend("eager")
-    with torch._dynamo.config.patch(recompile_limit=1):  # a model may have more kinds than dynamo allows by itself
+    # a model may have more kinds than dynamo allows by itself
+    with torch._dynamo.config.patch(recompile_limit=1):
         compiled.compile_blocks(backend=backend)
         for call, graphs in ((train_step, kinds), (train_step, kinds), (evaluate, 2 * kinds)):
             assert_equal(call(compiled, 4), call(eager, 4))

@@ -13,7 +13,14 @@ from tests.conftest import device, fill, randn
 
 
 def tiny(**changes):
-    sizes = {"input_size": 8, "in_channels": 2, "hidden_size": 16, "depth": 2, "d_state": 4, "num_classes": 3}
+    sizes = {
+        "input_size": 8,
+        "in_channels": 2,
+        "hidden_size": 16,
+        "depth": 2,
+        "d_state": 4,
+        "num_classes": 3,
+    }
     return fill(DiffuSSM(**{**sizes, **changes}))
 
 
@@ -36,7 +43,10 @@ def test_xl_256_has_the_published_size_part_by_part():
     assert sum(m.bias.numel() for m in matrices) == 334_080
     assert count(*(b.norm for b in model.blocks)) == 77_038_848
     assert count(*(b.s4d for b in model.blocks)) == 12_962_304
-    assert count(model.t_embed, model.y_embed, model.patch_in, model.norm_out, model.patch_out) == 5_462_800
+    assert (
+        count(model.t_embed, model.y_embed, model.patch_in, model.norm_out, model.patch_out)
+        == 5_462_800
+    )
     assert count(model) == 673_088_272
 
 
@@ -96,7 +106,10 @@ NETWORKS = {
         (lambda x, t, y: (x[:, :, :0], t, y), "a grid of 0x8 has no tokens"),
         (lambda x, t, y: (x, t[:1], y), r"t: shape \(1,\) must be \(2,\)"),
         (lambda x, t, y: (x, t, y[:1]), r"y: shape \(1,\) must be \(2,\)"),
-        (lambda x, t, y: (x, t, None), r"y: None must be \(2,\), one label per image; no class is 3"),
+        (
+            lambda x, t, y: (x, t, None),
+            r"y: None must be \(2,\), one label per image; no class is 3",
+        ),
         (lambda x, t, y: (x, t, y, randn(2, 1, 5)), r"text: shape \(2, 1, 5\) must be \(2, 1, 4\)"),
         (lambda x, t, y: (x, t, y, None), r"text: None must be \(2, 1, 4\)"),
     ],
@@ -132,7 +145,11 @@ def test_empty_batch_gives_an_empty_result(mixer):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"mixer": "mamba"}, ValueError, "mixer 'mamba' must be one of s4d, axial, linear, conv, attention"),
+        (
+            {"mixer": "mamba"},
+            ValueError,
+            "mixer 'mamba' must be one of s4d, axial, linear, conv, attention",
+        ),
         ({"mixer": "conv,mamba"}, ValueError, "mixer 'mamba' must be one of"),
         ({"scan": "spiral"}, ValueError, "scan 'spiral' must be one of raster, alternate, four"),
         (
@@ -140,7 +157,11 @@ def test_empty_batch_gives_an_empty_result(mixer):
             ValueError,
             "mixer 'axial' with local 0 reads an image",
         ),
-        ({"input_size": 8.0}, TypeError, r"input_size 8.0 must be a whole number or \(height, width\)"),
+        (
+            {"input_size": 8.0},
+            TypeError,
+            r"input_size 8.0 must be a whole number or \(height, width\)",
+        ),
         ({"input_size": (8, 8, 8)}, TypeError, r"input_size \(8, 8, 8\) must be"),
         ({"foo": 1}, TypeError, "DiffuSSM.* unexpected keyword argument 'foo'"),
     ],
@@ -150,7 +171,7 @@ def test_options_that_do_not_exist_are_named(changes, error, message):
         tiny(**changes)
 
 
-# ------------------------------------------------------------------------------------------------ skips
+# -------------------------------------------------------------------------------------------- skips
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("depth", [1, 4, 5])
 def test_skips_start_as_nothing_and_add_mirrored_blocks(network, depth):
@@ -162,13 +183,16 @@ def test_skips_start_as_nothing_and_add_mirrored_blocks(network, depth):
     given = inputs()
     assert torch.equal(skipped(*given), plain(*given))
 
-    # Each skip takes the output of a block of the first half, and adds to the input of its mirror image.
+    # Each skip takes the output of a block of the first half, and adds to the input of its mirror
+    # image.
     half = depth // 2
     assert len(skipped.skips) == half
     seen, entered = {}, {}
     for i, block in enumerate(skipped.blocks):
         block.register_forward_hook(
-            lambda _m, args, output, i=i: (entered.update({i: args[0]}), seen.update({i: output}))[1]
+            lambda _m, args, output, i=i: (entered.update({i: args[0]}), seen.update({i: output}))[
+                1
+            ]
         )
     for k, skip in enumerate(skipped.skips):
         torch.nn.init.eye_(skip.weight)
@@ -188,13 +212,23 @@ def test_skips_of_a_new_network_are_zero():
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_classes": 0}, {"learn_sigma": False}, {"compression": 1, "patch_size": 2}, {"depth": 3, "skips": True}],
+    [
+        {},
+        {"num_classes": 0},
+        {"learn_sigma": False},
+        {"compression": 1, "patch_size": 2},
+        {"depth": 3, "skips": True},
+    ],
 )
 def test_every_parameter_gets_a_gradient(changes):
     model = tiny(**changes)
     x, t, y = inputs()
     model(x, t, y if model.num_classes else None).square().sum().backward()
-    dead = [n for n, p in model.named_parameters() if n != "y_embed.weight" and (p.grad is None or not p.grad.any())]
+    dead = [
+        n
+        for n, p in model.named_parameters()
+        if n != "y_embed.weight" and (p.grad is None or not p.grad.any())
+    ]
     assert dead == []
     if model.num_classes:
         assert model.y_embed.weight.grad[y].any(dim=-1).all()
@@ -231,7 +265,7 @@ def test_low_precision_model_runs_and_is_close():
     assert float((low - exact).norm() / exact.norm()) < 0.05
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 def captions(B=2, K=3, E=4):
     return randn(B, 1 + K, E, seed=3)
 

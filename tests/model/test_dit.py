@@ -1,4 +1,6 @@
-"""DiT: its published size, diffusers' implementation as the reference, and the hourglass around attention."""
+"""DiT: its published size, diffusers' implementation as the reference, and the hourglass around
+attention.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,14 @@ from tests.conftest import device, fill, randn, relative
 
 
 def tiny(**changes):
-    sizes = {"input_size": 8, "patch_size": 2, "hidden_size": 32, "depth": 2, "heads": 4, "num_classes": 5}
+    sizes = {
+        "input_size": 8,
+        "patch_size": 2,
+        "hidden_size": 32,
+        "depth": 2,
+        "heads": 4,
+        "num_classes": 5,
+    }
     return DiT(**sizes | changes).to(device())
 
 
@@ -30,7 +39,8 @@ def test_xl_2_has_dits_size_part_by_part():
     }
     total = sum(p.numel() for p in model.parameters())
     assert total == 674_834_720
-    assert total + model.position.numel() == 675_129_632  # the number that counts the fixed positions too
+    # the number that counts the fixed positions too
+    assert total + model.position.numel() == 675_129_632
 
 
 def in_diffusers(model: DiT):
@@ -51,7 +61,8 @@ def in_diffusers(model: DiT):
     copies = {theirs.proj_out_1: model.norm_out.adaLN, theirs.proj_out_2: model.patch_out}
     for block, own in zip(theirs.transformer_blocks, model.blocks):
         embedder = block.norm1.emb
-        embedder.time_proj.downscale_freq_shift = 0  # theirs is 1; ADM's and DiT's sinusoids have none
+        # theirs is 1; ADM's and DiT's sinusoids have none
+        embedder.time_proj.downscale_freq_shift = 0
         copies |= {
             embedder.timestep_embedder.linear_1: model.t_embed.mlp[0],
             embedder.timestep_embedder.linear_2: model.t_embed.mlp[2],
@@ -62,7 +73,9 @@ def in_diffusers(model: DiT):
         embedder.class_embedder.embedding_table.load_state_dict(model.y_embed.state_dict())
         qkv = own.attention.qkv
         for layer, weight, bias in zip(
-            (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v), qkv.weight.chunk(3), qkv.bias.chunk(3)
+            (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v),
+            qkv.weight.chunk(3),
+            qkv.bias.chunk(3),
         ):
             layer.load_state_dict({"weight": weight, "bias": bias})
         proj = own.attention.proj
@@ -70,14 +83,19 @@ def in_diffusers(model: DiT):
     for layer, own in copies.items():
         layer.load_state_dict(own.state_dict())
     patch = theirs.pos_embed.proj
-    patch.load_state_dict({"weight": model.patch_in.weight.view(patch.weight.shape), "bias": model.patch_in.bias})
+    patch.load_state_dict(
+        {"weight": model.patch_in.weight.view(patch.weight.shape), "bias": model.patch_in.bias}
+    )
     return theirs.eval()
 
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_equals_diffusers(patch):
     model = fill(tiny(patch_size=patch)).double().eval()
-    x, t, y = randn(3, 4, 8, 8).double(), *(torch.tensor(v, device=device()) for v in ([0, 500, 999], [0, 4, 5]))
+    x, t, y = (
+        randn(3, 4, 8, 8).double(),
+        *(torch.tensor(v, device=device()) for v in ([0, 500, 999], [0, 4, 5])),
+    )
     with torch.no_grad():
         expected = in_diffusers(model)(x, timestep=t, class_labels=y).sample
         assert relative(model(x, t, y), expected) < 1e-5  # float32 sines of up to 999 rad
@@ -99,11 +117,15 @@ def test_hourglass_attention_equals_the_loop_over_tokens():
         weights = torch.softmax(q[:, :, h] @ k[:, :, h].mT / (D // heads) ** 0.5, -1)
         y[:, :, h] = weights @ v[:, :, h]
     y = y.flatten(2)
-    out = torch.stack([y[:, i] @ layer.proj.weight[i % M].T + layer.proj.bias[i % M] for i in range(J * M)], 1)
+    out = torch.stack(
+        [y[:, i] @ layer.proj.weight[i % M].T + layer.proj.bias[i % M] for i in range(J * M)], 1
+    )
     assert relative(layer(x), out.reshape(B, J, D)) < 1e-12
 
 
-@pytest.mark.parametrize("changes", [{}, {"compression": 2}, {"num_classes": 0, "learn_sigma": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"compression": 2}, {"num_classes": 0, "learn_sigma": False}], ids=str
+)
 def test_every_parameter_gets_a_gradient(changes):
     model = fill(tiny(**changes))
     y = torch.tensor([0, 1], device=device()) if model.num_classes else None
@@ -134,7 +156,11 @@ def test_sizes_that_do_not_divide_are_named():
 @pytest.mark.parametrize("K", [0, 2])
 def test_captions_reach_the_image(K):
     model = fill(tiny(text_width=4, text_tokens=K))
-    x, t, y = randn(2, 4, 8, 8), torch.tensor([3, 700], device=device()), torch.tensor([1, 5], device=device())
+    x, t, y = (
+        randn(2, 4, 8, 8),
+        torch.tensor([3, 700], device=device()),
+        torch.tensor([1, 5], device=device()),
+    )
     text = randn(2, 1 + K, 4, seed=1)
     output = model(x, t, y, text)
     assert output.shape == (2, 8, 8, 8)

@@ -4,7 +4,13 @@ import math
 
 import torch
 
-from diffussm_cli.model.embeddings import TextEmbedding, patchify, position_table, sinusoids, unpatchify
+from diffussm_cli.model.embeddings import (
+    TextEmbedding,
+    patchify,
+    position_table,
+    sinusoids,
+    unpatchify,
+)
 from tests.conftest import device, fill, randn
 
 
@@ -15,7 +21,8 @@ def test_patches_there_and_back():
     assert torch.equal(
         tokens[0, 1, :4], x[0, 0, 0:2, 4:6].flatten()
     )  # raster order: the second position, its first token
-    assert torch.equal(tokens[0, 1, 12:16], x[0, 0, 0:2, 6:8].flatten())  # and the neighbour beside it
+    # and the neighbour beside it
+    assert torch.equal(tokens[0, 1, 12:16], x[0, 0, 0:2, 6:8].flatten())
     out = torch.arange(2 * 4 * 24.0).view(2, 4, 24)
     image = unpatchify(out, P=2, M=2, H=4, W=8)
     assert torch.equal(image[0, :, 0, 0], out[0, 0, :3])
@@ -28,7 +35,8 @@ def test_positions_differ_and_keep_one_scale():
     assert table.shape == (24, 32)
     assert len(torch.unique(table, dim=0)) == 24
     single = position_table(6, 8, 1, 32).view(6, 8, 32)
-    torch.testing.assert_close(table.view(6, 4, 32)[:, :, :16], single[:, ::2, :16])  # rows as without compression
+    # rows as without compression
+    torch.testing.assert_close(table.view(6, 4, 32)[:, :, :16], single[:, ::2, :16])
     torch.testing.assert_close(position_table(1, 4, 4, 32)[0, 16:], torch.tensor(_sincos(1.5, 16)))
 
 

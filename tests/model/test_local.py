@@ -8,7 +8,14 @@ from diffussm_cli.model.local import Local
 from diffussm_cli.model.scan import SCANS
 from tests.conftest import device, fill, randn
 
-SIZES = {"input_size": (4, 8), "in_channels": 2, "hidden_size": 16, "depth": 4, "d_state": 4, "num_classes": 3}
+SIZES = {
+    "input_size": (4, 8),
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 4,
+    "d_state": 4,
+    "num_classes": 3,
+}
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)
@@ -37,7 +44,9 @@ def test_fast_and_naive_convolution_agree_with_gradients():
 
 @pytest.mark.parametrize("mixer", ["s4d", "conv"])
 def test_an_untrained_model_equals_the_one_without(mixer):
-    """The same seed gives the same other weights, and the convolution does nothing, whatever those are."""
+    """The same seed gives the same other weights, and the convolution does nothing, whatever those
+    are.
+    """
     models = []
     for local in (0, 3):
         torch.manual_seed(0)
@@ -49,7 +58,13 @@ def test_an_untrained_model_equals_the_one_without(mixer):
         assert torch.equal(with_local.state_dict()[name], value), name
     with_local.load_state_dict(fill(without).state_dict(), strict=False)
     if mixer == "conv":  # `fill` has filled the mixer's own convolution
-        assert not torch.equal(with_local.blocks[0].conv.depthwise.bias, torch.zeros(16, device=device()))
-    arguments = randn(2, 2, 4, 8), torch.tensor([3, 900], device=device()), torch.tensor([0, 1], device=device())
+        assert not torch.equal(
+            with_local.blocks[0].conv.depthwise.bias, torch.zeros(16, device=device())
+        )
+    arguments = (
+        randn(2, 2, 4, 8),
+        torch.tensor([3, 900], device=device()),
+        torch.tensor([0, 1], device=device()),
+    )
     assert with_local(*arguments).any()
     torch.testing.assert_close(with_local(*arguments), without(*arguments), rtol=1e-5, atol=1e-6)

@@ -43,7 +43,9 @@ CHANGES = {
     "copied through data": copy_through_data,
     "optimiser step": train,
     "load_state_dict": lambda model, other: model.load_state_dict(other.state_dict()),
-    "foreach update": lambda model, _: torch._foreach_mul_([p.detach() for p in model.parameters()], 1.5),
+    "foreach update": lambda model, _: torch._foreach_mul_(
+        [p.detach() for p in model.parameters()], 1.5
+    ),
 }
 
 

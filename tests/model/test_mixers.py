@@ -18,7 +18,14 @@ from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
 from tests.conftest import device, fill, randn
 
-SIZES = {"input_size": (4, 8), "in_channels": 2, "hidden_size": 16, "depth": 4, "d_state": 4, "num_classes": 3}
+SIZES = {
+    "input_size": (4, 8),
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 4,
+    "d_state": 4,
+    "num_classes": 3,
+}
 COMBINATIONS = list(itertools.product(sorted(MIXERS), sorted(SCANS), (0, 3)))
 
 
@@ -27,13 +34,21 @@ def tiny(**changes):
 
 
 def inputs(H=4, W=8):
-    return randn(2, 2, H, W), torch.tensor([3, 900], device=device()), torch.tensor([0, 1], device=device())
+    return (
+        randn(2, 2, H, W),
+        torch.tensor([3, 900], device=device()),
+        torch.tensor([0, 1], device=device()),
+    )
 
 
 def dead(model):
     """Names of parameters without a gradient."""
     model(*inputs()).square().sum().backward()
-    return [n for n, p in model.named_parameters() if n != "y_embed.weight" and (p.grad is None or not p.grad.any())]
+    return [
+        n
+        for n, p in model.named_parameters()
+        if n != "y_embed.weight" and (p.grad is None or not p.grad.any())
+    ]
 
 
 @pytest.mark.parametrize(("mixer", "scan", "local"), COMBINATIONS)
@@ -66,16 +81,29 @@ def test_scans_change_the_function_and_not_the_parameters():
 
 def test_names_of_the_published_weights():
     names = [n for n, _ in DiffuSSMBlock(8, 2, 4).named_parameters()]
-    linears = [f"{layer}.{part}" for layer in ("norm.adaLN", "W0", "W_up") for part in ("weight", "bias")]
+    linears = [
+        f"{layer}.{part}" for layer in ("norm.adaLN", "W0", "W_up") for part in ("weight", "bias")
+    ]
     ssm = [f"s4d.{name}" for name in ("log_dt", "log_A_real", "A_imag", "B", "C", "D_skip")]
-    after = [f"{layer}.{part}" for layer in ("W_down", "W1", "W2", "W3") for part in ("weight", "bias")]
+    after = [
+        f"{layer}.{part}" for layer in ("W_down", "W1", "W2", "W3") for part in ("weight", "bias")
+    ]
     assert names == linears + ssm + after
-    assert {n.split(".")[0] for n in DiffuSSMBlock(8, 2, 4, "conv", local=3).state_dict()} >= {"conv", "local"}
+    assert {n.split(".")[0] for n in DiffuSSMBlock(8, 2, 4, "conv", local=3).state_dict()} >= {
+        "conv",
+        "local",
+    }
 
 
 def test_list_of_mixers_repeats_along_the_blocks():
     model = tiny(mixer="conv, axial", depth=5)
-    assert [block.mixer_name for block in model.blocks] == ["conv", "axial", "conv", "axial", "conv"]
+    assert [block.mixer_name for block in model.blocks] == [
+        "conv",
+        "axial",
+        "conv",
+        "axial",
+        "conv",
+    ]
     assert dead(model) == []
 
 
@@ -83,7 +111,13 @@ def test_configuration_knows_every_mixer_and_scan():
     hints = typing.get_type_hints(ModelConfig)
     assert tuple(MIXERS) == config.MIXERS
     for name, mixer in MIXERS.items():
-        text = ["data.text=x", "model.text_width=4", "model.text_tokens=4", f"model.mixer=s4d,{name}", "model.heads=4"]
+        text = [
+            "data.text=x",
+            "model.text_width=4",
+            "model.text_tokens=4",
+            f"model.mixer=s4d,{name}",
+            "model.heads=4",
+        ]
         with pytest.raises(ConfigError) if mixer.needs_image else contextlib.nullcontext():
             config.load_config("digits", text)
     assert set(typing.get_args(hints["scan"])) == set(SCANS)

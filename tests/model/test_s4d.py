@@ -1,4 +1,6 @@
-"""S4D: golden values, kernel against its definition, convolution against the recurrence, precision, cache."""
+"""S4D: golden values, kernel against its definition, convolution against the recurrence, precision,
+cache.
+"""
 
 import math
 
@@ -8,7 +10,13 @@ import torch
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.model.s4d import layer as layer_module
 from diffussm_cli.model.s4d import numerics
-from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra, convolve, fft_length, kernel_spectra
+from diffussm_cli.model.s4d.convolution import (
+    Convolution,
+    KernelSpectra,
+    convolve,
+    fft_length,
+    kernel_spectra,
+)
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive, s4d_recurrence
@@ -45,7 +53,9 @@ def test_kernel_equals_reference_implementation(dtype, tolerance, kernel):
 def test_convolutions_equal_reference_implementation(dtype, tolerance):
     g, p = golden_parameters(dtype)
     K = s4d_kernel(*p, L=g["u"].shape[-1])
-    causal, anticausal = convolve(g["u"].to(dtype), kernel_spectra(torch.stack([K, K]))).chunk(2, dim=1)
+    causal, anticausal = convolve(g["u"].to(dtype), kernel_spectra(torch.stack([K, K]))).chunk(
+        2, dim=1
+    )
     assert relative(causal, g["y_causal"]) < tolerance
     assert relative(anticausal, g["y_anticausal"]) < tolerance
 
@@ -58,7 +68,9 @@ def test_two_level_kernel_equals_definition_with_gradients(L):
         K = kernel(*parameters(s4d, 0), L)
         weight = torch.linspace(-1, 1, L, dtype=torch.float64, device=device()).cos()
         gradients.append(
-            torch.autograd.grad((K * weight).sum(), [s4d.log_dt, s4d.log_A_real, s4d.A_imag, s4d.B, s4d.C])
+            torch.autograd.grad(
+                (K * weight).sum(), [s4d.log_dt, s4d.log_A_real, s4d.A_imag, s4d.B, s4d.C]
+            )
         )
         values.append(K)
     torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=1e-12)
@@ -81,7 +93,10 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
     u, K = (randn(s, 3, L, seed=s, dtype=torch.float64).requires_grad_() for s in (4, 2))
     weight = randn(4, 6, L, dtype=torch.float64)
     results = []
-    for y in (Convolution.apply(u[..., None], KernelSpectra.apply(K))[..., 0], convolve(u, kernel_spectra(K))):
+    for y in (
+        Convolution.apply(u[..., None], KernelSpectra.apply(K))[..., 0],
+        convolve(u, kernel_spectra(K)),
+    ):
         results.append((y, *torch.autograd.grad((y * weight).sum(), (u, K))))
     for by_hand, automatic in zip(*results):
         torch.testing.assert_close(by_hand, automatic, rtol=1e-10, atol=1e-12)
@@ -91,7 +106,9 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 @pytest.mark.parametrize("numbers", [1, 50, 1 << 20])
 def test_slices_change_nothing(monkeypatch, J, M, numbers, kept):
-    """Whatever is sliced or kept, and with tokens in planes: the convolution of the tokens in order, its gradients."""
+    """Whatever is sliced or kept, and with tokens in planes: the convolution of the tokens in
+    order, its gradients.
+    """
     monkeypatch.setattr(numerics, "KEPT_NUMBERS", kept)
     monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     s4d, planes = layer(), randn(2, M, 6, J, dtype=torch.float64).requires_grad_()
@@ -102,7 +119,10 @@ def test_slices_change_nothing(monkeypatch, J, M, numbers, kept):
     with torch.no_grad():
         torch.testing.assert_close(s4d(u), expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn_like(expected)
-    ours, theirs = (torch.autograd.grad((y * weight).sum(), [planes, *s4d.parameters()]) for y in (s4d(u), expected))
+    ours, theirs = (
+        torch.autograd.grad((y * weight).sum(), [planes, *s4d.parameters()])
+        for y in (s4d(u), expected)
+    )
     for ours_, theirs_ in zip(ours, theirs):
         torch.testing.assert_close(ours_, theirs_, rtol=1e-9, atol=1e-11)
 
@@ -121,13 +141,16 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_
 
 
 def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypatch):
-    """Five numbers per channel and token: u and the spectra of two kernels; no exponential of their modes."""
+    """Five numbers per channel and token: u and the spectra of two kernels; no exponential of their
+    modes.
+    """
     monkeypatch.setattr(numerics, "KEPT_NUMBERS", 0)
 
     def kept(L):
         found = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: found.update({t.data_ptr(): t.numel() * t.element_size() // 4}) or t, lambda t: t
+            lambda t: found.update({t.data_ptr(): t.numel() * t.element_size() // 4}) or t,
+            lambda t: t,
         ):
             s4d(randn(1, 64, L))
         return sum(found.values())
@@ -142,21 +165,32 @@ def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, number
     monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     generator = torch.Generator().manual_seed(0)
     for L in (1, 16, 23):
-        dt, re, im = (torch.rand(s, generator=generator, dtype=torch.float64) for s in ((2, 3), (2, 3, 4), (2, 3, 4)))
+        dt, re, im = (
+            torch.rand(s, generator=generator, dtype=torch.float64)
+            for s in ((2, 3), (2, 3, 4), (2, 3, 4))
+        )
         B, C = torch.randn(2, 2, 3, 4, 2, generator=generator, dtype=torch.float64)
         skip = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-        *arguments, skip = (t.detach().to(device()).requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip))
+        *arguments, skip = (
+            t.detach().to(device()).requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip)
+        )
         weight = randn(2, 3, L, dtype=torch.float64)
-        naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (torch.arange(L, device=device()) == 0)
+        naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (
+            torch.arange(L, device=device()) == 0
+        )
         ours = s4d_kernel(*arguments, L, skip)
         torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
-        gradients = (torch.autograd.grad((K * weight).sum(), [*arguments, skip]) for K in (ours, naive))
+        gradients = (
+            torch.autograd.grad((K * weight).sum(), [*arguments, skip]) for K in (ours, naive)
+        )
         for a, b in zip(*gradients):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_no_kernel_holds_denormal_numbers():
-    """On which a CPU is a hundred times slower: at the start of training half of the modes decay that far."""
+    """On which a CPU is a hundred times slower: at the start of training half of the modes decay
+    that far.
+    """
     torch.manual_seed(0)
     with torch.no_grad():
         K = S4D(64, 64).to(device()).taps(4096)
@@ -204,7 +238,9 @@ def test_start_is_s4d_lin():
     torch.testing.assert_close(s4d.A_imag[1, 5], math.pi * torch.arange(32.0))
     assert 1e-3 <= s4d.log_dt.exp().min() < 1.1e-3
     assert 0.09 < s4d.log_dt.exp().max() <= 0.1
-    assert torch.equal(torch.view_as_complex(s4d.B.detach()), torch.ones(2, 512, 32, dtype=torch.complex64))
+    assert torch.equal(
+        torch.view_as_complex(s4d.B.detach()), torch.ones(2, 512, 32, dtype=torch.complex64)
+    )
     assert abs(float(torch.view_as_complex(s4d.C.detach()).abs().square().mean()) - 1) < 0.02
     assert sum(p.numel() for p in s4d.parameters()) == 194 * 2 * 512
 
@@ -224,7 +260,9 @@ def test_casts_leave_parameters_float32_and_unrounded(cast):
     before = {k: v.clone() for k, v in model[1].state_dict().items()}
     cast(model)
     assert model[0].weight.dtype in (torch.bfloat16, torch.float16)
-    assert {n: p.dtype for n, p in model[1].named_parameters()} == dict.fromkeys(SSM_NAMES, torch.float32)
+    assert {n: p.dtype for n, p in model[1].named_parameters()} == dict.fromkeys(
+        SSM_NAMES, torch.float32
+    )
     assert all(torch.equal(v.cpu(), before[k]) for k, v in model[1].state_dict().items())
 
 

@@ -17,7 +17,11 @@ GRIDS = [(2, 3), (5, 4), (1, 6), (7, 1)]
 
 @pytest.mark.parametrize(
     ("scan", "order"),
-    list(zip(ORDERS, ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [0, 1, 2, 5, 4, 3], [0, 3, 4, 1, 2, 5]))),
+    list(
+        zip(
+            ORDERS, ([0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [0, 1, 2, 5, 4, 3], [0, 3, 4, 1, 2, 5])
+        )
+    ),
     ids=str,
 )
 def test_orders_of_two_rows_of_three(scan, order):
@@ -25,7 +29,11 @@ def test_orders_of_two_rows_of_three(scan, order):
 
 
 def test_blocks_take_the_orders_in_turn():
-    assert {name: len(orders) for name, orders in SCANS.items()} == {"raster": 1, "alternate": 2, "four": 4}
+    assert {name: len(orders) for name, orders in SCANS.items()} == {
+        "raster": 1,
+        "alternate": 2,
+        "four": 4,
+    }
     assert SCANS["raster"] == SCANS["four"][:1]
     assert SCANS["alternate"] == SCANS["four"][:2]
 
@@ -69,7 +77,12 @@ def test_columns_of_an_image_are_rows_of_its_transpose(mixer):
     rows, columns = block(mixer, RASTER), block(mixer, COLUMNS)
     columns.load_state_dict(rows.state_dict())
     x, c = randn(2, H, W, 8, dtype=torch.double), randn(2, 8, seed=1, dtype=torch.double)
-    transposed = rows(x.transpose(1, 2).flatten(1, 2), c, (W, H)).unflatten(1, (W, H)).transpose(1, 2).flatten(1, 2)
+    transposed = (
+        rows(x.transpose(1, 2).flatten(1, 2), c, (W, H))
+        .unflatten(1, (W, H))
+        .transpose(1, 2)
+        .flatten(1, 2)
+    )
     torch.testing.assert_close(columns(x.flatten(1, 2), c, (H, W)), transposed)
     assert not torch.allclose(rows(x.flatten(1, 2), c, (H, W)), transposed)
 
@@ -77,7 +90,9 @@ def test_columns_of_an_image_are_rows_of_its_transpose(mixer):
 @pytest.mark.parametrize("scan", ORDERS[1:], ids=str)
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_an_order_matters_to_sequences_only(mixer, scan):
-    """Attention sees a set and convolution an image, so that a wrong order or a wrong way back would show."""
+    """Attention sees a set and convolution an image, so that a wrong order or a wrong way back
+    would show.
+    """
     H, W, M = 4, 3, 2
     rows, other = block(mixer, RASTER, M), block(mixer, scan, M)
     other.load_state_dict(rows.state_dict())

@@ -11,10 +11,20 @@ from diffussm_cli.profiling import figures
 
 def test_figure_3_compares_five_models_at_six_resolutions():
     curves = figures.figure_3()
-    assert list(curves) == ["DiT-XL/2", "DiT-XL/1", "DiT-XL/1 M=2", "DiffuSSM-XL M=1", "DiffuSSM-XL M=2"]
+    assert list(curves) == [
+        "DiT-XL/2",
+        "DiT-XL/1",
+        "DiT-XL/1 M=2",
+        "DiffuSSM-XL M=1",
+        "DiffuSSM-XL M=2",
+    ]
     assert {tuple(x) for x, _ in curves.values()} == {(256, 512, 768, 1024, 1536, 2048)}
     at_256 = {name: round(y[0], 1) for name, (_, y) in curves.items()}
-    assert (at_256["DiT-XL/2"], at_256["DiT-XL/1"], at_256["DiffuSSM-XL M=2"]) == (118.6, 524.5, 298.7)
+    assert (at_256["DiT-XL/2"], at_256["DiT-XL/1"], at_256["DiffuSSM-XL M=2"]) == (
+        118.6,
+        524.5,
+        298.7,
+    )
     for _, y in curves.values():
         assert list(y) == sorted(y)
 
@@ -31,7 +41,10 @@ def test_panels_show_what_was_measured_at_two_resolutions(monkeypatch):
     configs = [load_config("digits", ["data.path=x", f"data.resolution={s}"]) for s in sizes]
 
     def entry(milliseconds, peak):
-        return {"name": "a", "measured": {"forward": {"median_ms": milliseconds, "peak_bytes": peak}}}
+        return {
+            "name": "a",
+            "measured": {"forward": {"median_ms": milliseconds, "peak_bytes": peak}},
+        }
 
     measured = [entry(500.0, 1 << 30), entry(2000.0, 1 << 30)]
     panels = figures.panels({"models": measured}, configs)

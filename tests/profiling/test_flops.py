@@ -31,23 +31,38 @@ def test_formula_equals_the_trace(preset):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["model.backbone=dit", "model.patch_size=1"], ["model.num_classes=0"], ["model.compression=1"]],
+    [
+        ["model.backbone=dit", "model.patch_size=1"],
+        ["model.num_classes=0"],
+        ["model.compression=1"],
+    ],
     ids=str,
 )
 def test_formula_equals_the_trace_of_variants(overrides):
     config = load_config("digits", overrides)
-    assert sum(v for k, v in count(config).items() if k != "kernels") == pytest.approx(cost(config).gflops, rel=1e-9)
+    assert sum(v for k, v in count(config).items() if k != "kernels") == pytest.approx(
+        cost(config).gflops, rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("backbone", ["dit", "diffussm"])
 @pytest.mark.parametrize("words", [0, 5])
 def test_formula_equals_the_trace_with_text(words, backbone):
-    chosen = ["data.text=x", "model.text_width=12", f"model.text_tokens={words}", f"model.backbone={backbone}"]
-    config = load_config("digits", [*chosen, "model.num_classes=0", "model.heads=4", "model.depth=3"])
+    chosen = [
+        "data.text=x",
+        "model.text_width=12",
+        f"model.text_tokens={words}",
+        f"model.backbone={backbone}",
+    ]
+    config = load_config(
+        "digits", [*chosen, "model.num_classes=0", "model.heads=4", "model.depth=3"]
+    )
     counted, c = count(config), cost(config)
     assert sum(v for k, v in counted.items() if k != "kernels") == pytest.approx(c.gflops, rel=1e-9)
     assert c.parts["text"] * 1e9 == 12 * 32 * (1 + words) + 32 * 32
-    plain = cost(load_config("digits", [f"model.backbone={backbone}", "model.heads=4", "model.depth=3"]))
+    plain = cost(
+        load_config("digits", [f"model.backbone={backbone}", "model.heads=4", "model.depth=3"])
+    )
     share = (32 + 2 * words) / 32  # positions with text and without
     assert c.parts["dense layers"] == pytest.approx(share * plain.parts["dense layers"])
     assert (c.training_bytes > plain.training_bytes * 1.1) == bool(words)
@@ -58,7 +73,9 @@ def test_formula_equals_the_trace_with_text(words, backbone):
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
     chosen = [f"model.mixer={mixer}", f"model.scan={scan}", f"model.local={local}", "model.heads=4"]
-    config = load_config("digits", [*chosen, "data.resolution=8x12", "data.path=folder", "model.depth=3"])
+    config = load_config(
+        "digits", [*chosen, "data.resolution=8x12", "data.path=folder", "model.depth=3"]
+    )
     counted, c = count(config), cost(config)
     assert sum(v for k, v in counted.items() if k != "kernels") == pytest.approx(c.gflops, rel=1e-9)
     assert counted.get("kernels", 0) == pytest.approx(c.kernel_gflops, rel=5e-3)
@@ -87,7 +104,9 @@ def test_formula_equals_the_trace_of_lists_of_mixers_and_of_skips(overrides):
 
 def test_memory_of_a_list_of_mixers_lies_between_those_of_its_mixers():
     conv, both, linear = (
-        cost(load_config("s-256", [f"model.mixer={mixer}", "model.heads=6", "model.depth=12"])).training_bytes
+        cost(
+            load_config("s-256", [f"model.mixer={mixer}", "model.heads=6", "model.depth=12"])
+        ).training_bytes
         for mixer in ("conv", "conv,linear", "linear")
     )
     assert conv < both < linear
@@ -105,15 +124,26 @@ def test_parameters_of_mixers_at_xl():
         "attention": 2 * D * (D + 1),
     }
     for local in (0, 3):
-        found = {m: cost(load_config("xl-256", [f"model.mixer={m}", f"model.local={local}"])) for m in expected}
-        rest = {mixer: c.parameters - 29 * (expected[mixer] + 10 * D * (local > 0)) for mixer, c in found.items()}
+        found = {
+            m: cost(load_config("xl-256", [f"model.mixer={m}", f"model.local={local}"]))
+            for m in expected
+        }
+        rest = {
+            mixer: c.parameters - 29 * (expected[mixer] + 10 * D * (local > 0))
+            for mixer, c in found.items()
+        }
         assert set(rest.values()) == {673_088_272 - 12_962_304}
 
 
 def test_linear_attention_costs_as_much_per_token_at_every_length():
     grids = ("256", "512", "1024")
-    found = [cost(load_config("s-256", ["model.mixer=linear", "model.heads=6", f"data.resolution={g}"])) for g in grids]
-    assert [c.parts["mixer"] / c.tokens for c in found] == pytest.approx([found[0].parts["mixer"] / 1024] * 3)
+    found = [
+        cost(load_config("s-256", ["model.mixer=linear", "model.heads=6", f"data.resolution={g}"]))
+        for g in grids
+    ]
+    assert [c.parts["mixer"] / c.tokens for c in found] == pytest.approx(
+        [found[0].parts["mixer"] / 1024] * 3
+    )
 
 
 def test_products_are_what_torch_counts():
@@ -123,7 +153,11 @@ def test_products_are_what_torch_counts():
     config = load_config("s-256")
     with torch.device("meta"):
         model = build_model(config)
-        x, t, y = torch.empty(1, 4, 32, 32), torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        x, t, y = (
+            torch.empty(1, 4, 32, 32),
+            torch.zeros(1, dtype=torch.long),
+            torch.zeros(1, dtype=torch.long),
+        )
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model.eval()(x, t, y)
     c = cost(config)
@@ -134,11 +168,20 @@ def test_products_are_what_torch_counts():
 
 @pytest.mark.parametrize(
     ("overrides", "processes", "share_of_parameters", "share_of_rest"),
-    [([], 1, 1, 1), ([], 8, 1, 1 / 8), (["train.parallel=fsdp"], 8, 1 / 8, 1 / 8), (["train.parallel=fsdp"], 1, 1, 1)],
+    [
+        ([], 1, 1, 1),
+        ([], 8, 1, 1 / 8),
+        (["train.parallel=fsdp"], 8, 1 / 8, 1 / 8),
+        (["train.parallel=fsdp"], 1, 1, 1),
+    ],
     ids=str,
 )
-def test_memory_of_training_is_that_of_one_process(overrides, processes, share_of_parameters, share_of_rest):
-    """Weights, gradients, moments and EMA are whole in copies and divided by FSDP; the batch is always divided."""
+def test_memory_of_training_is_that_of_one_process(
+    overrides, processes, share_of_parameters, share_of_rest
+):
+    """Weights, gradients, moments and EMA are whole in copies and divided by FSDP; the batch is
+    always divided.
+    """
     config = load_config("s-256", ["train.precision=fp32", *overrides])
     whole = cost(load_config("s-256", ["train.precision=fp32"]))
     state = 5 * 4 * whole.parameters

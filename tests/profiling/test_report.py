@@ -16,7 +16,10 @@ CPU = torch.device("cpu")
 def test_models_come_resolution_by_resolution_with_every_value_of_a_sweep():
     chosen = report.choose_models("xl, dit-xl/2", "256,512", [], [], ["M=1,2"])
     assert [(name, config.data.resolution) for name, config in chosen] == [
-        (f"{name} M={m}", size) for size in (256, 512) for name in ("DiffuSSM-XL", "DiT-XL/2") for m in (1, 2)
+        (f"{name} M={m}", size)
+        for size in (256, 512)
+        for name in ("DiffuSSM-XL", "DiT-XL/2")
+        for m in (1, 2)
     ]
 
 

@@ -17,7 +17,9 @@ def test_workloads_do_what_they_say(kind, preset):
     config, setting = load_config(preset, ["model.depth=1"]), Setting(CPU, batch_size=2)
     model = timing.random_model(config, setting)
     seen = []
-    model.register_forward_hook(lambda m, args, out: seen.append((len(args[0]), m.training, out.requires_grad)))
+    model.register_forward_hook(
+        lambda m, args, out: seen.append((len(args[0]), m.training, out.requires_grad))
+    )
     timing.workload(model, config, kind, setting)()
     expected = {
         "forward": (2, False, False),
@@ -87,7 +89,8 @@ def test_guided_step_counts_as_two_passes(monkeypatch, condition):
     text = ["data.text=x", "model.text_width=12", "model.num_classes=0"]
     config = load_config("digits", text if condition == "text" else [])
     rates = [
-        timing.measure([config], kind, Setting(CPU))[0]["of_product_rate"] for kind in (timing.FORWARD, timing.GUIDED)
+        timing.measure([config], kind, Setting(CPU))[0]["of_product_rate"]
+        for kind in (timing.FORWARD, timing.GUIDED)
     ]
     assert rates[1] == pytest.approx(2 * rates[0])
 

@@ -12,7 +12,9 @@ from tests.helpers import Killed
 
 
 def content(folder):
-    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def write(path, error=None, **files):
@@ -71,7 +73,9 @@ def test_a_name_that_cannot_be_given_gives_the_folder_before_its_name_back(tmp_p
 def checkpoint(root, step):
     path = root / "checkpoints" / runs.checkpoint_name(step)
     with runs.whole_folder(path) as folder:
-        hashes = {runs.EMA: runs.write_tensors({"a": torch.tensor([float(step)])}, folder / runs.EMA)}
+        hashes = {
+            runs.EMA: runs.write_tensors({"a": torch.tensor([float(step)])}, folder / runs.EMA)
+        }
         runs.write_state(folder, {"step": step, "sha256": hashes})
     return path
 
@@ -83,7 +87,9 @@ def test_the_newest_good_checkpoint_is_found_and_what_is_wrong_with_newer_ones(t
     (paths[2] / runs.EMA).write_bytes((paths[1] / runs.EMA).read_bytes())
     newest, wrong = runs.newest_good(tmp_path, [runs.EMA])
     assert newest == paths[1]
-    assert [line.startswith(str(path / runs.EMA)) for line, path in zip(wrong, (paths[3], paths[2]))] == [True] * 2
+    assert [
+        line.startswith(str(path / runs.EMA)) for line, path in zip(wrong, (paths[3], paths[2]))
+    ] == [True] * 2
     assert runs.newest_good(tmp_path)[0] is None  # they have no hashes of other files
     assert runs.newest_good(tmp_path / "none") == (None, [])
 

@@ -28,7 +28,10 @@ def official(model: DiT) -> dict:
         "x_embedder.proj.bias": model.patch_in.bias,
         "y_embedder.embedding_table.weight": model.y_embed.weight,
     }
-    pairs = {"final_layer.linear": model.patch_out, "final_layer.adaLN_modulation.1": model.norm_out.adaLN}
+    pairs = {
+        "final_layer.linear": model.patch_out,
+        "final_layer.adaLN_modulation.1": model.norm_out.adaLN,
+    }
     pairs |= {f"t_embedder.mlp.{i}": model.t_embed.mlp[i] for i in (0, 2)}
     for i, block in enumerate(model.blocks):
         pairs |= {
@@ -39,18 +42,29 @@ def official(model: DiT) -> dict:
         }
         state[f"blocks.{i}.attn.proj.weight"] = block.attention.proj.weight[0]
         state[f"blocks.{i}.attn.proj.bias"] = block.attention.proj.bias[0]
-    state |= {f"{name}.{k}": v for name, layer in pairs.items() for k, v in layer.state_dict().items()}
+    state |= {
+        f"{name}.{k}": v for name, layer in pairs.items() for k, v in layer.state_dict().items()
+    }
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 def training_checkpoint(model: DiT) -> dict:
-    """What DiT's own training writes: averaged weights, weights, optimiser and the options of its command line."""
+    """What DiT's own training writes: averaged weights, weights, optimiser and the options of its
+    command line.
+    """
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=1e-4)
     sum(p.sum() for group in optimizer.param_groups for p in group["params"]).backward()
     optimizer.step()
-    options = argparse.Namespace(data_path="/data", model="DiT-S/2", image_size=256, global_seed=0, vae="ema")
+    options = argparse.Namespace(
+        data_path="/data", model="DiT-S/2", image_size=256, global_seed=0, vae="ema"
+    )
     weights = {k: v + 1 for k, v in official(model).items()}
-    return {"model": weights, "ema": official(model), "opt": optimizer.state_dict(), "args": options}
+    return {
+        "model": weights,
+        "ema": official(model),
+        "opt": optimizer.state_dict(),
+        "args": options,
+    }
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -60,7 +74,14 @@ def test_a_published_file_is_a_run(tmp_path, model, made, zipped):
     torch.save(made(model), path, _use_new_zipfile_serialization=zipped)
     trained = runs.find_run(path)
     m, d = trained.config.model, trained.config.data
-    assert (m.backbone, m.depth, m.heads, m.patch_size, m.num_classes, m.learn_sigma) == ("dit", 2, 6, 2, 7, True)
+    assert (m.backbone, m.depth, m.heads, m.patch_size, m.num_classes, m.learn_sigma) == (
+        "dit",
+        2,
+        6,
+        2,
+        7,
+        True,
+    )
     assert (d.resolution, d.channels, d.vae) == (64, 4, "stabilityai/sd-vae-ft-ema")
     ours = runs.load_model(trained)
     x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([1, 700]), torch.tensor([3, 7])
@@ -73,7 +94,10 @@ def test_sample_and_eval_say_first_what_is_assumed_of_a_file(tmp_path, model):
     path = tmp_path / "SiT-S-2.pt"
     torch.save(official(model), path)
     line = f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT"
-    for events in (sample(path, tmp_path / "out", 1), evaluate(path, "builtin:digits", extractor="digits", num=2)):
+    for events in (
+        sample(path, tmp_path / "out", 1),
+        evaluate(path, "builtin:digits", extractor="digits", num=2),
+    ):
         first = next(event for event in events if not isinstance(event, Stage))
         assert isinstance(first, Message)
         assert first.text.startswith(line)
@@ -139,7 +163,9 @@ class Attack:
         return (exec, ("raise SystemExit('code of the file was run')",))
 
 
-@pytest.mark.parametrize("content", [pickle.dumps(Attack()), b"no pickle", b""], ids=["attack", "text", "empty"])
+@pytest.mark.parametrize(
+    "content", [pickle.dumps(Attack()), b"no pickle", b""], ids=["attack", "text", "empty"]
+)
 def test_a_hostile_file_is_refused_unread(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)

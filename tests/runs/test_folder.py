@@ -10,8 +10,12 @@ def test_resumed_config_is_the_saved_one_with_changes(tiny, tmp_path):
     saved = tiny("train.lr=0.003")
     runs.write_config(tmp_path, saved)
     assert runs.resumed_config(tmp_path) == saved
-    assert runs.resumed_config(tmp_path, ["train.steps=9"]) == tiny("train.lr=0.003", "train.steps=9")
-    assert runs.resumed_config(tmp_path, fields={"train.steps": 9}) == tiny("train.lr=0.003", "train.steps=9")
+    assert runs.resumed_config(tmp_path, ["train.steps=9"]) == tiny(
+        "train.lr=0.003", "train.steps=9"
+    )
+    assert runs.resumed_config(tmp_path, fields={"train.steps": 9}) == tiny(
+        "train.lr=0.003", "train.steps=9"
+    )
     with pytest.raises(ConfigError, match="train.steps: 'many'"):
         runs.resumed_config(tmp_path, ["train.steps=many"])
 
@@ -25,5 +29,7 @@ def test_checkpoints_without_a_configuration_are_an_error(tmp_path):
     checkpoint = tmp_path / runs.CHECKPOINTS / runs.checkpoint_name(2)
     checkpoint.mkdir(parents=True)
     runs.write_state(checkpoint, {"step": 2})
-    with pytest.raises(RunError, match="^--out: .* has checkpoints but no config.yaml; give the --preset"):
+    with pytest.raises(
+        RunError, match="^--out: .* has checkpoints but no config.yaml; give the --preset"
+    ):
         runs.resumed_config(tmp_path)

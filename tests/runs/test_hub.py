@@ -1,4 +1,6 @@
-"""Models of the package and of the hub: which names mean them, and what is fetched. Nothing here needs a network."""
+"""Models of the package and of the hub: which names mean them, and what is fetched. Nothing here
+needs a network.
+"""
 
 import shutil
 from pathlib import Path
@@ -45,7 +47,8 @@ def test_a_model_is_found_in_the_cache_at_its_revision(cache, revision, steps):
 def test_a_folder_of_that_name_wins(cache):
     runs.write_weights(Path("owner/digits"), load_config("digits", ["train.steps=8"]), WEIGHTS, 8)
     assert runs.find_run(Path("owner/digits")).config.train.steps == 8
-    with pytest.raises(RunError, match="RUN: no folder 'owner/other'; train one with"):  # OWNER is a folder: mistyped
+    # OWNER is a folder: mistyped
+    with pytest.raises(RunError, match="RUN: no folder 'owner/other'; train one with"):
         runs.find_run(Path("owner/other"))
 
 
@@ -62,7 +65,9 @@ def test_changed_weights_are_refused(cache):
         runs.find_run(Path("owner/digits"))
 
 
-@pytest.mark.parametrize("name", ["nowhere", "runs/mnist", "a/b/c", "/a/b", "a/b.npz", "a/b.pt", "x" * 300, "a/b@"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "runs/mnist", "a/b/c", "/a/b", "a/b.npz", "a/b.pt", "x" * 300, "a/b@"]
+)
 def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not hub.is_elsewhere(name)
@@ -76,6 +81,9 @@ def test_a_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
     runs.write_weights(tmp_path / "bundled" / "tiny", load_config("digits"), WEIGHTS, 4)
     assert hub.bundled_names() == ["tiny"]
     found = runs.find_run(Path("tiny"))
-    assert (found.root, found.weights) == (Path("runs/tiny-bundled"), tmp_path / "bundled" / "tiny" / runs.MODEL)
+    assert (found.root, found.weights) == (
+        Path("runs/tiny-bundled"),
+        tmp_path / "bundled" / "tiny" / runs.MODEL,
+    )
     shutil.copytree(tmp_path / "bundled" / "tiny", "tiny")
     assert runs.find_run(Path("tiny")).weights == Path("tiny") / runs.MODEL

@@ -13,11 +13,21 @@ def test_a_checkpoint_is_named_by_its_step():
 
 
 def test_checkpoints_are_listed_by_step_once_they_are_complete(tmp_path):
-    for name in ("step-100000000", "step-00000007", "step-99999999", "step-7", "step-00000008-copy"):
+    for name in (
+        "step-100000000",
+        "step-00000007",
+        "step-99999999",
+        "step-7",
+        "step-00000008-copy",
+    ):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
     (tmp_path / "checkpoints" / "step-00000009").mkdir()  # without its state
-    assert [runs.step_of(p) for p in runs.list_checkpoints(tmp_path)] == [7, 99_999_999, 100_000_000]
+    assert [runs.step_of(p) for p in runs.list_checkpoints(tmp_path)] == [
+        7,
+        99_999_999,
+        100_000_000,
+    ]
     assert runs.list_checkpoints(tmp_path / "none") == []
 
 

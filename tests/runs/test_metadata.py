@@ -22,12 +22,22 @@ def test_configuration_state_and_skipped_images_are_read_as_they_were_written(tm
 
 
 def test_a_field_of_a_run_that_is_refused_today_names_the_file_to_change(tmp_path):
-    """A run of an earlier version may clamp latents; with the field changed in its file, it is read."""
-    latents = ["data.vae=vae", "data.downsample=8", "data.channels=4", "data.resolution=64", "data.path=latents"]
+    """A run of an earlier version may clamp latents; with the field changed in its file, it is
+    read.
+    """
+    latents = [
+        "data.vae=vae",
+        "data.downsample=8",
+        "data.channels=4",
+        "data.resolution=64",
+        "data.path=latents",
+    ]
     text = to_yaml(load_config("digits", [*latents, "sample.clip=false"]))
     path = tmp_path / runs.CONFIG
     path.write_text(text.replace("clip: false", "clip: true"), encoding="utf-8")
-    with pytest.raises(RunError, match=f"^{path}: sample.clip: true clamps pixels .*; leave it at false"):
+    with pytest.raises(
+        RunError, match=f"^{path}: sample.clip: true clamps pixels .*; leave it at false"
+    ):
         runs.read_config(tmp_path)
     path.write_text(text, encoding="utf-8")
     assert not runs.read_config(tmp_path).sample.clip
@@ -52,7 +62,9 @@ NAMES = {
 def test_a_configuration_that_could_not_be_read_again_is_refused(names, line):
     config = load_config("digits")
     with pytest.raises(ConfigError) as caught:
-        runs.check_config(dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names)))
+        runs.check_config(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, class_names=names))
+        )
     assert line in str(caught.value)
 
 
@@ -87,7 +99,11 @@ DAMAGED = {
     "a step below 0": (runs.STATE, '{"step": -1}', runs.read_state),
     "no step": (runs.STATE, "{}", runs.read_state),
     "text for a metric": (runs.METRICS, '{"eval/fid": "low"}', runs.read_metrics),
-    "an index that is true": (runs.SKIPPED, '{"index": true, "file": "a", "reason": "b"}', runs.read_skipped),
+    "an index that is true": (
+        runs.SKIPPED,
+        '{"index": true, "file": "a", "reason": "b"}',
+        runs.read_skipped,
+    ),
     "no reason": (runs.SKIPPED, '{"index": 1, "file": "a"}', runs.read_skipped),
     "no file at all": (runs.SKIPPED, None, runs.read_skipped),
 }

@@ -19,19 +19,30 @@ MNIST = load_config("mnist-noise")
 
 
 def test_the_hub_reads_the_card():
-    text = runs.model_card(MNIST, 4000, 602640, {"fid": 0.58512345, "kid": 0.02}, "Of 500 samples.", "Free.", "mit")
+    text = runs.model_card(
+        MNIST, 4000, 602640, {"fid": 0.58512345, "kid": 0.02}, "Of 500 samples.", "Free.", "mit"
+    )
     card = ModelCard(text)
     assert (card.data.license, card.data.library_name) == ("mit", "diffusers")
     assert card.data.pipeline_tag == "unconditional-image-generation"
     assert card.data.datasets == ["ylecun/mnist"]
-    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {"fid": 0.5851, "kid": 0.02}
-    for line in ("| Training | 4,000 steps of 16 images, learning rate 0.004, seed 0 |", "| fid | 0.5851 |", "Free."):
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
+        "fid": 0.5851,
+        "kid": 0.02,
+    }
+    for line in (
+        "| Training | 4,000 steps of 16 images, learning rate 0.004, seed 0 |",
+        "| fid | 0.5851 |",
+        "Free.",
+    ):
         assert line in text
     assert "samples.png" not in text
 
 
 def test_a_card_names_neither_folders_of_the_user_nor_a_licence_that_nobody_chose():
-    config = load_config("digits", ["model.num_classes=0", "sample.guidance=1"], {"data.path": "/home/me/cats"})
+    config = load_config(
+        "digits", ["model.num_classes=0", "sample.guidance=1"], {"data.path": "/home/me/cats"}
+    )
     text = runs.model_card(config, 10, 5)
     assert "| Data | cats, 8x8 pixels |" in text
     assert "/home" not in text
@@ -44,12 +55,21 @@ NAME = "a|b <script>x</script> [link](http://x.y) ![i](j) `c` *d* &amp; # <img s
 
 
 def test_names_in_a_card_are_neither_markup_nor_html():
-    """As a renderer shows them: the preset, the folder of the data and the VAE may have the names of a stranger."""
-    config = load_config("s-256", fields={"data.path": f"/data/{NAME.replace('/', '')}", "data.vae": NAME})
-    text = runs.model_card(dataclasses.replace(config, preset=f"{NAME}\n# heading"), 10, 5, {"fid": 1.0})
+    """As a renderer shows them: the preset, the folder of the data and the VAE may have the names
+    of a stranger.
+    """
+    config = load_config(
+        "s-256", fields={"data.path": f"/data/{NAME.replace('/', '')}", "data.vae": NAME}
+    )
+    text = runs.model_card(
+        dataclasses.replace(config, preset=f"{NAME}\n# heading"), 10, 5, {"fid": 1.0}
+    )
     assert ModelCard(text).data.model_name == f"{NAME}\n# heading"
     usual = runs.model_card(config_named("name"), 10, 5, {"fid": 1.0})
-    tags = [kinds(MarkdownIt().enable("table").parse(card.split("---\n", 2)[2])) for card in (text, usual)]
+    tags = [
+        kinds(MarkdownIt().enable("table").parse(card.split("---\n", 2)[2]))
+        for card in (text, usual)
+    ]
     assert tags[0] == tags[1]
     shown = MarkdownIt().enable("table").render(text.split("---\n", 2)[2])
     assert shown.count(html.escape(NAME, quote=False)) == 3  # heading, VAE and preset
@@ -62,7 +82,9 @@ def config_named(name):
 
 def kinds(tokens):
     """The kinds of all tokens of a parsed text but the text itself, which may come in parts."""
-    inner = [child.type for token in tokens for child in token.children or () if child.type != "text"]
+    inner = [
+        child.type for token in tokens for child in token.children or () if child.type != "text"
+    ]
     return [token.type for token in tokens] + inner
 
 
@@ -84,7 +106,10 @@ def test_a_card_names_the_data_set_as_the_hub_does(path, names):
 def test_final_has_the_preview_and_the_scores_of_its_own_step(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-00000004.png").write_bytes(b"png")
-    records = [{"step": 2, "eval/fid": 9.0}, {"step": 4, "loss": 1.0, "eval/fid": 3.0, "eval/fid@0.9": 2.0}]
+    records = [
+        {"step": 2, "eval/fid": 9.0},
+        {"step": 4, "loss": 1.0, "eval/fid": 3.0, "eval/fid@0.9": 2.0},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     files = runs.files_to_publish(tmp_path, MNIST, 4, 5)
     assert files["samples.png"] == b"png"
@@ -95,7 +120,9 @@ def test_final_has_the_preview_and_the_scores_of_its_own_step(tmp_path):
     assert "fid" not in other["README.md"].decode()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"loss": 1}', "[" * 100_000, '{"step": 4, "eval/fid": null}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"loss": 1}', "[" * 100_000, '{"step": 4, "eval/fid": null}']
+)
 def test_a_damaged_log_gives_no_scores(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert last_scores(tmp_path, 4) == {}
@@ -117,7 +144,10 @@ def test_the_scheduler_is_that_of_the_sampler(tmp_path, sampler):
 
 def test_samplers_that_diffusers_lacks_become_dpm_solver():
     files = runs.pipeline_files(
-        load_config("digits", ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler"])
+        load_config(
+            "digits",
+            ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler"],
+        )
     )
     settings = json.loads(files["scheduler/scheduler_config.json"])
     assert settings["_class_name"] == "DPMSolverMultistepScheduler"

@@ -1,4 +1,6 @@
-"""The page of a run: its numbers, what it does with hostile names and long logs, and how a browser shows it."""
+"""The page of a run: its numbers, what it does with hostile names and long logs, and how a browser
+shows it.
+"""
 
 import errno
 import json
@@ -50,7 +52,14 @@ def page(root):
 
 def test_training_writes_it(once):
     text = (once / "report.html").read_text()
-    for expected in ("finished", "Held-out loss", "training continued", "train.lr", "0.003", "preview at step 4"):
+    for expected in (
+        "finished",
+        "Held-out loss",
+        "training continued",
+        "train.lr",
+        "0.003",
+        "preview at step 4",
+    ):
         assert expected in text
     assert text.count("<img") == 2  # previews at steps 2 and 4
     assert text.count("<polyline") == 32  # 20 curves, and both directions of six kernels
@@ -58,8 +67,17 @@ def test_training_writes_it(once):
 
 def test_it_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("diffussm_cli.training.session.write_report", lambda root: written.append(Log(root / runs.LOG)))
-    settings = ["train.log_every=1", "train.sample_every=2", "eval.every=3", "eval.images=0", "eval.held_out_images=4"]
+    monkeypatch.setattr(
+        "diffussm_cli.training.session.write_report",
+        lambda root: written.append(Log(root / runs.LOG)),
+    )
+    settings = [
+        "train.log_every=1",
+        "train.sample_every=2",
+        "eval.every=3",
+        "eval.images=0",
+        "eval.held_out_images=4",
+    ]
     list(train(tiny(*settings), tmp_path / "run"))
     assert [log.step for log in written] == [2, 3, 4, 4]
 
@@ -70,8 +88,19 @@ def test_names_cannot_become_markup(run):
         config.replace("preset: digits", f"preset: '{HOSTILE}'").replace("'0'", f"'{HOSTILE}'")
     )
     with (run / "metrics.jsonl").open("a") as log:
-        session = {"from_step": 4, "time": HOSTILE, "processor": HOSTILE, HOSTILE: HOSTILE, "parameters": 1}
-        log.write(json.dumps({"step": 4, "session": session, "left_out": [HOSTILE], f"eval/{HOSTILE}": 1.0}) + "\n")
+        session = {
+            "from_step": 4,
+            "time": HOSTILE,
+            "processor": HOSTILE,
+            HOSTILE: HOSTILE,
+            "parameters": 1,
+        }
+        log.write(
+            json.dumps(
+                {"step": 4, "session": session, "left_out": [HOSTILE], f"eval/{HOSTILE}": 1.0}
+            )
+            + "\n"
+        )
     text = page(run)
     assert HOSTILE not in text
     assert text.count("&lt;script&gt;") >= 8
@@ -81,9 +110,12 @@ def test_names_cannot_become_markup(run):
 
 def test_a_long_log_stays_small_and_keeps_its_spike(run):
     lines = [
-        json.dumps({"step": i, "loss": 1 + i % 7, "grad_norm": 2.0, "images_per_second": 9.0}) for i in range(100_000)
+        json.dumps({"step": i, "loss": 1 + i % 7, "grad_norm": 2.0, "images_per_second": 9.0})
+        for i in range(100_000)
     ]
-    lines[54_321] = json.dumps({"step": 54_321, "loss": 5000.0, "grad_norm": None, "left_out": [54_321]})
+    lines[54_321] = json.dumps(
+        {"step": 54_321, "loss": 5000.0, "grad_norm": None, "left_out": [54_321]}
+    )
     (run / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100000, "lo']))
     assert len(page(run)) < 300_000
     log = Log(run / "metrics.jsonl")
@@ -118,7 +150,9 @@ def test_kernels_are_those_of_the_averaged_weights(run):
     first = next(kernels(run, trained.config))
     assert first["lines"] == chart("", expected)["lines"]
     assert first["title"].startswith(f"Layer 1, channel {channel}, dt ")
-    np.testing.assert_array_equal(expected["earlier tokens"].y[::-1], taps[0, : len(expected["later tokens"].x)])
+    np.testing.assert_array_equal(
+        expected["earlier tokens"].y[::-1], taps[0, : len(expected["later tokens"].x)]
+    )
 
 
 def test_kernels_of_axial_are_those_of_both_axes_in_tokens(tiny, tmp_path):
@@ -180,7 +214,9 @@ def save_result(path, fid, age, **changes):
     metrics = {"fid": fid, "kid": 0.5, "kid_error": 0.125}
     result = {"metrics": metrics, "num": 70, "reference": HOSTILE, "warnings": ["few samples"]}
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result | {"meta": {"sampler": "ddim", "steps": 7, "run": "no"}} | changes))
+    path.write_text(
+        json.dumps(result | {"meta": {"sampler": "ddim", "steps": 7, "run": "no"}} | changes)
+    )
     os.utime(path, (time.time() - age,) * 2)
 
 
@@ -188,14 +224,21 @@ def test_evaluations_stand_in_it_newest_first(run):
     save_result(run / "images" / "results.json", 3.5, age=1)
     save_result(run / "results.json", 2.5, age=9)
     save_result(run / "checkpoints" / "step-00000002" / "results.json", 4.5, age=5)
-    for i, changes in enumerate(({"metrics": [1]}, {"warnings": 3}, {"meta": None}, {"metrics": {"fid": "x"}})):
+    for i, changes in enumerate(
+        ({"metrics": [1]}, {"warnings": 3}, {"meta": None}, {"metrics": {"fid": "x"}})
+    ):
         save_result(run / f"{i}.results.json", 9.5, 0, **changes)
     (run / "b.results.json").write_text("[" * 100_000)
     found = list(report.evaluations(run))
     assert [f["values"] for f in found] == [{"FID": fid, "KID": 0.5} for fid in (3.5, 4.5, 2.5)]
     assert found[0]["drawn"] == "sampler ddim, steps 7"
     text = page(run)
-    for expected in ("<dd>3.5 ", "images/results.json", "70 samples against &lt;script", "Warning: few samples"):
+    for expected in (
+        "<dd>3.5 ",
+        "images/results.json",
+        "70 samples against &lt;script",
+        "Warning: few samples",
+    ):
         assert expected in text
 
 
@@ -217,7 +260,8 @@ def test_a_full_disk_leaves_the_last_page(run, monkeypatch):
 
 def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
     records = [
-        {"step": s, "eval/fid": f, "eval/recall": f, "eval/fid@0.9": 1.0} for s, f in ((1, 3.0), (2, 1.0), (3, 2.0))
+        {"step": s, "eval/fid": f, "eval/recall": f, "eval/fid@0.9": 1.0}
+        for s, f in ((1, 3.0), (2, 1.0), (3, 2.0))
     ]
     (tmp_path / "log").write_text("\n".join(map(json.dumps, records)))
     log = Log(tmp_path / "log")

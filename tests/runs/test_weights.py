@@ -1,4 +1,6 @@
-"""Weights of a run: found in the right folder, written as safetensors writes them, refused if they do not fit."""
+"""Weights of a run: found in the right folder, written as safetensors writes them, refused if they
+do not fit.
+"""
 
 import pytest
 import torch
@@ -13,7 +15,11 @@ OWN = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 
 
 def test_files_hold_what_safetensors_itself_would_write(tmp_path):
-    tensors = {"x": torch.arange(3.0), "h": torch.ones(5).bfloat16(), "a": torch.tensor(2.0).double()}
+    tensors = {
+        "x": torch.arange(3.0),
+        "h": torch.ones(5).bfloat16(),
+        "a": torch.tensor(2.0).double(),
+    }
     tensors["t"] = torch.arange(6.0).view(2, 3).T  # not in order in memory
     digest = runs.write_tensors(tensors, tmp_path / "ours")
     assert digest == sha256(tmp_path / "ours")
@@ -48,7 +54,9 @@ def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_p
     (tmp_path / runs.CONFIG).write_text(to_yaml(config))
     checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(2)
     with runs.whole_folder(checkpoint) as folder:
-        runs.write_state(folder, {"step": 2, "sha256": {runs.EMA: runs.write_tensors(OWN, folder / runs.EMA)}})
+        runs.write_state(
+            folder, {"step": 2, "sha256": {runs.EMA: runs.write_tensors(OWN, folder / runs.EMA)}}
+        )
     runs.write_weights(tmp_path / "best", config, OWN, 1, {"step": 1, "eval/fid": 2.0})
     found = runs.find_run(tmp_path)
     assert (found.weights, found.step, found.config) == (checkpoint / runs.EMA, 2, config)
@@ -64,21 +72,30 @@ def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_p
 
 
 def test_an_average_is_found_by_its_decay(tmp_path):
-    """In a checkpoint, in `final/` and in `best/`, which holds only the first; a run of one average has one."""
+    """In a checkpoint, in `final/` and in `best/`, which holds only the first; a run of one average
+    has one.
+    """
     config = load_config("digits", ["train.ema=0.99,0.9"])
     (tmp_path / runs.CONFIG).write_text(to_yaml(config))
     checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(2)
     with runs.whole_folder(checkpoint) as folder:
-        hashes = {name: runs.write_tensors(OWN, folder / name) for name in (runs.EMA, runs.ema_file(0.9))}
+        hashes = {
+            name: runs.write_tensors(OWN, folder / name) for name in (runs.EMA, runs.ema_file(0.9))
+        }
         runs.write_state(folder, {"step": 2, "sha256": hashes})
     runs.write_weights(tmp_path / "best", config, OWN, 1, {"step": 1, "eval/fid": 2.0})
     for decay, name in {None: "ema", 0.99: "ema", 0.9: "ema-0.9"}.items():
         found = runs.find_run(tmp_path, decay)
         assert (found.weights, found.ema) == (checkpoint / f"{name}.safetensors", decay or 0.99)
         assert runs.find_run(checkpoint, decay) == found
-    with pytest.raises(RunError, match=r"--ema: .*step-00000002' holds no average with decay 0.5; it holds 0.99, 0.9$"):
+    with pytest.raises(
+        RunError,
+        match=r"--ema: .*step-00000002' holds no average with decay 0.5; it holds 0.99, 0.9$",
+    ):
         runs.find_run(tmp_path, 0.5)
-    with pytest.raises(RunError, match=r"--ema: .*best' holds no average with decay 0.9; it holds 0.99$"):
+    with pytest.raises(
+        RunError, match=r"--ema: .*best' holds no average with decay 0.9; it holds 0.99$"
+    ):
         runs.find_run(tmp_path / "best", 0.9)
     runs.write_weights(tmp_path / "final", config, OWN, 4, further={runs.ema_file(0.9): OWN})
     for path in (tmp_path, tmp_path / "final"):

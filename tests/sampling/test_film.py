@@ -75,12 +75,16 @@ def test_a_frame_that_is_not_finite_is_named_and_no_film_is_written(sampler, tmp
         return x
 
     sampler.decoding = Decoding(decode, {})
-    with pytest.raises(NotFiniteError, match="^the image of seed 8 in frame 0 of the film has values"):
+    with pytest.raises(
+        NotFiniteError, match="^the image of seed 8 in frame 0 of the film has values"
+    ):
         write_film(sampler, range(7, 9), facts([3, 5]), tmp_path / "film.gif")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")])
+@pytest.mark.parametrize(
+    ("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")]
+)
 def test_a_film_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, name, line):
     with pytest.raises(ConfigError, match=f"^--film: .*{line}"):
         check_output(tmp_path / name, "--film", SUFFIXES)
@@ -90,7 +94,16 @@ def test_the_command_writes_it(tiny, tmp_path):
     from diffussm_cli.training import train
 
     list(train(tiny("train.steps=1"), tmp_path / "run"))
-    command = ["sample", str(tmp_path / "run"), "-n", "3", "--steps", "2", "--film", str(tmp_path / "f.webp")]
+    command = [
+        "sample",
+        str(tmp_path / "run"),
+        "-n",
+        "3",
+        "--steps",
+        "2",
+        "--film",
+        str(tmp_path / "f.webp"),
+    ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     assert f"film: {tmp_path / 'f.webp'}" in result.stderr

@@ -39,7 +39,9 @@ def trained(tmp_path_factory):
 
 
 def request(trained, path, num=7, batch_size=3, seed=5, classes=(), **changes):
-    how = config_from_dict(to_dict(trained.config), "", fields={f"sample.{k}": v for k, v in changes.items()}).sample
+    how = config_from_dict(
+        to_dict(trained.config), "", fields={f"sample.{k}": v for k, v in changes.items()}
+    ).sample
     sampler, seeds = open_sampler(trained, how, batch_size, "fp32"), range(seed, seed + num)
     return SampleFolder(path, sampler, seeds, sample_facts(trained, sampler, seeds, classes))
 
@@ -111,7 +113,8 @@ def test_another_request_is_refused(trained, whole, change, words):
 
 
 @pytest.mark.parametrize(
-    ("classes", "choice"), [((), "random"), (tuple(range(10)), "balanced"), ((3, 7), "given"), ((3, 3), "given")]
+    ("classes", "choice"),
+    [((), "random"), (tuple(range(10)), "balanced"), ((3, 7), "given"), ((3, 3), "given")],
 )
 def test_meta_says_how_labels_were_chosen(trained, tmp_path, classes, choice):
     facts = request(trained, tmp_path, num=30, classes=classes).facts
@@ -135,7 +138,9 @@ def test_foreign_images_and_a_damaged_meta_are_refused(trained, tmp_path):
         request(trained, tmp_path).begin()
     for damaged in (b"{", b"[" * 100_000, b"\xff\xfe", b"\0"):
         (tmp_path / META).write_bytes(damaged)
-        with pytest.raises(RunError, match="meta.json: cannot be read: .*; delete the folder to draw"):
+        with pytest.raises(
+            RunError, match="meta.json: cannot be read: .*; delete the folder to draw"
+        ):
             request(trained, tmp_path).begin()
 
 
@@ -143,7 +148,9 @@ def test_an_image_of_another_size_is_named(trained, tmp_path):
     folder = request(trained, tmp_path)
     draw(folder)
     Image.new("L", (16, 8)).save(folder.file(6))
-    with pytest.raises(RunError, match="000006.png: is 8x16, not an image of this run; delete it to draw it again"):
+    with pytest.raises(
+        RunError, match="000006.png: is 8x16, not an image of this run; delete it to draw it again"
+    ):
         draw(folder)
 
 
@@ -169,13 +176,33 @@ def test_npz_holds_the_images_in_order(whole):
 
 
 def command(trained, out, *more):
-    arguments = ["sample", trained.root, "--seed", 5, "--batch-size", 3, "--precision", "fp32", "--out", out, *more]
+    arguments = [
+        "sample",
+        trained.root,
+        "--seed",
+        5,
+        "--batch-size",
+        3,
+        "--precision",
+        "fp32",
+        "--out",
+        out,
+        *more,
+    ]
     return ["-m", "diffussm_cli", *map(str, arguments)]
 
 
 @pytest.mark.slow
 def test_torchrun_draws_the_same(trained, whole, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29513"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29513",
+    ]
     done = subprocess.run(
         [*torchrun, *command(trained, tmp_path / "two", "-n", 7, "--device", "cpu"), "--npz"],
         capture_output=True,
@@ -193,7 +220,9 @@ def test_torchrun_draws_the_same(trained, whole, tmp_path):
 def test_killed_sampling_goes_on(trained, tmp_path):
     """SIGKILL while images are being written; what is there is whole, and the rest follows."""
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *command(trained, out, "-n", 400)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, *command(trained, out, "-n", 400)], stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 120
     while len(contents(out)) < 20:
         assert process.poll() is None
@@ -207,7 +236,9 @@ def test_killed_sampling_goes_on(trained, tmp_path):
     for name in before:
         with Image.open(out / name) as image:
             image.load()
-    subprocess.run([sys.executable, *command(trained, out, "-n", 400)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command(trained, out, "-n", 400)], check=True, capture_output=True
+    )
     after = contents(out)
     assert len(after) == 400
     assert {name: after[name] for name in before} == before

@@ -22,7 +22,9 @@ def model():
 
 def draw(model, seeds, batch_size=64, labels=None, dtype=torch.float32, **how):
     how = SampleConfig(**{"sampler": "ddpm", "steps": 5, "clip": True, **how})
-    drawn = list(generate(model, GaussianDiffusion(device=device()), how, seeds, labels, batch_size, dtype))
+    drawn = list(
+        generate(model, GaussianDiffusion(device=device()), how, seeds, labels, batch_size, dtype)
+    )
     assert [seed for part, _ in drawn for seed in part] == list(seeds)
     return torch.cat([images for _, images in drawn])
 
@@ -51,7 +53,9 @@ def test_labels_are_those_asked_for_or_of_the_seeds(model):
     drawn = labels_of(seeds, 5)
     assert len(set(drawn)) > 1
     assert torch.equal(draw(model, seeds), draw(model, seeds, labels=drawn))
-    changed = (draw(model, seeds, labels=asked, batch_size=2) - draw(model, seeds)).abs().amax((1, 2, 3))
+    changed = (
+        (draw(model, seeds, labels=asked, batch_size=2) - draw(model, seeds)).abs().amax((1, 2, 3))
+    )
     assert (changed > 1e-3).tolist() == [a != b for a, b in zip(asked, drawn)]
 
 
@@ -62,14 +66,20 @@ def test_kernels_are_built_once_for_all_steps_and_batches(kernels_built):
 
 
 def test_no_kernel_is_kept_when_drawing_ends(kernels_built):
-    """They would stay in a GPU's memory after each preview of a training run, and be those of old weights."""
+    """They would stay in a GPU's memory after each preview of a training run, and be those of old
+    weights.
+    """
     model = fill(DiffuSSM(8, 1, 1, 16, 2, 2, 4, 5)).eval()
     how = SampleConfig(sampler="ddim", steps=2)
     batches = generate(model, GaussianDiffusion(device=device()), how, range(4), batch_size=2)
     next(batches)
     batches.close()  # as a reader that stops early does
     kernels_built.clear()
-    x, t, y = randn(1, 1, 8, 8), torch.zeros(1).to(device()), torch.zeros(1, dtype=torch.long).to(device())
+    x, t, y = (
+        randn(1, 1, 8, 8),
+        torch.zeros(1).to(device()),
+        torch.zeros(1, dtype=torch.long).to(device()),
+    )
     with torch.no_grad():
         model(x, t, y)
     assert kernels_built == [64, 64]
@@ -89,7 +99,9 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
         assert torch.equal(p, before[name][1])
     for_good = copy.deepcopy(model)
     precision.cast_products(for_good, torch.bfloat16)
-    assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {torch.bfloat16}
+    assert {p.dtype for b in for_good.blocks for p in (b.W0.weight, b.W_up.bias, b.W3.weight)} == {
+        torch.bfloat16
+    }
     assert {p.dtype for b in for_good.blocks for p in b.s4d.parameters()} == {torch.float32}
     assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16), cast)
 
@@ -116,7 +128,7 @@ def test_unconditional_model():
     assert images.shape == (2, 1, 8, 8)
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 @pytest.fixture(scope="module", params=[0, 5], ids=["text", "classes and text"])
 def reader(request):
     torch.manual_seed(0)
@@ -126,7 +138,12 @@ def reader(request):
 def read(model, seeds, text, labels=None, batch_size=64, **how):
     how = SampleConfig(**{"sampler": "ddim", "steps": 10, **how})
     process = GaussianDiffusion(device=device())
-    return torch.cat([images for _, images in generate(model, process, how, seeds, labels, batch_size, text=text)])
+    return torch.cat(
+        [
+            images
+            for _, images in generate(model, process, how, seeds, labels, batch_size, text=text)
+        ]
+    )
 
 
 def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
@@ -143,12 +160,22 @@ def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
 
 def test_guidance_leads_away_from_no_caption_and_no_class_or_from_a_negative_prompt(reader):
     process, how = GaussianDiffusion(device=device()), SampleConfig(guidance=3.0)
-    text, negative, x, t = randn(2, 3, 4), randn(1, 3, 4, seed=1), randn(2, 1, 8, 8), torch.tensor([7, 7])
+    text, negative, x, t = (
+        randn(2, 3, 4),
+        randn(1, 3, 4, seed=1),
+        randn(2, 1, 8, 8),
+        torch.tensor([7, 7]),
+    )
     y = torch.tensor([1, 3], device=device()) if reader.num_classes else None
     null = None if y is None else torch.full_like(y, 5)
     for given, other in ((None, torch.zeros(2, 3, 4)), (negative, negative.expand(2, 3, 4))):
         with torch.no_grad():
             found = make_denoiser(reader, process, how, y, Text(text, given))(x, 7)
-            with_text, without = reader(x, t.to(x.device), y, text), reader(x, t.to(x.device), null, other.to(x))
+            with_text, without = (
+                reader(x, t.to(x.device), y, text),
+                reader(x, t.to(x.device), null, other.to(x)),
+            )
         expected = without[:, :1] + 3 * (with_text[:, :1] - without[:, :1])
-        torch.testing.assert_close(found, torch.cat([expected, with_text[:, 1:]], 1), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            found, torch.cat([expected, with_text[:, 1:]], 1), rtol=0, atol=1e-4
+        )

@@ -1,4 +1,6 @@
-"""`final/` in diffusers: the images of `diffussm sample`, other schedulers, and what a folder from the hub lacks."""
+"""`final/` in diffusers: the images of `diffussm sample`, other schedulers, and what a folder from
+the hub lacks.
+"""
 
 import math
 import pickle
@@ -32,7 +34,9 @@ def modules_of_diffusers(tmp_path, monkeypatch):
 
 def final_of(root, config):
     model = fill(build_model(config))
-    runs.write_weights(root / "final", config, model.state_dict(), 4, None, None, runs.pipeline_files(config))
+    runs.write_weights(
+        root / "final", config, model.state_dict(), 4, None, None, runs.pipeline_files(config)
+    )
     return root / "final"
 
 
@@ -62,7 +66,12 @@ def pipeline(tiny, tmp_path):
 )
 def test_the_images_are_those_of_sample(tiny, tmp_path, overrides):
     folder, images = final_of(tmp_path, tiny(*overrides)), tmp_path / "images"
-    assert run("sample", folder, "-n", 3, "--out", images, "--precision", "fp32", "--batch-size", 3).exit_code == 0
+    assert (
+        run(
+            "sample", folder, "-n", 3, "--out", images, "--precision", "fp32", "--batch-size", 3
+        ).exit_code
+        == 0
+    )
     pipe = load(folder)
     drawn = pipe(generator=seeded(0, 1, 2)).images
     for seed, image in enumerate(drawn):
@@ -76,10 +85,21 @@ def test_the_images_are_those_of_sample(tiny, tmp_path, overrides):
 def test_prompts_draw_what_sample_draws(tiny, tmp_path):
     pytest.importorskip("wordllama")
     folder = final_of(
-        tmp_path, tiny("data.text=wordllama", "model.text_width=256", "model.num_classes=0", "sample.guidance=3")
+        tmp_path,
+        tiny(
+            "data.text=wordllama",
+            "model.text_width=256",
+            "model.num_classes=0",
+            "sample.guidance=3",
+        ),
     )
     said = ["--prompt", "red heart", "--prompt", "sun", "--negative", "face"]
-    assert run("sample", folder, "-n", 2, "--precision", "fp32", "--out", tmp_path / "images", *said).exit_code == 0
+    assert (
+        run(
+            "sample", folder, "-n", 2, "--precision", "fp32", "--out", tmp_path / "images", *said
+        ).exit_code
+        == 0
+    )
     pipe = load(folder)
     found = pipe(["red heart", "sun"], "face", generator=seeded(0, 1)).images
     for seed, image in enumerate(found):
@@ -91,24 +111,40 @@ def test_prompts_draw_what_sample_draws(tiny, tmp_path):
         pipe()
 
 
-@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")  # earlier versions know no other name
+# earlier versions know no other name
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 def test_bfloat16_is_that_of_sample(tiny, tmp_path):
     folder = final_of(tmp_path, tiny("sample.sampler=ddim"))
-    assert run("sample", folder, "-n", 1, "--out", tmp_path / "images", "--precision", "bf16").exit_code == 0
+    assert (
+        run(
+            "sample", folder, "-n", 1, "--out", tmp_path / "images", "--precision", "bf16"
+        ).exit_code
+        == 0
+    )
     pipe = load(folder, torch_dtype=torch.bfloat16)
     assert pipe.dtype == torch.bfloat16
     own = np.asarray(Image.open(tmp_path / "images" / "000000.png")).astype(int)
     assert np.abs(own - np.asarray(pipe(generator=seeded(0)).images[0])).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"])
+@pytest.mark.parametrize(
+    "kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
+)
 def test_a_scheduler_can_be_swapped(tiny, tmp_path, kind):
-    """From that of ddpm, whose output has a covariance; the same images as by the sampler's own scheduler."""
-    name = {"DPMSolverMultistepScheduler": "dpmpp", "UniPCMultistepScheduler": "unipc", "DDIMScheduler": "ddim"}[kind]
+    """From that of ddpm, whose output has a covariance; the same images as by the sampler's own
+    scheduler.
+    """
+    name = {
+        "DPMSolverMultistepScheduler": "dpmpp",
+        "UniPCMultistepScheduler": "unipc",
+        "DDIMScheduler": "ddim",
+    }[kind]
     config = tiny("sample.sampler=ddpm")
     pipe = load(final_of(tmp_path, config))
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
-    images = pipe(class_labels=[3, 4], generator=seeded(5, 6), num_inference_steps=7, output_type="pt").images
+    images = pipe(
+        class_labels=[3, 4], generator=seeded(5, 6), num_inference_steps=7, output_type="pt"
+    ).images
     sampling = module.dataclasses.replace(config.sample, sampler=name, steps=7)
     model, objective = pipe.denoiser.model, make_objective(config.diffusion)
     ((_, own),) = generate.generate(model, objective, sampling, [5, 6], [3, 4])
@@ -120,7 +156,10 @@ def test_labels_batches_and_kinds_of_output(tiny, tmp_path):
     pipe = load(final_of(tmp_path, tiny()))
     assert pipe(batch_size=3, output_type="np").images.shape == (3, 8, 8, 1)
     assert pipe(class_labels=3, output_type="pt", return_dict=False)[0].shape == (1, 1, 8, 8)
-    first, second = (pipe(class_labels=[3], generator=seeded(0), output_type="np", guidance_scale=g) for g in (1, 4))
+    first, second = (
+        pipe(class_labels=[3], generator=seeded(0), output_type="np", guidance_scale=g)
+        for g in (1, 4)
+    )
     assert np.abs(first.images - second.images).max() > 0.01
     torch.manual_seed(0)
     repeated = pipe(output_type="np").images
@@ -146,7 +185,10 @@ def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
     [
         ({"output_type": "jpeg"}, "output_type: 'jpeg' must be one of pil, np, pt, latent"),
         ({"output_type": None}, "output_type: None must be one of"),
-        ({"num_inference_steps": 0}, "num_inference_steps: 0 must be a whole number from 1 to 1000"),
+        (
+            {"num_inference_steps": 0},
+            "num_inference_steps: 0 must be a whole number from 1 to 1000",
+        ),
         ({"num_inference_steps": -1}, "num_inference_steps: -1 must be"),
         ({"num_inference_steps": 10.0}, "num_inference_steps: 10.0 must be"),
         ({"num_inference_steps": 1001}, "num_inference_steps: 1001 must be"),
@@ -156,12 +198,18 @@ def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
         ({"class_labels": [True]}, r"class_labels: \[True\] must be whole numbers in 0..9"),
         ({"class_labels": 1.5}, "class_labels: 1.5 must be whole numbers"),
         ({"class_labels": "cat"}, "class_labels: 'cat' must be whole numbers"),
-        ({"class_labels": [1, 2], "batch_size": 3}, "2 prompts or class_labels and 3 of batch_size do not match"),
+        (
+            {"class_labels": [1, 2], "batch_size": 3},
+            "2 prompts or class_labels and 3 of batch_size do not match",
+        ),
         ({"batch_size": 0}, "batch_size: 0 must be a whole number of at least 1"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 must be"),
         ({"latents": torch.zeros(2, 1, 8, 4)}, r"latents: \(2, 1, 8, 4\) must be \(2, 1, 8, 8\)"),
         ({"latents": torch.full((1, 1, 8, 8), math.nan)}, "image 0 has values that are not finite"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "tensor_inputs: 'noise' must be latents"),
+        (
+            {"callback_on_step_end_tensor_inputs": ["noise"]},
+            "tensor_inputs: 'noise' must be latents",
+        ),
         ({"negative_prompt": ["a"]}, "prompt: this model was trained without text"),
         ({"prompt": 3}, "prompt: 3 must be a text or a list of texts"),
     ],
@@ -176,7 +224,14 @@ def test_labels_may_be_numbers_arrays_tensors_and_nested_lists(pipeline):
         return pipeline(class_labels=labels, generator=seeded(1, 2), output_type="np", **how).images
 
     expected = images([3, 4])
-    for labels in ((3, 4), range(3, 5), np.array([3, 4]), torch.tensor([3, 4]), [[3], [4]], [np.int64(3), 4]):
+    for labels in (
+        (3, 4),
+        range(3, 5),
+        np.array([3, 4]),
+        torch.tensor([3, 4]),
+        [[3], [4]],
+        [np.int64(3), 4],
+    ):
         assert np.array_equal(images(labels), expected), labels
     same = images([3, 3])
     for label in (3, np.int64(3), np.array(3), torch.tensor(3)):
@@ -184,9 +239,13 @@ def test_labels_may_be_numbers_arrays_tensors_and_nested_lists(pipeline):
 
 
 def test_one_label_is_that_of_all_images(pipeline):
-    four = pipeline(class_labels=3, batch_size=4, generator=seeded(0, 1, 2, 3), output_type="np").images
+    four = pipeline(
+        class_labels=3, batch_size=4, generator=seeded(0, 1, 2, 3), output_type="np"
+    ).images
     assert four.shape == (4, 8, 8, 1)
-    assert np.array_equal(pipeline(class_labels=[3] * 4, generator=seeded(0, 1, 2, 3), output_type="np").images, four)
+    assert np.array_equal(
+        pipeline(class_labels=[3] * 4, generator=seeded(0, 1, 2, 3), output_type="np").images, four
+    )
     assert len(pipeline(class_labels=3, batch_size=4).images) == 4
 
 
@@ -194,7 +253,9 @@ def test_several_images_of_each_label_lie_side_by_side(pipeline):
     drawn = pipeline(
         class_labels=[3, 4], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3), output_type="np"
     ).images
-    listed = pipeline(class_labels=[3, 3, 4, 4], generator=seeded(0, 1, 2, 3), output_type="np").images
+    listed = pipeline(
+        class_labels=[3, 3, 4, 4], generator=seeded(0, 1, 2, 3), output_type="np"
+    ).images
     assert np.array_equal(drawn, listed)
     assert len(pipeline(num_images_per_prompt=3, batch_size=2).images) == 6
 
@@ -217,9 +278,16 @@ def test_a_callback_sees_every_step_and_may_change_it(pipeline, capsys):
     def watch(pipe, i, t, tensors):
         seen.append((i, int(t), *tensors))
         pipe._guidance_scale += 1
-        return {"latents": torch.zeros_like(tensors["latents"])} if i == pipe.num_timesteps - 1 else {}
+        return (
+            {"latents": torch.zeros_like(tensors["latents"])} if i == pipe.num_timesteps - 1 else {}
+        )
 
-    how = {"class_labels": 3, "num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "latent"}
+    how = {
+        "class_labels": 3,
+        "num_inference_steps": 10,
+        "guidance_scale": 2.0,
+        "output_type": "latent",
+    }
     last = pipeline(callback_on_step_end=watch, **how).images
     assert seen == [(i, 900 - 100 * i, "latents") for i in range(10)]
     assert last.abs().sum() == 0
@@ -242,7 +310,9 @@ def test_guidance_that_a_callback_changes_holds_from_the_next_step_on(tiny, tmp_
         scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
         pipe = module.DiffuSSMPipeline(module.Denoiser.from_pretrained(folder), scheduler)
         how = {"class_labels": 3, "num_inference_steps": 10, "output_type": "latent"}
-        return pipe(generator=seeded(0), guidance_scale=scale, callback_on_step_end=callback, **how).images
+        return pipe(
+            generator=seeded(0), guidance_scale=scale, callback_on_step_end=callback, **how
+        ).images
 
     changed = draw([], 1.0, to_three)
     assert torch.equal(changed, draw(["sample.guidance_interval=[0,899]"], 3.0))
@@ -307,7 +377,9 @@ def test_the_denoiser_is_a_model_of_diffusers(pipeline, tmp_path):
         assert torch.equal(alone.state_dict()[name], tensor)
     pipeline.to(torch.bfloat16)
     cast = module.Denoiser.from_pretrained(tmp_path / "alone", torch_dtype=torch.bfloat16)
-    assert {n: v.dtype for n, v in denoiser.state_dict().items()} == {n: v.dtype for n, v in cast.state_dict().items()}
+    assert {n: v.dtype for n, v in denoiser.state_dict().items()} == {
+        n: v.dtype for n, v in cast.state_dict().items()
+    }
     pipeline.to(torch.float32)
     assert {v.dtype for v in denoiser.state_dict().values()} == {torch.float32}
     with pytest.raises(ValueError, match=r"dtype: torch.float64 must be one of torch.float32"):
@@ -334,31 +406,64 @@ NOISE, FLOW = (), ("diffusion.objective=flow", "model.learn_sigma=false", "sampl
 @pytest.mark.parametrize(
     ("objective", "kind", "settings", "line"),
     [
-        (FLOW, "DDIMScheduler", {}, "DDIMScheduler cannot step along a flow, .* use DPMSolverMultistepScheduler"),
+        (
+            FLOW,
+            "DDIMScheduler",
+            {},
+            "DDIMScheduler cannot step along a flow, .* use DPMSolverMultistepScheduler",
+        ),
         (FLOW, "DDPMScheduler", {}, "DDPMScheduler cannot step along a flow"),
         (FLOW, "PNDMScheduler", {}, "PNDMScheduler cannot step along a flow"),
-        (FLOW, "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "use_karras_sigmas of .* do not fit a flow"),
-        (FLOW, "DPMSolverMultistepScheduler", {"prediction_type": "epsilon"}, "prediction_type of .* is 'epsilon'"),
-        (NOISE, "FlowMatchEulerDiscreteScheduler", {}, "FlowMatchEulerDiscreteScheduler is for models that predict"),
-        (NOISE, "FlowMatchHeunDiscreteScheduler", {}, "FlowMatchHeunDiscreteScheduler is for models that predict"),
+        (
+            FLOW,
+            "DPMSolverMultistepScheduler",
+            {"use_karras_sigmas": True},
+            "use_karras_sigmas of .* do not fit a flow",
+        ),
+        (
+            FLOW,
+            "DPMSolverMultistepScheduler",
+            {"prediction_type": "epsilon"},
+            "prediction_type of .* is 'epsilon'",
+        ),
+        (
+            NOISE,
+            "FlowMatchEulerDiscreteScheduler",
+            {},
+            "FlowMatchEulerDiscreteScheduler is for models that predict",
+        ),
+        (
+            NOISE,
+            "FlowMatchHeunDiscreteScheduler",
+            {},
+            "FlowMatchHeunDiscreteScheduler is for models that predict",
+        ),
         (
             NOISE,
             "DDIMScheduler",
             {"prediction_type": "v_prediction"},
             "is 'v_prediction', but this model needs 'epsilon'",
         ),
-        (NOISE, "UniPCMultistepScheduler", {"beta_end": 0.012}, "beta_end of .* is 0.012, but this model needs 0.02"),
+        (
+            NOISE,
+            "UniPCMultistepScheduler",
+            {"beta_end": 0.012},
+            "beta_end of .* is 0.012, but this model needs 0.02",
+        ),
         (NOISE, "PNDMScheduler", {}, "PNDMScheduler begins at timestep 500 of 1000 in 501 steps"),
     ],
 )
-def test_a_scheduler_that_does_not_fit_is_refused_in_a_line(tiny, tmp_path, objective, kind, settings, line):
+def test_a_scheduler_that_does_not_fit_is_refused_in_a_line(
+    tiny, tmp_path, objective, kind, settings, line
+):
     pipe = load(final_of(tmp_path, tiny(*objective)))
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
     with pytest.raises(ValueError, match=line):
         pipe(num_inference_steps=501)
 
 
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")  # DEIS, numpy 2
+# DEIS, numpy 2
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
 @pytest.mark.parametrize(
     ("objective", "kind"),
     [
@@ -379,21 +484,35 @@ def test_foreign_schedulers_that_fit_draw(tiny, tmp_path, objective, kind):
 
 def test_the_vae_of_a_run_is_a_component(tiny, tmp_path):
     vae = str(save_vae(tmp_path / "vae"))
-    names = {"data.resolution": 32, "data.channels": 4, "data.downsample": 4, "data.vae": vae, "data.path": "latents"}
-    pipe = load(final_of(tmp_path, tiny("sample.clip=false", *(f"{k}={v}" for k, v in names.items()))))
+    names = {
+        "data.resolution": 32,
+        "data.channels": 4,
+        "data.downsample": 4,
+        "data.vae": vae,
+        "data.path": "latents",
+    }
+    pipe = load(
+        final_of(tmp_path, tiny("sample.clip=false", *(f"{k}={v}" for k, v in names.items())))
+    )
     assert isinstance(pipe.vae, diffusers.AutoencoderKL)
     own = pipe(generator=seeded(0), output_type="np").images
     pipe.save_pretrained(tmp_path / "copy")
     shutil.rmtree(vae)
     again = load(tmp_path / "copy")
     assert np.array_equal(again(generator=seeded(0), output_type="np").images, own)
-    again.vae = diffusers.AutoencoderKL.from_pretrained(save_vae(tmp_path / "other", seed=1, shift_factor=0.5))
+    again.vae = diffusers.AutoencoderKL.from_pretrained(
+        save_vae(tmp_path / "other", seed=1, shift_factor=0.5)
+    )
     swapped = again(generator=seeded(0), output_type="np").images
     latents = again(generator=seeded(0), output_type="latent").images
     by_hand = again.vae.decode(latents / 0.3 + 0.5).sample / 2 + 0.5
     np.testing.assert_allclose(swapped, by_hand.detach().clamp(0, 1).permute(0, 2, 3, 1), atol=1e-5)
-    again.vae = diffusers.AutoencoderKL.from_pretrained(save_vae(tmp_path / "third", block_out_channels=(8, 8)))
-    with pytest.raises(ValueError, match="vae: it has 4 channels and downsampling 2, but the run has 4 and 4"):
+    again.vae = diffusers.AutoencoderKL.from_pretrained(
+        save_vae(tmp_path / "third", block_out_channels=(8, 8))
+    )
+    with pytest.raises(
+        ValueError, match="vae: it has 4 channels and downsampling 2, but the run has 4 and 4"
+    ):
         again()
 
 
@@ -406,19 +525,30 @@ def test_prompts_may_be_empty_and_negative_prompts_a_list(captioned, tmp_path):
     plain = images(["cat", "cat"])
     assert not np.allclose(images(["", "cat"])[0], plain[0], atol=1e-3)
     np.testing.assert_allclose(images(["", "cat"])[1], plain[1], atol=1e-5)
-    np.testing.assert_allclose(images(["cat", "cat"], ""), plain, atol=1e-5)  # guidance leads away from no caption
+    # guidance leads away from no caption
+    np.testing.assert_allclose(images(["cat", "cat"], ""), plain, atol=1e-5)
     mixed = images("cat", ["dog", ""])
     np.testing.assert_allclose(mixed[0], images("cat", "dog")[0], atol=1e-5)
     np.testing.assert_allclose(mixed[1], plain[1], atol=1e-5)
-    np.testing.assert_allclose(images(["cat"], ["dog"], num_images_per_prompt=2), images("cat", "dog"), atol=1e-5)
+    np.testing.assert_allclose(
+        images(["cat"], ["dog"], num_images_per_prompt=2), images("cat", "dog"), atol=1e-5
+    )
     with pytest.raises(ValueError, match="class_labels: 3 given, but this model has no classes"):
         pipe("cat", class_labels=3)
 
 
 def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
     vae = str(save_vae(tmp_path / "vae"))
-    names = {"data.resolution": 32, "data.channels": 4, "data.downsample": 4, "data.vae": vae, "data.path": "latents"}
-    config = tiny("sample.sampler=ddpm", "sample.clip=false", *(f"{k}={v}" for k, v in names.items()))
+    names = {
+        "data.resolution": 32,
+        "data.channels": 4,
+        "data.downsample": 4,
+        "data.vae": vae,
+        "data.path": "latents",
+    }
+    config = tiny(
+        "sample.sampler=ddpm", "sample.clip=false", *(f"{k}={v}" for k, v in names.items())
+    )
     pipe = load(final_of(tmp_path, config))
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert pipe().images[0].size == (32, 32)
@@ -429,7 +559,10 @@ def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
 
 def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, monkeypatch):
     """diffusers fetches neither config.yaml nor, without transformers, model.safetensors."""
-    final, snapshot = final_of(tmp_path, tiny()), tmp_path / "models--owner--my-digits" / "snapshots" / ("a" * 40)
+    final, snapshot = (
+        final_of(tmp_path, tiny()),
+        tmp_path / "models--owner--my-digits" / "snapshots" / ("a" * 40),
+    )
     shutil.copytree(final, snapshot)
     for name in ("config.yaml", "model.safetensors"):
         (snapshot / name).unlink()
@@ -441,9 +574,7 @@ def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, m
 
 def test_without_the_package_one_line_says_what_to_install(tiny, tmp_path):
     folder = final_of(tmp_path, tiny())
-    code = (
-        f"import sys; sys.modules['diffussm_cli'] = None; import runpy; runpy.run_path({str(folder / 'pipeline.py')!r})"
-    )
+    code = f"import sys; sys.modules['diffussm_cli'] = None; import runpy; runpy.run_path({str(folder / 'pipeline.py')!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     line = "ImportError: this model needs the package diffussm: pip install . in a clone of it"
     assert done.stderr.splitlines()[-1] == line

@@ -21,7 +21,9 @@ SHORT = ("sample.steps=2", "sample.guidance=1", "sample.sampler=euler", "sample.
 def sampler(*overrides, decode=lambda x: x):
     config = load_config("digits", overrides)
     decoding = types.SimpleNamespace(decode=decode)
-    return Sampler(torch.nn.Linear(1, 1).to(device()), config, config.sample, decoding, batch_size=3)
+    return Sampler(
+        torch.nn.Linear(1, 1).to(device()), config, config.sample, decoding, batch_size=3
+    )
 
 
 def test_classes_are_taken_in_turn_from_the_first_seed_on():
@@ -42,7 +44,8 @@ def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
     drawn = list(sampler(decode=lambda x: x + 0.5).draw(range(4, 7), [0, 1, 2]))
     assert asked == [(range(4, 7), [0, 1, 2], 3, torch.float32, device().type)]
     assert [seeds for seeds, _ in drawn] == [[4, 5], [6]]
-    assert [images.flatten().tolist() for _, images in drawn] == [[0, 191], [223]]  # floor(127.5 x + 128)
+    # floor(127.5 x + 128)
+    assert [images.flatten().tolist() for _, images in drawn] == [[0, 191], [223]]
     assert {images.dtype for _, images in drawn} == {torch.uint8}
 
 
@@ -76,8 +79,14 @@ def test_an_image_that_is_not_finite_is_named_by_its_seed_and_its_batch_stays_ba
     model = fill(kind(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
     seen = [torch.tensor(batch) for batch in (0, 1)]
     config = load_config("digits", ["model.num_classes=0", "model.learn_sigma=false", *SHORT])
-    drawing = Sampler(model, config, config.sample, Decoding(decode, {}), batch_size=3).draw(range(4, 10), None)
+    drawing = Sampler(model, config, config.sample, Decoding(decode, {}), batch_size=3).draw(
+        range(4, 10), None
+    )
     assert next(drawing)[0] == [4, 5, 6]
-    named = r"seed 8 has values that are not finite after step 1 of 2" if where == "steps" else "seed 7 has values"
+    named = (
+        r"seed 8 has values that are not finite after step 1 of 2"
+        if where == "steps"
+        else "seed 7 has values"
+    )
     with pytest.raises(NotFiniteError, match=f"^the image of {named}"):
         next(drawing)

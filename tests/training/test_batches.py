@@ -81,7 +81,9 @@ def test_seeds_of_images_do_not_collide():
 def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
     """Flips too, of images in memory and in files; of latents see tests/data/test_latents.py."""
     for i in range(10):
-        Image.fromarray(np.arange(i, 64 + i, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.arange(i, 64 + i, dtype=np.uint8).reshape(8, 8)).save(
+            tmp_path / f"{i}.png"
+        )
     for more in ([], [f"data.path={tmp_path}", "model.num_classes=0"]):
         config = tiny("data.flip=true", *more)
         source = open_source(config)
@@ -89,16 +91,24 @@ def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
         parts = [make_batch(source, config, 1, World(rank, 2)) for rank in range(2)]
         assert [len(p.t) for p in parts] == [4, 4]
         for name in ("x_0", "t", "noise", *(["y"] if config.model.num_classes else [])):
-            assert torch.equal(torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)), name
+            assert torch.equal(
+                torch.cat([getattr(p, name) for p in parts]), getattr(whole, name)
+            ), name
 
 
 def test_a_process_draws_only_its_own_part(tiny, monkeypatch):
-    """Of a batch of 8 on two processes, no more than 4 images are read, and noise is drawn for no more than 4."""
+    """Of a batch of 8 on two processes, no more than 4 images are read, and noise is drawn for no
+    more than 4.
+    """
     config = tiny("data.flip=true")
     source, drawn, randn = open_source(config), [], torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape, **k: drawn.append(randn(*shape, **k)) or drawn[-1])
+    monkeypatch.setattr(
+        torch, "randn", lambda *shape, **k: drawn.append(randn(*shape, **k)) or drawn[-1]
+    )
     read = source.read
-    monkeypatch.setattr(source, "read", lambda indices, generators: drawn_for(read, indices, generators, 4))
+    monkeypatch.setattr(
+        source, "read", lambda indices, generators: drawn_for(read, indices, generators, 4)
+    )
     make_batch(source, config, 0, World(1, 2))
     assert sum(x.numel() for x in drawn) == 4 * 64
 
@@ -134,7 +144,9 @@ def test_while_one_batch_is_used_the_next_two_are_asked_for(tiny, monkeypatch):
 
 
 def test_batches_are_made_ahead(tiny, monkeypatch):
-    """No more than three of them, and none beyond the end, whatever the thread has done when the reader stops."""
+    """No more than three of them, and none beyond the end, whatever the thread has done when the
+    reader stops.
+    """
     config = tiny("train.steps=5")
     made = []
     make = module.make_batch
@@ -162,7 +174,9 @@ def test_captions_are_drawn_last_one_for_each_image_and_dropped_at_the_rate_aske
     indices = indices_at(0, 0, 600, 12)
     times = {0: 0, 1: 0}
     for i, text in zip(indices[~dropped.numpy()], batch.text[~dropped]):
-        (which,) = [k for k, own in enumerate(source.texts(source.captions_of(i))) if torch.equal(own, text)]
+        (which,) = [
+            k for k, own in enumerate(source.texts(source.captions_of(i))) if torch.equal(own, text)
+        ]
         times[which] += 1
     assert min(times.values()) > 150
     moved = batch.each(lambda tensor: tensor + 1)

@@ -27,7 +27,10 @@ def trainer(config, root):
 def test_old_checkpoints_go_and_debris_with_them(tiny, tmp_path):
     (tmp_path / "checkpoints" / ".partial-step-00000001").mkdir(parents=True)
     list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path).run())
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000003",
+        "step-00000004",
+    ]
 
 
 def test_links_in_checkpoints_are_removed_and_their_targets_kept(tiny, tmp_path):
@@ -38,7 +41,11 @@ def test_links_in_checkpoints_are_removed_and_their_targets_kept(tiny, tmp_path)
     checkpoints.mkdir(parents=True)
     for name in ("step-00000001", ".partial-step-00000003", ".partial-step-00000004.old"):
         (checkpoints / name).symlink_to(kept)
-    list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path / "run").run())
+    list(
+        trainer(
+            tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path / "run"
+        ).run()
+    )
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000003", "step-00000004"]
     assert sorted(kept.iterdir()) == files
 
@@ -58,7 +65,9 @@ def test_a_weight_that_is_not_finite_enters_no_checkpoint_and_is_named(tiny, tmp
     t = trainer(tiny("train.steps=2"), tmp_path)
     list(t.run())
     parameter = (
-        t.step.model.blocks[1].s4d.log_dt if hasattr(t.step.model.blocks[1], "s4d") else next(t.step.model.parameters())
+        t.step.model.blocks[1].s4d.log_dt
+        if hasattr(t.step.model.blocks[1], "s4d")
+        else next(t.step.model.parameters())
     )
     name = next(name for name, p in t.step.model.named_parameters() if p is parameter)
     before = sorted(tmp_path.rglob("*"))
@@ -94,7 +103,9 @@ def test_kill_while_writing_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatc
 
 
 def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
-    """Not by reading gigabytes back: after SIGTERM seconds count. And the files are safetensors to everyone."""
+    """Not by reading gigabytes back: after SIGTERM seconds count. And the files are safetensors to
+    everyone.
+    """
     monkeypatch.setattr("diffussm_cli.runs.checkpoints.sha256", lambda _: 1 / 0)
     t = trainer(tiny("train.steps=2"), tmp_path)
     list(t.run())
@@ -104,7 +115,11 @@ def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
     saved = load_file(newest / runs.MODEL)
     assert saved.keys() == t.step.model.state_dict().keys()
     assert all(torch.equal(v.cpu(), saved[k]) for k, v in t.step.model.state_dict().items())
-    mixed = {"a": torch.arange(3.0), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(2.0).double()}
+    mixed = {
+        "a": torch.arange(3.0),
+        "b": torch.ones(3, dtype=torch.bfloat16),
+        "c": torch.tensor(2.0).double(),
+    }
     digest = runs.write_tensors(mixed, tmp_path / "mixed.safetensors")
     assert digest == sha256(tmp_path / "mixed.safetensors")
     read = load_file(tmp_path / "mixed.safetensors")
@@ -113,13 +128,17 @@ def test_hashes_are_taken_while_files_are_written(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("other", ["the same", "another step", "a stale file", "nothing"])
 def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypatch, other):
-    """The second process looks at another root, as on a shared file system that shows it an old state."""
+    """The second process looks at another root, as on a shared file system that shows it an old
+    state.
+    """
     roots = [tmp_path / "0", tmp_path / "1"]
     list(trainer(tiny(), roots[0]).run())
     shutil.copytree(roots[0], roots[1])
     newest = runs.list_checkpoints(roots[1])[-1]
     if other == "another step":
-        (newest / runs.STATE).write_text((newest / runs.STATE).read_text().replace('"step": 4', '"step": 2'))
+        (newest / runs.STATE).write_text(
+            (newest / runs.STATE).read_text().replace('"step": 4', '"step": 2')
+        )
     elif other == "a stale file":
         shutil.copy(runs.list_checkpoints(roots[1])[0] / runs.EMA, newest / runs.EMA)
     elif other == "nothing":
@@ -129,7 +148,10 @@ def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypa
         assert [path.name for path, _ in first] == ["step-00000004"] * 2
     else:
         assert len(said) == 2
-        assert all(re.search("process 1 does not see the checkpoint of process 0 in .*step-00000004", s) for s in said)
+        assert all(
+            re.search("process 1 does not see the checkpoint of process 0 in .*step-00000004", s)
+            for s in said
+        )
 
 
 def test_a_process_that_sees_no_run_begins_when_the_first_does(tiny, tmp_path, monkeypatch):
@@ -154,14 +176,18 @@ def trained_by(n, roots, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "gather", gather)
     with ThreadPoolExecutor(n) as pool:
-        futures = [pool.submit(checkpoint.agree_on_checkpoint, roots[i], World(i, n)) for i in range(n)]
+        futures = [
+            pool.submit(checkpoint.agree_on_checkpoint, roots[i], World(i, n)) for i in range(n)
+        ]
     errors = [f.exception() for f in futures]
     assert all(e is None or isinstance(e, RunError) for e in errors), errors
     return [f.result() for f in futures if f.exception() is None], [str(e) for e in errors if e]
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(tiny, tmp_path, monkeypatch, background):
+def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(
+    tiny, tmp_path, monkeypatch, background
+):
     t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
     t.step.number = 1
     t.step.optimizer.step()
@@ -195,7 +221,9 @@ def test_a_damaged_further_average_is_damage(tiny, tmp_path, harm):
 
 
 def test_tensors_are_let_go_when_they_are_copied_for_the_thread(tiny, tmp_path):
-    """What was gathered from several processes is as large as the model, its averages and its optimiser."""
+    """What was gathered from several processes is as large as the model, its averages and its
+    optimiser.
+    """
     t = trainer(tiny("train.async_checkpoint=true"), tmp_path)
     t.step.optimizer.step()
     tensors = t.step.state()

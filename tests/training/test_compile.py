@@ -24,11 +24,25 @@ COMPILED = [*SETTINGS, "--set", "train.compile=true", "--set", "train.precision=
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, about complex numbers and deprecated parts of itself
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="torch.compile needs a C++ compiler",
+)
+# the compiler's own, about complex numbers and deprecated parts of itself
+@pytest.mark.filterwarnings("ignore")
 def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
-    """Losses, gradient norms and, by the optimiser's first moments, the gradients of every parameter."""
-    settings = [*COMPILED, "--set", "model.depth=1", "--set", "train.log_every=1", "--set", "train.sample_every=4"]
+    """Losses, gradient norms and, by the optimiser's first moments, the gradients of every
+    parameter.
+    """
+    settings = [
+        *COMPILED,
+        "--set",
+        "model.depth=1",
+        "--set",
+        "train.log_every=1",
+        "--set",
+        "train.sample_every=4",
+    ]
     results = {}
     for name in ("compiled", "eager"):
         out = tmp_path / name
@@ -55,7 +69,9 @@ def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
 @pytest.fixture
 def one_process():
     """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -64,7 +80,9 @@ def one_process():
 @pytest.mark.filterwarnings("ignore")  # FSDP2's, of views
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_models_of_several_processes_are_compiled_once(kind):
-    """The blocks of a copy share a graph; held in parts, a block has breaks where FSDP2 gathers a unit."""
+    """The blocks of a copy share a graph; held in parts, a block has breaks where FSDP2 gathers a
+    unit.
+    """
     torch._dynamo.reset()
     counters.clear()
     backend = CompileCounterWithBackend("eager")
@@ -81,14 +99,18 @@ def test_models_of_several_processes_are_compiled_once(kind):
             network(torch.ones(3, 1, 4, 4), torch.tensor([1, 2, 3])).square().sum().backward()
         graphs.append(backend.frame_count)
         for ours, theirs in zip(model.parameters(), eager.parameters()):
-            torch.testing.assert_close(parallel.full_tensor(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(
+                parallel.full_tensor(ours.grad), theirs.grad, rtol=1e-3, atol=1e-4
+            )
     assert graphs[0] == graphs[1]
     if kind == "ddp":
         assert graphs[0] == 1
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize(("version", "split"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.10.1", True)])
+@pytest.mark.parametrize(
+    ("version", "split"), [("2.6.0+cu124", False), ("2.7.0", True), ("2.10.1", True)]
+)
 def test_graphs_are_not_split_for_ddp_where_torch_cannot(monkeypatch, version, split):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     with torch._dynamo.config.patch(optimize_ddp=True):

@@ -27,9 +27,13 @@ def test_bad_steps_are_numbered_and_a_row_of_them_goes_on_beyond_a_record():
 
 
 def stepped(weights, gradients, **options):
-    """A parameter after AdamW's steps with these gradients, before the last one too, and the optimiser."""
+    """A parameter after AdamW's steps with these gradients, before the last one too, and the
+    optimiser.
+    """
     p = nn.Parameter(weights.clone().to(device()))
-    optimizer = torch.optim.AdamW([{"params": [p], "name": "w", "weight_decay": 0.0} | options], fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "name": "w", "weight_decay": 0.0} | options], fused=True
+    )
     for gradient in gradients:
         before, p.grad = p.detach().clone(), gradient.to(device())
         optimizer.step()
@@ -37,7 +41,9 @@ def stepped(weights, gradients, **options):
 
 
 def test_the_first_update_of_adam_is_the_learning_rate_in_every_weight():
-    _, _, optimizer = stepped(torch.ones(5), [torch.tensor([1e-3, 2.0, -3.0, 40.0, -500.0])], lr=0.125)
+    _, _, optimizer = stepped(
+        torch.ones(5), [torch.tensor([1e-3, 2.0, -3.0, 40.0, -500.0])], lr=0.125
+    )
     moved, size = update_ratios(optimizer)["w"].tolist()
     assert moved == pytest.approx(5 * 0.125**2, rel=1e-4)
     assert size == pytest.approx(2 * 0.875**2 + 2 * 1.125**2 + 0.875**2, rel=1e-4)
@@ -46,14 +52,19 @@ def test_the_first_update_of_adam_is_the_learning_rate_in_every_weight():
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_update_ratios_are_those_of_the_weights_before_and_after(decay):
     gradients = [randn(7, 3, seed=i) for i in range(4)]
-    before, after, optimizer = stepped(randn(7, 3, seed=9), gradients, lr=0.01, betas=(0.8, 0.95), weight_decay=decay)
+    before, after, optimizer = stepped(
+        randn(7, 3, seed=9), gradients, lr=0.01, betas=(0.8, 0.95), weight_decay=decay
+    )
     moved, size = update_ratios(optimizer)["w"].tolist()
     assert math.sqrt(moved) == pytest.approx((after - before).norm().item(), rel=1e-3)
     assert math.sqrt(size) == pytest.approx(after.norm().item(), rel=1e-5)
 
 
 def test_groups_are_told_apart_and_one_without_a_step_has_not_moved():
-    groups = [{"params": [nn.Parameter(torch.ones(2, device=device()))], "name": name} for name in ("a", "b")]
+    groups = [
+        {"params": [nn.Parameter(torch.ones(2, device=device()))], "name": name}
+        for name in ("a", "b")
+    ]
     optimizer = torch.optim.AdamW(groups, lr=0.5, weight_decay=0.0, fused=True)
     groups[1]["params"][0].grad = torch.ones(2, device=device())
     optimizer.step()

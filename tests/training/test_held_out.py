@@ -1,4 +1,6 @@
-"""The held-out loss: by hand, the same at every evaluation, and on images that are never trained on."""
+"""The held-out loss: by hand, the same at every evaluation, and on images that are never trained
+on.
+"""
 
 import functools
 import json
@@ -50,10 +52,14 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
         x_0, y = (v.to(device()) for v in source.read([index], [g]))
         noise = torch.randn(4, 1, 8, 8, generator=g).to(device())
         for q in range(4):
-            step = torch.tensor([int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))], device=device())
+            step = torch.tensor(
+                [int(250 * (q + (seeds[0] / 2**63 + k * (5**0.5 - 1) / 2) % 1))], device=device()
+            )
             x_t = t.step.objective.q_sample(x_0, step, noise[q : q + 1])
             output = model(x_t, step, y)
-            losses = training_losses(t.step.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0)
+            losses = training_losses(
+                t.step.objective, output, x_0, x_t, step, noise[q : q + 1], 1.0
+            )
             expected[k, q] = losses["loss"].item()
     found = held_out(config).measure(functools.partial(t.step.losses, model=model))
     assert found["held_out"] == pytest.approx(expected.mean(), rel=1e-5)
@@ -61,18 +67,29 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
 
 
 def test_the_loss_is_the_same_number_twice_and_for_another_training(tiny, losses):
-    """Bitwise: nothing in it depends on the step, on the batch of training or on how the noise was drawn before."""
+    """Bitwise: nothing in it depends on the step, on the batch of training or on how the noise was
+    drawn before.
+    """
     first = held_out(tiny())
     found = first.measure(losses)
     torch.randn(3)
     assert first.measure(losses) == found
-    assert held_out(tiny("train.batch_size=4", "train.steps=9", "train.label_dropout=0.5")).measure(losses) == found
+    assert (
+        held_out(tiny("train.batch_size=4", "train.steps=9", "train.label_dropout=0.5")).measure(
+            losses
+        )
+        == found
+    )
     assert held_out(tiny("train.seed=1")).measure(losses) != found
 
 
 def test_quarters_average_to_the_whole_and_hold_their_timesteps(tiny):
-    """The loss is the timestep itself: every quarter has its mean, within what 20 evenly spread images leave open."""
-    found = held_out(tiny("eval.held_out_images=20")).measure(lambda batch: {"loss": batch.t.float()})
+    """The loss is the timestep itself: every quarter has its mean, within what 20 evenly spread
+    images leave open.
+    """
+    found = held_out(tiny("eval.held_out_images=20")).measure(
+        lambda batch: {"loss": batch.t.float()}
+    )
     assert np.mean([found[q] for q in QUARTERS]) == pytest.approx(found["held_out"], rel=1e-12)
     assert [found[q] for q in QUARTERS] == pytest.approx([124.5, 374.5, 624.5, 874.5], abs=250 / 20)
 
@@ -81,7 +98,11 @@ def test_quarters_average_to_the_whole_and_hold_their_timesteps(tiny):
 def test_timesteps_are_spread_over_their_whole_range(tiny, timesteps):
     config = tiny(f"diffusion.timesteps={timesteps}", "sample.steps=1", "train.sample_steps=1")
     t = held_out(config).batch(range(176)).t
-    assert (t.min(), t.max()) == (0, timesteps - 1) if timesteps < 100 else (t.min() < 5 and t.max() > timesteps - 5)
+    assert (
+        (t.min(), t.max()) == (0, timesteps - 1)
+        if timesteps < 100
+        else (t.min() < 5 and t.max() > timesteps - 5)
+    )
     assert len(t.unique()) > 0.7 * min(timesteps, len(t))
 
 
@@ -100,7 +121,9 @@ def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
 
 
 def test_processes_share_the_images_and_each_has_the_whole_result(tiny, losses, monkeypatch):
-    """Three processes one after another: what each gathers is put together from what all of them found."""
+    """Three processes one after another: what each gathers is put together from what all of them
+    found.
+    """
     alone, parts = held_out(tiny()).measure(losses), []
     for rank in range(3):
         monkeypatch.setattr(module, "gather", lambda value, world: parts.append(value) or [value])
@@ -110,7 +133,7 @@ def test_processes_share_the_images_and_each_has_the_whole_result(tiny, losses, 
     assert held_out(tiny(), World(1, 3)).measure(losses) == alone
 
 
-# ------------------------------------------------------------------------------------------------- which images
+# ------------------------------------------------------------------------------------- which images
 @pytest.fixture
 def folder(tmp_path):
     """Forty grey images of 8 x 8 in two classes, each with a number in its pixels."""
@@ -176,11 +199,13 @@ def test_another_folder_must_fit(folder, tmp_path):
     with pytest.raises(DataError, match="x.png"):
         HeldOut(open_held_out(config, source), config, device())
     (other / "b").rename(other / "c")
-    with pytest.raises(ConfigError, match="data.held_out: .* must hold the same classes as data.path"):
+    with pytest.raises(
+        ConfigError, match="data.held_out: .* must hold the same classes as data.path"
+    ):
         open_held_out(config, source)
 
 
-# ------------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 def test_a_run_without_a_reference_logs_its_held_out_loss(folder, tmp_path, monkeypatch):
     from diffussm_cli.evaluation.session import EvaluationSession
 
@@ -191,7 +216,9 @@ def test_a_run_without_a_reference_logs_its_held_out_loss(folder, tmp_path, monk
     assert "eval.every: needs eval.reference" in line_of(run(*start))
     done = run(*start, "--set", "data.held_out=0.1")
     assert done.exit_code == 0, done.output
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["step"] for r in records] == [2, 4]
     for name in ("held_out", *QUARTERS):
         assert 0 < records[0][name] < 3

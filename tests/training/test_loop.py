@@ -26,7 +26,9 @@ def weights(t):
     }
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("tiny", []), ("captioned", []), ("tiny", ["train.optimizer=muon"])])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("tiny", []), ("captioned", []), ("tiny", ["train.optimizer=muon"])]
+)
 def test_two_steps_resume_two_steps_equal_four_bitwise(kind, settings, request, tmp_path):
     fixture = request.getfixturevalue(kind)
 
@@ -61,7 +63,9 @@ def test_accumulation_equals_one_large_batch(tiny, tmp_path):
 
 
 def test_training_lowers_the_loss(tiny, tmp_path):
-    config = tiny("train.steps=120", "train.log_every=20", "train.lr=3e-3", "train.checkpoint_every=1000")
+    config = tiny(
+        "train.steps=120", "train.log_every=20", "train.lr=3e-3", "train.checkpoint_every=1000"
+    )
     records = list(trainer(config, tmp_path).run())
     assert records[0]["loss"] > 0.5
     assert records[-1]["loss"] < 0.6 * records[0]["loss"]
@@ -69,13 +73,26 @@ def test_training_lowers_the_loss(tiny, tmp_path):
 
 
 FLOW = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=sde")
-ZERO_SNR = ("diffusion.objective=velocity", "diffusion.zero_terminal_snr=true", "sample.sampler=ddpm")
+ZERO_SNR = (
+    "diffusion.objective=velocity",
+    "diffusion.zero_terminal_snr=true",
+    "sample.sampler=ddpm",
+)
 
 
-@pytest.mark.parametrize("objective", [FLOW, ZERO_SNR, ("train.loss_weight=min_snr", "sample.sampler=heun")])
+@pytest.mark.parametrize(
+    "objective", [FLOW, ZERO_SNR, ("train.loss_weight=min_snr", "sample.sampler=heun")]
+)
 def test_other_objectives_train_and_draw(tiny, tmp_path, objective):
-    short = ("train.steps=120", "train.log_every=20", "train.lr=3e-3", "train.checkpoint_every=1000")
-    config = tiny(*short, *objective, "train.sample_every=60", "train.sample_images=4", "train.sample_steps=3")
+    short = (
+        "train.steps=120",
+        "train.log_every=20",
+        "train.lr=3e-3",
+        "train.checkpoint_every=1000",
+    )
+    config = tiny(
+        *short, *objective, "train.sample_every=60", "train.sample_images=4", "train.sample_steps=3"
+    )
     records = list(trainer(config, tmp_path).run())
     assert records[-1]["loss"] < 0.8 * records[0]["loss"]
     assert len(list((tmp_path / "samples").iterdir())) == 2
@@ -86,12 +103,19 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     t = trainer(config, tmp_path)
     list(t.run())
     assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
-    assert {"README.md", "model_index.json", "pipeline.py"} <= {p.name for p in (tmp_path / runs.FINAL).iterdir()}
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "step-00000002.png",
+        "step-00000004.png",
+    ]
+    assert {"README.md", "model_index.json", "pipeline.py"} <= {
+        p.name for p in (tmp_path / runs.FINAL).iterdir()
+    }
     trained = runs.find_run(tmp_path)
     model = runs.load_model(trained)
     assert trained.config == config
-    assert all(torch.equal(v, t.step.ema.model.state_dict()[k]) for k, v in model.state_dict().items())
+    assert all(
+        torch.equal(v, t.step.ema.model.state_dict()[k]) for k, v in model.state_dict().items()
+    )
     assert torch.equal(model.position, t.step.model.position)
     assert not model.training
 
@@ -129,7 +153,9 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
     t = trainer(tiny("train.max_bad_steps=2", "train.checkpoint_every=1"), tmp_path)
     t.step.number, before = 1, weights(t)
     t.step.losses = lambda part: {k: x * math.nan for k, x in Step.losses(t.step, part).items()}
-    with pytest.raises(RunError, match=r"3 steps in a row before step 4 had no finite.* try a smaller train.lr"):
+    with pytest.raises(
+        RunError, match=r"3 steps in a row before step 4 had no finite.* try a smaller train.lr"
+    ):
         list(t.run())
     for k, v in weights(t).items():
         assert torch.equal(v, before[k]), k
@@ -147,7 +173,9 @@ def test_a_run_without_a_finite_loss_is_no_success(tiny, tmp_path):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_batches_for_cuda_are_page_locked(tiny, tmp_path, monkeypatch, kind):
     t, pinned = trainer(tiny(), tmp_path), []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor
+    )
     t.step.device = torch.device(kind)
     next(t._batches())
     assert pinned[:4] == ([(8, 1, 8, 8), (8,), (8, 1, 8, 8), (8,)] if kind == "cuda" else [])
@@ -189,9 +217,11 @@ def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
     assert [p.name for p in runs.list_checkpoints(tmp_path)] == ["step-00000002"]
 
 
-# ------------------------------------------------------------------------------------------------- several averages
+# --------------------------------------------------------------------------------- several averages
 def by_average(t):
-    return {e.decay: {k: v.clone() for k, v in e.model.state_dict().items()} for e in t.step.averages}
+    return {
+        e.decay: {k: v.clone() for k, v in e.model.state_dict().items()} for e in t.step.averages
+    }
 
 
 def same(ours, theirs):
@@ -199,7 +229,9 @@ def same(ours, theirs):
 
 
 def test_each_average_follows_its_own_recursion(tiny, tmp_path):
-    """Exactly, from the weights after every step; the third decay is below that of the warm-up from the start."""
+    """Exactly, from the weights after every step; the third decay is below that of the warm-up from
+    the start.
+    """
     t = trainer(tiny("train.ema=0.9,0.25,0.1", "train.log_every=1"), tmp_path)
     expected = by_average(t)
     for record in t.run():
@@ -229,16 +261,25 @@ def test_a_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
 
 
 def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, tmp_path):
-    one, two = (trainer(tiny(f"train.ema={e}"), tmp_path / n) for n, e in {"one": "0.9", "two": "0.9,0.1"}.items())
+    one, two = (
+        trainer(tiny(f"train.ema={e}"), tmp_path / n)
+        for n, e in {"one": "0.9", "two": "0.9,0.1"}.items()
+    )
     for t in (one, two):
         list(t.run())
     assert same(by_average(one)[0.9], by_average(two)[0.9])
-    for folder, more in {"final": ["config.yaml", "state.json"], "checkpoints/step-00000004": ["state.json"]}.items():
+    for folder, more in {
+        "final": ["config.yaml", "state.json"],
+        "checkpoints/step-00000004": ["state.json"],
+    }.items():
         files = {
-            t.root: {p.name: p.read_bytes() for p in (t.root / folder).iterdir() if p.is_file()} for t in (one, two)
+            t.root: {p.name: p.read_bytes() for p in (t.root / folder).iterdir() if p.is_file()}
+            for t in (one, two)
         }
         assert files[two.root].keys() - files[one.root].keys() == {"ema-0.1.safetensors"}
-        assert [n for n, b in files[one.root].items() if files[two.root][n] != b and n not in more] == []
+        assert [
+            n for n, b in files[one.root].items() if files[two.root][n] != b and n not in more
+        ] == []
         held = runs.read_tensors(two.root / folder / "ema-0.1.safetensors")
         assert same(held, by_average(two)[0.1])
     config = (one.root / "final" / "config.yaml").read_text()
@@ -246,7 +287,9 @@ def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, 
 
 
 @pytest.mark.parametrize("now", ["0.9,0.1,0.5", "0.1,0.9", "0.1", "0.2"])
-def test_averages_of_another_list_are_found_by_their_decay_or_begin_as_the_first(tiny, tmp_path, now):
+def test_averages_of_another_list_are_found_by_their_decay_or_begin_as_the_first(
+    tiny, tmp_path, now
+):
     before = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
     list(before.run())
     after = trainer(tiny(f"train.ema={now}"), tmp_path)

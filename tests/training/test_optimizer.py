@@ -17,12 +17,16 @@ SSM = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
 def test_learning_rate_courses():
     def course(**changes):
-        t = load_config("digits", [f"train.{k}={v}" for k, v in {"steps": 100, **changes}.items()]).train
+        t = load_config(
+            "digits", [f"train.{k}={v}" for k, v in {"steps": 100, **changes}.items()]
+        ).train
         return [lr_factor(t, s) for s in (0, 4, 9, 10, 55, 99)]
 
     assert course() == [1] * 6
     assert course(warmup_steps=10) == [0.1, 0.5, 1, 1, 1, 1]
-    assert course(lr_decay="linear", warmup_steps=10) == pytest.approx([0.1, 0.5, 1, 1, 0.5, 1 / 90])
+    assert course(lr_decay="linear", warmup_steps=10) == pytest.approx(
+        [0.1, 0.5, 1, 1, 0.5, 1 / 90]
+    )
     assert course(lr_decay="cosine", warmup_steps=10)[3:5] == pytest.approx([1, 0.5])
 
 
@@ -43,7 +47,9 @@ def test_optimiser_groups_hold_every_parameter_once(tiny):
 
 def test_state_spaces_of_every_mixer_are_the_ssm_group(tiny):
     for mixer, expected in (("s4d", SSM), ("axial", SSM), ("conv", set()), ("attention", set())):
-        config = tiny(f"model.mixer={mixer}", "model.heads=4", "train.lr=5e-3", "train.weight_decay=0.1")
+        config = tiny(
+            f"model.mixer={mixer}", "model.heads=4", "train.lr=5e-3", "train.weight_decay=0.1"
+        )
         model = build_model(config)
         groups = {g["name"]: g for g in parameter_groups(model, config.train)}
         ssm = {id(p) for p in groups.get("ssm", {"params": []})["params"]}
@@ -51,10 +57,13 @@ def test_state_spaces_of_every_mixer_are_the_ssm_group(tiny):
             f"blocks.{i}.{mixer}.{name}" for i in range(2) for name in expected
         }
         if expected:
-            assert (groups["ssm"]["lr"], groups["ssm"]["weight_decay"]) == (config.train.ssm_lr, 0.0)
+            assert (groups["ssm"]["lr"], groups["ssm"]["weight_decay"]) == (
+                config.train.ssm_lr,
+                0.0,
+            )
 
 
-# ------------------------------------------------------------------------------------------------- Muon
+# --------------------------------------------------------------------------------------------- Muon
 def exactly_orthogonal(matrices):
     U, _, Vh = torch.linalg.svd(matrices, full_matrices=False)
     return U @ Vh
@@ -66,7 +75,9 @@ def test_orthogonalised_matrices_keep_directions_and_have_singular_values_near_o
     result = orthogonalised(matrices)
     values = torch.linalg.svdvals(result)
     assert 0.65 < values.min() < values.max() < 1.25
-    cosine = torch.nn.functional.cosine_similarity(result.flatten(1), exactly_orthogonal(matrices).flatten(1))
+    cosine = torch.nn.functional.cosine_similarity(
+        result.flatten(1), exactly_orthogonal(matrices).flatten(1)
+    )
     assert cosine.min() > 0.97
     torch.testing.assert_close(orthogonalised(100 * matrices), result, rtol=1e-4, atol=1e-5)
     assert torch.equal(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
@@ -102,7 +113,10 @@ def test_muon_skips_a_step_that_is_not_finite_and_keeps_its_momentum(wrong):
     group = {"name": "muon", "params": [weight], "lr": 0.1, "weight_decay": 0.5, "muon": True}
     optimizer = Muon([group, vector], {}, (0.9, 0.999))
     for bad, value in ((0.0, 1.0), (1.0, wrong)):
-        before = weight.detach().clone(), optimizer.state[weight].get("momentum", torch.zeros(4, 4)).clone()
+        before = (
+            weight.detach().clone(),
+            optimizer.state[weight].get("momentum", torch.zeros(4, 4)).clone(),
+        )
         weight.grad = torch.full((4, 4), value, device=device())
         vector["params"][0].grad = torch.full((1,), value, device=device())
         optimizer.found_inf = torch.full((), bad, device=device())
@@ -137,7 +151,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_others(tiny, backbo
 
 
 def test_muon_is_refused_where_matrices_are_split(tiny):
-    with pytest.raises(ConfigError, match="^train.optimizer: muon needs whole matrices, which train.parallel=fsdp"):
+    with pytest.raises(
+        ConfigError, match="^train.optimizer: muon needs whole matrices, which train.parallel=fsdp"
+    ):
         tiny("train.optimizer=muon", "train.parallel=fsdp")
 
 
@@ -150,7 +166,11 @@ def test_rates_are_scaled_from_their_peaks(tiny):
     optimizer = optimizer_of(tiny, "train.lr=4e-3", "train.ssm_lr=1e-3")
     for factor in (0.5, 0.25):  # the second does not multiply the first
         set_lr(optimizer, factor)
-    assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {"matrices": 1e-3, "vectors": 1e-3, "ssm": 2.5e-4}
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups} == {
+        "matrices": 1e-3,
+        "vectors": 1e-3,
+        "ssm": 2.5e-4,
+    }
 
 
 def test_a_step_is_left_out_where_found_inf_is_one(tiny):

@@ -1,4 +1,6 @@
-"""Several processes do what one does: DDP and FSDP2 on gloo, against one process and against accumulation."""
+"""Several processes do what one does: DDP and FSDP2 on gloo, against one process and against
+accumulation.
+"""
 
 import json
 import re
@@ -22,7 +24,9 @@ WAYS = {
 
 def outcome(folder):
     """Records and averaged weights of a job."""
-    return json.loads((folder / "records.json").read_text()), runs.read_tensors(folder / "averaged.safetensors")
+    return json.loads((folder / "records.json").read_text()), runs.read_tensors(
+        folder / "averaged.safetensors"
+    )
 
 
 def by_one(folder, *overrides):
@@ -39,7 +43,9 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """A folder with what two processes did: each way, stopped, gone on with, and with a loss that is no number."""
+    """A folder with what two processes did: each way, stopped, gone on with, and with a loss that
+    is no number.
+    """
     folder = tmp_path_factory.mktemp("together")
     jobs = {name: ("none", overrides) for name, overrides in WAYS.items()}
     for name in ("ddp", "fsdp"):
@@ -56,7 +62,10 @@ def same_course(found, expected):
     assert [r["step"] for r in records] == [r["step"] for r in wanted]
     for ours, theirs in zip(records, wanted):
         for name in set(theirs) - {"images_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), (ours["step"], name)
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), (
+                ours["step"],
+                name,
+            )
     for name, value in expected_weights.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
@@ -73,7 +82,9 @@ def test_one_process_in_eight_parts_trains_as_one(alone, tmp_path):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_a_checkpoint_of_two_is_one_of_one(alone, together, way):
-    """Two processes stop at step 3 though only the second is asked to; one goes on, and the other way round."""
+    """Two processes stop at step 3 though only the second is asked to; one goes on, and the other
+    way round.
+    """
     stopped = together / f"stop-{way}"
     records, _ = outcome(stopped)
     assert records[-1]["step"] == 3
@@ -99,7 +110,9 @@ def test_nan_on_one_of_two_is_left_out_by_both(together, way):
 
 
 def test_the_held_out_loss_is_the_same_number_for_two_processes(tmp_path):
-    """Bitwise, of the same checkpoint: by one process, by two with copies of the model, and by two with parts of it."""
+    """Bitwise, of the same checkpoint: by one process, by two with copies of the model, and by two
+    with parts of it.
+    """
     by_one(tmp_path / "alone", "train.steps=4")
     for way in ("ddp", "fsdp"):
         shutil.copytree(tmp_path / "alone", tmp_path / way)
@@ -112,12 +125,16 @@ def test_the_held_out_loss_is_the_same_number_for_two_processes(tmp_path):
 
 
 def test_patience_and_its_end(tmp_path):
-    """The others wait for what the first process does alone longer than for a step; a dead one ends the job at once."""
+    """The others wait for what the first process does alone longer than for a step; a dead one ends
+    the job at once.
+    """
     done = start(tmp_path, {"slow": ("slow", ["train.sample_every=3"]), "die": ("die", [])})
     assert done.returncode != 0
     records, _ = outcome(tmp_path / "slow")
     assert records[-1]["step"] == 6
-    assert re.search(r"^another process of this job has ended .*\(.*Connection.*\)$", done.stderr, re.M), done.stderr
+    assert re.search(
+        r"^another process of this job has ended .*\(.*Connection.*\)$", done.stderr, re.M
+    ), done.stderr
     newest, damaged = runs.newest_good(tmp_path / "die")
     assert (newest.name, damaged) == ("step-00000002", [])
     rest, _ = by_one(tmp_path / "die")
@@ -132,7 +149,9 @@ def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_p
     from diffussm_cli.model import DiffuSSM
     from diffussm_cli.training.parallel import shard, views_are_fine
 
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     try:
         model, seen = DiffuSSM(8, 1, 1, 16, 1, 2, 4, 5), {}
         shard(model, World(), torch.device("cpu"), torch.bfloat16)
@@ -141,11 +160,17 @@ def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_p
             ("ssm", block.s4d),
             ("dense", next(m for m in block.modules() if isinstance(m, torch.nn.Linear))),
         ):
-            module.register_forward_hook(lambda m, *_, n=name: seen.update({n: {p.dtype for p in m.parameters()}}))
+            module.register_forward_hook(
+                lambda m, *_, n=name: seen.update({n: {p.dtype for p in m.parameters()}})
+            )
         with torch.autocast("cpu", torch.bfloat16), views_are_fine():
-            model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])).sum().backward()
+            model(
+                torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([0, 1])
+            ).sum().backward()
         assert seen == {"ssm": {torch.float32}, "dense": {torch.bfloat16}}
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in block.s4d.parameters())
+        assert all(
+            p.grad is not None and p.grad.dtype == torch.float32 for p in block.s4d.parameters()
+        )
     finally:
         dist.destroy_process_group()

@@ -64,7 +64,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
     writer = RecordWriter(tmp_path, step=0)
     writer.write({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": 1e-3})
     writer.close()
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.001}\n'
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.001}\n'
 
 
 class Recorded:
@@ -86,12 +88,24 @@ class Recorded:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_the_numbers_and_continues_on_resume(tiny, tmp_path, monkeypatch, capsys, name):
+def test_a_tracker_gets_the_numbers_and_continues_on_resume(
+    tiny, tmp_path, monkeypatch, capsys, name
+):
     tracker = Recorded()
     monkeypatch.setitem(sys.modules, name, tracker)
     for step in (1, 2):
-        writer = RecordWriter(tmp_path, step - 1, open_tracker(tiny(f"train.logger={name}"), tmp_path))
-        writer.write({"step": step, "loss": 0.5, "grad_norm": math.nan, "left_out": [1], "session": {"time": ""}})
+        writer = RecordWriter(
+            tmp_path, step - 1, open_tracker(tiny(f"train.logger={name}"), tmp_path)
+        )
+        writer.write(
+            {
+                "step": step,
+                "loss": 0.5,
+                "grad_norm": math.nan,
+                "left_out": [1],
+                "session": {"time": ""},
+            }
+        )
         writer.close()
     assert tracker.logged == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
     assert tracker.finished == 2
@@ -107,7 +121,9 @@ def test_tensorboard_needs_no_tracker(tiny, tmp_path):
 
 def test_a_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"^train.logger: wandb is not installed: pip install '\.\[wandb\]' "):
+    with pytest.raises(
+        ConfigError, match=r"^train.logger: wandb is not installed: pip install '\.\[wandb\]' "
+    ):
         open_tracker(tiny("train.logger=wandb"), tmp_path)
 
 
@@ -127,13 +143,29 @@ def test_offline_a_tracker_writes_its_own_files(tiny, tmp_path, name):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs the extra {name}")
     root = tmp_path / "run"
-    settings = [f"train.logger={name}", "train.steps=2", "train.log_every=1", "train.sample_every=0"]
-    command = [sys.executable, "-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root)]
+    settings = [
+        f"train.logger={name}",
+        "train.steps=2",
+        "train.log_every=1",
+        "train.sample_every=0",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "diffussm_cli",
+        "train",
+        "--preset",
+        "digits",
+        "--out",
+        str(root),
+    ]
     command += [part for setting in settings for part in ("--set", setting)]
     offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio")}
     for steps in (2, 3):
         more = ["--resume", "--set", f"train.steps={steps}"]
-        done = subprocess.run([*command, *more], env=os.environ | offline, capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, *more], env=os.environ | offline, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout == "" or name == "trackio"  # it says goodbye when the process ends
     if name == "wandb":

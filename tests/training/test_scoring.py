@@ -1,4 +1,6 @@
-"""Metrics while training: in the record, the best weights kept, and what they need is checked before."""
+"""Metrics while training: in the record, the best weights kept, and what they need is checked
+before.
+"""
 
 import dataclasses
 import json
@@ -38,33 +40,51 @@ def trainer(config, root):
 
 def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
+    monkeypatch.setattr(
+        "diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))]
+    )
     settings = config("train.steps=6")
     training = trainer(settings, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
     records, weights = [], {}
     for record in training.run():
         records.append(record)
-        weights[record["step"]] = {k: v.clone() for k, v in training.step.ema.model.state_dict().items()}
+        weights[record["step"]] = {
+            k: v.clone() for k, v in training.step.ema.model.state_dict().items()
+        }
     assert {r["step"]: r.get("eval/fid") for r in records} == {2: 5.0, 4: 3.0, 6: 4.0}
     best = runs.find_run(tmp_path / "run" / "best")
     kept = runs.read_tensors(best.weights)
     assert all(torch.equal(kept[k], v) for k, v in weights[4].items())
     assert not all(torch.equal(kept[k], v) for k, v in weights[6].items())
     assert (best.step, best.root) == (4, tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
+    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {
+        "step": 4,
+        "eval/fid": 3.0,
+    }
 
 
 def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path, monkeypatch):
     """The second average is better all the time, and at its best when the first is not."""
     scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
-    monkeypatch.setattr("diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))])
-    monkeypatch.setattr(measure, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k))
+    monkeypatch.setattr(
+        "diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))]
+    )
+    monkeypatch.setattr(
+        measure, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k)
+    )
     training = trainer(config("train.steps=6", "train.ema=0.9,0.1"), tmp_path / "run")
     records = list(training.run())
-    assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [(5, 2), (3, 1.5), (4, 1)]
+    assert [(r["eval/fid"], r["eval/fid@0.1"]) for r in records if r["step"] % 2 == 0] == [
+        (5, 2),
+        (3, 1.5),
+        (4, 1),
+    ]
     assert [id(m) for m in drawn] == [id(e.model) for e in training.step.averages] * 3
-    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {"step": 4, "eval/fid": 3.0}
+    assert json.loads((tmp_path / "run" / "best" / "metrics.json").read_text()) == {
+        "step": 4,
+        "eval/fid": 3.0,
+    }
     assert "held_out" in records[0]
     assert "held_out/q1@0.1" in records[0]
 
@@ -78,11 +98,17 @@ def test_scores_go_to_tensorboard_under_their_own_name(tmp_path):
 
 
 def test_a_real_score_does_not_disturb_training(config, tmp_path):
-    scored, plain = (trainer(config(*more), tmp_path / n) for n, more in {"a": [], "b": ["eval.every=0"]}.items())
+    scored, plain = (
+        trainer(config(*more), tmp_path / n) for n, more in {"a": [], "b": ["eval.every=0"]}.items()
+    )
     records = list(scored.run())
-    assert {"eval/fid", "eval/sfid", "eval/is", "eval/precision", "eval/recall", "eval/kid"} <= set(records[0])
+    assert {"eval/fid", "eval/sfid", "eval/is", "eval/precision", "eval/recall", "eval/kid"} <= set(
+        records[0]
+    )
     list(plain.run())
-    for a, b in zip(scored.step.model.state_dict().values(), plain.step.model.state_dict().values()):
+    for a, b in zip(
+        scored.step.model.state_dict().values(), plain.step.model.state_dict().values()
+    ):
         assert torch.equal(a, b)
 
 
@@ -97,13 +123,22 @@ def pictures_in(folder):
 def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").measures.scoring
-    assert "digits was chosen for grey 28x28 images, but it knows only handwritten digits" in other.warnings[0]
     assert (
-        trainer(config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2").measures.scoring.warnings
+        "digits was chosen for grey 28x28 images, but it knows only handwritten digits"
+        in other.warnings[0]
+    )
+    assert (
+        trainer(
+            config(f"eval.reference={pictures}", "eval.extractor=digits"), tmp_path / "2"
+        ).measures.scoring.warnings
         == []
     )
     assert trainer(config(), tmp_path / "3").measures.scoring.warnings == []
-    settings = [part for v in [*TINY, *EVERY, "train.steps=2", f"eval.reference={pictures}"] for part in ("--set", v)]
+    settings = [
+        part
+        for v in [*TINY, *EVERY, "train.steps=2", f"eval.reference={pictures}"]
+        for part in ("--set", v)
+    ]
     shown = run("train", "--preset", "mnist", "--out", tmp_path / "run", *settings)
     assert shown.exit_code == 0, shown.output
     assert f"warning: {other.warnings[0]}" in shown.stderr
@@ -112,7 +147,10 @@ def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path
 def test_no_reference_is_an_error_before_training(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
-        trainer(config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"), tmp_path / "run")
+        trainer(
+            config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"),
+            tmp_path / "run",
+        )
 
 
 def test_a_score_of_training_is_that_of_eval_to_the_last_digit(config, tmp_path):
@@ -125,7 +163,9 @@ def test_a_score_of_training_is_that_of_eval_to_the_last_digit(config, tmp_path)
     list(train(settings, tmp_path / "run"))
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     sampling = dataclasses.replace(settings.sample, steps=settings.eval.steps)
-    result = finish(evaluate(tmp_path / "run", num=settings.eval.images, sampling=sampling, precision="fp32"))
+    result = finish(
+        evaluate(tmp_path / "run", num=settings.eval.images, sampling=sampling, precision="fp32")
+    )
     scores = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
     assert len(scores) > 4
     assert {k: result["metrics"][k] for k in scores} == scores

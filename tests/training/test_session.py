@@ -1,4 +1,6 @@
-"""A training as a notebook runs it: what it tells, where it stops, and which batches processes can share."""
+"""A training as a notebook runs it: what it tells, where it stops, and which batches processes can
+share.
+"""
 
 import itertools
 from pathlib import Path
@@ -53,7 +55,9 @@ def test_two_trainings_that_begin_at_once_take_two_folders(tiny, tmp_path, monke
     assert folders == (Path("runs/digits"), Path("runs/digits-2"))
 
 
-@pytest.mark.parametrize(("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)])
+@pytest.mark.parametrize(
+    ("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)]
+)
 def test_processes_share_a_batch_in_equal_whole_parts(tiny, size, accumulate, fits):
     config = tiny("train.batch_size=8", f"train.accumulate={accumulate}")
     if fits:
@@ -78,7 +82,10 @@ def test_a_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_p
     monkeypatch.setattr("diffussm_cli.training.preview.Previews.draw", draw)
     events, result = told(train(tiny("train.sample_every=2"), tmp_path / "run"))
     warnings = [event.text for event in events if isinstance(event, Warned)]
-    assert [text.partition(":")[0] for text in warnings] == ["no preview of step 2", "no preview of step 4"]
+    assert [text.partition(":")[0] for text in warnings] == [
+        "no preview of step 2",
+        "no preview of step 4",
+    ]
     assert "the image of seed 3 has values that are not finite after step 2 of 4" in warnings[0]
     assert result.finished
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()

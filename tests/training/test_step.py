@@ -37,7 +37,9 @@ def test_min_snr_weights_the_loss_that_is_trained(tiny):
     step = Step(config, device())
     batch = batch_of(step).part(0, 8, device())
     losses = step.losses(batch)
-    torch.testing.assert_close(losses["loss"], losses["mse"] * step.objective.min_snr_weight(batch.t, 0.5))
+    torch.testing.assert_close(
+        losses["loss"], losses["mse"] * step.objective.min_snr_weight(batch.t, 0.5)
+    )
     assert losses["loss"].sum() < 0.9 * losses["mse"].sum()
 
 
@@ -50,7 +52,12 @@ def test_update_does_not_wait_for_the_device(tiny, monkeypatch):
     def wait(*_, **__):
         raise AssertionError("waits for the device")
 
-    for owner, name in ((torch, "tensor"), (torch.Tensor, "item"), (torch.Tensor, "tolist"), (torch.Tensor, "cpu")):
+    for owner, name in (
+        (torch, "tensor"),
+        (torch.Tensor, "item"),
+        (torch.Tensor, "tolist"),
+        (torch.Tensor, "cpu"),
+    ):
         monkeypatch.setattr(owner, name, wait)
     step.update(batch)
 
@@ -60,7 +67,9 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, optimi
     step = Step(tiny(f"train.optimizer={optimizer}", "train.warmup_steps=0"), device())
     step.update(batch_of(step, 0))
     before = weights(step)
-    step.losses = lambda part: {name: loss * torch.nan for name, loss in Step.losses(step, part).items()}
+    step.losses = lambda part: {
+        name: loss * torch.nan for name, loss in Step.losses(step, part).items()
+    }
     step.update(batch_of(step, 1))
     of_model = {name: tensor for name, tensor in weights(step).items() if name.startswith("model.")}
     assert all(torch.equal(tensor, before[name]) for name, tensor in of_model.items())
@@ -84,10 +93,15 @@ def test_state_holds_all_that_the_next_step_needs(tiny, tmp_path):
     for step in (first, second):
         step.update(batch_of(step, 2))
     assert same(weights(second), weights(first))
-    assert sorted(files) == ["ema-0.1.safetensors", "ema.safetensors", "model.safetensors", "optimizer.safetensors"]
+    assert sorted(files) == [
+        "ema-0.1.safetensors",
+        "ema.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
 
 
-# ------------------------------------------------------------------------------------------- in several processes
+# ----------------------------------------------------------------------------- in several processes
 @pytest.fixture
 def one_process():
     """A process group of this process alone."""

@@ -1,8 +1,8 @@
 """Turn a store of format 1, which earlier versions wrote, into one of this version, in place.
 
-Format 1 kept the hash of every shard and the number of images skipped in it in manifest.json, and all
-skipped images in skipped.jsonl. Only an unfinished store had records beside its shards, as all stores
-have now. The shards are the same, and are neither read nor changed.
+Format 1 kept the hash of every shard and the number of images skipped in it in manifest.json, and
+all skipped images in skipped.jsonl. Only an unfinished store had records beside its shards, as all
+stores have now. The shards are the same, and are neither read nor changed.
 """
 
 import hashlib

@@ -250,7 +250,9 @@ def _is_gone(entry: Entry, error: BaseException) -> bool:
 
 
 def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
-    """Batches in order, decoded by spawned processes; they share no threads or devices with this one."""
+    """Batches in order, decoded by spawned processes; they share no threads or devices with this
+    one.
+    """
     spans = [span for shard in shards for span in _batch_spans(encoder.settings, shard)]
     batches = _Batches(encoder.listing, encoder.settings.resolution, spans)
     workers = min(encoder.workers, len(spans))

@@ -176,7 +176,9 @@ def load_vae_on(facts: VAEFacts, precision: str, device: str) -> VAE:
     return load_vae(facts, where, pick_dtype(precision, where))
 
 
-def make_settings(listing: Listing, resolution: tuple[int, int], vae: VAE, options: Mapping[str, Any]) -> StoreSettings:
+def make_settings(
+    listing: Listing, resolution: tuple[int, int], vae: VAE, options: Mapping[str, Any]
+) -> StoreSettings:
     """The settings of a store for a source; `options` are the fields that the user chooses."""
     facts = vae.facts
     values: dict[str, Any] = {

@@ -3,7 +3,8 @@
 STORE/manifest.json           the settings, written once
 STORE/listing.jsonl           one line per image of the source: name, label, bytes
 STORE/ignored.jsonl           files of the source that are not images, with the reason
-STORE/shard-NNNNN.safetensors mean and deviation of the posterior of images N * shard_size .. of the source
+STORE/shard-NNNNN.safetensors mean and deviation of the posterior of images N * shard_size .. of the
+source
 STORE/shard-NNNNN.json        its record: its hash, images that could not be read, and statistics
 
 The store is complete once all shards and their records exist.
@@ -179,7 +180,13 @@ def parse_settings(values: Mapping[str, Any]) -> StoreSettings:
     scales = scales and usable_scale(s.scale, s.shift)
 
     # Texts and choices
-    hashes = (s.source_sha256, s.vae_config_sha256, s.vae_weights_sha256, s.text_sha256, s.captions_sha256)
+    hashes = (
+        s.source_sha256,
+        s.vae_config_sha256,
+        s.vae_weights_sha256,
+        s.text_sha256,
+        s.captions_sha256,
+    )
     names = (*hashes, s.vae, s.text or "", *s.class_names, *s.columns)
     texts = all(isinstance(name, str) for name in names)
     choices = s.precision in PRECISIONS and isinstance(s.flip, bool)

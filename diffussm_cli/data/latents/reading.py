@@ -39,7 +39,9 @@ class LatentStore:
         self.settings = store.settings
         self.warning = scale_warning(store)
         if flip and not self.settings.flip:
-            raise DataError(f"data.flip: true, but {str(root)!r} was made with --no-flip; --set data.flip=false")
+            raise DataError(
+                f"data.flip: true, but {str(root)!r} was made with --no-flip; --set data.flip=false"
+            )
         self.class_names = self.settings.class_names
         self._shards: dict[int, dict[str, np.ndarray]] = {}
 
@@ -52,9 +54,18 @@ class LatentStore:
         if self.settings.text:
             captions = np.concatenate([s["captions"] for s in shards])[self.places]
             if not 1 <= int(captions.min()) <= int(captions.max()) <= self.settings.captions:
-                raise DataError(f"data.path: {str(root)!r} holds images without captions; run diffussm encode --verify")
-        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < max(1, len(self.class_names)):
-            raise DataError(f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify")
+                raise DataError(
+                    f"data.path: {str(root)!r} holds images without captions; run diffussm encode --verify"
+                )
+        if (
+            not 0
+            <= int(self.labels.min())
+            <= int(self.labels.max())
+            < max(1, len(self.class_names))
+        ):
+            raise DataError(
+                f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify"
+            )
         self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
 
@@ -65,7 +76,11 @@ class LatentStore:
     def left_out(self) -> str:
         """One line that counts the images that could not be encoded; empty if there are none."""
         missing = self.settings.images - len(self.places)
-        parts = [LeftOut(missing, "image", "not encoded; reasons in its shard-*.json")] if missing else []
+        parts = (
+            [LeftOut(missing, "image", "not encoded; reasons in its shard-*.json")]
+            if missing
+            else []
+        )
         return left_out_line(self.root, parts)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -76,7 +91,9 @@ class LatentStore:
             self._shards[i] = map_shard(self.root, self.settings, i)
         return self._shards[i]
 
-    def moments(self, indices: Sequence[int], mirrored: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+    def moments(
+        self, indices: Sequence[int], mirrored: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of images, (B, C, H, W) float16 in the VAE's units.
 
         Args:
@@ -93,7 +110,9 @@ class LatentStore:
         return torch.from_numpy(mean), torch.from_numpy(std)
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-        """One of the stored captions of each image, drawn with its generator, (B, 1 + K, E) float32."""
+        """One of the stored captions of each image, drawn with its generator, (B, 1 + K, E)
+        float32.
+        """
         vectors = []
         for place, generator in zip(self.places[np.asarray(indices)].tolist(), generators):
             shard, row = divmod(place, self.settings.shard_size)
@@ -102,11 +121,17 @@ class LatentStore:
             vectors.append(tensors["text"][row, which, : 1 + self.text_tokens])
         return self._finite(torch.from_numpy(np.stack(vectors)).float(), indices)
 
-    def read(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+    def read(
+        self, indices: Sequence[int], generators: Sequence[torch.Generator]
+    ) -> tuple[Tensor, Tensor]:
         """Samples of the posterior in model space, (B, C, H, W) float32, and labels (B,)."""
         mirrored = coins(self.flip, generators)
         mean, std = self.moments(indices, mirrored.numpy() if self.flip else None)
-        z = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).mul_(std).add_(mean)
+        z = (
+            torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+            .mul_(std)
+            .add_(mean)
+        )
         x_0 = self._finite(z.sub_(self.shift).mul_(self.scale), indices)
         return x_0, self.labels[torch.as_tensor(np.asarray(indices))]
 
@@ -121,7 +146,9 @@ class LatentStore:
             place = int(self.places[indices[int(finite.int().argmin())]])
             shard, row = divmod(place, self.settings.shard_size)
             where = f"row {row} of {shard_name(shard)} in {str(self.root)!r}"
-            raise DataError(f"data.path: {where} holds numbers that are not finite; run diffussm encode --verify")
+            raise DataError(
+                f"data.path: {where} holds numbers that are not finite; run diffussm encode --verify"
+            )
         return values
 
 

@@ -76,7 +76,9 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
 def empty_shard(settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
     """The arrays of a shard, filled with zeros."""
     parts = layout(settings, shard).items()
-    return {name: np.zeros(shape, np.dtype(tensors.ARRAYS[dtype])) for name, (dtype, shape) in parts}
+    return {
+        name: np.zeros(shape, np.dtype(tensors.ARRAYS[dtype])) for name, (dtype, shape) in parts
+    }
 
 
 def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.ndarray]:
@@ -94,7 +96,9 @@ def map_shard(store: Path, settings: StoreSettings, shard: int) -> dict[str, np.
         raise DataError(f"{path}: {e}; run diffussm encode --verify") from e
 
 
-def statistics(settings: StoreSettings, arrays: Mapping[str, np.ndarray]) -> dict[str, tuple[float, ...]]:
+def statistics(
+    settings: StoreSettings, arrays: Mapping[str, np.ndarray]
+) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation of each channel of samples of the posterior, in model space.
 
     Only readable images count; without one, there are none. Six digits, so that they do not depend
@@ -195,7 +199,9 @@ def is_there(store: Path, settings: StoreSettings, shard: int) -> bool:
 
 # ------------------------------------------------------------------------------------------- damage
 def damage(store: Path, settings: StoreSettings, shard: int) -> tuple[str, str] | None:
-    """Which of the two files of a shard is damaged, and what is wrong with it; None if both are intact."""
+    """Which of the two files of a shard is damaged, and what is wrong with it; None if both are
+    intact.
+    """
     try:
         record = read_record(store, settings, shard)
     except FileNotFoundError:

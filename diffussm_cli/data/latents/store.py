@@ -1,7 +1,7 @@
 """A store of latents as a whole: begun once, completed shard by shard, checked, and never changed.
 
-A shard is complete once it and its record have their names. A shard that is deleted is encoded again
-by the command that made the store, with the same bytes.
+A shard is complete once it and its record have their names. A shard that is deleted is encoded
+again by the command that made the store, with the same bytes.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
 """The layers that can mix tokens inside the gated hourglass block, by name. `s4d` is the paper's.
 
-Each is a `Mixer`: U (B, D, J, M), grid (H, W/M) -> Y (B, 2D, J, M). Token (j, m) is number l = j M + m of the sequence;
-a mixer that needs the image gets it from the `Scan` that it is made with. The backbone initialises every Linear; a
-mixer with other parameters initialises them in `reset_parameters`.
+Each is a `Mixer`: U (B, D, J, M), grid (H, W/M) -> Y (B, 2D, J, M). Token (j, m) is number l = j M
++ m of the sequence; a mixer that needs the image gets it from the `Scan` that it is made with. The
+backbone initialises every Linear; a mixer with other parameters initialises them in
+`reset_parameters`.
 """
 
 from diffussm_cli.model.mixer import Mixer

@@ -12,7 +12,8 @@ from diffussm_cli.model.stacked import StackedLinear
 
 
 class Heads(Mixer):
-    """A mixer with heads. The values are U itself, because W_up and W_down already project into and out of a mixer.
+    """A mixer with heads. The values are U itself, because W_up and W_down already project into and
+    out of a mixer.
 
     Raises:
         ValueError: if heads do not divide D.
@@ -32,15 +33,17 @@ class Heads(Mixer):
     def split(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u (B, D, J, M) -> queries, keys, values (B, h, L, d), and the tokens (B, L, D)."""
         tokens = u.permute(0, 2, 3, 1).flatten(1, 2).contiguous()  # (B, L, D)
-        q, k = self.qk(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, L, d) each
+        # (B, h, L, d) each
+        q, k = self.qk(tokens).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2), tokens
 
 
 class Attention(Heads):
     """u (B, D, J, M) -> concat(attention, u) (B, 2D, J, M).
 
-    Attention has one result, not one per direction. U takes the other place and does what D_skip does in S4D: with
-    M > 1 no residual connection around a mixer keeps the tokens of a position apart.
+    Attention has one result, not one per direction. U takes the other place and does what D_skip
+    does in S4D: with M > 1 no residual connection around a mixer keeps the tokens of a position
+    apart.
     """
 
     def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:

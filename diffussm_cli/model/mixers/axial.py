@@ -3,8 +3,8 @@
 B batch   D channels   J positions   M tokens per position   H x W grid of tokens   V = W/M   N state size: N/2 modes
 S side: W along a row, H along a column   lag: the place of the output less the place of the input, in tokens
 
-In the first dimension of a parameter the axes are 0 along a row and 1 along a column; in the second the directions are
-0 forward (inputs at smaller places) and 1 backward.
+In the first dimension of a parameter the axes are 0 along a row and 1 along a column; in the second
+the directions are 0 forward (inputs at smaller places) and 1 backward.
 """
 
 import math
@@ -24,21 +24,22 @@ ONE_LEVEL = 64  # tokens a side up to which the kernels' exponentials are comput
 class Axial(StateSpace):
     """u (B, D, J, M) -> concat(along rows, along columns) (B, 2D, J, M), in the dtype of `u`.
 
-    Each channel has a two-sided kernel k per axis: y[i] = sum_j k[i - j] u[j] along every line of the image. The kernel
-    is the sum of the kernels of two S4D state spaces, one for each direction, and of one skip at lag 0.
+    Each channel has a two-sided kernel k per axis: y[i] = sum_j k[i - j] u[j] along every line of
+    the image. The kernel is the sum of the kernels of two S4D state spaces, one for each direction,
+    and of one skip at lag 0.
 
-    The products take L (H + W) D multiply-adds for L = H W tokens. Beyond about 256 tokens a side, FFTs along the lines
-    would take fewer; nobody has needed them.
+    The products take L (H + W) D multiply-adds for L = H W tokens. Beyond about 256 tokens a side,
+    FFTs along the lines would take fewer; nobody has needed them.
 
-    A step of the state space is exp(log_dt) / S: time counts in units of the image's side. So the same weights on a
-    finer grid compute the same operator on functions, more exactly.
+    A step of the state space is exp(log_dt) / S: time counts in units of the image's side. So the
+    same weights on a finer grid compute the same operator on functions, more exactly.
 
     Args:
         D: channels.
         N: state size, even. 16 is enough.
         scan: the order of the positions of `u`.
-        grid: (H, W), the tokens at the start. Steps are then between dt_min and dt_max, and the outputs of a white
-            input have variance 1.
+        grid: (H, W), the tokens at the start. Steps are then between dt_min and dt_max, and the
+            outputs of a white input have variance 1.
     """
 
     needs_image = True
@@ -95,14 +96,18 @@ class Axial(StateSpace):
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         H, W = grid[0], grid[1] * u.shape[3]
         with no_autocast(u.device):
-            rows, columns = self.keep((int(H), int(W), u.dtype), lambda: self.matrices(H, W, u.dtype))
+            rows, columns = self.keep(
+                (int(H), int(W), u.dtype), lambda: self.matrices(H, W, u.dtype)
+            )
             image = self.scan.undo(u, grid, dim=2)  # (B, D, J, M) in raster order
             products = AxialProducts.apply if torch.is_grad_enabled() else axial_products
             y = products(image, rows, columns)
         return self.scan.apply(y, grid, dim=2)
 
     def taps(self, H: int, W: int) -> Tensor:
-        """The kernels of both axes, including the skip, (2, D, 2L - 1) at lags 1 - L to L - 1, with L = max(H, W)."""
+        """The kernels of both axes, including the skip, (2, D, 2L - 1) at lags 1 - L to L - 1, with
+        L = max(H, W).
+        """
         L = max(H, W)
         with no_autocast(self.log_dt.device):
             sides = torch.tensor([W, H], device=self.log_dt.device)[:, None, None]
@@ -114,7 +119,9 @@ class Axial(StateSpace):
             return torch.cat([back[..., 1:].flip(-1), middle, ahead[..., 1:]], dim=-1)
 
     def matrices(self, H: int, W: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The products along rows and columns as matrices, (D, W, W) and (D, H, H): [d, i, j] weighs input j in i."""
+        """The products along rows and columns as matrices, (D, W, W) and (D, H, H): [d, i, j]
+        weighs input j in i.
+        """
         taps = self.taps(H, W).to(dtype)
         middle = max(H, W) - 1
         rows, columns = (toeplitz(k[:, middle + 1 - S : middle + S]) for k, S in zip(taps, (W, H)))
@@ -142,7 +149,9 @@ def toeplitz(taps: Tensor) -> Tensor:
 
 
 def axial_products(u: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """u (B, D, J, M) in raster order, matrices (D, W, W) and (D, H, H) -> (B, 2D, J, M), in memory (M, 2D, B, J)."""
+    """u (B, D, J, M) in raster order, matrices (D, W, W) and (D, H, H) -> (B, 2D, J, M), in memory
+    (M, 2D, B, J).
+    """
     planes = _planes(u, columns.shape[-1])
     M, D, B, H, V = planes.shape
     y = u.new_empty(M, 2, D, B, H, V)
@@ -152,7 +161,9 @@ def axial_products(u: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class AxialProducts(torch.autograd.Function):
-    """`axial_products` with its own backward. It saves u; autograd would save its numbers in two orders."""
+    """`axial_products` with its own backward. It saves u; autograd would save its numbers in two
+    orders.
+    """
 
     @staticmethod
     def forward(ctx, u: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from diffussm_cli.model.scan import RASTER, Scan
 
 
 class Conv(Mixer):
-    """u (B, D, J, M) -> concat(gated convolution, u) (B, 2D, J, M); a token sees the 3x3 tokens around
-    it, or with `kernel` 5 or 7 more.
+    """u (B, D, J, M) -> concat(gated convolution, u) (B, 2D, J, M); a token sees the 3x3 tokens
+    around it, or with `kernel` 5 or 7 more.
 
-    The gate is DiCo's compact channel attention: a sigmoid of a Linear of each channel's mean over the image. DiCo's
-    pointwise convolutions before and after are W_up and W_down here. Why u takes the second place: see `Attention`.
+    The gate is DiCo's compact channel attention: a sigmoid of a Linear of each channel's mean over
+    the image. DiCo's pointwise convolutions before and after are W_up and W_down here. Why u takes
+    the second place: see `Attention`.
     """
 
     needs_image = True

@@ -3,9 +3,10 @@
 B batch   D channels   J positions   M tokens per position   L = J M tokens   h heads of d = D/h channels
 T tokens per chunk   n = L/T chunks
 
-Gated linear attention (GLA): Yang et al. 2023, arXiv 2312.06635; in diffusion: DiG, arXiv 2405.18428. GLA has a gate
-per channel of the keys. Here there is one per head, as in Mamba-2 (arXiv 2405.21060), so that a chunk needs only matrix
-products, and its decays, exponentials of numbers that are at most 0, cannot overflow.
+Gated linear attention (GLA): Yang et al. 2023, arXiv 2312.06635; in diffusion: DiG, arXiv
+2405.18428. GLA has a gate per channel of the keys. Here there is one per head, as in Mamba-2 (arXiv
+2405.21060), so that a chunk needs only matrix products, and its decays, exponentials of numbers
+that are at most 0, cannot overflow.
 """
 
 import math
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from diffussm_cli.model.mixers.attention import Heads
 
 CHUNK = 64  # T
-TEMPERATURE = 16  # a = sigmoid(gate)^(1/16), as in GLA: a head starts with a memory of about 23 tokens
+# a = sigmoid(gate)^(1/16), as in GLA: a head starts with a memory of about 23 tokens
+TEMPERATURE = 16
 
 
 class LinearAttention(Heads):
     """u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M). Time and memory grow with L.
 
-    Both directions share queries and keys, and have their own gates. The result of a head is divided by its root mean
-    square, as nothing else bounds it.
+    Both directions share queries and keys, and have their own gates. The result of a head is
+    divided by its root mean square, as nothing else bounds it.
     """
 
     def __init__(self, D: int, heads: int):
@@ -36,13 +38,19 @@ class LinearAttention(Heads):
         q, k, v = (torch.stack([x, x.flip(2)]) for x in qkv)  # (2, B, h, L, d)
         gates = self.gates(tokens).unflatten(-1, (2, -1)).permute(2, 0, 3, 1)  # (2, B, h, L)
         gates = torch.stack([gates[0], gates[1].flip(2)])  # (2, B, h, L)
-        log_decay = F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / TEMPERATURE
+        log_decay = (
+            F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / TEMPERATURE
+        )
         y = gated_linear_attention(q, k, v, log_decay)  # (2, B, h, L, d)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-6)  # (2, B, h, L, d)
-        return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(len(u), 2 * u.shape[1], *u.shape[2:])
+        return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(
+            len(u), 2 * u.shape[1], *u.shape[2:]
+        )
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
-        """Queries, keys and gates; per direction and token T products with keys and values, and two with a state."""
+        """Queries, keys and gates; per direction and token T products with keys and values, and two
+        with a state.
+        """
         D, h = self.qk.in_features, self.heads
         padded = math.ceil(L / CHUNK) * CHUNK
         return {"mixer": 2 * L * D * (D + h) + 2 * padded * (2 * CHUNK * D + 2 * D**2 / h)}
@@ -51,21 +59,27 @@ class LinearAttention(Heads):
         return 19 * self.qk.in_features + 6 * self.heads * CHUNK
 
 
-def gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, T: int = CHUNK) -> Tensor:
+def gated_linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, T: int = CHUNK
+) -> Tensor:
     """y_l = q_l S_l with S_l = exp(log_decay_l) S_{l-1} + k_l^T v_l and S_0 = 0, in one direction.
 
     q, k, v (..., L, d), log_decay (..., L) of numbers that are at most 0 -> y (..., L, d).
     """
     L = q.shape[-2]
-    q, k, v = (F.pad(x, (0, 0, 0, -L % T)).unflatten(-2, (-1, T)) for x in (q, k, v))  # (..., n, T, d)
-    since = F.pad(log_decay, (0, -L % T)).unflatten(-1, (-1, T)).cumsum(-1)  # since the chunk began, (..., n, T)
+    # (..., n, T, d)
+    q, k, v = (F.pad(x, (0, 0, 0, -L % T)).unflatten(-2, (-1, T)) for x in (q, k, v))
+    # since the chunk began, (..., n, T)
+    since = F.pad(log_decay, (0, -L % T)).unflatten(-1, (-1, T)).cumsum(-1)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    decay = (since[..., None] - since[..., None, :]).masked_fill(future, -torch.inf).exp()  # (..., n, T, T)
+    # (..., n, T, T)
+    decay = (since[..., None] - since[..., None, :]).masked_fill(future, -torch.inf).exp()
     within = (q @ k.mT * decay.to(q.dtype)) @ v  # (..., n, T, d)
     to_end = (since[..., -1:] - since).exp().to(k.dtype)[..., None]  # (..., n, T, 1)
     S, states = torch.zeros_like(since[..., 0, 0, None, None]), []
     for added, kept in zip(((k * to_end).mT @ v).unbind(-3), since[..., -1].exp().unbind(-1)):
         states.append(S.expand(added.shape))  # (..., d, d)
         S = kept[..., None, None] * S + added
-    before = (q * since.exp().to(q.dtype)[..., None]) @ torch.stack(states, -3).to(q.dtype)  # (..., n, T, d)
+    # (..., n, T, d)
+    before = (q * since.exp().to(q.dtype)[..., None]) @ torch.stack(states, -3).to(q.dtype)
     return (within + before).flatten(-3, -2)[..., :L, :]

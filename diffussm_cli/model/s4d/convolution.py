@@ -12,7 +12,9 @@ from diffussm_cli.model.s4d.numerics import slices_of, worth_keeping
 
 
 def fft_length(L: int) -> int:
-    """The smallest even n >= 2L - 1 without prime factors above 7: long enough for a linear convolution with L taps."""
+    """The smallest even n >= 2L - 1 without prime factors above 7: long enough for a linear
+    convolution with L taps.
+    """
     n = max(2, 2 * L - 1 + (2 * L - 1) % 2)
     while not _is_smooth(n):
         n += 2
@@ -27,10 +29,11 @@ def _is_smooth(n: int) -> bool:
 
 
 def kernel_spectra(K: Tensor) -> Tensor:
-    """The factors of the convolution: K (..., 2, D, L) -> (..., 2, D, F), complex, in slices that fit into the cache.
+    """The factors of the convolution: K (..., 2, D, L) -> (..., 2, D, F), complex, in slices that
+    fit into the cache.
 
-    They are divided by n, so that the inverse transforms need no scaling. The backward direction is a correlation,
-    hence its conjugate.
+    They are divided by n, so that the inverse transforms need no scaling. The backward direction is
+    a correlation, hence its conjugate.
     """
     D, L = K.shape[-2:]
     n = fft_length(L)
@@ -41,7 +44,9 @@ def kernel_spectra(K: Tensor) -> Tensor:
 
 
 class KernelSpectra(torch.autograd.Function):
-    """`kernel_spectra` for training. The gradient of S is what `Convolution` gives: sum_b dY conj(U)."""
+    """`kernel_spectra` for training. The gradient of S is what `Convolution` gives: sum_b dY
+    conj(U).
+    """
 
     @staticmethod
     def forward(ctx, K: Tensor) -> Tensor:
@@ -57,7 +62,8 @@ class KernelSpectra(torch.autograd.Function):
 
 
 def convolve(u: Tensor, spectra: Tensor) -> Tensor:
-    """Both directions at once: u (B, D, L), spectra (2, D, F) -> y (B, 2D, L), forward channels first.
+    """Both directions at once: u (B, D, L), spectra (2, D, F) -> y (B, 2D, L), forward channels
+    first.
 
     y_fwd[l] = sum_{j<=l} K_fwd[l-j] u[j],  y_bwd[l] = sum_{j>=l} K_bwd[j-l] u[j].
     """
@@ -74,7 +80,8 @@ def convolve_slices(
     share: int = 1,
     kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """`convolve` on a few channels at a time, so that the data between two transforms stay in the cache.
+    """`convolve` on a few channels at a time, so that the data between two transforms stay in the
+    cache.
 
     Args:
         u: (B, D, J, M), the sequence split into l = j M + m; its memory layout may be (M, D, B, J).
@@ -95,17 +102,23 @@ def convolve_slices(
         S = spectra(channels)  # (2, d, F)
         U = torch.fft.rfft(copy_into_padded(u[:, channels], padded))  # (B, d, F)
         for direction in (0, 1):
-            copy_back(torch.fft.irfft(U * S[direction], n=n, norm="forward")[..., :L], y[:, direction, channels])
+            copy_back(
+                torch.fft.irfft(U * S[direction], n=n, norm="forward")[..., :L],
+                y[:, direction, channels],
+            )
         if kept is not None:
             kept.append(U)
     return y.flatten(1, 2)
 
 
 def copy_into_padded(u: Tensor, padded: Tensor) -> Tensor:
-    """Write u (B, d, J, M) as a sequence l = jM + m into the first rows of `padded` (B, >= d, n); returns them."""
+    """Write u (B, d, J, M) as a sequence l = jM + m into the first rows of `padded` (B, >= d, n);
+    returns them.
+    """
     d, J, M = u.shape[1:]
     rows = padded[:, :d]
-    for m in range(M):  # one m at a time: twice as fast as a single copy, whose innermost loops would be M long
+    # one m at a time: twice as fast as a single copy, whose innermost loops would be M long
+    for m in range(M):
         rows[..., m : J * M : M].copy_(u[..., m])
     return rows
 
@@ -118,19 +131,22 @@ def copy_back(v: Tensor, y: Tensor) -> None:
 
 
 def slices(u: Tensor, share: int = 1) -> list[slice]:
-    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice when compiled.
+    """Slices of the channels of u (B, D, J, M) whose transforms fit into the cache; a single slice
+    when compiled.
 
-    `share` is the number of slices in use at a time, which share the cache. On a GPU slices are much larger.
+    `share` is the number of slices in use at a time, which share the cache. On a GPU slices are
+    much larger.
     """
     B, D, J, M = u.shape
     return slices_of(D, share * B * J * M, u.device)
 
 
 class Convolution(torch.autograd.Function):
-    """`convolve_slices` with its own backward: u (B, D, J, M), S (2, D, F) of `KernelSpectra` -> (B, 2D, J, M).
+    """`convolve_slices` with its own backward: u (B, D, J, M), S (2, D, F) of `KernelSpectra` ->
+    (B, 2D, J, M).
 
-    Autograd's backward of a real transform runs a complex transform of full length. This one needs only real
-    transforms. It saves u and S, and of short sequences the spectra of u.
+    Autograd's backward of a real transform runs a complex transform of full length. This one needs
+    only real transforms. It saves u and S, and of short sequences the spectra of u.
     """
 
     @staticmethod

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.model.mixer import COMPLEX_PRODUCT
-from diffussm_cli.model.s4d.numerics import full_float32_products, no_autocast, slices_of, worth_keeping
+from diffussm_cli.model.s4d.numerics import (
+    full_float32_products,
+    no_autocast,
+    slices_of,
+    worth_keeping,
+)
 
 
 def s4d_kernel(
@@ -25,8 +30,9 @@ def s4d_kernel(
 ) -> Tensor:
     """K[l] = 2 Re sum_n C_bar[n] exp(dt A[n] l) for l = 0..L-1, as a batched real matrix product.
 
-    With l = aT + b the Vandermonde sum over L columns factors into exp(dt A aT) and exp(dt A b), each about sqrt(L)
-    wide. Each of these is built from two tables in the same way. `s4d_kernel_naive` is the same sum written out.
+    With l = aT + b the Vandermonde sum over L columns factors into exp(dt A aT) and exp(dt A b),
+    each about sqrt(L) wide. Each of these is built from two tables in the same way.
+    `s4d_kernel_naive` is the same sum written out.
 
     Args:
         dt: step sizes, (..., D).
@@ -34,36 +40,53 @@ def s4d_kernel(
         B, C: input and output vectors as (real, imaginary) pairs, (..., D, N/2, 2).
         L: number of taps.
         D_skip: added to the tap at lag 0, (..., D).
-        one_level: compute all N/2 x L exponentials. That takes fewer operators, so it is faster if they are few.
+        one_level: compute all N/2 x L exponentials. That takes fewer operators, so it is faster if
+            they are few.
 
     Returns:
         K, (..., D, L), in the dtype of `dt`.
     """
-    x, y = dt[..., None] * A_real, dt[..., None] * A_imag  # dt A = x + iy                 (..., D, N/2)
+    # dt A = x + iy                 (..., D, N/2)
+    x, y = dt[..., None] * A_real, dt[..., None] * A_imag
     re, im = _discretise(x, y, A_real, A_imag, B, C)
-    modes = [t.flatten(0, -2) for t in (re, im, x, y)]  # (R, N/2): one row per channel and direction
+    # (R, N/2): one row per channel and direction
+    modes = [t.flatten(0, -2) for t in (re, im, x, y)]
     if one_level:
-        one: Callable[..., Tensor] = ModesInOneLevel.apply if torch.is_grad_enabled() else _sum_in_one_level
+        one: Callable[..., Tensor] = (
+            ModesInOneLevel.apply if torch.is_grad_enabled() else _sum_in_one_level
+        )
         K = one(*modes, L).unflatten(0, dt.shape)
-        return K if D_skip is None else torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
+        return (
+            K if D_skip is None else torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
+        )
     skip = torch.zeros_like(dt) if D_skip is None else D_skip
     sum_of_modes: Callable[..., Tensor] = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
 
 
 def _sum_of_modes(
-    re: Tensor, im: Tensor, x: Tensor, y: Tensor, skip: Tensor, L: int, kept: list[Tensor] | None = None
+    re: Tensor,
+    im: Tensor,
+    x: Tensor,
+    y: Tensor,
+    skip: Tensor,
+    L: int,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
-    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times, (R,) -> (R, L).
+    """2 Re sum_n (re + i im) exp((x + iy) l), l = 0..L-1, and skip at l = 0: (R, N/2) four times,
+    (R,) -> (R, L).
 
     `kept` takes the tables of exponentials.
     """
     A, T = levels(L)
     K = re.new_empty(len(re), A, T)
     for rows in _row_slices(re, T):
-        outer, inner = _tables(x[rows], y[rows], A, T)  # exp(dt A aT) (r, A, N/2), exp(dt A b) (r, T, N/2)
-        weighted = torch.complex(2 * re[rows], 2 * im[rows])[:, None] * outer  # 2 C_bar exp(dt A aT)
-        with full_float32_products():  # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+        # exp(dt A aT) (r, A, N/2), exp(dt A b) (r, T, N/2)
+        outer, inner = _tables(x[rows], y[rows], A, T)
+        # 2 C_bar exp(dt A aT)
+        weighted = torch.complex(2 * re[rows], 2 * im[rows])[:, None] * outer
+        # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+        with full_float32_products():
             torch.bmm(_pairs(weighted), _pairs(inner.conj_physical()).mT, out=K[rows])
         if kept is not None:
             kept += [outer, inner]
@@ -72,10 +95,12 @@ def _sum_of_modes(
 
 
 class Modes(torch.autograd.Function):
-    """`_sum_of_modes` that saves for the backward pass only its arguments and, if they are small, the tables.
+    """`_sum_of_modes` that saves for the backward pass only its arguments and, if they are small,
+    the tables.
 
-    With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar, 2 Re (C_bar W_1)
-    and -2 Im (C_bar W_1) for x and y. Since l = aT + b, both sums run over one level as a product, then the other.
+    With W_k = sum_l dK[l] l^k exp((x + iy) l), the gradients are 2 Re W_0 and -2 Im W_0 for C_bar,
+    2 Re (C_bar W_1) and -2 Im (C_bar W_1) for x and y. Since l = aT + b, both sums run over one
+    level as a product, then the other.
     """
 
     @staticmethod
@@ -108,7 +133,9 @@ class Modes(torch.autograd.Function):
         return *gradients, dK[:, 0, 0], None
 
 
-def _sum_in_one_level(re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int, kept: list[Tensor] | None = None) -> Tensor:
+def _sum_in_one_level(
+    re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int, kept: list[Tensor] | None = None
+) -> Tensor:
     """`_sum_of_modes` without a skip, from all its exponentials: (R, N/2) four times -> (R, L).
 
     `kept` takes l and the exponentials as real and imaginary parts, (R, N, L).
@@ -123,7 +150,9 @@ def _sum_in_one_level(re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int, kept
 
 
 class ModesInOneLevel(torch.autograd.Function):
-    """`_sum_in_one_level` with its own backward: the gradients are those of `Modes`, with sums over l."""
+    """`_sum_in_one_level` with its own backward: the gradients are those of `Modes`, with sums over
+    l.
+    """
 
     @staticmethod
     def forward(ctx, re: Tensor, im: Tensor, x: Tensor, y: Tensor, L: int) -> Tensor:
@@ -147,7 +176,8 @@ class ModesInOneLevel(torch.autograd.Function):
 def _without_denormals(decay: Tensor) -> Tensor:
     """Set decay factors below tiny^(1/4) to 0: a product of four others is never denormal.
 
-    A denormal number takes a CPU a hundred times as long, and half of the modes decay that far within 4096 tokens.
+    A denormal number takes a CPU a hundred times as long, and half of the modes decay that far
+    within 4096 tokens.
     """
     return torch.where(decay < torch.finfo(decay.dtype).tiny ** 0.25, 0.0, decay)
 
@@ -172,7 +202,9 @@ def _table_size(count: int) -> int:
 
 
 def _row_slices(re: Tensor, T: int) -> list[slice]:
-    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; a single slice when compiled."""
+    """Slices of the rows of re (R, N/2) whose tables of powers fit into the cache; a single slice
+    when compiled.
+    """
     rows, half_N = re.shape
     return slices_of(rows, half_N * T, re.device)
 
@@ -180,11 +212,14 @@ def _row_slices(re: Tensor, T: int) -> list[slice]:
 def _tables(x: Tensor, y: Tensor, A: int, T: int) -> tuple[Tensor, Tensor]:
     """exp((x + iy) aT), a < A, and exp((x + iy) b), b < T: (R, N/2) -> (R, A, N/2) and (R, T, N/2).
 
-    Each is the product of two short tables, so that about 2 sqrt(A) + 2 sqrt(T) exponentials are computed per mode.
+    Each is the product of two short tables, so that about 2 sqrt(A) + 2 sqrt(T) exponentials are
+    computed per mode.
     """
     p, q = math.ceil(math.sqrt(A)), math.ceil(math.sqrt(T))
     counts = [p, math.ceil(A / p), q, math.ceil(T / q)]
-    l = torch.cat([torch.arange(n, device=x.device) * step for n, step in zip(counts, (T, p * T, 1, q))])  # noqa: E741
+    l = torch.cat(
+        [torch.arange(n, device=x.device) * step for n, step in zip(counts, (T, p * T, 1, q))]
+    )  # noqa: E741
     fine_a, coarse_a, fine_b, coarse_b = _exponentials(x, y, l).split(counts, dim=1)
     outer, inner = coarse_a[:, :, None] * fine_a[:, None], coarse_b[:, :, None] * fine_b[:, None]
     return outer.flatten(1, 2)[:, :A], inner.flatten(1, 2)[:, :T]
@@ -207,14 +242,21 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _discretise(x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D, N/2).
+def _discretise(
+    x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D,
+    N/2).
 
     exp - 1 uses expm1: plain subtraction has an error of 4e-5 at small dt.
     """
     half_sin = torch.sin(y / 2)
-    zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)  # exp(x + iy) - 1
+    # exp(x + iy) - 1
+    zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)
     square = A_real**2 + A_imag**2
     zre, zim = (zre * A_real + zim * A_imag) / square, (zim * A_real - zre * A_imag) / square
-    bre, bim = B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1], B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0]
+    bre, bim = (
+        B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1],
+        B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0],
+    )
     return bre * zre - bim * zim, bre * zim + bim * zre

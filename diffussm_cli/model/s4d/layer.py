@@ -1,12 +1,14 @@
-"""The S4D layer: a bidirectional diagonal state space layer (Gu et al. 2022, arXiv 2206.11893). Read this file first.
+"""The S4D layer: a bidirectional diagonal state space layer (Gu et al. 2022, arXiv 2206.11893).
+Read this file first.
 
     B batch   D channels   J positions   M tokens per position   L = J M tokens   N state size: N/2 complex modes
 
-`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, and `reference.py`
-computes the same slowly from the definitions.
+`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, and
+`reference.py` computes the same slowly from the definitions.
 
-Everything in this package is float32 whatever the rest of the model is (float64 in tests): rounding log_dt alone to
-bfloat16 changes the kernel by 35%. The first dimension of a parameter is the direction: 0 forward (causal), 1 backward.
+Everything in this package is float32 whatever the rest of the model is (float64 in tests): rounding
+log_dt alone to bfloat16 changes the kernel by 35%. The first dimension of a parameter is the
+direction: 0 forward (causal), 1 backward.
 """
 
 import math
@@ -29,16 +31,19 @@ KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
 
 class S4D(StateSpace):
-    """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the dtype of `u`.
+    """Bidirectional S4D layer: u (B, D, J, M) -> concat(forward, backward) (B, 2D, J, M), in the
+    dtype of `u`.
 
-    Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) -> (B, 2D, L). The grid
-    of an image, which other mixers use, is ignored.
+    Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) ->
+    (B, 2D, L). The grid of an image, which other mixers use, is ignored.
 
-    There are 194 parameters per channel and direction at N = 64, at least in float32. They are initialised by S4D-Lin:
-    Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
+    There are 194 parameters per channel and direction at N = 64, at least in float32. They are
+    initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log
+    dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
-    Inside `kept_kernels` the spectra are computed once. They take 16 D (L + 1) bytes or slightly more per layer and
-    length. Beyond KEEP_BYTES they are computed slice by slice instead, so that memory stays bounded.
+    Inside `kept_kernels` the spectra are computed once. They take 16 D (L + 1) bytes or slightly
+    more per layer and length. Beyond KEEP_BYTES they are computed slice by slice instead, so that
+    memory stays bounded.
     """
 
     def __init__(self, D: int, N: int, dt_min: float = 1e-3, dt_max: float = 1e-1):
@@ -81,11 +86,15 @@ class S4D(StateSpace):
                     return ToeplitzConvolution.apply(u, self.taps(L))
                 return Convolution.apply(u, KernelSpectra.apply(self.taps(L)))
             if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
-                return convolve_slices(u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype)
+                return convolve_slices(
+                    u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype
+                )
             return convolve_slices(u, lambda channels: self.spectra(L)[:, channels], dtype)
 
     def taps(self, L: int, channels: slice = slice(None)) -> Tensor:
-        """The kernels of both directions, including the skip, (2, d, L), for all channels or a slice of them."""
+        """The kernels of both directions, including the skip, (2, d, L), for all channels or a
+        slice of them.
+        """
         parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
         log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
         with no_autocast(log_dt.device):

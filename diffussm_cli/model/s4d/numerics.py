@@ -1,4 +1,6 @@
-"""How the formulas of this package are computed: in slices that fit into the cache, and in full float32."""
+"""How the formulas of this package are computed: in slices that fit into the cache, and in full
+float32.
+"""
 
 import contextlib
 import math
@@ -14,38 +16,51 @@ from diffussm_cli.machine.device import full_float32
 SLICE = {True: 1 << 19, False: 1 << 28}  # numbers in a slice of u, by whether the device is a CPU
 KEPT_NUMBERS = 1 << 21  # 16 MiB
 CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or triton
-TOEPLITZ_TOKENS = 4096  # beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
+# beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
+TOEPLITZ_TOKENS = 4096
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
-    """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes must not vary.
+    """Slices of `count` items of `numbers` numbers each; a single slice when compiled, as sizes
+    must not vary.
 
     On a GPU they are about equal: a small last one would launch as many kernels as the others.
     """
-    size = count if torch.compiler.is_compiling() else max(1, SLICE[device.type == "cpu"] // max(1, numbers))
+    size = (
+        count
+        if torch.compiler.is_compiling()
+        else max(1, SLICE[device.type == "cpu"] // max(1, numbers))
+    )
     if device.type != "cpu" and count > size:
         size = math.ceil(count / math.ceil(count / size))
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def worth_keeping(numbers: int) -> bool:
-    """Whether a layer keeps that many complex numbers for its backward pass, which then need not be computed again."""
+    """Whether a layer keeps that many complex numbers for its backward pass, which then need not be
+    computed again.
+    """
     return numbers <= KEPT_NUMBERS and not torch.compiler.is_compiling()
 
 
 def wants_toeplitz(u: Tensor) -> bool:
-    """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a CUDA device."""
+    """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a
+    CUDA device.
+    """
     wanted = os.environ.get(CONVOLUTION, "fft")
     if wanted not in ("fft", "triton"):
         raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or triton")
     if wanted == "triton" and find_spec("triton") is None:
         raise ConfigError(f"{CONVOLUTION}: triton is not installed: {install('triton')}")
-    fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31  # offsets are of 32 bits
+    # offsets are of 32 bits
+    fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31
     return wanted == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
-    """For the kernel's products. In compiled code the user's setting holds: it cannot change global switches."""
+    """For the kernel's products. In compiled code the user's setting holds: it cannot change global
+    switches.
+    """
     return contextlib.nullcontext() if torch.compiler.is_compiling() else full_float32()
 
 

@@ -1,7 +1,9 @@
-"""The convolution as products with Toeplitz matrices, by Triton: `numerics.wants_toeplitz` says when it is used.
+"""The convolution as products with Toeplitz matrices, by Triton: `numerics.wants_toeplitz` says
+when it is used.
 
-It reads and writes each number a few times, where the FFTs take some twenty passes, and spends L^2 D multiply-adds per
-image. It has run in Triton's interpreter and been compiled for NVIDIA GPUs, but never been timed on one.
+It reads and writes each number a few times, where the FFTs take some twenty passes, and spends L^2
+D multiply-adds per image. It has run in Triton's interpreter and been compiled for NVIDIA GPUs, but
+never been timed on one.
 
 B batch   D channels   J positions   M tokens per position   L = J M tokens
 """
@@ -17,14 +19,18 @@ IMAGES = tl.constexpr(16)  # images of a tile; the least that tensor cores take
 
 @triton.jit
 def _load(x, image, token, B, L, M, strides):
-    """The numbers x[image, j, m] of tokens jM + m, where they exist; `strides` are those of images, j and m."""
+    """The numbers x[image, j, m] of tokens jM + m, where they exist; `strides` are those of images,
+    j and m.
+    """
     at = image * strides[0] + (token // M) * strides[1] + (token % M) * strides[2]
     return tl.load(x + at, mask=(image < B) & (token >= 0) & (token < L), other=0.0)
 
 
 @triton.jit
 def _add_product(total, a, b):
-    """total + a b, by tensor cores in TensorFloat-32: in one product of 11 bits for bfloat16, three for float32."""
+    """total + a b, by tensor cores in TensorFloat-32: in one product of 11 bits for bfloat16, three
+    for float32.
+    """
     precision: tl.constexpr = "tf32x3" if a.dtype == tl.float32 else "tf32"
     return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=precision)
 
@@ -46,9 +52,14 @@ def _one_sided(x, K, image, first, B, L, M, strides, CAUSAL: tl.constexpr):
 
 @triton.jit
 def _forward(u, K, y, B, D, L, M, u_d, y_d, u_strides, y_strides):
-    """y[:, d] and y[:, D + d] of one tile of tokens and images: u by the causal and the anticausal kernel."""
+    """y[:, d] and y[:, D + d] of one tile of tokens and images: u by the causal and the anticausal
+    kernel.
+    """
     d, first = tl.program_id(0), tl.program_id(1) * TILE
-    image, token = tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None], first + tl.arange(0, TILE)[None, :]
+    image, token = (
+        tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None],
+        first + tl.arange(0, TILE)[None, :],
+    )
     at = image * y_strides[0] + (token // M) * y_strides[1] + (token % M) * y_strides[2]
     exists = (image < B) & (token < L)
     ahead = _one_sided(u + d * u_d, K + d * L, image, first, B, L, M, u_strides, True)
@@ -59,11 +70,18 @@ def _forward(u, K, y, B, D, L, M, u_d, y_d, u_strides, y_strides):
 
 @triton.jit
 def _backward_input(dy, K, du, B, D, L, M, dy_d, du_d, dy_strides, du_strides):
-    """du[:, d] of one tile: the gradients of both directions, each by its own kernel in the other direction."""
+    """du[:, d] of one tile: the gradients of both directions, each by its own kernel in the other
+    direction.
+    """
     d, first = tl.program_id(0), tl.program_id(1) * TILE
-    image, token = tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None], first + tl.arange(0, TILE)[None, :]
+    image, token = (
+        tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None],
+        first + tl.arange(0, TILE)[None, :],
+    )
     total = _one_sided(dy + d * dy_d, K + d * L, image, first, B, L, M, dy_strides, False)
-    total += _one_sided(dy + (D + d) * dy_d, K + (D + d) * L, image, first, B, L, M, dy_strides, True)
+    total += _one_sided(
+        dy + (D + d) * dy_d, K + (D + d) * L, image, first, B, L, M, dy_strides, True
+    )
     at = image * du_strides[0] + (token // M) * du_strides[1] + (token % M) * du_strides[2]
     tl.store(du + d * du_d + at, total, mask=(image < B) & (token < L))
 
@@ -72,9 +90,9 @@ def _backward_input(dy, K, du, B, D, L, M, dy_d, du_d, dy_strides, du_strides):
 def _backward_taps(dy, u, parts, B, D, L, M, dy_d, u_d, dy_strides, u_strides):
     """The gradient of the taps with lags around n TILE, of one channel and direction.
 
-    G[i, q] is the sum of dy[l + i] u[k + q] over images and over tiles l and k that are n tiles apart. Its diagonals
-    i - q = c >= 0 have the lag n TILE + c and go to parts[..., n, 0, c]. Those with i - q = c - TILE < 0 have the lag
-    (n - 1) TILE + c and go to parts[..., n, 1, c].
+    G[i, q] is the sum of dy[l + i] u[k + q] over images and over tiles l and k that are n tiles
+    apart. Its diagonals i - q = c >= 0 have the lag n TILE + c and go to parts[..., n, 0, c]. Those
+    with i - q = c - TILE < 0 have the lag (n - 1) TILE + c and go to parts[..., n, 1, c].
     """
     d, n, direction = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     dy += (direction * D + d) * dy_d
@@ -91,14 +109,16 @@ def _backward_taps(dy, u, parts, B, D, L, M, dy_d, u_d, dy_strides, u_strides):
             G = _add_product(G, grad, inputs)
     G = G if direction == 0 else tl.trans(G)  # the lag is i - q in both directions
     row, c = i[:, None], i[None, :]
-    sheared = tl.gather(G, (row - c + TILE) % TILE, 1)  # [i, c] is G[i, i - c], or G[i, i - c + TILE]
+    # [i, c] is G[i, i - c], or G[i, i - c + TILE]
+    sheared = tl.gather(G, (row - c + TILE) % TILE, 1)
     at = parts + ((direction * D + d) * (tiles + 1) + n) * 2 * TILE + i
     tl.store(at, tl.sum(tl.where(row >= c, sheared, 0.0), 0))
     tl.store(at + TILE, tl.sum(tl.where(row < c, sheared, 0.0), 0))
 
 
 class ToeplitzConvolution(torch.autograd.Function):
-    """u (B, D, J, M), taps K (2, D, L) in float32 -> y (B, 2D, J, M), with the memory layout (M, 2D, B, J).
+    """u (B, D, J, M), taps K (2, D, L) in float32 -> y (B, 2D, J, M), with the memory layout (M,
+    2D, B, J).
 
     Taps and products have 11 bits for u in bfloat16, and about 22 in float32; sums are in float32.
     """

@@ -1,4 +1,6 @@
-"""Stores of format 1, which earlier versions wrote: refused with one line, and converted without encoding."""
+"""Stores of format 1, which earlier versions wrote: refused with one line, and converted without
+encoding.
+"""
 
 import hashlib
 import json
@@ -90,13 +92,17 @@ def test_converted_store_has_the_same_shards_and_is_read_as_a_new_one(made, tmp_
     monkeypatch.setattr(encoding, "load_vae", None)
     result = run("encode", store)
     assert result.exit_code == 0, result.output
-    assert f"{store} is converted from an earlier version; its shards are unchanged" in result.stderr
+    assert (
+        f"{store} is converted from an earlier version; its shards are unchanged" in result.stderr
+    )
     assert shards_of(store) == before
     assert not (store / "skipped.jsonl").exists()
     assert [problem for _, problem in verify(store)] == [None] * 4
     old, new = read_store(store, "x"), read_store(made.store, "x")
     assert old.settings == new.settings
-    assert [(r.sha256, r.skipped) for r in old.records] == [(r.sha256, r.skipped) for r in new.records]
+    assert [(r.sha256, r.skipped) for r in old.records] == [
+        (r.sha256, r.skipped) for r in new.records
+    ]
     assert (store / "ignored.jsonl").read_bytes() == (made.store / "ignored.jsonl").read_bytes()
     x, labels = LatentStore(store, flip=True).read([1, 8], generators(2))
     y, same = LatentStore(made.store, flip=True).read([1, 8], generators(2))
@@ -125,10 +131,17 @@ def test_command_that_made_an_earlier_store_converts_and_continues_it(made, tmp_
 @pytest.mark.parametrize("text", [None, "no JSON", "[]", json.dumps(SKIPPED[1])])
 def test_shard_whose_skipped_images_are_not_known_is_named_and_encoded_again(made, tmp_path, text):
     store = earlier_store(made, tmp_path / "store")
-    (store / "skipped.jsonl").unlink() if text is None else (store / "skipped.jsonl").write_text(text)
+    (store / "skipped.jsonl").unlink() if text is None else (store / "skipped.jsonl").write_text(
+        text
+    )
     messages = [event.text for event in convert_store(store) if isinstance(event, Message)]
-    assert "skipped.jsonl is damaged, and 1 shards have skipped images; encode them again by: diff" in messages[1]
-    with pytest.raises(DataError, match="is not finished; run the same diffussm encode command again"):
+    assert (
+        "skipped.jsonl is damaged, and 1 shards have skipped images; encode them again by: diff"
+        in messages[1]
+    )
+    with pytest.raises(
+        DataError, match="is not finished; run the same diffussm encode command again"
+    ):
         LatentStore(store, flip=True)
     write_store(make_encoder(made.store.parent, target=store))
     for name in ("shard-00001.safetensors", "shard-00001.json"):
@@ -149,7 +162,9 @@ def dying(write, left):
 
 @pytest.mark.parametrize("survived", range(5))
 def test_interrupted_conversion_is_done_again(made, tmp_path, monkeypatch, survived):
-    """The death of the process before any of its writes: three records, the ignored files, the manifest."""
+    """The death of the process before any of its writes: three records, the ignored files, the
+    manifest.
+    """
     complete = earlier_store(made, tmp_path / "complete")
     list(convert_store(complete))
     store = earlier_store(made, tmp_path / "store")
@@ -164,11 +179,15 @@ def test_interrupted_conversion_is_done_again(made, tmp_path, monkeypatch, survi
     assert contents[0] == contents[1]
 
 
-@pytest.mark.parametrize("change", [{"shards": [{}] * 3}, {"shards": 5}, {"shards": [{}]}, {"settings": {}}])
+@pytest.mark.parametrize(
+    "change", [{"shards": [{}] * 3}, {"shards": 5}, {"shards": [{}]}, {"settings": {}}]
+)
 def test_damaged_manifest_of_an_earlier_store_is_one_line(made, tmp_path, change):
     store = earlier_store(made, tmp_path / "store")
     path = store / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     before = {p.name: p.read_bytes() for p in store.iterdir()}
     assert f"TARGET: {path} is damaged" in line_of(run("encode", store))
-    assert {p.name: p.read_bytes() for p in store.iterdir() if not p.name.startswith(".lock")} == before
+    assert {
+        p.name: p.read_bytes() for p in store.iterdir() if not p.name.startswith(".lock")
+    } == before

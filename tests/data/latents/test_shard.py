@@ -41,7 +41,10 @@ def test_record_is_read_as_it_was_written(tmp_path):
     write_shard(tmp_path, SETTINGS, 2, empty_shard(SETTINGS, 2), skipped)
     record = read_record(tmp_path, SETTINGS, 2)
     assert record.skipped == tuple(skipped)
-    assert record.sha256 == hashlib.sha256((tmp_path / "shard-00002.safetensors").read_bytes()).hexdigest()
+    assert (
+        record.sha256
+        == hashlib.sha256((tmp_path / "shard-00002.safetensors").read_bytes()).hexdigest()
+    )
 
 
 def test_shard_is_there_with_all_its_bytes_and_its_record(tmp_path):

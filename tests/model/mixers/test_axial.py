@@ -1,4 +1,6 @@
-"""State spaces along the axes: against the recurrences, at the start, on finer grids, and in low precision."""
+"""State spaces along the axes: against the recurrences, at the start, on finer grids, and in low
+precision.
+"""
 
 import itertools
 import math
@@ -35,7 +37,9 @@ def test_layer_equals_the_recurrences_along_every_line_with_gradients(scan, M):
     fast, slow = apply(layer, image, M), axial_recurrence(layer, image)
     torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-11)
     inputs = [image, *layer.parameters()]
-    for ours, theirs in zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (fast, slow))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * weight).sum(), inputs) for y in (fast, slow))
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
@@ -49,11 +53,18 @@ def test_long_sides_take_the_kernel_in_two_levels_with_the_same_values(monkeypat
 @pytest.mark.parametrize("L", [1, 2, 7, 16])
 def test_kernel_in_one_level_equals_its_definition_with_gradients(L):
     generator = torch.Generator().manual_seed(0)
-    dt, re, im = (torch.rand(s, generator=generator, dtype=torch.float64) for s in ((2, 3), (2, 3, 4), (2, 3, 4)))
+    dt, re, im = (
+        torch.rand(s, generator=generator, dtype=torch.float64)
+        for s in ((2, 3), (2, 3, 4), (2, 3, 4))
+    )
     B, C = torch.randn(2, 2, 3, 4, 2, generator=generator, dtype=torch.float64)
     skip = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-    *arguments, skip = (t.detach().to(device()).requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip))
-    naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (torch.arange(L, device=device()) == 0)
+    *arguments, skip = (
+        t.detach().to(device()).requires_grad_() for t in (dt, -re - 0.1, 5 * im, B, C, skip)
+    )
+    naive = s4d_kernel_naive(*arguments, L) + skip[..., None] * (
+        torch.arange(L, device=device()) == 0
+    )
     ours = s4d_kernel(*arguments, L, skip, one_level=True)
     torch.testing.assert_close(ours, naive, rtol=1e-10, atol=1e-12)
     weight = randn(2, 3, L, dtype=torch.float64)
@@ -63,7 +74,9 @@ def test_kernel_in_one_level_equals_its_definition_with_gradients(L):
 
 
 def test_rows_and_columns_by_hand():
-    """One real mode with dt A = log(1/2) and input 1 at one token: powers of 1/2 to both sides, and the skip."""
+    """One real mode with dt A = log(1/2) and input 1 at one token: powers of 1/2 to both sides, and
+    the skip.
+    """
     layer = made(grid=(3, 3), N=2, D=1)
     with torch.no_grad():
         layer.log_dt.fill_(math.log(3 * math.log(2)))  # steps of log 2 on three tokens
@@ -108,7 +121,9 @@ def test_steps_at_the_start_lie_between_their_bounds_in_tokens_of_each_side():
 
 @pytest.mark.parametrize("grid", [(4, 4), (4, 8)], ids=str)
 def test_finer_grids_approach_one_operator_with_order_one(grid):
-    """On samples of a smooth function at the middles of the tokens, the error halves with the size of a token."""
+    """On samples of a smooth function at the middles of the tokens, the error halves with the size
+    of a token.
+    """
     layer = made(grid=grid, N=4, D=4)
 
     def output(n):
@@ -143,7 +158,8 @@ def test_taps_are_float32_and_products_have_the_dtype_of_the_input_under_autocas
     exact = apply(layer, image)
     expected = torch.autograd.grad(exact.square().sum(), list(layer.parameters()))
     with torch.autocast(device().type, torch.bfloat16):
-        assert torch.equal(apply(layer, image), exact)  # float32 in, float32 out: nothing may be rounded
+        # float32 in, float32 out: nothing may be rounded
+        assert torch.equal(apply(layer, image), exact)
         assert layer.taps(H, W).dtype == torch.float32
         low = apply(layer, image.bfloat16())
     assert low.dtype == torch.bfloat16

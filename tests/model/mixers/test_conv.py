@@ -28,7 +28,9 @@ def test_kernel_is_the_square_of_tokens_that_a_token_sees(kernel):
     layer.depthwise.weight.data.fill_(1)
     image[0, 0, 4, 4] = 1
     assert layer.depthwise.convolve(image).sum() == kernel**2
-    torch.testing.assert_close(layer.depthwise.convolve(image), layer.depthwise.convolve_naive(image))
+    torch.testing.assert_close(
+        layer.depthwise.convolve(image), layer.depthwise.convolve_naive(image)
+    )
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from diffussm_cli.model.mixers.linear import CHUNK, TEMPERATURE, LinearAttention, gated_linear_attention
+from diffussm_cli.model.mixers.linear import (
+    CHUNK,
+    TEMPERATURE,
+    LinearAttention,
+    gated_linear_attention,
+)
 from tests.conftest import device, fill, randn, relative
 
 
@@ -65,7 +70,8 @@ def test_directions_see_only_their_side():
     layer, u = made(), randn(1, 8, 4, 2, dtype=torch.double).requires_grad_()
     y = layer(u)
     for half, seen in ((slice(0, 8), range(5)), (slice(8, 16), range(4, 8))):
-        (gradient,) = torch.autograd.grad(y[0, half, 2, 0].sum(), u, retain_graph=True)  # of token 4
+        # of token 4
+        (gradient,) = torch.autograd.grad(y[0, half, 2, 0].sum(), u, retain_graph=True)
         assert gradient[0].flatten(1).any(0).nonzero().flatten().tolist() == list(seen)
 
 

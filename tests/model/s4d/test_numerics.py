@@ -8,7 +8,8 @@ from diffussm_cli.model.s4d.numerics import slices_of
 
 
 @pytest.mark.parametrize(
-    ("count", "numbers", "sizes"), [(7, 300, [3, 3, 1]), (6, 333, [3, 3]), (4, 10, [4]), (3, 5000, [1, 1, 1])]
+    ("count", "numbers", "sizes"),
+    [(7, 300, [3, 3, 1]), (6, 333, [3, 3]), (4, 10, [4]), (3, 5000, [1, 1, 1])],
 )
 def test_slices_hold_as_many_as_fit_and_one_at_least(monkeypatch, count, numbers, sizes):
     monkeypatch.setattr(numerics, "SLICE", {True: 1000, False: 1})
@@ -23,7 +24,8 @@ def test_a_gpu_takes_slices_of_another_size(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("images", "tokens", "sizes"), [(32, 1024, [1152]), (32, 4096, [576, 576]), (96, 4096, [288, 288, 288, 288])]
+    ("images", "tokens", "sizes"),
+    [(32, 1024, [1152]), (32, 4096, [576, 576]), (96, 4096, [288, 288, 288, 288])],
 )
 def test_a_gpu_takes_the_channels_of_xl_in_few_equal_slices(images, tokens, sizes):
     """Each further slice costs as many launches; the convolution counts two numbers per token."""

@@ -17,7 +17,9 @@ def one_mode(dt, A, B, C):
 
 
 def test_a_real_mode_decays_geometrically():
-    """At dt = log 2 and A = -1 the state halves at each step, and takes in (1/2 - 1)/(-1) = 1/2 of the input."""
+    """At dt = log 2 and A = -1 the state halves at each step, and takes in (1/2 - 1)/(-1) = 1/2 of
+    the input.
+    """
     mode = one_mode(math.log(2), -1 + 0j, 1 + 0j, 1 + 0j)
     expected = torch.tensor([[1.0, 1 / 2, 1 / 4, 1 / 8]], dtype=torch.float64, device=device())
     torch.testing.assert_close(s4d_kernel_naive(*mode, 4), expected)
@@ -28,7 +30,9 @@ def test_a_real_mode_decays_geometrically():
 
 
 def test_an_oscillating_mode_is_a_damped_cosine():
-    """A quarter of a turn and a factor 1/2 a step; C cancels what is taken in, so that the kernel is 2 Re (i/2)^l."""
+    """A quarter of a turn and a factor 1/2 a step; C cancels what is taken in, so that the kernel
+    is 2 Re (i/2)^l.
+    """
     A = complex(-math.log(2), math.pi / 2)
     taken_in = (0.5j - 1) / A
     mode = one_mode(1.0, A, 1 + 0j, 1 / taken_in)

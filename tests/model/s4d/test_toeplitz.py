@@ -17,7 +17,8 @@ from diffussm_cli.model.s4d.numerics import wants_toeplitz
 
 pytest.importorskip("triton")
 
-# B, J, M: more images than a tile, more tokens than one or two, a length that no tile divides, M tokens side by side.
+# B, J, M: more images than a tile, more tokens than one or two, a length that no tile divides, M
+# tokens side by side.
 SHAPES = [(3, 50, 2), (17, 40, 1), (2, 65, 3), (1, 1, 1)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -27,7 +28,9 @@ def error(found, exact):
 
 
 def errors(B, J, M, dtype):
-    """Relative errors against float64 of y, du and dK, and of y before it is rounded to the dtype of u."""
+    """Relative errors against float64 of y, du and dK, and of y before it is rounded to the dtype
+    of u.
+    """
     from diffussm_cli.model.s4d import toeplitz
 
     torch.manual_seed(0)
@@ -53,11 +56,16 @@ def test_values_and_both_gradients():
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # must be set before triton is imported
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     for name, found in json.loads(done.stdout).items():
-        rounding = 1e-6 if name == "float32" else 6e-3  # of a result; the interpreter cuts bfloat16 off
+        # of a result; the interpreter cuts bfloat16 off
+        rounding = 1e-6 if name == "float32" else 6e-3
         assert len(found) == len(SHAPES)
         for y, du, dK, before in found:
             assert max(y, du) < rounding
@@ -72,12 +80,25 @@ def test_it_compiles_for_nvidia_gpus_and_uses_tensor_cores(monkeypatch, tmp_path
     from diffussm_cli.model.s4d import toeplitz
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = {"u": "*bf16", "y": "*bf16", "dy": "*bf16", "du": "*bf16", "K": "*fp32", "parts": "*fp32"}
+    kinds = {
+        "u": "*bf16",
+        "y": "*bf16",
+        "dy": "*bf16",
+        "du": "*bf16",
+        "K": "*fp32",
+        "parts": "*fp32",
+    }
     for kernel in (toeplitz._forward, toeplitz._backward_input, toeplitz._backward_taps):
-        names = {n: ("i32",) * 3 if n.endswith("_strides") else kinds.get(n, "i32") for n in kernel.arg_names}
-        built = triton.compile(ASTSource(fn=kernel, signature=names, constexprs={}), target=GPUTarget("cuda", 80, 32))
+        names = {
+            n: ("i32",) * 3 if n.endswith("_strides") else kinds.get(n, "i32")
+            for n in kernel.arg_names
+        }
+        built = triton.compile(
+            ASTSource(fn=kernel, signature=names, constexprs={}), target=GPUTarget("cuda", 80, 32)
+        )
         assert "mma.sync" in built.asm["ptx"]
-        assert built.metadata.shared <= 99 << 10  # bytes of shared memory that the smallest GPUs of this kind have
+        # bytes of shared memory that the smallest GPUs of this kind have
+        assert built.metadata.shared <= 99 << 10
 
 
 def test_only_who_asks_for_it_gets_it_and_only_on_cuda(monkeypatch):
