@@ -73,7 +73,9 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Fills in tables; makes links that are right on the repository's own pages right on the site."""
+    """Fills in tables; makes links that are right on the repository's own pages right
+    on the site.
+    """
     beginning = next(
         beginning for beginning in SEARCH_BOOST if page.file.src_uri.startswith(beginning)
     )
@@ -131,7 +133,8 @@ def fields_table() -> str:
         hints = typing.get_type_hints(cls)
         rows = [field_row(section, field, hints[field.name]) for field in dataclasses.fields(cls)]
         parts.append(
-            f"## {section}\n\n{cls.__doc__}\n\n{facts(('Field', 'Type', 'Default', 'Meaning'), rows)}"
+            f"## {section}\n\n{cls.__doc__}\n\n"
+            f"{facts(('Field', 'Type', 'Default', 'Meaning'), rows)}"
         )
     return "\n\n".join(parts)
 
@@ -206,7 +209,8 @@ def commands_table() -> str:
             inspect.cleandoc(function.__doc__).replace("\b", ""),
         )
         parts.append(
-            f"## {name}\n\n{text}\n\n```text\n{inspect.cleandoc(EXAMPLES[name])}\n```\n\n{facts(head, rows)}"
+            f"## {name}\n\n{text}\n\n"
+            f"```text\n{inspect.cleandoc(EXAMPLES[name])}\n```\n\n{facts(head, rows)}"
         )
     return "\n\n".join(parts)
 

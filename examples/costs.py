@@ -10,5 +10,6 @@ for resolution in (256, 512):
     for name in ("xl", "dit-xl/2"):
         c = cost(named_model(name, resolution))
         print(
-            f"{name} at {resolution}: {c.parameters:,} parameters, {c.tokens:,} tokens, {c.gflops:,.1f} Gflops"
+            f"{name} at {resolution}: {c.parameters:,} parameters, {c.tokens:,} tokens, "
+            f"{c.gflops:,.1f} Gflops"
         )

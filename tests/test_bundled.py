@@ -34,9 +34,9 @@ def test_the_card_prints_the_numbers_that_were_measured(name):
     assert printed == {k: pytest.approx(metrics[k], abs=5e-5) for k in printed}
     if "quick_fid" in metrics:
         assert (
-            f"is {metrics['quick_fid']:.3f}, with a standard deviation of {metrics['quick_fid_std']:.3f}"
-            in card.text
-        )
+            f"is {metrics['quick_fid']:.3f}, with a standard deviation of "
+            f"{metrics['quick_fid_std']:.3f}"
+        ) in card.text
     assert card.data.license not in (None, "unknown")
 
 

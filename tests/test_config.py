@@ -331,7 +331,9 @@ WRONG = {
     "train.ema=0.9,0.90": "train.ema: '0.9,0.9' must be one or more different numbers",
     "train.ema=[]": "train.ema: '' must be one or more different numbers",
     "data.held_out=1": "data.held_out: 1.0 must be less than 1",
-    "data.held_out=builtin:mnist": "data.held_out: 'builtin:mnist' must be a share or a folder of other images",
+    "data.held_out=builtin:mnist": (
+        "data.held_out: 'builtin:mnist' must be a share or a folder of other images"
+    ),
     "train.beta2=1": "train.beta2: 1.0 must be less than 1",
     "train.lr_decay=cosin": "did you mean 'cosine'?",
     "train.precision=false": "train.precision: False is not a choice; valid: auto, fp32, bf16",
@@ -344,15 +346,23 @@ WRONG = {
     "model.compression=3": "model.compression: 3 must divide the 8 tokens of a row",
     "model.hidden_size=30": "model.hidden_size: 30 must be a multiple of 4",
     "model.d_state=7": "model.d_state: 7 must be even",
-    "model.mixer=conv,mamba": "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention",
-    "model.mixer=mamba": "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention",
+    "model.mixer=conv,mamba": (
+        "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention"
+    ),
+    "model.mixer=mamba": (
+        "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention"
+    ),
     "model.scan=zigzag": "model.scan: 'zigzag' is not a choice; valid: raster, alternate, four",
     "model.local=5": "model.local: 5 is not a choice; valid: 0, 3",
     "sample.steps=2000": "sample.steps: 2000 must be at most diffusion.timesteps 1000",
     "sample.guidance_interval=5": "must be LO,HI",
     "diffusion.beta_end=2": "diffusion.beta_end: 2.0 must be at most 0.999",
-    "diffusion.beta_end=1e-5": "diffusion.beta_end: 1e-05 must be at least diffusion.beta_start 0.0001",
-    "diffusion.beta_end=0.9": "diffusion.timesteps: 1000 with variances up to 0.9 leave nothing of the image",
+    "diffusion.beta_end=1e-5": (
+        "diffusion.beta_end: 1e-05 must be at least diffusion.beta_start 0.0001"
+    ),
+    "diffusion.beta_end=0.9": (
+        "diffusion.timesteps: 1000 with variances up to 0.9 leave nothing of the image"
+    ),
     "data.resolution=16777216": "data.resolution: 16777216 must be from 1 to 16384",
     "data.vae=vae": "data.vae: 'vae' given, but builtin:digits holds pixels; leave it out",
     'data.path="a\\0b"': "data.path: 'a\\x00b' holds a NUL byte",
@@ -439,13 +449,17 @@ REFUSED = {
         *VELOCITY,
         "sample.sampler=sde",
     ): "sample.sampler: sde is for a flow; with objective velocity, choose euler",
-    (
-        ZERO,
-    ): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that predicts pure noise",
+    (ZERO,): (
+        "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a model that "
+        "predicts pure noise"
+    ),
     (
         *FLOW,
         ZERO,
-    ): "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in pure noise",
+    ): (
+        "diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; a flow ends in "
+        "pure noise"
+    ),
     (
         "diffusion.predicts=image",
     ): "diffusion.predicts: image needs diffusion.objective=flow; noise says what",
@@ -458,7 +472,8 @@ REFUSED = {
         "data.resolution=64",
         "sample.clip=true",
     ): (
-        "sample.clip: true clamps pixels to [-1, 1], and the latents of 'v' go beyond that; leave it at false"
+        "sample.clip: true clamps pixels to [-1, 1], and the latents of 'v' go beyond that; "
+        "leave it at false"
     ),
     (*VELOCITY, "train.mse_weight_cap=5"): "train.mse_weight_cap: 5 turns the MSE of the noise",
     (*FLOW, "train.mse_weight_cap=5"): "leave it at 1 with diffusion.objective=flow",
@@ -564,7 +579,10 @@ def test_missing_huge_and_binary_preset_files(tmp_path):
 def test_files_are_utf8_whatever_the_locale(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes("data: {path: x, class_names: [katt, sk\u00f6ldpadda]}\n".encode())
-    code = f"from diffussm_cli.config import *; print(ascii(read_text(Path({str(path)!r}), '--preset')))"
+    code = (
+        f"from diffussm_cli.config import *; print(ascii(read_text(Path({str(path)!r}), "
+        "'--preset')))"
+    )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | locale

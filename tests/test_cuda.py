@@ -22,7 +22,9 @@ SETTINGS = ("train.precision=bf16", "train.grad_clip=1", "train.accumulate=2")
 
 
 def test_transforms_are_float32_under_bfloat16_autocast(monkeypatch):
-    """At powers of two cuFFT takes bfloat16 without a word, where the CPU's autocast promotes it."""
+    """At powers of two cuFFT takes bfloat16 without a word,
+    where the CPU's autocast promotes it.
+    """
     seen, rfft = set(), torch.fft.rfft
     monkeypatch.setattr(torch.fft, "rfft", lambda x, *a, **k: seen.add(x.dtype) or rfft(x, *a, **k))
     layer, u = S4D(16, 8).to(device()), randn(2, 16, 64)

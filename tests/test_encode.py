@@ -96,7 +96,10 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
     assert f"11 images of 2 classes in {tmp_path / 'store'}" in result.stderr
-    line = f"left out of {str(images)!r}: 1 image (not encoded; reasons in {tmp_path / 'store'}/shard-*.json), "
+    line = (
+        f"left out of {str(images)!r}: 1 image (not encoded; reasons in "
+        f"{tmp_path / 'store'}/shard-*.json), "
+    )
     line += "1 file (not an image by its name or first bytes: 'dog/notes.txt')"
     assert line in " ".join(result.stderr.split())
     assert f"diffussm encode --verify {tmp_path / 'store'}" in result.stderr
@@ -235,7 +238,9 @@ def replace_whole_file(monkeypatch, by):
 def test_interrupted_at_any_shard_ends_with_the_same_bytes(
     images, vae, store, tmp_path, monkeypatch
 ):
-    """The death of the process between any two writes, played by an exception that nothing catches."""
+    """The death of the process between any two writes,
+    played by an exception that nothing catches.
+    """
     whole, finished = store_module.whole_file, []
 
     class Death(BaseException):
@@ -595,9 +600,9 @@ def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypa
     replace_whole_file(monkeypatch, full)
     line = line_of(run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS))
     assert (
-        "No space left on device; finished shards are kept, and the same command continues from there"
-        in line
-    )
+        "No space left on device; finished shards are kept, and the same command continues "
+        "from there"
+    ) in line
     replace_whole_file(monkeypatch, whole)
     assert run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS).exit_code == 0
     assert files(tmp_path / "store") == files(store)
@@ -691,7 +696,10 @@ def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monke
     finally:
         hidden.rename(vae)
     assert result.exit_code == 0, result.output
-    warning = "warning: the images are only previews of the latents, because the VAE cannot be used: data.vae: no folder"
+    warning = (
+        "warning: the images are only previews of the latents, because the VAE cannot be used: "
+        "data.vae: no folder"
+    )
     assert warning in result.stderr
     assert size_of(tmp_path / "000000.png") == ("RGB", (16, 16))
     assert json.loads((tmp_path / "meta.json").read_text())["decoded_by"] == "linear preview"

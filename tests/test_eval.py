@@ -249,9 +249,9 @@ def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, nam
         np.savez(samples, np.stack(images))
     line = line_of(run("eval", samples, *REFERENCE, "--extractor", "digits"))
     assert (
-        f"{name} is in colour, but the extractor takes only grey images; use the extractor inception"
-        in line
-    )
+        f"{name} is in colour, but the extractor takes only grey images; use the extractor "
+        "inception"
+    ) in line
 
 
 def test_any_resolution_can_be_cropped_to(digits, tmp_path):

@@ -1,4 +1,6 @@
-"""Files from strangers: nothing in them runs, leads out of their folder, or unpacks without limit."""
+"""Files from strangers: nothing in them runs, leads out of their folder,
+or unpacks without limit.
+"""
 
 import dataclasses
 import json
@@ -131,9 +133,9 @@ def test_an_extractor_in_a_field_is_a_name_and_no_code(trained, tmp_path, monkey
         path.write_text(foreign)
     line = line_of(run("train", *commands[where], "--eval-every", 1, "--set", "train.steps=6"))
     assert (
-        "eval.extractor: 'foreign:factory' is not a choice; valid: auto, inception, digits, efficientnet"
-        in line
-    )
+        "eval.extractor: 'foreign:factory' is not a choice; valid: auto, inception, digits, "
+        "efficientnet"
+    ) in line
     assert not (tmp_path / "reached").exists()
 
 

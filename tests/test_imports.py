@@ -218,7 +218,11 @@ def test_scripts_ask_for_what_the_package_has(path):
 
 
 def test_names_that_the_package_lacks_are_found():
-    code = "from diffussm_cli import gone\nfrom diffussm_cli.model import s4d, build_model\ns4d.gone, s4d.S4D"
+    code = (
+        "from diffussm_cli import gone\n"
+        "from diffussm_cli.model import s4d, build_model\n"
+        "s4d.gone, s4d.S4D"
+    )
     assert list(missing(ast.parse(code))) == ["diffussm_cli.gone", "s4d.gone"]
 
 

@@ -44,7 +44,10 @@ def test_wheel_holds_code_and_presets(tmp_path):
 
 
 def test_presets_are_found_from_any_folder(tmp_path):
-    code = "from diffussm_cli.config import load_config; print(load_config('xl-256').model.hidden_size)"
+    code = (
+        "from diffussm_cli.config import load_config; "
+        "print(load_config('xl-256').model.hidden_size)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )

@@ -46,7 +46,10 @@ def train(out, data=None, **fields):
 
 # ----------------------------------------------------------------------------------------- the door
 def test_import_takes_no_torch_until_a_name_is_used():
-    code = "import sys, diffussm; print('torch' in sys.modules); diffussm.LinearFlow; print('torch' in sys.modules)"
+    code = (
+        "import sys, diffussm; print('torch' in sys.modules); diffussm.LinearFlow; "
+        "print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "True"], done.stderr
 

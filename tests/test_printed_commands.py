@@ -29,7 +29,9 @@ HELP = {f"{name} --help": text for name, text in EXAMPLES.items()}
 # What is not run: the beginning of a command, and why.
 CANNOT = {
     "python -m venv": "the tests have an environment",
-    "pip install": "the tests have all packages; the extras of a page are compared with what it imports",
+    "pip install": (
+        "the tests have all packages; the extras of a page are compared with what it imports"
+    ),
     "python tools/fetch_emoji.py": "downloads packages of npm; a made-up set takes its place",
     "python benchmarks/studies/": "takes hours; tests/test_studies.py runs a study at toy size",
     "python benchmarks/quality/text_retrieval.py": "needs the real emoji",

@@ -207,9 +207,9 @@ def test_a_finished_run_without_final_gets_it_again(trained, lost):
     elif lost == "a bit flipped":
         flip(final / runs.MODEL)
         assert (
-            "model.safetensors has changed since it was written; write it again with: diffussm train --resume"
-            in (line_of(run("sample", trained, "-n", 1)))
-        )
+            "model.safetensors has changed since it was written; write it again with: "
+            "diffussm train --resume"
+        ) in (line_of(run("sample", trained, "-n", 1)))
     elif lost == "without hashes":
         (final / runs.STATE).unlink()
         assert run("sample", trained, "-n", 1, "--steps", 1).exit_code == 0
@@ -387,9 +387,9 @@ def test_optimiser_state_that_is_not_finite_is_refused(trained):
     runs.write_state(newest, state)
     line = line_of(train(trained, "--resume", "--set", "train.steps=6"))
     assert (
-        f"optimizer.safetensors: damaged: {name.removesuffix('/exp_avg')} holds numbers that are not finite"
-        in line
-    )
+        f"optimizer.safetensors: damaged: {name.removesuffix('/exp_avg')} holds numbers that "
+        "are not finite"
+    ) in line
 
 
 def test_no_good_checkpoint_is_one_line(trained):

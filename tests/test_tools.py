@@ -76,7 +76,10 @@ def test_a_part_of_the_gpu_check_finds_the_package_of_its_checkout(gpu_check):
 
 
 def test_a_part_that_does_not_end_keeps_what_it_printed(gpu_check):
-    code = "import time; print('{\"speed\": 5}', flush=True); print('{\"half', end='', flush=True); time.sleep(60)"
+    code = (
+        "import time; print('{\"speed\": 5}', flush=True); print('{\"half', end='', "
+        "flush=True); time.sleep(60)"
+    )
     succeeded, section = gpu_check.run(gpu_check.Part("Slow", ["-c", code]), 5)
     assert not succeeded
     assert "STOPPED after its 5 s" in section

@@ -122,12 +122,18 @@ def checked(
     print(found, flush=True)
     return (
         found,
-        f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} steps) against the training "
-        f"digits is {found['quick_fid']:.3f}, with a standard deviation of {found['quick_fid_std']:.3f} over {BLOCKS} "
-        f"blocks of seeds; a test measures it again. {rounding(trained, draft, s, n)}",
-        f"Of {num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance {s.guidance:g}, float32) against "
-        "the 500 held-out digits, by the package's extractor of digits. digit_share is the share of as many samples "
-        "that an SVM takes for the requested digit (benchmarks/quality/digit_share.py).\n",
+        (
+            f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} "
+            f"steps) against the training digits is {found['quick_fid']:.3f}, with a standard "
+            f"deviation of {found['quick_fid_std']:.3f} over {BLOCKS} blocks of seeds; a test "
+            f"measures it again. {rounding(trained, draft, s, n)}"
+        ),
+        (
+            f"Of {num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance "
+            f"{s.guidance:g}, float32) against the 500 held-out digits, by the package's "
+            "extractor of digits. digit_share is the share of as many samples that an SVM takes "
+            "for the requested digit (benchmarks/quality/digit_share.py).\n"
+        ),
     )
 
 
@@ -145,12 +151,17 @@ def checked_text(draft: Path) -> tuple[dict[str, float], str, str]:
     print(numbers, flush=True)
     return (
         numbers,
-        f" By chance `name_top5` is {chance:.3f}; a lookup of the training picture with the most similar caption has "
-        f"{lookup:.3f}.",
-        "Shares of 160 pictures whose most similar real picture, or one of the five most similar, among those of 80 "
-        "names has the name or the category of the prompt, by features of EfficientNet: for names that were trained "
-        "on, for names of which one style is held out (pair), and for held-out names "
-        "(benchmarks/quality/text_retrieval.py).\n",
+        (
+            f" By chance `name_top5` is {chance:.3f}; a lookup of the training picture with the "
+            f"most similar caption has {lookup:.3f}."
+        ),
+        (
+            "Shares of 160 pictures whose most similar real picture, or one of the five most "
+            "similar, among those of 80 names has the name or the category of the prompt, by "
+            "features of EfficientNet: for names that were trained on, for names of which one "
+            "style is held out (pair), and for held-out names "
+            "(benchmarks/quality/text_retrieval.py).\n"
+        ),
     )
 
 
@@ -213,8 +224,9 @@ def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: 
     files = [trained.weights.parent, folder]
     fid = [measure(file, sampling, "builtin:mnist", n, 0, ("fid",))["fid"] for file in files]
     return (
-        f"Storing matrices as bfloat16 moves the pixels (0 to 255) of {n} samples by {moved.float().mean():.3f} on "
-        f"average and by {moved.max()} at most, and changes their FID from {fid[0]:.4f} to {fid[1]:.4f}."
+        f"Storing matrices as bfloat16 moves the pixels (0 to 255) of {n} samples by "
+        f"{moved.float().mean():.3f} on average and by {moved.max()} at most, and changes their "
+        f"FID from {fid[0]:.4f} to {fid[1]:.4f}."
     )
 
 

@@ -1,8 +1,10 @@
 """Make the built-in emoji: 32x32 pictures in colour in two styles, with names, categories and
 captions, as one file.
 
-    python tools/fetch_emoji.py                 # downloads three packages of 140 MB in all with `npm pack`
-    python tools/fetch_emoji.py --from FOLDER   # takes their .tgz files from a folder
+    python tools/fetch_emoji.py
+        # downloads three packages of 140 MB in all with `npm pack`
+    python tools/fetch_emoji.py --from FOLDER
+        # takes their .tgz files from a folder
 
 The data of the packages is under the MIT licence, Google's pictures under Apache-2.0, and Twitter's
 under CC-BY 4.0.
@@ -47,7 +49,8 @@ def read_members(archive: Path, folder: str) -> dict[str, bytes]:
                 if parent == folder and member.isreg():
                     if member.size > MAX_MEMBER:
                         raise DataError(
-                            f"{archive}: {member.name} has {member.size} bytes, more than {MAX_MEMBER}"
+                            f"{archive}: {member.name} has {member.size} bytes, more than "
+                            f"{MAX_MEMBER}"
                         )
                     found[name] = package.extractfile(member).read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as e:

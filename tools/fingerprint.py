@@ -2,7 +2,8 @@
 
     python tools/fingerprint.py > before.json        # at one commit
     python tools/fingerprint.py > after.json         # at another; then compare the two
-    python tools/fingerprint.py --checkout DIR       # of the package in another checkout, by this script
+    python tools/fingerprint.py --checkout DIR
+        # of the package in another checkout, by this script
 
 Everything goes through the commands, in float32 on one thread of the CPU: losses and weights of
 seeded training, the bytes of sampled PNG files, of an encoded latent store and of its training, and

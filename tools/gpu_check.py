@@ -3,7 +3,8 @@ markdown file.
 
     python tools/gpu_check.py --quick         # on a GPU; ten minutes, what matters most first
     python tools/gpu_check.py                 # on a GPU; hours
-    python tools/gpu_check.py --toy           # the same path at toy sizes, on any machine; also --toy --quick
+    python tools/gpu_check.py --toy
+        # the same path at toy sizes, on any machine; also --toy --quick
 
 Each part is a command of its own with its own time, so that one that fails or does not end leaves
 time for the others. What a part printed is in the report as soon as it ends, also if it was
@@ -142,7 +143,9 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
 def _step(
     title: str, preset: str, device: str, toy: bool, seconds: float, more: Sequence[str] = ()
 ) -> Part:
-    """Training steps at a batch of 32 in bfloat16; the first step, which compiles, is timed apart."""
+    """Training steps at a batch of 32 in bfloat16; the first step, which compiles,
+    is timed apart.
+    """
     small = ["model.hidden_size=32", "model.depth=1", "train.batch_size=2"]
     settings = small if toy else ["train.batch_size=32", "train.precision=bf16"]
     words = [
@@ -213,7 +216,9 @@ def _parallel(
 
 # ------------------------------------------------------------------------------------------ running
 def run(part: Part, seconds: float) -> tuple[bool, str]:
-    """Run a part for so many seconds at most; whether it succeeded, and its section of the report."""
+    """Run a part for so many seconds at most; whether it succeeded,
+    and its section of the report.
+    """
     start = time.perf_counter()
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -305,7 +310,8 @@ def machine(device: str) -> list[str]:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             found[f"GPU {i}"] = (
-                f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability {p.major}.{p.minor}"
+                f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability "
+                f"{p.major}.{p.minor}"
             )
         driver = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"

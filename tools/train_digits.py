@@ -51,7 +51,8 @@ def main() -> None:
         right = (network(held_out.images)[2].argmax(1) == held_out.labels).double().mean().item()
     save_file(network.state_dict(), target)
     print(
-        f"{right:.1%} of {len(held_out)} held-out digits; {target.stat().st_size:,} bytes in {target}"
+        f"{right:.1%} of {len(held_out)} held-out digits; {target.stat().st_size:,} bytes in "
+        f"{target}"
     )
 
 

@@ -1,8 +1,10 @@
 """Kill a job again and again, start the same command each time, and compare the end with a run that
 nobody disturbed.
 
-    python benchmarks/quality/kills.py train|sample|encode FOLDER [--kills 20] [--from 0.5 --to 20] [--preset mnist]
-    python benchmarks/quality/kills.py train FOLDER --every 60 --kills 1000    (a soak: killed each minute until done)
+    python benchmarks/quality/kills.py train|sample|encode FOLDER [--kills 20]
+        [--from 0.5 --to 20] [--preset mnist]
+    python benchmarks/quality/kills.py train FOLDER --every 60 --kills 1000
+        (a soak: killed each minute until done)
 
 SIGKILL comes at a random time after the start, or every so many seconds. `sample` needs a run,
 FOLDER/calm (made by `train`); `encode` makes its pictures and a small VAE itself. Prints one JSON

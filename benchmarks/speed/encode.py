@@ -1,7 +1,8 @@
 """What encoding costs beside the VAE: `Encoder.write` against the VAE's forward alone on the same
 batches, interleaved.
 
-    python benchmarks/speed/encode.py [--vae NAME|FOLDER] [--device cuda] [--workers 8] [--images 2048]
+    python benchmarks/speed/encode.py [--vae NAME|FOLDER] [--device cuda] [--workers 8]
+        [--images 2048]
 
 Without --vae a small AutoencoderKL with random weights is taken: the cheaper the VAE, the harder
 the test. Images are JPEG files of about ImageNet's size, made here. Prints one JSON object.

@@ -34,7 +34,9 @@ class OneDirection(S4D):
 
 
 class S4DInv(S4D):
-    """S4D with the poles of S4D-Inv: Im A = N/pi (N/(2n + 1) - 1), n = 0..N/2-1 (arXiv 2206.11893)."""
+    """S4D with the poles of S4D-Inv: Im A = N/pi (N/(2n + 1) - 1),
+    n = 0..N/2-1 (arXiv 2206.11893).
+    """
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

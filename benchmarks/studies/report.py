@@ -98,7 +98,8 @@ def main() -> None:
     study = load_study(arguments.name)
     if not any((RESULTS / study.name).glob("*-s*.json")):
         raise SystemExit(
-            f"{study.name}: no results yet; begin with python benchmarks/studies/run.py {study.name}"
+            f"{study.name}: no results yet; begin with python benchmarks/studies/run.py "
+            f"{study.name}"
         )
     results = load_results(study)
     file = RESULTS / study.name / FLOOR

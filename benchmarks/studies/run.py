@@ -1,9 +1,12 @@
 """Run what is missing of a study; the same command continues after an interruption.
 
     python benchmarks/studies/run.py NAME [--jobs 2] [--work runs/studies]
-    python benchmarks/studies/run.py NAME --plan        # what it would run, with Gflops and GPU days
-    torchrun --nproc-per-node 8 benchmarks/studies/run.py NAME --one RUN-s0   # one training, on several GPUs
-    python benchmarks/studies/run.py NAME --repeat RUN-s0   # train it again from its JSON, and compare the loss
+    python benchmarks/studies/run.py NAME --plan
+        # what it would run, with Gflops and GPU days
+    torchrun --nproc-per-node 8 benchmarks/studies/run.py NAME --one RUN-s0
+        # one training, on several GPUs
+    python benchmarks/studies/run.py NAME --repeat RUN-s0
+        # train it again from its JSON, and compare the loss
 
 Every training is a process of its own with one thread. Its result is one JSON in
 benchmarks/studies/results/NAME/: the configuration and its hash, seed, versions, machine, when it
@@ -233,7 +236,8 @@ def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
                 del running[name]
                 if process.returncode:
                     raise SystemExit(
-                        f"{name} ended with {process.returncode}; the others go on, run this again later"
+                        f"{name} ended with {process.returncode}; the others go on, run this "
+                        "again later"
                     )
         time.sleep(1)
 
@@ -344,10 +348,12 @@ def show_plan(study: Study) -> None:
         gflops = step_gflops(config) * config.train.steps
         total += gflops
         print(
-            f"{job.name:32} {config.train.steps:9,} steps  {gflops:.3g} Gflops  {days(gflops):.3g} GPU days"
+            f"{job.name:32} {config.train.steps:9,} steps  {gflops:.3g} Gflops  "
+            f"{days(gflops):.3g} GPU days"
         )
     print(
-        f"{len(jobs)} trainings, {total:.3g} Gflops, {days(total):.3g} GPU days at {GPU_TFLOPS:.0f} TFLOP/s"
+        f"{len(jobs)} trainings, {total:.3g} Gflops, {days(total):.3g} GPU days at "
+        f"{GPU_TFLOPS:.0f} TFLOP/s"
     )
 
 

@@ -173,7 +173,8 @@ def load_study(name: str) -> Study:
     known = {f.name for f in dataclasses.fields(Study)}
     if set(values) - known:
         raise SystemExit(
-            f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: {', '.join(sorted(known))}"
+            f"{path}: unknown {', '.join(sorted(set(values) - known))}; known: "
+            f"{', '.join(sorted(known))}"
         )
     beside = load_study(values["beside"]) if "beside" in values else None
     study = Study(
@@ -231,7 +232,8 @@ def choose(study: Study, held_out: dict[str, float]) -> dict[str, dict[str, Any]
             best = min(range(len(grid)), key=losses.__getitem__)
             if best in (0, len(grid) - 1):
                 raise SystemExit(
-                    f"{study.name}: {run} is best at the edge of its grid, {name}={grid[best]}; widen it"
+                    f"{study.name}: {run} is best at the edge of its grid, {name}={grid[best]}; "
+                    "widen it"
                 )
             chosen[run] = {name: grid[best]}
     return chosen

@@ -74,7 +74,10 @@ def test_overrides_change_sampling_as_those_of_train_do():
         ),
         (
             "sample.prompts=a",
-            "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts",
+            (
+                "--set: sample.prompts are those of a run's grids; name a file of prompts with "
+                "--prompts"
+            ),
         ),
         ("sample.stepps=3", "unknown field sample.stepps; did you mean 'sample.steps'?"),
         ("sample.steps=0", "sample.steps: 0 must be at least 1"),

@@ -328,7 +328,10 @@ def test_store_without_a_readable_image_is_not_left_behind(whole, tmp_path, monk
     monkeypatch.setattr(
         whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2
     )
-    line = "SOURCE: none of the 11 images can be read, such as cat/00.png: its latents are not finite in float16"
+    line = (
+        "SOURCE: none of the 11 images can be read, such as cat/00.png: its latents are not "
+        "finite in float16"
+    )
     with pytest.raises(DataError, match=f"^{line}$"):
         write_store(dataclasses.replace(whole, store=tmp_path / "store"))
     assert list((tmp_path / "store").iterdir()) == []
@@ -351,14 +354,19 @@ def overwrite(path, settings, name, row, value, k=0):
 @pytest.mark.parametrize("name", ["mean", "std", "mean_mirrored"])
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_numbers_that_are_not_finite_are_named_by_verify_and_training(whole, copy, name, value):
-    """Row 2 of the second shard is image 6, and the fifth readable one, though its hash is right."""
+    """Row 2 of the second shard is image 6, and the fifth readable one,
+    though its hash is right.
+    """
     path = copy / "shard-00001.safetensors"
     overwrite(path, whole.settings, name, 2, value, k=1)
     assert {n: p for n, p in verify(copy) if p} == {
         path.name: "row 2 holds numbers that are not finite"
     }
     store = LatentStore(copy, flip=True)
-    line = f"row 2 of shard-00001.safetensors in '{copy}' holds numbers that are not finite; run diffussm encode --ver"
+    line = (
+        f"row 2 of shard-00001.safetensors in '{copy}' holds numbers that are not finite; run "
+        "diffussm encode --ver"
+    )
     # some of them read the mirrored latents
     both = [torch.Generator().manual_seed(seed) for seed in range(22)]
     with pytest.raises(DataError, match=line):
@@ -419,7 +427,10 @@ def test_latents_of_another_scale_are_reported(copy, whole):
         ([-3.0, 0, 0, 0], [1.0] * 4),
     ):
         warning = with_statistics(copy, mean, std)
-        has = f"means from {min(mean):.3g} to {max(mean):.3g} and deviations from {min(std):.3g} to {max(std):.3g}"
+        has = (
+            f"means from {min(mean):.3g} to {max(mean):.3g} and deviations from {min(std):.3g} "
+            f"to {max(std):.3g}"
+        )
         assert (
             f"have channels with {has}, but training assumes about 0 and 1: check scaling_factor"
             in warning
@@ -650,8 +661,12 @@ def test_a_run_must_fit_the_stored_captions(captioned, tmp_path, whole):
     for overrides, problem in {
         "data.text=wordllama": "data.text: 'wordllama', but the captions in .* are of letters",
         "data.text_sha256=xyz": "data.text: 'letters', but the captions in .* are of letters",
-        "model.text_width=8": "model.text_tokens: 0 of width 8, but the captions in .* are 3 tokens of width 4",
-        "model.text_tokens=4": "model.text_tokens: 4 of width 4, but the captions in .* are 3 tokens",
+        "model.text_width=8": (
+            "model.text_tokens: 0 of width 8, but the captions in .* are 3 tokens of width 4"
+        ),
+        "model.text_tokens=4": (
+            "model.text_tokens: 4 of width 4, but the captions in .* are 3 tokens"
+        ),
         f"data.path={whole.store}": "are missing; encode the images with --text",
     }.items():
         given = (

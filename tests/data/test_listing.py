@@ -334,7 +334,10 @@ def test_what_is_not_used_is_one_line():
         listing.LeftOut(60, "image", "not in a class folder", "0\n.png"),
         listing.LeftOut(1, "file", "a hidden file", ".x"),
     ]
-    line = "left out of 'faces': 60 images (not in a class folder, such as '0\\n.png'), 1 file (a hidden file: '.x')"
+    line = (
+        "left out of 'faces': 60 images (not in a class folder, such as '0\\n.png'), 1 file (a "
+        "hidden file: '.x')"
+    )
     assert listing.left_out_line("faces", parts) == line
     assert listing.left_out_line("faces", []) == ""
 
@@ -343,12 +346,18 @@ def test_a_source_without_images_says_what_it_holds(tmp_path):
     write(tmp_path, **{"0.tar": shard(**{"1.image.png": None, "2.image.png": None})})
     with pytest.raises(
         DataError,
-        match=r"no images in .*; left out of .*: 2 images \(not an image by its name, such as '0.tar/1.image",
+        match=(
+            r"no images in .*; left out of .*: 2 images \(not an image by its name, such as "
+            r"'0.tar/1.image"
+        ),
     ):
         list_source(tmp_path)
     with pytest.raises(
         DataError,
-        match=r"no images in .*: 2 files \(a compressed archive, which is not read; unpack it first, such",
+        match=(
+            r"no images in .*: 2 files \(a compressed archive, which is not read; unpack it "
+            r"first, such"
+        ),
     ):
         list_source(write(tmp_path / "packed", **{"0.tar.gz": b"", "1.tar.gz": b""}))
 
@@ -383,7 +392,10 @@ REFUSED = {  # files, what is given, the line
     "split folders beside others": (
         {"train2017/1.png": None, "val2017/1.png": None, "annotations/a.json": b"", "readme": b""},
         "",
-        "ROOT' holds the splits train2017, val2017 of a data set, not classes; give one: 'ROOT/train2017'",
+        (
+            "ROOT' holds the splits train2017, val2017 of a data set, not classes; give one: "
+            "'ROOT/train2017'"
+        ),
     ),
     "one split folder": (
         {"train/cat/1.png": None, "train/dog/1.png": None},
@@ -404,7 +416,10 @@ REFUSED = {  # files, what is given, the line
             for split in ("train", "test")
         },
         "",
-        "ROOT/bottle' holds the splits test, train of a data set, not classes, and other folders in it do too",
+        (
+            "ROOT/bottle' holds the splits test, train of a data set, not classes, and other "
+            "folders in it do too"
+        ),
     ),
     "shards in several folders": (
         {"a/0.tar": b"", "b/0.tar": b""},
@@ -414,7 +429,10 @@ REFUSED = {  # files, what is given, the line
     "shards beside class folders": (
         {"a/1.png": None, "data/0.tar": b""},
         "",
-        "the class folder 'ROOT/data' holds no images, but shards; give this folder, or move it away: 'data/0.tar'",
+        (
+            "the class folder 'ROOT/data' holds no images, but shards; give this folder, or "
+            "move it away: 'data/0.tar'"
+        ),
     ),
     "an archive": (
         {"x.zip": b""},

@@ -297,7 +297,10 @@ def test_images_that_are_null_or_not_stored_are_named(tmp_path):
     )
     write(tmp_path / "a.parquet", images, features=None, raw=True)
     found = list_source(tmp_path / "a.parquet")
-    stored = "the image is stored as a path, 'cat/a.png'; save the data set with the images embedded as bytes"
+    stored = (
+        "the image is stored as a path, 'cat/a.png'; save the data set with the images embedded "
+        "as bytes"
+    )
     for row, line in enumerate((stored, "the image is null", "the image is null")):
         with pytest.raises(DataError, match=f"^a.parquet/000000{row}: {line}$"):
             read_entry(tmp_path, found.entries[row], None)
@@ -316,7 +319,10 @@ def test_images_that_are_null_or_not_stored_are_named(tmp_path):
 )
 def test_images_of_another_type_are_refused_when_listed(tmp_path, images, kind):
     write(tmp_path / "a.parquet", images, features=None, raw=True)
-    line = f"^SOURCE: a.parquet: the column image holds {kind}.*, not image files as bytes; save the data set with"
+    line = (
+        f"^SOURCE: a.parquet: the column image holds {kind}.*, not image files as bytes; save "
+        "the data set with"
+    )
     with pytest.raises(DataError, match=line):
         list_source(tmp_path / "a.parquet")
 

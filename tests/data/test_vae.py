@@ -354,8 +354,9 @@ def test_without_network_one_line_says_what_to_do(monkeypatch):
     with pytest.raises(DataError) as e:
         read_facts("stabilityai/sd-vae-ft-ema")
     assert str(e.value) == (
-        "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub, and there is no such folder here: download its "
-        "config.json and diffusion_pytorch_model.safetensors into a folder and pass --vae FOLDER (Name not known)"
+        "--vae: cannot load 'stabilityai/sd-vae-ft-ema' from the hub, and there is no such "
+        "folder here: download its config.json and diffusion_pytorch_model.safetensors into a "
+        "folder and pass --vae FOLDER (Name not known)"
     )
 
 
@@ -402,7 +403,8 @@ def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
     without_network(monkeypatch)
     decoding = open_decoding(load_config("s-256"), CPU)
     assert decoding.warning.startswith(
-        "the images are only previews of the latents, because the VAE cannot be used: data.vae: cannot load"
+        "the images are only previews of the latents, because the VAE cannot be used: data.vae: "
+        "cannot load"
     )
     assert (
         "name it by data.vae: in training by --set, in a finished run in the config.yaml"

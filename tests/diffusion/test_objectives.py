@@ -277,7 +277,9 @@ def test_one_step_of_any_sampler_is_the_image_predicted_from_the_noisiest_timest
 @ALL
 @pytest.mark.parametrize("T", [2, 10, 50, 1000])
 def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
-    """DPM-Solver++ and UniPC of diffusers would visit the last timestep twice, and divide by zero."""
+    """DPM-Solver++ and UniPC of diffusers would visit the last timestep twice,
+    and divide by zero.
+    """
     betas = {} if objective.continuous else {"beta_start": 0.1 / T, "beta_end": min(0.9, 20 / T)}
     process = type(objective)(T, **betas)
     for name in SAMPLERS[process.name]:

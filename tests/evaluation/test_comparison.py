@@ -21,8 +21,14 @@ def test_warnings_name_what_is_wrong(tmp_path, digits):
     reference.gathered = small
     found = " | ".join(ev.warnings(images, small, reference, ev.USUAL))
     for words in (
-        "12 samples: published FID uses 50,000; fewer samples raise it; the metric fid_infinity does",
-        "the covariance of 12 samples is singular: FID is too high; it needs more samples than features (64)",
+        (
+            "12 samples: published FID uses 50,000; fewer samples raise it; the metric "
+            "fid_infinity does"
+        ),
+        (
+            "the covariance of 12 samples is singular: FID is too high; it needs more samples "
+            "than features (64)"
+        ),
         "samples are sorted by class",
         "reference images are 32x32, samples 28x28",
         "recall uses 12 reference images",

@@ -260,7 +260,9 @@ def make():
 
 
 def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch):
-    """Features are kept by this identity: another network under the same name must not find them."""
+    """Features are kept by this identity: another network under the same name must not
+    find them.
+    """
     monkeypatch.syspath_prepend(tmp_path)
 
     def identity(value, dtype="float32", text=FACTORY):

@@ -39,7 +39,9 @@ def test_features_are_kept_by_content(pictures, tmp_path, digits):
 
 
 def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
-    """A name that is too long stands for a folder that may not be entered: tests may run as root."""
+    """A name that is too long stands for a folder that may not be entered:
+    tests may run as root.
+    """
     _, done, lines = gathered(open_images(str(pictures), 1), digits, Path("x" * 300))
     assert done == 12
     assert len(lines) == 1

@@ -186,7 +186,9 @@ def test_swapping_the_sets_swaps_precision_and_recall():
 
 
 def test_a_ball_reaches_to_the_third_neighbour():
-    """On a line at 0, 1, 2, 3, 10: the ball at 0 has radius 3 and the distance 3 counts as inside."""
+    """On a line at 0, 1, 2, 3, 10: the ball at 0 has radius 3 and the distance 3
+    counts as inside.
+    """
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     samples = torch.tensor([[-3.0], [-3.01], [6.0], [6.01]])
     precision, _ = precision_recall(reference, samples)

@@ -14,13 +14,21 @@ from diffussm_cli.machine.processes import World, first_works, gather, peer_erro
 LOST = {
     "gloo": "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:36431",
     "gloo reset": "[pair.cc:537] Read error [127.0.0.1]:55: Connection reset by peer",
-    "gloo timeout": "[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete",
-    "NCCL": "NCCL error in: a.cpp:1970, remote process exited or there was a network error, NCCL version 2.27\\n"
-    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+    "gloo timeout": (
+        "[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"
+    ),
+    "NCCL": (
+        "NCCL error in: a.cpp:1970, remote process exited or there was a network error, NCCL "
+        "version 2.27\\nncclRemoteError: A call failed possibly due to a network error or a "
+        "remote process exiting prematurely."
+    ),
 }
 OURS = [
     "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
-    "NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000",
+    (
+        "NCCL error: invalid usage: Duplicate GPU detected : rank 0 and rank 1 both on CUDA "
+        "device 1000"
+    ),
     "No backend type associated with device type cuda for gloo",
     "Tensors must be contiguous for ProcessGroupGloo",
 ]

@@ -1,4 +1,6 @@
-"""Every mixer in every order: gradients everywhere, checkpointing, names; and how a mixer is added."""
+"""Every mixer in every order: gradients everywhere, checkpointing, names;
+and how a mixer is added.
+"""
 
 import contextlib
 import itertools

@@ -161,7 +161,9 @@ def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypa
 
 @pytest.mark.parametrize("numbers", [1, 100, 1 << 20])
 def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, numbers):
-    """Of every argument, at lengths that are squares and that are not, whatever the slices of rows."""
+    """Of every argument, at lengths that are squares and that are not,
+    whatever the slices of rows.
+    """
     monkeypatch.setattr(numerics, "SLICE", {True: numbers, False: numbers})
     generator = torch.Generator().manual_seed(0)
     for L in (1, 16, 23):
@@ -307,7 +309,9 @@ def test_gradients_taken_under_autocast_keep_their_bits():
 
 @pytest.fixture(params=["by the old switch", "by the new switch"])
 def reduced_precision(request):
-    """Products of float32 allowed in TensorFloat-32, and the switches back as they were afterwards."""
+    """Products of float32 allowed in TensorFloat-32,
+    and the switches back as they were afterwards.
+    """
     if request.param == "by the old switch":
         torch.set_float32_matmul_precision("medium")
     elif hasattr(torch.backends, "fp32_precision"):

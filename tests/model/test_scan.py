@@ -58,7 +58,9 @@ def test_consecutive_positions_of_turning_orders_are_neighbours(scan):
 
 @pytest.mark.parametrize("scan", ORDERS, ids=str)
 def test_the_tokens_of_a_sequence_form_their_image(scan):
-    """The image counts its tokens: position p holds the M neighbours p M .. p M + M - 1 of a row."""
+    """The image counts its tokens:
+    position p holds the M neighbours p M .. p M + M - 1 of a row.
+    """
     H, W, M = 3, 8, 2
     image = torch.arange(H * W, device=device()).view(1, 1, H, W)
     order = scan.apply(torch.arange(H * W // M)[None], (H, W // M))[0].tolist()

@@ -147,7 +147,9 @@ def test_linear_attention_costs_as_much_per_token_at_every_length():
 
 
 def test_products_are_what_torch_counts():
-    """Every matrix product of a forward pass, counted by torch's own counter, against the formula."""
+    """Every matrix product of a forward pass, counted by torch's own counter,
+    against the formula.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     config = load_config("s-256")

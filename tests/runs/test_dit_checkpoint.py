@@ -93,7 +93,10 @@ def test_sample_and_eval_say_first_what_is_assumed_of_a_file(tmp_path, model):
     """A file of SiT has the same names and shapes, so that nothing tells it from a DiT."""
     path = tmp_path / "SiT-S-2.pt"
     torch.save(official(model), path)
-    line = f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT"
+    line = (
+        f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the "
+        "files of SiT"
+    )
     for events in (
         sample(path, tmp_path / "out", 1),
         evaluate(path, "builtin:digits", extractor="digits", num=2),

@@ -54,7 +54,10 @@ def test_a_folder_of_that_name_wins(cache):
 
 @pytest.mark.parametrize("name", ["owner/nothing", "owner/digits@v2", f"owner/digits@{'e' * 40}"])
 def test_what_cannot_be_fetched_is_one_line(cache, name):
-    said = f"RUN: there is no folder {name!r}, and it cannot be fetched from the hub: check its name and the network"
+    said = (
+        f"RUN: there is no folder {name!r}, and it cannot be fetched from the hub: check its "
+        "name and the network"
+    )
     assert said in line_of(run("sample", name))
     assert said in line_of(run("eval", name))
 

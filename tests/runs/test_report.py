@@ -279,7 +279,10 @@ def test_a_browser_shows_it(run, tmp_path):
     if CHROMIUM is None:
         pytest.skip("no Chromium found (Debian: apt-get install chromium)")
     path = write_report(run)
-    shown = "[...document.querySelectorAll('.film figure')].filter(f => f.offsetParent).map(f => f.innerText.trim())"
+    shown = (
+        "[...document.querySelectorAll('.film figure')].filter(f => f.offsetParent).map(f => "
+        "f.innerText.trim())"
+    )
     colour = "getComputedStyle(document.body).backgroundColor"
     with browser(tmp_path / "profile") as tab:
         tab.open(path)

@@ -299,7 +299,9 @@ def test_a_callback_sees_every_step_and_may_change_it(pipeline, capsys):
 
 
 def test_guidance_that_a_callback_changes_holds_from_the_next_step_on(tiny, tmp_path):
-    """The right answer is guidance in an interval that leaves out the first step, at timestep 900."""
+    """The right answer is guidance in an interval that leaves out the first step,
+    at timestep 900.
+    """
 
     def to_three(pipe, i, t, tensors):
         pipe._guidance_scale = 3.0
@@ -574,7 +576,10 @@ def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, m
 
 def test_without_the_package_one_line_says_what_to_install(tiny, tmp_path):
     folder = final_of(tmp_path, tiny())
-    code = f"import sys; sys.modules['diffussm_cli'] = None; import runpy; runpy.run_path({str(folder / 'pipeline.py')!r})"
+    code = (
+        "import sys; sys.modules['diffussm_cli'] = None; import runpy; "
+        f"runpy.run_path({str(folder / 'pipeline.py')!r})"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     line = "ImportError: this model needs the package diffussm: pip install . in a clone of it"
     assert done.stderr.splitlines()[-1] == line

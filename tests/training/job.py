@@ -45,7 +45,9 @@ PATIENCE, SLOW = 6, 9  # seconds within a step, and of a preview of the first pr
 def start(
     folder: Path, jobs: dict[str, tuple[str, list[str]]], processes: int = 2
 ) -> subprocess.CompletedProcess:
-    """Jobs in one start, which takes longer than the jobs: name in `folder` to fault and overrides."""
+    """Jobs in one start, which takes longer than the jobs:
+    name in `folder` to fault and overrides.
+    """
     listed = []
     for name, (fault, overrides) in jobs.items():
         (folder / name).mkdir(parents=True, exist_ok=True)

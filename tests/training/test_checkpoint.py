@@ -164,7 +164,9 @@ def test_a_process_that_sees_no_run_begins_when_the_first_does(tiny, tmp_path, m
 
 
 def trained_by(n, roots, monkeypatch):
-    """What `agree_on_checkpoint` gives to each of n processes, here threads, and what they raise."""
+    """What `agree_on_checkpoint` gives to each of n processes, here threads,
+    and what they raise.
+    """
     barrier, board = threading.Barrier(n, timeout=60), [None] * n
 
     def gather(value, world):

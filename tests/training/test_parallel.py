@@ -72,7 +72,9 @@ def same_course(found, expected):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_as_one(alone, together, way):
-    """Loss, its parts, norms, update sizes and time scales of every step, and the averaged weights."""
+    """Loss, its parts, norms, update sizes and time scales of every step,
+    and the averaged weights.
+    """
     same_course(outcome(together / way), alone)
 
 

@@ -132,7 +132,10 @@ def test_a_tracker_that_refuses_is_one_line(tiny, tmp_path, monkeypatch):
         raise RuntimeError("api_key not configured\nmore")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
-    line = "^train.logger: wandb cannot begin: api_key not configured; log in, or set WANDB_MODE=offline$"
+    line = (
+        "^train.logger: wandb cannot begin: api_key not configured; log in, or set "
+        "WANDB_MODE=offline$"
+    )
     with pytest.raises(ConfigError, match=line):
         open_tracker(tiny("train.logger=wandb"), tmp_path)
 

@@ -80,7 +80,10 @@ def shards_of(store):
 
 def test_earlier_store_is_refused_with_the_command_that_converts_it(made, tmp_path):
     store = earlier_store(made, tmp_path / "my store")
-    line = f"is a store of an earlier version; convert it, which encodes nothing again, by: diffussm encode '{store}'"
+    line = (
+        "is a store of an earlier version; convert it, which encodes nothing again, by: "
+        f"diffussm encode '{store}'"
+    )
     with pytest.raises(DataError, match=f"^data.path: '{store}' {line}$"):
         LatentStore(store, flip=True)
     assert f"--verify: '{store}' {line}" in line_of(run("encode", "--verify", store))

@@ -55,6 +55,7 @@ def test_command_names_every_choice(tmp_path):
     text = {"text": "wordllama", "text_tokens": 7, "columns": ("image=a b", "label=c")}
     settings = dataclasses.replace(SETTINGS, flip=False, **text)
     assert settings.command("my store") == (
-        "diffussm encode SOURCE 'my store' --vae vae --resolution 16x24 --precision fp32 --batch-size 3 "
-        "--shard-size 4 --no-flip --columns 'image=a b,label=c' --text wordllama --text-tokens 7"
+        "diffussm encode SOURCE 'my store' --vae vae --resolution 16x24 --precision fp32 "
+        "--batch-size 3 --shard-size 4 --no-flip --columns 'image=a b,label=c' --text wordllama "
+        "--text-tokens 7"
     )

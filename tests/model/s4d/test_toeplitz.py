@@ -52,7 +52,8 @@ def errors(B, J, M, dtype):
 def test_values_and_both_gradients():
     code = (
         "import json; from tests.model.s4d.test_toeplitz import *\n"
-        "print(json.dumps({name: [errors(*shape, d) for shape in SHAPES] for name, d in DTYPES.items()}))"
+        "print(json.dumps({name: [errors(*shape, d) for shape in SHAPES] for name, d in "
+        "DTYPES.items()}))"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1"}  # must be set before triton is imported
     done = subprocess.run(
