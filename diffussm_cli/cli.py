@@ -86,7 +86,8 @@ EXAMPLES = {
     "sample": """
   diffussm sample                                  40 images of the newest run
   diffussm sample runs/mnist --num 100 --classes 0-9
-  diffussm sample runs/mnist --num 20 --classes 3 --sampler dpmpp --steps 25 --guidance 2 --out threes/
+  diffussm sample runs/mnist --num 20 --classes 3 --sampler dpmpp --steps 25 --guidance 2 --out \
+threes/
   diffussm sample DiT-XL-2-256x256.pt --guidance 1.5 --guidance-channels 3
 """,
     "eval": """

@@ -77,8 +77,8 @@ class ModelConfig:
     )
     mixer: str = _option(
         "s4d",
-        "layer that mixes tokens: s4d, axial, linear, conv or attention; a list such as conv,axial repeats along the "
-        "blocks; not used by DiT",
+        "layer that mixes tokens: s4d, axial, linear, conv or attention; "
+        "a list such as conv,axial repeats along the blocks; not used by DiT",
     )
     kernel: Literal[3, 5, 7] = _option(3, "side of the convolution of the mixer conv, in tokens")
     scan: Literal["raster", "alternate", "four"] = _option(
@@ -110,7 +110,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on. Resolution is in pixels; the grid is resolution / downsample."""
+    """What the model is trained on. Resolution is in pixels; the grid is resolution /
+    downsample.
+    """
 
     path: str = _option(
         "", "builtin:mnist, :digits or :emoji, a folder of images, or a folder of encoded latents"
@@ -139,7 +141,8 @@ class DataConfig:
     )
     columns: tuple[str, ...] = _option(
         (),
-        "columns of parquet shards, such as image=photo,label=breed,text=title; those not given are found by name",
+        "columns of parquet shards, such as image=photo,label=breed,text=title; "
+        "those not given are found by name",
     )
     text: str | None = _option(
         None, "text encoder: wordllama, a folder or a hub name; null: captions are not used"
@@ -279,7 +282,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How images are drawn: defaults for `diffussm sample` and for the last grid of a training run."""
+    """How images are drawn: defaults for `diffussm sample` and for the last grid of a training
+    run.
+    """
 
     sampler: Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] = _option(
         "ddpm", "sampling method; see diffusion/samplers.py"
@@ -295,7 +300,8 @@ class SampleConfig:
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
     prompts: tuple[str, ...] = _option(
         (),
-        "prompts of the grids of a run with text, such as [red heart, sun]; empty: captions of its data",
+        "prompts of the grids of a run with text, such as [red heart, sun]; "
+        "empty: captions of its data",
         commas=False,
     )
 
@@ -403,7 +409,8 @@ def read_text(path: Path, option: str) -> str:
             raise ConfigError(f"{option}: {path} is not a regular file")
         if size > MAX_YAML_BYTES:
             raise ConfigError(
-                f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes, too large for a configuration"
+                f"{option}: {path} is larger than {MAX_YAML_BYTES} bytes, "
+                "too large for a configuration"
             )
         return path.read_text(encoding="utf-8-sig")  # Notepad begins a file with a byte order mark
 
@@ -536,6 +543,7 @@ def config_from_dict(
         s: dict(v) if isinstance(v, Mapping) else v for s, v in _mapping(values, where).items()
     }
     saved_name = values.pop("preset", "")
+
     for key, value in [*map(_split_override, overrides), *(fields or {}).items()]:
         section, _, option = key.partition(".")
         if section not in SECTIONS or not option:
@@ -543,11 +551,13 @@ def config_from_dict(
         if not isinstance(values.setdefault(section, {}), dict):
             raise ConfigError(f"{where}: {section} must hold fields, not {values[section]!r}")
         values[section][option] = value
+
     unknown = [s for s in values if s not in SECTIONS]
     if unknown:
         raise ConfigError(
             f"{where}: unknown section {unknown[0]!r}{nearest(str(unknown[0]), SECTIONS)}"
         )
+
     sections = {s: read_section(s, _mapping(v, f"{where}: {s}")) for s, v in values.items()}
     config = Config(preset=name if name is not None else str(saved_name), **sections)
     check(config)
@@ -595,12 +605,14 @@ def read_section(section: str, values: Mapping) -> Any:
     cls = SECTIONS[section]
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+
     values = _without_retired(section, values)
     for name in values:
         if name not in fields:
             raise ConfigError(
                 f"unknown field {section}.{name}{nearest(f'{section}.{name}', field_names())}"
             )
+
     values = {
         n: [v] if isinstance(v, str) and v and not fields[n].metadata["commas"] else v
         for n, v in values.items()
@@ -608,6 +620,7 @@ def read_section(section: str, values: Mapping) -> Any:
     read = {
         name: _coerce(hints[name], value, f"{section}.{name}") for name, value in values.items()
     }
+
     for name, value in read.items():
         for item in value if isinstance(value, tuple) else (value,):
             _check_bounds(fields[name].metadata, item, f"{section}.{name}")
@@ -639,10 +652,12 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         if str(value) not in choices:
             raise ConfigError(f"{name}: {value!r} is not a choice{nearest(str(value), choices)}")
         return choices[str(value)]
+
     if origin is tuple:
         text = "" if value is None else str(value)
         items = value if isinstance(value, (list, tuple)) else [v for v in text.split(",") if v]
         return tuple(_coerce(options[0], v, name) for v in items)
+
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in options:
             return None
@@ -653,6 +668,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
             if is_number or value in NOT_FINITE:
                 return _coerce(kind_of_number, value, name)
         return _coerce(str, value, name)
+
     if hint in (int, float):
         number = _as_number(value, hint)
         if number is None:
@@ -660,12 +676,14 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
                 f"{name}: {value!r} must be {'a whole' if hint is int else 'a finite'} number"
             )
         return number
+
     if hint is str and isinstance(value, (bool, int, float, type(None))):
         return (
             "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         )
     if hint is bool and isinstance(value, str):
         value = TRUTH.get(value.lower(), value)
+
     if not isinstance(value, hint):
         kind = {bool: "true or false", str: "text"}[hint]
         raise ConfigError(f"{name}: {value!r} must be {kind}")
@@ -690,10 +708,12 @@ def _check_bounds(bounds: Mapping, value: Any, name: str) -> None:
     if isinstance(value, str):
         check_text(value, name)
         return
+
     if isinstance(value, float) and 0 < abs(value) < SMALLEST:
         raise ConfigError(
             f"{name}: {value} is too small to have an effect; it must be at least {SMALLEST}"
         )
+
     if "least" in bounds and value < bounds["least"]:
         raise ConfigError(f"{name}: {value} must be at least {bounds['least']}")
     if "above" in bounds and value <= bounds["above"]:
@@ -751,11 +771,14 @@ def check(config: Config) -> None:
     were read.
     """
     m, d, t, s = config.model, config.data, config.train, config.sample
+
+    # the size of images and of their grid
     if not isinstance(d.resolution, int) and not re.fullmatch(
         r"[1-9]\d{0,4}x[1-9]\d{0,4}", d.resolution
     ):
         raise ConfigError(
-            f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, like 256 or 256x384"
+            f"data.resolution: {d.resolution!r} must be a number of pixels or HxW, "
+            "like 256 or 256x384"
         )
     if not 1 <= min(d.size) <= max(d.size) <= MAX_SIDE:
         raise ConfigError(f"data.resolution: {d.resolution} must be from 1 to {MAX_SIDE}")
@@ -767,6 +790,8 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"data.downsample: {d.downsample} needs data.vae; pixels have downsample 1"
         )
+
+    # patches, tokens and channels
     H, W = d.grid
     if H % m.patch_size or W % m.patch_size:
         raise ConfigError(
@@ -774,15 +799,19 @@ def check(config: Config) -> None:
         )
     if (W // m.patch_size) % m.compression:
         raise ConfigError(
-            f"model.compression: {m.compression} must divide the {W // m.patch_size} tokens of a row"
+            f"model.compression: {m.compression} must divide "
+            f"the {W // m.patch_size} tokens of a row"
         )
     if m.hidden_size % 4:
         raise ConfigError(f"model.hidden_size: {m.hidden_size} must be a multiple of 4")
     wide = m.hidden_size if m.backbone == "dit" else 2 * m.hidden_size
     if wide % m.compression:
         raise ConfigError(
-            f"model.compression: {m.compression} must divide the {wide} channels that the hourglass contracts"
+            f"model.compression: {m.compression} must divide the {wide} channels that the "
+            "hourglass contracts"
         )
+
+    # the mixers
     wrong = [name for name in m.mixers if name not in MIXERS]
     if wrong:
         raise ConfigError(f"model.mixer: {wrong[0]!r} is not a choice; valid: {', '.join(MIXERS)}")
@@ -791,6 +820,8 @@ def check(config: Config) -> None:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
+
+    # training
     if t.optimizer == "muon" and t.parallel == "fsdp":
         raise ConfigError(
             "train.optimizer: muon needs whole matrices, which train.parallel=fsdp splits; take ddp"
@@ -803,13 +834,16 @@ def check(config: Config) -> None:
         raise ConfigError(
             f"train.ema: {','.join(map(str, t.ema))!r} must be one or more different numbers"
         )
+
+    # the data
     if (
         isinstance(d.held_out, str)
         and d.held_out
         and (d.held_out == d.path or d.held_out.startswith(BUILTIN))
     ):
         raise ConfigError(
-            f"data.held_out: {d.held_out!r} must be a share or a folder of other images than data.path"
+            f"data.held_out: {d.held_out!r} must be a share or a folder of other images than "
+            "data.path"
         )
     if named_columns(d.columns, "data.columns") and (
         d.vae is not None or d.path.startswith(BUILTIN)
@@ -820,6 +854,7 @@ def check(config: Config) -> None:
     _check_text(config)
     if d.path.startswith(BUILTIN) and d.vae is not None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
+
     _check_size(config)
     _check_schedule(config.diffusion)
     _check_objective(config)
@@ -847,15 +882,16 @@ def _check_size(config: Config) -> None:
         + m.num_classes * D
         + 3 * m.compression * taps * D
     )  # to a few percent
+
     if parameters > MAX_PARAMETERS:
         raise ConfigError(
-            f"model.hidden_size: {D} with model.depth {m.depth} makes about {parameters:.1e} parameters; "
-            f"at most {MAX_PARAMETERS:.0e} are allowed"
+            f"model.hidden_size: {D} with model.depth {m.depth} makes about {parameters:.1e} "
+            f"parameters; at most {MAX_PARAMETERS:.0e} are allowed"
         )
     if tokens * max(D, taps) > MAX_VALUES:
         raise ConfigError(
-            f"data.resolution: {d.resolution} makes {tokens:,} tokens of {max(D, taps):,} values; take a larger "
-            "model.patch_size or data.downsample"
+            f"data.resolution: {d.resolution} makes {tokens:,} tokens of {max(D, taps):,} values; "
+            "take a larger model.patch_size or data.downsample"
         )
 
 
@@ -870,8 +906,10 @@ def _check_text(config: Config) -> None:
         )
     if d.text is not None and not m.text_width:
         raise ConfigError(
-            f"data.text: {d.text!r} needs model.text_width, the width of its vectors (wordllama: 256)"
+            f"data.text: {d.text!r} needs model.text_width, the width of its vectors "
+            "(wordllama: 256)"
         )
+
     if m.text_tokens and not m.text_width:
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text"
@@ -883,8 +921,8 @@ def _check_text(config: Config) -> None:
     ):
         given = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
-            f"model.text_tokens: {m.text_tokens} given, but {given} reads an image, and text tokens have no place "
-            "in one; set text_tokens to 0"
+            f"model.text_tokens: {m.text_tokens} given, but {given} reads an image, "
+            "and text tokens have no place in one; set text_tokens to 0"
         )
 
 
@@ -897,8 +935,8 @@ def _check_schedule(d: DiffusionConfig) -> None:
     step = (d.beta_end - d.beta_start) / (d.timesteps - 1)
     if sum(math.log1p(-(d.beta_start + i * step)) for i in range(d.timesteps)) < MIN_SIGNAL:
         raise ConfigError(
-            f"diffusion.timesteps: {d.timesteps} with variances up to {d.beta_end} leave nothing of the image; "
-            "lower diffusion.beta_end"
+            f"diffusion.timesteps: {d.timesteps} with variances up to {d.beta_end} leave nothing "
+            "of the image; lower diffusion.beta_end"
         )
 
 
@@ -906,14 +944,17 @@ def _check_objective(config: Config) -> None:
     """Raises ConfigError for options that make no sense with the objective, or with each other."""
     d, t = config.diffusion, config.train
     flow, min_snr = d.objective == "flow", t.loss_weight == "min_snr"
+
     if d.predicts == "image" and not flow:
         raise ConfigError(
-            f"diffusion.predicts: image needs diffusion.objective=flow; {d.objective} says what the model predicts"
+            "diffusion.predicts: image needs diffusion.objective=flow; "
+            f"{d.objective} says what the model predicts"
         )
     if flow and config.model.learn_sigma:
         raise ConfigError(
             "model.learn_sigma: true given, but a flow has no covariance to learn; set it to false"
         )
+
     if d.zero_terminal_snr and d.objective != "velocity":
         why = (
             "a flow ends in pure noise anyway"
@@ -923,16 +964,22 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             f"diffusion.zero_terminal_snr: true needs diffusion.objective=velocity; {why}"
         )
+
     if t.mse_weight_cap > 1 and (min_snr or d.objective != "noise"):
         other = "train.loss_weight=min_snr" if min_snr else f"diffusion.objective={d.objective}"
         cap = f"train.mse_weight_cap: {t.mse_weight_cap:g}"
         raise ConfigError(
-            f"{cap} turns the MSE of the noise into that of the velocity; leave it at 1 with {other}"
+            f"{cap} turns the MSE of the noise into that of the velocity; "
+            f"leave it at 1 with {other}"
         )
+
     if min_snr and (flow or d.zero_terminal_snr):
         why = "is for discrete timesteps; weight a flow by diffusion.timesteps_drawn"
         if not flow:
-            why = "gives the first step of sampling the weight 0; leave it out with diffusion.zero_terminal_snr"
+            why = (
+                "gives the first step of sampling the weight 0; "
+                "leave it out with diffusion.zero_terminal_snr"
+            )
         raise ConfigError(f"train.loss_weight: min_snr {why}")
 
 
@@ -940,25 +987,28 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
     """Raises ConfigError for a sampling request that the model does not support."""
     objective = config.diffusion.objective
     if s.sampler not in SAMPLERS[objective]:
-        of, fitting = (
-            "flow" if s.sampler == "sde" else "discrete process",
-            ", ".join(SAMPLERS[objective]),
-        )
+        of = "flow" if s.sampler == "sde" else "discrete process"
+        fitting = ", ".join(SAMPLERS[objective])
         raise ConfigError(
-            f"sample.sampler: {s.sampler} is for a {of}; with objective {objective}, choose {fitting}"
+            f"sample.sampler: {s.sampler} is for a {of}; with objective {objective}, "
+            f"choose {fitting}"
         )
     if s.sampler == "ddim" and config.diffusion.zero_terminal_snr:
         raise ConfigError(
-            "sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; choose euler"
+            "sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; "
+            "choose euler"
         )
+
     if s.clip and config.data.vae is not None:
         latents = f"the latents of {config.data.vae!r} go beyond that"
         raise ConfigError(
             f"sample.clip: true clamps pixels to [-1, 1], and {latents}; leave it at false"
         )
+
     if s.steps > config.diffusion.timesteps:
         raise ConfigError(
-            f"sample.steps: {s.steps} must be at most diffusion.timesteps {config.diffusion.timesteps}"
+            f"sample.steps: {s.steps} must be at most diffusion.timesteps "
+            f"{config.diffusion.timesteps}"
         )
     if s.guidance != 1 and not (config.model.num_classes or config.model.text_width):
         raise ConfigError(
@@ -966,8 +1016,10 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
         )
     if s.prompts and not config.model.text_width:
         raise ConfigError(
-            f"sample.prompts: {s.prompts[0]!r:.60} given, but the model takes no text; see data.text"
+            f"sample.prompts: {s.prompts[0]!r:.60} given, but the model takes no text; "
+            "see data.text"
         )
+
     interval = s.guidance_interval
     if interval and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
         given = ",".join(map(str, interval))

@@ -323,7 +323,8 @@ def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.I
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(
-            f"images must be uint8 (n, C, H, W), n at least 1, not {images.dtype} {tuple(images.shape)}"
+            "images must be uint8 (n, C, H, W), n at least 1, "
+            f"not {images.dtype} {tuple(images.shape)}"
         )
     pixels = np.asarray(image_grid(images, min(columns, len(images))).permute(1, 2, 0))
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)

@@ -97,6 +97,7 @@ def follow(console, session: Generator[Event, None, T]) -> T:
                 event = next(session)
             except StopIteration as end:
                 return end.value
+
             if isinstance(event, Progress):
                 shown.progress(event)
                 continue
@@ -106,6 +107,7 @@ def follow(console, session: Generator[Event, None, T]) -> T:
             if isinstance(event, TrainingRecord):
                 shown.record(event)
                 continue
+
             shown.close()
             if isinstance(event, Message):
                 console.print(event.text)
@@ -142,9 +144,11 @@ class _Shown:
         news = f"loss {record['loss']:.4f}  {record['images_per_second']:.1f} images/s"
         news += f"  held-out {record['held_out']:.4f}" if "held_out" in record else ""
         news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
+
         if self._steps is None:
             self.close()
             self._steps = self._open.enter_context(_step_bar(self.console, event))
+
         if "left_out" in record:
             self.console.print(
                 f"warning: step {step}: non-finite steps, left out: {record['left_out']}"
@@ -157,7 +161,9 @@ class _Shown:
 
 
 def _moving(console, what: str):
-    """A progress bar: how many of `what` are done, the remaining time, and the `news` of its task."""
+    """A progress bar: how many of `what` are done, the remaining time, and the `news` of its
+    task.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -218,6 +224,7 @@ def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], N
             if console.is_terminal:
                 return
             console.print(f"step {step}/{first.steps}  {news}")
+
             if not announced and step > begun:
                 announced = True
                 rest = (time.perf_counter() - start) / (step - begun) * (first.steps - step)

@@ -50,7 +50,8 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="SAMPLES",
-            help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from, as in sample.",
+            help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from, "
+            "as in sample.",
         ),
     ] = None,
     target: Annotated[
@@ -68,7 +69,8 @@ def evaluate(
     extractor: Annotated[
         str,
         typer.Option(
-            help="inception, digits, efficientnet, a .pt2 or .pt file, module:factory, or CLIP by folder or name."
+            help="inception, digits, efficientnet, a .pt2 or .pt file, module:factory, "
+            "or CLIP by folder or name."
         ),
     ] = "auto",
     extractor_weights: Annotated[
@@ -102,7 +104,8 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="sample.FIELD=VALUE",
-            help="Change how a run draws, such as sample.steps=25 or sample.guidance=2. Repeatable.",
+            help="Change how a run draws, such as sample.steps=25 or sample.guidance=2. "
+            "Repeatable.",
         ),
     ] = None,
     precision: options.Precision = "auto",

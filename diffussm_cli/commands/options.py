@@ -30,8 +30,9 @@ PLACES = ("samples", "reference", "data", "vae")
 Classes = Annotated[
     str | None,
     typer.Option(
-        help="Labels or class names, used in turn, such as 3,7 or 0-9 or cat,dog. Put a name with a comma in double "
-        "quotes; for a name that looks like a number or a range, give its label. Default: random, from each seed.",
+        help="Labels or class names, used in turn, such as 3,7 or 0-9 or cat,dog. "
+        "Put a name with a comma in double quotes; for a name that looks like a number or a "
+        "range, give its label. Default: random, from each seed.",
     ),
 ]
 Seed = Annotated[
@@ -134,7 +135,9 @@ class Command(WithExamples, TyperCommand):
 
 
 def option_name(parameter: Any) -> str:
-    """What an error calls a parameter: its longest option, or the word that stands for an argument."""
+    """What an error calls a parameter: its longest option, or the word that stands for an
+    argument.
+    """
     option = max(parameter.opts, key=len)
     return option if option.startswith("-") else parameter.metavar or option
 
@@ -169,8 +172,10 @@ def overridden_sampling(config: Config, overrides: Sequence[str]) -> SampleConfi
         field = override.partition("=")[0].strip()
         if field == "sample.prompts":
             raise ConfigError(
-                "--set: sample.prompts are those of a run's grids; name a file of prompts with --prompts"
+                "--set: sample.prompts are those of a run's grids; "
+                "name a file of prompts with --prompts"
             )
+
         if not field.startswith("sample."):
             raise ConfigError(
                 f"--set: {field!r} does not change how a run draws; fields such as sample.steps do"
@@ -192,12 +197,14 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
         return tuple(range(n)) if balanced else ()
     if not n:
         raise ConfigError(f"--classes: {text!r} given, but the model is unconditional")
+
     try:
         parts = next(csv.reader([text], skipinitialspace=True), [])
     except csv.Error as e:
         raise ConfigError(
             f"--classes: {text!r:.80} must be labels or names separated by commas: {e}"
         ) from e
+
     labels: list[int] = []
     for part in parts:
         span = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
@@ -214,6 +221,7 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
             raise ConfigError(
                 f"--classes: {part!r} must be labels such as 3,7 or 0-9; the run has no class names"
             )
+
     if not labels:
         raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")
     return tuple(labels)
@@ -238,6 +246,7 @@ def parse_size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
     if not found:
         raise ConfigError(
-            f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, up to 9999"
+            f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, "
+            "up to 9999"
         )
     return int(found[1]), int(found[2] or found[1])

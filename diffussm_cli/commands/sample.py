@@ -16,8 +16,9 @@ def sample(
         Path | None,
         typer.Argument(
             metavar="RUN",
-            help=f"Run folder, its final/, a checkpoint, a published DiT .pt, a model of the package "
-            f"({', '.join(bundled_names())}), or OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
+            help="Run folder, its final/, a checkpoint, a published DiT .pt, "
+            f"a model of the package ({', '.join(bundled_names())}), "
+            "or OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
         ),
     ] = None,
     ema: options.Average = None,

@@ -36,8 +36,9 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Continue the run in --out, or the preset's newest run, from its newest good checkpoint; "
-            "begin it if there is none; do nothing if it is finished.",
+            help="Continue the run in --out, or the preset's newest run, "
+            "from its newest good checkpoint; begin it if there is none; "
+            "do nothing if it is finished.",
         ),
     ] = False,
     eval_every: Annotated[

@@ -45,6 +45,7 @@ class Rows(NamedTuple):
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.name}.npy") as file:
                 _header(file)
                 _skip(file, start * row)
+
                 for first in range(start, stop, count):
                     n = min(count, stop - first)
                     content = file.read(n * row)
@@ -77,6 +78,7 @@ def open_npz(path: Path) -> dict[str, Rows]:
                 with archive.open(info) as file:
                     shape, fortran, dtype = _header(file)
                     size = file.tell() + dtype.itemsize * math.prod(shape)
+
                 if dtype.hasobject or fortran or min(shape, default=-1) < 0:
                     kind = (
                         "objects"
@@ -84,14 +86,18 @@ def open_npz(path: Path) -> dict[str, Rows]:
                         else "an array of an unsupported order or shape"
                     )
                     raise DataError(f"{path}: {info.filename} holds {kind}")
+
                 if size != info.file_size:
                     raise DataError(
-                        f"{path}: {info.filename} declares {shape} of {dtype} but unpacks to {info.file_size} bytes"
+                        f"{path}: {info.filename} declares {shape} of {dtype} but unpacks to "
+                        f"{info.file_size} bytes"
                     )
                 if size > SMALL and size > MOST_PACKED * info.compress_size:
                     raise DataError(
-                        f"{path}: {info.filename} unpacks to {size} bytes from {info.compress_size}: a zip bomb"
+                        f"{path}: {info.filename} unpacks to {size} bytes from "
+                        f"{info.compress_size}: a zip bomb"
                     )
+
                 name = info.filename.removesuffix(".npy")
                 found[name] = Rows(path, name, shape, dtype)
     except DAMAGED as e:
@@ -128,6 +134,7 @@ def write_npz(path: Path, arrays: Mapping[str, Written]) -> None:
                 npy.write_array_header_1_0(
                     file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 )
+
                 rows = 0
                 for block in blocks:
                     file.write(np.ascontiguousarray(block, dtype).tobytes())

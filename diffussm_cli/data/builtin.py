@@ -72,12 +72,15 @@ def load(
             f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji"
         )
     whole, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
+
     has, height, width = whole.images.shape[1:]
     if channels not in (None, has) or size not in (None, (height, width)):
         wanted = f"{'any size' if size is None else f'{size[0]}x{size[1]}'} with {channels}"
         raise ConfigError(
-            f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, not {wanted}"
+            f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, "
+            f"not {wanted}"
         )
+
     chosen = np.flatnonzero(left_out == held_out)
     names = tuple(whole.names[i] for i in chosen if whole.names)
     captions = tuple(whole.captions[i] for i in chosen if whole.captions)

@@ -1,8 +1,9 @@
 """Captions beside the images of a folder or archive.
 
-metadata.jsonl     in the folder of an image, or above it: one object per line, `text`, a string or a list, and
-                   `file_name` relative to the folder of this file (as Hugging Face's)
-NAME.txt           beside NAME.png, if no metadata.jsonl lies in its folder or above: one caption per line
+metadata.jsonl     in the folder of an image, or above it: one object per line, `text`, a string or
+                   a list, and `file_name` relative to the folder of this file (as Hugging Face's)
+NAME.txt           beside NAME.png, if no metadata.jsonl lies in its folder or above: one caption
+                   per line
 KEY.txt, KEY.json  in a WebDataset shard: one caption per line, and the fields `text` or `caption`
 text, caption      columns of a parquet shard: a string or a list
 """
@@ -121,6 +122,7 @@ def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
     """
     with reading(f"data.text: {path}: cannot be read", DataError):
         lines = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
+
     for number, line in enumerate(lines, 1):
         if line.strip():
             with reading(f"data.text: {path}: line {number}", DataError):

@@ -34,11 +34,14 @@ class DatasetSource:
     def __init__(self, dataset: Dataset, config: Config):
         if config.data.text is not None:
             raise DataError(
-                f"data.text: {config.data.text!r} needs captions, which a Dataset has not; set it to null"
+                f"data.text: {config.data.text!r} needs captions, which a Dataset has not; "
+                "set it to null"
             )
+
         self.dataset = dataset
         self.flip = config.data.flip
         self.shape = (config.data.channels, *config.data.grid)
+
         if not len(self):
             raise DataError("data: the dataset is empty")
         self._item(0)

@@ -33,12 +33,15 @@ def emoji_file() -> Path:
 
 
 def read_emoji() -> Emoji:
-    """Read all pictures. Raises DataError if the file is missing or is not one that the tool wrote."""
+    """Read all pictures. Raises DataError if the file is missing or is not one that the tool
+    wrote.
+    """
     path = emoji_file()
     if not path.is_file():
         raise DataError(
             f"data.path: builtin:emoji is not at {path}; run: python tools/fetch_emoji.py"
         )
+
     arrays = open_npz(path)
     kinds = {name: (rows.dtype.kind, rows.shape) for name, rows in arrays.items()}
     n = arrays["images"].shape[0] if "images" in arrays else 0
@@ -48,6 +51,7 @@ def read_emoji() -> Emoji:
         raise DataError(
             f"data.path: {path} does not hold emoji; run again: python tools/fetch_emoji.py"
         )
+
     return Emoji(*(arrays[name].whole() for name in Emoji._fields))
 
 

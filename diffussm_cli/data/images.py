@@ -60,8 +60,10 @@ def open_image(path: Path, content: BinaryIO | None = None) -> Iterator[Image.Im
         ):
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
-                    f"{path}: {image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}"
+                    f"{path}: {image.width}x{image.height} pixels, "
+                    f"more than the limit of {MAX_PIXELS}"
                 )
+
             yield image
     except UnidentifiedImageError as e:
         raise DataError(f"{path}: not a {', '.join(FORMATS)} image") from e
@@ -148,6 +150,7 @@ def _opaque(image: Image.Image) -> np.ndarray | None:
     colour = image.info.get("transparency")
     if colour is None or not isinstance(image, PngImageFile) or not image.tile:
         return None
+
     layout = image.tile[0].args
     if layout == "RGB;16B":
         low = _low_bytes(image)
@@ -160,6 +163,7 @@ def _opaque(image: Image.Image) -> np.ndarray | None:
         transparent = np.asarray(image) == colour * unit
     else:
         return None
+
     return np.where(transparent, 0, 255).astype(np.uint8)
 
 
@@ -186,12 +190,17 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+
     scale = max(width / image.width, height / image.height)
     enlarged = (round(image.width * scale), round(image.height * scale))
     limit = max(MAX_PIXELS, 4 * height * width)
     if enlarged[0] * enlarged[1] > limit:
-        what = f"{image.width}x{image.height} pixels become {enlarged[0]}x{enlarged[1]} before the crop"
+        what = (
+            f"{image.width}x{image.height} pixels become {enlarged[0]}x{enlarged[1]} "
+            "before the crop"
+        )
         raise ValueError(f"{what}, more than the limit of {limit}")
+
     if scale != 1:
         image = image.resize(enlarged, Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -271,9 +280,11 @@ def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tens
     n, gap = len(pixels), 2
     rows, times = -(-n // columns), max(1, (112 if titles else 56) // max(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
+
     if titles:
         strips = torch.stack([_title(text, pixels.shape[3]) for text in titles])[:, None]
         pixels = torch.cat([strips.expand(-1, pixels.shape[1], -1, -1), pixels], 2)
+
     _, C, H, W = pixels.shape
     canvas = torch.full(
         (C, rows * (H + gap) + gap, columns * (W + gap) + gap), 128, dtype=torch.uint8

@@ -190,12 +190,14 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
         listing = _list_folder(root, names, columns)
     except DataError as e:
         raise DataError(f"{option}: {e}") from e
+
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, *SHARDS))
         rest = left_out_line(source, listing.left_out())
         raise DataError(
             f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}"
         )
+
     if columns and not listing.entries[0].column:
         named = ", ".join(columns.values())
         raise DataError(
@@ -231,6 +233,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
             return parquet.read_row(path, entry.offset, entry.column)
         except DataError as e:
             raise DataError(f"{name}: {e}") from e
+
     try:
         with open_regular(path) as file:
             if entry.size > MAX_FILE_BYTES:
@@ -241,6 +244,7 @@ def read_content(root: Path, entry: Entry) -> bytes:
             content = file.read(entry.size)
     except OSError as e:
         raise DataError(f"{name}: cannot be read: {e.strerror}") from e
+
     if not content:
         raise DataError(f"{name}: the file is empty")
     return content
@@ -304,7 +308,9 @@ def _reason(name: str, otherwise: str) -> str:
 
 
 def _split_of(shard: str) -> tuple[str, str]:
-    """The split that the name of a shard tells, if any, and a pattern for the shards of this split."""
+    """The split that the name of a shard tells, if any, and a pattern for the shards of this
+    split.
+    """
     suffix = os.path.splitext(shard)[1]
     numbered = re.match(r"(.+)-\d+-of-\d+\.parquet$", shard)
     if numbered:
@@ -434,6 +440,7 @@ def _labelled(
     """
     entries = [e._replace(label=i) for i, found in enumerate(classes.values()) for e in found]
     _refuse_splits(root, [name for name, found in classes.items() if found], entries)
+
     for name, found in classes.items():
         if not found:
             why = next((reason for n, reason in ignored if n == name), "holds no images")
@@ -544,6 +551,7 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
             _list_members(root, archive, entries, labels, ignored, unread)
         except Damaged as e:
             ignored.append((archive, str(e)))
+
     if not labels:
         return Listing(root, entries, (), ignored, unread=_counted(unread))
     entries = [e._replace(label=labels.get(key_of(e.name), -1)) for e in entries]
@@ -552,6 +560,7 @@ def _list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str
         raise DataError(
             f"{without} has no .cls file, but other images have one; label all of them or none"
         )
+
     names = tuple(str(i) for i in range(max(labels.values()) + 1))
     return Listing(root, entries, names, ignored, unread=_counted(unread))
 
@@ -584,6 +593,7 @@ def _unread_columns(
             name: used.get(name, "of parquet shards, which is not read")
             for name in parquet.column_names(path)
         }
+
     examples = {why: name for name, why in reversed(reasons.items()) if why}
     counts = Counter(why for why in reasons.values() if why)
     return tuple(LeftOut(n, "column", why, examples[why]) for why, n in counts.items())
@@ -601,12 +611,14 @@ def _list_members(
     DataError.
     """
     known: set[str] = set()
+
     for member, read in members(root / archive):
         name = f"{archive}/{member.name}"
         key = key_of(name)
         suffix = name.removeprefix(key).lower()
         if member.isdir():
             continue
+
         if not member.isreg() or member.issparse():
             ignored.append((name, "a link, device or sparse file in an archive"))
         elif suffix == ".cls" or suffix in SUFFIXES:

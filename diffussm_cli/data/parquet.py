@@ -52,6 +52,7 @@ def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = 
     """
     with _damage(path):
         columns = {column.name: column.type for column in _open(path)[0].schema_arrow}
+
     names = (given[kind],) if kind in given else USUAL[kind]
     present = [n for n in names if n in columns]
     fitting = sorted(present, key=lambda n: _is_text(columns[n])) if kind == "label" else present
@@ -59,11 +60,14 @@ def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = 
         fitting = [n for n in fitting if _is_integer(columns[n]) or _is_text(columns[n])]
     elif kind == "image":
         fitting = [n for n in present if _holds_bytes(columns[n])]
+
     if present and not fitting and kind == "image":
         what = f"{columns[present[0]]}"
         raise DataError(
-            f"{path.name}: the column {present[0]} holds {what:.80}, not image files as bytes; {EMBED}"
+            f"{path.name}: the column {present[0]} holds {what:.80}, not image files as bytes; "
+            f"{EMBED}"
         )
+
     if not fitting and (needed or kind in given):
         asked = ", ".join(names) + (" with integers or names" if kind == "label" else "")
         remedy = f"; name one by {kind}=NAME (data.columns, or --columns of encode)"
@@ -116,10 +120,8 @@ def list_rows(
     kinds: set[tuple[str, tuple[str, ...]]] = set()
     for name in shards:
         path = root / name
-        image, label = (
-            find_column(path, "image", given),
-            find_column(path, "label", given, needed=False),
-        )
+        image = find_column(path, "image", given)
+        label = find_column(path, "label", given, needed=False)
         assert image is not None, "it is needed"
         kind = _classes(path, label)
         labels += _labels(path, label, kind[1]) if label else []
@@ -127,7 +129,8 @@ def list_rows(
         rows += (Row(name, row, image, 0, size) for row, size in enumerate(_sizes(path)))
     if len(kinds) > 1:
         raise DataError(
-            f"the parquet shards of {str(root)!r} have different classes; take those of one data set"
+            f"the parquet shards of {str(root)!r} have different classes; "
+            "take those of one data set"
         )
 
     # Places of labels among the names.
@@ -136,7 +139,8 @@ def list_rows(
         names = tuple(sorted(set(labels)))
         if len(names) > MAX_CLASS:
             raise DataError(
-                f"the labels of {str(root)!r} are {len(names)} different names, more than {MAX_CLASS}"
+                f"the labels of {str(root)!r} are {len(names)} different names, "
+                f"more than {MAX_CLASS}"
             )
         places = {label: place for place, label in enumerate(names)}
         labels = [places[label] for label in labels]
@@ -199,9 +203,11 @@ def read_row(path: Path, row: int, column: str) -> bytes:
         _, starts = _open(path)
         group = next(g for g, end in enumerate(starts[1:]) if row < end)
         value = _column(path, group, column)[row - starts[group]].as_py()
+
     content, place = (
         (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     )
+
     if content is None:
         raise DataError(
             f"the image is stored as a path, {place!r:.80}; {EMBED}"
@@ -231,12 +237,15 @@ def _values(path: Path, column: str) -> Iterator[Any]:
                 values = part.to_pylist()
             except UnicodeDecodeError:
                 wrong += [row + i for i in range(len(part)) if not _is_utf8(part[i])]
+
             if not wrong:
                 yield from values
             row += len(part)
+
     if wrong:
         raise DataError(
-            f"{path.name}: {len(wrong)} of {row} rows of {column} are not UTF-8, such as row {wrong[0]}"
+            f"{path.name}: {len(wrong)} of {row} rows of {column} are not UTF-8, "
+            f"such as row {wrong[0]}"
         )
 
 
@@ -284,6 +293,7 @@ def _parts(path: Path, group: int, name: str) -> Iterator[Any]:
     claimed, decoded = file.metadata.row_group(group).total_byte_size, 0
     average = claimed // max(1, starts[group + 1] - starts[group])
     rows = max(1, min(PART_ROWS, PART_BYTES // max(1, average)))
+
     with _damage(path):
         batches = file.iter_batches(rows, [group], [name])
     while True:

@@ -51,7 +51,9 @@ class Source(Protocol):
     def read(
         self, indices: Sequence[int], generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
-        """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own generator."""
+        """Return x_0 (B, C, H, W) and labels (B,) of the images; each image has its own
+        generator.
+        """
 
 
 class ImageFolder(Captioned):
@@ -154,12 +156,10 @@ class Part:
     """
 
     def __init__(self, whole: Source, share: float, held_out: bool = False):
-        self.whole, self.share, self.held_out, self.class_names = (
-            whole,
-            share,
-            held_out,
-            whole.class_names,
-        )
+        self.whole = whole
+        self.share = share
+        self.held_out = held_out
+        self.class_names = whole.class_names
 
     @property
     def left_out(self) -> str:
@@ -248,6 +248,7 @@ def open_held_out(config: Config, source: Source) -> Source | None:
         return Part(source.whole, source.share, held_out=True)
     if isinstance(d.held_out, float) or not (d.held_out or d.path.startswith(BUILTIN)):
         return None
+
     try:
         found = _open(
             dataclasses.replace(config, data=dataclasses.replace(d, path=d.held_out or d.path)),
@@ -255,6 +256,7 @@ def open_held_out(config: Config, source: Source) -> Source | None:
         )
     except (DataError, ConfigError) as e:
         raise type(e)(f"data.held_out: {str(e).removeprefix('data.path: ')}") from e
+
     if config.model.num_classes and found.class_names != source.class_names:
         raise ConfigError(
             f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}"
@@ -280,7 +282,9 @@ def text_hash(config: Config, source: Source) -> str:
 
 
 def vae_hash(source: Source) -> str:
-    """The hash of the VAE that made the latents of a source from `open_source`; empty for pixels."""
+    """The hash of the VAE that made the latents of a source from `open_source`; empty for
+    pixels.
+    """
     images: Any = undivided(source)
     return images.settings.vae_weights_sha256 if hasattr(images, "settings") else ""
 
@@ -295,7 +299,8 @@ def _open_images(config: Config, held_out: bool) -> Source:
         return builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip, held_out)
     if d.path.startswith(PYTHON):
         raise ConfigError(
-            f"data.path: {d.path!r} was a dataset of a Python program; give it again, as diffussm.train(data=...)"
+            f"data.path: {d.path!r} was a dataset of a Python program; give it again, "
+            "as diffussm.train(data=...)"
         )
     if not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
@@ -314,16 +319,18 @@ def _check_classes(config: Config, source: Source) -> None:
     given = config.data.class_names
     if given and given != source.class_names:
         raise ConfigError(
-            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; remove the field, "
-            "because the classes are read from the data"
+            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; "
+            "remove the field, because the classes are read from the data"
         )
+
     wanted, found = config.model.num_classes, len(source.class_names)
     if wanted and wanted != found:
         in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
         kind = "class folders" if in_folders else "classes"
         has = f"has {found or 'no'} {kind}"
         raise ConfigError(
-            f"model.num_classes: {wanted}, but {config.data.path} {has}; --set model.num_classes={found}"
+            f"model.num_classes: {wanted}, but {config.data.path} {has}; "
+            f"--set model.num_classes={found}"
         )
 
 
@@ -347,12 +354,15 @@ def _check_latents(config: Config, settings: Any) -> None:
         and read_facts(d.vae, "data.vae").config_sha256 == settings.vae_config_sha256
     ):
         del found["vae"]  # the folder may have been moved; decoding compares the weights
+
     for field, (wanted, has, value) in found.items():
         if wanted != has:
             given = getattr(d, field)
             raise ConfigError(
-                f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; --set data.{field}={value}"
+                f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; "
+                f"--set data.{field}={value}"
             )
+
     m, but = config.model, f"but the captions in {d.path!r} are"
     if d.text is None:
         return

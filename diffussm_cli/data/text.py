@@ -1,7 +1,8 @@
 """Captions as vectors: text encoders by name, the form in which models take captions, and checks of
 captions.
 
-n captions   E width   K tokens   text (n, 1 + K, E): the pooled vector of a caption, then its first K token vectors
+n captions   E width   K tokens
+text (n, 1 + K, E): the pooled vector of a caption, then its first K token vectors
 
 Each vector is scaled to the length sqrt(E), so that its entries have about unit variance. Rows of
 zeros are padding.
@@ -30,7 +31,10 @@ MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
 MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
-PLACES = "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, or in a column text"
+PLACES = (
+    "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, "
+    "or in a column text"
+)
 
 
 class Encoded(NamedTuple):
@@ -100,12 +104,14 @@ class Pretrained:
         if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
             known = f"{WORDLLAMA}, a folder, or a hub name such as openai/clip-vit-large-patch14"
             raise DataError(f"data.text: {name!r} must be {known}")
+
         classes = {
             "clip": "CLIPTextModel",
             "clip_text_model": "CLIPTextModel",
             "t5": "T5EncoderModel",
         }
         self.model, self.tokenizer = load_pretrained(name, "data.text", classes, "AutoTokenizer")
+
         self.own_pooling = "clip" in self.model.config.model_type
         self.name, self.width = name, self.model.config.hidden_size
         self.sha256 = weights_sha256(self.model)
@@ -154,8 +160,8 @@ class Texts:
     def __init__(self, encoder: TextEncoder, model: ModelConfig):
         if encoder.width != model.text_width:
             raise ConfigError(
-                f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have {encoder.width} "
-                f"numbers; --set model.text_width={encoder.width}"
+                f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have "
+                f"{encoder.width} numbers; --set model.text_width={encoder.width}"
             )
         self.encoder, self.tokens = encoder, model.text_tokens
         self._known: dict[str, Tensor] = {}
@@ -184,6 +190,7 @@ class Texts:
             if written.any():
                 vectors[written] = self.embed([c for c in captions if c.strip()])
             return vectors
+
         pooled, tokens, mask = self.encoder.encode(captions)
         K, E = self.tokens, self.encoder.width
         words = F.pad((tokens * mask[..., None])[:, :K], (0, 0, 0, max(0, K - tokens.shape[1])))
@@ -253,13 +260,16 @@ def check_prompts(
         if prompts or negative is not None:
             option = "--prompt" if prompts else "--negative"
             raise ConfigError(
-                f"{option}: {(*prompts, negative)[0]!r:.60} given, but the run was trained without text"
+                f"{option}: {(*prompts, negative)[0]!r:.60} given, "
+                "but the run was trained without text"
             )
         return
+
     if not prompts:
         raise ConfigError(
             '--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE'
         )
+
     for prompt in prompts:
         check_prompt(prompt, "--prompt")
     if negative is not None:

@@ -91,12 +91,14 @@ class VAE:
         z = latents.cpu().float() / self.scale + self.shift
         f = self.facts.downsample
         height, width = (side * f for side in z.shape[2:])
+
         if max(height, width) > TILE:
             self.model.enable_tiling()
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
             self.model.spatial_scale_factor = f  # AutoencoderTiny assumes 8
         else:
             self.model.disable_tiling()
+
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
         with full_float32():
             parts = [
@@ -152,6 +154,7 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
     kind, c = type(model).__name__, model.config
     if kind not in KINDS:
         raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+
     try:
         C = int(c.latent_channels)
         blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
@@ -159,6 +162,7 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
         scale = tuple(float(c.scaling_factor / std) for std in stds)
         shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
         parameters = sum(p.numel() for p in model.parameters())
+
         if parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"{parameters:,} parameters are more than the limit of {MAX_PARAMETERS:,}"
@@ -167,6 +171,7 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
             raise ValueError("its scale or shift is not a finite number, or its scale is 0")
     except Exception as e:  # values of any type may stand there
         raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
+
     if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
         raise DataError(f"{option}: {name!r} does not map between RGB images and {C} channels")
     return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, config_sha256, parameters)
@@ -246,15 +251,18 @@ def _where(name: str, option: str) -> dict[str, str]:
     """
     if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
+
     found = re.fullmatch(rf"({HUB_NAME})(?:/(\w[\w.-]*))?", name)
     if not found:
         raise DataError(
             f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}"
         )
+
     first = name.partition("/")[0]
     if os.path.lexists(first):  # a relative path with a mistake must not be looked up on the hub
         raise DataError(
-            f"{option}: no folder {name!r}; {first!r} exists here, so it is not taken for a hub name"
+            f"{option}: no folder {name!r}; {first!r} exists here, "
+            "so it is not taken for a hub name"
         )
     return {
         "pretrained_model_name_or_path": found[1],
@@ -270,12 +278,17 @@ def _load(name: str, option: str, call: Callable[[], Any]) -> Any:
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         if os.path.isdir(name):
             raise DataError(f"{option}: cannot load the folder {name!r}: {reason(e)}") from e
+
         remedy = "pass --vae FOLDER"
         if option != "--vae":
-            remedy = f"name it by {option}: in training by --set, in a finished run in the config.yaml of its weights"
+            remedy = (
+                f"name it by {option}: in training by --set, in a finished run in the config.yaml "
+                "of its weights"
+            )
         raise DataError(
-            f"{option}: cannot load {name!r} from the hub, and there is no such folder here: download its config.json "
-            f"and diffusion_pytorch_model.safetensors into a folder and {remedy} ({reason(root_cause(e))})"
+            f"{option}: cannot load {name!r} from the hub, and there is no such folder here: "
+            "download its config.json and diffusion_pytorch_model.safetensors into a folder and "
+            f"{remedy} ({reason(root_cause(e))})"
         ) from e
 
 
@@ -299,6 +312,7 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
     d = config.data
     if d.vae is None:
         return Decoding(lambda x: x, {"vae": None, "decoded_by": "none, these are pixels"})
+
     try:
         facts = read_facts(d.vae, "data.vae")
         if (facts.channels, facts.downsample) != (d.channels, d.downsample):
@@ -316,6 +330,7 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
             {"vae": d.vae, "decoded_by": "linear preview"},
             warning,
         )
+
     return Decoding(
         vae.decode, {"vae": vae.identity, "decoded_by": "vae"}, _another_vae(vae, d), vae
     )
@@ -325,7 +340,10 @@ def _another_vae(vae: VAE, d: DataConfig) -> str | None:
     """A warning if a run recorded that another VAE made its latents."""
     if d.vae_sha256 in ("", vae.weights_sha256):
         return None
-    hashes = f"its weights have the sha256 {vae.weights_sha256[:12]}..., those of the run's VAE {d.vae_sha256:.12}..."
+    hashes = (
+        f"its weights have the sha256 {vae.weights_sha256[:12]}..., "
+        f"those of the run's VAE {d.vae_sha256:.12}..."
+    )
     return f"data.vae: {d.vae!r} is not the VAE that made the latents of this run: {hashes}"
 
 

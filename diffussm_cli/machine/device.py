@@ -42,11 +42,13 @@ def pick_device(name: str) -> torch.device:
     chosen = name
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as e:
         raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+
     if device.type == "cuda":
         _check_not_shared(chosen)
     if device.type == "cuda" and device.index is not None:
@@ -61,14 +63,15 @@ def _check_not_shared(chosen: str) -> None:
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1")
     if processes in ("0", "1"):
         return
+
     if chosen != "cuda":
         raise ConfigError(
             f"device: {chosen!r} would be shared by {processes} processes; use cuda, a GPU for each"
         )
     if "LOCAL_RANK" not in os.environ and torch.cuda.device_count() > 1:
         raise ConfigError(
-            f"device: {chosen!r} would be shared by {processes} processes, because LOCAL_RANK is not set; "
-            "start them with torchrun"
+            f"device: {chosen!r} would be shared by {processes} processes, "
+            "because LOCAL_RANK is not set; start them with torchrun"
         )
 
 
@@ -79,7 +82,8 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     fast = has_bf16(device)
     if precision == "bf16" and not fast:
         raise ConfigError(
-            f"precision: bf16 has no hardware support on this {device.type} and would be slow; use fp32"
+            f"precision: bf16 has no hardware support on this {device.type} and would be slow; "
+            "use fp32"
         )
     return (
         torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
@@ -107,7 +111,9 @@ def processor_name(device: torch.device) -> str:
 
 
 def facts_of_machine(device: torch.device) -> dict[str, str]:
-    """The processor, the platform and the versions of programs, which belong to every measurement."""
+    """The processor, the platform and the versions of programs, which belong to every
+    measurement.
+    """
     versions = {
         "diffussm": __version__,
         "torch": torch.__version__,

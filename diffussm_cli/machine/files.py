@@ -66,7 +66,8 @@ def check_output(
     if path.is_symlink():
         target = os.readlink(path)
         raise ConfigError(
-            f"{option}: {str(path)!r} is a link to {target!r} and would be replaced; name another file"
+            f"{option}: {str(path)!r} is a link to {target!r} and would be replaced; "
+            "name another file"
         )
     if os.path.lexists(path) and not path.is_file():
         what = "a folder" if path.is_dir() else "a device or pipe"
@@ -145,6 +146,7 @@ def locked(path: Path) -> Iterator[None]:
         if getattr(e, "filename", None) is not None:
             raise
         raise OSError(errno.ENOLCK, "this file system has no file locks (flock)", str(path)) from e
+
     try:
         yield
     finally:
@@ -161,6 +163,7 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
         OSError: if the folder cannot be written.
     """
     lock, made = folder / f"{LOCK}-{rank}", [p for p in (folder, *folder.parents) if not p.exists()]
+
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -82,8 +82,9 @@ def fetch(name: str, option: str, files: Sequence[str], cache: Path | None = Non
             return Path(folder)
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         raise RunError(
-            f"{option}: there is no folder {name!r}, and it cannot be fetched from the hub: check its "
-            f"name and the network, or download it and give the folder ({reason(root_cause(e))})"
+            f"{option}: there is no folder {name!r}, and it cannot be fetched from the hub: "
+            "check its name and the network, or download it and give the folder "
+            f"({reason(root_cause(e))})"
         ) from e
 
 

@@ -46,11 +46,14 @@ _patient: Any = None  # the group that `gather` uses, inside `process_group`
 
 
 def read_world() -> World:
-    """The processes of this job, from RANK and WORLD_SIZE, which torchrun sets. Raises ConfigError."""
+    """The processes of this job, from RANK and WORLD_SIZE, which torchrun sets. Raises
+    ConfigError.
+    """
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise ConfigError(
-            f"RANK {rank!r} and WORLD_SIZE {size!r} in the environment must be numbers, RANK the smaller"
+            f"RANK {rank!r} and WORLD_SIZE {size!r} in the environment must be numbers, "
+            "RANK the smaller"
         )
     return World(int(rank), int(size))
 
@@ -175,5 +178,8 @@ def peer_errors() -> Iterator[None]:
         if not any(word in str(e) for word in PEER_LOST):
             raise
         cause = " ".join(str(e).split())[:300]
-        line = "another process of this job has ended or does not respond; what was saved before is intact"
+        line = (
+            "another process of this job has ended or does not respond; "
+            "what was saved before is intact"
+        )
         raise RunError(f"{line} ({cause})") from e

@@ -95,6 +95,7 @@ def _read_skipped(root: Path, values: Mapping[str, Any]) -> dict[int | None, lis
         text = read_regular(root / SKIPPED, MAX_JSON_BYTES)
         if hashlib.sha256(text).hexdigest() != values["skipped_sha256"]:
             return lines
+
         for line in map(json.loads, text.splitlines()):
             index = line["index"]
             shard = None if index is None else index // values["settings"].shard_size

@@ -226,6 +226,7 @@ class _Batches(Dataset):
         span = self.spans[k]
         pixels = np.zeros((len(span), *self.resolution, 3), np.uint8)
         reasons = {}
+
         for row, (place, entry) in enumerate(zip(span, self.entries[k])):
             try:
                 pixels[row] = read_entry(self.root, entry, self.resolution)
@@ -234,6 +235,7 @@ class _Batches(Dataset):
                 if _is_gone(entry, e):
                     return Batch(pixels, {}, f"{entry.name}: {why}")
                 reasons[place] = why
+
         return Batch(pixels, reasons)
 
 
@@ -267,7 +269,9 @@ def _loader(encoder: Encoder, shards: Sequence[int]) -> DataLoader:
 
 
 def _as_it_is(batch: Batch) -> Batch:
-    """Keep arrays, which go through pipes: tensors need shared memory, and containers have little."""
+    """Keep arrays, which go through pipes: tensors need shared memory, and containers have
+    little.
+    """
     return batch
 
 

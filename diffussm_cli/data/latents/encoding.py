@@ -194,6 +194,7 @@ def make_settings(
         "scale": facts.scale,
         "shift": facts.shift,
     }
+
     return StoreSettings(**{**values, **options})
 
 

@@ -130,10 +130,12 @@ def read_settings(store: Path, option: str) -> StoreSettings:
             f"{option}: {str(store)!r} is a store of an earlier version; "
             f"convert it, which encodes nothing again, by: {convert}"
         )
+
     if values["format"] != FORMAT:
         path = store / MANIFEST
         has = f"{path} has format {values['format']}"
         raise DataError(f"{option}: {has}, but this version reads {FORMAT}")
+
     return values["settings"]
 
 

@@ -55,7 +55,8 @@ class LatentStore:
             captions = np.concatenate([s["captions"] for s in shards])[self.places]
             if not 1 <= int(captions.min()) <= int(captions.max()) <= self.settings.captions:
                 raise DataError(
-                    f"data.path: {str(root)!r} holds images without captions; run diffussm encode --verify"
+                    f"data.path: {str(root)!r} holds images without captions; "
+                    "run diffussm encode --verify"
                 )
         if (
             not 0
@@ -64,7 +65,8 @@ class LatentStore:
             < max(1, len(self.class_names))
         ):
             raise DataError(
-                f"data.path: {str(root)!r} holds labels without a class; run diffussm encode --verify"
+                f"data.path: {str(root)!r} holds labels without a class; "
+                "run diffussm encode --verify"
             )
         self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
@@ -147,7 +149,8 @@ class LatentStore:
             shard, row = divmod(place, self.settings.shard_size)
             where = f"row {row} of {shard_name(shard)} in {str(self.root)!r}"
             raise DataError(
-                f"data.path: {where} holds numbers that are not finite; run diffussm encode --verify"
+                f"data.path: {where} holds numbers that are not finite; "
+                "run diffussm encode --verify"
             )
         return values
 
@@ -159,10 +162,15 @@ def scale_warning(store: Store) -> str:
     mean, std = store.statistics
     if (abs(mean) <= MOST_MEAN).all() and (std >= LEAST_STD).all() and (std <= MOST_STD).all():
         return ""
-    has = f"means from {mean.min():.3g} to {mean.max():.3g} and deviations from {std.min():.3g} to {std.max():.3g}"
+
+    has = (
+        f"means from {mean.min():.3g} to {mean.max():.3g} "
+        f"and deviations from {std.min():.3g} to {std.max():.3g}"
+    )
     return (
-        f"the latents in {str(store.root)!r} have channels with {has}, but training assumes about 0 and 1: check "
-        f"scaling_factor and shift_factor, or latents_mean and latents_std, in the config of {store.settings.vae}"
+        f"the latents in {str(store.root)!r} have channels with {has}, "
+        "but training assumes about 0 and 1: check scaling_factor and shift_factor, "
+        f"or latents_mean and latents_std, in the config of {store.settings.vae}"
     )
 
 
@@ -185,13 +193,16 @@ def fit_to_store(config: Config, named: Collection[str] = ()) -> tuple[Config, s
     d = config.data
     if d.vae is None or d.path.startswith(BUILTIN) or not (Path(d.path) / MANIFEST).is_file():
         return config, ""
+
     s = read_settings(Path(d.path), "data.path")
     height, width = s.resolution
     stored = {"resolution": height if height == width else f"{height}x{width}"}
     stored |= {"channels": s.channels, "downsample": s.downsample, "vae": full_name(s.vae)}
+
     before = {name: getattr(d, name) for name in stored} | {"vae": full_name(d.vae)}
     taken = {k: v for k, v in stored.items() if v != before[k] and f"data.{k}" not in named}
     fields = {f"data.{k}": v for k, v in (before | taken).items()}
+
     line = ", ".join(f"data.{k}={v} instead of {before[k]}" for k, v in taken.items())
     fitted = config_from_dict(to_dict(config), f"the latents in {d.path!r}", fields=fields)
     return fitted, f"taken from the latents in {d.path!r}: {line}" if line else ""

@@ -59,12 +59,14 @@ def layout(settings: StoreSettings, shard: int) -> dict[str, tuple[str, tuple[in
     moments = ["mean", "std"]
     if settings.flip:
         moments += ["mean_mirrored", "std_mirrored"]
+
     numbers = ["index", "label"]
     text = {}
     if settings.text:
         numbers += ["captions"]
         vectors = (S, settings.captions, 1 + settings.text_tokens, settings.text_width)
         text = {"text": ("F16", vectors)}
+
     return {
         **dict.fromkeys(numbers, ("I64", (S,))),
         **dict.fromkeys(moments, ("F16", (S, *settings.latent))),
@@ -107,6 +109,7 @@ def statistics(
     readable = arrays["readable"] == 1
     means: list[float] = []
     deviations: list[float] = []
+
     if readable.any():
         for c, (scale, shift) in enumerate(zip(settings.scale, settings.shift)):
             mean, std = (arrays[name][readable, c].astype(np.float32) for name in ("mean", "std"))
@@ -153,6 +156,7 @@ def read_record(store: Path, settings: StoreSettings, shard: int) -> ShardRecord
         DataError: if it cannot be read, or cannot be the record of this shard.
     """
     path = store / record_name(shard)
+
     try:
         return parse_record(json.loads(read_regular(path, MAX_JSON_BYTES)), settings, shard)
     except FileNotFoundError:
@@ -178,6 +182,7 @@ def parse_record(values: Mapping[str, Any], settings: StoreSettings, shard: int)
     skipped = tuple(Skipped(s["index"], s["file"], s["reason"]) for s in values["skipped"])
     mean, std = (tuple(map(float, values.get(name, ()))) for name in ("mean", "std"))
     record = ShardRecord(values["sha256"], skipped, mean, std)
+
     texts = [record.sha256, *(text for s in skipped for text in (s.file, s.reason))]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError
@@ -187,6 +192,7 @@ def parse_record(values: Mapping[str, Any], settings: StoreSettings, shard: int)
         raise ValueError
     if not all(map(math.isfinite, mean + std)):
         raise ValueError
+
     return record
 
 

@@ -114,12 +114,14 @@ def locked_store(root: Path, world: World) -> Iterator[None]:
             if root.exists() and content(root) and not content(root) & {MANIFEST, LISTING}:
                 other = "is not empty and holds no latents; choose another folder"
                 raise DataError(f"TARGET: {str(root)!r} {other}")
+
             stack.enter_context(held_folder(root, world.rank))
         except BlockingIOError as e:
             remedy = "wait for it, or stop it first"
             raise DataError(f"TARGET: another process is writing to {str(root)!r}; {remedy}") from e
         except OSError as e:
             raise DataError(f"TARGET: cannot write to {str(root)!r}: {e.strerror}") from e
+
         yield
 
 
@@ -224,6 +226,7 @@ def verify_store(root: Path | str) -> Generator[Event, None, int]:
     yield Stage("checking")
     checked = list(verify(root))
     damaged = [f"{name} ({problem})" for name, problem in checked if problem]
+
     if damaged:
         some = ", ".join(damaged[:5]) + (", ..." if len(damaged) > 5 else "")
         command = read_settings(root, "--verify").command(root)
