@@ -3,7 +3,9 @@ bound.
 
 IDDPM = Nichol and Dhariwal 2021 (arXiv 2102.09672), equation (16).
 
-    B batch   C channels   t (B,) timesteps   all losses are (B,): a mean over an image's C H W values
+    B batch   C channels   t (B,) timesteps
+
+All losses are (B,): a mean over an image's C H W values.
 """
 
 import math
@@ -46,6 +48,7 @@ def training_losses(
     """
     C = x_0.shape[1]
     mse = _mean((model_output[:, :C] - objective.target(x_0, t, noise)) ** 2)
+
     weight = objective.loss_weight(t).to(mse.dtype)
     if min_snr_gamma is not None:
         weight = objective.min_snr_weight(t, min_snr_gamma).to(mse.dtype)
@@ -54,11 +57,14 @@ def training_losses(
             "the configuration refuses a cap for a flow"
         )
         weight = objective.inverse_signal_share(t).clamp(max=weight_cap).to(mse.dtype)
+
     if model_output.shape[1] == C:
         return {"mse": mse, "loss": weight * mse}
     assert isinstance(objective, GaussianDiffusion), (
         "a flow has no covariance; the configuration refuses it"
     )
+
+    # The bound, whose gradient reaches only the covariance.
     frozen_mean = torch.cat([model_output[:, :C].detach(), model_output[:, C:]], dim=1)
     vb = variational_bound(objective, frozen_mean, x_0, x_t, t)
     return {"mse": mse, "vb": vb, "loss": weight * mse + vb}
@@ -67,7 +73,9 @@ def training_losses(
 def variational_bound(
     process: GaussianDiffusion, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
-    """The bound's L_t in bits per dimension, (B,): KL(q || p) for t > 0, the discretised likelihood of x_0 at t = 0."""
+    """The bound's L_t in bits per dimension, (B,): KL(q || p) for t > 0, the discretised likelihood
+    of x_0 at t = 0.
+    """
     true_mean, true_log_variance = process.q_posterior(x_0, x_t, t)
     p = process.p_mean_variance(model_output, x_t, t)
     kl = _mean(gaussian_kl(true_mean, true_log_variance, p.mean, p.log_variance))

@@ -1,13 +1,18 @@
 """How images are noised and what the model predicts: ADM's Gaussian diffusion with its posterior,
 and the flow of SiT.
 
-    B batch   C channels   T timesteps   x_0 image   x_t noised image   eps noise   v range interpolation
+    B batch   C channels   T timesteps
+    x_0 image   x_t noised image   eps noise   v range interpolation
 
-    objective   x_t = a x_0 + s eps             target          x_0 = f x_t - g output   velocity dx_t/dtime, time
-    noise       a^2 = alpha_bar, s^2 = 1 - a^2  eps             f = 1/a, g = s/a         a eps - s x_0, atan2(s, a)
-    velocity    a and s as above                a eps - s x_0   f = a, g = s             the same
-    flow        a = 1 - t/T, s = t/T            eps - x_0       f = 1, g = s             eps - x_0, s
-    its image   a and s as above                x_0             f = 0, g = -1            the same
+    objective  x_t = a x_0 + s eps             target         x_0 = f x_t - g output
+    noise      a^2 = alpha_bar, s^2 = 1 - a^2  eps            f = 1/a, g = s/a
+    velocity   a and s as above                a eps - s x_0  f = a, g = s
+    flow       a = 1 - t/T, s = t/T            eps - x_0      f = 1, g = s
+    its image  a and s as above                x_0            f = 0, g = -1
+
+    objective            velocity dx_t/dtime  time
+    noise and velocity   a eps - s x_0        atan2(s, a)
+    flow and its image   eps - x_0            s
 
 Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv
 2102.09672). Velocity: arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT,
@@ -319,7 +324,9 @@ class GaussianDiffusion(Objective):
         return self.inv_signal[t] ** 2
 
     def p_mean_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """p(x_{t-1} | x_t) from a model's output (B, 2C, ...); log variance by range interpolation, IDDPM (15)."""
+        """p(x_{t-1} | x_t) from a model's output (B, 2C, ...); log variance by range interpolation,
+        IDDPM (15).
+        """
         output, v = model_output.chunk(2, dim=1)
         x_0 = self.predict_x_0(x_t, t, output)
         mean, lowest = self.q_posterior(x_0, x_t, t)
@@ -412,14 +419,15 @@ def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
     continuous = d.objective == "flow"
     if d.timesteps_drawn == "uniform" and not continuous:
         return torch.randint(d.timesteps, (1,), generator=generator)
+
+    # The share of T.
     if d.timesteps_drawn == "logit_normal":
         share = torch.sigmoid(d.logit_mean + d.logit_std * torch.randn(1, generator=generator))
     else:
-        alpha, share = (
-            d.shift if d.timesteps_drawn == "shifted" else 1.0,
-            torch.rand(1, generator=generator),
-        )
+        alpha = d.shift if d.timesteps_drawn == "shifted" else 1.0
+        share = torch.rand(1, generator=generator)
         share = alpha * share / (1 + (alpha - 1) * share)
+
     t = share.clamp(1e-5, 1 - 1e-5) * d.timesteps  # float32 rounds shares to 0 and 1
     return t if continuous else t.long()
 

@@ -51,9 +51,10 @@ def sample_by_name(
 ) -> Tensor:
     """Denoise x_T down to x_0, both (B, C, H, W).
 
-    `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there is one
-    `ddim`   DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) where these reach the last tenth of T,
-             otherwise as for `ddpm`
+    `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there
+             is one
+    `ddim`   DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) where these reach
+             the last tenth of T, otherwise as for `ddpm`
     `dpmpp`  DPM-Solver++(2M)
     `unipc`  UniPC, second order
     `euler`  the probability flow in Euler's steps
@@ -207,6 +208,7 @@ def scheduler_settings(
     """
     if name not in SCHEDULERS:
         raise ValueError(f"sampler {name!r} is no scheduler of diffusers; use `integrate`")
+
     options: dict[str, dict[str, Any]] = {
         "ddpm": {
             "variance_type": "learned_range" if learned_covariance else "fixed_small",
@@ -266,6 +268,8 @@ def check_fit(scheduler, objective: Objective) -> None:
     """
     name, settings = type(scheduler).__name__, scheduler.config
     expected = dict(objective.schedule)
+
+    # The kinds of process.
     if name.startswith("FlowMatch"):
         if objective.schedule["prediction_type"] != "flow_prediction":
             others = "DPMSolverMultistepScheduler or UniPCMultistepScheduler"
@@ -277,15 +281,20 @@ def check_fit(scheduler, objective: Objective) -> None:
         objective.continuous
         and "use_flow_sigmas" not in inspect.signature(type(scheduler)).parameters
     ):
-        others = "DPMSolverMultistepScheduler, UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler"
+        others = (
+            "DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+            "FlowMatchEulerDiscreteScheduler"
+        )
         raise ValueError(
             f"scheduler: {name} cannot step along a flow, as this model needs; use {others}"
         )
+
+    # Their settings.
     for key, value in expected.items():
         if settings.get(key, False) != value:
             raise ValueError(
-                f"scheduler: {key} of {name} is {settings.get(key)!r}, but this model needs {value!r}; make the "
-                "scheduler by from_config of the one that came with the model"
+                f"scheduler: {key} of {name} is {settings.get(key)!r}, but this model needs "
+                f"{value!r}; make the scheduler by from_config of the one that came with the model"
             )
 
 
@@ -294,10 +303,12 @@ def _check_timesteps(scheduler, objective: Objective, steps: int) -> None:
     image is noise.
     """
     name, first = type(scheduler).__name__, float(scheduler.timesteps.max())
+
     if "solver_order" in scheduler.config and _repeats(scheduler.sigmas):
         raise ValueError(
             f"scheduler: {name} visits a timestep twice in {steps} steps; choose fewer"
         )
+
     if objective.continuous and float(scheduler.sigmas.max()) > 1:
         spacings = [
             key
@@ -308,10 +319,12 @@ def _check_timesteps(scheduler, objective: Objective, steps: int) -> None:
         raise ValueError(
             f"scheduler: {chosen} of {name} do not fit a flow, whose noise levels are at most 1"
         )
+
     if first < objective.T - _tenth(objective.T):
         raise ValueError(
-            f"scheduler: {name} begins at timestep {first:g} of {objective.T} in {steps} steps, where the image is not "
-            f"yet noise; choose at least 10 steps that divide {objective.T}, or timestep_spacing='trailing'"
+            f"scheduler: {name} begins at timestep {first:g} of {objective.T} in {steps} steps, "
+            "where the image is not yet noise; "
+            f"choose at least 10 steps that divide {objective.T}, or timestep_spacing='trailing'"
         )
 
 
@@ -386,6 +399,7 @@ def sample(
     takes_covariance = is_ddpm and scheduler.config.variance_type == "learned_range"
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if generators and takes_generators else {}
+
     checks = FiniteSteps(x)
     for i, t in enumerate(scheduler.timesteps):
         output = denoise(x, t.item())
@@ -396,6 +410,7 @@ def sample(
         if changed is None:
             break
         x = changed
+
     checks.check(scheduler.timesteps[: i + 1].tolist())
     return x
 

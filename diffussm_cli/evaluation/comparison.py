@@ -73,15 +73,19 @@ def _kid(samples: Gathered, reference: Reference) -> Values:
 def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
     n, d = samples.pool.shape
     remarks = []
+
     if n < PUBLISHED_SAMPLES:
         remarks.append(
             f"{n:,} samples: published FID uses {PUBLISHED_SAMPLES:,}; fewer samples raise it; "
             "the metric fid_infinity does not have this bias"
         )
+
     if n <= d:
         remarks.append(
-            f"the covariance of {n:,} samples is singular: FID is too high; it needs more samples than features ({d:,})"
+            f"the covariance of {n:,} samples is singular: FID is too high; "
+            f"it needs more samples than features ({d:,})"
         )
+
     return remarks
 
 
@@ -130,7 +134,9 @@ class Metric:
     remarks: Callable[[ImageSet, Gathered, Reference], list[str]] = lambda *_: []
 
     def reads_images(self, reference: Reference) -> bool:
-        """Whether it needs features of the reference's images, not only the statistics in its file."""
+        """Whether it needs features of the reference's images, not only the statistics in its
+        file.
+        """
         if self.reference is None:
             return False
         return self.reference == "gathered" or getattr(reference, self.reference) is None
@@ -215,9 +221,10 @@ def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference
     reading = [name for name in metrics if TABLE[name].reads_images(reference)]
     if reading and reference.images is None and reference.gathered is None:
         raise DataError(
-            f"reference: {reference.name} holds no images (arr_0), which {', '.join(reading)} need; "
-            "leave them out of the metrics"
+            f"reference: {reference.name} holds no images (arr_0), which {', '.join(reading)} "
+            "need; leave them out of the metrics"
         )
+
     for name in metrics:
         least = TABLE[name].least
         for parameter, images in (
@@ -241,7 +248,8 @@ def warnings(
     if reference.images and tuple(reference.images.size) != tuple(images.size):
         theirs, ours = ("x".join(map(str, s)) for s in (reference.images.size, images.size))
         remarks.append(
-            f"reference images are {theirs}, samples {ours}: scores at two resolutions cannot be compared"
+            f"reference images are {theirs}, samples {ours}: "
+            "scores at two resolutions cannot be compared"
         )
     if images.lossy:
         remarks.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")

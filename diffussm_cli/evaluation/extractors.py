@@ -1,6 +1,7 @@
 """Feature extractors: networks that turn images into the features that the metrics compare.
 
-B batch   pool features (B, d)   spatial features (B, s), for sFID   logits (B, K), for the Inception Score
+B batch   pool features (B, d)   spatial features (B, s), for sFID
+logits (B, K), for the Inception Score
 """
 
 import hashlib
@@ -72,18 +73,23 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
     """
     if weights is not None and name != "inception":
         raise ConfigError(f"extractor_weights: {name} does not take them; only inception does")
+
+    # Names.
     if name == "inception":
         return Inception(weights, device)
     if name == "digits":
         return Extractor(*load_digits(), device)
     if name == "efficientnet":
         return Extractor(*load_efficientnet(), device)
+
+    # Files and code.
     if name.endswith((".pt", ".pt2")):
         return Extractor(_load_file(Path(name)), f"file-{sha256(Path(name))[:16]}", device)
     if re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return Extractor(*_call_factory(name), device)
     if os.path.isdir(name) or re.fullmatch(HUB_NAME, name):
         return Extractor(*load_clip(name), device)
+
     known = (
         f"{', '.join(NAMES)}, a .pt2 file, package.module:factory, or a folder or hub name of CLIP"
     )
@@ -97,8 +103,8 @@ def doubts(requested: str, used: str, reference: str) -> list[str]:
     if requested != AUTO or used != "digits" or reference.startswith(BUILTIN):
         return []
     return [
-        "the extractor digits was chosen for grey 28x28 images, but it knows only handwritten digits; for other "
-        "images choose inception"
+        "the extractor digits was chosen for grey 28x28 images, but it knows only handwritten "
+        "digits; for other images choose inception"
     ]
 
 
@@ -110,6 +116,7 @@ def _load_file(path: Path) -> nn.Module:
         raise DataError(
             f"extractor: {path} cannot be loaded: it is not a torch.export or TorchScript file"
         )
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript warns that it is deprecated
@@ -186,6 +193,7 @@ class Inception(Extractor):
 def _download(url: str) -> Path:
     """Path of the file in torch's cache; it is downloaded if it is missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
     if not path.is_file():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -194,9 +202,10 @@ def _download(url: str) -> Path:
             )
         except (OSError, RuntimeError) as e:
             raise DataError(
-                f"extractor: cannot download {url} ({getattr(e, 'reason', e)}); download it elsewhere and put it at "
-                f"{path}, or name it as extractor_weights"
+                f"extractor: cannot download {url} ({getattr(e, 'reason', e)}); "
+                f"download it elsewhere and put it at {path}, or name it as extractor_weights"
             ) from e
+
     return path
 
 
@@ -208,12 +217,13 @@ def _checked_sha256(path: Path, url: str) -> str:
     """
     name = url.rpartition("/")[2]
     expected = Path(name).stem.rpartition("-")[2]  # as torch.hub names files
+
     try:
         digest = sha256(path)
         if path.name == name and not digest.startswith(expected):
             raise DataError(
-                f"extractor_weights: {path} is damaged: its sha256 begins with {digest[: len(expected)]}; "
-                f"delete it to download it again"
+                f"extractor_weights: {path} is damaged: its sha256 begins with "
+                f"{digest[: len(expected)]}; delete it to download it again"
             )
         torch.load(path, map_location="cpu", weights_only=True)
     except DataError:
@@ -221,6 +231,7 @@ def _checked_sha256(path: Path, url: str) -> str:
     except Exception as e:  # torch raises many types for a damaged pickle
         why = reason(e) if isinstance(e, OSError) else "it is damaged, or holds code"
         raise DataError(f"extractor_weights: {path} cannot be read as weights: {why}") from e
+
     return digest
 
 
@@ -262,7 +273,9 @@ class DigitsNet(nn.Module):
 
 
 def load_digits() -> tuple[DigitsNet, str]:
-    """The trained network, in eval mode, on the CPU, and its identity with the hash of its weights."""
+    """The trained network, in eval mode, on the CPU, and its identity with the hash of its
+    weights.
+    """
     content = (resources.files("diffussm_cli.evaluation") / DIGITS).read_bytes()
     network = DigitsNet()
     network.load_state_dict(load(content))

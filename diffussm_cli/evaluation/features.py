@@ -58,6 +58,7 @@ class Gathered:
             }
             for part in PARTS
         )
+
         return cls(
             tensors["pool"],
             Moments(int(spatial["n"]), spatial["mean"], spatial["M2"]) if spatial else None,

@@ -97,11 +97,13 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
     d = mean.shape[0]
     if {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
         raise DataError(
-            f"{mean.path}: {names[0]} and {names[1]} are {mean.dtype} and {covariance.dtype}, not floating-point"
+            f"{mean.path}: {names[0]} and {names[1]} are {mean.dtype} and {covariance.dtype}, "
+            "not floating-point"
         )
     if not d or mean.shape != (d,) or covariance.shape != (d, d):
         raise DataError(
-            f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, not (d,) and (d, d)"
+            f"{mean.path}: {names[0]} and {names[1]} are {mean.shape} and {covariance.shape}, "
+            "not (d,) and (d, d)"
         )
     if d > 1 << 14:
         raise DataError(
@@ -177,5 +179,6 @@ def check_extractor(reference: Reference, features: int, extractor: Extractor) -
     if reference.pool is not None and len(reference.pool[0]) != features:
         raise ConfigError(
             f"reference: {reference.name} has statistics of {len(reference.pool[0])} features, "
-            f"but {extractor.identity.partition('-')[0]} has {features}: it was made with another extractor"
+            f"but {extractor.identity.partition('-')[0]} has {features}: "
+            "it was made with another extractor"
         )

@@ -206,7 +206,8 @@ class EvaluationSession:
         right_names = names_of(prompts, real.captions) if real else None
         if real is None or right_names is None:
             yield Warned(
-                "retrieval is left out: the prompts are not captions of the held-out or reference images"
+                "retrieval is left out: the prompts are not captions of the held-out or reference "
+                "images"
             )
             return values
         pool = (yield from self.features(real, "captioned images")).pool
@@ -357,16 +358,21 @@ def evaluate(
 def _doubtful_facts(facts: Mapping[str, Any], images: int) -> list[str]:
     """Warnings about what the meta.json of this number of images says."""
     remarks = []
+
     if facts.get("num", images) != images:
         remarks.append(
-            f"{META} tells of {facts['num']:,} images, but there are {images:,}: it may be of others"
+            f"{META} tells of {facts['num']:,} images, but there are {images:,}: "
+            "it may be of others"
         )
+
     if facts.get("complete") is False:
         remarks.append(
             f"{META} says that these images are not complete; the command that drew them continues"
         )
+
     if facts.get("decoded_by") == "linear preview":
         remarks.append("samples were drawn without their VAE: these are scores of previews")
+
     return remarks
 
 
@@ -416,6 +422,7 @@ def make_reference(
     check_output(target, "target", [".npz"], reads=[images])
     world = read_world()
     session = EvaluationSession(extractor, extractor_weights, device, batch_size, cache, world)
+
     with process_group(world):
         opened = session.open(str(images), resolution, "images")
         if len(opened) < TABLE["fid"].least:
@@ -423,11 +430,14 @@ def make_reference(
                 f"images: {opened.name} holds one image, but statistics need at least two"
             )
         gathered = yield from session.features(opened, "image")
+
+    # Only the first process writes.
     if world.rank:
         return None
     yield Stage("writing")
     kept = write_reference(target, opened, gathered, session.extractor, count, seed)
     yield from map(Warned, doubts(session.requested, session.name, str(images)))
+
     height, width = opened.size
     yield Message(
         f"statistics of {len(opened):,} images of {height}x{width}, {kept:,} of them kept"

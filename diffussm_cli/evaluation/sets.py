@@ -145,15 +145,18 @@ class _Folder:
     def _read_one(self, i: int) -> Tensor:
         entry = self.listing.entries[i]
         array = read_entry(self.listing.root, entry, self.size if self.cropped else None)
+
         if self.channels == 1:
             _refuse_colour(array, self.image_name(i))
+
         if array.shape[:2] != self.size:
             has = "{}x{}".format(*array.shape[:2])
             first = "{}x{}".format(*self.size)
             raise DataError(
-                f"{self.image_name(i)} is {has}, the first image is {first}; give images of one size "
-                "(resolution crops those of a reference)"
+                f"{self.image_name(i)} is {has}, the first image is {first}; "
+                "give images of one size (resolution crops those of a reference)"
             )
+
         return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)
 
     def image_name(self, i: int) -> str:
@@ -245,10 +248,13 @@ def _refuse_colour(image: np.ndarray, name: str) -> None:
 def image_rows(rows: Rows) -> Rows:
     """Return an array of images, checked to be uint8 NHWC. Raises DataError."""
     _, *shape = rows.shape
+
     if rows.dtype.kind == "f":
         raise DataError(
-            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: save floor(clamp(127.5 x + 128, 0, 255))"
+            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: "
+            "save floor(clamp(127.5 x + 128, 0, 255))"
         )
+
     if (
         rows.dtype.str != "|u1"
         or len(shape) != 3
@@ -256,8 +262,10 @@ def image_rows(rows: Rows) -> Rows:
         or not math.prod(rows.shape)
     ):
         raise DataError(
-            f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, not uint8 (n, H, W, 3)"
+            f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, "
+            "not uint8 (n, H, W, 3)"
         )
+
     return rows
 
 
@@ -327,6 +335,7 @@ class DrawnImages:
             raise ConfigError(
                 "extractor: this one takes grey images, but the run draws colour images"
             )
+
         self.sampler = sampler
         self.seeds = seeds
         self.labels = labels

@@ -1,6 +1,7 @@
 """The backbone that DiffuSSM and the DiT baseline share: tokens in, blocks, tokens out.
 
-B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
+B batch   C channels   H x W grid   P patch size   M compression
+L = HW/P^2 tokens   J = L/M positions   D width
 E width of text vectors   K text tokens
 """
 
@@ -126,13 +127,19 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         self._check_inputs(x, t, y, text)
         H, W = x.shape[-2:]
         grid = H // self.patch_size, W // (self.patch_size * self.compression)
+
+        # The embeddings.
         c, words = self.condition(t, y, text)  # (B, D), (B, K, D)
         position = (
             self.position if self.input_size == (H, W) else self.positions(H, W).to(self.position)
         )
         h = self.patch_in(patchify(x, self.patch_size, self.compression)) + position  # (B, J, D)
+
+        # The words stand on either side, for both directions.
         if words is not None:
             h = torch.cat([words.flip(1), h, words], dim=1)  # (B, K + J + K, D)
+
+        # The blocks; those of the second half may add what the first half gave.
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
         earlier: list[Tensor] = []  # what the blocks of the first half gave
         for i, block in enumerate(self.blocks):
@@ -143,8 +150,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
                 if recomputes
                 else block(h, c, grid)
             )
+
             if self.skips is not None and i < len(self.skips):
                 earlier.append(h)
+
+        # The image.
         if words is not None:
             h = h[:, self.text_tokens : -self.text_tokens]
         h = self.patch_out(self.norm_out(h, c))  # (B, J, M P^2 2C)
@@ -176,11 +186,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
                 nn.init.zeros_(module.bias)
             elif isinstance(module, HourglassLinear | Local | TextEmbedding):
                 module.reset_parameters()
+
         for layer in self.t_embed.mlp:
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
+
         if self.y_embed is not None:
             nn.init.normal_(self.y_embed.weight, std=self.label_std)
+
         zeroed = [z for block in self.blocks for z in block.zeroed()]  # type: ignore[operator]
         for layer in [self.norm_out.adaLN, self.patch_out, *zeroed, *(self.skips or [])]:
             nn.init.zeros_(layer.weight)
@@ -221,6 +234,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             raise ValueError(f"x: shape {tuple(x.shape)} must be (B, {self.in_channels}, H, W)")
         if t.shape != (B,):
             raise ValueError(f"t: shape {tuple(t.shape)} must be ({B},), one timestep per image")
+
         if self.y_embed is not None:
             if y is None or y.shape != (B,):
                 given = "None" if y is None else f"shape {tuple(y.shape)}"
@@ -230,6 +244,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             if _is_at_hand(y) and not ((y >= 0) & (y <= self.null_class)).all():
                 low, high = y.min().item(), y.max().item()
                 raise ValueError(f"y: labels from {low} to {high} must lie in 0..{self.null_class}")
+
         if self.text_width:
             sizes = (B, 1 + self.text_tokens, self.text_width)
             if text is None or text.shape != sizes:

@@ -1,8 +1,8 @@
 """DiffuSSM (Yan, Gu, Rush 2023, arXiv 2311.18257): a backbone of gated S4D blocks. Its forward is
 in `backbone.py`.
 
-B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
-D hidden size   N state size of S4D
+B batch   C channels   H x W grid   P patch size   M compression
+L = HW/P^2 tokens   J = L/M positions   D hidden size   N state size of S4D
 """
 
 import itertools
@@ -67,12 +67,14 @@ class DiffuSSM(Backbone):
                 raise ValueError(f"mixer {name!r} must be one of {', '.join(MIXERS)}")
         if text_tokens and (local or any(MIXERS[name].needs_image for name in mixers)):
             raise ValueError(
-                f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image without text"
+                f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image "
+                "without text"
             )
         if 2 * hidden_size % compression:
             raise ValueError(
                 f"compression {compression} must divide twice hidden_size {hidden_size}"
             )
+
         H, W = pair(input_size)
         tokens = (H // patch_size, W // patch_size)
         orders = itertools.cycle(SCANS[scan])
@@ -83,6 +85,7 @@ class DiffuSSM(Backbone):
             )
             for name, order, _ in zip(names, orders, range(depth))
         ]
+
         super().__init__(
             blocks,
             input_size,

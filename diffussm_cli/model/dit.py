@@ -1,8 +1,9 @@
 """DiT (Peebles and Xie 2022, arXiv 2212.09748): the baseline, with the embeddings and the interface
 of DiffuSSM.
 
-B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions
-D hidden size   h heads of d = D/h channels   token l = j M + k
+B batch   C channels   H x W grid   P patch size   M compression
+L = HW/P^2 tokens   J = L/M positions   D hidden size
+h heads of d = D/h channels   token l = j M + k
 
 M = 1 is DiT. With M > 1 the residual stream and the MLP work on J positions, and only attention
 works on all L tokens. This is the hourglass around attention whose Gflops the DiffuSSM paper
@@ -101,8 +102,10 @@ class DiT(Backbone):
     ):
         if hidden_size % heads or hidden_size % compression:
             raise ValueError(
-                f"hidden_size {hidden_size} must be a multiple of heads {heads} and of M {compression}"
+                f"hidden_size {hidden_size} must be a multiple of heads {heads} "
+                f"and of M {compression}"
             )
+
         blocks = [DiTBlock(hidden_size, compression, heads) for _ in range(depth)]
         super().__init__(
             blocks,

@@ -1,6 +1,7 @@
 """The inputs and outputs of a backbone: timestep embedding, position embedding, patches.
 
-B batch   C channels   H x W grid   P patch size   M compression   L = HW/P^2 tokens   J = L/M positions   D width
+B batch   C channels   H x W grid   P patch size   M compression
+L = HW/P^2 tokens   J = L/M positions   D width
 """
 
 import math
@@ -74,7 +75,9 @@ class TextEmbedding(nn.Module):
 
 
 def patchify(x: Tensor, P: int, M: int) -> Tensor:
-    """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours in a row concatenated."""
+    """(B, C, H, W) -> (B, J, M C P^2): patches in raster order, M neighbours in a row
+    concatenated.
+    """
     return rearrange(x, "b c (h p) (w m q) -> b (h w) (m c p q)", p=P, q=P, m=M)
 
 

@@ -67,7 +67,9 @@ class Mixer(nn.Module):
         return 0
 
     def saved(self) -> float:
-        """Numbers per token that autograd saves inside the mixer, in the dtype of the activations."""
+        """Numbers per token that autograd saves inside the mixer, in the dtype of the
+        activations.
+        """
         return 0
 
     def saved_kernels(self, L: int, grid: tuple[int, int]) -> float:  # noqa: ARG002
@@ -133,6 +135,7 @@ def kept_kernels(*models: nn.Module) -> Iterator[None]:
         for m in model.modules()
         if isinstance(m, StateSpace) and m not in _kept
     ]
+
     _kept.update({layer: {} for layer in layers})
     try:
         yield

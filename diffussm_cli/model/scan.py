@@ -1,6 +1,7 @@
 """The order in which a block reads the positions of an image.
 
-B batch   D width   H x W grid of tokens   M tokens per position   J = HW/M positions in a grid of H x W/M
+B batch   D width   H x W grid of tokens   M tokens per position
+J = HW/M positions in a grid of H x W/M
 
 The orders have no parameters. Only positions are permuted: the M tokens of a position, which are
 neighbours in a row, stay together and keep their order from left to right. Thus a column is M

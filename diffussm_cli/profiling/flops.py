@@ -1,8 +1,9 @@
 """Analytic cost of a configuration: parameters, tokens, multiply-adds of a forward pass, memory of
 training.
 
-    L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size   n FFT length   F = n/2 + 1
-    E width of text vectors   K text tokens, which stand twice in the sequence and take a position each
+    L = HW/P^2 tokens   M compression   J = L/M positions   D width   N state size
+    n FFT length   F = n/2 + 1   E width of text vectors
+    K text tokens, which stand twice in the sequence and take a position each
 
 "Gflops" are billions of multiply-adds of one forward pass for one image, the convention of DiT and
 of the paper. Transforms and complex products are converted at two real operations per multiply-add.

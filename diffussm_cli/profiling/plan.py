@@ -68,6 +68,7 @@ def _images_that_fit(config: Config, available: int | None) -> int:
     images = config.train.batch_size // config.train.accumulate
     if available is None:
         return images
+
     while (needed := cost(_with_batch(config, images, 1)).training_bytes) > available:
         if images == 1:
             raise RunError(
@@ -76,6 +77,7 @@ def _images_that_fit(config: Config, available: int | None) -> int:
                 "measure on a larger machine"
             )
         images //= 2
+
     return images
 
 

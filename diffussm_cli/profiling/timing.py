@@ -51,12 +51,14 @@ def random_model(config: Config, setting: Setting) -> Backbone:
     with torch.device("meta"):
         model = build_model(config)
     model.materialize(setting.device)
+
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=0.02)
         for module in model.modules():
             if isinstance(module, StateSpace):
                 module.reset_parameters()
+
     if setting.compiled:
         model.compile_blocks()
     return model
@@ -217,6 +219,7 @@ def _prepare(
     if on_cuda:
         other_models = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+
     try:
         with _limited_memory(device):
             model = random_model(config, setting)
@@ -228,6 +231,7 @@ def _prepare(
         if not is_out_of_memory(e):
             raise
         return None
+
     peak = torch.cuda.max_memory_allocated(device) - other_models if on_cuda else None
     return call, peak
 

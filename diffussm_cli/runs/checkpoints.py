@@ -54,6 +54,7 @@ def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> st
         return f"{e.filename}: {e.strerror}"
     except (KeyError, TypeError):
         return f"{checkpoint / STATE} holds no hashes"
+
     return None
 
 

@@ -50,6 +50,7 @@ def published_config(path: Path) -> Config:
             "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
             "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
         }
+
         side = math.isqrt(state["pos_embed"].shape[1]) * P
         data = {
             "resolution": side * DOWNSAMPLE,
@@ -67,8 +68,8 @@ def assumption(path: Path) -> str:
     it.
     """
     return (
-        f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the files of SiT and of "
-        "other flows have the same names, and would give images of noise"
+        f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; "
+        "the files of SiT and of other flows have the same names, and would give images of noise"
     )
 
 
@@ -77,9 +78,12 @@ def published_weights(path: Path) -> dict[str, Tensor]:
     config, state = published_config(path), _read(path)
     with torch.device("meta"):
         model = build_model(config)
+
+    # The positions are computed, not stored.
     expected, found = model.positions(*model.input_size), state.pop("pos_embed")[0]
     if found.shape != expected.shape or (found - expected).abs().max() > 1e-5:
         raise RunError(f"{path}: its position embedding is not DiT's sines and cosines")
+
     weights = {_our_name(name, path): tensor for name, tensor in state.items()}
     weights["patch_in.weight"] = weights["patch_in.weight"].flatten(1)
     for name in weights:

@@ -72,7 +72,9 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Iterator[Path
 
 
 def check_run_folder(root: Path, resume: bool) -> None:
-    """Raises RunError if a run cannot begin in a folder or, with `resume`, cannot continue there."""
+    """Raises RunError if a run cannot begin in a folder or, with `resume`, cannot continue
+    there.
+    """
     if root.exists() and not root.is_dir():
         raise RunError(f"--out: {str(root)!r} is a file; choose a folder")
 
@@ -83,7 +85,8 @@ def check_run_folder(root: Path, resume: bool) -> None:
         raise RunError(f"--out: {str(root)!r} is not empty and holds no run; choose another folder")
     if not resume and (has_begun or is_foreign):
         raise RunError(
-            f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another folder"
+            f"--out: {str(root)!r} is not empty; add --resume to continue it, or choose another "
+            "folder"
         )
 
 
@@ -98,10 +101,12 @@ def locked_folder(root: Path, rank: int = 0) -> Iterator[None]:
             stack.enter_context(held_folder(root, rank))
         except BlockingIOError as e:
             raise RunError(
-                f"--out: another process is training in {str(root)!r}; wait for it, or stop it first"
+                f"--out: another process is training in {str(root)!r}; "
+                "wait for it, or stop it first"
             ) from e
         except OSError as e:
             raise RunError(
                 f"--out: cannot write to {str(root)!r}: {e.strerror}; choose another --out"
             ) from e
+
         yield

@@ -4,12 +4,15 @@ RUN/config.yaml                      the resolved configuration
 RUN/metrics.jsonl, RUN/tensorboard/  records of training
 RUN/samples/step-*.png               previews
 RUN/report.html                      all of this on a page
-RUN/results.json                     what `diffussm eval RUN` measured last; in RUN/images, of those images
+RUN/results.json                     what `diffussm eval RUN` measured last; in RUN/images, of those
+                                     images
 RUN/skipped.jsonl                    images that could not be read, with data.skip_unreadable
-RUN/data.json                        where the training images were, how many, and a hash of their list
+RUN/data.json                        where the training images were, how many, and a hash of their
+                                     list
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
-RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that sampling needs;
-                                     and a model card and a pipeline of diffusers, see publish.py
+RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that
+                                     sampling needs; and a model card and a pipeline of diffusers,
+                                     see publish.py
 .../ema-DECAY.safetensors            in both: each further average, if train.ema lists several
 RUN/best/                            the same at the lowest FID, with metrics.json
 
@@ -55,7 +58,9 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; a folder counts only under its final name."""
+    """The complete checkpoints of a run, oldest first; a folder counts only under its final
+    name.
+    """
     named = (p for p in (root / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
     return sorted((p for p in named if (p / STATE).is_file()), key=step_of)
 

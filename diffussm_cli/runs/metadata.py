@@ -23,7 +23,10 @@ from diffussm_cli.runs.layout import CONFIG, DATA, METRICS, SKIPPED, STATE
 
 
 def read_config(folder: Path, option: str = "RUN") -> Config:
-    """Read the configuration of a run; `option` is the option that gave the run. Raises RunError."""
+    """Read the configuration of a run; `option` is the option that gave the run.
+
+    Raises RunError.
+    """
     path = folder / CONFIG
     try:
         values = _saved_values(read_text(path, option), f"{option}: {path}")
@@ -58,13 +61,15 @@ def check_config(config: Config) -> None:
     """
     for name in config.data.class_names:
         check_text(name, "data.class_names")
+
     text = to_yaml(config)
     if len(text.encode()) > MAX_YAML_BYTES:
         n = len(config.data.class_names)
         raise ConfigError(
-            f"data.class_names: the names of {n:,} classes make {CONFIG} larger than {MAX_YAML_BYTES} bytes, which is "
-            "the most that is read; use shorter names"
+            f"data.class_names: the names of {n:,} classes make {CONFIG} larger than "
+            f"{MAX_YAML_BYTES} bytes, which is the most that is read; use shorter names"
         )
+
     assert config_from_dict(parse_yaml(text, CONFIG), CONFIG) == config, (
         "what is written is what is read"
     )

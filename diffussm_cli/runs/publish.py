@@ -22,11 +22,12 @@ try:
     from diffussm_cli.sampling.pipeline import Denoiser, DiffuSSMPipeline  # noqa: F401
 except ModuleNotFoundError as e:
     raise ImportError("this model needs the package diffussm: pip install . in a clone of it") from e
-'''
+'''  # noqa: E501
 HUB_DATA = {"builtin:mnist": "ylecun/mnist"}
 UNKNOWN = (
-    "Nobody has written down the licence of the training data, the purpose of this model and what it cannot do. "
-    "Do so before you publish it, and choose a licence in the first lines of this file."
+    "Nobody has written down the licence of the training data, the purpose of this model and what "
+    "it cannot do. Do so before you publish it, and choose a licence in the first lines of this "
+    "file."
 )
 USE = """## Use
 
@@ -45,7 +46,7 @@ image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 images = pipe({argument}batch_size=8, num_inference_steps=20).images
 ```
-"""
+"""  # noqa: E501
 
 
 def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> dict[str, bytes]:
@@ -67,11 +68,13 @@ def pipeline_files(config: Config) -> dict[str, bytes]:
     sampler, made_by = config.sample.sampler, {"_diffusers_version": version("diffusers")}
     objective, learned = make_objective(config.diffusion), config.model.learn_sigma
     sampler = "dpmpp" if sampler in INTEGRATORS else sampler  # diffusers has none of those
+
     kind, options = scheduler_settings(sampler, objective, learned)
     index = {"_class_name": ["pipeline", "DiffuSSMPipeline"], **made_by}
     index |= {"denoiser": ["denoiser", "Denoiser"], "scheduler": ["diffusers", kind]}
     found: dict[str, Any] = {"model_index.json": index}
     found["scheduler/scheduler_config.json"] = {"_class_name": kind, **made_by, **options}
+
     code = {"pipeline.py": CODE.encode(), "denoiser/denoiser.py": CODE.encode()}
     return code | {
         name: (json.dumps(values, indent=2) + "\n").encode() for name, values in found.items()
@@ -98,10 +101,8 @@ def model_card(
     import huggingface_hub as hub
 
     d, m, t, s = config.data, config.model, config.train, config.sample
-    preset, data = (
-        config.preset or "diffussm",
-        d.path if d.path.startswith(BUILTIN) else Path(d.path).name,
-    )
+    preset = config.preset or "diffussm"
+    data = d.path if d.path.startswith(BUILTIN) else Path(d.path).name
     measured_on = HUB_DATA.get(d.path, data.removeprefix(BUILTIN)), data.removeprefix(BUILTIN)
     task = "text-to-image" if m.text_width else "unconditional-image-generation"
     results = [
@@ -128,7 +129,8 @@ def model_card(
     facts = {
         "Data": f"{plain(data)}, {d.size[0]}x{d.size[1]} pixels"
         + (f", as latents of {plain(d.vae)}" if d.vae else ""),
-        "Training": f"{step:,} steps of {t.batch_size} images, learning rate {t.lr:g}, seed {t.seed}",
+        "Training": f"{step:,} steps of {t.batch_size} images, learning rate {t.lr:g}, "
+        f"seed {t.seed}",
         "Objective": config.diffusion.objective,
         "Weights": f"averaged with decay {t.ema[0]:g}" if t.ema else "averaged",
         "Drawn with": f"{s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
@@ -137,7 +139,8 @@ def model_card(
     parts = [f"---\n{header.to_yaml()}\n---\n\n# {plain(preset)}\n"]
     parts += [f"![Images that the model drew]({IMAGE})\n"] if image else []
     parts += [
-        f"{'An' if conditional == 'unconditional' else 'A'} {conditional} {kind} with {parameters:,} parameters.\n"
+        f"{'An' if conditional == 'unconditional' else 'A'} {conditional} {kind} "
+        f"with {parameters:,} parameters.\n"
     ]
     parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n"]
     option, argument = (
@@ -172,6 +175,7 @@ def last_scores(root: Path, step: int) -> dict[str, float]:
         last = [r for r in records if r["step"] == step][-1]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
+
     found = {
         k.removeprefix("eval/"): v
         for k, v in last.items()

@@ -58,6 +58,7 @@ def write_report(root: Path | str) -> Path:
     """
     root = Path(root)
     config, log = runs.read_config(root), Log(root / runs.LOG)
+
     text = render(
         "runs/report.html",
         Path(__file__).with_suffix(".js").read_text(encoding="utf-8"),
@@ -80,6 +81,7 @@ def write_report(root: Path | str) -> Path:
         charts_of=charts_of,
         timedelta=datetime.timedelta,
     )
+
     write_text(root / runs.REPORT, text)
     return root / runs.REPORT
 
@@ -92,15 +94,14 @@ def evaluations(root: Path) -> Iterator[dict[str, Any]]:
     files = [
         path for place in places for path in root.glob(f"{place}*{runs.RESULTS}") if path.is_file()
     ]
+
     for path in sorted(files, key=os.path.getmtime, reverse=True)[:EVALUATIONS]:
         with contextlib.suppress(
             OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError
         ):
             result = json.loads(path.read_text(encoding="utf-8"))
-            meta, values = (
-                result["meta"],
-                {name: float(value) for name, value in result["metrics"].items()},
-            )
+            meta = result["meta"]
+            values = {name: float(value) for name, value in result["metrics"].items()}
             yield {
                 "file": path.relative_to(root),
                 "time": datetime.datetime.fromtimestamp(
@@ -130,6 +131,7 @@ class Log:
         self.sessions: list[dict[str, Any]] = []
         self.step = 0
         self.damaged: list[int] = []  # numbers of lines that are passed over, from 1
+
         if path.is_file():
             with path.open(encoding="utf-8", errors="replace") as lines:
                 for number, line in enumerate(lines, 1):
@@ -138,6 +140,7 @@ class Log:
                     except DAMAGE:
                         if line.endswith("\n"):  # otherwise it is only unfinished
                             self.damaged.append(number)
+
         if self.damaged:
             some = ", ".join(map(str, self.damaged[:NAMED])) + (
                 ", ..." if len(self.damaged) > NAMED else ""
@@ -149,6 +152,7 @@ class Log:
     def _add(self, record: dict[str, Any]) -> None:
         step = step_in(record)
         self.step = step
+
         for name, value in record.items():
             if name == "session":
                 what = "training continued" if value["from_step"] else "training began"
@@ -209,11 +213,13 @@ def frames(folder: Path) -> Iterator[tuple[int, str]]:
     ):
         with contextlib.suppress(OSError, DataError, ValueError), open_image(every[i]) as image:
             kind, content = "png", every[i].read_bytes()
+
             if len(content) > LARGE:
                 image.thumbnail((WIDTH, 10 * WIDTH))
                 shrunk = io.BytesIO()
                 image.convert("RGB").save(shrunk, "WEBP", quality=85)
                 kind, content = "webp", shrunk.getvalue()
+
             url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
             yield int(every[i].stem.removeprefix("step-")), url
 

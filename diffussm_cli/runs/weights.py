@@ -98,12 +98,16 @@ def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
         RunError: if there are none, or they are damaged.
     """
     trained = _find_weights(path or newest_run(RUNS))
+
+    # The average that was asked for.
     held = trained.averages
     if ema is not None and ema not in held:
         holds = ", ".join(map(str, held)) or "none"
         raise RunError(
-            f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; it holds {holds}"
+            f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; "
+            f"it holds {holds}"
         )
+
     decay = next(iter(held), None) if ema is None else ema
     file = trained.weights if decay is None else held[decay]
     if file != trained.weights:
@@ -154,7 +158,10 @@ def _refuse_damage(folder: Path, file: str, remedy: str) -> None:
 
 
 def load_model(trained: TrainedRun) -> Backbone:
-    """Load the model of a run with its averaged weights, in eval mode, on the CPU. Raises RunError."""
+    """Load the model of a run with its averaged weights, in eval mode, on the CPU.
+
+    Raises RunError.
+    """
     with torch.device("meta"):
         model = build_model(trained.config)
     weights = read_tensors(trained.weights)
@@ -173,6 +180,7 @@ def check_weights_match(
     wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
     if wrong:
         raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
+
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
@@ -186,7 +194,10 @@ def check_weights_match(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, or of a published DiT, on the CPU. Raises RunError."""
+    """Read all tensors of a safetensors file, or of a published DiT, on the CPU.
+
+    Raises RunError.
+    """
     if path.suffix == dit_checkpoint.SUFFIX:
         return dit_checkpoint.published_weights(path)
     try:
@@ -206,7 +217,8 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(
-                f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not finite"
+                f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not "
+                "finite"
             )
     # so that all are aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))

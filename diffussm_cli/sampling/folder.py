@@ -53,9 +53,12 @@ def sample_facts(
     wrong prompts.
     """
     check_prompts(prompts, negative, trained.config, sampler.sampling)
+
     config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
     in_turn = "balanced" if sorted(classes) == list(range(config.model.num_classes)) else "given"
     finished = None if foreign else config.train.steps
+    text_encoder = {"name": config.data.text, "sha256": config.data.text_sha256}
+
     return {
         "run": str(trained.root),
         "weights": trained.weights.name,
@@ -72,9 +75,7 @@ def sample_facts(
         "class_names": list(config.data.class_names) or None,
         "prompts": list(prompts) or None,
         "negative": negative,
-        "text_encoder": {"name": config.data.text, "sha256": config.data.text_sha256}
-        if prompts
-        else None,
+        "text_encoder": text_encoder if prompts else None,
         "reference": config.reference,
         "extractor": config.eval.extractor,
         "null_class": config.model.num_classes or None,
@@ -123,7 +124,9 @@ class SampleFolder:
         return incomplete[world.rank :: world.size]
 
     def draw(self, batches: Sequence[range]) -> Iterator[int]:
-        """Draw the batches and write the images that are missing; yields the number of seeds done."""
+        """Draw the batches and write the images that are missing; yields the number of seeds
+        done.
+        """
         labels = self.facts["labels"]
         for batch in batches:
             own = labels and [labels[seed - self.seeds.start] for seed in batch]
@@ -178,7 +181,8 @@ class SampleFolder:
         if image.shape[:2] != data.size:
             size = f"{image.shape[0]}x{image.shape[1]}"
             raise RunError(
-                f"{self.file(seed)}: is {size}, not an image of this run; delete it to draw it again"
+                f"{self.file(seed)}: is {size}, not an image of this run; "
+                "delete it to draw it again"
             )
         return image
 
@@ -217,12 +221,13 @@ def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:
                 f"--out: {str(folder)!r} holds images without {META}; name another folder"
             )
         return
+
     before = read_meta(folder)
     for key in FIXED:
         if before.get(key) != facts[key]:
             raise RunError(
-                f"--out: {str(folder)!r} holds images of another request: {key} was {before.get(key)!r} and is now "
-                f"{facts[key]!r}; name another folder"
+                f"--out: {str(folder)!r} holds images of another request: "
+                f"{key} was {before.get(key)!r} and is now {facts[key]!r}; name another folder"
             )
 
 

@@ -67,11 +67,13 @@ def generate(
             y, x = begin(model, objective.device, generators, labels and labels[chosen])
             denoise = make_denoiser(model, objective, sampling, y, text and text.of(chosen))
             how = (sampling.steps, generators, model.learn_sigma)
+
             try:
                 with torch.no_grad(), autocast(objective.device, dtype):
                     images = sample_by_name(sampling.sampler, denoise, objective, x, *how)
             except NotFiniteError as e:
                 raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
+
             yield list(seeds[chosen]), images.float().cpu()
 
 

@@ -89,11 +89,14 @@ class Denoiser(ModelMixin, ConfigMixin):
         """
         if variant is not None:
             raise ValueError(
-                f"variant: {variant!r} is not written; load the model with dtype= for another precision"
+                f"variant: {variant!r} is not written; load the model with dtype= for another "
+                "precision"
             )
+
         config, step = self.run.config, self.run.step
         weights = {name: tensor.float().cpu() for name, tensor in self.model.state_dict().items()}
         folder, finished = Path(save_directory), config.train.steps
+
         folder.mkdir(parents=True, exist_ok=True)
         fill_folder(
             folder,
@@ -190,6 +193,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
     def __init__(self, denoiser: Denoiser, scheduler: Any, vae: Any = None):
         super().__init__()
+
+        # Without a VAE, the one that the run names, or else a preview.
         preview = None
         if vae is None and denoiser.run.config.data.vae is not None:
             decoding = open_decoding(denoiser.run.config, torch.device("cpu"))
@@ -197,6 +202,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             preview = decoding if vae is None else None
             if decoding.warning and vae is not None:
                 warnings.warn(decoding.warning, stacklevel=2)
+
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
         self._preview: Decoding | None = preview  # decodes if the VAE of the run cannot be used
         self._encode = PromptEncoder(denoiser.run.config)
@@ -216,7 +222,9 @@ class DiffuSSMPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has set `_interrupt`, which ends the call after the step in progress."""
+        """Whether a callback has set `_interrupt`, which ends the call after the step in
+        progress.
+        """
         return self._interrupt
 
     @torch.no_grad()
@@ -325,7 +333,10 @@ class DiffuSSMPipeline(DiffusionPipeline):
         batch_size: int,
         times: int,
     ) -> _Request:
-        """The arguments of a call with one entry per image. Raises ValueError if they do not agree."""
+        """The arguments of a call with one entry per image.
+
+        Raises ValueError if they do not agree.
+        """
         self._check_prompt(prompt, negative)
         for name, count in (("batch_size", batch_size), ("num_images_per_prompt", times)):
             if not _is_whole(count) or count < 1:
@@ -423,8 +434,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
         unused = [name for name, value in options.items() if value and name != "max_shard_size"]
         if unused:
             raise ValueError(f"{unused[0]}: save_pretrained has no such option here")
+
         root = Path(save_directory)
         self.denoiser.save_pretrained(root, variant=variant)
+
+        # The components besides the denoiser, and where the index finds them.
         index = json.loads((root / INDEX).read_text(encoding="utf-8"))
         components = {"scheduler": self.scheduler, "vae": self.vae}
         for name, component in components.items():
@@ -438,8 +452,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler = copy.deepcopy(self.scheduler)
         if getattr(scheduler, "init_noise_sigma", 1) != 1:
             raise ValueError(
-                f"scheduler: {type(scheduler).__name__} needs scaled inputs; use DPMSolverMultistepScheduler or "
-                "UniPCMultistepScheduler"
+                f"scheduler: {type(scheduler).__name__} needs scaled inputs; "
+                "use DPMSolverMultistepScheduler or UniPCMultistepScheduler"
             )
         if type(scheduler).__name__ != "DDPMScheduler":
             # copied from DDPM's, it would change the output's meaning
@@ -472,11 +486,13 @@ def _labels(given: Any, num_classes: int) -> int | list[int] | None:
         return None
     if not num_classes:
         raise ValueError(f"class_labels: {given!r:.60} given, but this model has no classes")
+
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if array.dtype.kind not in "iu":
         raise ValueError(
             f"class_labels: {given!r:.60} must be whole numbers in 0..{num_classes - 1}"
         )
+
     labels = array.reshape(-1).tolist()
     if not all(0 <= label < num_classes for label in labels):
         raise ValueError(f"class_labels: {labels} must lie in 0..{num_classes - 1}")

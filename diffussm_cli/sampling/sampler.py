@@ -107,6 +107,7 @@ class Sampler:
             dtype=self.dtype,
             text=text,
         )
+
         try:
             for batch, latents in batches:
                 images = self.decoding.decode(latents)

@@ -72,16 +72,19 @@ def sample(
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
     prompts = prompts or trained.config.sample.prompts
     world, seeds = read_world(), range(seed, seed + num)
+
     if grid and grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
     if film:
         check_output(film, "--film", SUFFIXES)
     if trained.assumption:
         yield Message(trained.assumption)
+
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device)
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
     sampler.text(prompts[:1])  # a missing text encoder is an error before anything is written
+
     path = Path(out) if out is not None else free_folder(trained.root, facts)
     if out is None and path.name != IMAGES:
         yield Message(
@@ -91,13 +94,16 @@ def sample(
         yield Warned(sampler.decoding.warning)
     grid = check_grid(grid, path) if grid else path / GRID
     folder = SampleFolder(path, sampler, seeds, {**facts, "grid": os.path.relpath(grid, path)})
+
     with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
         if world.rank == 0:
             folder.begin()
         gather(None, world)
+
         yield Stage("looking for finished images")
         batches, done = folder.missing(world), 0
         gather(None, world)  # every process looks before any of them draws
+
         total = sum(map(len, batches))
         if total:
             yield Progress(0, total)
@@ -107,6 +113,7 @@ def sample(
         gather(None, world)
         if world.rank == 0:
             folder.finish(grid, npz)
+
     if film and world.rank == 0:
         yield Stage("filming")
         write_film(sampler, seeds, facts, film)

@@ -63,6 +63,7 @@ def batches(
                     waiting.append(
                         worker.submit(make_batch, source, config, following, world, pinned)
                     )
+
                 yield waiting.popleft().result()
         finally:
             for batch in waiting:

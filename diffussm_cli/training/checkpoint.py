@@ -132,7 +132,8 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
         newest, damaged = runs.newest_good(root)
         if newest is None:
             raise RunError(
-                f"--resume: {root} has no good checkpoint: {damaged[0]}; choose another --out to begin a new run"
+                f"--resume: {root} has no good checkpoint: {damaged[0]}; "
+                "choose another --out to begin a new run"
             )
         name, state = newest.name, runs.read_state(newest)
     name, state = gather((name, state), world)[0]
@@ -144,7 +145,8 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
     for rank, wrong in enumerate(gather(_difference(path, state) if world.rank else None, world)):
         if wrong:
             raise RunError(
-                f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: {wrong}"
+                f"--resume: process {rank} does not see the checkpoint of process 0 in {root}: "
+                f"{wrong}"
             )
     return path, damaged
 

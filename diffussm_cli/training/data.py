@@ -71,8 +71,8 @@ def compare_data(
         if before["images"] == len(images):
             number = f"{len(images):,} as before, with other names, labels or sizes"
         yield Warned(
-            f"data.path: the images in {config.data.path!r} are not those that {root} began with ({number}); "
-            "from here on they come in another order"
+            f"data.path: the images in {config.data.path!r} are not those that {root} began with "
+            f"({number}); from here on they come in another order"
         )
     return facts | {"checked": before["checked"] and is_same}
 
@@ -102,14 +102,15 @@ def leave_out_unreadable(
             some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
             more = "; ..." if len(skipped) > NAMED else ""
             raise DataError(
-                f"data.path: {len(skipped)} of {len(images)} images in {config.data.path!r} cannot be read: "
-                f"{some}{more}; skip them: --set data.skip_unreadable=true"
+                f"data.path: {len(skipped)} of {len(images)} images in {config.data.path!r} cannot "
+                f"be read: {some}{more}; skip them: --set data.skip_unreadable=true"
             )
         if skips and world.rank == 0:
             runs.write_skipped(root, skipped)
         if skipped:
             yield Message(
-                f"skipped: {len(skipped)} images that cannot be read; reasons in {root / runs.SKIPPED}"
+                f"skipped: {len(skipped)} images that cannot be read; "
+                f"reasons in {root / runs.SKIPPED}"
             )
     elif skips:
         skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
@@ -126,11 +127,13 @@ def remedies(source: Source, root: Path, facts: Mapping[str, Any], world: World)
     except DataError as e:
         if not isinstance(undivided(source), ImageFolder):
             raise
+
         if world.rank == 0:
             with contextlib.suppress(OSError):
                 runs.write_data(root, {**facts, "checked": False})
+
         command = f"diffussm train --resume --out {shlex.quote(str(root))}"
         raise DataError(
-            f"data.path: {e}; restore the image, or skip what cannot be read with --set data.skip_unreadable=true; "
-            f"then continue with: {command}"
+            f"data.path: {e}; restore the image, or skip what cannot be read with --set "
+            f"data.skip_unreadable=true; then continue with: {command}"
         ) from e

@@ -13,7 +13,9 @@ from diffussm_cli.training.parallel import local_shards
 
 
 class BadSteps:
-    """Counts skipped steps on the device, so that no step waits for the host; read once per record."""
+    """Counts skipped steps on the device, so that no step waits for the host; read once per
+    record.
+    """
 
     def __init__(self, device: torch.device):
         self.in_a_row = torch.zeros((), device=device)
@@ -66,19 +68,22 @@ def update_ratios(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             size = sum(p.square().sum() for p in group["params"])
             by_group[group["name"]] = torch.stack([group["moved"], size])
             continue
+
+        # AdamW: the update is computed again from its averages
         beta1, beta2 = group["betas"]
         sums = torch.zeros(2, device=group["params"][0].device)
         for p in group["params"]:
             state = optimizer.state[p]
             if not state:
                 continue
+
             w, m, v = local_shards((p, state["exp_avg"], state["exp_avg_sq"]))
             n = state["step"].to(w.device).clamp(min=1)
-            update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"]) + group[
-                "weight_decay"
-            ] * w
+            update = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + group["eps"])
+            update = update + group["weight_decay"] * w
             sums += torch.stack([(group["lr"] * update).square().sum(), w.square().sum()])
         by_group[group["name"]] = sums
+
     return by_group
 
 

@@ -145,12 +145,16 @@ class Trainer:
 
     @contextlib.contextmanager
     def _interrupted(self) -> Iterator[None]:
-        """Work between two steps: its time does not count, and others wait for the first process."""
+        """Work between two steps: its time does not count, and others wait for the first
+        process.
+        """
         with self.step.meter.paused(), first_works(self.world):
             yield
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches from the current step on; before an unreadable image ends the run, it is saved."""
+        """Batches from the current step on; before an unreadable image ends the run, it is
+        saved.
+        """
         start = self.step.number
         pinned = self.step.device.type == "cuda"
         try:
@@ -170,10 +174,12 @@ class Trainer:
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
+
             t = self.config.train
             raise RunError(
-                f"train.batch_size: {t.batch_size} in {t.accumulate} part(s) does not fit into the memory of "
-                f"{self.step.device}; raise train.accumulate or set train.gradient_checkpointing=true"
+                f"train.batch_size: {t.batch_size} in {t.accumulate} part(s) does not fit into the "
+                f"memory of {self.step.device}; "
+                "raise train.accumulate or set train.gradient_checkpointing=true"
             ) from e
 
     def _record(self) -> Record:
@@ -201,8 +207,8 @@ class Trainer:
         never_finite = step.number == t.steps and not self._any_finite
         if in_a_row >= t.max_bad_steps or never_finite:
             raise RunError(
-                f"train: {in_a_row} steps in a row before step {step.number} had no finite loss or gradient; "
-                "the newest checkpoint is intact; try a smaller train.lr "
+                f"train: {in_a_row} steps in a row before step {step.number} had no finite loss or "
+                "gradient; the newest checkpoint is intact; try a smaller train.lr "
                 f"(now {t.lr:g}), train.warmup_steps, train.grad_clip=1 or train.precision=fp32"
             )
         return record

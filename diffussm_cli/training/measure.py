@@ -56,7 +56,8 @@ class Measures:
         self.held_out = HeldOut(images, config, step.device, step.world) if images else None
         if not config.eval.images and not images:
             raise ConfigError(
-                "eval.images: 0 needs held-out images; set data.held_out, or eval.images to at least 16"
+                "eval.images: 0 needs held-out images; set data.held_out, or eval.images to at "
+                "least 16"
             )
 
         # Without a reference there are no scores; an error if there is no held-out loss either.
@@ -173,7 +174,8 @@ class Scoring:
             raise DataError(f"eval.every: {decoding.warning}")
         if path is None:
             raise ConfigError(
-                "eval.every: needs eval.reference, an .npz or a folder of real images, or data.held_out"
+                "eval.every: needs eval.reference, an .npz or a folder of real images, or "
+                "data.held_out"
             )
         self.step = step
         self.source = source

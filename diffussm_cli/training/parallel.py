@@ -58,6 +58,7 @@ def shard(model: Backbone, world: World, device: torch.device, dtype: torch.dtyp
     exact = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+
     for module in model.modules():
         if isinstance(module, StateSpace):
             fully_shard(module, mesh=mesh, mp_policy=exact)

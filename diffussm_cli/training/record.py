@@ -150,12 +150,14 @@ class RecordWriter:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
+
         with writing(str(self.root)):
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
             numbers = {
                 k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))
             }
+
             for name, value in numbers.items():
                 self.board.add_scalar(
                     name if "/" in name else f"train/{name}", value, record["step"]

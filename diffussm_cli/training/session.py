@@ -37,7 +37,10 @@ from diffussm_cli.training.data import compare_data, leave_out_unreadable, open_
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter, open_tracker, quiet_threads
 
-COMPILING = "compiling: the first step takes minutes and shows no progress (mnist on two CPU cores: about four)"
+COMPILING = (
+    "compiling: the first step takes minutes and shows no progress "
+    "(mnist on two CPU cores: about four)"
+)
 
 
 @dataclass(frozen=True)
@@ -194,8 +197,8 @@ def _steps(
         renew_report(trainer.root, config)
     if skipped:
         yield Warned(
-            f"{skipped} of {trainer.step.number - first} steps were left out, because their loss or gradient "
-            f"was not finite; {runs.LOG} names them"
+            f"{skipped} of {trainer.step.number - first} steps were left out, because their loss "
+            f"or gradient was not finite; {runs.LOG} names them"
         )
 
 
@@ -221,8 +224,8 @@ def check_batch(config: Config, world: World) -> None:
     t = config.train
     if t.batch_size % (world.size * t.accumulate):
         raise ConfigError(
-            f"train.batch_size: {t.batch_size} cannot be shared by {world.size} processes in {t.accumulate} part(s) "
-            f"each; take a multiple of {world.size * t.accumulate}"
+            f"train.batch_size: {t.batch_size} cannot be shared by {world.size} processes in "
+            f"{t.accumulate} part(s) each; take a multiple of {world.size * t.accumulate}"
         )
 
 
@@ -263,7 +266,8 @@ def _prepare(
                 yield from (Message(f"changed: {change}") for change in changes)
             else:
                 yield Message(
-                    f"{root / runs.CONFIG} was missing; it will be written again from this command line"
+                    f"{root / runs.CONFIG} was missing; it will be written again from this command "
+                    "line"
                 )
             runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
 
@@ -304,8 +308,9 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
         was, now = old[section][name], new[section][name]
         if was != now:
             raise ConfigError(
-                f"--resume: {section}.{name} was {was!r} and is now {now!r}; omit --preset and --set to keep the "
-                "run's own values, or choose another --out to begin a new run"
+                f"--resume: {section}.{name} was {was!r} and is now {now!r}; "
+                "omit --preset and --set to keep the run's own values, "
+                "or choose another --out to begin a new run"
             )
     free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
     values = [(s, f, old[s][f], new[s][f]) for s, f in free]

@@ -1,6 +1,7 @@
 """Softmax attention as a mixer.
 
-B batch   D channels   J positions   M tokens per position   L = J M tokens   h heads of d = D/h channels
+B batch   D channels   J positions   M tokens per position   L = J M tokens
+h heads of d = D/h channels
 """
 
 import torch

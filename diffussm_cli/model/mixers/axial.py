@@ -1,7 +1,8 @@
 """State spaces along the rows and along the columns of an image, as matrix products.
 
-B batch   D channels   J positions   M tokens per position   H x W grid of tokens   V = W/M   N state size: N/2 modes
-S side: W along a row, H along a column   lag: the place of the output less the place of the input, in tokens
+B batch   D channels   J positions   M tokens per position   H x W grid of tokens
+V = W/M   N state size: N/2 modes   S side: W along a row, H along a column
+lag: the place of the output less the place of the input, in tokens
 
 In the first dimension of a parameter the axes are 0 along a row and 1 along a column; in the second
 the directions are 0 forward (inputs at smaller places) and 1 backward.
@@ -56,8 +57,10 @@ class Axial(StateSpace):
         super().__init__()
         if N < 2 or N % 2:
             raise ValueError(f"d_state must be even and at least 2, got {N}")
+
         self.scan, self.grid = scan, grid
         self.dt_min, self.dt_max = dt_min, dt_max
+
         self.log_dt = nn.Parameter(torch.empty(2, 2, D))
         self.log_A_real = nn.Parameter(torch.empty(2, 2, D, N // 2))
         self.A_imag = nn.Parameter(torch.empty(2, 2, D, N // 2))
@@ -72,7 +75,9 @@ class Axial(StateSpace):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """S4D-Lin, then C and D_skip scaled so that the outputs of a white input have variance 1."""
+        """S4D-Lin, then C and D_skip scaled so that the outputs of a white input have variance
+        1.
+        """
         device = self.log_dt.device
         H, W = self.grid
         sides = torch.tensor([W, H], device=device)[:, None, None]
@@ -218,7 +223,9 @@ def _as_planes(columns: Tensor, like: Tensor) -> Tensor:
 
 
 def axial_recurrence(layer: Axial, image: Tensor) -> Tensor:
-    """Reference for `Axial`: the recurrences along every line, image (B, D, H, W) -> (B, 2D, H, W)."""
+    """Reference for `Axial`: the recurrences along every line, image (B, D, H, W) -> (B, 2D, H,
+    W).
+    """
     outputs = []
     for axis, lines in enumerate((image, image.mT)):  # (B, D, lines, S)
         S = lines.shape[-1]
@@ -227,6 +234,7 @@ def axial_recurrence(layer: Axial, image: Tensor) -> Tensor:
             parameters = (layer.log_A_real, layer.A_imag, layer.B, layer.C)
             log_A_real, A_imag, B, C = (p[axis, direction] for p in parameters)
             dt = layer.log_dt[axis, direction].exp() / S
+
             along = lines.flip(-1) if direction else lines
             each = [
                 s4d_recurrence(line, dt, -log_A_real.exp(), A_imag, B, C, torch.zeros_like(dt))
@@ -234,5 +242,6 @@ def axial_recurrence(layer: Axial, image: Tensor) -> Tensor:
             ]
             result = torch.stack(each, dim=2)
             y = y + (result.flip(-1) if direction else result)
+
         outputs.append(y.mT if axis else y)
     return torch.cat(outputs, dim=1)

@@ -1,7 +1,7 @@
 """Gated linear attention in both directions as a mixer, in chunks and in plain PyTorch.
 
-B batch   D channels   J positions   M tokens per position   L = J M tokens   h heads of d = D/h channels
-T tokens per chunk   n = L/T chunks
+B batch   D channels   J positions   M tokens per position   L = J M tokens
+h heads of d = D/h channels   T tokens per chunk   n = L/T chunks
 
 Gated linear attention (GLA): Yang et al. 2023, arXiv 2312.06635; in diffusion: DiG, arXiv
 2405.18428. GLA has a gate per channel of the keys. Here there is one per head, as in Mamba-2 (arXiv
@@ -38,14 +38,15 @@ class LinearAttention(Heads):
         q, k, v = (torch.stack([x, x.flip(2)]) for x in qkv)  # (2, B, h, L, d)
         gates = self.gates(tokens).unflatten(-1, (2, -1)).permute(2, 0, 3, 1)  # (2, B, h, L)
         gates = torch.stack([gates[0], gates[1].flip(2)])  # (2, B, h, L)
+
         log_decay = (
             F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / TEMPERATURE
         )
         y = gated_linear_attention(q, k, v, log_decay)  # (2, B, h, L, d)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-6)  # (2, B, h, L, d)
-        return torch.stack([y[0], y[1].flip(2)], dim=1).mT.reshape(
-            len(u), 2 * u.shape[1], *u.shape[2:]
-        )
+
+        both = torch.stack([y[0], y[1].flip(2)], dim=1).mT
+        return both.reshape(len(u), 2 * u.shape[1], *u.shape[2:])
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
         """Queries, keys and gates; per direction and token T products with keys and values, and two

@@ -1,6 +1,7 @@
 """Convolution of a sequence with the kernels of both directions, by FFT, and its gradient.
 
-B batch   D channels   J positions   M tokens per position   L = J M tokens   n FFT length   F = n/2 + 1
+B batch   D channels   J positions   M tokens per position   L = J M tokens
+n FFT length   F = n/2 + 1
 """
 
 from collections.abc import Callable
@@ -96,11 +97,13 @@ def convolve_slices(
     B, D, J, M = u.shape
     L, n = J * M, fft_length(J * M)
     y = u.new_empty(M, 2, D, B, J).permute(3, 1, 2, 4, 0)  # (B, 2, D, J, M)
+
     parts = slices(u, share)
     padded = u.new_zeros(B, parts[0].stop, n, dtype=dtype)
     for channels in parts:
         S = spectra(channels)  # (2, d, F)
         U = torch.fft.rfft(copy_into_padded(u[:, channels], padded))  # (B, d, F)
+
         for direction in (0, 1):
             copy_back(
                 torch.fft.irfft(U * S[direction], n=n, norm="forward")[..., :L],
@@ -108,6 +111,7 @@ def convolve_slices(
             )
         if kept is not None:
             kept.append(U)
+
     return y.flatten(1, 2)
 
 
@@ -163,16 +167,24 @@ class Convolution(torch.autograd.Function):
         B, D, J, M = u.shape
         L, n = J * M, fft_length(J * M)
         dy = dy.unflatten(1, (2, D))  # (B, 2, D, J, M)
-        du, dS = u.new_empty(M, D, B, J).permute(2, 1, 3, 0), torch.empty_like(S)
+        du = u.new_empty(M, D, B, J).permute(2, 1, 3, 0)  # (B, D, J, M)
+        dS = torch.empty_like(S)
+
         parts = slices(u, share=2)
         padded = S.real.new_zeros(B, parts[0].stop, n)
         for i, c in enumerate(parts):
+            # conj(U); kept spectra stay as they are for another backward pass
             U = kept[i] if kept else torch.fft.rfft(copy_into_padded(u[:, c], padded))  # (B, d, F)
             U = U.conj_physical() if kept else U.conj_physical_()
-            S_c, dU = S[:, c].conj_physical(), torch.zeros((), dtype=S.dtype, device=S.device)
+
+            # dS = sum_b conj(U) dY, and dU = conj(S) dY, summed over both directions
+            S_c = S[:, c].conj_physical()
+            dU = torch.zeros((), dtype=S.dtype, device=S.device)
             for direction in (0, 1):
                 dY = torch.fft.rfft(copy_into_padded(dy[:, direction, c], padded))
                 dS[direction, c] = (U * dY).sum(0)
                 dU = torch.addcmul(dU, dY, S_c[direction])
+
             copy_back(torch.fft.irfft(dU, n=n, norm="forward")[..., :L], du[:, c])
+
         return du, dS

@@ -1,6 +1,7 @@
 """The S4D kernel from its parameters, computed in two levels, and its gradient.
 
-D channels   L taps   N state size: N/2 complex modes   R rows: the channels of both directions   l = a T + b
+D channels   L taps   N state size: N/2 complex modes   R rows: the channels of both directions
+l = a T + b
 """
 
 import math
@@ -51,14 +52,16 @@ def s4d_kernel(
     re, im = _discretise(x, y, A_real, A_imag, B, C)
     # (R, N/2): one row per channel and direction
     modes = [t.flatten(0, -2) for t in (re, im, x, y)]
+
     if one_level:
         one: Callable[..., Tensor] = (
             ModesInOneLevel.apply if torch.is_grad_enabled() else _sum_in_one_level
         )
         K = one(*modes, L).unflatten(0, dt.shape)
-        return (
-            K if D_skip is None else torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
-        )
+        if D_skip is None:
+            return K
+        return torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
+
     skip = torch.zeros_like(dt) if D_skip is None else D_skip
     sum_of_modes: Callable[..., Tensor] = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
@@ -80,6 +83,7 @@ def _sum_of_modes(
     """
     A, T = levels(L)
     K = re.new_empty(len(re), A, T)
+
     for rows in _row_slices(re, T):
         # exp(dt A aT) (r, A, N/2), exp(dt A b) (r, T, N/2)
         outer, inner = _tables(x[rows], y[rows], A, T)
@@ -90,6 +94,7 @@ def _sum_of_modes(
             torch.bmm(_pairs(weighted), _pairs(inner.conj_physical()).mT, out=K[rows])
         if kept is not None:
             kept += [outer, inner]
+
     K[:, 0, 0] += skip
     return K.flatten(1)[:, :L]
 
@@ -115,21 +120,30 @@ class Modes(torch.autograd.Function):
     def backward(ctx, dK: Tensor) -> tuple[Tensor | None, ...]:
         re, im, x, y, *kept = ctx.saved_tensors
         A, T = levels(dK.shape[-1])
+
+        # dK as (R, A, T), padded with zeros beyond L
         if dK.shape[-1] < A * T:
             dK = torch.nn.functional.pad(dK, (0, A * T - dK.shape[-1]))
         dK = dK.unflatten(-1, (A, T))
+
+        # the lags of both levels, l = a + b here
         a = torch.arange(A, device=x.device, dtype=x.dtype) * T
         b = torch.arange(T, device=x.device, dtype=x.dtype)
+
         gradients = torch.empty(4, *re.shape, device=re.device, dtype=re.dtype)
         for i, rows in enumerate(_row_slices(re, T)):
             outer, inner = kept[2 * i : 2 * i + 2] if kept else _tables(x[rows], y[rows], A, T)
+
+            # W_0 and W_1, each summed over one level, then over the other
             with no_autocast(x.device), full_float32_products():
                 over_b = _pairs(outer * _complex(dK[rows] @ _pairs(inner)))  # (r, A, N)
                 over_a = _pairs(inner * _complex(dK[rows].mT @ _pairs(outer)))  # (r, T, N)
                 W0 = _complex(over_b.sum(-2))
                 W1 = _complex(a @ over_b + b @ over_a)
+
             C_bar_W1 = torch.complex(re[rows], im[rows]) * W1
             gradients[:, rows] = 2 * torch.stack([W0.real, -W0.imag, C_bar_W1.real, -C_bar_W1.imag])
+
         return *gradients, dK[:, 0, 0], None
 
 
@@ -217,9 +231,10 @@ def _tables(x: Tensor, y: Tensor, A: int, T: int) -> tuple[Tensor, Tensor]:
     """
     p, q = math.ceil(math.sqrt(A)), math.ceil(math.sqrt(T))
     counts = [p, math.ceil(A / p), q, math.ceil(T / q)]
-    l = torch.cat(
-        [torch.arange(n, device=x.device) * step for n, step in zip(counts, (T, p * T, 1, q))]
-    )  # noqa: E741
+    steps = [T, p * T, 1, q]
+    ranges = [torch.arange(n, device=x.device) * step for n, step in zip(counts, steps)]
+    l = torch.cat(ranges)  # noqa: E741
+
     fine_a, coarse_a, fine_b, coarse_b = _exponentials(x, y, l).split(counts, dim=1)
     outer, inner = coarse_a[:, :, None] * fine_a[:, None], coarse_b[:, :, None] * fine_b[:, None]
     return outer.flatten(1, 2)[:, :A], inner.flatten(1, 2)[:, :T]
@@ -252,11 +267,14 @@ def _discretise(
     """
     half_sin = torch.sin(y / 2)
     # exp(x + iy) - 1
-    zre, zim = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2, torch.exp(x) * torch.sin(y)
+    zre = torch.expm1(x) * torch.cos(y) - 2 * half_sin**2
+    zim = torch.exp(x) * torch.sin(y)
+
+    # divided by A
     square = A_real**2 + A_imag**2
     zre, zim = (zre * A_real + zim * A_imag) / square, (zim * A_real - zre * A_imag) / square
-    bre, bim = (
-        B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1],
-        B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0],
-    )
+
+    # times C B
+    bre = B[..., 0] * C[..., 0] - B[..., 1] * C[..., 1]
+    bim = B[..., 0] * C[..., 1] + B[..., 1] * C[..., 0]
     return bre * zre - bim * zim, bre * zim + bim * zre

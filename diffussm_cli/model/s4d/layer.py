@@ -1,7 +1,8 @@
 """The S4D layer: a bidirectional diagonal state space layer (Gu et al. 2022, arXiv 2206.11893).
 Read this file first.
 
-    B batch   D channels   J positions   M tokens per position   L = J M tokens   N state size: N/2 complex modes
+    B batch   D channels   J positions   M tokens per position   L = J M tokens
+    N state size: N/2 complex modes
 
 `kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, and
 `reference.py` computes the same slowly from the definitions.

@@ -10,7 +10,9 @@ from torch import Tensor
 def s4d_kernel_naive(
     dt: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor, L: int
 ) -> Tensor:
-    """Reference for `s4d_kernel`, with the same arguments: the definition, in complex arithmetic."""
+    """Reference for `s4d_kernel`, with the same arguments: the definition, in complex
+    arithmetic.
+    """
     A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
     dtA = dt[..., None] * A
     C_bar = C * B * (torch.exp(dtA) - 1) / A

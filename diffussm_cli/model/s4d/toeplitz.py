@@ -37,7 +37,9 @@ def _add_product(total, a, b):
 
 @triton.jit
 def _one_sided(x, K, image, first, B, L, M, strides, CAUSAL: tl.constexpr):
-    """sum_k x[image, k] K[|l - k|] for a tile of tokens l from `first` on, over k <= l if CAUSAL, else over k >= l."""
+    """sum_k x[image, k] K[|l - k|] for a tile of tokens l from `first` on, over k <= l if CAUSAL,
+    else over k >= l.
+    """
     token = first + tl.arange(0, TILE)[None, :]
     total = tl.zeros((IMAGES, TILE), dtype=tl.float32)
     start, stop = (0, first + TILE) if CAUSAL else (first, L)
@@ -56,10 +58,8 @@ def _forward(u, K, y, B, D, L, M, u_d, y_d, u_strides, y_strides):
     kernel.
     """
     d, first = tl.program_id(0), tl.program_id(1) * TILE
-    image, token = (
-        tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None],
-        first + tl.arange(0, TILE)[None, :],
-    )
+    image = tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None]
+    token = first + tl.arange(0, TILE)[None, :]
     at = image * y_strides[0] + (token // M) * y_strides[1] + (token % M) * y_strides[2]
     exists = (image < B) & (token < L)
     ahead = _one_sided(u + d * u_d, K + d * L, image, first, B, L, M, u_strides, True)
@@ -74,10 +74,8 @@ def _backward_input(dy, K, du, B, D, L, M, dy_d, du_d, dy_strides, du_strides):
     direction.
     """
     d, first = tl.program_id(0), tl.program_id(1) * TILE
-    image, token = (
-        tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None],
-        first + tl.arange(0, TILE)[None, :],
-    )
+    image = tl.program_id(2) * IMAGES + tl.arange(0, IMAGES)[:, None]
+    token = first + tl.arange(0, TILE)[None, :]
     total = _one_sided(dy + d * dy_d, K + d * L, image, first, B, L, M, dy_strides, False)
     total += _one_sided(
         dy + (D + d) * dy_d, K + (D + d) * L, image, first, B, L, M, dy_strides, True
