@@ -155,7 +155,7 @@ def test_an_image_of_another_size_is_named(trained, tmp_path):
 
 
 def test_memory_that_does_not_do_is_one_line(trained, tmp_path, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
 
