@@ -113,8 +113,11 @@ def _abort_nccl() -> None:
     import torch
     import torch.distributed as dist
 
+    group = dist.group.WORLD
+    if group is None:
+        return
     with contextlib.suppress(RuntimeError):  # nothing was sent by NCCL yet
-        dist.group.WORLD._get_backend(torch.device("cuda")).abort()
+        group._get_backend(torch.device("cuda")).abort()
 
 
 def gather(value: Any, world: World) -> list[Any]:
