@@ -29,6 +29,7 @@ BUILTIN = "builtin:"  # prefix of `data.path` for a data set that a Python packa
 MANY = 10**8  # steps
 MAX_SEED = 2**62
 MAX_BATCH = 2**16
+MAX_CLASSES = 10**6
 MAX_SIDE = 2**14  # pixels
 SMALLEST = 1e-9  # smallest magnitude of a nonzero number
 MAX_PARAMETERS = 10**11
@@ -90,7 +91,9 @@ class ModelConfig:
     skips: bool = _option(
         False, "add each block of the first half to its mirror image, by layers that start at zero"
     )
-    num_classes: int = _option(1000, "number of classes; 0: unconditional", least=0, most=10**6)
+    num_classes: int = _option(
+        1000, "number of classes; 0: unconditional", least=0, most=MAX_CLASSES
+    )
     learn_sigma: bool = _option(True, "also learn the covariance")
     label_std: float = _option(
         0.02, "initial standard deviation of the label table", above=0, most=100
@@ -737,6 +740,22 @@ def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
             )
         found[kind] = name
     return found
+
+
+def whole(value: Any) -> int | None:
+    """A number of any kind as an int; None for what is not a whole number."""
+    try:
+        return int(value) if int(value) == value else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # also a list, NaN, infinity
+        return None
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ConfigError, naming the parameter, for what is not an int within bounds."""
+    is_int = hasattr(value, "__index__") and whole(value) is not None
+    if not is_int or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name}: {value!r:.80} must be a whole number {bounds}")
 
 
 def check_text(text: str | os.PathLike, name: str) -> None:

@@ -20,11 +20,14 @@ from diffussm_cli.commands.console import follow, make_console
 from diffussm_cli.config import (
     DEFAULT_PRESET,
     DEFAULT_VAE,
+    MAX_SEED,
     Config,
+    check_whole,
     config_from_dict,
     load_config,
     preset_names,
     to_dict,
+    whole,
 )
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
@@ -97,19 +100,15 @@ class Run:
         """
         from diffussm_cli.data.text import check_prompts
 
+        check_numbers({"num": num, "seed": seed, "batch_size": batch_size})
+        labels = check_labels(classes, self.config)
         sampler = self._sampler(batch_size, sampling)
         prompts = prompts or self.config.sample.prompts
         check_prompts(prompts, negative, self.config, sampler.sampling)
-        check_labels(classes, self.config)
         seeds = range(seed, seed + num)
         captions = [prompts[i % len(prompts)] for i in range(num) if prompts]
-        drawn = sampler.draw(
-            seeds, sampler.labels(seeds, list(classes)), sampler.text(captions, negative)
-        )
-        height, width = self.config.data.size
-        channels = 1 if self.config.data.is_grey else 3
-        empty = torch.empty(0, channels, height, width, dtype=torch.uint8)
-        return torch.cat([empty, *(images for _, images in drawn)])
+        drawn = sampler.draw(seeds, sampler.labels(seeds, labels), sampler.text(captions, negative))
+        return torch.cat([images for _, images in drawn])
 
     def _sampler(self, batch_size: int = 64, sampling: Mapping[str, Any] | None = None) -> Sampler:
         request = with_fields(self.config, sampling or {}, "sample").sample
@@ -213,6 +212,8 @@ def sample(
 
     run = run if isinstance(run, Run) else load(run)
     sampling, request = split_fields(run.config, request)
+    check_numbers(request | {"num": num})
+    request["classes"] = check_labels(request.get("classes", ()), run.config)
     request |= {"sampling": sampling, "precision": run.precision, "device": run.device}
     return _run(
         session.sample(run.trained, None if out is None else Path(out), num, **request), show
@@ -245,11 +246,13 @@ def evaluate(
     """
     from diffussm_cli.evaluation import session
 
+    check_numbers(request)
     request = {"cache": default_cache()} | request
     run = samples if isinstance(samples, Run) else None
     trained = run.trained if run else session.find_run_at(Path(str(samples)))
     if trained is not None:
         request["sampling"], request = split_fields(trained.config, request)
+        request["classes"] = check_labels(request.get("classes", ()), trained.config)
     if run is not None:
         request |= {"precision": run.precision, "device": run.device}
     with tempfile.TemporaryDirectory() as folder:
@@ -320,12 +323,15 @@ def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.I
     Args:
         images: uint8 (n, 1 or 3, H, W), n at least 1.
         path: also write it there.
+        columns: images in a row, at least 1.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
         raise ValueError(
             "images must be uint8 (n, C, H, W), n at least 1, "
             f"not {images.dtype} {tuple(images.shape)}"
         )
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
     pixels = np.asarray(image_grid(images, min(columns, len(images))).permute(1, 2, 0))
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if path is not None:
@@ -353,13 +359,24 @@ def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[
     return with_fields(config, fields, "sample").sample, rest
 
 
-def check_labels(classes: Sequence[int], config: Config) -> None:
-    """Raises ConfigError for labels that the model does not have."""
+def check_numbers(request: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a wrong num, batch_size or seed of a request."""
+    for name in ("num", "batch_size"):
+        check_whole(name, request.get(name, 1), least=1)
+    check_whole("seed", request.get("seed", 0), least=0, most=MAX_SEED)
+
+
+def check_labels(classes: Sequence[int], config: Config) -> list[int]:
+    """The labels as whole numbers. Raises ConfigError for those that the model does not have."""
     n = config.model.num_classes
-    wrong = [label for label in classes if not 0 <= label < n]
-    if wrong:
-        has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
-        raise ConfigError(f"classes: {wrong[0]!r} is not a class of this model; it has {has}")
+    labels = []
+    for given in classes:
+        label = whole(given)
+        if label is None or not 0 <= label < n:
+            has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
+            raise ConfigError(f"classes: {given!r} is not a class of this model; it has {has}")
+        labels.append(label)
+    return labels
 
 
 def _run(session: Generator[Event, None, T], show: bool) -> T:

@@ -235,6 +235,7 @@ def test_resume_goes_on_and_refuses_drift(tmp_path):
         "model.depth=3": "model.depth was 2 and is now 3",
         "train.batch_size=16": "train.batch_size was 8 and is now 16",
         "data.flip=true": "data.flip was False and is now True",
+        "train.optimizer=muon": "train.optimizer was 'adamw' and is now 'muon'",
     }.items():
         assert words in line_of(
             run("train", "--resume", "--out", root, "--set", "train.steps=9", "--set", change)
@@ -280,6 +281,10 @@ MISTAKES = {
     "empty data": (
         ["train", "--data", ""],
         "--data: is empty; name a file or folder, or leave it out",
+    ),
+    "empty preset": (
+        ["train", "--preset", ""],
+        "--preset: is empty; name a preset or a YAML file, or leave it out",
     ),
     "empty source": (
         ["encode", "", "b"],

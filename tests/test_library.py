@@ -1,6 +1,7 @@
 """The public interface, as a notebook uses it."""
 
 import ast
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 import diffussm as ds
+from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.errors import ConfigError, DataError
 from tests.conftest import randn
 
@@ -173,6 +175,46 @@ def test_wrong_requests_are_one_line_that_names_the_parameter():
         run.sample(1, step=4)
     with pytest.raises(ValueError, match="images must be uint8"):
         ds.grid(torch.zeros(2, 1, 4, 4))
+    with pytest.raises(ValueError, match="columns must be at least 1, not 0"):
+        ds.grid(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), columns=0)
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"classes": [10]}, "^classes: 10 is not a class of this model; it has 0 to 9$"),
+        ({"classes": [0.9]}, "^classes: 0.9 is not a class of this model"),
+        ({"num": 0}, "^num: 0 must be a whole number of at least 1$"),
+        ({"num": -3}, "^num: -3 must be a whole number of at least 1$"),
+        ({"num": 1.5}, "^num: 1.5 must be a whole number of at least 1$"),
+        ({"batch_size": 0}, "^batch_size: 0 must be a whole number of at least 1$"),
+        ({"seed": -1}, "^seed: -1 must be a whole number from 0 to"),
+        ({"seed": 2**62 + 1}, "^seed: 4611686018427387905 must be a whole number from 0 to"),
+    ],
+)
+@pytest.mark.parametrize("name", ["Run.sample", "sample", "evaluate"])
+def test_numbers_and_labels_of_a_request_are_checked(name, request_, line, tmp_path):
+    run = ds.load("mnist")
+    draw = {
+        "Run.sample": run.sample,
+        "sample": lambda **request: ds.sample(run, tmp_path / "images", show=False, **request),
+        "evaluate": lambda **request: ds.evaluate(
+            run, metrics=("kid",), cache=None, show=False, **request
+        ),
+    }[name]
+    with pytest.raises(ConfigError, match=line):
+        draw(**({"num": 2, "steps": 1} | request_))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["resolution", "batch_size", "shard_size"])
+def test_numbers_of_an_encoding_are_checked_before_anything_is_written(wrong, tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    Image.new("RGB", (8, 8)).save(source / "a.png")
+    with pytest.raises(ConfigError, match=f"^{wrong}: 0 must be a whole number of at least 1$"):
+        ds.encode(source, tmp_path / "store", vae=tmp_path, show=False, **{wrong: 0})
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_costs_are_those_of_the_command():
@@ -260,11 +302,53 @@ class Odd(Squares):
             r"data: an item must be a tensor \(C, H, W\), or a pair of it and a label, not str",
         ),
         (torch.zeros(8, 8), "not a tensor of 2 dimensions"),
+        (
+            torch.full((1, 8, 8), 255.0),
+            r"data: item 0 of the Odd is float32 from 255 to 255; give uint8, or floats in",
+        ),
+        (
+            torch.ones(1, 8, 8, dtype=torch.int64),
+            "data: item 0 of the Odd is int64 from 1 to 1; give uint8",
+        ),
+        *(
+            (
+                (torch.zeros(1, 8, 8), label),
+                f"data: item 0 of the Odd has the label {label!r}; "
+                "labels must be whole numbers from 0 to 999999",
+            )
+            for label in (0.9, -1, 10**12, "cat")
+        ),
     ],
 )
 def test_items_that_do_not_fit_are_named_before_training(tmp_path, item, line):
     with pytest.raises(DataError, match=line):
         train(tmp_path / "run", Odd(item))
+
+
+@pytest.mark.parametrize("image", [torch.full((1, 28, 28), 2.0), torch.ones(1, 28, 28).int()])
+def test_images_of_a_reference_are_checked_too(image):
+    with pytest.raises(DataError, match="data: item 0 of the Odd is .*; give uint8, or floats"):
+        ds.evaluate("mnist", Odd(image), num=1, show=False)
+
+
+def test_what_does_not_matter_is_not_refused():
+    """Latents have any size, whole numbers of any kind are labels, and labels of an unconditional
+    model are not used.
+    """
+    config = ds.load_config("digits", fields={"model.num_classes": 2})
+    for label in (1, True, 1.0, np.int64(1), torch.tensor(1)):
+        source = DatasetSource(Odd((torch.full((1, 8, 8), -1.0005), label)), config)
+        assert source.read([0], [torch.Generator()])[1].tolist() == [1]
+
+    fields = {"model.num_classes": 0, "sample.guidance": 1}
+    config = ds.load_config("digits", fields=fields)
+    for label in (-1, 0.9, "cat"):
+        source = DatasetSource(Odd((torch.zeros(1, 8, 8), label)), config)
+        assert source.read([0], [torch.Generator()])[1].tolist() == [0]
+
+    data = dataclasses.replace(config.data, resolution=64, downsample=8, vae="x", channels=4)
+    latents = torch.full((4, 8, 8), 9.0)
+    assert len(DatasetSource(Odd(latents), dataclasses.replace(config, data=data))) == 24
 
 
 def test_a_run_on_a_dataset_cannot_go_on_without_it(tmp_path):

@@ -9,6 +9,7 @@ import typer
 from diffussm_cli.commands.console import follow, leave, make_console
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import DEFAULT_PRESET, load_config, preset_names, to_yaml
+from diffussm_cli.errors import ConfigError
 
 
 def train(
@@ -63,6 +64,8 @@ def train(
     Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 130 and 75 a checkpoint has
     been saved.
     """
+    if preset == "":
+        raise ConfigError("--preset: is empty; name a preset or a YAML file, or leave it out")
     if list_presets:
         from diffussm_cli.commands.tables import presets_table
         from diffussm_cli.profiling.report import preset_rows

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import MAX_CLASSES, Config, whole
 from diffussm_cli.data.images import coins, to_model_space, to_uint8
 from diffussm_cli.errors import DataError
 
 # prefix of `data.path` for data that was given as an object; the name of its class follows
 PYTHON = "python:"
+LARGEST = 1.001  # of pixels in model space: 1 and a rounding error
 
 
 class DatasetSource:
     """Images and labels of a map-style Dataset, whose items are (C, H, W) or pairs of that and a
     label.
 
-    uint8 images are scaled to [-1, 1]. Others are taken as they are, which suits latents too, and
-    must be finite.
+    uint8 images are scaled to [-1, 1]. Floats are taken as they are, and must be finite; pixels
+    must be in [-1, 1], latents need not. Labels do not count for a model without classes.
 
     Raises:
         DataError: if it is empty, its first item does not fit the model, or the run needs captions.
@@ -40,12 +41,14 @@ class DatasetSource:
 
         self.dataset = dataset
         self.flip = config.data.flip
+        self.has_labels = config.model.num_classes > 0
+        self.of_pixels = config.data.vae is None
         self.shape = (config.data.channels, *config.data.grid)
 
         if not len(self):
             raise DataError("data: the dataset is empty")
         self._item(0)
-        self.class_names = self._names() if config.model.num_classes else ()
+        self.class_names = self._names() if self.has_labels else ()
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -70,14 +73,13 @@ class DatasetSource:
     def _item(self, i: int) -> tuple[Tensor, int]:
         """Image and label of an item, checked."""
         image, label = split(self.dataset[i])
-        where = f"data: item {i} of the {type(self.dataset).__name__}"
+        where = place(self.dataset, i)
         if tuple(image.shape) != self.shape:
             raise DataError(
                 f"{where} has the shape {tuple(image.shape)}, but the model takes {self.shape}"
             )
-        if not torch.isfinite(image).all():
-            raise DataError(f"{where} holds a number that is not finite")
-        return image, label
+        check_values(image, where, self.of_pixels)
+        return image, check_label(label, where) if self.has_labels else 0
 
     def _names(self) -> tuple[str, ...]:
         """The Dataset's `classes`, or else the numbers up to its largest label, for which all items
@@ -86,11 +88,43 @@ class DatasetSource:
         names = getattr(self.dataset, "classes", None)
         if names is not None:
             return tuple(map(str, names))
-        largest = max(split(self.dataset[i])[1] for i in range(len(self)))
-        return tuple(str(label) for label in range(largest + 1))
+        labels = [
+            check_label(split(self.dataset[i])[1], place(self.dataset, i)) for i in range(len(self))
+        ]
+        return tuple(str(label) for label in range(max(labels) + 1))
 
 
-def split(item: Any) -> tuple[Tensor, int]:
+def place(dataset: Dataset, i: int) -> str:
+    """What errors call an item of a Dataset."""
+    return f"data: item {i} of the {type(dataset).__name__}"
+
+
+def check_values(image: Tensor, where: str, of_pixels: bool) -> None:
+    """Raises DataError for values that are neither bytes nor finite floats, or for pixels outside
+    [-1, 1].
+    """
+    is_float = image.is_floating_point()
+    if is_float and not torch.isfinite(image).all():
+        raise DataError(f"{where} holds a number that is not finite")
+    is_wide = is_float and of_pixels and image.abs().max() > LARGEST
+    if is_wide or not (is_float or image.dtype == torch.uint8):
+        kind = str(image.dtype).removeprefix("torch.")
+        span = f"{image.min().item():g} to {image.max().item():g}"
+        raise DataError(f"{where} is {kind} from {span}; give uint8, or floats in [-1, 1]")
+
+
+def check_label(label: Any, where: str) -> int:
+    """A label as an int. Raises DataError for one that is no whole number or out of bounds."""
+    number = whole(label)
+    if number is None or not 0 <= number < MAX_CLASSES:
+        raise DataError(
+            f"{where} has the label {label!r:.80}; "
+            f"labels must be whole numbers from 0 to {MAX_CLASSES - 1}"
+        )
+    return number
+
+
+def split(item: Any) -> tuple[Tensor, Any]:
     """Image and label of an item of a Dataset; the label is 0 if it has none. Raises DataError."""
     image, label = item if isinstance(item, tuple | list) and len(item) == 2 else (item, 0)
     if not isinstance(image, Tensor) or image.ndim != 3:
@@ -102,12 +136,15 @@ def split(item: Any) -> tuple[Tensor, int]:
         raise DataError(
             f"data: an item must be a tensor (C, H, W), or a pair of it and a label, not {kind}"
         )
-    return image, int(label)
+    return image, label
 
 
 def images_of(dataset: Dataset) -> Tensor:
     """All images of a Dataset, uint8 (n, C, H, W). Raises DataError."""
-    images = torch.stack([split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))])
+    found = [split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))]
+    for i, image in enumerate(found):
+        check_values(image, place(dataset, i), of_pixels=True)
+    images = torch.stack(found)
     if images.dtype == torch.uint8:
         return images
     return to_uint8(images)

@@ -293,7 +293,8 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
         The harmless changes, one per line.
 
     Raises:
-        ConfigError: naming the first difference in model, data, diffusion, batch or seed.
+        ConfigError: naming the first difference in model, data, diffusion, batch, seed or
+            optimizer.
     """
     old, new = to_dict(saved), to_dict(config)
     for values in (old["data"], new["data"]):
@@ -304,7 +305,8 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     fixed = [
         (s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless
     ]
-    for section, name in [*fixed, ("train", "batch_size"), ("train", "seed")]:
+    fixed += [("train", name) for name in ("batch_size", "seed", "optimizer")]
+    for section, name in fixed:
         was, now = old[section][name], new[section][name]
         if was != now:
             raise ConfigError(

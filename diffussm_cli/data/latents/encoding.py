@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config import DEFAULT_VAE, named_columns
+from diffussm_cli.config import DEFAULT_VAE, check_whole, named_columns
 from diffussm_cli.data.latents.convert import convert_if_earlier
 from diffussm_cli.data.latents.encoder import Encoder, open_captions
 from diffussm_cli.data.latents.manifest import StoreSettings
@@ -77,6 +77,10 @@ def encode_images(
     Raises:
         DiffussmError: for anything that a user can fix; before the VAE is loaded where possible.
     """
+    for side in resolution:
+        check_whole("resolution", side, least=1)
+    check_whole("batch_size", batch_size, least=1)
+    check_whole("shard_size", shard_size, least=1)
     source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
     listing = list_source(source, columns=named_columns(columns, "--columns"))
