@@ -26,6 +26,8 @@ from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.evaluation import evaluate
 from diffussm_cli.events import finish
+from diffussm_cli.model.mixer import StateSpace
+from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.runs.hub import BUNDLED
 from diffussm_cli.runs.layout import CARD, IMAGE
 from diffussm_cli.sampling import sample
@@ -34,6 +36,7 @@ from diffussm_cli.sampling.sampler import open_sampler
 ROOT = Path(__file__).parents[1]
 USUAL = ("fid", "sfid", "is", "precision", "recall", "kid")
 QUICK, BLOCKS, QUICK_IMAGES = {"sampler": "dpmpp", "steps": 8}, 10, 300
+STATE_SPACES = [name for name, mixer in MIXERS.items() if issubclass(mixer, StateSpace)]
 PROMPTS = [
     "red heart",
     "smiling face",
@@ -182,7 +185,8 @@ def found_by_prompt(run: Path, *options: Any) -> dict[str, Any]:
 
 def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """A weight as the package stores it."""
-    return tensor.float() if ".s4d." in name or tensor.ndim < 2 else tensor.bfloat16()
+    is_state_space = any(f".{mixer}." in name for mixer in STATE_SPACES)
+    return tensor.float() if is_state_space or tensor.ndim < 2 else tensor.bfloat16()
 
 
 def measure(
