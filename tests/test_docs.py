@@ -73,7 +73,8 @@ def test_commands_exist_as_they_are_written(words):
         )
 
 
-def test_examples_of_the_library_run():
+def test_examples_of_the_library_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     blocks = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text("utf-8"), re.S
