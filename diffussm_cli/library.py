@@ -177,7 +177,7 @@ def train(
         changes["data.path"] = str(data)
     where = None if out is None else Path(out)
     if isinstance(config, Config):
-        config = config_from_dict(to_dict(config), "config", fields=changes, name=config.preset)
+        config = with_changes(config, changes)
     else:
         saved = None
         if resume and str(config) in preset_names():
@@ -311,7 +311,7 @@ def cost(config: Config | Name = DEFAULT_PRESET, set: Mapping[str, Any] | None =
     from diffussm_cli.profiling import flops
 
     if isinstance(config, Config):
-        config = config_from_dict(to_dict(config), "config", fields=set, name=config.preset)
+        config = with_changes(config, set or {})
     return flops.cost(
         config if isinstance(config, Config) else load_config(str(config), fields=set)
     )
@@ -340,10 +340,16 @@ def grid(images: Tensor, path: Name | None = None, columns: int = 10) -> Image.I
 
 
 # ----------------------------------------------------------------------------------- parts of these
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A configuration with other values of fields, given by their whole names; checked. Raises
+    ConfigError.
+    """
+    return config_from_dict(to_dict(config), "config", fields=changes, name=config.preset)
+
+
 def with_fields(config: Config, fields: Mapping[str, Any], section: str) -> Config:
     """A configuration with other fields of a section, checked. Raises ConfigError."""
-    changes = {f"{section}.{name}": value for name, value in fields.items()}
-    return config_from_dict(to_dict(config), "config", fields=changes, name=config.preset)
+    return with_changes(config, {f"{section}.{name}": value for name, value in fields.items()})
 
 
 def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
