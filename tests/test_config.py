@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from diffussm_cli import config as module
 from diffussm_cli.config import (
     SECTIONS,
     check_text,
+    checks,
     config_from_dict,
     field_names,
     load_config,
@@ -524,9 +524,9 @@ def test_the_bound_on_parameters_is_on_a_good_estimate(name, monkeypatch):
     from diffussm_cli.profiling.flops import cost
 
     truth = cost(load_config(name)).parameters
-    monkeypatch.setattr(module, "MAX_PARAMETERS", 1.5 * truth)
+    monkeypatch.setattr(checks, "MAX_PARAMETERS", 1.5 * truth)
     load_config(name)
-    monkeypatch.setattr(module, "MAX_PARAMETERS", truth / 1.5)
+    monkeypatch.setattr(checks, "MAX_PARAMETERS", truth / 1.5)
     with pytest.raises(ConfigError, match="makes about"):
         load_config(name)
 
@@ -580,8 +580,8 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_bytes("data: {path: x, class_names: [katt, sk\u00f6ldpadda]}\n".encode())
     code = (
-        f"from diffussm_cli.config import *; print(ascii(read_text(Path({str(path)!r}), "
-        "'--preset')))"
+        "from pathlib import Path; from diffussm_cli.config import read_text; "
+        f"print(ascii(read_text(Path({str(path)!r}), '--preset')))"
     )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run(

@@ -9,8 +9,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from diffussm_cli import config, runs
-from diffussm_cli.config import load_config
+from diffussm_cli import runs
+from diffussm_cli.config import load_config, presets
 from diffussm_cli.errors import RunError
 from diffussm_cli.evaluation.session import find_run_at
 from diffussm_cli.runs import hub
@@ -77,7 +77,7 @@ def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
 
 
 def test_a_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
-    for module in (hub, config):
+    for module in (hub, presets):
         monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)
     assert hub.bundled_names() == []

@@ -1,0 +1,40 @@
+"""Turns a preset and overrides into one checked, frozen configuration. No torch, so errors and
+`--help` are quick.
+
+fields.py      the fields, with their defaults, help and bounds
+presets.py     presets and YAML files by name, with `base` and overrides
+reading.py     plain values to fields and back; values.py checks each of them
+checks.py      which fields fit together
+plain_yaml.py  YAML that cannot do harm
+"""
+
+from diffussm_cli.config.fields import (
+    BUILTIN,
+    DEFAULT_VAE,
+    MANY,
+    MAX_CLASSES,
+    MAX_SEED,
+    MIXERS,
+    SAMPLERS,
+    SECTIONS,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EvalConfig,
+    ModelConfig,
+    SampleConfig,
+    TrainConfig,
+    field_names,
+    mixer_names,
+)
+from diffussm_cli.config.plain_yaml import MAX_YAML_BYTES, parse_yaml, read_text
+from diffussm_cli.config.presets import (
+    BUNDLED,
+    DEFAULT_PRESET,
+    bundled_names,
+    load_config,
+    preset_names,
+    preset_text,
+)
+from diffussm_cli.config.reading import config_from_dict, read_section, to_dict, to_yaml
+from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole

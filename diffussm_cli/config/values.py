@@ -1,0 +1,92 @@
+"""Checks of one value, which a file, an option or a parameter of the library gives."""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffussm_cli.errors import ConfigError
+
+SMALLEST = 1e-9  # smallest magnitude of a nonzero number
+MAX_NAME = 255  # bytes in a file name
+COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
+
+
+def check_bounds(bounds: Mapping, value: Any, name: str) -> None:
+    """Raises ConfigError for text that cannot name a file, and for a number outside the bounds
+    `least`, `above`, `most` and `below`.
+    """
+    if isinstance(value, str):
+        check_text(value, name)
+        return
+
+    if isinstance(value, float) and 0 < abs(value) < SMALLEST:
+        raise ConfigError(
+            f"{name}: {value} is too small to have an effect; it must be at least {SMALLEST}"
+        )
+
+    if "least" in bounds and value < bounds["least"]:
+        raise ConfigError(f"{name}: {value} must be at least {bounds['least']}")
+    if "above" in bounds and value <= bounds["above"]:
+        raise ConfigError(f"{name}: {value} must be greater than {bounds['above']}")
+    if "most" in bounds and value > bounds["most"]:
+        raise ConfigError(f"{name}: {value} must be at most {bounds['most']}")
+    if "below" in bounds and value >= bounds["below"]:
+        raise ConfigError(f"{name}: {value} must be less than {bounds['below']}")
+
+
+def whole(value: Any) -> int | None:
+    """A number of any kind as an int; None for what is not a whole number."""
+    try:
+        return int(value) if int(value) == value else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # also a list, NaN, infinity
+        return None
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ConfigError, naming the parameter, for what is not an int within bounds."""
+    is_int = hasattr(value, "__index__") and whole(value) is not None
+    if not is_int or value < least or (most is not None and value > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ConfigError(f"{name}: {value!r:.80} must be a whole number {bounds}")
+
+
+def check_text(text: str | os.PathLike, name: str) -> None:
+    """Raises ConfigError for text that cannot name a file: not UTF-8, with a NUL byte, or a path
+    with a long name.
+    """
+    path = os.fspath(text)
+    try:
+        parts = path.encode().split(b"/")
+    except UnicodeEncodeError as e:
+        raise ConfigError(f"{name}: {path!r} is not UTF-8 text; rename it") from e
+    if "\0" in path:
+        raise ConfigError(f"{name}: {path!r} holds a NUL byte")
+    if isinstance(text, os.PathLike) and max(map(len, parts)) > MAX_NAME:
+        raise ConfigError(f"{name}: {path!r:.40}... has a name of more than {MAX_NAME} bytes")
+
+
+def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
+    """The names of columns in texts like `image=photo`, by what the columns hold. Raises
+    ConfigError.
+    """
+    found = {}
+    for text in texts:
+        kind, _, name = text.partition("=")
+        if kind not in COLUMNS or not name:
+            raise ConfigError(
+                f"{option}: {text!r} must read {', '.join(f'{kind}=NAME' for kind in COLUMNS)}"
+            )
+        found[kind] = name
+    return found
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error line: the closest valid name, or all valid names if there are few."""
+    valid = [str(v) for v in valid]
+    leaf = name.rpartition(".")[-1]  # `lr` or `model.lr` for train.lr
+    close = [v for v in valid if v.rpartition(".")[-1] == leaf]
+    close = close or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(valid)}" if len(valid) <= 16 else ""
