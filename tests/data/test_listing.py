@@ -207,7 +207,7 @@ def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
         "pipe.png": "cannot be read: not a regular file",
         "huge.png": f"10000x10000 pixels, more than the limit of {images.MAX_PIXELS}",
     }
-    monkeypatch.setattr(listing, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(listing.entries, "MAX_FILE_BYTES", 10)
     with pytest.raises(
         DataError, match=f"good.png: {len(content())} bytes, more than the limit of 10"
     ):

@@ -1,0 +1,121 @@
+"""The images of a source: where each of them lies, and its pixels."""
+
+import hashlib
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from diffussm_cli.data import parquet
+from diffussm_cli.data.images import read_image
+from diffussm_cli.data.listing.left_out import CAPTIONS, JSON, LeftOut, kind_of
+from diffussm_cli.errors import DataError
+from diffussm_cli.machine.files import open_regular
+
+MAX_FILE_BYTES = 1 << 28
+
+
+class Entry(NamedTuple):
+    """The location of an image in a source."""
+
+    # path relative to the source, with forward slashes; ARCHIVE/MEMBER or ARCHIVE/ROW in a shard
+    name: str
+    label: int
+    size: int  # in bytes; -1 if unknown; of its row group in a parquet shard
+    archive: str = ""  # the shard that holds it; empty if it is a separate file
+    offset: int = 0  # of the content in a tar file, in bytes; the row in a parquet shard
+    column: str = ""  # of a parquet shard
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a source in order, and all else that it holds."""
+
+    root: Path
+    entries: list[Entry]
+    class_names: tuple[str, ...]
+    ignored: list[tuple[str, str]]  # name and reason of every file that is not used
+    # of parquet shards: those that the user has named
+    columns: Mapping[str, str] = field(default_factory=dict)
+    # what else is not used, which is counted only: there may be one for every image
+    unread: tuple[LeftOut, ...] = ()
+
+    def text(self) -> Iterator[bytes]:
+        """One line of JSON per image: name, label, bytes."""
+        return (json.dumps([e.name, e.label, e.size]).encode() + b"\n" for e in self.entries)
+
+    def sha256(self) -> str:
+        """Hash of `text`."""
+        digest = hashlib.sha256()
+        for line in self.text():
+            digest.update(line)
+        return digest.hexdigest()
+
+    def left_out(self, with_text: bool = False, own: Collection[str] = ()) -> list[LeftOut]:
+        """What is not used, counted by reason.
+
+        Args:
+            with_text: whether captions are read.
+            own: names of files that the caller knows, and which are no part of the data.
+        """
+        counts: Counter[tuple[str, str]] = Counter()
+        examples: dict[tuple[str, str], str] = {}
+        for name, reason in self.ignored:
+            if name not in own:
+                group = kind_of(name), reason
+                counts[group] += 1
+                examples.setdefault(group, name)
+        files = [LeftOut(n, *group, examples[group]) for group, n in counts.items()]
+        return files + [
+            part for part in self.unread if not (with_text and part.reason in (CAPTIONS, JSON))
+        ]
+
+
+def read_entry(
+    root: Path, entry: Entry, size: tuple[int, int] | None, channels: int = 3
+) -> np.ndarray:
+    """Read an image, upright and cropped to `size` (height, width) if given: uint8 (height, width,
+    channels).
+
+    Raises:
+        DataError: with a message that begins with the name of the entry.
+    """
+    name = Path(entry.name)
+    content = read_content(root, entry)
+    with warnings.catch_warnings():
+        # Pillow warns about large and odd files; real problems raise errors
+        warnings.simplefilter("ignore")
+        return read_image(name, size, channels, io.BytesIO(content))
+
+
+def read_content(root: Path, entry: Entry) -> bytes:
+    """Read the bytes of an image file. Raises DataError with a message that begins with the name of
+    the entry.
+    """
+    path, name = root / (entry.archive or entry.name), Path(entry.name)
+    if entry.column:
+        try:
+            return parquet.read_row(path, entry.offset, entry.column)
+        except DataError as e:
+            raise DataError(f"{name}: {e}") from e
+
+    try:
+        with open_regular(path) as file:
+            if entry.size > MAX_FILE_BYTES:
+                raise DataError(
+                    f"{name}: {entry.size} bytes, more than the limit of {MAX_FILE_BYTES}"
+                )
+            file.seek(entry.offset)
+            content = file.read(entry.size)
+    except OSError as e:
+        raise DataError(f"{name}: cannot be read: {e.strerror}") from e
+
+    if not content:
+        raise DataError(f"{name}: the file is empty")
+    return content

@@ -1,0 +1,203 @@
+"""Lists the images of a folder: one folder per class, or without classes, or its shards."""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffussm_cli.data.images import SUFFIXES
+from diffussm_cli.data.listing.entries import Entry, Listing
+from diffussm_cli.data.listing.left_out import (
+    CAPTIONS,
+    HIDDEN,
+    METADATA,
+    NO_IMAGE,
+    TABLES,
+    UNREADABLE,
+    counted,
+    kind_of,
+    left_out_line,
+    reason_for,
+)
+from diffussm_cli.data.listing.shards import list_archives, list_parquet
+from diffussm_cli.data.listing.splits import one_split, refuse_splits
+from diffussm_cli.errors import DataError
+from diffussm_cli.machine.files import open_regular
+
+MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -> Listing:
+    """List the files and folders with these names."""
+    ignored: list[tuple[str, str]] = []
+    unread: Counter[str] = Counter()
+    inner = [n for n in names if not n.startswith(".") and os.path.isdir(root / n)]
+    folders = [n for n in inner if not _is_passed_over(root / n, root, ignored)]
+    files = [n for n in names if n not in set(inner)]
+    shards = [
+        n
+        for n in files
+        if kind_of(n) == "shard" and not n.startswith(".") and n.lower() not in TABLES
+    ]
+
+    # One folder per class.
+    classes = {
+        name: _entries(root, _files_below(root, name, ignored), ignored, unread) for name in folders
+    }
+    if any(classes.values()):
+        entries = _labelled(root, classes, ignored)
+        for name in files:
+            if name == METADATA:
+                unread[CAPTIONS] += 1
+            else:
+                ignored.append((name, reason_for(name, "not in a class folder")))
+        return Listing(root, entries, tuple(classes), ignored, unread=counted(unread))
+
+    # No folder holds images, but perhaps one holds shards, as in a repository of the hub.
+    flat = [] if shards else _entries(root, files, ignored, unread)
+    if folders and not shards and not flat:
+        shards = _shards_below(root, ignored)
+        if not shards:
+            unreadable = next(
+                (reason for n, reason in ignored if n == folders[0]), "holds no images"
+            )
+            rest = left_out_line(root, Listing(root, [], (), ignored).left_out())
+            raise DataError(
+                f"the class folder {str(root / folders[0])!r} {unreadable}{rest and '; '}{rest}"
+            )
+        ignored = [(name, reason) for name, reason in ignored if name not in set(shards)]
+        files = []
+    elif folders:
+        ignored += [(name, "a folder without images") for name in folders]
+
+    # Shards, or images without classes.
+    if not shards:
+        return Listing(root, flat, (), ignored, unread=counted(unread))
+    tars = [name for name in shards if name.lower().endswith(".tar")]
+    kind = "tar" if tars else "parquet"
+    used = one_split(tars or shards)
+    ignored += [
+        (n, reason_for(n, f"a file next to {kind} shards")) for n in files if n not in set(used)
+    ]
+    return (
+        list_archives(root, used, ignored) if tars else list_parquet(root, used, ignored, columns)
+    )
+
+
+def _is_passed_over(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:
+    """Whether a folder cannot be a class: a link to a folder that contains it, or a folder of the
+    system.
+    """
+    loops = folder.is_symlink() and root.resolve().is_relative_to(folder.resolve())
+    if loops:
+        ignored.append((folder.name, "a link to a folder that contains it"))
+    elif folder.name in SYSTEM:
+        ignored.append((folder.name, "a folder that the system made"))
+    return loops or folder.name in SYSTEM
+
+
+def _labelled(
+    root: Path, classes: Mapping[str, list[Entry]], ignored: list[tuple[str, str]]
+) -> list[Entry]:
+    """The images of all classes, with their labels. Raises DataError for splits, and for a class
+    without images.
+    """
+    entries = [e._replace(label=i) for i, found in enumerate(classes.values()) for e in found]
+    refuse_splits(root, [name for name, found in classes.items() if found], entries)
+
+    for name, found in classes.items():
+        if not found:
+            why = next((reason for n, reason in ignored if n == name), "holds no images")
+            shards = [n for n, _ in ignored if n.startswith(f"{name}/") and kind_of(n) == "shard"]
+            hint = (
+                f", but shards; give this folder, or move it away: {shards[0]!r:.80}"
+                if shards
+                else ""
+            )
+            raise DataError(f"the class folder {str(root / name)!r} {why}{hint}")
+    return entries
+
+
+def _shards_below(root: Path, ignored: list[tuple[str, str]]) -> list[str]:
+    """Shards in one folder below the root. Raises DataError if several folders hold some."""
+    shards = [n for n, reason in ignored if kind_of(n) == "shard" and reason == NO_IMAGE]
+    folders = sorted({n.rpartition("/")[0] for n in shards})
+    if len(folders) > 1:
+        some = ", ".join(repr(str(root / folder)) for folder in folders[:3])
+        raise DataError(
+            f"{str(root)!r} holds shards in {len(folders)} folders; give one of them: {some}"
+        )
+    return shards
+
+
+def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> list[str]:
+    """All files below root/folder, sorted by the parts of their paths; links to folders are not
+    followed.
+    """
+    found: list[str] = []
+
+    def unreadable(e: OSError) -> None:
+        ignored.append((os.path.relpath(e.filename, root), f"{UNREADABLE}: {e.strerror}"))
+
+    def reason_against(name: str, path: str) -> str:
+        if name.startswith("."):
+            return "a hidden folder"
+        if os.path.islink(path):
+            return "a link to a folder, not followed"
+        return "a folder that the system made" if name in SYSTEM else ""
+
+    for parent, folders, names in os.walk(root / folder, onerror=unreadable):
+        below = os.path.relpath(parent, root).replace(os.sep, "/")
+        for name in list(folders):
+            reason = reason_against(name, os.path.join(parent, name))
+            if reason:
+                ignored.append((f"{below}/{name}", reason))
+                folders.remove(name)
+        found += [f"{below}/{name}" for name in names]
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def _entries(
+    root: Path, names: list[str], ignored: list[tuple[str, str]], unread: Counter[str]
+) -> list[Entry]:
+    """The files that may be images, with label 0; the others are added to `ignored` or counted in
+    `unread`.
+    """
+    entries, others = [], []
+    for name in names:
+        path = root / name
+        if path.name.startswith("."):
+            ignored.append((name, HIDDEN))
+            continue
+        try:
+            found = path.stat()
+        except OSError:
+            found = None  # a broken link counts as an unreadable image if it has the suffix of one
+        if found and not stat.S_ISREG(found.st_mode):
+            ignored.append((name, "not a regular file"))
+        elif path.suffix.lower() in SUFFIXES or (found and _begins_as_image(path)):
+            entries.append(Entry(name, 0, found.st_size if found else -1))
+        else:
+            others.append(name)
+
+    # Captions are used by runs with text.
+    stems = {os.path.splitext(e.name)[0] for e in entries} if others else ()
+    for name in others:
+        stem, suffix = os.path.splitext(name)
+        if name.rpartition("/")[2] == METADATA or (suffix == ".txt" and stem in stems):
+            unread[CAPTIONS] += 1
+        else:
+            ignored.append((name, reason_for(name, NO_IMAGE)))
+    return entries
+
+
+def _begins_as_image(path: Path) -> bool:
+    """Whether a file without an image suffix begins like an image."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head.startswith(MAGIC) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")

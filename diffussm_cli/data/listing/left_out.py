@@ -1,0 +1,95 @@
+"""What is not used of the things that a user gave: the reasons, and the line that counts them."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from diffussm_cli.data.images import SUFFIXES
+
+UNREADABLE = "cannot be read"
+METADATA = "metadata.jsonl"
+SHARDS = (".tar", ".parquet")
+
+# Names that say what a file or folder is, and reasons why it is not used.
+CAPTIONS = "captions, which only a run with text reads"
+JSON = "of a .json file, only captions are read, by a run with text"
+HIDDEN = "a hidden file"
+NO_IMAGE = "not an image by its name or first bytes"
+TABLES = (
+    "dataset.json",
+    "metadata.csv",
+    "metadata.parquet",
+    "labels.csv",
+    "labels.json",
+    "labels.txt",
+)
+TABLE = f"labels or captions that are not read: classes are folders, captions stand in {METADATA}"
+COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+FOREIGN = (
+    ".npz",
+    ".npy",
+    ".h5",
+    ".hdf5",
+    ".mdb",
+    ".lmdb",
+    ".arrow",
+    ".tfrecord",
+    ".tfrecords",
+    ".pkl",
+    ".pickle",
+)
+KINDS = {  # of files, by their ends
+    COMPRESSED: "a compressed archive, which is not read; unpack it first",
+    FOREIGN: "a format that is not read; save the images as files, or in tar or parquet shards",
+}
+
+
+class LeftOut(NamedTuple):
+    """What is not used of the things that a user gave, for one reason."""
+
+    number: int
+    kind: str  # image, shard, file, column, line, ...
+    reason: str
+    example: str = ""  # the name of one of them
+
+
+def left_out_line(source: str | Path, parts: Iterable[LeftOut]) -> str:
+    """One line that counts what is not used of `source`, with the reasons; empty if everything is
+    used.
+    """
+    texts = []
+    for number, kind, reason, example in parts:
+        things = f"{number:,} {kind}{'' if number == 1 else 's'}"
+        named = f", such as {example!r:.120}" if number > 1 else f": {example!r:.120}"
+        texts.append(f"{things} ({reason}{named if example else ''})")
+    return f"left out of {str(source)!r}: {', '.join(texts)}" if texts else ""
+
+
+def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
+    """One line of JSON per image that is left out: its index (None if it was never listed), name
+    and reason.
+    """
+    return "".join(
+        json.dumps({"index": i, "file": name, "reason": why}) + "\n" for i, name, why in skipped
+    )
+
+
+def kind_of(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    return "image" if suffix in SUFFIXES else "shard" if suffix in SHARDS else "file"
+
+
+def reason_for(name: str, otherwise: str) -> str:
+    """Why a file is not used: what its name says, or else the reason that its place gives."""
+    leaf = name.rpartition("/")[2]
+    if leaf.startswith("."):
+        return HIDDEN
+    if leaf.lower() in TABLES:
+        return TABLE
+    return next((why for ends, why in KINDS.items() if leaf.lower().endswith(ends)), otherwise)
+
+
+def counted(unread: Mapping[str, int]) -> tuple[LeftOut, ...]:
+    return tuple(LeftOut(count, "file", reason) for reason, count in unread.items())

@@ -1,0 +1,87 @@
+"""Lists a source: a folder, one shard, or a pattern of names in a folder."""
+
+import fnmatch
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffussm_cli.data.images import SUFFIXES
+from diffussm_cli.data.listing.entries import Listing
+from diffussm_cli.data.listing.folders import list_folder
+from diffussm_cli.data.listing.left_out import KINDS, SHARDS, left_out_line
+from diffussm_cli.errors import DataError
+
+
+def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
+    """List a folder, one .tar or .parquet file, or a pattern of names in a folder. No image is
+    decoded.
+
+    Args:
+        columns: names of columns of parquet shards, from `named_columns`; the others are found by
+            their usual names.
+
+    Raises:
+        DataError: if the source is missing, unreadable, holds several splits of a data set, or no
+            images.
+    """
+    try:
+        root, names = _names_in(source)
+        listing = list_folder(root, names, columns)
+    except DataError as e:
+        raise DataError(f"{option}: {e}") from e
+
+    if not listing.entries:
+        looked_for = ", ".join((*SUFFIXES, *SHARDS))
+        rest = left_out_line(source, listing.left_out())
+        raise DataError(
+            f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}"
+        )
+
+    if columns and not listing.entries[0].column:
+        named = ", ".join(columns.values())
+        raise DataError(
+            f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards"
+        )
+    return listing
+
+
+def _names_in(source: Path) -> tuple[Path, list[str]]:
+    """The folder of a source, and the names in it that were asked for, sorted."""
+    whole = os.path.isdir(source)
+    root = source if whole or not source.name else source.parent
+    if not whole and os.path.exists(source):
+        return root, [_single_file(source)]
+
+    # A folder, or a pattern of names in it.
+    pattern = not whole and bool(re.search(r"[*?\[]", source.name))
+    try:
+        names = sorted(os.listdir(root if whole or pattern else source))
+    except OSError as e:
+        hint = (
+            "; a pattern may stand in the last part of a path only"
+            if re.search(r"[*?]", str(root))
+            else ""
+        )
+        raise DataError(
+            f"cannot read the folder {str(root if pattern else source)!r}: {e.strerror}{hint}"
+        ) from e
+    if pattern:
+        names = fnmatch.filter(names, source.name)
+        if not names:
+            raise DataError(
+                f"no images in {str(source)!r}: the pattern fits no name in {str(root)!r}"
+            )
+    return root, names
+
+
+def _single_file(source: Path) -> str:
+    """The name of a file that is a shard. Raises DataError for any other."""
+    if source.suffix.lower() not in SHARDS:
+        what = next(
+            (why for ends, why in KINDS.items() if source.name.lower().endswith(ends)), "a file"
+        )
+        raise DataError(f"{str(source)!r} is {what}; give a folder, or a .tar or .parquet file")
+    if not os.path.isfile(source):
+        raise DataError(f"{str(source)!r} is not a regular file")
+    return source.name

@@ -1,0 +1,79 @@
+"""Names that tell the split of a data set: train, validation or test."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffussm_cli.data.listing.entries import Entry
+from diffussm_cli.errors import DataError
+
+SPLITS = {  # words that name a split of a data set
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+SPLIT_FOLDER = re.compile(
+    rf"({'|'.join(SPLITS)})(?:[AB]|\d\d+|[_-]?(?:set|images|imgs|data))?", re.IGNORECASE
+)
+
+
+def _split_of(shard: str) -> tuple[str, str]:
+    """The split that the name of a shard tells, if any, and a pattern for the shards of this
+    split.
+    """
+    suffix = os.path.splitext(shard)[1]
+    numbered = re.match(r"(.+)-\d+-of-\d+\.parquet$", shard)
+    if numbered:
+        return numbered[1], f"{numbered[1]}-*.parquet"
+    for word in re.finditer(r"[a-z]+", shard.removesuffix(suffix), re.IGNORECASE):
+        if word[0].lower() in SPLITS:
+            rest = re.match(r"[^a-zA-Z0-9]?(.*)", shard[word.end() :].removesuffix(suffix))
+            begin = shard[: word.end() + (rest.start(1) if rest else 0)]
+            return SPLITS[word[0].lower()], begin + (f"*{suffix}" if rest and rest[1] else suffix)
+    return "", ""
+
+
+def one_split(shards: Sequence[str]) -> list[str]:
+    """The shards themselves. Raises DataError if their names tell several splits of a data set."""
+    found = dict(sorted(filter(lambda split: split[0], map(_split_of, shards))))
+    if len(found) > 1:
+        chosen = found.get("train") or next(iter(found.values()))
+        raise DataError(f"the shards are of {', '.join(found)}; choose one: {chosen!r}")
+    return list(shards)
+
+
+def refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry]) -> None:
+    """Raises DataError if folders that would become classes, or parts of one, are splits of a data
+    set.
+    """
+    # The splits below each folder that holds some.
+    below: dict[str, dict[str, str]] = {}
+    for folder in dict.fromkeys(e.name.rpartition("/")[0] for e in entries):
+        parts = folder.split("/")
+        for i, part in enumerate(parts):
+            named = SPLIT_FOLDER.fullmatch(part)
+            if named:
+                splits = below.setdefault("/".join(parts[:i]), {})
+                splits.setdefault(SPLITS[named[1].lower()], part)
+    several = {parent: splits for parent, splits in below.items() if len(splits) > 1}
+    if len(classes) == 1 and SPLIT_FOLDER.fullmatch(classes[0]):
+        several |= {"": below[""]}
+    if not several:
+        return
+
+    # The first of them is named.
+    parent, splits = next(iter(several.items()))
+    where, names = root / parent, sorted(splits.values())
+    others = ", and other folders in it do too" if len(several) > 1 else ""
+    kind = "the splits" if len(names) > 1 else "only the split"
+    raise DataError(
+        f"{str(where)!r} holds {kind} {', '.join(names)} of a data set, not classes{others}; "
+        f"give one: {str(where / splits.get('train', names[0]))!r}"
+    )
