@@ -15,16 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffussm_cli.config import SampleConfig, load_config
+from diffussm_cli.data import text
 from diffussm_cli.data import vae as vae_module
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import read_facts
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.extractors import load_extractor
+from diffussm_cli.machine.hub import load_pretrained
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.step import Step
 from tests.conftest import save_vae
+from tests.data.test_text import saved
 
 CUDA = torch.device("cuda", 0)
 # tells kept kernels apart
@@ -134,3 +137,19 @@ def test_vae(pretended, tmp_path, monkeypatch):
         mean, std = vae.encode(torch.zeros(2, 3, 16, 16))
         assert mean.device == std.device == CUDA
         assert vae.decode(torch.zeros(2, 4, 4, 4)).device.type == "cpu"
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip"])
+def test_captions_are_encoded_on_the_device_and_come_back_to_the_cpu(
+    pretended, tmp_path, monkeypatch, kind
+):
+    saved(tmp_path, kind)
+    parts = load_pretrained(str(tmp_path), "data.text", {"clip": "CLIPTextModel"}, "AutoTokenizer")
+    monkeypatch.setattr(text, "load_pretrained", lambda *_: parts)
+    monkeypatch.setattr(text, "weights_sha256", lambda model: "")  # of values
+    with pretended:
+        encoder = text.Pretrained(str(tmp_path), CUDA)
+        with Dtypes() as seen:
+            encoded = encoder.encode(["red heart", "blue"])
+    assert torch.float32 in seen.on_device
+    assert {t.device.type for t in encoded} == {"cpu"}

@@ -31,6 +31,7 @@ MAX_CHARACTERS = 1000  # of a caption; the rest is cut off
 MAX_TOKENS = 512  # of a caption that transformers encode; the rest is cut off
 AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
+CPU = torch.device("cpu")
 PLACES = (
     "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, "
     "or in a column text"
@@ -94,13 +95,13 @@ class WordLlama:
 
 class Pretrained:
     """A text model in transformers' format, from safetensors only: CLIP's or T5's encoder, or a
-    model like MiniLM.
+    model like MiniLM. It computes on `device`, and what it returns is on the CPU.
 
     The pooled vector is CLIP's own, and for others the mean of the token vectors, as
     sentence-transformers takes it.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: torch.device = CPU):
         if not os.path.isdir(name) and not re.fullmatch(HUB_NAME, name):
             known = f"{WORDLLAMA}, a folder, or a hub name such as openai/clip-vit-large-patch14"
             raise DataError(f"data.text: {name!r} must be {known}")
@@ -115,15 +116,16 @@ class Pretrained:
         self.own_pooling = "clip" in self.model.config.model_type
         self.name, self.width = name, self.model.config.hidden_size
         self.sha256 = weights_sha256(self.model)
+        self.model.to(device)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Encoded:
-        inputs = tokenize(self.tokenizer, captions)
+        inputs = tokenize(self.tokenizer, captions).to(self.model.device)
         found, mask = self.model(**inputs), inputs["attention_mask"].bool()
         tokens = found.last_hidden_state * mask[..., None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = found.pooler_output if self.own_pooling else mean
-        return Encoded(pooled, tokens, mask)
+        return Encoded(pooled.cpu(), tokens.cpu(), mask.cpu())
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
@@ -135,9 +137,12 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def open_encoder(name: str) -> TextEncoder:
-    """Load a text encoder: `wordllama`, a folder, or a hub name. Raises DataError."""
-    return WordLlama() if name == WORDLLAMA else Pretrained(name)
+def open_encoder(name: str, device: torch.device = CPU) -> TextEncoder:
+    """Load a text encoder: `wordllama`, a folder, or a hub name. Raises DataError.
+
+    A model of transformers computes on `device`; wordllama only looks vectors up, on the CPU.
+    """
+    return WordLlama() if name == WORDLLAMA else Pretrained(name, device)
 
 
 def open_texts(config: Config) -> "Texts":

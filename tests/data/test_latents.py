@@ -580,7 +580,7 @@ def captioned(tmp_path, monkeypatch):
     """An encoder of twelve images with one or two captions each, and what `encode_images` is asked
     for.
     """
-    monkeypatch.setattr(encoders, "open_encoder", lambda name: Letters())
+    monkeypatch.setattr(encoders, "open_encoder", lambda name, device: Letters())
     save_vae(tmp_path / "vae")
     for i in range(6):
         path = make_source(tmp_path / "images") / "cat" / f"{i:02d}.txt"

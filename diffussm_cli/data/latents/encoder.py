@@ -187,9 +187,13 @@ class StoredCaptions:
 
 
 def open_captions(
-    listing: Listing, name: str | None, tokens: int, unused: list[LeftOut] | None = None
+    listing: Listing,
+    name: str | None,
+    tokens: int,
+    device: torch.device,
+    unused: list[LeftOut] | None = None,
 ) -> StoredCaptions | None:
-    """The captions of a source for the text encoder `name`; None without one.
+    """The captions of a source for the text encoder `name` on `device`; None without one.
 
     `unused` gets what of them is not used.
 
@@ -204,7 +208,7 @@ def open_captions(
         unused.append(LeftOut(surplus, "caption", f"after the first {MAX_CAPTIONS} of an image"))
     captions = [known.get(e.name, ())[:MAX_CAPTIONS] for e in listing.entries]
     check_complete(captions, lambda i: listing.entries[i].name, f"--text: {str(listing.root)!r}")
-    encoder = open_encoder(name)
+    encoder = open_encoder(name, device)
     sizes = ModelConfig(text_width=encoder.width, text_tokens=tokens)
     return StoredCaptions(Texts(encoder, sizes), captions)
 

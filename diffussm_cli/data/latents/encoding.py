@@ -95,7 +95,7 @@ def encode_images(
         check_resolution(resolution, facts)
         loaded = load_vae_on(facts, precision, device)
         unused: list[LeftOut] = []
-        captions = open_captions(listing, text, text_tokens, unused)
+        captions = open_captions(listing, text, text_tokens, loaded.device, unused)
 
         options: dict[str, Any] = {"precision": precision, "flip": flip}
         options |= {"batch_size": batch_size, "shard_size": shard_size, "columns": tuple(columns)}
