@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from diffussm_cli.config import load_config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.diffusion.samplers import make_scheduler, sample
+from diffussm_cli.diffusion.samplers import make_scheduler
+from diffussm_cli.diffusion.schedulers import sample
 from diffussm_cli.evaluation.metrics import inception_score
 from diffussm_cli.model import build_model
 from diffussm_cli.model.s4d.convolution import convolve, kernel_spectra

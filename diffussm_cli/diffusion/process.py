@@ -179,7 +179,8 @@ class Objective(ABC):
             sampler: a name that `sample_by_name` takes.
             shape: (C, H, W); by default, that of the model's input.
         """
-        from diffussm_cli.diffusion import samplers
+        from diffussm_cli.diffusion.denoiser import guided, labelled
+        from diffussm_cli.diffusion.samplers import sample_by_name
 
         # the starting noise, in float64 as the steps are
         C, H, W = shape or (model.in_channels, *model.input_size)  # type: ignore[attr-defined]
@@ -193,16 +194,14 @@ class Objective(ABC):
             return model(x.float(), t, y).to(x.dtype)
 
         if y is None:
-            denoise = samplers.labelled(predict, None)
+            denoise = labelled(predict, None)
         else:
             labels = torch.as_tensor(y, device=self.device).expand(n)
             null = getattr(model, "null_class", 0)
-            denoise = samplers.guided(predict, labels, null, guidance)
+            denoise = guided(predict, labels, null, guidance)
 
         covariance = getattr(model, "learn_sigma", False)
-        return samplers.sample_by_name(
-            sampler, denoise, self, x, steps, generators, covariance
-        ).float()
+        return sample_by_name(sampler, denoise, self, x, steps, generators, covariance).float()
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv

@@ -20,7 +20,8 @@ from torch import nn
 
 from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
-from diffussm_cli.diffusion.samplers import make_scheduler, sample
+from diffussm_cli.diffusion.samplers import make_scheduler
+from diffussm_cli.diffusion.schedulers import sample
 from diffussm_cli.machine.device import is_out_of_memory
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.mixer import StateSpace, kept_kernels

@@ -12,8 +12,9 @@ from typing import Any
 
 from diffussm_cli import __version__
 from diffussm_cli.config import BUILTIN, Config
+from diffussm_cli.diffusion.integrators import INTEGRATORS
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.diffusion.samplers import INTEGRATORS, scheduler_settings
+from diffussm_cli.diffusion.schedulers import scheduler_settings
 from diffussm_cli.runs.layout import CARD, CONFIG, IMAGE, LOG, SAMPLES
 
 CODE = '''"""The pipeline for diffusers. All code is in the package diffussm."""

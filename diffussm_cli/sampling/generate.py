@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
+from diffussm_cli.diffusion.denoiser import Denoiser, clipped, guided, labelled
 from diffussm_cli.diffusion.process import Objective
-from diffussm_cli.diffusion.samplers import Denoiser, clipped, guided, labelled, sample_by_name
+from diffussm_cli.diffusion.samplers import sample_by_name
 from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import kept_kernels

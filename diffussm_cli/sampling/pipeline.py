@@ -24,7 +24,7 @@ from torch import Tensor
 from diffussm_cli.data.images import check_finite, to_uint8
 from diffussm_cli.data.vae import VAE, Decoding, facts_of, open_decoding
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.diffusion.samplers import sample, set_steps
+from diffussm_cli.diffusion.schedulers import sample, set_steps
 from diffussm_cli.machine.hub import fetch
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.runs import (

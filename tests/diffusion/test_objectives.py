@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import SAMPLERS, DiffusionConfig
+from diffussm_cli.diffusion.denoiser import clipped
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import (
     GaussianDiffusion,
@@ -18,7 +19,7 @@ from diffussm_cli.diffusion.process import (
     make_objective,
     timestep_batch,
 )
-from diffussm_cli.diffusion.samplers import clipped, sample_by_name
+from diffussm_cli.diffusion.samplers import sample_by_name
 from tests.conftest import device, randn, relative
 
 MEAN, VARIANCE = 0.3, 0.25  # of the data

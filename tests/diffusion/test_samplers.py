@@ -8,16 +8,11 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
 
+from diffussm_cli.diffusion.denoiser import clipped, guided
+from diffussm_cli.diffusion.integrators import integrate
 from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow
-from diffussm_cli.diffusion.samplers import (
-    check_sampler,
-    clipped,
-    guided,
-    integrate,
-    make_scheduler,
-    sample,
-    sample_by_name,
-)
+from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name
+from diffussm_cli.diffusion.schedulers import sample
 from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
 
