@@ -9,7 +9,7 @@ from diffussm_cli.commands import console
 from diffussm_cli.events import Message, Stage, TrainingRecord, Warned
 
 
-def test_long_work_says_how_long_it_takes(monkeypatch, capsys):
+def test_long_work_shows_its_duration(monkeypatch, capsys):
     """After the first part and once; nothing where it is short."""
     for seconds, words in ((1.0, ""), (36.0, "image: 990 more will take about 59 min\n")):
         clock = iter([0.0, seconds, 2 * seconds])
@@ -49,14 +49,14 @@ def followed(events, value=None):
     return found, [line for line in shown.getvalue().splitlines() if line.strip()]
 
 
-def test_lines_are_shown_as_they_are_and_the_value_of_the_session_is_given():
+def test_follow_shows_lines_verbatim_and_returns_the_value_of_its_session():
     found, lines = followed([Stage("loading"), Message("a [b]:cat:"), Warned("careful")], 7)
     assert found == 7
     assert lines == ["a [b]:cat:", "warning: careful"]
     assert followed([Message("x")]) == (None, ["x"])
 
 
-def test_a_record_is_a_line_with_what_was_evaluated():
+def test_record_is_one_line_with_its_metrics():
     record = {"step": 2, "loss": 0.5, "images_per_second": 9.0}
     more = record | {"step": 4, "held_out": 0.25, "eval/fid": 3.0}
     _, lines = followed([TrainingRecord(record, 4), TrainingRecord(more, 4)])
@@ -65,7 +65,7 @@ def test_a_record_is_a_line_with_what_was_evaluated():
     assert shown[1] == "step 4/4  loss 0.5000  9.0 images/s  held-out 0.2500  FID 3"
 
 
-def test_without_a_terminal_a_record_is_a_line_after_the_warning_of_skipped_steps():
+def test_record_without_terminal_follows_warning_of_skipped_steps():
     record = {"step": 2, "loss": 0.12345, "images_per_second": 9.96, "eval/fid": 3.0}
     _, lines = followed([TrainingRecord(record | {"left_out": [1]}, 4)])
     warning, last = [line for line in lines if line.startswith("warning") or "  loss " in line][:2]
@@ -73,7 +73,7 @@ def test_without_a_terminal_a_record_is_a_line_after_the_warning_of_skipped_step
     assert last == "step 2/4  loss 0.1235  10.0 images/s  FID 3"
 
 
-def test_only_what_controls_a_terminal_is_escaped():
+def test_control_characters_alone_are_escaped():
     """Letters, accents, full-width spaces and line breaks stay; escapes, bells and reversals of
     writing do not.
     """
@@ -84,7 +84,7 @@ def test_only_what_controls_a_terminal_is_escaped():
     assert console.printable("\x1b[2J\x07\r\x9b\u202ea\udce9") == r"\x1b[2J\x07\r\x9b\u202ea\udce9"
 
 
-def test_every_way_to_the_terminal_is_escaped(capsys):
+def test_every_path_to_terminal_escapes_control_characters(capsys):
     """A line, a cell and title of a table, a spinner and a bar."""
     from rich.table import Table
 
@@ -104,7 +104,7 @@ def test_every_way_to_the_terminal_is_escaped(capsys):
     assert "\x1b" not in said.out + said.err
 
 
-def test_json_is_json_also_of_what_is_not_finite(capsys):
+def test_json_with_values_that_are_not_finite_is_valid(capsys):
     value = {"a": [1.0, float("nan"), (float("inf"), 2)], "b": "NaN"}
     console.print_json(value, console.make_console())
     said = capsys.readouterr()

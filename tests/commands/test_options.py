@@ -26,7 +26,7 @@ from diffussm_cli.errors import ConfigError
         ("4", [4]),
     ],
 )
-def test_classes_by_name_by_label_and_by_range(text, labels):
+def test_classes_are_parsed_by_name_label_and_range(text, labels):
     names = ["cat", "owl", "t-shirt", "cats, dogs", "3-4"]
     config = config_from_dict(
         {}, "", fields={"model.num_classes": 5, "data.class_names": names, "data.vae": "v"}
@@ -37,19 +37,19 @@ def test_classes_by_name_by_label_and_by_range(text, labels):
 @pytest.mark.parametrize(
     ("text", "size"), [("256", (256, 256)), ("256x384", (256, 384)), ("9999", (9999, 9999))]
 )
-def test_sizes_are_height_and_width(text, size):
+def test_size_is_height_and_width(text, size):
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "0", "x", "8x", "8x0", "10000", "8X8", "-8", "8.0", " 8", "8x8x8", "\u0668"]
 )
-def test_what_is_no_size_is_refused(text):
+def test_bad_size_is_rejected(text):
     with pytest.raises(ConfigError, match="^--resolution: "):
         parse_size(text)
 
 
-def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
+def test_sampling_request_changes_only_given_options():
     config = load_config("mnist-noise")
     assert sampling_request(config, steps=None, sampler=None) == config.sample
     changes = {"sampler": "ddim", "steps": 7, "guidance": 0.0, "guidance_channels": "3"}
@@ -58,7 +58,7 @@ def test_a_sampling_request_changes_what_was_asked_for_and_keeps_the_rest():
     assert asked.clip == config.sample.clip
 
 
-def test_overrides_change_sampling_as_those_of_train_do():
+def test_overrides_of_sampling_work_as_those_of_train():
     config = load_config("mnist-noise")
     overrides = ["sample.steps=7", "sample.guidance_interval=100,900", "sample.sampler=ddim"]
     assert overridden_sampling(config, overrides) == load_config("mnist-noise", overrides).sample
@@ -89,7 +89,7 @@ def test_override_without_effect_on_sampling_is_rejected(override, words):
     assert words in str(error.value)
 
 
-def test_balanced_is_all_classes_once_and_not_with_others():
+def test_balanced_is_every_class_once_and_excludes_other_classes():
     config = load_config("digits")
     assert parse_classes(None, config, balanced=True) == tuple(range(10))
     unconditional = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
@@ -100,14 +100,14 @@ def test_balanced_is_all_classes_once_and_not_with_others():
             parse_classes(text, wrong, balanced=True)
 
 
-def test_classes_of_an_unconditional_model_are_refused():
+def test_classes_for_unconditional_model_are_rejected():
     config = load_config("digits", ["model.num_classes=0", "sample.guidance=1"])
     assert parse_classes(None, config) == ()
     with pytest.raises(ConfigError, match="^--classes: .*unconditional"):
         parse_classes("3", config)
 
 
-def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path):
+def test_byte_order_mark_is_no_part_of_prompt(tmp_path):
     """Notepad writes one; a prompt with it draws another image from the same seed."""
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred heart\r\nsun\r\n")
     assert parse_prompts(None, tmp_path / "prompts.txt") == ("red heart", "sun")

@@ -30,7 +30,7 @@ def before():
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75)]
 )
-def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
+def test_signal_stops_training_with_its_own_exit_code(before, number, code):
     with stopping() as stop:
         assert handlers() == before  # nothing is lost yet: a signal may end the process
         assert not stop()  # before the first step
@@ -39,7 +39,7 @@ def test_a_signal_asks_for_the_end_with_its_own_code(before, number, code):
     assert handlers() == before
 
 
-def test_a_lost_terminal_is_left_alone_under_nohup(before):
+def test_lost_terminal_is_ignored_under_nohup(before):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stopping() as stop:
         stop()
@@ -48,7 +48,7 @@ def test_a_lost_terminal_is_left_alone_under_nohup(before):
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def test_a_second_ctrl_c_interrupts_at_once(before):
+def test_second_ctrl_c_interrupts_at_once(before):
     with stopping() as stop:
         stop()
         signal.raise_signal(signal.SIGINT)
@@ -57,14 +57,14 @@ def test_a_second_ctrl_c_interrupts_at_once(before):
     assert handlers() == before
 
 
-def test_a_run_that_never_began_leaves_signals_alone(before):
+def test_run_that_never_began_leaves_signals_alone(before):
     with stopping() as stop:
         assert handlers() == before
     assert handlers() == before
     assert stop.code is None
 
 
-def test_in_another_thread_signals_are_left_alone(before):
+def test_other_threads_leave_signals_alone(before):
     def asked():
         with stopping() as stop:
             return stop(), handlers()

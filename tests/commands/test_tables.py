@@ -17,7 +17,7 @@ def rows(table):
     return {cells[1].strip(): [c.strip() for c in cells[2:-1]] for cells in lines}
 
 
-def test_a_cost_table_holds_the_rows_of_its_models_side_by_side():
+def test_cost_table_holds_models_side_by_side():
     models = [cost_entry(load_config(name), name) for name in ("digits", "mnist-dit")]
     models[0]["parameters"] = 1234567
     models[1]["parameters"] = 89
@@ -29,7 +29,7 @@ def test_a_cost_table_holds_the_rows_of_its_models_side_by_side():
     assert not any("memory" in name or "step" in name for name in found)
 
 
-def test_memory_is_shown_where_it_was_asked_for_in_gib():
+def test_memory_is_shown_in_gib_on_request():
     model = cost_entry(load_config("digits")) | {"training_bytes": 3 << 29, "processes": 2}
     assert rows(tables.cost_table([model], memory=True))[
         "memory of each of 2 processes, by formula"

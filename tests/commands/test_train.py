@@ -14,7 +14,7 @@ from diffussm_cli.training.session import TrainingResult
     # at last by the signal of another process
     [(4, None, 0), (4, 130, 0), (2, 130, 130), (2, 75, 75), (2, None, 75)],
 )
-def test_the_exit_code_says_how_a_training_ended(tmp_path, capsys, step, code, expected):
+def test_exit_code_says_how_a_training_ended(tmp_path, capsys, step, code, expected):
     root = tmp_path / "a run"
     assert report(make_console(), TrainingResult(root, step, 4), code) == expected
     said = capsys.readouterr().err
