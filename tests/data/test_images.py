@@ -65,7 +65,7 @@ def test_centre_crop_equals_adm():
 
 @pytest.mark.parametrize("shape", [(5, 40), (40, 5), (1, 1), (33, 64), (640, 480)])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
-def test_centre_crop_always_gives_the_size(shape, size):
+def test_centre_crop_always_has_requested_size(shape, size):
     assert centre_crop(Image.new("RGB", shape), size).size == size[::-1]
 
 
@@ -180,7 +180,7 @@ def tiff(values, bits, photometric=1, sample_format=1):
 
 
 @pytest.mark.parametrize(("bits", "photometric"), [(12, 1), (16, 1), (16, 0)])
-def test_grey_of_a_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
+def test_grey_of_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
     top = 2**bits - 1
     values = np.linspace(0, top, 32).round().astype(int).reshape(2, 16)
     (tmp_path / "x.tif").write_bytes(tiff(values, bits, photometric))
@@ -190,7 +190,7 @@ def test_grey_of_a_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
 
 
 @pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2)])
-def test_grey_without_a_standard_range_is_refused(tmp_path, bits, sample_format):
+def test_grey_without_standard_range_is_rejected(tmp_path, bits, sample_format):
     (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 2), 300), bits, sample_format=sample_format))
     with pytest.raises(
         DataError, match="signed pixels, and those of more than 16 bits, have no standard range"
@@ -198,7 +198,7 @@ def test_grey_without_a_standard_range_is_refused(tmp_path, bits, sample_format)
         read_image(tmp_path / "x.tif", None, 1)
 
 
-def test_sixteen_bits_are_turned_upright(tmp_path):
+def test_sixteen_bit_image_is_turned_upright(tmp_path):
     values = (np.arange(6).reshape(2, 3) * 9000).astype(np.uint16)
     for name in ("x.png", "x.tif"):
         exif = Image.Exif()
@@ -209,7 +209,7 @@ def test_sixteen_bits_are_turned_upright(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 200_000), (200_000, 1), (2, 4_000_000)])
-def test_narrow_images_do_not_unfold(tmp_path, width, height):
+def test_narrow_image_that_would_unfold_is_rejected(tmp_path, width, height):
     content = io.BytesIO()
     Image.new("1", (width, height)).save(content, "PNG")
     with pytest.raises(
@@ -219,13 +219,13 @@ def test_narrow_images_do_not_unfold(tmp_path, width, height):
         read_image(tmp_path / "x.png", (64, 64), 3, content)
 
 
-def test_pipe_is_not_opened(tmp_path):
+def test_pipe_is_rejected_without_opening(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(DataError, match="x.png: cannot be decoded: not a regular file"):
         read_image(tmp_path / "x.png", None, 3)
 
 
-def test_pixel_rule():
+def test_model_space_is_rounded_to_uint8():
     x = torch.tensor([-2.0, -1.0, -1 / 255, 0.0, 0.999, 1.0, 7.0])
     assert to_uint8(x).tolist() == [0, 0, 127, 128, 255, 255, 255]
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
@@ -233,7 +233,7 @@ def test_pixel_rule():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_image_that_is_not_finite_becomes_no_pixels_and_is_named(value):
+def test_image_that_is_not_finite_is_rejected_by_name(value):
     x = torch.zeros(3, 1, 2, 2)
     x[1, 0, 1, 1] = value
     with pytest.raises(NotFiniteError, match="^image 1 has values that are not finite") as error:

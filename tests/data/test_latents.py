@@ -155,7 +155,7 @@ def test_manifest_and_records_describe_the_store(whole):
     }
 
 
-def test_without_flips_half_the_bytes(whole, tmp_path):
+def test_store_without_flips_takes_half_the_bytes(whole, tmp_path):
     encoder = dataclasses.replace(
         whole, settings=dataclasses.replace(whole.settings, flip=False), store=tmp_path / "plain"
     )
@@ -225,7 +225,7 @@ def test_read_mirrors_half_by_the_generator(whole):
     assert 16 < mirrored.sum() < 48
 
 
-def test_another_process_reads_the_same(whole):
+def test_store_reads_the_same_in_another_process(whole):
     store = LatentStore(whole.store, flip=True)
     x, _ = store.read([1, 2], generators(2))
     message = pickle.dumps(store)
@@ -279,7 +279,7 @@ def test_verify_names_a_damaged_shard(copy):
     }
 
 
-def test_verify_compares_the_skipped_images_of_a_record_with_its_shard(copy):
+def test_verify_compares_the_skipped_images_of_record_with_its_shard(copy):
     change_record(copy, 1, skipped=[])
     line = "it names other images as unreadable than its shard"
     assert {name: p for name, p in verify(copy) if p} == {"shard-00001.json": line}
@@ -296,7 +296,7 @@ def test_verify_checks_shapes_too(copy):
     assert ["header differs" in p for p in problems] == [True] * 3
 
 
-def test_training_refuses_damaged_shards(copy):
+def test_training_rejects_damaged_shards(copy):
     shard = copy / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
@@ -315,7 +315,7 @@ def test_training_refuses_damaged_shards(copy):
         LatentStore(copy, flip=True)
 
 
-def test_labels_must_have_a_class(copy, whole):
+def test_label_without_class_is_rejected(copy, whole):
     label = len(header(shard.layout(whole.settings, 0))) + 4 * 8  # after the header and the indices
     damage(copy / "shard-00000.safetensors", label + 1)
     with pytest.raises(
@@ -324,7 +324,7 @@ def test_labels_must_have_a_class(copy, whole):
         LatentStore(copy, flip=True)
 
 
-def test_store_without_a_readable_image_is_not_left_behind(whole, tmp_path, monkeypatch):
+def test_store_without_readable_image_is_not_left_behind(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
         whole.vae, "encode", lambda x: [torch.full((len(x), 4, 4, 6), torch.nan)] * 2
     )
@@ -446,7 +446,7 @@ def test_bad_statistics_are_damage(copy, numbers):
         with_statistics(copy, numbers, numbers)
 
 
-def test_pipes_in_a_store_are_not_opened(whole, copy):
+def test_pipes_in_store_are_not_opened(whole, copy):
     for name in ("shard-00001.safetensors", "manifest.json"):
         (copy / name).unlink()
         os.mkfifo(copy / name)
@@ -460,7 +460,7 @@ def test_pipes_in_a_store_are_not_opened(whole, copy):
         LatentStore(copy, flip=True)
 
 
-def test_images_without_captions_are_refused(captioned, tmp_path):
+def test_images_without_captions_are_rejected(captioned, tmp_path):
     captioned()
     store = tmp_path / "store"
     overwrite(store / "shard-00000.safetensors", read_settings(store, "x"), "captions", 1, 0)
@@ -496,14 +496,14 @@ BAD_MANIFESTS = {
 
 
 @pytest.mark.parametrize("change", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
-def test_bad_manifests_get_one_line(copy, change):
+def test_bad_manifest_is_one_line_error(copy, change):
     path = copy / "manifest.json"
     path.write_text(change(json.loads(path.read_text())))
     with pytest.raises(DataError, match=r"data.path: .*manifest.json is damaged"):
         LatentStore(copy, flip=True)
 
 
-def test_manifests_of_other_formats_and_unfinished_ones(copy):
+def test_manifest_of_other_format_or_unfinished_store_is_rejected(copy):
     path = copy / "manifest.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"format": 3}))
@@ -549,7 +549,7 @@ def test_bad_record_is_one_line_and_its_shard_is_encoded_again(whole, copy, chan
     assert path.read_bytes() == (whole.store / path.name).read_bytes()
 
 
-def test_deleted_files_are_written_again_with_the_same_bytes_and_others_are_not_touched(
+def test_deleted_files_are_rewritten_bitwise_and_others_left_alone(
     whole, copy
 ):
     lost = ["shard-00001.safetensors", "shard-00002.json", "listing.jsonl"]
@@ -563,7 +563,7 @@ def test_deleted_files_are_written_again_with_the_same_bytes_and_others_are_not_
     assert changed == {*lost, "shard-00001.json", "shard-00002.safetensors"}
 
 
-def test_parts_of_a_read_make_up_the_whole(whole):
+def test_parts_of_read_equal_the_whole_read(whole):
     """Flip and posterior sample of an image come from its own generator, whoever else is read
     beside it.
     """
@@ -619,7 +619,7 @@ def text_config(folder, *overrides):
     return load_config("digits", [*given, *overrides])
 
 
-def test_captions_are_stored_beside_latents_and_drawn_from_there(captioned, tmp_path):
+def test_captions_are_stored_beside_latents_and_drawn_from_them(captioned, tmp_path):
     captioned()
     texts = Texts(Letters(), ModelConfig(text_width=4, text_tokens=3))
     source = open_source(text_config(tmp_path, "model.text_tokens=2"))
@@ -634,7 +634,7 @@ def test_captions_are_stored_beside_latents_and_drawn_from_there(captioned, tmp_
     assert all(problem is None for _, problem in verify(tmp_path / "store"))
 
 
-def test_captions_of_a_deleted_shard_are_encoded_again_bitwise(captioned, tmp_path):
+def test_captions_of_deleted_shard_are_encoded_again_bitwise(captioned, tmp_path):
     captioned()
     path = tmp_path / "store" / "shard-00001.safetensors"
     before = path.read_bytes()
@@ -643,7 +643,7 @@ def test_captions_of_a_deleted_shard_are_encoded_again_bitwise(captioned, tmp_pa
     assert path.read_bytes() == before
 
 
-def test_captions_that_changed_or_are_missing_are_refused(captioned, tmp_path):
+def test_changed_or_missing_captions_are_rejected(captioned, tmp_path):
     captioned()
     path = tmp_path / "images" / "dog" / "07.txt"
     path.write_text("a puppy")
@@ -656,7 +656,7 @@ def test_captions_that_changed_or_are_missing_are_refused(captioned, tmp_path):
         captioned()
 
 
-def test_a_run_must_fit_the_stored_captions(captioned, tmp_path, whole):
+def test_run_that_does_not_fit_stored_captions_is_rejected(captioned, tmp_path, whole):
     captioned()
     for overrides, problem in {
         "data.text=wordllama": "data.text: 'wordllama', but the captions in .* are of letters",

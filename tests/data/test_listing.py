@@ -39,7 +39,7 @@ def names(found):
     return [e.name for e in found.entries]
 
 
-def test_class_folders_in_order_with_reasons_for_the_rest(tmp_path):
+def test_class_folders_are_listed_in_order_with_reasons_for_the_rest(tmp_path):
     write(tmp_path, **dict.fromkeys(["b/2.png", "a/1.JPG", "b/c/1.png", "b-/1.png", "stray.png"]))
     write(tmp_path, **{"a/notes.txt": b"text", "a/.hidden.png": b"", "b/photo": content("JPEG")})
     (tmp_path / "b" / "link").symlink_to(tmp_path / "a")
@@ -58,7 +58,7 @@ def test_class_folders_in_order_with_reasons_for_the_rest(tmp_path):
     }
 
 
-def test_flat_folder(tmp_path):
+def test_flat_folder_is_listed_without_labels(tmp_path):
     found = list_source(write(tmp_path, **{"2.png": None, "10.png": None, "x.md": b""}))
     assert (names(found), found.class_names) == (["10.png", "2.png"], ())
     assert found.ignored == [("x.md", "not an image by its name or first bytes")]
@@ -87,7 +87,7 @@ def write_tar(path, members, **special):
     return path
 
 
-def test_tar_shards_read_where_they_lie(tmp_path):
+def test_tar_shards_are_read_in_place(tmp_path):
     jpg = content("JPEG")
     first = {
         "x/1.png": content(),
@@ -118,7 +118,7 @@ def test_tar_shards_read_where_they_lie(tmp_path):
     assert (names(single), single.class_names) == (["1.tar/3.webp"], ("0", "1"))
 
 
-def test_damaged_tar_keeps_what_came_before(tmp_path):
+def test_damaged_tar_keeps_images_before_the_damage(tmp_path):
     whole = write_tar(tmp_path / "0.tar", {"1.png": content(), "2.png": bytes(5000)}).read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[:3000])
     (tmp_path / "1.tar").write_bytes(b"no tar at all" * 100)
@@ -131,7 +131,7 @@ def test_damaged_tar_keeps_what_came_before(tmp_path):
     )
 
 
-def test_wrong_labels_in_tars(tmp_path):
+def test_wrong_labels_in_tar_are_rejected(tmp_path):
     write_tar(tmp_path / "0.tar", {"1.png": content(), "1.cls": b"cat"})
     with pytest.raises(
         DataError, match=r"0.tar/1.cls must hold an integer from 0 to .*, not b'cat'"
@@ -145,7 +145,7 @@ def test_wrong_labels_in_tars(tmp_path):
         list_source(tmp_path)
 
 
-def test_sources_without_images(tmp_path):
+def test_source_without_images_is_one_line_error(tmp_path):
     with pytest.raises(DataError, match="SOURCE: cannot read the folder .*none.*No such file"):
         list_source(tmp_path / "none")
     with pytest.raises(DataError, match="SOURCE: no images in"):
@@ -155,7 +155,7 @@ def test_sources_without_images(tmp_path):
         list_source(tmp_path)
 
 
-def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch):
+def test_unreadable_folder_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
     write(tmp_path, **{"a/1.png": None, "a/sub/2.png": None, "b/1.png": None})
     scandir = os.scandir
 
@@ -174,7 +174,7 @@ def test_a_folder_that_may_not_be_read_is_no_empty_folder(tmp_path, monkeypatch)
         list_source(tmp_path)
 
 
-def test_broken_files_get_a_reason_and_no_warning(tmp_path, monkeypatch):
+def test_broken_file_gets_reason_and_no_warning(tmp_path, monkeypatch):
     jpg = io.BytesIO()
     picture(64, 64).save(jpg, "JPEG")
     files = {
@@ -321,7 +321,7 @@ LEFT_OUT = {  # files; how many images are used; what is left out
 
 
 @pytest.mark.parametrize("case", LEFT_OUT)
-def test_what_is_not_used_is_counted_with_its_reason(tmp_path, case):
+def test_unused_files_are_counted_with_reasons(tmp_path, case):
     files, used, expected = LEFT_OUT[case]
     found = list_source(write(tmp_path, **files))
     assert len(found.entries) == used
@@ -329,7 +329,7 @@ def test_what_is_not_used_is_counted_with_its_reason(tmp_path, case):
     assert not [part for part in found.left_out(with_text=True) if part.reason == CAPTION]
 
 
-def test_what_is_not_used_is_one_line():
+def test_unused_files_are_reported_in_one_line():
     parts = [
         listing.LeftOut(60, "image", "not in a class folder", "0\n.png"),
         listing.LeftOut(1, "file", "a hidden file", ".x"),
@@ -342,7 +342,7 @@ def test_what_is_not_used_is_one_line():
     assert listing.left_out_line("faces", []) == ""
 
 
-def test_a_source_without_images_says_what_it_holds(tmp_path):
+def test_source_without_images_reports_its_content(tmp_path):
     write(tmp_path, **{"0.tar": shard(**{"1.image.png": None, "2.image.png": None})})
     with pytest.raises(
         DataError,
@@ -470,7 +470,7 @@ REFUSED = {  # files, what is given, the line
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_source_of_doubtful_content_is_one_line(tmp_path, case):
+def test_doubtful_source_is_one_line_error(tmp_path, case):
     files, given, line = REFUSED[case]
     write(tmp_path, **files)
     with pytest.raises(DataError, match=r"^data\.path: ") as refused:
@@ -526,7 +526,7 @@ LISTED = {  # files, what is given, names, classes
 
 
 @pytest.mark.parametrize("case", LISTED)
-def test_layouts_that_are_listed(tmp_path, case):
+def test_every_supported_layout_is_listed(tmp_path, case):
     files, given, expected, classes = LISTED[case]
     found = list_source(write(tmp_path, **files) / given)
     assert (names(found), found.class_names) == (expected, classes)
@@ -535,7 +535,7 @@ def test_layouts_that_are_listed(tmp_path, case):
 
 
 @pytest.mark.parametrize("name", ["0.tar", "0.parquet", "0.png"])
-def test_a_pipe_is_no_source_and_is_not_waited_for(tmp_path, name):
+def test_pipe_as_source_is_rejected_without_waiting(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=r"is not a regular file|is a file; give a folder"):
         list_source(tmp_path / name)
@@ -550,13 +550,13 @@ def read(image, path, **options):
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff"])
-def test_sixteen_bits_are_scaled(tmp_path, name):
+def test_sixteen_bit_pixels_are_scaled(tmp_path, name):
     values = np.array([[0, 128, 129, 257], [32768, 40000, 65000, 65535]], np.uint16)
     pixels = read(Image.fromarray(values), tmp_path / name)
     assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [128, 156, 253, 255]]
 
 
-def test_wider_pixels_are_refused(tmp_path):
+def test_wider_pixels_are_rejected(tmp_path):
     for values in (np.full((2, 2), 70_000, np.int32), np.zeros((2, 2), np.float32)):
         with pytest.raises(DataError, match="have no standard range"):
             read(Image.fromarray(values), tmp_path / "x.tiff")
@@ -576,7 +576,7 @@ def test_transparency_becomes_white(tmp_path):
     assert transparent != [[255] * 3] * 2
 
 
-def test_first_frame_of_an_animation(tmp_path):
+def test_animation_gives_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     for name in ("x.gif", "x.png", "x.webp"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])

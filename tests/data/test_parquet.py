@@ -55,7 +55,7 @@ def both(tmp_path):
     return folder, shards
 
 
-def test_a_store_from_shards_is_that_from_folders(both):
+def test_store_from_shards_equals_store_from_folders(both):
     folder, shards = both
     stores = []
     for root in (folder.parent, shards.parent):
@@ -79,7 +79,7 @@ def test_training_reads_the_same_images_in_any_order(both):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_a_run_checks_and_skips_rows_as_files(both):
+def test_rows_are_checked_and_skipped_as_files(both):
     source = open_source(
         load_config(
             "digits",
@@ -97,7 +97,7 @@ def test_a_run_checks_and_skips_rows_as_files(both):
     assert len(source) == 10
 
 
-def test_a_split_is_chosen_by_a_pattern(both):
+def test_split_is_chosen_by_pattern(both):
     _, shards = both
     write(shards / "test-00000-of-00001.parquet", [b"x"], [-1])
     with pytest.raises(
@@ -110,7 +110,7 @@ def test_a_split_is_chosen_by_a_pattern(both):
         list_source(shards / "dev-*.parquet")
 
 
-def test_a_changed_shard_is_another_source(both):
+def test_changed_shard_is_another_source(both):
     before = list_source(both[1]).sha256()
     assert list_source(both[1]).sha256() == before
     read_entry(both[1], list_source(both[1]).entries[7], None)  # its row group is kept
@@ -121,7 +121,7 @@ def test_a_changed_shard_is_another_source(both):
         read_entry(both[1], list_source(both[1]).entries[7], None)
 
 
-def test_raw_bytes_other_names_and_numbers_as_classes(both, tmp_path):
+def test_raw_bytes_and_integer_classes_are_read_under_other_names(both, tmp_path):
     content = [(both[0] / "cat" / "00.png").read_bytes()] * 3
     options = {"features": None, "image": "img", "label": "labels", "raw": True}
     write(tmp_path / "raw" / "a.parquet", content, [2, 0, 1], **options)
@@ -135,7 +135,7 @@ def test_raw_bytes_other_names_and_numbers_as_classes(both, tmp_path):
     assert list_source(tmp_path / "flat.parquet").class_names == ()
 
 
-def test_a_row_group_is_decoded_once_for_all_threads(both, monkeypatch):
+def test_row_group_is_decoded_once_for_all_threads(both, monkeypatch):
     decoded, original = [], pq.ParquetFile.iter_batches
 
     def counted(self, size, groups, columns):
@@ -162,7 +162,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("line", FAULTS)
-def test_a_fault_of_a_shard_is_one_line(tmp_path, line):
+def test_bad_shard_is_one_line_error(tmp_path, line):
     write(tmp_path / "a.parquet", [b"x", b"y"], **FAULTS[line])
     with pytest.raises(DataError, match="^SOURCE: a.parquet: ") as error:
         list_source(tmp_path)
@@ -186,7 +186,7 @@ def named(both):
 COLUMNS = {"image": "photo", "label": "breed", "text": "title"}
 
 
-def test_columns_may_be_named(named, both):
+def test_named_columns_are_read(named, both):
     found = list_source(named, columns=COLUMNS)
     assert ([e.label for e in found.entries], found.class_names) == ([1, 0], ("0", "1"))
     dog = next(e for e in list_source(both[0]).entries if e.name == "dog/07.png")
@@ -212,13 +212,13 @@ def test_columns_may_be_named(named, both):
         ),
     ],
 )
-def test_a_column_that_is_not_there_is_one_line(named, columns, line):
+def test_missing_column_is_one_line_error(named, columns, line):
     with pytest.raises(DataError, match="^data.path: a.parquet: ") as error:
         list_source(named, "data.path", columns)
     assert line in str(error.value)
 
 
-def test_captions_come_from_a_column(named):
+def test_captions_come_from_column(named):
     texts = {"a.parquet/0000000": ("a dog",), "a.parquet/0000001": ("cats", "two cats")}
     assert read_captions(list_source(named, columns=COLUMNS)) == texts
     columns = {"image": "photo", "label": "breed"}
@@ -233,7 +233,7 @@ def test_captions_come_from_a_column(named):
         read_captions(list_source(named, columns=columns | {"text": "breed"}))
 
 
-def test_captions_that_are_not_needed_may_be_missing(named):
+def test_unneeded_captions_may_be_missing(named):
     """As for a reference; a column that is named is wanted all the same."""
     columns = {kind: COLUMNS[kind] for kind in ("image", "label")}
     assert read_captions(list_source(named, columns=columns), needed=False) == {}
@@ -250,7 +250,7 @@ def test_training_reads_the_text_of_named_columns(named, monkeypatch):
     torch.testing.assert_close(vectors, text.Texts(Letters(), config.model)(["a dog"]))
 
 
-def test_a_store_keeps_the_columns_it_was_made_from(named):
+def test_store_keeps_the_columns_it_was_made_from(named):
     store, vae = named.parent / "store", save_vae(named.parent / "vae")
     columns = ["image=photo", "label=breed"]
 
@@ -274,7 +274,7 @@ def test_a_store_keeps_the_columns_it_was_made_from(named):
     assert shard.read_bytes() == whole
 
 
-def test_a_broken_shard_is_one_line(both):
+def test_broken_shard_is_one_line_error(both):
     path = both[1] / "train-00001-of-00002.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
@@ -290,7 +290,7 @@ def test_a_broken_shard_is_one_line(both):
         read_entry(both[1], found.entries[7], None)
 
 
-def test_images_that_are_null_or_not_stored_are_named(tmp_path):
+def test_null_and_absent_images_are_named(tmp_path):
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     images = pa.array(
         [{"bytes": None, "path": "cat/a.png"}, {"bytes": None, "path": None}, None], kind
@@ -317,7 +317,7 @@ def test_images_that_are_null_or_not_stored_are_named(tmp_path):
         ([7], "int64"),
     ],
 )
-def test_images_of_another_type_are_refused_when_listed(tmp_path, images, kind):
+def test_images_of_another_type_are_rejected_when_listed(tmp_path, images, kind):
     write(tmp_path / "a.parquet", images, features=None, raw=True)
     line = (
         f"^SOURCE: a.parquet: the column image holds {kind}.*, not image files as bytes; save "
@@ -390,7 +390,7 @@ def test_text_that_is_not_utf8_is_counted(tmp_path):
         list_source(tmp_path / "b")
 
 
-def test_one_value_that_stands_for_many_does_not_unfold(tmp_path, monkeypatch):
+def test_compressed_bomb_is_rejected_before_it_unfolds(tmp_path, monkeypatch):
     """Dictionary and compression make a shard of a few bytes from a gigabyte; here from 16 MiB."""
     images = pa.array([bytes(1 << 16)] * 256)
     pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet", compression="zstd")
@@ -401,7 +401,7 @@ def test_one_value_that_stands_for_many_does_not_unfold(tmp_path, monkeypatch):
         read_entry(tmp_path, found.entries[0], None)
 
 
-def test_more_rows_than_bytes_are_not_listed(tmp_path):
+def test_shard_with_more_rows_than_bytes_is_rejected(tmp_path):
     pq.write_table(
         pa.table({"image": pa.nulls(100_000, pa.binary())}),
         tmp_path / "a.parquet",
@@ -413,25 +413,25 @@ def test_more_rows_than_bytes_are_not_listed(tmp_path):
         list_source(tmp_path)
 
 
-def test_pipe_is_not_opened(tmp_path):
+def test_pipe_is_rejected_without_opening(tmp_path):
     os.mkfifo(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="a.parquet.*not a regular file"):
         list_source(tmp_path / "a.parquet")
 
 
-def test_shards_of_two_data_sets_are_refused(both):
+def test_shards_of_two_data_sets_are_rejected(both):
     write(both[1] / "more.parquet", [b"x"], [0], features=None)
     with pytest.raises(DataError, match="have different classes; take those of one data set$"):
         list_source(both[1])
 
 
-def test_a_huge_row_group_is_refused(both, monkeypatch):
+def test_huge_row_group_is_rejected(both, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 100)
     with pytest.raises(DataError, match="row group 0 is larger than the limit of 100 bytes"):
         read_entry(both[1], list_source(both[1]).entries[0], None)
 
 
-def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
+def test_missing_pyarrow_names_the_extra(both, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(
         DataError, match=r"^SOURCE: parquet shards need pyarrow: pip install '\.\[parquet\]' "
@@ -439,7 +439,7 @@ def test_without_pyarrow_the_extra_is_named(both, monkeypatch):
         list_source(both[1])
 
 
-def test_pixels_are_those_of_the_file(both):
+def test_pixels_equal_those_of_the_file(both):
     found = list_source(both[1])
     ours = read_entry(both[1], found.entries[8], None)
     theirs = read_entry(both[0], list_source(both[0]).entries[8], None)

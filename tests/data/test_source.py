@@ -21,7 +21,7 @@ def folder_config(path, classes, *overrides):
     return load_config("digits", [f"data.path={path}", f"model.num_classes={classes}", *overrides])
 
 
-def test_number_of_classes_must_fit(tmp_path):
+def test_wrong_number_of_classes_is_rejected(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / "1.png")
@@ -35,7 +35,7 @@ def test_number_of_classes_must_fit(tmp_path):
         open_source(folder_config(tmp_path / "cat", 10))
 
 
-def test_missing_data_says_what_to_do():
+def test_missing_data_error_says_the_remedy():
     with pytest.raises(
         DataError, match="diffussm encode IMAGES latents/imagenet-256 --resolution 256"
     ):
@@ -56,7 +56,7 @@ def write(path, pixels=0, size=(9, 6)):
     Image.new("RGB", size, (pixels,) * 3).save(path)
 
 
-def test_folder_reads_in_any_order(tmp_path):
+def test_folder_reads_images_in_any_order(tmp_path):
     for i in range(3):
         write(tmp_path / f"{i}.png", 100 * i)
     source = ImageFolder(tmp_path, (4, 6), 3)
@@ -76,7 +76,7 @@ def test_class_folders_are_sorted_and_numbered(tmp_path):
     assert source.read(range(3), generators(3))[1].tolist() == [0, 1, 1]
 
 
-def test_bad_folders_are_named(tmp_path):
+def test_bad_folder_is_named(tmp_path):
     def refused(path, words):
         with pytest.raises(DataError, match=words):
             ImageFolder(path, (4, 6), 3)
@@ -127,7 +127,7 @@ def test_unreadable_images_are_found_and_left_out(tmp_path):
         source.leave_out({2: "b/1.png"})
 
 
-def test_a_builtin_set_has_classes_and_no_folders():
+def test_builtin_set_has_classes_and_no_folders():
     pytest.importorskip("sklearn")
     with pytest.raises(
         ConfigError, match="num_classes: 11, but builtin:digits has 10 classes; --set"
@@ -142,7 +142,7 @@ def read_in_child(source, answers):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_folder_that_was_read_is_also_read_in_a_forked_process(tmp_path):
+def test_folder_that_was_read_is_also_read_in_forked_process(tmp_path):
     """As by a DataLoader; threads of the parent do not live on in the child, which would wait for
     them for ever.
     """
@@ -161,7 +161,7 @@ def test_a_folder_that_was_read_is_also_read_in_a_forked_process(tmp_path):
     assert answers.get() == (2, 3, 4, 6)
 
 
-def test_a_folder_may_be_pickled_before_and_after_it_is_read(tmp_path):
+def test_folder_may_be_pickled_before_and_after_it_is_read(tmp_path):
     for i in range(2):
         write(tmp_path / f"{i}.png", 100 * i)
     source = pickle.loads(pickle.dumps(ImageFolder(tmp_path, (4, 6), 3)))  # noqa: S301
@@ -170,7 +170,7 @@ def test_a_folder_may_be_pickled_before_and_after_it_is_read(tmp_path):
     torch.testing.assert_close(again.read([1], generators(1))[0], first)
 
 
-def test_a_source_says_what_it_does_not_use(tmp_path):
+def test_source_reports_unused_files(tmp_path):
     for name in ("a/1.png", "2.png", "3.png"):
         write(tmp_path / name)
     line = f"left out of {str(tmp_path)!r}: 2 images (not in a class folder, such as '2.png')"
@@ -184,7 +184,7 @@ def test_a_source_says_what_it_does_not_use(tmp_path):
     )
 
 
-def test_shards_without_labels_are_said_to_have_no_classes(tmp_path):
+def test_shards_without_labels_report_no_classes(tmp_path):
     write(tmp_path / "1.png")
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.add(tmp_path / "1.png", "1.png")

@@ -76,7 +76,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_member_of_impossible_size_ends_the_archive(tmp_path, case):
+def test_member_of_impossible_size_ends_the_archive(tmp_path, case):
     files, reason = BROKEN[case]
     (tmp_path / "0.tar").write_bytes(archive(*files))
     names, why = read(tmp_path / "0.tar")
@@ -86,7 +86,7 @@ def test_a_member_of_impossible_size_ends_the_archive(tmp_path, case):
     assert "\n" not in why
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+def test_damaged_header_is_not_taken_for_the_end(tmp_path):
     whole = bytearray(archive(GOOD, GOOD, LATER))
     whole[1024 + 150] ^= 1  # in the checksum of the second header
     (tmp_path / "0.tar").write_bytes(whole)
@@ -96,14 +96,14 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
     )
 
 
-def test_archives_that_were_joined_are_not_cut_silently(tmp_path):
+def test_joined_archives_are_not_cut_silently(tmp_path):
     (tmp_path / "0.tar").write_bytes(archive(GOOD) + archive(LATER))
     names, why = read(tmp_path / "0.tar")
     assert names == [("a.txt", b"good")]
     assert "more content after the end of the archive" in why
 
 
-def test_a_good_archive_of_any_format_has_no_complaint(tmp_path):
+def test_good_archive_of_any_format_has_no_complaint(tmp_path):
     for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         with tarfile.open(tmp_path / "0.tar", "w", format=form) as tar:
             for name in ("x" * 90, "folder/" + "y" * (60 if form == tarfile.USTAR_FORMAT else 200)):
@@ -116,6 +116,6 @@ def test_a_good_archive_of_any_format_has_no_complaint(tmp_path):
     assert read(tmp_path / "0.tar") == ([("a.txt", b"good")], "")
 
 
-def test_a_pipe_named_as_a_shard_is_not_waited_for(tmp_path):
+def test_pipe_named_as_shard_is_rejected_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "0.tar")
     assert read(tmp_path / "0.tar")[1].endswith("not a regular file")

@@ -28,7 +28,7 @@ def texts(encoder, tokens):
 
 
 @pytest.mark.parametrize("tokens", [0, 2, 5])
-def test_a_caption_is_its_pooled_vector_and_its_first_tokens(tokens):
+def test_caption_is_encoded_as_pooled_vector_and_first_tokens(tokens):
     found = texts(Letters(), tokens)(["red", "red heart with eyes", "red"])
     assert found.shape == (3, 1 + tokens, 4)
     vectors = [Letters().vector(word) for word in ("red", "heart", "with", "eyes")]
@@ -55,7 +55,7 @@ def test_each_caption_is_encoded_once(monkeypatch):
     assert asked == ["a", "b", "c", "d"]
 
 
-def test_a_width_that_is_not_the_encoders_is_refused():
+def test_width_that_is_not_the_encoders_is_rejected():
     with pytest.raises(
         ConfigError,
         match="text_width: 8, but the vectors of letters have 4 numbers; --set model.text",
@@ -63,7 +63,7 @@ def test_a_width_that_is_not_the_encoders_is_refused():
         Texts(Letters(), ModelConfig(text_width=8))
 
 
-def test_wordllama_knows_that_crimson_is_like_red():
+def test_wordllama_puts_crimson_near_red():
     if importlib.util.find_spec("wordllama") is None:
         pytest.skip("the extra text is missing")
     encoder = WordLlama()
@@ -77,7 +77,7 @@ def test_wordllama_knows_that_crimson_is_like_red():
     assert len(torch.unique(pooled, dim=0)) == 6
 
 
-def test_a_missing_package_names_the_extra(monkeypatch):
+def test_missing_package_names_the_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         DataError, match=r"wordllama is not installed: pip install '\.\[text\]' in a clone"
@@ -152,7 +152,7 @@ def test_models_of_transformers_encode_captions(tmp_path, kind):
     assert encoder.encode(["red " * 5000]).mask.sum() == 8  # the rest is cut off
 
 
-def test_weights_that_are_pickled_or_incomplete_are_refused(tmp_path):
+def test_pickled_or_incomplete_weights_are_rejected(tmp_path):
     from safetensors.torch import load_file, save_file
 
     saved(tmp_path, "t5")
@@ -170,7 +170,7 @@ def test_weights_that_are_pickled_or_incomplete_are_refused(tmp_path):
         Pretrained(str(tmp_path))
 
 
-def test_a_name_that_nothing_has_is_refused(tmp_path):
+def test_unknown_encoder_name_is_rejected(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(
         DataError, match="'wordlama' must be wordllama, a folder, or a hub name such as"
@@ -181,7 +181,7 @@ def test_a_name_that_nothing_has_is_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------- captions and prompts
-def test_captions_become_one_line_of_bounded_length():
+def test_caption_becomes_one_line_of_bounded_length():
     assert plain(" a\tred\u0000 heart\r\n") == "a red heart"
     assert plain("\ud800") == plain(" \n") == ""
     assert plain("x" * 10_000) == "x" * MAX_CHARACTERS
@@ -204,14 +204,14 @@ def test_captions_become_one_line_of_bounded_length():
         (("heart",), "red", 1, "--negative: 'red' has no effect at guidance 1"),
     ],
 )
-def test_prompts_that_are_refused(captioned, prompts, negative, guidance, problem):
+def test_bad_prompts_are_rejected(captioned, prompts, negative, guidance, problem):
     config = captioned(f"sample.guidance={guidance}")
     with pytest.raises(ConfigError, match=problem):
         check_prompts(prompts, negative, config, config.sample)
     check_prompts(("心 ❤️",), None, config, config.sample)
 
 
-def test_a_run_without_text_takes_no_prompt():
+def test_prompt_for_run_without_text_is_rejected():
     config = load_config("mnist")
     check_prompts((), None, config, config.sample)
     for prompts, negative in ((("one",), None), ((), "one")):
@@ -222,7 +222,7 @@ def test_a_run_without_text_takes_no_prompt():
             check_prompts(prompts, negative, config, config.sample)
 
 
-def test_images_without_captions_are_counted_and_one_is_named(captioned, tmp_path):
+def test_images_without_captions_are_counted_and_one_named(captioned, tmp_path):
     config = captioned()
     assert open_source(config).captions_of(3) == ("grey 3", "number 3 of twelve")
     for i in (7, 9):
@@ -234,7 +234,7 @@ def test_images_without_captions_are_counted_and_one_is_named(captioned, tmp_pat
         open_source(config)
 
 
-def test_another_encoder_than_the_runs_is_refused(captioned):
+def test_encoder_other_than_that_of_run_is_rejected(captioned):
     text.open_texts(captioned(f"data.text_sha256={Letters.sha256}"))
     with pytest.raises(
         DataError, match="the weights of 'letters' are not those that the run was trained with"
@@ -265,6 +265,6 @@ def test_another_encoder_than_the_runs_is_refused(captioned):
         ),
     ],
 )
-def test_options_that_do_not_fit_together(overrides, problem):
+def test_conflicting_options_are_rejected(overrides, problem):
     with pytest.raises(ConfigError, match=problem):
         load_config("digits", overrides)

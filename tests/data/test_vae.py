@@ -26,7 +26,7 @@ def loaded(folder, dtype=torch.float32):
     return load_vae(read_facts(str(folder)), CPU, dtype)
 
 
-def test_facts_come_from_the_config(tmp_path):
+def test_facts_of_vae_come_from_its_config(tmp_path):
     facts = read_facts(str(save_vae(tmp_path)))
     assert (facts.kind, facts.channels, facts.downsample) == ("AutoencoderKL", 4, 4)
     assert (facts.scale, facts.shift) == ((0.3,) * 4, (0.1,) * 4)
@@ -94,7 +94,7 @@ class Attack:
         return (open, (str(self.path), "w"))
 
 
-def test_the_vae_of_the_hub_is_read_in_its_old_format(tmp_path):
+def test_old_format_of_hub_vae_is_read(tmp_path):
     old, new = (
         as_on_the_hub(tmp_path / "old"),
         save_vae(tmp_path / "new", block_out_channels=(4, 8, 8, 8)),
@@ -174,7 +174,7 @@ def test_decoding_is_bounded_and_tiled(tmp_path, monkeypatch):
     torch.testing.assert_close(v.decode(z), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_identity_is_that_of_config_and_weights(tmp_path):
+def test_identity_of_vae_is_hash_of_config_and_weights(tmp_path):
     one, two = loaded(save_vae(tmp_path / "1")), loaded(save_vae(tmp_path / "2", seed=1))
     assert one.identity["name"] == str(tmp_path / "1")
     assert one.identity["config_sha256"] == two.identity["config_sha256"]
@@ -184,7 +184,7 @@ def test_identity_is_that_of_config_and_weights(tmp_path):
     assert half.encode(torch.zeros(1, 3, 8, 8))[0].dtype == torch.float32
 
 
-def test_bad_folders_are_named(tmp_path):
+def test_bad_folder_is_named(tmp_path):
     def refused(words):
         with pytest.raises(DataError, match=words):
             loaded(tmp_path)
@@ -205,7 +205,7 @@ def test_bad_folders_are_named(tmp_path):
     refused("does not map between RGB images and 4 channels")
 
 
-def test_incomplete_weights_are_refused(tmp_path):
+def test_incomplete_weights_are_rejected(tmp_path):
     weights = save_vae(tmp_path) / "diffusion_pytorch_model.safetensors"
     kept = load_file(weights)
     del kept["decoder.conv_in.bias"]
@@ -248,7 +248,7 @@ def test_hub_names_may_have_a_subfolder(monkeypatch):
     ]
 
 
-def test_names_that_are_neither_folder_nor_hub():
+def test_name_of_neither_folder_nor_hub_is_rejected():
     with pytest.raises(
         DataError, match="--vae: no folder 'nowhere/a/b/c', and it is not a hub name"
     ):
@@ -275,7 +275,7 @@ def test_relative_folders_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     assert asked == []
 
 
-def test_another_vae_than_that_of_the_run_is_reported(tmp_path):
+def test_vae_other_than_that_of_run_is_reported(tmp_path):
     """Though it lies in the same place and has the same config."""
     recorded = loaded(save_vae(tmp_path)).weights_sha256
     given = [f"data.vae={tmp_path}", "data.downsample=4"]
@@ -304,7 +304,7 @@ ABSURD = {
 
 
 @pytest.mark.parametrize("words", ABSURD)
-def test_absurd_configs_are_refused_before_the_network_is_built(tmp_path, words):
+def test_absurd_config_is_rejected_before_network_is_built(tmp_path, words):
     """As soon as the run of a stranger names them, too."""
     path = save_vae(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | ABSURD[words]))
@@ -349,7 +349,7 @@ def without_network(monkeypatch):
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
 
 
-def test_without_network_one_line_says_what_to_do(monkeypatch):
+def test_missing_network_is_one_line_error_with_remedy(monkeypatch):
     without_network(monkeypatch)
     with pytest.raises(DataError) as e:
         read_facts("stabilityai/sd-vae-ft-ema")
@@ -360,7 +360,7 @@ def test_without_network_one_line_says_what_to_do(monkeypatch):
     )
 
 
-def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
+def test_unreachable_hub_is_asked_once(tmp_path, monkeypatch):
     """Its client would repeat the request for 23 seconds; where it answers, though with an error,
     it may.
     """
@@ -397,7 +397,7 @@ def test_a_hub_out_of_reach_is_asked_once(tmp_path, monkeypatch):
     assert asked == []
 
 
-def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
+def test_decoding_without_vae_falls_back_to_preview(tmp_path, monkeypatch):
     other = open_decoding(load_config("s-256", [f"data.vae={save_vae(tmp_path)}"]), CPU)
     assert "has 4 channels and downsampling 4, but the run has 4 and 8" in other.warning
     without_network(monkeypatch)
@@ -415,7 +415,7 @@ def test_decoding_falls_back_to_a_preview(tmp_path, monkeypatch):
     assert decoding.decode(torch.randn(2, 4, 5, 6)).shape == (2, 3, 40, 48)
 
 
-def test_pixels_stay_what_they_are():
+def test_pixels_of_image_models_pass_unchanged():
     decoding = open_decoding(load_config("digits"), CPU)
     x = torch.randn(2, 1, 8, 8)
     assert decoding.decode(x) is x

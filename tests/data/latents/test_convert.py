@@ -78,7 +78,7 @@ def shards_of(store):
     return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in store.glob("*.safetensors")}
 
 
-def test_earlier_store_is_refused_with_the_command_that_converts_it(made, tmp_path):
+def test_earlier_store_is_rejected_with_the_command_that_converts_it(made, tmp_path):
     store = earlier_store(made, tmp_path / "my store")
     line = (
         "is a store of an earlier version; convert it, which encodes nothing again, by: "
@@ -164,7 +164,7 @@ def dying(write, left):
 
 
 @pytest.mark.parametrize("survived", range(5))
-def test_interrupted_conversion_is_done_again(made, tmp_path, monkeypatch, survived):
+def test_interrupted_conversion_is_repeated(made, tmp_path, monkeypatch, survived):
     """The death of the process before any of its writes: three records, the ignored files, the
     manifest.
     """
@@ -185,7 +185,7 @@ def test_interrupted_conversion_is_done_again(made, tmp_path, monkeypatch, survi
 @pytest.mark.parametrize(
     "change", [{"shards": [{}] * 3}, {"shards": 5}, {"shards": [{}]}, {"settings": {}}]
 )
-def test_damaged_manifest_of_an_earlier_store_is_one_line(made, tmp_path, change):
+def test_damaged_manifest_of_earlier_store_is_one_line_error(made, tmp_path, change):
     store = earlier_store(made, tmp_path / "store")
     path = store / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))

@@ -47,7 +47,7 @@ def test_record_is_read_as_it_was_written(tmp_path):
     )
 
 
-def test_shard_is_there_with_all_its_bytes_and_its_record(tmp_path):
+def test_shard_is_complete_only_with_all_bytes_and_record(tmp_path):
     assert not is_there(tmp_path, SETTINGS, 2)
     write_shard(tmp_path, SETTINGS, 2, empty_shard(SETTINGS, 2), [])
     assert is_there(tmp_path, SETTINGS, 2)
