@@ -29,7 +29,7 @@ def test_losses_equal_adm(g, name, dtype):
     )
 
 
-def test_bound_does_not_move_the_mean(g):
+def test_variational_bound_has_no_gradient_in_the_mean(g):
     output = g["model_output"].clone().requires_grad_()
     process = GaussianDiffusion(device=device())
     losses = training_losses(process, output, g["x0"], g["x_t"], g["t"], g["noise"])
@@ -41,7 +41,7 @@ def test_bound_does_not_move_the_mean(g):
     assert not mse[:, 4:].any()
 
 
-def test_without_learned_covariance_the_loss_is_the_noise(g):
+def test_loss_without_learned_covariance_is_noise_mse(g):
     losses = training_losses(
         GaussianDiffusion(device=device()),
         g["model_output"][:, :4],
@@ -54,7 +54,7 @@ def test_without_learned_covariance_the_loss_is_the_noise(g):
     torch.testing.assert_close(losses["loss"], g["mse"], rtol=1e-6, atol=0)
 
 
-def test_noisy_timesteps_weigh_as_velocity_up_to_the_cap(g):
+def test_weights_of_noisy_timesteps_equal_velocity_up_to_cap(g):
     process = GaussianDiffusion(device=device())
     arguments = (g["model_output"], g["x0"], g["x_t"], g["t"], g["noise"])
     plain, weighted = (
@@ -77,7 +77,7 @@ def test_noisy_timesteps_weigh_as_velocity_up_to_the_cap(g):
     torch.testing.assert_close(uncapped["loss"] - uncapped["vb"], mse_v, rtol=1e-4, atol=1e-6)
 
 
-def test_kl_of_gaussians_by_hand():
+def test_kl_of_gaussians_equals_closed_form():
     kl = gaussian_kl(*map(torch.tensor, (0.0, 0.0, 1.0, math.log(4.0))))
     assert float(kl) == pytest.approx(0.5 * (math.log(4) + 1 / 4 + 1 / 4 - 1))
 

@@ -89,7 +89,7 @@ def slope(name, objective, steps):
 
 # ------------------------------------------------------------------------------------------- losses
 @pytest.mark.skipif(device().type != "cpu", reason="recorded on a CPU")
-def test_losses_of_noise_are_those_before_there_were_other_objectives():
+def test_losses_of_noise_keep_golden_values():
     """Recorded in float32 with the code of that time. Exponentials of the bound may differ by CPU,
     products do not.
     """
@@ -144,7 +144,7 @@ def test_optimal_predictor_has_no_excess_loss(objective):
     )
 
 
-def test_loss_of_a_predicted_image_is_that_of_its_velocity_but_for_the_least_noise():
+def test_loss_of_predicted_image_equals_that_of_velocity_except_at_least_noise():
     """The same prediction as an image and as a velocity; below s = 0.05 the weight stays 400."""
     image, flow = OBJECTIVES["image"], OBJECTIVES["flow"]
     t = batch_of(torch.tensor([10.0, 50.0, 400.0, 999.0], dtype=torch.float64))
@@ -250,7 +250,7 @@ def test_solvers_of_the_flow_converge_with_their_order(objective, name, order, s
 
 @pytest.mark.parametrize("of", ["flow", "image"])
 @pytest.mark.parametrize("name", ["dpmpp", "unipc"])
-def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name, of):
+def test_diffusers_second_order_solvers_converge_on_flow(name, of):
     """Their own timesteps are rounded down to whole numbers; the model must see the noise level of
     the step.
     """
@@ -260,7 +260,7 @@ def test_diffusers_solvers_of_second_order_are_right_on_the_flow(name, of):
 
 
 @ALL
-def test_one_step_of_any_sampler_is_the_image_predicted_from_the_noisiest_timestep(objective):
+def test_one_step_of_any_sampler_gives_image_predicted_at_noisiest_timestep(objective):
     x = randn(2, 1, 4, 4, dtype=torch.float64)
     for name in SAMPLERS[objective.name]:
         seen = []
@@ -322,7 +322,7 @@ def test_stochastic_sampler_reproduces_mean_and_variance():
     ("objective", "predicts"),
     [("noise", "velocity"), ("velocity", "velocity"), ("flow", "velocity"), ("flow", "image")],
 )
-def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(objective, predicts):
+def test_every_fitting_sampler_draws_each_image_from_its_own_generator(objective, predicts):
     process = make_objective(DiffusionConfig(objective=objective, predicts=predicts), device())
     x = randn(3, 2, 4, 4, dtype=torch.float64)
     for name in SAMPLERS[objective]:
@@ -335,7 +335,7 @@ def test_every_sampler_that_fits_runs_and_leaves_each_image_to_its_generator(obj
         torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-12)
 
 
-def test_heun_computes_the_model_twice_a_step_but_once_in_the_last():
+def test_heun_calls_model_twice_per_step_and_once_in_the_last():
     seen = []
 
     def denoise(x, t):
@@ -352,7 +352,7 @@ def drawn(n=4000, **fields):
     return torch.cat([draw_timestep(d, torch.Generator().manual_seed(i)) for i in range(n)])
 
 
-def test_uniform_timesteps_are_those_before_there_were_other_draws():
+def test_uniform_timesteps_keep_golden_values():
     expected = [
         torch.randint(1000, (1,), generator=torch.Generator().manual_seed(i)).item()
         for i in range(50)

@@ -24,7 +24,7 @@ def test_process_equals_adm(g):
     assert relative(log_variance.expand_as(mean), g["q_posterior_log_variance"]) < 1e-5
 
 
-def test_prediction_of_noise_and_image_are_inverse(g):
+def test_predictions_of_noise_and_image_are_inverse(g):
     process = GaussianDiffusion(device=device())
     x_0 = process.predict_x_0(g["x_t"], g["t"], g["noise"])
     torch.testing.assert_close(

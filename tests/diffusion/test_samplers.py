@@ -51,7 +51,7 @@ def test_ddim_equals_adm():
     )
 
 
-def test_respacing_ends_and_bounds():
+def test_respacing_keeps_ends_and_rejects_bad_counts():
     assert PROCESS.timesteps(1) == [999]  # ADM's would be 0, where nothing is left to denoise
     assert PROCESS.timesteps(2) == [999, 0]
     assert PROCESS.timesteps(1000) == list(range(999, -1, -1))
@@ -95,7 +95,7 @@ def test_unknown_sampler_is_named():
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "sde"])
-def test_a_sampler_of_another_process_is_refused(name):
+def test_sampler_of_another_process_is_rejected(name):
     objective = PROCESS if name == "sde" else LinearFlow()
     with pytest.raises(
         ValueError, match=f"'{name}' does not fit the objective {objective.name}; choose .*euler"
@@ -103,7 +103,7 @@ def test_a_sampler_of_another_process_is_refused(name):
         check_sampler(name, objective)
 
 
-def test_a_sampler_that_is_no_scheduler_of_diffusers_is_refused_as_one():
+def test_own_sampler_is_rejected_as_diffusers_scheduler():
     with pytest.raises(ValueError, match="'heun' is no scheduler of diffusers; use `integrate`"):
         make_scheduler("heun", PROCESS, 10)
 
@@ -123,7 +123,7 @@ def test_ddim_begins_at_the_noisiest_timestep_whatever_the_steps():
         assert ode_error("ddim", steps) < 1.1 * ode_error("ddim", 250)
 
 
-def test_ddim_on_uneven_timesteps_by_hand():
+def test_ddim_on_uneven_timesteps_equals_formula():
     """x_0 and the noise are kept, and mixed again at the next timestep."""
     scheduler, x = make_scheduler("ddim", PROCESS, 3), randn(2, 1, 4, 4, dtype=torch.float64)
     expected = x
@@ -137,7 +137,7 @@ def test_ddim_on_uneven_timesteps_by_hand():
     assert relative(sample(gaussian_denoiser, scheduler, x), expected) < 1e-4
 
 
-def test_a_scheduler_may_be_used_again():
+def test_scheduler_can_be_reused():
     x = randn(2, 1, 4, 4, dtype=torch.float64)
     for name in ("ddpm", "ddim", "dpmpp", "unipc"):
         for steps in (7, 10):
@@ -147,7 +147,7 @@ def test_a_scheduler_may_be_used_again():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_image_that_is_not_finite_is_an_error_that_names_it_and_the_step(value):
+def test_image_that_is_not_finite_is_error_naming_image_and_step(value):
     def denoise(x, t):
         output = gaussian_denoiser(x, t)
         output[1, 0, 2, 2] = value if t < 500 else output[1, 0, 2, 2]
@@ -175,7 +175,7 @@ def test_every_sampler_takes_four_channels_with_and_without_covariance(name, lea
     assert torch.isfinite(x).all()
 
 
-def test_euler_heun_and_the_stochastic_step_by_hand():
+def test_euler_heun_and_stochastic_step_equal_formulas():
     """Two steps of a flow: x + h v(x); x + h (v(x) + v(x + h v(x))) / 2; and SiT's drift with
     noise, w_t = t.
     """
@@ -215,7 +215,7 @@ class CountingModel:
         return torch.cat([eps, 10 * eps], dim=1)
 
 
-def test_guidance_by_hand_all_channels_and_three():
+def test_guidance_equals_formula_on_all_channels_and_on_three():
     x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3.0, 5.0], device=device())
     everything = guided(CountingModel(), y, null=1, scale=1.5)(x, 7)
     assert everything[:, :4, 0, 0].tolist() == [[1 + 1.5 * 2] * 4, [1 + 1.5 * 4] * 4]
@@ -225,7 +225,7 @@ def test_guidance_by_hand_all_channels_and_three():
     assert three[:, :4, 0, 0].tolist() == [[4, 4, 4, 3], [7, 7, 7, 5]]
 
 
-def test_guidance_costs_one_forward_where_it_does_nothing():
+def test_guidance_without_effect_costs_one_forward():
     x, y = torch.zeros(2, 4, 1, 1, device=device()), torch.tensor([3, 5], device=device())
     model = CountingModel()
     guided(model, y, 1, scale=1)(x, 500)
