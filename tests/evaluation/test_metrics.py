@@ -93,7 +93,7 @@ def test_half_sum_rounds_as_tensorflow_does(d):
 
 
 # ------------------------------------------------------------------------------------ known answers
-def test_distance_of_a_set_to_itself_is_zero():
+def test_distance_of_set_to_itself_is_zero():
     assert abs(distance(normal(500, 12), normal(500, 12))) < 1e-9
 
 
@@ -124,7 +124,7 @@ def test_moments_in_parts_equal_those_of_all():
     torch.testing.assert_close(joined.mean, x.double().mean(0))
 
 
-def test_fid_infinity_takes_the_bias_away():
+def test_fid_infinity_removes_bias():
     reference = moments(normal(100_000, 8))
     few = normal(400, 8, seed=1)
     ours = moments(few)
@@ -132,7 +132,7 @@ def test_fid_infinity_takes_the_bias_away():
     assert abs(fid_infinity(few, reference.mean, reference.covariance)) < biased / 2
 
 
-def test_kid_of_equal_and_of_shifted_sets():
+def test_kid_is_zero_for_equal_sets_and_positive_for_shifted():
     same, _ = kid(normal(500, 4), normal(500, 4, seed=1))
     apart, _ = kid(normal(500, 4), normal(500, 4, seed=1) + 2)
     assert abs(same) < 0.03
@@ -152,7 +152,7 @@ def test_kid_is_the_unbiased_estimate():
     assert kid(x, y)[0] == pytest.approx(expected, rel=1e-9)
 
 
-def test_inception_score_of_certain_and_of_blind_classifiers():
+def test_inception_score_of_certain_and_blind_classifier_is_known():
     certain = 100 * torch.eye(10).repeat(50, 1)
     assert inception_score(certain) == pytest.approx(10)
     assert inception_score(torch.zeros(500, 10)) == pytest.approx(1)
@@ -161,7 +161,7 @@ def test_inception_score_of_certain_and_of_blind_classifiers():
     assert inception_score(in_order, split=50) == pytest.approx(1)
 
 
-def test_split_sums_by_parts_equal_those_of_all():
+def test_split_sums_of_parts_equal_those_of_all():
     logits = normal(1203, 7)
     parts = [SplitSums.empty(1203, 7, 500) for _ in range(3)]
     for part, start in zip(parts, (0, 400, 900)):
@@ -171,7 +171,7 @@ def test_split_sums_by_parts_equal_those_of_all():
     )
 
 
-def test_collapsed_generator_is_precise_and_recalls_nothing():
+def test_collapsed_generator_has_precision_without_recall():
     real = normal(1000, 6)
     collapsed = real[:1] + 1e-4 * normal(500, 6, seed=1)
     precision, recall = precision_recall(real, collapsed)
@@ -185,7 +185,7 @@ def test_swapping_the_sets_swaps_precision_and_recall():
     assert precision_recall(a, b)[0] > precision_recall(a, b)[1]
 
 
-def test_a_ball_reaches_to_the_third_neighbour():
+def test_ball_reaches_to_the_third_neighbour():
     """On a line at 0, 1, 2, 3, 10: the ball at 0 has radius 3 and the distance 3
     counts as inside.
     """

@@ -15,7 +15,7 @@ from tests.evaluation.conftest import gathered
 
 
 # ---------------------------------------------------------------------------------------- gathering
-def test_a_reference_is_what_adm_reads(pictures, tmp_path, digits):
+def test_reference_file_has_the_arrays_adm_reads(pictures, tmp_path, digits):
     images = open_images(str(pictures), 1)
     features = gathered(images, digits)[0]
     target = tmp_path / "ref.npz"
@@ -34,7 +34,7 @@ def test_a_reference_is_what_adm_reads(pictures, tmp_path, digits):
     assert places == sorted(set(places))
 
 
-def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
+def test_statistics_of_file_are_used(pictures, tmp_path, digits):
     """Of 12 images, though the file holds 5: FID of the 12 against it is 0."""
     images = open_images(str(pictures), 1)
     features = gathered(images, digits)[0]
@@ -53,7 +53,7 @@ def test_statistics_of_the_file_are_used(pictures, tmp_path, digits):
     assert abs(dict(ev.evaluate_features(features, reference, ["fid"]))["fid"]) < 1e-6
 
 
-def test_adm_file_without_extractor_is_taken(tmp_path, digits):
+def test_adm_file_without_extractor_is_accepted(tmp_path, digits):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 64))
     np.savez(tmp_path / "adm.npz", mu=x.mean(0).astype(np.float32), sigma=np.cov(x.T))
@@ -84,7 +84,7 @@ BAD_REFERENCES = {
 
 
 @pytest.mark.parametrize(("arrays", "error", "words"), BAD_REFERENCES.values(), ids=BAD_REFERENCES)
-def test_bad_references(tmp_path, digits, arrays, error, words):
+def test_bad_reference_is_one_line_error(tmp_path, digits, arrays, error, words):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(error, match=words):
         open_reference(str(tmp_path / "bad.npz"), digits)

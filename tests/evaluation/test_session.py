@@ -44,14 +44,14 @@ def test_images_are_opened_in_the_channels_of_the_extractor(tmp_path, monkeypatc
     assert (grey.size, grey.channels) == ((28, 28), 1)
 
 
-def test_results_lie_beside_the_samples(tmp_path):
+def test_results_are_written_beside_samples(tmp_path):
     (tmp_path / "s.npz").touch()
     assert session.results_path(tmp_path) == tmp_path / "results.json"
     assert session.results_path(tmp_path / "s.npz") == tmp_path / "s.results.json"
     assert session.results_path(tmp_path / "none") == Path("results.json")
 
 
-def test_facts_are_those_of_the_folder(tmp_path):
+def test_facts_of_samples_come_from_their_folder(tmp_path):
     assert session.read_facts(tmp_path) == {}
     (tmp_path / "meta.json").write_text(json.dumps({"steps": 7}))
     assert (
@@ -59,7 +59,7 @@ def test_facts_are_those_of_the_folder(tmp_path):
     )
 
 
-def test_a_folder_of_images_is_no_run(tmp_path):
+def test_folder_of_images_is_not_taken_for_a_run(tmp_path):
     assert session.find_run_at(folder(tmp_path / "a", 2)) is None
     assert session.find_run_at("samples.npz") is None
 

@@ -16,7 +16,7 @@ from diffussm_cli.sampling.generate import Text
 from tests.evaluation.conftest import folder
 
 
-def test_folder_and_npz_of_the_same_images_are_the_same(pictures, tmp_path):
+def test_folder_and_npz_of_the_same_images_are_one_set(pictures, tmp_path):
     files = open_images(str(pictures), 1)
     assert (len(files), files.size, files.labels, files.lossy) == (
         12,
@@ -36,7 +36,7 @@ def test_folder_and_npz_of_the_same_images_are_the_same(pictures, tmp_path):
     assert [(images.size, images.grey) for images in opened] == [((28, 28), True)] * 2
 
 
-def test_grid_is_no_sample(tmp_path):
+def test_grid_is_not_a_sample(tmp_path):
     path = folder(tmp_path / "flat", 3, classes=0)
     Image.new("L", (99, 99)).save(path / "grid.png")
     assert len(open_images(str(path), 1)) == 3
@@ -88,19 +88,19 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arrays", "words"), BAD.values(), ids=BAD)
-def test_bad_npz(tmp_path, arrays, words):
+def test_bad_npz_is_one_line_error(tmp_path, arrays, words):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(DataError, match=words):
         open_images(str(tmp_path / "bad.npz"), 1)
 
 
-def test_latents_are_no_images(tmp_path):
+def test_latents_as_images_are_rejected(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="holds latents; name the folder of images"):
         open_images(str(tmp_path), 3)
 
 
-def test_a_set_is_known_by_its_content_its_channels_and_its_crop(pictures, tmp_path):
+def test_set_is_identified_by_content_channels_and_crop(pictures, tmp_path):
     known = {
         open_images(str(pictures), c, s).sha256()
         for c in (1, 3)
@@ -110,7 +110,7 @@ def test_a_set_is_known_by_its_content_its_channels_and_its_crop(pictures, tmp_p
     assert open_images(str(folder(tmp_path / "copy", 12)), 1).sha256() in known
 
 
-def test_arrays_of_images_are_not_cropped(tmp_path):
+def test_arrays_are_not_cropped(tmp_path):
     with pytest.raises(ConfigError, match="builtin:digits holds images of 8x8"):
         open_images("builtin:digits", 1, (6, 6))
     assert open_images("builtin:digits", 1, (8, 8)).size == (8, 8)
@@ -133,7 +133,7 @@ class Painter:
         yield seeds, torch.tensor(seeds, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
 
 
-def test_places_are_drawn_by_their_seeds_and_labels_in_the_channels_of_the_extractor():
+def test_drawn_images_depend_on_seed_and_label_in_channels_of_extractor():
     painter = Painter()
     images = DrawnImages(painter, range(10, 15), [0, 1, 2, 3, 4], 3, "run")
     assert (len(images), images.size, images.lossy) == (5, (8, 8), False)
@@ -145,20 +145,20 @@ def test_places_are_drawn_by_their_seeds_and_labels_in_the_channels_of_the_extra
     ] * 3
 
 
-def test_places_are_drawn_by_their_captions():
+def test_drawn_images_depend_on_their_captions():
     painter = Painter()
     captions = Text(torch.arange(3.0).view(3, 1, 1))
     list(DrawnImages(painter, range(10, 13), None, 1, "run", text=captions).read([0, 2], 2))
     assert painter.asked == [([10, 12], None, [[[0.0]], [[2.0]]])]
 
 
-def test_an_unconditional_model_is_asked_for_no_labels():
+def test_unconditional_model_gets_no_labels():
     painter = Painter("model.num_classes=0", "sample.guidance=1")
     list(DrawnImages(painter, range(2), None, 1, "run").read([0, 1], 2))
     assert painter.asked == [([0, 1], None)]
 
 
-def test_what_decides_the_images_decides_the_hash_and_nothing_else():
+def test_hash_of_drawn_set_depends_on_what_decides_its_images_alone():
     def known(channels=1, **changes):
         return DrawnImages(Painter(), range(5), None, channels, "x", FACTS | changes).sha256()
 
@@ -167,7 +167,7 @@ def test_what_decides_the_images_decides_the_hash_and_nothing_else():
     assert known(run="b", device="cuda") == known()
 
 
-def test_colours_are_refused_by_an_extractor_of_grey():
+def test_grey_extractor_rejects_colours():
     painter = Painter("data.path=x", "data.channels=3")
     with pytest.raises(ConfigError, match="^extractor: "):
         DrawnImages(painter, range(2), None, 1, "run")

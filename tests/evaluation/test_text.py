@@ -20,7 +20,7 @@ def at(degrees):
     return 3 * torch.stack([angle.cos(), angle.sin()], 1)  # the length must not matter
 
 
-def test_names_and_categories_are_found_by_the_nearest_picture():
+def test_nearest_picture_gives_name_and_category():
     """The first is right by its second picture, the second is of a neighbour, the third is the
     sixth nearest.
     """
@@ -74,7 +74,7 @@ def clip(tmp_path):
     return tmp_path, model
 
 
-def test_embeddings_and_score_are_those_of_transformers(clip):
+def test_embeddings_and_score_equal_transformers(clip):
     folder, model = clip
     images = torch.randint(
         0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def test_embeddings_and_score_are_those_of_transformers(clip):
     assert score == pytest.approx(expected, rel=1e-4)
 
 
-def test_other_models_are_refused(tmp_path):
+def test_other_clip_models_are_rejected(tmp_path):
     saved(tmp_path / "bert", "bert")
     with pytest.raises(DataError, match="extractor: cannot load .*bert"):
         load_extractor(str(tmp_path / "bert"), None, CPU)  # it has no preprocessing of images
