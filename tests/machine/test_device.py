@@ -25,7 +25,7 @@ from tests.conftest import float32_arithmetic
 CPU = torch.device("cpu")
 
 
-def test_devices_by_name():
+def test_device_is_chosen_by_name():
     assert pick_device("cpu") == CPU
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DIFFUSSM_DEVICE", "tpu")
@@ -62,7 +62,7 @@ def test_auto_is_cuda_then_mps_then_the_cpu_unless_the_environment_names_one(
 @pytest.mark.parametrize(
     "name", ["meta", "cuda:-1", "cuda:99999999999999999999", "", "hpu", "mps:7"]
 )
-def test_what_cannot_compute_here_is_one_line(name):
+def test_unusable_device_is_one_line_error(name):
     with pytest.raises(ConfigError, match=f"device: '{name}' is not available here"):
         pick_device(name)
 
@@ -76,7 +76,7 @@ def test_what_cannot_compute_here_is_one_line(name):
         ("cuda", None, None),
     ],
 )
-def test_a_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, current):
+def test_cuda_device_becomes_the_current_one(monkeypatch, name, local_rank, current):
     """NCCL, FSDP and events use the current device, whichever the tensors are on."""
     chosen, zeros = [], torch.zeros
     for probe in ("zeros", "empty"):
@@ -122,7 +122,7 @@ SHARED = {  # train.device, what the launcher sets, GPUs of this machine, and th
 
 
 @pytest.mark.parametrize(("name", "launched", "count", "line"), SHARED.values(), ids=SHARED)
-def test_processes_of_a_machine_do_not_share_a_gpu(monkeypatch, name, launched, count, line):
+def test_processes_of_machine_do_not_share_a_gpu(monkeypatch, name, launched, count, line):
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -140,7 +140,7 @@ def test_processes_of_a_machine_do_not_share_a_gpu(monkeypatch, name, launched, 
         pick_device(name)
 
 
-def test_helpers_take_one_thread_each_and_leave_the_others_theirs():
+def test_workers_take_one_thread_each_and_the_caller_the_rest():
     """In a fresh process: there the number of the main thread is not decided yet."""
     code = """
 import torch
@@ -153,7 +153,7 @@ print(torch.get_num_threads())
     assert done.stdout.split("\n")[:2] == ["1 1 1 1", str(torch.get_num_threads())]
 
 
-def test_no_pool_of_threads_is_made_elsewhere():
+def test_thread_pool_is_made_only_in_its_own_place():
     """A thread that shares the cores with the one that computes slows it down."""
     root = Path(device.__file__).parents[1]
     made = {
@@ -165,7 +165,7 @@ def test_no_pool_of_threads_is_made_elsewhere():
     assert made == {"device.py"}
 
 
-def test_bf16_only_where_hardware_has_it(monkeypatch):
+def test_bf16_needs_hardware(monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(device, "has_bf16", lambda _, fast=fast: fast)
         assert pick_dtype("fp32", CPU) == torch.float32
@@ -174,14 +174,14 @@ def test_bf16_only_where_hardware_has_it(monkeypatch):
         pick_dtype("bf16", CPU)
 
 
-def test_a_torch_without_onednn_has_no_bf16(monkeypatch):
+def test_torch_without_onednn_has_no_bf16(monkeypatch):
     """As on Apple's processors."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace())
     assert not device.has_bf16(CPU)
 
 
-def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
+def test_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "has_bf16", lambda _: True)
     config = tiny("train.precision=bf16")
     trainer = Trainer(config, open_source(config), tmp_path)
@@ -196,7 +196,7 @@ def test_a_step_in_bf16_keeps_weights_and_loss_in_float32(tiny, tmp_path, monkey
 @pytest.mark.parametrize(
     "older", [False, True], ids=["as this torch has it", "as torch 2.6 had it"]
 )
-def test_full_float32_inside_a_block_and_as_before_after_it(monkeypatch, older):
+def test_full_float32_holds_inside_block_and_is_restored_after(monkeypatch, older):
     torch.set_float32_matmul_precision("medium")
     before = float32_arithmetic()
     try:
@@ -223,7 +223,7 @@ def test_out_of_memory_is_recognised():
 @pytest.mark.parametrize(
     ("platform", "has_it"), [("linux", True), ("linux", False), ("darwin", True)]
 )
-def test_glibc_and_no_other_library_is_told_to_keep_large_freed_blocks(
+def test_only_glibc_is_told_to_keep_large_freed_blocks(
     monkeypatch, platform, has_it
 ):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, told = -1, -3, {}  # as malloc.h has them

@@ -24,7 +24,7 @@ from diffussm_cli.runs.checkpoints import whole_folder
 from tests.helpers import line_of, run
 
 
-def test_a_lock_is_held_once(tmp_path):
+def test_lock_is_held_once(tmp_path):
     with locked(tmp_path / ".lock"), pytest.raises(BlockingIOError), locked(tmp_path / ".lock"):
         pass
     with locked(tmp_path / ".lock"):
@@ -33,7 +33,7 @@ def test_a_lock_is_held_once(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, code):
+def test_file_system_without_locks_is_one_line_error(tmp_path, monkeypatch, code):
     pytest.importorskip("sklearn")
     fcntl = pytest.importorskip("fcntl")
 
@@ -49,7 +49,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path, monkeypatch, code):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_leaves_the_old_file_and_is_named(tmp_path, monkeypatch):
+def test_full_disk_is_named_and_leaves_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_text(path, "old\u00e9")
     assert path.read_bytes() == b"old\xc3\xa9"
@@ -83,7 +83,7 @@ OUTPUTS = {  # a path to write, and what the refusal says; None: it may be writt
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_output_replaces_no_input_link_or_device(tmp_path, name):
+def test_output_never_replaces_input_link_or_device(tmp_path, name):
     (tmp_path / "images").mkdir()
     (tmp_path / "folder").mkdir()
     for file in ("old.json", "read.npz", "images/meta.json", "images/results.json"):
@@ -112,14 +112,14 @@ def test_an_output_replaces_no_input_link_or_device(tmp_path, name):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_device_is_not_replaced_by_a_file(monkeypatch):
+def test_device_is_not_replaced_by_file(monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("the device is replaced"))
     with pytest.raises(OSError, match="it is a device, not a file") as caught:
         write_text(Path("/dev/null"), "a")
     assert caught.value.filename == "/dev/null"
 
 
-def test_a_link_with_the_name_of_a_partial_file_is_not_followed(tmp_path):
+def test_link_with_the_name_of_partial_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("old")
     for durable in (True, False):
         (tmp_path / f".partial-a.txt.{os.getpid()}").symlink_to("precious")
@@ -129,7 +129,7 @@ def test_a_link_with_the_name_of_a_partial_file_is_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "old"
 
 
-def test_a_file_leaves_the_partial_files_of_others(tmp_path):
+def test_write_leaves_partial_files_of_others(tmp_path):
     others = [tmp_path / f".partial-{name}.{os.getpid()}" for name in ("a.txt.gz", "b.txt")]
     for other in others:
         other.touch()
@@ -138,7 +138,7 @@ def test_a_file_leaves_the_partial_files_of_others(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.txt", *others])
 
 
-def test_windows_opens_no_folder(tmp_path, monkeypatch):
+def test_files_are_written_without_opening_folders_on_windows(tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -150,7 +150,7 @@ def test_windows_opens_no_folder(tmp_path, monkeypatch):
     assert (tmp_path / "folder" / "b.txt").read_text() == "b"
 
 
-def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
+def test_empty_new_folder_is_removed(tmp_path):
     folder = tmp_path / "made" / "too"
     with held_folder(folder, 1):
         assert (folder / ".lock-1").exists()
@@ -164,7 +164,7 @@ def test_a_folder_in_which_nothing_was_written_disappears(tmp_path):
     assert content(folder) == {"a.txt"}
 
 
-def test_a_folder_of_two_processes_is_not_removed_by_the_later_one(tmp_path, monkeypatch):
+def test_folder_of_two_processes_is_not_removed_by_the_later_one(tmp_path, monkeypatch):
     """Both have seen that it does not exist; one of them has locked it since."""
     folder = tmp_path / "made"
     with held_folder(folder):
@@ -175,7 +175,7 @@ def test_a_folder_of_two_processes_is_not_removed_by_the_later_one(tmp_path, mon
         assert (folder / ".lock-0").exists()
 
 
-def test_the_cache_is_below_the_users(monkeypatch):
+def test_cache_lies_below_the_cache_of_the_user(monkeypatch):
     monkeypatch.setenv("DIFFUSSM_CACHE", "here")
     assert default_cache() == Path("here")
     monkeypatch.delenv("DIFFUSSM_CACHE")
@@ -187,7 +187,7 @@ def test_the_cache_is_below_the_users(monkeypatch):
 
 
 @pytest.mark.parametrize("read", [open_regular, sha256, lambda path: read_regular(path, 10)])
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
+def test_pipe_is_rejected_without_waiting(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="not a regular file"):
         read(tmp_path / "pipe")
@@ -195,7 +195,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
         read(tmp_path)
 
 
-def test_a_file_is_read_up_to_its_limit(tmp_path):
+def test_file_is_read_up_to_its_limit(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     assert read_regular(tmp_path / "file", 5) == b"12345"
     with pytest.raises(ValueError, match="it has more than 4 bytes"):

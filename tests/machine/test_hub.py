@@ -9,7 +9,7 @@ from diffussm_cli import runs
 from diffussm_cli.machine.hub import fetch, weights_sha256
 
 
-def test_fetch_takes_no_code(monkeypatch):
+def test_fetch_skips_code(monkeypatch):
     asked = {}
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options) or name
@@ -36,7 +36,7 @@ def test_fetch_takes_no_code(monkeypatch):
     assert asked["revision"] == "v1"
 
 
-def test_weights_are_hashed_as_they_are_stored():
+def test_weights_hash_is_that_of_stored_files():
     """Those of a network in half precision too, which numpy cannot hold."""
     networks = [torch.nn.Linear(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     with torch.no_grad():

@@ -35,7 +35,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("message", LOST.values(), ids=LOST)
-def test_a_lost_connection_is_a_line_that_keeps_its_cause(message):
+def test_lost_connection_is_one_line_error_with_cause(message):
     with (
         pytest.raises(RunError, match="another process of this job has ended") as caught,
         peer_errors(),
@@ -51,7 +51,7 @@ def test_other_errors_of_gloo_and_nccl_keep_their_traceback(message):
         raise RuntimeError(message)
 
 
-def test_only_gather_waits_for_days(monkeypatch):
+def test_gather_alone_waits_for_days(monkeypatch):
     groups, waited = [], []
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **k: groups.append((backend, k["timeout"]))

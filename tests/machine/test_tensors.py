@@ -25,7 +25,7 @@ def written(path, metadata=None):
     return path, sha256
 
 
-def test_write_makes_what_safetensors_reads(tmp_path):
+def test_written_tensors_are_read_by_safetensors(tmp_path):
     path, sha256 = written(tmp_path / "a.safetensors")
     loaded = load_file(path)
     assert list(loaded) == list(ARRAYS)
