@@ -56,7 +56,7 @@ def test_block_equals_the_formula_token_by_token(M):
     torch.testing.assert_close(block(x, c), x + O, rtol=1e-9, atol=1e-10)
 
 
-def test_nothing_is_transposed_between_the_products(monkeypatch):
+def test_block_transposes_nothing_between_products(monkeypatch):
     """From W_up to the gate channels come first in memory, and activations see numbers in order."""
     seen = []
 

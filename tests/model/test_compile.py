@@ -77,7 +77,7 @@ COURSE = [
     + [pytest.param(make, COURSE[:3], marks=pytest.mark.slow) for make in OTHERS.values()],
     ids=["diffussm", "dit", "checkpointed", *OTHERS],
 )
-def test_one_graph_for_all_layers_and_steps(make, course):
+def test_compiled_model_has_one_graph_for_all_layers_and_steps(make, course):
     """No graph break; nothing is compiled again but for gradients or none, and once for another
     batch size.
     """

@@ -61,7 +61,7 @@ def test_xl_256_has_the_published_size_part_by_part():
         (1, 1, 2, 1, 1, 3, True),
     ],
 )
-def test_any_grid_patch_compression_and_channels(H, W, C, P, M, classes, sigma):
+def test_network_keeps_shape_for_any_grid_patch_compression_and_channels(H, W, C, P, M, classes, sigma):
     model = DiffuSSM((H, W), C, P, 12, 1, M, 4, classes, learn_sigma=sigma).to(device())
     y = torch.zeros(2, dtype=torch.long, device=device()) if classes else None
     out = model(randn(2, C, H, W), torch.tensor([0, 999], device=device()), y)
@@ -69,7 +69,7 @@ def test_any_grid_patch_compression_and_channels(H, W, C, P, M, classes, sigma):
     assert torch.equal(out, torch.zeros_like(out))  # as DiT: the output layer starts at zero
 
 
-def test_another_grid_than_the_built_one():
+def test_grid_other_than_the_built_one_is_accepted():
     model = tiny()
     x, t, y = inputs(H=4, W=12)
     other = tiny(input_size=(4, 12))
@@ -85,7 +85,7 @@ def test_another_grid_than_the_built_one():
         ({"hidden_size": 18}, "hidden_size 18 must be a multiple of 4"),
     ],
 )
-def test_sizes_that_do_not_divide_are_named(changes, message):
+def test_sizes_that_do_not_divide_are_rejected_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
 
@@ -114,7 +114,7 @@ NETWORKS = {
         (lambda x, t, y: (x, t, y, None), r"text: None must be \(2, 1, 4\)"),
     ],
 )
-def test_inputs_that_do_not_fit_are_named_with_their_shapes(network, change, message):
+def test_inputs_that_do_not_fit_are_rejected_with_their_shapes(network, change, message):
     given = change(*inputs())
     model = NETWORKS[network](**({"text_width": 4} if len(given) == 4 else {}))
     with pytest.raises(ValueError, match=message):
@@ -123,14 +123,14 @@ def test_inputs_that_do_not_fit_are_named_with_their_shapes(network, change, mes
 
 @pytest.mark.skipif(device().type != "cpu", reason="reading labels would wait for the device")
 @pytest.mark.parametrize("label", [-1, 4])
-def test_label_out_of_range_is_named(label):
+def test_label_out_of_range_is_rejected_by_name(label):
     x, t, _ = inputs()
     with pytest.raises(ValueError, match=rf"y: labels from .*{label}.* must lie in 0..3"):
         tiny()(x, t, torch.tensor([2, label]))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_empty_batch_gives_an_empty_result(mixer):
+def test_empty_batch_gives_empty_result(mixer):
     model = tiny(mixer=mixer, heads=2, scan="four", local=3)
     x, t, y = inputs(B=2)
     for _ in range(2):
@@ -166,7 +166,7 @@ def test_empty_batch_gives_an_empty_result(mixer):
         ({"foo": 1}, TypeError, "DiffuSSM.* unexpected keyword argument 'foo'"),
     ],
 )
-def test_options_that_do_not_exist_are_named(changes, error, message):
+def test_unknown_options_are_rejected_by_name(changes, error, message):
     with pytest.raises(error, match=message):
         tiny(**changes)
 
@@ -174,7 +174,7 @@ def test_options_that_do_not_exist_are_named(changes, error, message):
 # -------------------------------------------------------------------------------------------- skips
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("depth", [1, 4, 5])
-def test_skips_start_as_nothing_and_add_mirrored_blocks(network, depth):
+def test_skips_start_at_zero_and_join_mirrored_blocks(network, depth):
     plain, skipped = (NETWORKS[network](depth=depth, skips=skips) for skips in (False, True))
     skipped.load_state_dict(plain.state_dict(), strict=False)
     for skip in skipped.skips:
@@ -204,7 +204,7 @@ def test_skips_start_as_nothing_and_add_mirrored_blocks(network, depth):
         torch.testing.assert_close(entered[i], seen[i - 1] + added)
 
 
-def test_skips_of_a_new_network_are_zero():
+def test_skips_of_new_network_are_zero():
     model = DiffuSSM(8, 2, 1, 16, 4, 2, 4, 3, skips=True)
     assert len(model.skips) == 2
     assert not any(p.any() for p in model.skips.parameters())
@@ -242,7 +242,7 @@ def test_labels_and_time_reach_the_output():
     assert not torch.equal(out, model(x, t + 1, y))
 
 
-def test_gradient_checkpointing_changes_nothing(kernels_built):
+def test_gradient_checkpointing_keeps_values_and_gradients(kernels_built):
     plain, recomputed = tiny(), tiny(gradient_checkpointing=True)
     recomputed.load_state_dict(plain.state_dict())
     results, built = [], []
@@ -256,7 +256,7 @@ def test_gradient_checkpointing_changes_nothing(kernels_built):
     assert built == [2, 2 + 4]  # it did recompute
 
 
-def test_low_precision_model_runs_and_is_close():
+def test_low_precision_model_is_close_to_float32():
     model = tiny().eval().requires_grad_(False)
     x, t, y = inputs()
     exact = model(x, t, y)
@@ -272,7 +272,7 @@ def captions(B=2, K=3, E=4):
 
 @pytest.mark.parametrize("scan", ["raster", "four"])
 @pytest.mark.parametrize("K", [0, 3])
-def test_every_parameter_of_text_learns_and_every_word_counts(K, scan):
+def test_text_parameters_get_gradients_and_every_word_counts(K, scan):
     model = tiny(text_width=4, text_tokens=K, scan=scan)
     x, t, y = inputs()
     text = captions(K=K)
@@ -288,7 +288,7 @@ def test_every_parameter_of_text_learns_and_every_word_counts(K, scan):
         assert difference[0] == 0 < difference[1]
 
 
-def test_words_stand_mirrored_around_the_image_and_leave_it_in_place():
+def test_words_are_mirrored_around_image_and_leave_its_tokens_in_place():
     model, seen = tiny(text_width=4, text_tokens=3, compression=2), []
     model.blocks[0].register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     x, t, y = inputs()

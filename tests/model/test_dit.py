@@ -23,7 +23,7 @@ def tiny(**changes):
     return DiT(**sizes | changes).to(device())
 
 
-def test_xl_2_has_dits_size_part_by_part():
+def test_dit_xl_2_has_published_size_part_by_part():
     with torch.device("meta"):
         model = DiT()
     D, blocks = 1152, 28
@@ -90,7 +90,7 @@ def in_diffusers(model: DiT):
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_equals_diffusers(patch):
+def test_dit_equals_diffusers(patch):
     model = fill(tiny(patch_size=patch)).double().eval()
     x, t, y = (
         randn(3, 4, 8, 8).double(),
@@ -146,7 +146,7 @@ def test_blocks_start_as_identities():
     assert not model(randn(1, 4, 8, 8), t, y).any()
 
 
-def test_sizes_that_do_not_divide_are_named():
+def test_sizes_that_do_not_divide_are_rejected_by_name():
     with pytest.raises(ValueError, match="heads 5"):
         tiny(heads=5)
     with pytest.raises(ValueError, match="compression 4 the width"):
@@ -154,7 +154,7 @@ def test_sizes_that_do_not_divide_are_named():
 
 
 @pytest.mark.parametrize("K", [0, 2])
-def test_captions_reach_the_image(K):
+def test_captions_change_the_image(K):
     model = fill(tiny(text_width=4, text_tokens=K))
     x, t, y = (
         randn(2, 4, 8, 8),

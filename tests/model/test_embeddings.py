@@ -14,7 +14,7 @@ from diffussm_cli.model.embeddings import (
 from tests.conftest import device, fill, randn
 
 
-def test_patches_there_and_back():
+def test_unpatchify_inverts_patchify():
     x = torch.arange(2 * 3 * 4 * 8.0).view(2, 3, 4, 8)
     tokens = patchify(x, P=2, M=2)
     assert tokens.shape == (2, 4, 2 * 3 * 4)
@@ -52,7 +52,7 @@ def test_sinusoids_have_geometric_frequencies_and_take_fractions():
     torch.testing.assert_close(found, torch.tensor(expected, device=device()))
 
 
-def test_rows_of_zeros_take_the_place_of_missing_text():
+def test_missing_text_embeds_as_zeros():
     embedding = fill(TextEmbedding(4, 8, 2))
     text = randn(3, 3, 4)
     text[1, 2], text[2] = 0, 0  # a short caption, and none

@@ -19,7 +19,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)
-def test_every_token_is_the_sum_over_its_neighbours_in_the_image(scan):
+def test_local_convolution_equals_sum_over_image_neighbours(scan):
     B, D, H, W, M = 2, 3, 3, 4, 2
     local = fill(Local(D, scan)).double()
     image = randn(B, D, H, W, dtype=torch.double)
@@ -43,7 +43,7 @@ def test_fast_and_naive_convolution_agree_with_gradients():
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "conv"])
-def test_an_untrained_model_equals_the_one_without(mixer):
+def test_untrained_local_convolution_is_the_identity(mixer):
     """The same seed gives the same other weights, and the convolution does nothing, whatever those
     are.
     """

@@ -50,7 +50,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_kernels_follow_weights_however_they_change(change):
+def test_kernels_follow_every_change_of_weights(change):
     model, fresh = network(), network(seed=2)
     with torch.no_grad():
         with kept_kernels(model):

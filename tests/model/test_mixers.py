@@ -59,7 +59,7 @@ def test_every_parameter_gets_a_gradient(mixer, scan, local):
 
 
 @pytest.mark.parametrize(("mixer", "scan", "local"), COMBINATIONS)
-def test_another_grid_and_checkpointing_change_nothing(mixer, scan, local):
+def test_mixer_accepts_other_grids_and_checkpointing(mixer, scan, local):
     chosen = {"mixer": mixer, "scan": scan, "local": local}
     model, other = tiny(**chosen), tiny(input_size=(6, 4), gradient_checkpointing=True, **chosen)
     other.load_state_dict(model.state_dict())
@@ -81,7 +81,7 @@ def test_scans_change_the_function_and_not_the_parameters():
     assert not any(torch.allclose(a, b) for a, b in itertools.combinations(outputs, 2))
 
 
-def test_names_of_the_published_weights():
+def test_published_weights_keep_their_names():
     names = [n for n, _ in DiffuSSMBlock(8, 2, 4).named_parameters()]
     linears = [
         f"{layer}.{part}" for layer in ("norm.adaLN", "W0", "W_up") for part in ("weight", "bias")
@@ -125,7 +125,7 @@ def test_configuration_knows_every_mixer_and_scan():
     assert set(typing.get_args(hints["scan"])) == set(SCANS)
 
 
-def test_a_mixer_is_added(monkeypatch):
+def test_mixer_is_added(monkeypatch):
     class Mean(Mixer):
         """Every token, and the mean of all: u (B, D, J, M) -> (B, 2D, J, M)."""
 

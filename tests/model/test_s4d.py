@@ -89,7 +89,7 @@ def test_layer_equals_recurrence_in_both_directions(L):
 
 
 @pytest.mark.parametrize("L", [1, 2, 9, 16])
-def test_convolution_by_hand_has_the_gradients_of_autograd(L):
+def test_hand_written_backward_of_convolution_equals_autograd(L):
     u, K = (randn(s, 3, L, seed=s, dtype=torch.float64).requires_grad_() for s in (4, 2))
     weight = randn(4, 6, L, dtype=torch.float64)
     results = []
@@ -105,7 +105,7 @@ def test_convolution_by_hand_has_the_gradients_of_autograd(L):
 @pytest.mark.parametrize(("J", "M"), [(5, 2), (8, 1), (3, 4)])
 @pytest.mark.parametrize("kept", [0, 1 << 20])
 @pytest.mark.parametrize("numbers", [1, 50, 1 << 20])
-def test_slices_change_nothing(monkeypatch, J, M, numbers, kept):
+def test_slices_keep_values_and_gradients(monkeypatch, J, M, numbers, kept):
     """Whatever is sliced or kept, and with tokens in planes: the convolution of the tokens in
     order, its gradients.
     """
@@ -140,7 +140,7 @@ def test_spectra_too_large_to_keep_are_made_slice_by_slice(monkeypatch, kernels_
     assert kernels_built == [33, 33] * 2  # of 4 channels and of 2
 
 
-def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypatch):
+def test_memory_kept_for_backward_grows_with_sequence_alone(monkeypatch):
     """Five numbers per channel and token: u and the spectra of two kernels; no exponential of their
     modes.
     """
@@ -160,7 +160,7 @@ def test_what_is_kept_for_the_backward_pass_grows_by_the_sequence_alone(monkeypa
 
 
 @pytest.mark.parametrize("numbers", [1, 100, 1 << 20])
-def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, numbers):
+def test_gradients_of_kernel_equal_those_of_its_definition(monkeypatch, numbers):
     """Of every argument, at lengths that are squares and that are not,
     whatever the slices of rows.
     """
@@ -189,7 +189,7 @@ def test_gradients_of_the_kernel_are_those_of_its_definition(monkeypatch, number
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_no_kernel_holds_denormal_numbers():
+def test_kernels_hold_no_denormal_numbers():
     """On which a CPU is a hundred times slower: at the start of training half of the modes decay
     that far.
     """
@@ -233,7 +233,7 @@ def test_fft_length_is_long_enough_even_and_smooth(L):
     assert n == 1
 
 
-def test_start_is_s4d_lin():
+def test_initial_state_space_is_s4d_lin():
     torch.manual_seed(0)
     s4d = S4D(512, 64)
     assert torch.equal(-s4d.log_A_real.exp(), torch.full((2, 512, 32), -0.5))
@@ -359,6 +359,6 @@ def test_kernels_are_kept_by_length_inside_the_context_only(kernels_built):
         assert kernels_built == [16, 20, 16, 16]
 
 
-def test_odd_state_size_is_refused():
+def test_odd_state_size_is_rejected():
     with pytest.raises(ValueError, match="d_state must be even"):
         S4D(4, 5)

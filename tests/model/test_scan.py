@@ -24,7 +24,7 @@ GRIDS = [(2, 3), (5, 4), (1, 6), (7, 1)]
     ),
     ids=str,
 )
-def test_orders_of_two_rows_of_three(scan, order):
+def test_orders_of_two_rows_of_three_are_known(scan, order):
     assert scan.apply(torch.arange(6)[None], (2, 3)).tolist() == [order]
 
 
@@ -40,7 +40,7 @@ def test_blocks_take_the_orders_in_turn():
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("scan", ORDERS, ids=str)
-def test_an_order_is_a_permutation_that_is_undone(scan, grid):
+def test_order_is_a_permutation_with_its_inverse(scan, grid):
     H, W = grid
     x = randn(2, H * W, 3)
     order = scan.apply(torch.arange(H * W)[None], grid)[0]
@@ -57,7 +57,7 @@ def test_consecutive_positions_of_turning_orders_are_neighbours(scan):
 
 
 @pytest.mark.parametrize("scan", ORDERS, ids=str)
-def test_the_tokens_of_a_sequence_form_their_image(scan):
+def test_tokens_of_sequence_return_to_their_image(scan):
     """The image counts its tokens:
     position p holds the M neighbours p M .. p M + M - 1 of a row.
     """
@@ -74,7 +74,7 @@ def block(mixer, scan, M=1):
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "linear"])
-def test_columns_of_an_image_are_rows_of_its_transpose(mixer):
+def test_columns_of_image_are_rows_of_its_transpose(mixer):
     H, W = 3, 5
     rows, columns = block(mixer, RASTER), block(mixer, COLUMNS)
     columns.load_state_dict(rows.state_dict())
@@ -91,7 +91,7 @@ def test_columns_of_an_image_are_rows_of_its_transpose(mixer):
 
 @pytest.mark.parametrize("scan", ORDERS[1:], ids=str)
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
-def test_an_order_matters_to_sequences_only(mixer, scan):
+def test_order_matters_to_sequences_only(mixer, scan):
     """Attention sees a set and convolution an image, so that a wrong order or a wrong way back
     would show.
     """

@@ -7,7 +7,7 @@ from diffussm_cli.model.mixers.attention import Attention
 from tests.conftest import fill, randn
 
 
-def test_equals_softmax_of_all_tokens_in_both_halves():
+def test_attention_equals_softmax_of_all_tokens_in_both_halves():
     B, D, J, M, h = 2, 8, 3, 2, 2
     layer, u = fill(Attention(D, h), 0.5).double(), randn(B, D, J, M, dtype=torch.double)
     tokens = torch.stack([u[:, :, j, m] for j in range(J) for m in range(M)], 1)  # (B, L, D)
@@ -21,6 +21,6 @@ def test_equals_softmax_of_all_tokens_in_both_halves():
         torch.testing.assert_close(y[:, own], expected)
 
 
-def test_heads_must_divide_the_width():
+def test_heads_that_do_not_divide_width_are_rejected():
     with pytest.raises(ValueError, match="hidden_size 8 must be a multiple of heads 3"):
         Attention(8, 3)

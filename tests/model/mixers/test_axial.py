@@ -73,7 +73,7 @@ def test_kernel_in_one_level_equals_its_definition_with_gradients(L):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
-def test_rows_and_columns_by_hand():
+def test_rows_and_columns_equal_hand_computation():
     """One real mode with dt A = log(1/2) and input 1 at one token: powers of 1/2 to both sides, and
     the skip.
     """
@@ -168,6 +168,6 @@ def test_taps_are_float32_and_products_have_the_dtype_of_the_input_under_autocas
     assert all(relative(ours, theirs) < 0.05 for ours, theirs in zip(gradients, expected))
 
 
-def test_odd_state_size_is_refused():
+def test_odd_state_size_is_rejected():
     with pytest.raises(ValueError, match="d_state must be even"):
         Axial(4, 5)

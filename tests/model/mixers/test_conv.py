@@ -12,7 +12,7 @@ H, W, M, D = 4, 6, 2, 3
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7])
-def test_equals_the_formula(kernel):
+def test_conv_mixer_equals_formula(kernel):
     layer, image = fill(Conv(D, kernel=kernel), 0.5).double(), randn(2, D, H, W, dtype=torch.double)
     v = F.gelu(layer.depthwise.convolve_naive(image))
     weights = torch.sigmoid(v.mean((2, 3)) @ layer.gate.weight.T + layer.gate.bias)
@@ -34,7 +34,7 @@ def test_kernel_is_the_square_of_tokens_that_a_token_sees(kernel):
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)
-def test_a_token_sees_the_nine_around_it_and_the_mean_of_the_image(scan):
+def test_token_sees_nine_neighbours_and_image_mean(scan):
     layer, grid = fill(Conv(D, scan), 0.5).double(), (H, W // M)
     image = randn(1, D, H, W, dtype=torch.double).requires_grad_()
 

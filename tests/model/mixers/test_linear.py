@@ -38,7 +38,7 @@ def made(D=8, heads=2):
     return fill(LinearAttention(D, heads), 0.5).double()
 
 
-def test_the_layer_is_two_recurrences_on_the_tokens():
+def test_layer_equals_two_recurrences_over_tokens():
     B, D, J, M, h = 2, 8, 5, 2, 2
     layer, u = made(D, h), randn(B, D, J, M, dtype=torch.double)
     tokens = torch.stack([u[:, :, j, m] for j in range(J) for m in range(M)], 1)  # (B, L, D)
@@ -75,7 +75,7 @@ def test_directions_see_only_their_side():
         assert gradient[0].flatten(1).any(0).nonzero().flatten().tolist() == list(seen)
 
 
-def test_half_precision_stays_close():
+def test_half_precision_is_close_to_full():
     layer, u = fill(LinearAttention(32, 2), 0.2), randn(2, 32, 50, 4)
     with torch.no_grad(), torch.autocast(device().type, torch.bfloat16):
         mixed = layer(u)

@@ -18,7 +18,7 @@ def test_slices_hold_as_many_as_fit_and_one_at_least(monkeypatch, count, numbers
     assert [i for s in found for i in range(s.start, s.stop)] == list(range(count))
 
 
-def test_a_gpu_takes_slices_of_another_size(monkeypatch):
+def test_gpu_takes_slices_of_its_own_size(monkeypatch):
     monkeypatch.setattr(numerics, "SLICE", {True: 1, False: 1000})
     assert slices_of(7, 300, torch.device("cuda")) == [slice(0, 3), slice(3, 6), slice(6, 7)]
 
@@ -27,7 +27,7 @@ def test_a_gpu_takes_slices_of_another_size(monkeypatch):
     ("images", "tokens", "sizes"),
     [(32, 1024, [1152]), (32, 4096, [576, 576]), (96, 4096, [288, 288, 288, 288])],
 )
-def test_a_gpu_takes_the_channels_of_xl_in_few_equal_slices(images, tokens, sizes):
+def test_gpu_takes_the_channels_of_xl_in_few_equal_slices(images, tokens, sizes):
     """Each further slice costs as many launches; the convolution counts two numbers per token."""
     found = slices_of(1152, 2 * images * tokens, torch.device("cuda"))
     assert [s.stop - s.start for s in found] == sizes

@@ -16,7 +16,7 @@ def one_mode(dt, A, B, C):
     return dt.view(1), re.view(1, 1), im.view(1, 1), b.view(1, 1, 2), c.view(1, 1, 2)
 
 
-def test_a_real_mode_decays_geometrically():
+def test_real_mode_decays_geometrically():
     """At dt = log 2 and A = -1 the state halves at each step, and takes in (1/2 - 1)/(-1) = 1/2 of
     the input.
     """
@@ -29,7 +29,7 @@ def test_a_real_mode_decays_geometrically():
     torch.testing.assert_close(s4d_recurrence(impulse, *mode, skip)[0], expected)
 
 
-def test_an_oscillating_mode_is_a_damped_cosine():
+def test_oscillating_mode_is_a_damped_cosine():
     """A quarter of a turn and a factor 1/2 a step; C cancels what is taken in, so that the kernel
     is 2 Re (i/2)^l.
     """
@@ -41,7 +41,7 @@ def test_an_oscillating_mode_is_a_damped_cosine():
 
 
 @pytest.mark.parametrize("dt", [0.05, 0.1, 1.0])
-def test_a_constant_input_ends_at_the_gain_of_the_continuous_system(dt):
+def test_constant_input_ends_at_gain_of_continuous_system(dt):
     """2 Re C (-1/A) B + D whatever dt is: the input is held from one token to the next."""
     A, B, C = -2 + 3j, 1 - 1j, 0.5 + 2j
     gain = 2 * (C * B * (-1 / A)).real

@@ -49,7 +49,7 @@ def errors(B, J, M, dtype):
 
 
 @pytest.mark.slow
-def test_values_and_both_gradients():
+def test_triton_values_and_gradients_equal_fft():
     code = (
         "import json; from tests.model.s4d.test_toeplitz import *\n"
         "print(json.dumps({name: [errors(*shape, d) for shape in SHAPES] for name, d in "
@@ -73,7 +73,7 @@ def test_values_and_both_gradients():
             assert max(dK, before) < 1e-6
 
 
-def test_it_compiles_for_nvidia_gpus_and_uses_tensor_cores(monkeypatch, tmp_path):
+def test_triton_kernel_compiles_for_nvidia_gpus_with_tensor_cores(monkeypatch, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -102,7 +102,7 @@ def test_it_compiles_for_nvidia_gpus_and_uses_tensor_cores(monkeypatch, tmp_path
         assert built.metadata.shared <= 99 << 10
 
 
-def test_only_who_asks_for_it_gets_it_and_only_on_cuda(monkeypatch):
+def test_triton_is_used_only_on_request_and_on_cuda(monkeypatch):
     class OnGPU:
         is_cuda = True
 
