@@ -20,7 +20,7 @@ from diffussm_cli.profiling.count import count
     ],
     ids=str,
 )
-def test_trace_of_one_block_counts_what_torch_counts_in_all_of_them(preset, overrides):
+def test_trace_of_one_block_counts_what_torch_counts_in_all_blocks(preset, overrides):
     """The products and the attention of the model with every block, by torch's own counter."""
     config = load_config(preset, overrides)
     with torch.device("meta"):
@@ -40,7 +40,7 @@ def test_kernels_are_counted_once_per_block():
     assert three["FFT"] == pytest.approx(3 * one["FFT"], rel=1e-12)
 
 
-def test_operator_that_nobody_counts_is_an_error(monkeypatch):
+def test_uncounted_operator_is_an_error(monkeypatch):
     monkeypatch.setattr(counting, "NOT_COUNTED", counting.NOT_COUNTED - {"silu"})
     with pytest.raises(ConfigError, match="no counter for silu"):
         count(load_config("digits"))

@@ -56,13 +56,13 @@ def test_panels_show_what_was_measured_at_two_resolutions(monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", figures.SUFFIXES)
-def test_files_that_can_be_drawn_are_taken(tmp_path, suffix):
+def test_drawable_file_types_are_accepted(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     figures.check_figure(tmp_path / f"a{suffix}")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_a_line_names_the_extra(tmp_path, monkeypatch):
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def missing(name, *arguments, **named):

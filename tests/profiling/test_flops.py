@@ -11,7 +11,7 @@ from diffussm_cli.profiling.flops import cost
 
 
 @pytest.mark.parametrize(("preset", "gflops"), [("xl-256", 295.6), ("xl-512", 1182.4)])
-def test_xl_costs_what_the_papers_formula_says(preset, gflops):
+def test_cost_of_xl_equals_formula_of_paper(preset, gflops):
     c = cost(load_config(preset))
     assert c.parts["dense layers"] == pytest.approx(gflops, rel=2e-4)
     assert c.parts["dense layers"] == pytest.approx(29 * 7.5e-9 * c.tokens * 1152**2)
@@ -20,7 +20,7 @@ def test_xl_costs_what_the_papers_formula_says(preset, gflops):
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_formula_equals_the_trace(preset):
+def test_formula_equals_trace(preset):
     config = load_config(preset)
     c, counted = cost(config), count(config)
     assert counted.pop("kernels", 0) == pytest.approx(c.kernel_gflops, rel=5e-3)
@@ -102,7 +102,7 @@ def test_formula_equals_the_trace_of_lists_of_mixers_and_of_skips(overrides):
         assert c.parameters == sum(p.numel() for p in build_model(config).parameters())
 
 
-def test_memory_of_a_list_of_mixers_lies_between_those_of_its_mixers():
+def test_memory_of_list_of_mixers_lies_between_those_of_its_mixers():
     conv, both, linear = (
         cost(
             load_config("s-256", [f"model.mixer={mixer}", "model.heads=6", "model.depth=12"])
@@ -113,7 +113,7 @@ def test_memory_of_a_list_of_mixers_lies_between_those_of_its_mixers():
     assert both == pytest.approx((conv + linear) / 2, rel=0.07)
 
 
-def test_parameters_of_mixers_at_xl():
+def test_parameter_counts_of_mixers_at_xl_are_known():
     """Per block, by closed forms; at N = 64, S4D has 194 numbers per channel and direction."""
     D, h = 1152, 16
     expected = {
@@ -146,7 +146,7 @@ def test_linear_attention_costs_as_much_per_token_at_every_length():
     )
 
 
-def test_products_are_what_torch_counts():
+def test_products_equal_those_torch_counts():
     """Every matrix product of a forward pass, counted by torch's own counter,
     against the formula.
     """

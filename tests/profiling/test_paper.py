@@ -19,7 +19,7 @@ from diffussm_cli.profiling.paper import display_name, named_model
         ("dit-xl/1-m2", "256x512", "DiT-XL/1 M=2", (1152, 28, 1, 2)),
     ],
 )
-def test_name_gives_sizes_and_back(name, resolution, shown, sizes):
+def test_size_names_round_trip(name, resolution, shown, sizes):
     config = named_model(name, resolution)
     m = config.model
     assert display_name(config) == shown
@@ -49,7 +49,7 @@ def test_length_of_training_is_the_published_one(name, resolution, images):
     assert train.steps * train.batch_size == pytest.approx(images, abs=128)
 
 
-def test_every_published_row_of_dit():
+def test_published_rows_of_dit_are_reproduced():
     """Within 0.3%, or within the rounding of the table's two decimals."""
     rows = list(paper.dit_rows())
     assert len(rows) == 13
@@ -58,7 +58,7 @@ def test_every_published_row_of_dit():
     assert rows[-1].name == "DiT-XL/2 at 512"
 
 
-def test_training_compute_of_the_paper():
+def test_training_compute_equals_that_of_paper():
     rows = {row.name: row for row in paper.training_rows()}
     implied = {name: round(row.implied, 1) for name, row in rows.items()}
     assert implied == {

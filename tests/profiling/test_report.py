@@ -13,7 +13,7 @@ from diffussm_cli.profiling.report import swept
 CPU = torch.device("cpu")
 
 
-def test_models_come_resolution_by_resolution_with_every_value_of_a_sweep():
+def test_models_come_resolution_by_resolution_with_every_value_of_sweep():
     chosen = report.choose_models("xl, dit-xl/2", "256,512", [], [], ["M=1,2"])
     assert [(name, config.data.resolution) for name, config in chosen] == [
         (f"{name} M={m}", size)
@@ -51,7 +51,7 @@ def test_sweep_values_are_checked():
         swept("S", named_model("s", 256), ["M=1=2"])
 
 
-def test_exponent_is_of_the_lengths_of_one_model_and_kind(monkeypatch):
+def test_exponent_is_fitted_per_model_and_kind(monkeypatch):
     """a takes 8 times as long at 4 times the length; b has one length; c does not fit."""
     times = {("a", 64): 2.0, ("a", 256): 16.0, ("b", 64): 9.0}
 
@@ -82,7 +82,7 @@ def test_exponent_is_of_the_lengths_of_one_model_and_kind(monkeypatch):
 
 
 @pytest.mark.parametrize(("fast", "warned"), [(True, 0), (False, 1)])
-def test_bf16_without_hardware_is_measured_with_a_warning(monkeypatch, fast, warned):
+def test_bf16_without_hardware_is_measured_with_warning(monkeypatch, fast, warned):
     monkeypatch.setattr(report, "has_bf16", lambda device: fast)
     monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: fast)
     setting, warnings = report.make_setting("bf16", "cpu", 2, 3)

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", timing.KINDS)
 @pytest.mark.parametrize("preset", ["digits", "mnist-dit"])
-def test_workloads_do_what_they_say(kind, preset):
+def test_workload_does_the_work_of_its_name(kind, preset):
     config, setting = load_config(preset, ["model.depth=1"]), Setting(CPU, batch_size=2)
     model = timing.random_model(config, setting)
     seen = []
@@ -36,7 +36,7 @@ def test_random_models_have_no_zero_weights_and_finite_output():
     assert torch.isfinite(output).all()
 
 
-def test_product_that_rates_are_compared_with_has_the_multiply_adds_it_says():
+def test_reference_product_has_its_stated_multiply_adds():
     call, macs = timing.product(Setting(CPU), rows=3, width=5)
     assert call().shape == (3, 10)
     assert macs == 3 * 5 * 10
@@ -50,7 +50,7 @@ def test_calls_take_turns_after_one_warm_up_each():
     assert [len(t) for t in times] == [3, 3]
 
 
-def test_median_and_quartiles():
+def test_median_and_quartiles_are_those_of_the_times():
     assert timing.summary([5, 1, 3, 2, 4]) == {"median_ms": 3, "low_ms": 2, "high_ms": 4}
     assert timing.summary([7]) == {"median_ms": 7, "low_ms": 7, "high_ms": 7}
 
@@ -108,7 +108,7 @@ def test_peak_on_cuda_is_that_of_one_model(kind):
     assert large["peak_bytes"] > weights[0] > small["peak_bytes"] > weights[1]
 
 
-def test_memory_of_a_gpu_is_what_is_free_there(monkeypatch):
+def test_memory_of_gpu_is_what_is_free_there(monkeypatch):
     free = {torch.device("cuda:1"): 5 << 30}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device], 80 << 30))
     assert timing.available_bytes(torch.device("cuda:1")) == 5 << 30
