@@ -25,7 +25,7 @@ def write(path, error=None, **files):
             raise error
 
 
-def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
+def test_folder_takes_its_name_when_complete(tmp_path):
     path = tmp_path / "below" / "a"
     with runs.whole_folder(path) as folder:
         (folder / "x").write_text("1")
@@ -34,13 +34,13 @@ def test_a_folder_takes_its_name_when_it_is_complete(tmp_path):
     assert content(tmp_path) == {"below/a/x": "1"}
 
 
-def test_a_folder_replaces_the_one_before_as_a_whole(tmp_path):
+def test_folder_replaces_the_former_one_as_a_whole(tmp_path):
     write(tmp_path / "a", x="1", y="2")
     write(tmp_path / "a", x="3")
     assert content(tmp_path) == {"a/x": "3"}
 
 
-def test_what_a_killed_process_left_does_not_get_into_the_folder(tmp_path):
+def test_debris_of_killed_process_stays_out_of_the_folder(tmp_path):
     with pytest.raises(Killed):
         write(tmp_path / "a", Killed(), half="1")
     assert not (tmp_path / "a").exists()
@@ -48,14 +48,14 @@ def test_what_a_killed_process_left_does_not_get_into_the_folder(tmp_path):
     assert content(tmp_path) == {"a/x": "2"}
 
 
-def test_a_full_disk_leaves_the_folder_before(tmp_path):
+def test_full_disk_leaves_the_former_folder(tmp_path):
     write(tmp_path / "a", x="1")
     with pytest.raises(RunError, match="No space left"):
         write(tmp_path / "a", OSError(28, "No space left on device"), x="2")
     assert content(tmp_path) == {"a/x": "1"}
 
 
-def test_a_name_that_cannot_be_given_gives_the_folder_before_its_name_back(tmp_path, monkeypatch):
+def test_failed_rename_restores_the_former_folder(tmp_path, monkeypatch):
     write(tmp_path / "a", x="1")
     rename = Path.rename
 
@@ -80,7 +80,7 @@ def checkpoint(root, step):
     return path
 
 
-def test_the_newest_good_checkpoint_is_found_and_what_is_wrong_with_newer_ones(tmp_path):
+def test_newest_good_checkpoint_is_found_with_faults_of_newer_ones(tmp_path):
     paths = [checkpoint(tmp_path, step) for step in (2, 4, 6, 8)]
     assert runs.newest_good(tmp_path, [runs.EMA]) == (paths[3], [])
     (paths[3] / runs.EMA).unlink()
@@ -94,7 +94,7 @@ def test_the_newest_good_checkpoint_is_found_and_what_is_wrong_with_newer_ones(t
     assert runs.newest_good(tmp_path / "none") == (None, [])
 
 
-def test_final_weights_are_those_of_their_step_and_undamaged(tmp_path):
+def test_final_weights_are_checked_against_step_and_hash(tmp_path):
     assert not runs.has_final(tmp_path, 4)
     runs.write_weights(tmp_path / "final", load_config("digits"), {"a": torch.zeros(1)}, 4)
     assert runs.has_final(tmp_path, 4)

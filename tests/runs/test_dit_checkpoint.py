@@ -69,7 +69,7 @@ def training_checkpoint(model: DiT) -> dict:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("made", [official, training_checkpoint])
-def test_a_published_file_is_a_run(tmp_path, model, made, zipped):
+def test_published_dit_file_is_opened_as_a_run(tmp_path, model, made, zipped):
     path = tmp_path / "DiT-S-2.pt"
     torch.save(made(model), path, _use_new_zipfile_serialization=zipped)
     trained = runs.find_run(path)
@@ -89,7 +89,7 @@ def test_a_published_file_is_a_run(tmp_path, model, made, zipped):
     torch.testing.assert_close(ours(x, t, y), model(x, t, y))
 
 
-def test_sample_and_eval_say_first_what_is_assumed_of_a_file(tmp_path, model):
+def test_sample_and_eval_state_assumptions_about_dit_file_first(tmp_path, model):
     """A file of SiT has the same names and shapes, so that nothing tells it from a DiT."""
     path = tmp_path / "SiT-S-2.pt"
     torch.save(official(model), path)
@@ -152,7 +152,7 @@ def broken(state, how):
         ("more than is stored", "more than tensors"),
     ],
 )
-def test_other_files_are_refused_by_name(tmp_path, model, how, message):
+def test_other_files_are_rejected_by_name(tmp_path, model, how, message):
     path = tmp_path / "model.pt"
     torch.save(broken(official(model), how), path)
     with pytest.raises(RunError, match=message):
@@ -169,7 +169,7 @@ class Attack:
 @pytest.mark.parametrize(
     "content", [pickle.dumps(Attack()), b"no pickle", b""], ids=["attack", "text", "empty"]
 )
-def test_a_hostile_file_is_refused_unread(tmp_path, content):
+def test_hostile_file_is_rejected_unread(tmp_path, content):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"model\.pt"):

@@ -25,7 +25,7 @@ def test_resumed_config_is_none_where_no_run_has_begun(tmp_path):
     assert runs.resumed_config(tmp_path) is None
 
 
-def test_checkpoints_without_a_configuration_are_an_error(tmp_path):
+def test_checkpoints_without_configuration_are_an_error(tmp_path):
     checkpoint = tmp_path / runs.CHECKPOINTS / runs.checkpoint_name(2)
     checkpoint.mkdir(parents=True)
     runs.write_state(checkpoint, {"step": 2})

@@ -37,14 +37,14 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("revision", "steps"), [("", 6), ("@v1", 4), (f"@{HASH}", 4)])
-def test_a_model_is_found_in_the_cache_at_its_revision(cache, revision, steps):
+def test_model_is_found_in_cache_at_its_revision(cache, revision, steps):
     found = runs.find_run(Path(f"owner/digits{revision}"))
     assert found.config.train.steps == steps
     assert (found.root, found.step) == (Path("runs") / f"owner--digits{revision}", None)
     assert find_run_at(f"owner/digits{revision}") == found
 
 
-def test_a_folder_of_that_name_wins(cache):
+def test_folder_wins_over_hub_name(cache):
     runs.write_weights(Path("owner/digits"), load_config("digits", ["train.steps=8"]), WEIGHTS, 8)
     assert runs.find_run(Path("owner/digits")).config.train.steps == 8
     # OWNER is a folder: mistyped
@@ -53,7 +53,7 @@ def test_a_folder_of_that_name_wins(cache):
 
 
 @pytest.mark.parametrize("name", ["owner/nothing", "owner/digits@v2", f"owner/digits@{'e' * 40}"])
-def test_what_cannot_be_fetched_is_one_line(cache, name):
+def test_failed_fetch_is_one_line_error(cache, name):
     said = (
         f"RUN: there is no folder {name!r}, and it cannot be fetched from the hub: check its "
         "name and the network"
@@ -62,7 +62,7 @@ def test_what_cannot_be_fetched_is_one_line(cache, name):
     assert said in line_of(run("eval", name))
 
 
-def test_changed_weights_are_refused(cache):
+def test_changed_weights_are_rejected(cache):
     (cache / "snapshots" / NEWER / runs.MODEL).write_bytes(b"half")
     with pytest.raises(RunError, match="model.safetensors has changed since it was written"):
         runs.find_run(Path("owner/digits"))
@@ -71,12 +71,12 @@ def test_changed_weights_are_refused(cache):
 @pytest.mark.parametrize(
     "name", ["nowhere", "runs/mnist", "a/b/c", "/a/b", "a/b.npz", "a/b.pt", "x" * 300, "a/b@"]
 )
-def test_other_paths_are_no_names(name, tmp_path, monkeypatch):
+def test_path_is_not_taken_for_a_hub_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert not hub.is_elsewhere(name)
 
 
-def test_a_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
+def test_model_of_the_package_is_found_by_name(tmp_path, monkeypatch):
     for module in (hub, presets):
         monkeypatch.setattr(module, "BUNDLED", tmp_path / "bundled")
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffussm_cli import runs
 
 
-def test_a_checkpoint_is_named_by_its_step():
+def test_checkpoint_is_named_by_its_step():
     steps = [0, 7, 99_999_999, 100_000_000]
     assert [runs.step_of(Path(runs.checkpoint_name(step))) for step in steps] == steps
     assert runs.checkpoint_name(7) == "step-00000007"
@@ -31,7 +31,7 @@ def test_checkpoints_are_listed_by_step_once_they_are_complete(tmp_path):
     assert runs.list_checkpoints(tmp_path / "none") == []
 
 
-def test_the_newest_run_is_the_one_whose_configuration_was_written_last(tmp_path):
+def test_newest_run_is_that_with_the_latest_configuration(tmp_path):
     for age, name in enumerate(("mnist-dit", "mnist-2", "other", "mnist-10", "mnist")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text("")

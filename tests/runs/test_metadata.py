@@ -21,7 +21,7 @@ def test_configuration_state_and_skipped_images_are_read_as_they_were_written(tm
     assert runs.read_skipped(tmp_path) == SKIPPED
 
 
-def test_a_field_of_a_run_that_is_refused_today_names_the_file_to_change(tmp_path):
+def test_rejected_field_of_old_run_names_the_file_to_change(tmp_path):
     """A run of an earlier version may clamp latents; with the field changed in its file, it is
     read.
     """
@@ -43,7 +43,7 @@ def test_a_field_of_a_run_that_is_refused_today_names_the_file_to_change(tmp_pat
     assert not runs.read_config(tmp_path).sample.clip
 
 
-def test_a_run_without_metrics_has_none(tmp_path):
+def test_run_without_metrics_has_none(tmp_path):
     assert runs.read_metrics(tmp_path) == {}
     (tmp_path / runs.METRICS).write_text('{"step": 4, "eval/fid": 3.5}')
     assert runs.read_metrics(tmp_path) == {"step": 4, "eval/fid": 3.5}
@@ -59,7 +59,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("names", "line"), NAMES.values(), ids=NAMES)
-def test_a_configuration_that_could_not_be_read_again_is_refused(names, line):
+def test_unreadable_configuration_is_rejected_before_writing(names, line):
     config = load_config("digits")
     with pytest.raises(ConfigError) as caught:
         runs.check_config(
@@ -110,7 +110,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("name", "text", "read"), DAMAGED.values(), ids=DAMAGED)
-def test_damage_is_named(tmp_path, name, text, read):
+def test_damaged_metadata_is_named(tmp_path, name, text, read):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(RunError, match=f"{name}: damaged"):

@@ -18,7 +18,7 @@ from diffussm_cli.runs.publish import last_scores
 MNIST = load_config("mnist-noise")
 
 
-def test_the_hub_reads_the_card():
+def test_card_is_read_by_the_hub():
     text = runs.model_card(
         MNIST, 4000, 602640, {"fid": 0.58512345, "kid": 0.02}, "Of 500 samples.", "Free.", "mit"
     )
@@ -39,7 +39,7 @@ def test_the_hub_reads_the_card():
     assert "samples.png" not in text
 
 
-def test_a_card_names_neither_folders_of_the_user_nor_a_licence_that_nobody_chose():
+def test_card_names_no_folder_of_the_user_and_no_licence_nobody_chose():
     config = load_config(
         "digits", ["model.num_classes=0", "sample.guidance=1"], {"data.path": "/home/me/cats"}
     )
@@ -54,7 +54,7 @@ def test_a_card_names_neither_folders_of_the_user_nor_a_licence_that_nobody_chos
 NAME = "a|b <script>x</script> [link](http://x.y) ![i](j) `c` *d* &amp; # <img src=x>"
 
 
-def test_names_in_a_card_are_neither_markup_nor_html():
+def test_names_in_card_are_escaped():
     """As a renderer shows them: the preset, the folder of the data and the VAE may have the names
     of a stranger.
     """
@@ -96,7 +96,7 @@ def kinds(tokens):
         ("/home/me/cats", ("cats", "cats")),
     ],
 )
-def test_a_card_names_the_data_set_as_the_hub_does(path, names):
+def test_card_names_data_set_as_the_hub_does(path, names):
     """Where the hub has it; a name of ours means nothing there."""
     data = dataclasses.replace(MNIST.data, path=path)
     card = ModelCard(runs.model_card(dataclasses.replace(MNIST, data=data), 10, 5, {"fid": 1.0}))
@@ -123,13 +123,13 @@ def test_final_has_the_preview_and_the_scores_of_its_own_step(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"loss": 1}', "[" * 100_000, '{"step": 4, "eval/fid": null}']
 )
-def test_a_damaged_log_gives_no_scores(tmp_path, text):
+def test_damaged_log_gives_no_scores(tmp_path, text):
     (tmp_path / "metrics.jsonl").write_text(text)
     assert last_scores(tmp_path, 4) == {}
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp", "unipc"])
-def test_the_scheduler_is_that_of_the_sampler(tmp_path, sampler):
+def test_scheduler_is_that_of_the_sampler(tmp_path, sampler):
     files = runs.pipeline_files(load_config("mnist-noise", [f"sample.sampler={sampler}"]))
     (tmp_path / "scheduler_config.json").write_bytes(files["scheduler/scheduler_config.json"])
     library, kind = json.loads(files["model_index.json"])["scheduler"]

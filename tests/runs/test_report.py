@@ -50,7 +50,7 @@ def page(root):
     return write_report(root).read_text(encoding="utf-8")
 
 
-def test_training_writes_it(once):
+def test_report_is_written_by_training(once):
     text = (once / "report.html").read_text()
     for expected in (
         "finished",
@@ -65,7 +65,7 @@ def test_training_writes_it(once):
     assert text.count("<polyline") == 32  # 20 curves, and both directions of six kernels
 
 
-def test_it_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypatch):
+def test_report_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
         "diffussm_cli.training.session.write_report",
@@ -82,7 +82,7 @@ def test_it_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypat
     assert [log.step for log in written] == [2, 3, 4, 4]
 
 
-def test_names_cannot_become_markup(run):
+def test_names_in_report_are_escaped(run):
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(
         config.replace("preset: digits", f"preset: '{HOSTILE}'").replace("'0'", f"'{HOSTILE}'")
@@ -108,7 +108,7 @@ def test_names_cannot_become_markup(run):
     assert "run &amp; &lt;b&gt;" in text
 
 
-def test_a_long_log_stays_small_and_keeps_its_spike(run):
+def test_report_of_long_log_is_small_and_keeps_the_spike(run):
     lines = [
         json.dumps({"step": i, "loss": 1 + i % 7, "grad_norm": 2.0, "images_per_second": 9.0})
         for i in range(100_000)
@@ -126,7 +126,7 @@ def test_a_long_log_stays_small_and_keeps_its_spike(run):
     assert log.events == [(54_321, "not finite, left out: steps 54321")]
 
 
-def test_many_previews_are_thinned_and_large_ones_shrunk(run):
+def test_previews_are_thinned_and_shrunk(run):
     folder = run / "samples"
     for i in range(30):
         Image.new("RGB", (2, 2)).save(folder / f"step-{i + 100:08d}.png")
@@ -168,7 +168,7 @@ def test_kernels_of_axial_are_those_of_both_axes_in_tokens(tiny, tmp_path):
         assert first["title"].startswith(f"Layer 1 along {words}, channel {channel}, dt ")
 
 
-def test_a_run_without_weights_previews_or_log_has_a_page(run):
+def test_run_without_weights_previews_or_log_has_a_report(run):
     for name in ("checkpoints", "final", "samples"):
         shutil.rmtree(run / name)
     (run / "metrics.jsonl").unlink()
@@ -177,7 +177,7 @@ def test_a_run_without_weights_previews_or_log_has_a_page(run):
     assert "step 0 of 4" in text
 
 
-def test_damaged_lines_of_the_log_are_passed_over(run):
+def test_damaged_lines_of_log_are_skipped(run):
     session = {"from_step": 0, "time": "noon", "processor": "abacus"}
     damaged = [
         '{"step": "x"}',
@@ -220,7 +220,7 @@ def save_result(path, fid, age, **changes):
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_evaluations_stand_in_it_newest_first(run):
+def test_evaluations_are_listed_newest_first(run):
     save_result(run / "images" / "results.json", 3.5, age=1)
     save_result(run / "results.json", 2.5, age=9)
     save_result(run / "checkpoints" / "step-00000002" / "results.json", 4.5, age=5)
@@ -242,12 +242,12 @@ def test_evaluations_stand_in_it_newest_first(run):
         assert expected in text
 
 
-def test_a_folder_that_is_no_run_is_one_line(tmp_path):
+def test_report_of_other_folder_is_one_line_error(tmp_path):
     with pytest.raises(RunError, match="config.yaml"):
         write_report(tmp_path)
 
 
-def test_a_full_disk_leaves_the_last_page(run, monkeypatch):
+def test_full_disk_leaves_the_last_report(run, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_the_last_page(run, monkeypatch):
     assert (run / "report.html").read_bytes() == before
 
 
-def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
+def test_best_point_of_metric_follows_its_direction(tmp_path):
     records = [
         {"step": s, "eval/fid": f, "eval/recall": f, "eval/fid@0.9": 1.0}
         for s, f in ((1, 3.0), (2, 1.0), (3, 2.0))
@@ -273,7 +273,7 @@ def test_a_metric_has_its_best_point_by_its_direction(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it(run, tmp_path):
+def test_report_is_shown_by_a_browser(run, tmp_path):
     from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:

@@ -14,7 +14,7 @@ from diffussm_cli.machine.files import sha256
 OWN = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
 
 
-def test_files_hold_what_safetensors_itself_would_write(tmp_path):
+def test_weight_files_equal_those_of_safetensors(tmp_path):
     tensors = {
         "x": torch.arange(3.0),
         "h": torch.ones(5).bfloat16(),
@@ -38,16 +38,16 @@ def test_files_hold_what_safetensors_itself_would_write(tmp_path):
         (OWN | {"b": torch.tensor([0, 0, 0, torch.inf])}, "b holds numbers that are not finite"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(tmp_path, weights, words):
+def test_weights_that_do_not_fit_are_rejected_by_name(tmp_path, weights, words):
     with pytest.raises(RunError, match=words):
         runs.check_weights_match(OWN, weights, tmp_path)
 
 
-def test_weights_that_fit_are_taken_in_any_order_and_precision(tmp_path):
+def test_weights_load_in_any_order_and_precision(tmp_path):
     runs.check_weights_match(OWN, {"b": OWN["b"].half(), "a": OWN["a"].double()}, tmp_path)
 
 
-def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_path):
+def test_final_weights_precede_checkpoints_and_best_ones_have_their_step(tmp_path):
     config = load_config("digits")
     with pytest.raises(RunError, match="no finished training"):
         runs.find_run(tmp_path)
@@ -71,7 +71,7 @@ def test_final_weights_go_before_checkpoints_and_best_ones_have_their_step(tmp_p
     assert (best.root, best.weights, best.step) == (tmp_path, tmp_path / "best" / runs.MODEL, 1)
 
 
-def test_an_average_is_found_by_its_decay(tmp_path):
+def test_average_is_found_by_its_decay(tmp_path):
     """In a checkpoint, in `final/` and in `best/`, which holds only the first; a run of one average
     has one.
     """
