@@ -43,7 +43,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_from_noise_to_the_image_of_the_seed(sampler, tmp_path, suffix):
+def test_film_goes_from_noise_to_the_image_of_its_seed(sampler, tmp_path, suffix):
     path, labels = tmp_path / f"film{suffix}", [3, 5]
     write_film(sampler, range(7, 9), facts(labels), path)
     frames, times = read(path)
@@ -59,7 +59,7 @@ def test_from_noise_to_the_image_of_the_seed(sampler, tmp_path, suffix):
         np.testing.assert_allclose(shown[0], noise, atol=8 if suffix == ".webp" else 1)
 
 
-def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, monkeypatch):
+def test_film_has_limited_frames_and_images(sampler, tmp_path, monkeypatch):
     monkeypatch.setattr(film, "FRAMES", 4)
     monkeypatch.setattr(film, "IMAGES", 2)
     write_film(sampler, range(100), facts(sampler.labels(range(100))), tmp_path / "film.gif")
@@ -68,7 +68,7 @@ def test_a_film_has_a_limited_number_of_frames_and_images(sampler, tmp_path, mon
     assert sum(times) == 3 * 80 + 2000
 
 
-def test_a_frame_that_is_not_finite_is_named_and_no_film_is_written(sampler, tmp_path):
+def test_frame_that_is_not_finite_is_named_and_writes_no_film(sampler, tmp_path):
     def decode(x):
         x = x.clone()
         x[1] = torch.where(x[1].abs() > 2, math.nan, x[1])  # in the noise of the first frame
@@ -85,12 +85,12 @@ def test_a_frame_that_is_not_finite_is_named_and_no_film_is_written(sampler, tmp
 @pytest.mark.parametrize(
     ("name", "line"), [("film.mp4", "must end in .gif or .webp"), ("no/film.gif", "no folder")]
 )
-def test_a_film_that_cannot_be_is_refused_before_anything_is_drawn(tmp_path, name, line):
+def test_bad_film_path_is_rejected_before_sampling(tmp_path, name, line):
     with pytest.raises(ConfigError, match=f"^--film: .*{line}"):
         check_output(tmp_path / name, "--film", SUFFIXES)
 
 
-def test_the_command_writes_it(tiny, tmp_path):
+def test_film_is_written_by_the_command(tiny, tmp_path):
     from diffussm_cli.training import train
 
     list(train(tiny("train.steps=1"), tmp_path / "run"))

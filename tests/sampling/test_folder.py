@@ -64,7 +64,7 @@ def whole(trained, tmp_path_factory):
     return folder.path
 
 
-def test_missing_images_are_drawn_again_the_same(trained, whole, tmp_path):
+def test_missing_images_are_drawn_again_bitwise(trained, whole, tmp_path):
     folder = request(trained, tmp_path)
     draw(folder)
     kept = folder.file(5).stat().st_mtime_ns
@@ -88,7 +88,7 @@ def test_processes_share_the_batches(trained, whole, tmp_path):
     assert contents(tmp_path) == contents(whole)
 
 
-def test_more_of_the_same_request_is_added(trained, whole, tmp_path):
+def test_larger_request_adds_images(trained, whole, tmp_path):
     draw(request(trained, tmp_path, num=3))
     assert draw(request(trained, tmp_path, num=7)) == 4
     assert contents(tmp_path) == contents(whole)
@@ -105,7 +105,7 @@ def test_more_of_the_same_request_is_added(trained, whole, tmp_path):
         ({"classes": (1, 2)}, "classes was None and is now \\[1, 2\\]"),
     ],
 )
-def test_another_request_is_refused(trained, whole, change, words):
+def test_different_request_is_rejected(trained, whole, change, words):
     before = contents(whole)
     with pytest.raises(RunError, match=f"holds images of another request: {words}"):
         request(trained, whole, **change).begin()
@@ -116,14 +116,14 @@ def test_another_request_is_refused(trained, whole, change, words):
     ("classes", "choice"),
     [((), "random"), (tuple(range(10)), "balanced"), ((3, 7), "given"), ((3, 3), "given")],
 )
-def test_meta_says_how_labels_were_chosen(trained, tmp_path, classes, choice):
+def test_meta_records_choice_of_labels(trained, tmp_path, classes, choice):
     facts = request(trained, tmp_path, num=30, classes=classes).facts
     assert facts["label_choice"] == choice
     if choice == "balanced":
         assert [facts["labels"].count(label) for label in range(10)] == [3] * 10
 
 
-def test_a_request_goes_to_the_first_folder_that_fits(trained, tmp_path):
+def test_request_goes_to_the_first_fitting_folder(trained, tmp_path):
     first, second = request(trained, tmp_path), request(trained, tmp_path, guidance=3.0)
     assert free_folder(tmp_path, first.facts) == tmp_path / "images"
     (tmp_path / "images").mkdir()
@@ -132,7 +132,7 @@ def test_a_request_goes_to_the_first_folder_that_fits(trained, tmp_path):
     assert free_folder(tmp_path, second.facts) == tmp_path / "images-2"
 
 
-def test_foreign_images_and_a_damaged_meta_are_refused(trained, tmp_path):
+def test_foreign_images_and_damaged_meta_are_rejected(trained, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "mine.png")
     with pytest.raises(RunError, match="holds images without meta.json"):
         request(trained, tmp_path).begin()
@@ -144,7 +144,7 @@ def test_foreign_images_and_a_damaged_meta_are_refused(trained, tmp_path):
             request(trained, tmp_path).begin()
 
 
-def test_an_image_of_another_size_is_named(trained, tmp_path):
+def test_image_of_other_size_is_named(trained, tmp_path):
     folder = request(trained, tmp_path)
     draw(folder)
     Image.new("L", (16, 8)).save(folder.file(6))
@@ -154,7 +154,7 @@ def test_an_image_of_another_size_is_named(trained, tmp_path):
         draw(folder)
 
 
-def test_memory_that_does_not_do_is_one_line(trained, tmp_path, monkeypatch):
+def test_lack_of_memory_is_one_line_error(trained, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
         yield
@@ -193,7 +193,7 @@ def command(trained, out, *more):
 
 
 @pytest.mark.slow
-def test_torchrun_draws_the_same(trained, whole, tmp_path):
+def test_torchrun_draws_the_same_images(trained, whole, tmp_path):
     torchrun = [
         sys.executable,
         "-m",
@@ -217,7 +217,7 @@ def test_torchrun_draws_the_same(trained, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_sampling_goes_on(trained, tmp_path):
+def test_killed_sampling_continues(trained, tmp_path):
     """SIGKILL while images are being written; what is there is whole, and the rest follows."""
     out = tmp_path / "killed"
     process = subprocess.Popen(

@@ -42,13 +42,13 @@ def test_image_does_not_depend_on_its_batch(model, how):
     torch.testing.assert_close(alone[0], together[37], rtol=0, atol=2e-5)
 
 
-def test_seeds_differ_and_repeat(model):
+def test_seeds_give_different_and_repeatable_images(model):
     images, again = (draw(model, range(8)) for _ in range(2))
     assert torch.equal(images, again)
     assert len(torch.unique(images.flatten(1), dim=0)) == 8
 
 
-def test_labels_are_those_asked_for_or_of_the_seeds(model):
+def test_labels_are_those_requested_or_of_seeds(model):
     seeds, asked = range(7, 12), [3, 1, 4, 3, 1]
     drawn = labels_of(seeds, 5)
     assert len(set(drawn)) > 1
@@ -106,7 +106,7 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16), cast)
 
 
-def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
+def test_failed_drawing_restores_weights(model, monkeypatch):
     seen = []
 
     def fail(*arguments):
@@ -120,7 +120,7 @@ def test_failed_drawing_gives_the_weights_back(model, monkeypatch):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_unconditional_model():
+def test_unconditional_model_draws_without_labels():
     model = fill(DiffuSSM(8, 1, 1, 16, 1, 2, 4, 0, learn_sigma=False)).eval()
     how = SampleConfig(sampler="ddim", steps=3)
     ((seeds, images),) = generate(model, GaussianDiffusion(device=device()), how, [4, 5])
@@ -146,7 +146,7 @@ def read(model, seeds, text, labels=None, batch_size=64, **how):
     )
 
 
-def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
+def test_image_depends_on_its_seed_and_prompt_alone(reader):
     text = Text(randn(5, 3, 4))
     labels = [1] * 5 if reader.num_classes else None
     together = read(reader, range(5), text, labels, guidance=2.0)
@@ -158,7 +158,7 @@ def test_an_image_is_a_function_of_its_seed_and_prompt_alone(reader):
     assert (shuffled - together).abs().amax((1, 2, 3)).min() > 1e-3
 
 
-def test_guidance_leads_away_from_no_caption_and_no_class_or_from_a_negative_prompt(reader):
+def test_guidance_leads_away_from_no_caption_and_no_class_or_from_negative_prompt(reader):
     process, how = GaussianDiffusion(device=device()), SampleConfig(guidance=3.0)
     text, negative, x, t = (
         randn(2, 3, 4),

@@ -64,7 +64,7 @@ def pipeline(tiny, tmp_path):
         ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=unipc"],
     ],
 )
-def test_the_images_are_those_of_sample(tiny, tmp_path, overrides):
+def test_pipeline_draws_the_images_of_sample(tiny, tmp_path, overrides):
     folder, images = final_of(tmp_path, tiny(*overrides)), tmp_path / "images"
     assert (
         run(
@@ -82,7 +82,7 @@ def test_the_images_are_those_of_sample(tiny, tmp_path, overrides):
     assert np.abs(alone - np.asarray(drawn[2])).max() <= 1
 
 
-def test_prompts_draw_what_sample_draws(tiny, tmp_path):
+def test_pipeline_draws_prompts_as_sample(tiny, tmp_path):
     pytest.importorskip("wordllama")
     folder = final_of(
         tmp_path,
@@ -113,7 +113,7 @@ def test_prompts_draw_what_sample_draws(tiny, tmp_path):
 
 # earlier versions know no other name
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
-def test_bfloat16_is_that_of_sample(tiny, tmp_path):
+def test_pipeline_in_bfloat16_draws_as_sample(tiny, tmp_path):
     folder = final_of(tmp_path, tiny("sample.sampler=ddim"))
     assert (
         run(
@@ -130,7 +130,7 @@ def test_bfloat16_is_that_of_sample(tiny, tmp_path):
 @pytest.mark.parametrize(
     "kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
 )
-def test_a_scheduler_can_be_swapped(tiny, tmp_path, kind):
+def test_scheduler_can_be_swapped(tiny, tmp_path, kind):
     """From that of ddpm, whose output has a covariance; the same images as by the sampler's own
     scheduler.
     """
@@ -152,7 +152,7 @@ def test_a_scheduler_can_be_swapped(tiny, tmp_path, kind):
     assert images.std() > 0.1
 
 
-def test_labels_batches_and_kinds_of_output(tiny, tmp_path):
+def test_labels_batches_and_kinds_of_output_are_returned(tiny, tmp_path):
     pipe = load(final_of(tmp_path, tiny()))
     assert pipe(batch_size=3, output_type="np").images.shape == (3, 8, 8, 1)
     assert pipe(class_labels=3, output_type="pt", return_dict=False)[0].shape == (1, 1, 8, 8)
@@ -167,7 +167,7 @@ def test_labels_batches_and_kinds_of_output(tiny, tmp_path):
     assert np.array_equal(repeated, pipe(output_type="np").images)
 
 
-def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
+def test_impossible_request_is_rejected(tiny, tmp_path):
     pipe = load(final_of(tmp_path, tiny()))
     with pytest.raises(ValueError, match=r"class_labels: \[10\] must lie in 0..9"):
         pipe(class_labels=10)
@@ -214,7 +214,7 @@ def test_what_cannot_be_drawn_is_said(tiny, tmp_path):
         ({"prompt": 3}, "prompt: 3 must be a text or a list of texts"),
     ],
 )
-def test_an_argument_that_makes_no_sense_is_named(pipeline, arguments, line):
+def test_bad_argument_is_rejected_by_name(pipeline, arguments, line):
     with pytest.raises(ValueError, match=line):
         pipeline(**arguments)
 
@@ -238,7 +238,7 @@ def test_labels_may_be_numbers_arrays_tensors_and_nested_lists(pipeline):
         assert np.array_equal(images(label), same), label
 
 
-def test_one_label_is_that_of_all_images(pipeline):
+def test_single_label_applies_to_all_images(pipeline):
     four = pipeline(
         class_labels=3, batch_size=4, generator=seeded(0, 1, 2, 3), output_type="np"
     ).images
@@ -260,7 +260,7 @@ def test_several_images_of_each_label_lie_side_by_side(pipeline):
     assert len(pipeline(num_images_per_prompt=3, batch_size=2).images) == 6
 
 
-def test_latents_go_in_as_noise_and_come_out_as_the_image_in_model_space(pipeline):
+def test_latents_are_taken_as_noise_and_returned_as_image_in_model_space(pipeline):
     generator = torch.Generator().manual_seed(5)
     torch.randint(10, (), generator=generator)
     noise = torch.randn(1, 1, 8, 8, generator=generator)
@@ -272,7 +272,7 @@ def test_latents_go_in_as_noise_and_come_out_as_the_image_in_model_space(pipelin
     assert torch.equal(shown, (drawn / 2 + 0.5).clamp(0, 1))
 
 
-def test_a_callback_sees_every_step_and_may_change_it(pipeline, capsys):
+def test_callback_sees_every_step_and_may_change_it(pipeline, capsys):
     seen = []
 
     def watch(pipe, i, t, tensors):
@@ -321,7 +321,7 @@ def test_guidance_that_a_callback_changes_holds_from_the_next_step_on(tiny, tmp_
     assert not torch.equal(changed, draw([], 3.0))
 
 
-def test_a_callback_may_end_the_call(pipeline):
+def test_callback_may_end_the_call(pipeline):
     seen = []
 
     def stop(pipe, i, t, tensors):
@@ -333,7 +333,7 @@ def test_a_callback_may_end_the_call(pipeline):
 
 
 @pytest.mark.parametrize("when", [1, 3])
-def test_an_image_that_is_not_finite_is_refused_in_every_form(pipeline, when):
+def test_image_that_is_not_finite_is_rejected_in_every_form(pipeline, when):
     def spoil(pipe, i, t, tensors):
         return {"latents": torch.full_like(tensors["latents"], math.nan)} if i == when else {}
 
@@ -344,7 +344,7 @@ def test_an_image_that_is_not_finite_is_refused_in_every_form(pipeline, when):
 
 @pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated:FutureWarning")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_what_is_saved_draws_the_same_images(tiny, tmp_path, dtype):
+def test_saved_pipeline_draws_the_same_images(tiny, tmp_path, dtype):
     pipe = load(final_of(tmp_path, tiny()), **({} if dtype is None else {"torch_dtype": dtype}))
     pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
@@ -363,7 +363,7 @@ def test_what_is_saved_draws_the_same_images(tiny, tmp_path, dtype):
         pipe.save_pretrained(tmp_path / "other", variant="fp16")
 
 
-def test_the_denoiser_is_a_model_of_diffusers(pipeline, tmp_path):
+def test_denoiser_is_a_model_of_diffusers(pipeline, tmp_path):
     denoiser, t = pipeline.denoiser, torch.tensor([7, 500])
     assert isinstance(denoiser, diffusers.ModelMixin)
     assert denoiser.config.hidden_size == 16
@@ -388,7 +388,7 @@ def test_the_denoiser_is_a_model_of_diffusers(pipeline, tmp_path):
         pipeline.to(torch.float64)
 
 
-def test_the_pipeline_calls_the_denoiser_as_a_module(pipeline):
+def test_pipeline_calls_the_denoiser_as_a_module(pipeline):
     """So that `denoiser.compile()` and hooks have an effect."""
     calls = []
     pipeline.denoiser.register_forward_hook(lambda *_: calls.append(1))
@@ -396,7 +396,7 @@ def test_the_pipeline_calls_the_denoiser_as_a_module(pipeline):
     assert len(calls) == 4
 
 
-def test_a_used_pipeline_can_be_pickled(pipeline):
+def test_used_pipeline_can_be_pickled(pipeline):
     drawn = pipeline(generator=seeded(0), output_type="np").images
     again = pickle.loads(pickle.dumps(pipeline))  # noqa: S301 (our own)
     assert np.array_equal(again(generator=seeded(0), output_type="np").images, drawn)
@@ -455,7 +455,7 @@ NOISE, FLOW = (), ("diffusion.objective=flow", "model.learn_sigma=false", "sampl
         (NOISE, "PNDMScheduler", {}, "PNDMScheduler begins at timestep 500 of 1000 in 501 steps"),
     ],
 )
-def test_a_scheduler_that_does_not_fit_is_refused_in_a_line(
+def test_unfitting_scheduler_is_one_line_error(
     tiny, tmp_path, objective, kind, settings, line
 ):
     pipe = load(final_of(tmp_path, tiny(*objective)))
@@ -477,14 +477,14 @@ def test_a_scheduler_that_does_not_fit_is_refused_in_a_line(
         (NOISE, "PNDMScheduler"),
     ],
 )
-def test_foreign_schedulers_that_fit_draw(tiny, tmp_path, objective, kind):
+def test_fitting_foreign_schedulers_draw(tiny, tmp_path, objective, kind):
     pipe = load(final_of(tmp_path, tiny(*objective)))
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
     image = pipe(num_inference_steps=20, output_type="np").images
     assert image.std() > 0.05
 
 
-def test_the_vae_of_a_run_is_a_component(tiny, tmp_path):
+def test_vae_of_run_is_a_component(tiny, tmp_path):
     vae = str(save_vae(tmp_path / "vae"))
     names = {
         "data.resolution": 32,
@@ -559,7 +559,7 @@ def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
         load(tmp_path / "final")()
 
 
-def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, monkeypatch):
+def test_files_that_diffusers_does_not_fetch_are_fetched(tiny, tmp_path, monkeypatch):
     """diffusers fetches neither config.yaml nor, without transformers, model.safetensors."""
     final, snapshot = (
         final_of(tmp_path, tiny()),
@@ -574,7 +574,7 @@ def test_what_diffusers_does_not_fetch_from_the_hub_is_fetched(tiny, tmp_path, m
     assert asked == [(f"owner/my-digits@{'a' * 40}", "RUN", runs.FILES_TO_SAMPLE, tmp_path)]
 
 
-def test_without_the_package_one_line_says_what_to_install(tiny, tmp_path):
+def test_missing_package_says_what_to_install(tiny, tmp_path):
     folder = final_of(tmp_path, tiny())
     code = (
         "import sys; sys.modules['diffussm_cli'] = None; import runpy; "

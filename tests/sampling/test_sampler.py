@@ -32,7 +32,7 @@ def test_classes_are_taken_in_turn_from_the_first_seed_on():
     assert sampler("model.num_classes=0", "sample.guidance=1").labels(range(5), (1,)) is None
 
 
-def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
+def test_draw_decodes_to_uint8(monkeypatch):
     asked = []
 
     def generate(model, process, sampling, seeds, labels, batch_size, dtype, text):
@@ -49,7 +49,7 @@ def test_what_is_drawn_is_decoded_and_becomes_pixels(monkeypatch):
     assert {images.dtype for _, images in drawn} == {torch.uint8}
 
 
-def test_an_error_that_is_not_of_memory_keeps_its_traceback(monkeypatch):
+def test_error_other_than_memory_keeps_its_traceback(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("ours")
         yield
@@ -60,7 +60,7 @@ def test_an_error_that_is_not_of_memory_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["steps", "decoding"])
-def test_an_image_that_is_not_finite_is_named_by_its_seed_and_its_batch_stays_back(where):
+def test_image_that_is_not_finite_is_named_by_seed_and_its_batch_held_back(where):
     """The second batch of three holds seed 8; the first one is handed out."""
     generator = torch.Generator().manual_seed(8)
     torch.randint(1, (), generator=generator)
