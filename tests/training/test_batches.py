@@ -32,7 +32,7 @@ def test_positions_do_not_depend_on_how_they_are_asked_for():
     assert np.array_equal(whole, parts)
 
 
-def test_resumed_batches_equal_the_uninterrupted(tiny):
+def test_resumed_batches_equal_uninterrupted_ones(tiny):
     config = tiny("train.steps=6")
     source = open_source(config)
     straight = list(batches(source, config, 0))
@@ -44,7 +44,7 @@ def test_resumed_batches_equal_the_uninterrupted(tiny):
     assert not torch.equal(straight[0].t, straight[1].t)
 
 
-def test_labels_are_dropped_at_the_rate_asked_for(tiny):
+def test_labels_are_dropped_at_the_requested_rate(tiny):
     config = tiny("train.batch_size=1000", "train.label_dropout=0.3")
     batch = make_batch(open_source(config), config, 0)
     assert 250 < int((batch.y == 10).sum()) < 350
@@ -59,7 +59,7 @@ def test_timesteps_cover_all_and_noise_is_normal(tiny):
     assert abs(float(batch.noise.std()) - 1) < 0.01
 
 
-def test_timesteps_of_a_flow_are_functions_of_seed_step_and_place(tiny):
+def test_timesteps_of_flow_are_functions_of_seed_step_and_place(tiny):
     """Of two processes each draws its part; other draws leave the images as they are."""
     flow = ("diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler")
     config = tiny(*flow, "diffusion.timesteps_drawn=logit_normal")
@@ -96,7 +96,7 @@ def test_parts_of_processes_make_up_the_batch(tiny, tmp_path):
             ), name
 
 
-def test_a_process_draws_only_its_own_part(tiny, monkeypatch):
+def test_process_draws_only_its_own_part(tiny, monkeypatch):
     """Of a batch of 8 on two processes, no more than 4 images are read, and noise is drawn for no
     more than 4.
     """
@@ -133,7 +133,7 @@ class AtOnce:
         return done
 
 
-def test_while_one_batch_is_used_the_next_two_are_asked_for(tiny, monkeypatch):
+def test_next_two_batches_are_requested_while_one_is_used(tiny, monkeypatch):
     made, make = [], module.make_batch
     monkeypatch.setattr(module, "helpers", AtOnce)
     monkeypatch.setattr(module, "make_batch", lambda *a: made.append(a[2]) or make(*a))
@@ -162,7 +162,7 @@ def test_batches_are_made_ahead(tiny, monkeypatch):
     assert made == [2, 3, 4]
 
 
-def test_captions_are_drawn_last_one_for_each_image_and_dropped_at_the_rate_asked_for(captioned):
+def test_captions_are_drawn_last_and_dropped_at_the_requested_rate(captioned):
     config = captioned("train.batch_size=600", "train.label_dropout=0.3", "model.text_tokens=2")
     source = open_source(config)
     batch = make_batch(source, config, 0)
@@ -183,7 +183,7 @@ def test_captions_are_drawn_last_one_for_each_image_and_dropped_at_the_rate_aske
     assert torch.equal(moved.text, batch.text + 1)
 
 
-def test_captions_of_previews_are_spread_over_the_source_and_do_not_change(captioned):
+def test_captions_of_previews_are_spread_over_source_and_fixed(captioned):
     source = open_source(captioned())
     shown = captions_of(source, 4).captions
     assert torch.equal(shown, captions_of(source, 4).captions)

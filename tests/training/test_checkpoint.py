@@ -24,7 +24,7 @@ def trainer(config, root):
     return Trainer(config, open_source(config), root)
 
 
-def test_old_checkpoints_go_and_debris_with_them(tiny, tmp_path):
+def test_old_checkpoints_and_debris_are_removed(tiny, tmp_path):
     (tmp_path / "checkpoints" / ".partial-step-00000001").mkdir(parents=True)
     list(trainer(tiny("train.checkpoint_every=1", "train.keep_checkpoints=2"), tmp_path).run())
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
@@ -50,7 +50,7 @@ def test_links_in_checkpoints_are_removed_and_their_targets_kept(tiny, tmp_path)
     assert sorted(kept.iterdir()) == files
 
 
-def test_other_files_in_a_linked_folder_of_checkpoints_are_kept(tiny, tmp_path):
+def test_other_files_in_linked_folder_of_checkpoints_are_kept(tiny, tmp_path):
     elsewhere, root = tmp_path / "elsewhere", tmp_path / "run"
     (elsewhere / ".partial-of-another-program").mkdir(parents=True)
     (elsewhere / ".partial-notes.txt.7").write_text("a")
@@ -61,7 +61,7 @@ def test_other_files_in_a_linked_folder_of_checkpoints_are_kept(tiny, tmp_path):
     assert set(elsewhere.iterdir()) == before | {elsewhere / "step-00000004"}
 
 
-def test_a_weight_that_is_not_finite_enters_no_checkpoint_and_is_named(tiny, tmp_path):
+def test_weight_that_is_not_finite_is_named_and_enters_no_checkpoint(tiny, tmp_path):
     t = trainer(tiny("train.steps=2"), tmp_path)
     list(t.run())
     parameter = (
@@ -154,7 +154,7 @@ def test_processes_agree_on_the_checkpoint_of_the_first(tiny, tmp_path, monkeypa
         )
 
 
-def test_a_process_that_sees_no_run_begins_when_the_first_does(tiny, tmp_path, monkeypatch):
+def test_process_that_sees_no_run_begins_with_the_first(tiny, tmp_path, monkeypatch):
     """And not from a checkpoint that it alone sees."""
     roots = [tmp_path / "0", tmp_path / "1"]
     roots[0].mkdir()
@@ -187,7 +187,7 @@ def trained_by(n, roots, monkeypatch):
 
 
 @pytest.mark.parametrize("background", ["true", "false"])
-def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(
+def test_full_disk_is_one_line_error_and_leaves_the_old_checkpoint(
     tiny, tmp_path, monkeypatch, background
 ):
     t = trainer(tiny(f"train.async_checkpoint={background}"), tmp_path)
@@ -208,7 +208,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_checkpoint(
 
 
 @pytest.mark.parametrize("harm", ["flipped", "missing"])
-def test_a_damaged_further_average_is_damage(tiny, tmp_path, harm):
+def test_damaged_further_average_is_detected(tiny, tmp_path, harm):
     t = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
     list(t.run())
     assert runs.has_final(tmp_path, 4)
@@ -222,7 +222,7 @@ def test_a_damaged_further_average_is_damage(tiny, tmp_path, harm):
     assert not runs.has_final(tmp_path, 4)
 
 
-def test_tensors_are_let_go_when_they_are_copied_for_the_thread(tiny, tmp_path):
+def test_tensors_are_released_once_copied_for_the_writer(tiny, tmp_path):
     """What was gathered from several processes is as large as the model, its averages and its
     optimiser.
     """

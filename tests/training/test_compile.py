@@ -30,7 +30,7 @@ COMPILED = [*SETTINGS, "--set", "train.compile=true", "--set", "train.precision=
 )
 # the compiler's own, about complex numbers and deprecated parts of itself
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_run_trains_as_an_eager_one(tmp_path):
+def test_compiled_run_trains_as_an_eager_one(tmp_path):
     """Losses, gradient norms and, by the optimiser's first moments, the gradients of every
     parameter.
     """

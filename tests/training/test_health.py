@@ -11,7 +11,7 @@ from diffussm_cli.training.health import BadSteps, time_scales, update_ratios
 from tests.conftest import device, randn
 
 
-def test_bad_steps_are_numbered_and_a_row_of_them_goes_on_beyond_a_record():
+def test_bad_steps_are_numbered_and_their_row_continues_beyond_a_record():
     bad = BadSteps(device())
 
     def add(*flags):
@@ -40,7 +40,7 @@ def stepped(weights, gradients, **options):
     return before, p.detach(), optimizer
 
 
-def test_the_first_update_of_adam_is_the_learning_rate_in_every_weight():
+def test_first_update_of_adam_is_the_learning_rate_in_every_weight():
     _, _, optimizer = stepped(
         torch.ones(5), [torch.tensor([1e-3, 2.0, -3.0, 40.0, -500.0])], lr=0.125
     )
@@ -50,7 +50,7 @@ def test_the_first_update_of_adam_is_the_learning_rate_in_every_weight():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_update_ratios_are_those_of_the_weights_before_and_after(decay):
+def test_update_ratios_equal_those_of_weights_before_and_after(decay):
     gradients = [randn(7, 3, seed=i) for i in range(4)]
     before, after, optimizer = stepped(
         randn(7, 3, seed=9), gradients, lr=0.01, betas=(0.8, 0.95), weight_decay=decay
@@ -60,7 +60,7 @@ def test_update_ratios_are_those_of_the_weights_before_and_after(decay):
     assert math.sqrt(size) == pytest.approx(after.norm().item(), rel=1e-5)
 
 
-def test_groups_are_told_apart_and_one_without_a_step_has_not_moved():
+def test_update_ratios_are_per_group_and_zero_without_a_step():
     groups = [
         {"params": [nn.Parameter(torch.ones(2, device=device()))], "name": name}
         for name in ("a", "b")
@@ -89,5 +89,5 @@ def test_time_scales_are_the_extremes_of_all_layers():
     }
 
 
-def test_a_model_without_an_ssm_has_no_time_scales():
+def test_model_without_ssm_has_no_time_scales():
     assert time_scales(nn.Linear(2, 2)) == {}

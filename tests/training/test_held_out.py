@@ -40,7 +40,7 @@ def losses(tiny, tmp_path):
     return functools.partial(t.step.losses, model=fill(t.step.averaged()))
 
 
-def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
+def test_held_out_loss_equals_direct_computation(tiny, tmp_path):
     """Image by image and timestep by timestep, on 5 of the 176 held-out digits."""
     config = tiny("eval.held_out_images=5")
     t = Trainer(config, open_source(config), tmp_path)
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_a_direct_computation(tiny, tmp_path):
     assert [found[q] for q in QUARTERS] == pytest.approx(expected.mean(0).tolist(), rel=1e-5)
 
 
-def test_the_loss_is_the_same_number_twice_and_for_another_training(tiny, losses):
+def test_held_out_loss_is_reproducible_and_independent_of_training_seed(tiny, losses):
     """Bitwise: nothing in it depends on the step, on the batch of training or on how the noise was
     drawn before.
     """
@@ -83,7 +83,7 @@ def test_the_loss_is_the_same_number_twice_and_for_another_training(tiny, losses
     assert held_out(tiny("train.seed=1")).measure(losses) != found
 
 
-def test_quarters_average_to_the_whole_and_hold_their_timesteps(tiny):
+def test_quarters_average_to_the_loss_and_hold_their_timesteps(tiny):
     """The loss is the timestep itself: every quarter has its mean, within what 20 evenly spread
     images leave open.
     """
@@ -106,7 +106,7 @@ def test_timesteps_are_spread_over_their_whole_range(tiny, timesteps):
     assert len(t.unique()) > 0.7 * min(timesteps, len(t))
 
 
-def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
+def test_model_that_predicts_the_noise_has_zero_loss(tiny, tmp_path):
     config = tiny("model.learn_sigma=false")
     t, source = Trainer(config, open_source(config), tmp_path), held_out(config)
     noise = []
@@ -120,7 +120,7 @@ def test_a_model_that_predicts_the_noise_has_no_loss(tiny, tmp_path):
     assert len(torch.cat(noise).unique(dim=0)) == 4 * 176
 
 
-def test_processes_share_the_images_and_each_has_the_whole_result(tiny, losses, monkeypatch):
+def test_processes_share_images_and_each_has_the_result(tiny, losses, monkeypatch):
     """Three processes one after another: what each gathers is put together from what all of them
     found.
     """
@@ -155,7 +155,7 @@ def pixels(source):
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.05, 2), (0.25, 10), (0.001, 1), (0.999, 39)])
-def test_a_share_of_a_folder_is_never_trained_on(folder, share, count):
+def test_share_of_folder_is_never_trained_on(folder, share, count):
     config = settings(folder, f"data.held_out={share}")
     source = open_source(config)
     trained, kept = pixels(source), pixels(open_held_out(config, source))
@@ -166,14 +166,14 @@ def test_a_share_of_a_folder_is_never_trained_on(folder, share, count):
     assert pixels(open_held_out(other, open_source(other))) == kept
 
 
-def test_a_larger_share_is_drawn_from_the_whole_folder(folder):
+def test_larger_share_is_drawn_from_the_whole_folder(folder):
     config = settings(folder, "data.held_out=0.5")
     kept = pixels(open_held_out(config, open_source(config)))
     assert 5 <= sum(i < 20 for i in kept) <= 15
     assert 5 <= sum(i % 2 for i in kept) <= 15
 
 
-def test_what_is_held_out_of_builtin_sets(tiny):
+def test_builtin_sets_hold_out_their_own_part(tiny):
     """Their tenth by default, a share of the rest on request, and nothing with 0."""
     config, source = tiny(), open_source(tiny())
     assert len(source) == 1621
@@ -184,7 +184,7 @@ def test_what_is_held_out_of_builtin_sets(tiny):
     assert open_held_out(tiny("data.held_out=0"), open_source(tiny("data.held_out=0"))) is None
 
 
-def test_another_folder_must_fit(folder, tmp_path):
+def test_held_out_folder_that_does_not_fit_is_rejected(folder, tmp_path):
     other = tmp_path / "other"
     config = settings(folder, f"data.held_out={other}")
     source = open_source(config)
@@ -206,7 +206,7 @@ def test_another_folder_must_fit(folder, tmp_path):
 
 
 # --------------------------------------------------------------------------------------- whole runs
-def test_a_run_without_a_reference_logs_its_held_out_loss(folder, tmp_path, monkeypatch):
+def test_run_without_reference_logs_its_held_out_loss(folder, tmp_path, monkeypatch):
     from diffussm_cli.evaluation.session import EvaluationSession
 
     monkeypatch.setattr(EvaluationSession, "__init__", lambda *_: 1 / 0)
@@ -228,7 +228,7 @@ def test_a_run_without_a_reference_logs_its_held_out_loss(folder, tmp_path, monk
     assert run(*start, "--set", "data.held_out=0.2", "--resume").exit_code == 1
 
 
-def test_unreadable_images_are_left_out_before_a_share_is_held_out(folder, tmp_path):
+def test_unreadable_images_are_left_out_before_share_is_held_out(folder, tmp_path):
     (folder / "a" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     given = {"data.path": folder, "model.num_classes": 2, "data.held_out": 0.1, "eval.every": 2}
     given["data.skip_unreadable"] = "true"
@@ -243,7 +243,7 @@ def test_unreadable_images_are_left_out_before_a_share_is_held_out(folder, tmp_p
     assert runs.read_state(runs.list_checkpoints(tmp_path / "run")[-1])["position"] == 48 - 35
 
 
-def test_the_held_out_loss_can_be_all_that_is_measured(tiny, tmp_path):
+def test_held_out_loss_can_be_the_only_measure(tiny, tmp_path):
     config = tiny("eval.every=2", "eval.images=0", "eval.held_out_images=8")
     records = [e.record for e in train(config, tmp_path / "run") if isinstance(e, TrainingRecord)]
     assert ["held_out" in r for r in records] == [True, True]

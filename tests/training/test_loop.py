@@ -29,7 +29,7 @@ def weights(t):
 @pytest.mark.parametrize(
     ("kind", "settings"), [("tiny", []), ("captioned", []), ("tiny", ["train.optimizer=muon"])]
 )
-def test_two_steps_resume_two_steps_equal_four_bitwise(kind, settings, request, tmp_path):
+def test_two_steps_resumed_for_two_equal_four_bitwise(kind, settings, request, tmp_path):
     fixture = request.getfixturevalue(kind)
 
     def tiny(*overrides):
@@ -83,7 +83,7 @@ ZERO_SNR = (
 @pytest.mark.parametrize(
     "objective", [FLOW, ZERO_SNR, ("train.loss_weight=min_snr", "sample.sampler=heun")]
 )
-def test_other_objectives_train_and_draw(tiny, tmp_path, objective):
+def test_every_objective_trains_and_draws(tiny, tmp_path, objective):
     short = (
         "train.steps=120",
         "train.log_every=20",
@@ -120,7 +120,7 @@ def test_run_folder_describes_itself(tiny, tmp_path):
     assert not model.training
 
 
-def test_a_write_that_fails_beside_training_ends_it_at_the_next_step(tiny, tmp_path, monkeypatch):
+def test_failed_write_ends_training_at_the_next_step(tiny, tmp_path, monkeypatch):
     t = trainer(tiny("train.steps=1000", "train.checkpoint_every=1000"), tmp_path)
     stop = iter([True])
     list(t.run(lambda: next(stop)))
@@ -149,7 +149,7 @@ def test_damaged_and_foreign_weights_are_named(tiny, tmp_path):
         trainer(tiny(), tmp_path).step.load(state.parent)
 
 
-def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
+def test_loss_that_is_not_finite_stops_with_advice(tiny, tmp_path):
     t = trainer(tiny("train.max_bad_steps=2", "train.checkpoint_every=1"), tmp_path)
     t.step.number, before = 1, weights(t)
     t.step.losses = lambda part: {k: x * math.nan for k, x in Step.losses(t.step, part).items()}
@@ -161,7 +161,7 @@ def test_loss_that_is_no_number_stops_with_advice(tiny, tmp_path):
         assert torch.equal(v, before[k]), k
 
 
-def test_a_run_without_a_finite_loss_is_no_success(tiny, tmp_path):
+def test_run_without_a_finite_loss_fails(tiny, tmp_path):
     """Four bad steps are less than `train.max_bad_steps`, but all there are."""
     t = trainer(tiny(), tmp_path)
     t.step.losses = lambda part: {k: x * math.nan for k, x in Step.losses(t.step, part).items()}
@@ -181,7 +181,7 @@ def test_batches_for_cuda_are_page_locked(tiny, tmp_path, monkeypatch, kind):
     assert pinned[:4] == ([(8, 1, 8, 8), (8,), (8, 1, 8, 8), (8,)] if kind == "cuda" else [])
 
 
-def test_a_kill_while_a_preview_is_written_leaves_none(tiny, tmp_path, monkeypatch):
+def test_kill_while_preview_is_written_leaves_none(tiny, tmp_path, monkeypatch):
     t = trainer(tiny("train.sample_every=2", "train.sample_images=2"), tmp_path)
 
     def die(image, file, *_, **__):
@@ -194,14 +194,14 @@ def test_a_kill_while_a_preview_is_written_leaves_none(tiny, tmp_path, monkeypat
     assert not list((tmp_path / "samples").glob("step-*"))
 
 
-def test_too_large_a_batch_is_one_line(tiny, tmp_path):
+def test_too_large_batch_is_one_line_error(tiny, tmp_path):
     t = trainer(tiny(), tmp_path)
     t.step.model.forward = lambda *_: torch.empty(1 << 60)
     with pytest.raises(RunError, match="train.batch_size: 8 in 1 part.* raise train.accumulate"):
         list(t.run())
 
 
-def test_unreadable_image_ends_the_run_with_a_checkpoint(tiny, tmp_path):
+def test_unreadable_image_ends_the_run_with_checkpoint(tiny, tmp_path):
     t = trainer(tiny("train.checkpoint_every=1000"), tmp_path)
     read, calls = t.source.read, []
 
@@ -245,7 +245,7 @@ def test_each_average_follows_its_own_recursion(tiny, tmp_path):
     assert not same(expected[0.25], expected[0.1])
 
 
-def test_a_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
+def test_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
     config = tiny("train.ema=0.9,0.1")
     whole = trainer(config, tmp_path / "whole")
     list(whole.run())
@@ -260,7 +260,7 @@ def test_a_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
     assert not same(*by_average(whole).values())
 
 
-def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, tmp_path):
+def test_first_average_and_its_files_equal_those_of_a_run_with_it_alone(tiny, tmp_path):
     one, two = (
         trainer(tiny(f"train.ema={e}"), tmp_path / n)
         for n, e in {"one": "0.9", "two": "0.9,0.1"}.items()
@@ -287,7 +287,7 @@ def test_the_first_average_and_its_files_are_those_of_a_run_with_it_alone(tiny, 
 
 
 @pytest.mark.parametrize("now", ["0.9,0.1,0.5", "0.1,0.9", "0.1", "0.2"])
-def test_averages_of_another_list_are_found_by_their_decay_or_begin_as_the_first(
+def test_averages_of_other_list_resume_by_decay_or_begin_as_the_first(
     tiny, tmp_path, now
 ):
     before = trainer(tiny("train.ema=0.9,0.1"), tmp_path)

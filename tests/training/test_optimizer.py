@@ -15,7 +15,7 @@ from tests.conftest import device, randn
 SSM = {"log_dt", "log_A_real", "A_imag", "B", "C", "D_skip"}
 
 
-def test_learning_rate_courses():
+def test_learning_rate_follows_its_schedule():
     def course(**changes):
         t = load_config(
             "digits", [f"train.{k}={v}" for k, v in {"steps": 100, **changes}.items()]
@@ -83,7 +83,7 @@ def test_orthogonalised_matrices_keep_directions_and_have_singular_values_near_o
     assert torch.equal(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
 
 
-def test_muon_moves_each_part_of_a_stacked_matrix_as_if_it_were_alone():
+def test_muon_moves_each_part_of_stacked_matrix_as_if_alone():
     """Against the rule written out, for three matrices in one parameter, over two steps."""
     weight = torch.nn.Parameter(randn(12, 6))
     alone = weight.detach().clone().view(3, 4, 6)
@@ -127,7 +127,7 @@ def test_muon_skips_a_step_that_is_not_finite_and_keeps_its_momentum(wrong):
 
 
 @pytest.mark.parametrize("backbone", ["diffussm", "dit"])
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_others(tiny, backbone):
+def test_muon_takes_block_matrices_and_adamw_the_rest(tiny, backbone):
     config = tiny("train.optimizer=muon", f"model.backbone={backbone}", "model.heads=2")
     model = build_model(config)
     optimizer = make_optimizer(model, config.train)
@@ -150,7 +150,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_others(tiny, backbo
     assert sorted(everything) == sorted(names)
 
 
-def test_muon_is_refused_where_matrices_are_split(tiny):
+def test_muon_with_split_matrices_is_rejected(tiny):
     with pytest.raises(
         ConfigError, match="^train.optimizer: muon needs whole matrices, which train.parallel=fsdp"
     ):
@@ -162,7 +162,7 @@ def optimizer_of(tiny, *overrides):
     return make_optimizer(build_model(config).to(device()), config.train)
 
 
-def test_rates_are_scaled_from_their_peaks(tiny):
+def test_learning_rates_are_scaled_from_their_peaks(tiny):
     optimizer = optimizer_of(tiny, "train.lr=4e-3", "train.ssm_lr=1e-3")
     for factor in (0.5, 0.25):  # the second does not multiply the first
         set_lr(optimizer, factor)
@@ -173,7 +173,7 @@ def test_rates_are_scaled_from_their_peaks(tiny):
     }
 
 
-def test_a_step_is_left_out_where_found_inf_is_one(tiny):
+def test_optimizer_skips_step_where_found_inf_is_one(tiny):
     optimizer = optimizer_of(tiny)
     p = optimizer.param_groups[0]["params"][0]
     for bad, moves in ((1.0, False), (0.0, True)):

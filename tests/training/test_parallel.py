@@ -83,7 +83,7 @@ def test_one_process_in_eight_parts_trains_as_one(alone, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_a_checkpoint_of_two_is_one_of_one(alone, together, way):
+def test_checkpoint_of_two_processes_continues_in_one(alone, together, way):
     """Two processes stop at step 3 though only the second is asked to; one goes on, and the other
     way round.
     """
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_two_is_one_of_one(alone, together, way):
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_nan_on_one_of_two_is_left_out_by_both(together, way):
+def test_step_with_nan_on_one_process_is_skipped_by_both(together, way):
     records, weights = outcome(together / f"nan-{way}")
     assert [r.get("left_out") for r in records] == [None, None, [3], None, None, None]
     assert records[2]["left_out_images"] == [16]
@@ -111,7 +111,7 @@ def test_nan_on_one_of_two_is_left_out_by_both(together, way):
             assert all(torch.isfinite(v).all() for v in runs.read_tensors(path / file).values())
 
 
-def test_the_held_out_loss_is_the_same_number_for_two_processes(tmp_path):
+def test_held_out_loss_of_two_processes_is_that_of_one(tmp_path):
     """Bitwise, of the same checkpoint: by one process, by two with copies of the model, and by two
     with parts of it.
     """
@@ -126,7 +126,7 @@ def test_the_held_out_loss_is_the_same_number_for_two_processes(tmp_path):
     assert [outcome(tmp_path / way)[0] for way in ("ddp", "fsdp")] == [[alone], [alone]]
 
 
-def test_patience_and_its_end(tmp_path):
+def test_lost_process_ends_the_others_after_their_patience(tmp_path):
     """The others wait for what the first process does alone longer than for a step; a dead one ends
     the job at once.
     """
@@ -143,7 +143,7 @@ def test_patience_and_its_end(tmp_path):
     assert [r["step"] for r in rest] == [3, 4, 5, 6]
 
 
-def test_the_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_path):
+def test_ssm_stays_float32_where_dense_layers_are_gathered_in_bfloat16(tmp_path):
     """FSDP2 over one process: what the modules hold while they compute."""
     import torch.distributed as dist
 

@@ -17,7 +17,7 @@ from diffussm_cli.training import record
 from diffussm_cli.training.record import Meter, RecordWriter, open_tracker
 
 
-def test_meter_means_and_quarters():
+def test_meter_averages_losses_and_quarters():
     meter = Meter(1000, torch.device("cpu"))
     mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
     meter.add({"mse": mse, "loss": 2 * mse}, torch.tensor([0, 249, 250, 999]))
@@ -29,7 +29,7 @@ def test_meter_means_and_quarters():
     assert means == {"mse": 4.5, "loss": 9, "mse_q1": 2, "mse_q2": 5, "mse_q4": 9, "grad_norm": 7}
 
 
-def test_fractional_timesteps_have_their_quarter():
+def test_fractional_timesteps_fall_into_their_quarter():
     meter = Meter(1000, torch.device("cpu"))
     mse = torch.tensor([1.0, 3.0, 5.0, 9.0])
     meter.add({"mse": mse}, torch.tensor([0.01, 249.9, 250.1, 999.9]))
@@ -38,7 +38,7 @@ def test_fractional_timesteps_have_their_quarter():
     assert (means["mse_q1"], means["mse_q2"], means["mse_q4"]) == (2, 5, 9)
 
 
-def test_records_beyond_a_checkpoint_are_dropped_on_resume(tmp_path):
+def test_records_beyond_checkpoint_are_dropped_on_resume(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"st')
     writer = RecordWriter(tmp_path, step=2)
     writer.write({"step": 3, "loss": 1.0})
@@ -48,7 +48,7 @@ def test_records_beyond_a_checkpoint_are_dropped_on_resume(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_pauses_do_not_count_against_the_rate(monkeypatch):
+def test_pauses_do_not_lower_the_rate(monkeypatch):
     """40 images in 24 seconds, 4 of which went to a preview."""
     clock = iter([0.0, 10.0, 14.0, 24.0, 24.0])
     monkeypatch.setattr(record, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -88,7 +88,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_gets_the_numbers_and_continues_on_resume(
+def test_tracker_gets_records_and_continues_on_resume(
     tiny, tmp_path, monkeypatch, capsys, name
 ):
     tracker = Recorded()
@@ -119,7 +119,7 @@ def test_tensorboard_needs_no_tracker(tiny, tmp_path):
     assert open_tracker(tiny(), tmp_path) is None
 
 
-def test_a_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
+def test_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         ConfigError, match=r"^train.logger: wandb is not installed: pip install '\.\[wandb\]' "
@@ -127,7 +127,7 @@ def test_a_missing_tracker_names_its_extra(tiny, tmp_path, monkeypatch):
         open_tracker(tiny("train.logger=wandb"), tmp_path)
 
 
-def test_a_tracker_that_refuses_is_one_line(tiny, tmp_path, monkeypatch):
+def test_refusing_tracker_is_one_line_error(tiny, tmp_path, monkeypatch):
     def refuse(**options):
         raise RuntimeError("api_key not configured\nmore")
 
@@ -142,7 +142,7 @@ def test_a_tracker_that_refuses_is_one_line(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_offline_a_tracker_writes_its_own_files(tiny, tmp_path, name):
+def test_offline_tracker_writes_its_own_files(tiny, tmp_path, name):
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"needs the extra {name}")
     root = tmp_path / "run"

@@ -38,7 +38,7 @@ def trainer(config, root):
     return Trainer(config, open_source(config), root)
 
 
-def test_scores_are_in_the_records_and_the_best_is_kept(config, tmp_path, monkeypatch):
+def test_scores_are_recorded_and_the_best_weights_kept(config, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0])
     monkeypatch.setattr(
         "diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))]
@@ -97,7 +97,7 @@ def test_scores_go_to_tensorboard_under_their_own_name(tmp_path):
     assert names == ["train/loss", "eval/fid"]
 
 
-def test_a_real_score_does_not_disturb_training(config, tmp_path):
+def test_scoring_does_not_change_training(config, tmp_path):
     scored, plain = (
         trainer(config(*more), tmp_path / n) for n, more in {"a": [], "b": ["eval.every=0"]}.items()
     )
@@ -120,7 +120,7 @@ def pictures_in(folder):
     return folder
 
 
-def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path):
+def test_digits_extractor_for_other_pictures_is_a_warning(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     other = trainer(config(f"eval.reference={pictures}"), tmp_path / "1").measures.scoring
     assert (
@@ -144,7 +144,7 @@ def test_digits_as_the_extractor_of_other_pictures_is_a_warning(config, tmp_path
     assert f"warning: {other.warnings[0]}" in shown.stderr
 
 
-def test_no_reference_is_an_error_before_training(config, tmp_path):
+def test_missing_reference_is_rejected_before_training(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
     with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
         trainer(
@@ -153,7 +153,7 @@ def test_no_reference_is_an_error_before_training(config, tmp_path):
         )
 
 
-def test_a_score_of_training_is_that_of_eval_to_the_last_digit(config, tmp_path):
+def test_score_of_training_equals_that_of_eval_to_the_last_digit(config, tmp_path):
     """Against a folder of larger images, which both crop to the run's size."""
     folder = tmp_path / "real"
     folder.mkdir()

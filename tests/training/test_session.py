@@ -24,7 +24,7 @@ def told(session):
             return events, end.value
 
 
-def test_a_training_tells_its_records_and_then_where_it_ended(tiny, tmp_path):
+def test_training_yields_records_and_returns_its_outcome(tiny, tmp_path):
     events, result = told(train(tiny(), tmp_path / "run"))
     begun = events.index(Stage("training"))
     assert [(e.record["step"], e.steps) for e in events[begun + 1 :]] == [(2, 4), (4, 4)]
@@ -37,7 +37,7 @@ def test_a_training_tells_its_records_and_then_where_it_ended(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])
-def test_a_training_that_is_asked_to_stop_ends_before_the_next_step(tiny, tmp_path, asked):
+def test_training_asked_to_stop_ends_before_the_next_step(tiny, tmp_path, asked):
     """The question is put before the first step, and after each one."""
     answers = itertools.count(1)
     result = finish(train(tiny(), tmp_path / "run", stop=lambda: next(answers) == asked))
@@ -46,7 +46,7 @@ def test_a_training_that_is_asked_to_stop_ends_before_the_next_step(tiny, tmp_pa
     assert len(runs.list_checkpoints(tmp_path / "run")) == (asked > 1)
 
 
-def test_two_trainings_that_begin_at_once_take_two_folders(tiny, tmp_path, monkeypatch):
+def test_simultaneous_trainings_take_two_folders(tiny, tmp_path, monkeypatch):
     """Neither of them has written anything when the other chooses its folder."""
     monkeypatch.chdir(tmp_path)
     first, second = train(tiny()), train(tiny())
@@ -58,7 +58,7 @@ def test_two_trainings_that_begin_at_once_take_two_folders(tiny, tmp_path, monke
 @pytest.mark.parametrize(
     ("size", "accumulate", "fits"), [(1, 2, 1), (2, 4, 1), (4, 2, 1), (3, 1, 0), (4, 4, 0)]
 )
-def test_processes_share_a_batch_in_equal_whole_parts(tiny, size, accumulate, fits):
+def test_processes_share_batch_in_equal_parts(tiny, size, accumulate, fits):
     config = tiny("train.batch_size=8", f"train.accumulate={accumulate}")
     if fits:
         check_batch(config, World(0, size))
@@ -67,7 +67,7 @@ def test_processes_share_a_batch_in_equal_whole_parts(tiny, size, accumulate, fi
             check_batch(config, World(0, size))
 
 
-def test_an_average_that_is_added_on_resume_is_announced(tiny, tmp_path):
+def test_average_added_on_resume_is_announced(tiny, tmp_path):
     list(train(tiny("train.ema=0.9"), tmp_path / "run"))
     changed = tiny("train.ema=0.9,0.1", "train.steps=6")
     said = [e.text for e in train(changed, tmp_path / "run", resume=True) if isinstance(e, Message)]
@@ -75,7 +75,7 @@ def test_an_average_that_is_added_on_resume_is_announced(tiny, tmp_path):
     assert "changed: the average of 0.1 begins as a copy of that of 0.9" in said
 
 
-def test_a_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_path, monkeypatch):
+def test_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_path, monkeypatch):
     def draw(self, model, last):
         raise NotFiniteError("the image of seed 3", 3, "after step 2 of 4")
 

@@ -63,7 +63,7 @@ def test_update_does_not_wait_for_the_device(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, optimizer):
+def test_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, optimizer):
     step = Step(tiny(f"train.optimizer={optimizer}", "train.warmup_steps=0"), device())
     step.update(batch_of(step, 0))
     before = weights(step)
@@ -76,7 +76,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tiny, optimi
     assert step.bad_steps.flush(step.number) == ([2], 1)
 
 
-def test_state_holds_all_that_the_next_step_needs(tiny, tmp_path):
+def test_state_holds_everything_for_the_next_step(tiny, tmp_path):
     """A Step that loads it goes on as the one that made it, bit by bit."""
     config = tiny("train.ema=0.9,0.1")
     first = Step(config, device())
@@ -111,7 +111,7 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_average_of_a_model_in_parts_is_put_together_without_drawing_weights(tiny):
+def test_average_of_sharded_model_is_assembled_without_drawing_weights(tiny):
     """At 673 million parameters drawing takes long, in every process and at every preview."""
     step = Step(tiny(), CPU)
     average = step.averaged()
@@ -128,7 +128,7 @@ def test_the_average_of_a_model_in_parts_is_put_together_without_drawing_weights
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_model_in_parts_stays_gathered_between_the_parts_of_a_batch(tiny):
+def test_sharded_model_stays_gathered_between_micro_batches(tiny):
     step = Step(tiny(), CPU)
     parallel.shard(step.model, World(), CPU, torch.float32)
     batch = batch_of(step).part(0, 4, CPU)
@@ -140,6 +140,6 @@ def test_a_model_in_parts_stays_gathered_between_the_parts_of_a_batch(tiny):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_copies_of_a_model_do_not_send_their_table_of_positions(tiny):
+def test_replicas_do_not_send_their_table_of_positions(tiny):
     copies = parallel.replicate(Step(tiny(), CPU).model, CPU)
     assert not copies.will_sync_module_buffers()
