@@ -22,12 +22,12 @@ NAMES = runs.bundled_names() or [
 ]
 
 
-def test_all_of_them_are_small():
+def test_bundled_models_are_small():
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 12e6
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_card_prints_the_numbers_that_were_measured(name):
+def test_card_prints_measured_numbers(name):
     card, metrics = ModelCard.load(BUNDLED / name / CARD), runs.read_metrics(BUNDLED / name)
     printed = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert len(printed) > 6
@@ -41,7 +41,7 @@ def test_the_card_prints_the_numbers_that_were_measured(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
+def test_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompt = ["--prompt", "red heart"] if runs.read_config(BUNDLED / name).data.text else []
     if prompt:
@@ -50,13 +50,13 @@ def test_the_first_picture_needs_only_the_package(name, tmp_path, monkeypatch):
     assert (tmp_path / "runs" / f"{name}-bundled" / "images" / "000000.png").is_file()
 
 
-def test_the_help_of_sample_names_them():
+def test_help_of_sample_names_bundled_models():
     shown = " ".join(run("sample", "--help").stdout.replace("│", " ").split())
     assert f"a model of the package ({', '.join(runs.bundled_names())})" in shown
     assert {"mnist", "emoji"} <= set(runs.bundled_names())
 
 
-def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_missing_text_encoder_is_rejected_before_writing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text.open_encoder.cache_clear()
@@ -67,7 +67,7 @@ def test_a_missing_text_encoder_is_said_before_anything_is_written(tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_a_score_of_the_card_is_measured_again(name):
+def test_score_of_card_is_reproduced(name):
     """By seeds that the card has not seen, within the 99.9% interval for one more of the blocks
     that it has.
     """

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
     return root
 
 
-def test_train_leaves_a_run_that_describes_itself(trained):
+def test_train_leaves_self_describing_run(trained):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config["preset"] == "digits"
     assert config["data"]["class_names"] == list("0123456789")
@@ -64,7 +64,7 @@ def test_train_ends_with_what_to_do_next(tmp_path, monkeypatch):
     assert newest.stdout.strip() == os.path.join("runs", "digits-2", "images", "grid.png")
 
 
-def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
+def test_sample_writes_pictures_and_their_settings(trained, tmp_path):
     out = tmp_path / "a b"
     result = run(
         *(
@@ -107,7 +107,7 @@ def test_sample_writes_pictures_and_how_they_were_made(trained, tmp_path):
         assert npz["arr_1"].tolist() == [3, 7, 8, 3, 7]
 
 
-def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
+def test_sample_accepts_checkpoint_and_final(trained, tmp_path):
     for path in (trained / "checkpoints" / "step-00000002", trained / "final"):
         grid = tmp_path / path.name / "g.png"
         out = tmp_path / path.name / "o"
@@ -121,7 +121,7 @@ def test_sample_takes_a_checkpoint_and_final_too(trained, tmp_path):
         )
 
 
-def test_sample_takes_another_average(tmp_path):
+def test_sample_accepts_other_average(tmp_path):
     """From final/ and from a checkpoint; meta.json names it, and its images are another request."""
     root, out = tmp_path / "run", tmp_path / "out"
     done = run(
@@ -161,7 +161,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_list_shows_every_preset_with_what_it_is(monkeypatch):
+def test_list_shows_every_preset_with_its_purpose(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     result = run("train", "--list")
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
@@ -173,7 +173,7 @@ def test_list_shows_every_preset_with_what_it_is(monkeypatch):
     assert "diffussm profile --preset NAME --estimate" in result.stderr
 
 
-def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
+def test_full_disk_while_recording_is_one_line_error(tmp_path, monkeypatch):
     def full(self, record):
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
@@ -184,7 +184,7 @@ def test_full_disk_while_recording_is_one_line(tmp_path, monkeypatch):
     )
 
 
-def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
+def test_resume_takes_newest_run_of_its_preset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("digits", "digits-full"):
         assert run("train", "--preset", "digits", "--out", f"runs/{name}", *SETTINGS).exit_code == 0
@@ -193,7 +193,7 @@ def test_resume_takes_the_newest_run_of_its_own_preset(tmp_path, monkeypatch):
     assert len((tmp_path / "runs" / "digits" / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_dit_goes_through_the_same_commands(tmp_path):
+def test_dit_goes_through_the_same_commands(tmp_path):
     root, dit = (
         tmp_path / "run",
         ["--set", "model.backbone=dit", "--set", "model.compression=1", "--set", "model.heads=2"],
@@ -209,7 +209,7 @@ def test_a_dit_goes_through_the_same_commands(tmp_path):
     )
 
 
-def test_profile_json():
+def test_profile_json_holds_the_cost():
     result = run("profile", "--preset", "xl-256", "--preset", "digits", "--json")
     models = json.loads(result.stdout)["models"]
     assert [m["name"] for m in models] == ["xl-256", "digits"]
@@ -221,7 +221,7 @@ def test_profile_json():
     assert models[0]["gflops"] == pytest.approx(sum(models[0]["parts"].values()))
 
 
-def test_resume_goes_on_and_refuses_drift(tmp_path):
+def test_resume_continues_and_rejects_drift(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "digits", "--out", root, *SETTINGS).exit_code == 0
     finished = run("train", "--resume", "--out", root)
@@ -327,7 +327,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_get_one_line(arguments, words, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_errors(arguments, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words in line_of(run(*arguments))
     assert list(tmp_path.iterdir()) == []  # and leave nothing behind
@@ -377,11 +377,11 @@ SAMPLE_MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), SAMPLE_MISTAKES.values(), ids=SAMPLE_MISTAKES)
-def test_wrong_sampling_requests(trained, arguments, words):
+def test_wrong_sampling_requests_are_one_line_errors(trained, arguments, words):
     assert words in line_of(run("sample", trained, "--num", 1, *arguments))
 
 
-def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
+def test_names_are_printed_verbatim(trained, tmp_path, monkeypatch):
     """A name of a folder is neither markup nor an emoji, and one that the terminal cannot spell is
     escaped.
     """
@@ -394,7 +394,7 @@ def test_names_are_printed_as_they_are(trained, tmp_path, monkeypatch):
     assert result.stdout.strip() == r"o_[/b]/:cat: \u2603/grid.png"
 
 
-def test_sample_says_which_run_and_which_folder_it_takes(trained, tmp_path, monkeypatch):
+def test_sample_says_which_run_and_folder_it_takes(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(trained)
@@ -408,7 +408,7 @@ def test_sample_says_which_run_and_which_folder_it_takes(trained, tmp_path, monk
     )
 
 
-def test_a_grid_replaces_no_other_file(trained, tmp_path):
+def test_grid_never_replaces_other_file(trained, tmp_path):
     grid, arguments = (
         tmp_path / "mine.png",
         ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path / "o"),
@@ -423,7 +423,7 @@ def test_a_grid_replaces_no_other_file(trained, tmp_path):
     assert "exists and would be replaced" in line_of(run(*other))
 
 
-def test_an_empty_image_is_drawn_again(trained, tmp_path):
+def test_empty_image_is_drawn_again(trained, tmp_path):
     """As a power failure may leave it; the grid does not show it."""
     arguments = (
         "sample",
@@ -446,7 +446,7 @@ def test_an_empty_image_is_drawn_again(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_sample_takes_bf16_where_the_hardware_has_it(
+def test_sample_takes_bf16_where_hardware_has_it(
     trained, tmp_path, monkeypatch, fast, precision
 ):
     monkeypatch.setattr(device, "has_bf16", lambda device: fast)
@@ -470,7 +470,7 @@ def test_sample_takes_bf16_where_the_hardware_has_it(
         ),
     ],
 )
-def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, error, line):
+def test_system_error_is_one_line_wherever_it_arises(monkeypatch, error, line):
     def fail(*_):
         raise error
 
@@ -489,7 +489,7 @@ def test_an_error_of_the_system_is_one_line_wherever_it_arises(monkeypatch, erro
     ],
     ids=repr,
 )
-def test_a_bug_of_ours_keeps_its_traceback(monkeypatch, error):
+def test_bug_of_ours_keeps_its_traceback(monkeypatch, error):
     def fail(*_):
         raise error
 
@@ -516,7 +516,7 @@ def test_help_ends_with_examples(command):
         assert all(w in helped for w in own if w.startswith("--"))
 
 
-def test_out_that_is_taken_or_a_file(trained, tmp_path):
+def test_out_that_is_taken_or_a_file_is_rejected(trained, tmp_path):
     assert "is not empty; add --resume" in line_of(
         run("train", "--preset", "digits", "--out", trained)
     )

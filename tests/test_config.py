@@ -80,7 +80,7 @@ def test_file_named_as_its_base_is_another_preset(tmp_path):
     assert load_config(str(tmp_path / "digits.yaml")) == load_config("digits", ["train.steps=7"])
 
 
-def test_configuration_of_a_run_serves_as_a_base(tmp_path):
+def test_configuration_of_run_serves_as_a_base(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits", ["train.lr=0.5"])))
     (tmp_path / "mine.yaml").write_text("base: config.yaml\ntrain:\n  steps: 7")
     config = load_config(str(tmp_path / "mine.yaml"))
@@ -98,7 +98,7 @@ def test_configuration_of_a_run_serves_as_a_base(tmp_path):
         ("broken.yaml", "preset .*broken.yaml: train: must be a mapping"),
     ],
 )
-def test_bad_base_is_one_line(tmp_path, base, message):
+def test_bad_base_is_one_line_error(tmp_path, base, message):
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.yaml").write_text(f"base: {base}\ntrain:\n  steps: 7")
     (tmp_path / "b.yaml").write_text("base: sub/../a.yaml")
@@ -114,7 +114,7 @@ def test_saved_configuration_may_not_name_a_base():
         config_from_dict({"base": "digits"}, "config.yaml")
 
 
-def test_overrides_and_round_trip():
+def test_overrides_survive_the_round_trip_through_yaml():
     config = load_config(
         "digits",
         ["train.lr=1e-4", "data.resolution=8x12", "data.path=x", "sample.guidance_interval=1,9"],
@@ -125,7 +125,7 @@ def test_overrides_and_round_trip():
     assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
 
 
-def test_averages_are_one_number_or_several():
+def test_averages_are_parsed_as_one_number_or_several():
     """One is written as a number, as before there could be several."""
     for text, decays, written in [
         ("0.99", (0.99,), "  ema: 0.99\n"),
@@ -138,7 +138,7 @@ def test_averages_are_one_number_or_several():
         assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
 
 
-def test_columns_are_named_by_what_they_hold():
+def test_columns_are_parsed_by_role():
     config = load_config("digits", ["data.path=photos", "data.columns=image=photo,text=a=b"])
     assert named_columns(config.data.columns, "x") == {"image": "photo", "text": "a=b"}
     for text, problem in {
@@ -154,7 +154,7 @@ def test_columns_are_named_by_what_they_hold():
         load_config("digits", ["data.columns=image=photo"])
 
 
-def test_held_out_is_a_share_or_a_folder():
+def test_held_out_is_share_or_folder():
     for text, value in {"0.05": 0.05, "5e-2": 0.05, "0": 0.0, "x/0.05": "x/0.05", "''": ""}.items():
         config = load_config("digits", [f"data.held_out={text}"])
         assert config.data.held_out == value
@@ -174,7 +174,7 @@ def test_every_field_has_help():
     assert [name for name, text in helps.items() if not text] == []
 
 
-def test_a_written_configuration_holds_every_section_and_field():
+def test_written_configuration_holds_every_section_and_field():
     written = to_dict(load_config("digits"))
     assert written.pop("preset") == "digits"
     assert [
@@ -222,7 +222,7 @@ TEXTS = {  # what --set is given, and what a field of text takes
 
 
 @pytest.mark.parametrize(("text", "expected"), TEXTS.items(), ids=repr)
-def test_a_field_of_text_takes_text_as_it_stands(text, expected):
+def test_text_field_takes_its_text_verbatim(text, expected):
     config = load_config("digits", [f"data.path={text}"])
     assert config.data.path == expected
     assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
@@ -244,7 +244,7 @@ PLAIN = (
 
 
 @pytest.mark.parametrize("text", PLAIN)
-def test_plain_text_in_a_file_is_text_and_a_number_is_decimal(text):
+def test_plain_text_in_file_is_text_and_a_number_is_decimal(text):
     values = parse_yaml(f"data: {{path: {text}, downsample: 1, resolution: 32}}", "x")
     assert config_from_dict(values, "x").data.path == text
 
@@ -290,14 +290,14 @@ def test_numbers_are_decimal_and_truth_has_its_usual_words(field, text):
         ("", ()),
     ],
 )
-def test_a_comma_in_a_prompt_does_not_part_it(text, prompts):
+def test_comma_in_prompt_does_not_split_it(text, prompts):
     text_model = ["data.text=wordllama", "model.text_width=256"]
     config = load_config("mnist", [*text_model, f"sample.prompts={text}"])
     assert config.sample.prompts == prompts
     assert config_from_dict(parse_yaml(to_yaml(config), "x"), "x") == config
 
 
-def test_a_retired_field_is_read_at_its_old_value_alone():
+def test_retired_field_is_accepted_only_at_its_old_value():
     assert load_config("digits", ["train.processes=1"]) == load_config("digits")
     saved = to_dict(load_config("digits"))
     assert "processes" not in saved["train"]
@@ -371,7 +371,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG.items(), ids=WRONG)
-def test_wrong_overrides_get_one_line(override, message):
+def test_wrong_override_is_one_line_error(override, message):
     with pytest.raises(ConfigError) as error:
         load_config("digits", [override])
     assert message in str(error.value)
@@ -387,7 +387,7 @@ NUMBERS = [name for name, hint in HINTS.items() if {int, float} & {hint, *typing
 ABSURD = ["1" + 20 * "0", "1e300", "-1", "-1e300", "1e-300", ".nan", ".inf", "-.inf"]
 
 
-def test_the_table_of_numbers_holds_every_field():
+def test_table_of_numbers_holds_every_field():
     assert set(HINTS) == set(field_names())
     assert {"train.lr", "model.depth", "data.resolution", "sample.guidance_interval"} <= set(
         NUMBERS
@@ -395,7 +395,7 @@ def test_the_table_of_numbers_holds_every_field():
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-def test_no_field_takes_an_absurd_number(field):
+def test_absurd_numbers_are_rejected_in_every_field(field):
     """Huge, negative, next to zero or no number at all: one line each, naming the field."""
     for value in ABSURD:
         if (field, value) == ("diffusion.logit_mean", "-1"):
@@ -423,7 +423,7 @@ def test_no_field_takes_an_absurd_number(field):
         ),
     ],
 )
-def test_sizes_that_are_absurd_together_are_refused(overrides, message):
+def test_sizes_that_are_absurd_together_are_rejected(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("digits", ["data.path=x", *overrides])
 
@@ -506,7 +506,7 @@ ALLOWED = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), REFUSED.items(), ids=map(" ".join, REFUSED))
-def test_objectives_and_options_that_make_no_sense_together_are_refused(overrides, message):
+def test_unfitting_objective_and_options_are_rejected(overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config("digits", overrides)
     assert message in str(error.value)
@@ -514,12 +514,12 @@ def test_objectives_and_options_that_make_no_sense_together_are_refused(override
 
 
 @pytest.mark.parametrize("overrides", ALLOWED, ids=" ".join)
-def test_objectives_and_options_that_fit_are_taken(overrides):
+def test_fitting_objective_and_options_are_accepted(overrides):
     load_config("digits", overrides)
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_the_bound_on_parameters_is_on_a_good_estimate(name, monkeypatch):
+def test_bounded_parameter_count_is_a_good_estimate(name, monkeypatch):
     """It needs no torch: a bound well above the truth takes a preset, one well below refuses it."""
     from diffussm_cli.profiling.flops import cost
 
@@ -531,7 +531,7 @@ def test_the_bound_on_parameters_is_on_a_good_estimate(name, monkeypatch):
         load_config(name)
 
 
-def test_guidance_without_classes_is_refused():
+def test_guidance_without_classes_is_rejected():
     with pytest.raises(ConfigError, match="sample.guidance: 2 needs a model of classes or text"):
         load_config("digits", ["model.num_classes=0", "sample.guidance=2"])
 
@@ -553,14 +553,14 @@ def test_guidance_without_classes_is_refused():
         ("train: !!map [1]", "not valid YAML"),
     ],
 )
-def test_wrong_preset_files(tmp_path, text, message):
+def test_wrong_preset_file_is_one_line_error(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(str(path))
 
 
-def test_missing_huge_and_binary_preset_files(tmp_path):
+def test_missing_huge_or_binary_preset_file_is_one_line_error(tmp_path):
     with pytest.raises(ConfigError, match="did you mean 'mnist'"):
         load_config("mnst")
     with pytest.raises(ConfigError, match="No such file"):
@@ -591,7 +591,7 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
     assert r"sk\xf6ldpadda" in done.stdout
 
 
-def test_text_that_cannot_name_a_file():
+def test_text_that_cannot_name_a_file_is_rejected():
     check_text(Path("a" * 255) / "b", "--out")
     check_text("3," * 1000, "--classes")  # no path: as long as it likes
     with pytest.raises(ConfigError, match="--out: .* has a name of more than 255 bytes"):
@@ -601,7 +601,7 @@ def test_text_that_cannot_name_a_file():
 @pytest.mark.parametrize(
     "kind", [["model.mixer=linear"], ["model.mixer=attention"], ["model.backbone=dit"]], ids=str
 )
-def test_heads_must_divide_the_width_where_there_are_heads(kind):
+def test_heads_that_do_not_divide_width_are_rejected_where_used(kind):
     with pytest.raises(ConfigError, match="model.heads: 5 must divide model.hidden_size"):
         load_config("digits", ["model.heads=5", *kind])
     load_config("digits", ["model.heads=5", "model.mixer=conv"])

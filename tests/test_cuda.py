@@ -34,7 +34,7 @@ def test_transforms_are_float32_under_bfloat16_autocast(monkeypatch):
     assert y.dtype == torch.bfloat16
 
 
-def test_an_update_does_not_wait_for_the_device(tiny):
+def test_update_does_not_wait_for_the_device(tiny):
     config = tiny(*SETTINGS)
     step, batch = Step(config, device()), make_batch(open_source(config), config, 0)
     step.update(batch)  # the first one makes the optimiser's state

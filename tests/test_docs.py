@@ -47,7 +47,7 @@ def test_readme_is_short_and_holds_its_commands():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8"))
     made_later = "api/"  # when the site is built, which checks these links
     assert [
@@ -55,12 +55,12 @@ def test_links_lead_somewhere(page):
     ] == []
 
 
-def test_examples_were_found():
+def test_documented_examples_are_found():
     assert {words.values[0][0] for words in EXAMPLES} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("words", EXAMPLES)
-def test_commands_exist_as_they_are_written(words):
+def test_documented_commands_and_options_exist(words):
     command = COMMANDS[words[0]]
     known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | {"--help"}
     assert {w.partition("=")[0] for w in words[1:] if re.match("--?[a-z]", w)} <= known
@@ -73,7 +73,7 @@ def test_commands_exist_as_they_are_written(words):
         )
 
 
-def test_examples_of_the_library_run(tmp_path, monkeypatch):
+def test_library_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     blocks = re.findall(
@@ -87,7 +87,7 @@ def test_examples_of_the_library_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_python_of_readme_runs(tmp_path, monkeypatch, capsys):
+def test_readme_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     names: dict = {}
@@ -97,7 +97,7 @@ def test_python_of_readme_runs(tmp_path, monkeypatch, capsys):
     assert float(capsys.readouterr().out) == pytest.approx(298.7, abs=0.05)
 
 
-def test_the_map_of_contributing_names_every_folder():
+def test_map_in_contributing_names_every_folder():
     tree = re.search(
         r"## The map\n\n((?:    .+\n)+)", (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     )[1]
@@ -113,14 +113,14 @@ def test_the_map_of_contributing_names_every_folder():
     assert packages - paths == set()
 
 
-def test_the_public_interface_lists_every_name():
+def test_public_interface_page_lists_every_name():
     page = (ROOT / "docs" / "interface.md").read_text("utf-8")
     assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(
         set(diffussm.__all__) - {"__version__"}
     )
 
 
-def test_nothing_asks_an_index_for_this_package():
+def test_package_is_never_requested_from_an_index():
     """It is on none."""
     code = [
         path
@@ -152,17 +152,17 @@ INDEX = re.findall(
 )
 
 
-def test_the_index_was_read():
+def test_index_of_results_is_parsed():
     assert len(INDEX) > 30
 
 
 @pytest.mark.parametrize(("what", "numbers", "file"), INDEX, ids=lambda x: str(x)[:40])
-def test_numbers_of_the_index_stand_in_their_results(what, numbers, file):
+def test_indexed_numbers_stand_in_their_results(what, numbers, file):
     text = (ROOT / "benchmarks" / file).read_text("utf-8")
     assert [n for n in NUMBER.findall(numbers) if not is_printed_in(n, text)] == [], what
 
 
-def test_results_of_readme_stand_where_it_says():
+def test_readme_results_stand_in_their_sources():
     rows = re.findall(
         r"^\| .+ \| (.+) \| (\[.+) \|$", (ROOT / "README.md").read_text("utf-8"), re.M
     )
@@ -180,7 +180,7 @@ def test_citation_names_this_version():
     assert f"\n## {__version__} (20" in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_tables_of_the_studies_stand_in_the_documentation(monkeypatch):
+def test_study_tables_stand_in_the_documentation(monkeypatch):
     """As report.py makes them from the committed results."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "studies"))
     report, studies = importlib.import_module("report"), importlib.import_module("study")
@@ -199,7 +199,7 @@ def test_tables_of_the_studies_stand_in_the_documentation(monkeypatch):
     assert compared >= 10
 
 
-def test_the_table_of_all_trainings_is_what_the_report_writes(tmp_path, monkeypatch):
+def test_table_of_all_trainings_equals_output_of_report(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "studies"))
     importlib.import_module("report").write_csv(tmp_path / "all.csv")
     stored = ROOT / "docs" / "results" / "all.csv"

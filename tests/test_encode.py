@@ -91,7 +91,7 @@ def size_of(path):
 
 
 # ------------------------------------------------------------------------------------- good courses
-def test_encode_says_what_it_did(images, vae, tmp_path):
+def test_encode_reports_its_work(images, vae, tmp_path):
     result = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS)
     assert result.exit_code == 0, result.output
     assert result.stdout == ""
@@ -112,7 +112,7 @@ def test_encode_says_what_it_did(images, vae, tmp_path):
     assert "is complete already" in again.stderr
 
 
-def test_names_are_printed_as_they_are(images, vae, tmp_path):
+def test_names_are_printed_verbatim(images, vae, tmp_path):
     """Though they read as rich's markup or as an emoji, or are no text at all."""
     target = tmp_path / "a[b]:smile:[" / "red]"
     for _ in range(2):
@@ -126,7 +126,7 @@ def test_names_are_printed_as_they_are(images, vae, tmp_path):
     )
 
 
-def test_names_that_are_no_text_are_encoded(vae, tmp_path):
+def test_file_names_that_are_no_text_are_encoded(vae, tmp_path):
     folder = os.fsencode(tmp_path / "images") + b"/caf\xe9"
     os.makedirs(folder)
     Image.new("RGB", (16, 16)).save(os.fsdecode(folder + b"/\xe9.png"))
@@ -146,7 +146,7 @@ def test_names_that_are_no_text_are_encoded(vae, tmp_path):
     ("cores", "local", "expected"),
     [(64, "8", 8), (64, None, 16), (64, "1", 16), (4, "8", 1), (64, "x", 16)],
 )
-def test_processes_of_a_machine_share_its_cores(monkeypatch, cores, local, expected):
+def test_processes_of_machine_share_its_cores(monkeypatch, cores, local, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", local) if local else monkeypatch.delenv(
@@ -190,7 +190,7 @@ def test_tar_shards_and_a_flat_folder_hold_the_same_latents(images, vae, tmp_pat
     assert torch.equal(*means)
 
 
-def test_oblong_resolution(images, vae, tmp_path):
+def test_oblong_resolution_is_kept(images, vae, tmp_path):
     result = run(
         "encode",
         images,
@@ -207,7 +207,7 @@ def test_oblong_resolution(images, vae, tmp_path):
     assert (settings["resolution"], settings["flip"]) == ([8, 24], False)
 
 
-def test_bf16_is_refused_without_hardware_for_it(images, vae, tmp_path, monkeypatch):
+def test_bf16_is_rejected_without_hardware_for_it(images, vae, tmp_path, monkeypatch):
     monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: False)
     bf16 = run("encode", images, tmp_path / "store", "--vae", vae, *OPTIONS, "--precision", "bf16")
     assert "bf16 has no hardware support" in line_of(bf16)
@@ -235,7 +235,7 @@ def replace_whole_file(monkeypatch, by):
         monkeypatch.setattr(f"diffussm_cli.{module}.whole_file", by)
 
 
-def test_interrupted_at_any_shard_ends_with_the_same_bytes(
+def test_interruption_at_any_shard_ends_with_the_same_bytes(
     images, vae, store, tmp_path, monkeypatch
 ):
     """The death of the process between any two writes,
@@ -341,7 +341,7 @@ def test_flipped_byte_is_named_and_mended_by_the_printed_command(images, vae, st
 
 
 # ----------------------------------------------------------------------------------------- mistakes
-def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch):
+def test_mistakes_are_rejected_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(encoding, "load_vae", None)
     (tmp_path / "empty").mkdir()
@@ -395,7 +395,7 @@ def test_mistakes_before_any_model_is_loaded(images, vae, tmp_path, monkeypatch)
         assert sorted(p.name for p in tmp_path.rglob("*")) == before, arguments
 
 
-def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
+def test_errors_of_other_files_are_not_blamed_on_the_target(tmp_path):
     with pytest.raises(OSError, match="elsewhere"), locked_store(tmp_path / "store", ALONE):
         raise OSError(errno.EACCES, "Permission denied", "elsewhere")
     assert list(tmp_path.iterdir()) == []
@@ -404,7 +404,7 @@ def test_only_what_is_wrong_with_the_target_is_blamed_on_it(tmp_path):
         locked_store(tmp_path / name, ALONE).__enter__()
 
 
-def test_resolution_that_the_vae_cannot_take(images, tmp_path, monkeypatch):
+def test_resolution_that_vae_cannot_take_is_rejected(images, tmp_path, monkeypatch):
     folder = save_vae(tmp_path / "vae", block_out_channels=(4,) * 5)
     monkeypatch.setattr(encoding, "load_vae", None)
     line = line_of(
@@ -422,7 +422,7 @@ def test_strict_stops_at_the_first_broken_image(images, vae, tmp_path):
     assert "--strict: 03.png: not a PNG" in line
 
 
-def test_nothing_is_left_of_a_source_without_a_readable_image(vae, tmp_path):
+def test_source_without_readable_image_leaves_nothing(vae, tmp_path):
     (tmp_path / "images").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "images" / name).write_bytes(b"text")
@@ -489,7 +489,7 @@ def test_broken_links_are_skipped(images, vae, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [None, 100])
-def test_lost_shard_of_a_finished_store_is_encoded_again(images, vae, store, tmp_path, cut):
+def test_lost_shard_of_finished_store_is_encoded_again(images, vae, store, tmp_path, cut):
     target = tmp_path / "store"
     target.mkdir()
     for name, data in files(store).items():
@@ -515,7 +515,7 @@ SCRIPT = "from diffussm_cli.cli import app\n\nif __name__ == '__main__':\n    ap
     sys.version_info < (3, 11), reason="children of Python 3.10 look into the current folder"
 )
 @pytest.mark.parametrize("program", ["module", "script"])
-def test_nothing_from_the_current_folder_is_imported(images, vae, tmp_path, program):
+def test_workers_import_nothing_from_current_folder(images, vae, tmp_path, program):
     """A data set of a stranger, encoded from inside, with a process that decodes."""
     source, script = tmp_path / "images", tmp_path / "bin" / "program.py"
     source.mkdir()
@@ -546,7 +546,7 @@ def test_nothing_from_the_current_folder_is_imported(images, vae, tmp_path, prog
     assert "2 images in ../store" in done.stderr
 
 
-def test_other_settings_and_sources_are_refused_with_the_difference(images, vae, store, tmp_path):
+def test_other_settings_and_sources_are_rejected_with_the_difference(images, vae, store, tmp_path):
     def refused(source, *options):
         return line_of(run("encode", source, store, "--vae", vae, *OPTIONS, *options))
 
@@ -570,7 +570,7 @@ def test_other_settings_and_sources_are_refused_with_the_difference(images, vae,
     assert files(store) == before
 
 
-def test_another_vae_under_the_same_name_is_refused(images, tmp_path):
+def test_changed_vae_under_the_same_name_is_rejected(images, tmp_path):
     folder = save_vae(tmp_path / "vae")
     assert run("encode", images, tmp_path / "out", "--vae", folder, *OPTIONS).exit_code == 0
     save_vae(folder, seed=1)
@@ -609,13 +609,13 @@ def test_full_disk_keeps_what_is_finished(images, vae, store, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("rank", "of"), [("2", "2"), ("x", "2"), ("0", "")])
-def test_wrong_ranks(images, tmp_path, monkeypatch, rank, of):
+def test_wrong_ranks_are_rejected(images, tmp_path, monkeypatch, rank, of):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", of)
     assert "RANK" in line_of(run("encode", images, tmp_path / "out"))
 
 
-def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_continue(images, vae, tmp_path, monkeypatch):
     def interrupted(self, images):
         raise KeyboardInterrupt
 
@@ -628,7 +628,7 @@ def test_ctrl_c_says_how_to_go_on(images, vae, tmp_path, monkeypatch):
     )
 
 
-def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
+def test_too_large_batch_is_one_line_error(images, vae, tmp_path, monkeypatch):
     def full(self, images):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -637,7 +637,7 @@ def test_too_large_a_batch_is_one_line(images, vae, tmp_path, monkeypatch):
     assert f"--batch-size: 2 does not fit into the memory of {device()}; reduce it" in line
 
 
-def test_killed_worker_is_one_line(images, vae, tmp_path, monkeypatch):
+def test_killed_worker_is_one_line_error(images, vae, tmp_path, monkeypatch):
     def killed(*arguments):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
         yield
@@ -675,7 +675,7 @@ def trained(store, vae, tmp_path_factory):
     return root
 
 
-def test_train_on_a_store_and_sample_through_its_vae(trained, vae, tmp_path):
+def test_run_on_store_is_sampled_through_its_vae(trained, vae, tmp_path):
     assert size_of(trained / "samples" / "step-00000004.png")[0] == "RGB"
     result = run("sample", trained, "--num", 3, "--steps", 2, "--classes", "0,1", "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -688,7 +688,7 @@ def test_train_on_a_store_and_sample_through_its_vae(trained, vae, tmp_path):
     assert meta["class_names"] == ["cat", "dog"]
 
 
-def test_sample_without_the_vae_warns_and_previews(trained, vae, tmp_path, monkeypatch):
+def test_sample_without_vae_warns_and_previews(trained, vae, tmp_path, monkeypatch):
     hidden = vae.with_name("hidden")
     vae.rename(hidden)
     try:
@@ -745,7 +745,7 @@ def test_run_takes_size_channels_and_vae_from_its_store(images, tmp_path):
     assert again.exit_code == 0, again.output
 
 
-def test_run_of_a_relative_vae_is_sampled_from_another_folder(images, tmp_path, monkeypatch):
+def test_run_of_relative_vae_is_sampled_from_another_folder(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_vae(tmp_path / "vaes" / "x", scaling_factor=0.9)
     assert run("encode", images, "store", "--vae", "vaes/x", *OPTIONS).exit_code == 0
@@ -774,7 +774,7 @@ def changed_run(trained, folder, pattern, by):
     return folder
 
 
-def test_run_without_a_hash_of_its_vae_goes_on_and_gets_one(trained, tmp_path):
+def test_run_without_hash_of_its_vae_continues_and_gets_one(trained, tmp_path):
     """As those of earlier versions."""
     root = changed_run(trained, tmp_path / "run", "vae_sha256: .*", "vae_sha256: ''")
     result = run("train", "--resume", "--out", root, "--set", "train.steps=6")
@@ -795,7 +795,7 @@ def test_swapped_vae_is_reported_by_sample(trained, vae, tmp_path):
     assert f"warning: {line}" in " ".join(result.stderr.split())
 
 
-def test_training_says_that_latents_have_another_scale(images, tmp_path):
+def test_training_reports_latents_of_other_scale(images, tmp_path):
     vae, target = save_vae(tmp_path / "vae", scaling_factor=30.0), tmp_path / "store"
     assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
     result = run(
@@ -813,7 +813,7 @@ def test_training_says_that_latents_have_another_scale(images, tmp_path):
     assert line in " ".join(result.stderr.split())
 
 
-def test_train_warns_of_a_missing_vae(store, vae, tmp_path, monkeypatch):
+def test_train_warns_of_missing_vae(store, vae, tmp_path, monkeypatch):
     hidden = vae.with_name("hidden")
     vae.rename(hidden)
     try:

@@ -31,11 +31,11 @@ GONE = FileNotFoundError(errno.ENOENT, "No such file", "a.txt")
         (KeyError(), "KeyError"),
     ],
 )
-def test_a_reason_is_one_short_line(error, words):
+def test_reason_is_one_short_line(error, words):
     assert reason(error) == words
 
 
-def test_only_the_operating_system_has_a_reason():
+def test_only_system_errors_have_a_reason():
     assert system_reason(FULL).startswith("No space left on device")
     assert system_reason(GONE) == "No such file"
     assert system_reason(OSError("a library's own")) is None
@@ -52,7 +52,7 @@ def test_only_the_operating_system_has_a_reason():
         (FileNotFoundError(errno.ENOENT, "No such file", "--out"), "--out: No such file"),
     ],
 )
-def test_writing_names_what_could_not_be_written(error, line):
+def test_writing_error_names_the_path(error, line):
     with pytest.raises(RunError) as caught, writing("--out"):
         raise error
     assert str(caught.value).startswith(line)
@@ -62,7 +62,7 @@ def test_writing_names_what_could_not_be_written(error, line):
 @pytest.mark.parametrize(
     "error", [OSError("a library's own"), ValueError("ours"), DataError("ours")]
 )
-def test_other_errors_pass_through_writing(error):
+def test_writing_passes_other_errors(error):
     with pytest.raises(type(error)) as caught, writing("--out"):
         raise error
     assert caught.value is error
@@ -77,7 +77,7 @@ def test_other_errors_pass_through_writing(error):
         (None, "No such file"),
     ],
 )
-def test_reading_says_what_is_wrong_with_a_file_and_the_remedy(tmp_path, content, words):
+def test_reading_error_says_the_fault_and_the_remedy(tmp_path, content, words):
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
@@ -99,11 +99,11 @@ def test_reading_says_what_is_wrong_with_a_file_and_the_remedy(tmp_path, content
         ("triton", "triton"),
     ],
 )
-def test_an_extra_is_installed_from_a_clone_or_by_its_packages(extra, packages):
+def test_extra_is_installed_from_a_clone_or_by_its_packages(extra, packages):
     assert install(extra) == f"pip install '.[{extra}]' in a clone, or pip install {packages}"
 
 
-def test_a_checkout_without_metadata_is_a_clone(monkeypatch):
+def test_checkout_without_metadata_counts_as_a_clone(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

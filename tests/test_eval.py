@@ -47,7 +47,7 @@ def digits():
 
 
 @pytest.mark.slow
-def test_each_metric_moves_the_way_it_should(digits, tmp_path):
+def test_metrics_worsen_with_blur_noise_and_collapse(digits, tmp_path):
     images, labels = digits
     rng = np.random.default_rng(0)
     blurred = [np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1.5))) for i in images]
@@ -83,7 +83,7 @@ def test_result_is_stored_and_shown(digits, tmp_path):
     assert stored["extractor"].startswith("digits-")
 
 
-def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
+def test_second_metric_reuses_kept_features(digits, tmp_path, monkeypatch):
     folder = save(tmp_path / "s", digits[0][:70])
     first = measure(folder, *REFERENCE, "--metrics", "fid,kid")
     # no feature can be had any more
@@ -92,7 +92,7 @@ def test_a_second_metric_takes_the_kept_features(digits, tmp_path, monkeypatch):
     assert again["metrics"]["kid"] == first["metrics"]["kid"]
 
 
-def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_path):
+def test_unwritable_cache_does_not_stop_evaluation(digits, tmp_path):
     (tmp_path / "file").write_text("")
     result = run(
         "eval",
@@ -107,7 +107,7 @@ def test_features_that_cannot_be_kept_do_not_stop_the_evaluation(digits, tmp_pat
     assert "warning: cache: features cannot be saved in" in result.stderr
 
 
-def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
+def test_made_reference_gives_the_scores_of_its_images(digits, tmp_path):
     real, samples = save(tmp_path / "real", digits[0][:200]), save(tmp_path / "s", digits[0][200:])
     made = run("eval", "--make-ref", real, tmp_path / "ref.npz")
     assert made.exit_code == 0, made.output
@@ -119,7 +119,7 @@ def test_made_reference_gives_the_figures_of_its_images(digits, tmp_path):
         assert (arrays["mu"].shape, arrays["sigma_s"].shape) == ((64,), (392, 392))
 
 
-def test_a_run_is_drawn_and_measured_without_files(tmp_path):
+def test_run_is_sampled_and_measured_without_files(tmp_path):
     root = tmp_path / "run"
     assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
     before = sorted(root.iterdir())
@@ -144,7 +144,7 @@ def test_a_run_is_drawn_and_measured_without_files(tmp_path):
     assert direct["metrics"] == pytest.approx(through_files["metrics"], rel=1e-6)
 
 
-def test_an_evaluation_renews_the_report_of_its_run(digits, tmp_path):
+def test_evaluation_renews_report_of_its_run(digits, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "config.yaml").write_text(to_yaml(load_config("mnist")))
     result = measure(save(tmp_path / "images", digits[0][:70]), *REFERENCE, "--metrics", "is")
@@ -156,7 +156,7 @@ def test_an_evaluation_renews_the_report_of_its_run(digits, tmp_path):
     assert "report.html cannot be written: " in damaged.stderr
 
 
-def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypatch):
+def test_network_draws_in_bf16_where_hardware_has_it(tmp_path, monkeypatch):
     assert run("train", "--preset", "mnist", "--out", tmp_path / "run", *SETTINGS).exit_code == 0
     more = ("--metrics", "is", "--out", tmp_path / "r.json")
     for has, name in {True: "bfloat16", False: "float32"}.items():
@@ -166,7 +166,7 @@ def test_the_network_draws_in_bf16_where_the_hardware_has_it(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_two_processes_measure_the_same(digits, tmp_path):
+def test_two_processes_measure_the_same_as_one(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:101])
     alone = measure(folder, *REFERENCE, "--no-cache")
     torchrun = [
@@ -200,7 +200,7 @@ ADM = [os.environ.get(name) for name in ("DIFFUSSM_ADM_SAMPLES", "DIFFUSSM_ADM_R
 @pytest.mark.skipif(
     not all(ADM), reason="DIFFUSSM_ADM_SAMPLES and DIFFUSSM_ADM_REFERENCE name no files of ADM"
 )
-def test_published_figures_of_adm():
+def test_adm_samples_get_their_published_scores():
     """ADM-G + ADM-U at 256 against VIRTUAL_imagenet256_labeled, as its evaluator prints them."""
     found = measure(ADM[0], "--reference", ADM[1], "--metrics", "fid,sfid,is,precision,recall")[
         "metrics"
@@ -211,7 +211,7 @@ def test_published_figures_of_adm():
     assert (found["precision"], found["recall"]) == pytest.approx((0.8265, 0.5309), abs=0.003)
 
 
-def test_previews_are_no_samples(digits, tmp_path):
+def test_previews_are_warned_of_as_samples(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:60])
     (folder / "meta.json").write_text(json.dumps({"decoded_by": "linear preview"}))
     assert (
@@ -240,7 +240,7 @@ def test_grey_digits_in_three_equal_channels_are_grey(digits, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "name"), [("folder", "007.png"), ("npz", "image 7 of arr_0")])
-def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, name):
+def test_grey_extractor_rejects_colours(digits, tmp_path, kind, name):
     images = [in_colour(i) for i in digits[0][:9]]
     images[7][3, 3] = 255, 0, 0
     samples = save(tmp_path / "s", images)
@@ -254,7 +254,7 @@ def test_colours_are_refused_by_an_extractor_of_grey(digits, tmp_path, kind, nam
     ) in line
 
 
-def test_any_resolution_can_be_cropped_to(digits, tmp_path):
+def test_resolution_option_crops_to_any_size(digits, tmp_path):
     images = [np.pad(i, 6, mode="edge") for i in digits[0][:40]]
     made = run(
         "eval", "--make-ref", save(tmp_path / "s", images), tmp_path / "r.npz", "--resolution", "28"
@@ -263,7 +263,7 @@ def test_any_resolution_can_be_cropped_to(digits, tmp_path):
     assert np.load(tmp_path / "r.npz")["arr_0"].shape == (40, 28, 28, 1)
 
 
-def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
+def test_result_that_cannot_be_written_is_shown(digits, tmp_path, monkeypatch):
     def refuse(path):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -283,7 +283,7 @@ def test_a_result_that_cannot_be_kept_is_shown(digits, tmp_path, monkeypatch):
     )
 
 
-def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypatch):
+def test_features_are_not_kept_without_a_home_folder(digits, tmp_path, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
@@ -298,7 +298,7 @@ def test_without_a_home_folder_features_are_not_kept(digits, tmp_path, monkeypat
     )
 
 
-def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path):
+def test_digits_extractor_for_other_pictures_is_a_warning(digits, tmp_path):
     words = "digits was chosen for grey 28x28 images, but it knows only handwritten digits"
     one, two = save(tmp_path / "1", digits[0][:40]), save(tmp_path / "2", digits[0][40:80])
     for arguments, warned in {
@@ -314,7 +314,7 @@ def test_digits_as_the_extractor_of_other_pictures_is_a_warning(digits, tmp_path
     )
 
 
-def test_names_are_printed_as_they_are(digits, tmp_path, monkeypatch):
+def test_names_are_printed_verbatim(digits, tmp_path, monkeypatch):
     """Though they read as rich's markup or as an emoji."""
     (tmp_path / "a[b]:smile:[").mkdir()
     samples, reference = (tmp_path / "a[b]:smile:[" / name for name in ("red]", "blue]"))
@@ -471,7 +471,7 @@ def things(tmp_path_factory, digits):
 
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_get_one_line(arguments, words, things, tmp_path, monkeypatch):
+def test_mistakes_are_one_line_errors(arguments, words, things, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert words.format(**things) in line_of(run("eval", *(things.get(a, a) for a in arguments)))
     assert list(tmp_path.iterdir()) == []
@@ -503,12 +503,12 @@ WRONG_FACTS = {
 
 
 @pytest.mark.parametrize(("change", "words"), WRONG_FACTS.values(), ids=WRONG_FACTS)
-def test_a_meta_file_without_sense_is_one_line(change, words, tmp_path):
+def test_senseless_meta_file_is_one_line_error(change, words, tmp_path):
     (tmp_path / "meta.json").write_text(json.dumps(META | change).replace('"@"', "1e999"))
     assert words in line_of(run("eval", tmp_path, *REFERENCE))
 
 
-def test_a_meta_file_of_other_images_is_warned_of(digits, tmp_path):
+def test_meta_file_of_other_images_is_warned_of(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:39])
     (folder / "meta.json").write_text(json.dumps(META | {"complete": False}))
     found = measure(folder, *REFERENCE, "--metrics", "is")["warnings"]
@@ -516,7 +516,7 @@ def test_a_meta_file_of_other_images_is_warned_of(digits, tmp_path):
     assert any("these images are not complete" in line for line in found)
 
 
-def test_drawn_images_are_compared_with_the_reference_of_their_run(tmp_path):
+def test_drawn_images_are_compared_with_reference_of_their_run(tmp_path):
     root, images = tmp_path / "run", tmp_path / "elsewhere"
     assert run("train", "--preset", "mnist", "--out", root, *SETTINGS).exit_code == 0
     assert run("sample", root, "-n", 10, "--steps", 2, "--out", images).exit_code == 0
@@ -527,7 +527,7 @@ def test_drawn_images_are_compared_with_the_reference_of_their_run(tmp_path):
 
 
 @pytest.mark.parametrize("parameter", ["out", "target"])
-def test_what_is_read_is_not_replaced(parameter, digits, tmp_path):
+def test_input_is_never_replaced_by_output(parameter, digits, tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, digits[0][:20, :, :, None])
     before = path.read_bytes()
@@ -541,14 +541,14 @@ def test_what_is_read_is_not_replaced(parameter, digits, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_distances_of_a_set_from_itself_are_zero(digits, tmp_path):
+def test_distances_of_set_from_itself_are_zero(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:40])
     found = measure(folder, "--reference", folder, "--metrics", "fid,sfid")["metrics"]
     assert 0 <= found["fid"] < 1e-6
     assert 0 <= found["sfid"] < 1e-6
 
 
-def test_options_that_are_not_used_are_named(digits, tmp_path):
+def test_unused_options_are_named(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:40])
     shown = run("eval", folder, *REFERENCE, "--metrics", "is", "-n", 20, "--set", "sample.steps=3")
     assert "warning: --num, --set: not used, because SAMPLES are images, not a run" in shown.stderr
@@ -558,7 +558,7 @@ def test_options_that_are_not_used_are_named(digits, tmp_path):
     )
 
 
-def test_foreign_text_reaches_no_terminal_as_an_escape(digits, tmp_path, monkeypatch):
+def test_foreign_text_reaches_terminal_without_escapes(digits, tmp_path, monkeypatch):
     """Of a folder's name on stdout, and of meta.json on stderr."""
     folder = save(tmp_path / "\x1b[31mred\u202e", digits[0][:40])
     (folder / "meta.json").write_text(json.dumps({"run": "\x1b]0;title"}))

@@ -5,7 +5,7 @@ import pytest
 from diffussm_cli.events import Message, Stage, finish
 
 
-def test_finish_gives_what_a_session_returns_and_passes_its_errors():
+def test_finish_returns_value_of_session_and_passes_its_errors():
     told = []
 
     def session(fail):

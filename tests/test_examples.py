@@ -36,7 +36,7 @@ def save_images(folder, seed=0, count=20, side=40):
     return folder
 
 
-def test_train_then_sample(run, tmp_path):
+def test_train_then_sample_examples_run(run, tmp_path):
     pytest.importorskip("sklearn")
     said = run("train.py", tmp_path / "run")
     assert [line.split(":")[0] for line in said.splitlines()] == ["step 20", "step 40", "step 60"]
@@ -48,7 +48,7 @@ def test_train_then_sample(run, tmp_path):
     assert len(list((tmp_path / "images").glob("0*.png"))) == 10
 
 
-def test_encode(run, tmp_path):
+def test_encode_example_runs(run, tmp_path):
     said = run(
         "encode.py",
         save_images(tmp_path / "photos"),
@@ -59,7 +59,7 @@ def test_encode(run, tmp_path):
     assert (tmp_path / "latents" / "manifest.json").is_file()
 
 
-def test_evaluate(run, tmp_path):
+def test_evaluate_example_runs(run, tmp_path):
     folders = [
         save_images(tmp_path / name, seed, 80, 28) for seed, name in enumerate(("images", "real"))
     ]
@@ -68,12 +68,12 @@ def test_evaluate(run, tmp_path):
     assert "note: 80 samples: published FID uses 50,000" in said
 
 
-def test_costs(run):
+def test_costs_example_prints_published_size(run):
     assert "xl at 256: 673,088,272 parameters, 1,024 tokens, 298.7 Gflops" in run("costs.py")
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))  # diffusers adds its folder of modules

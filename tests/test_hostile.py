@@ -43,7 +43,7 @@ def trained(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_pickle_under_the_name_of_weights_is_not_unpickled(trained, tmp_path):
+def test_pickle_named_as_weights_is_not_unpickled(trained, tmp_path):
     for path in (
         trained / "final" / runs.MODEL,
         trained / "checkpoints" / "step-00000004" / runs.EMA,
@@ -56,13 +56,13 @@ def test_a_pickle_under_the_name_of_weights_is_not_unpickled(trained, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_published_checkpoint_with_code_is_refused(tmp_path):
+def test_published_checkpoint_with_code_is_rejected(tmp_path):
     torch.save({"pos_embed": Attack(tmp_path / "owned")}, tmp_path / "evil.pt")
     assert "evil.pt" in line_of(run("sample", tmp_path / "evil.pt", "-n", 1))
     assert not (tmp_path / "owned").exists()
 
 
-def test_yaml_neither_runs_nor_unfolds(tmp_path):
+def test_yaml_neither_runs_code_nor_unfolds(tmp_path):
     with pytest.raises(ConfigError, match="not valid YAML"):
         parse_yaml(f"a: !!python/object/apply:builtins.open ['{tmp_path / 'owned'}', 'w']", "x")
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
@@ -74,12 +74,12 @@ def test_yaml_neither_runs_nor_unfolds(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def test_a_huge_configuration_is_not_read(trained):
+def test_huge_configuration_is_not_read(trained):
     (trained / "final" / "config.yaml").write_text("a: " + "x" * (2 << 20))
     assert "too large for a configuration" in line_of(run("sample", trained, "-n", 1))
 
 
-def test_a_configuration_cannot_ask_for_absurd_memory(trained):
+def test_configuration_of_absurd_memory_is_rejected(trained):
     """Absurd sizes are out of bounds; others are compared with the weights before memory is taken
     for them.
     """
@@ -105,7 +105,7 @@ def test_a_configuration_cannot_ask_for_absurd_memory(trained):
     ],
     ids=["nan", "inf", "int", "bool", "complex"],
 )
-def test_weights_that_are_no_finite_numbers_are_refused(tiny, tmp_path, change, words):
+def test_weights_that_are_not_finite_are_rejected(tiny, tmp_path, change, words):
     """In a folder without hashes, as a stranger would make it."""
     config = tiny()
     weights = build_model(config).state_dict()
@@ -118,7 +118,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(tiny, tmp_path, change, 
 
 
 @pytest.mark.parametrize("where", ["run folder", "preset", "option"])
-def test_an_extractor_in_a_field_is_a_name_and_no_code(trained, tmp_path, monkeypatch, where):
+def test_extractor_field_takes_a_name_and_no_code(trained, tmp_path, monkeypatch, where):
     (tmp_path / "foreign.py").write_text(f"open({str(tmp_path / 'reached')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path)
     path = trained / runs.CONFIG
@@ -139,7 +139,7 @@ def test_an_extractor_in_a_field_is_a_name_and_no_code(trained, tmp_path, monkey
     assert not (tmp_path / "reached").exists()
 
 
-def test_hashes_in_a_state_lead_nowhere(trained, tmp_path, monkeypatch):
+def test_hashes_in_state_reach_no_other_file(trained, tmp_path, monkeypatch):
     """Names of files come from us, never from state.json: nothing else is opened."""
     (tmp_path / "secret").write_text("x")
     hashed, sha256 = [], checkpoints.sha256
@@ -152,7 +152,7 @@ def test_hashes_in_a_state_lead_nowhere(trained, tmp_path, monkeypatch):
     assert hashed == [newest / name for name in (runs.MODEL, runs.EMA, runs.OPTIMIZER)]
 
 
-def test_record_of_a_shard_names_no_file_to_open():
+def test_record_of_shard_names_no_file_to_open():
     """Shards are named by their number; the names of skipped images are shown and never opened."""
     assert {f.name for f in dataclasses.fields(ShardRecord)} == {"sha256", "skipped", "mean", "std"}
 
@@ -168,7 +168,7 @@ def test_record_of_a_shard_names_no_file_to_open():
         '{"format": 1e999}',
     ],
 )
-def test_a_damaged_manifest_is_one_line(tmp_path, text):
+def test_damaged_manifest_is_one_line_error(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"^--verify: .*manifest\.json") as refused:
         read_settings(tmp_path, "--verify")
@@ -223,7 +223,7 @@ def strange(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_program_imports_nothing_from_the_current_folder(strange, tmp_path):
+def test_program_imports_nothing_from_current_folder(strange, tmp_path):
     command = [sys.executable, "-m", "diffussm_cli", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=strange)
     assert not (tmp_path / "owned").exists()
@@ -231,7 +231,7 @@ def test_the_program_imports_nothing_from_the_current_folder(strange, tmp_path):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
-def test_processes_that_the_program_starts_import_nothing_from_the_current_folder(
+def test_child_processes_import_nothing_from_current_folder(
     strange, tmp_path
 ):
     assert run("--version").exit_code == 0

@@ -128,7 +128,7 @@ def test_text_files_are_utf_8_whatever_the_locale():
     ] == []
 
 
-def test_calls_without_an_encoding_are_found():
+def test_calls_without_encoding_are_found():
     wrong = 'p.read_text(); p.write_text(t); p.open(); p.open("a"); open(p, "w")'
     right = 'p.open("rb"); open(p, "rb"); os.open(p, 0); write_text(p, t); p.open("a", encoding=u)'
     assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
@@ -144,7 +144,7 @@ IMPORTED = ("study.py", "measures.py", "changes.py")  # by benchmarks/studies/ru
 WITH_HELP = [p for p in SCRIPTS if p.parent.name != "examples" and p.name not in IMPORTED]
 
 
-def test_scripts_were_found_in_every_folder():
+def test_scripts_are_found_in_every_folder():
     assert {p.parent for p in SCRIPTS} == {ROOT.parent / folder for folder in FOLDERS}
 
 
@@ -180,7 +180,7 @@ def help_of_scripts(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.name)
-def test_scripts_start_with_help_from_any_folder(path, help_of_scripts):
+def test_scripts_show_help_from_any_folder(path, help_of_scripts):
     assert help_of_scripts[str(path)] == 0
 
 
@@ -213,11 +213,11 @@ def missing(tree):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts_ask_for_what_the_package_has(path):
+def test_scripts_use_only_names_of_the_package(path):
     assert list(missing(ast.parse(path.read_text(encoding="utf-8")))) == []
 
 
-def test_names_that_the_package_lacks_are_found():
+def test_missing_names_are_found():
     code = (
         "from diffussm_cli import gone\n"
         "from diffussm_cli.model import s4d, build_model\n"
@@ -244,7 +244,7 @@ QUICK += [
 
 
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
-def test_help_and_preset_errors_come_without_torch(arguments):
+def test_help_and_preset_errors_need_no_torch(arguments):
     code = (
         "import sys\n"
         "from diffussm_cli.cli import app\n"

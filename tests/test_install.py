@@ -54,7 +54,7 @@ def test_presets_are_found_from_any_folder(tmp_path):
     assert done.stdout.strip() == "1152", done.stderr
 
 
-def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_path):
+def test_presets_are_found_in_checkout_that_hides_the_installed_package(tmp_path):
     shutil.copytree(
         ROOT / "diffussm_cli",
         tmp_path / "diffussm_cli",
@@ -66,7 +66,7 @@ def test_presets_are_found_in_a_checkout_that_hides_the_installed_package(tmp_pa
     assert '"tokens": 64' in done.stdout, done.stderr
 
 
-def test_what_the_package_imports_is_declared():
+def test_imported_packages_are_declared():
     """As a dependency, or in an extra, whose packages are imported where they are used."""
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [

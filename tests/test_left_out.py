@@ -31,7 +31,7 @@ def line(root):
     )
 
 
-def test_train_says_what_it_does_not_use(faces, tmp_path):
+def test_train_reports_unused_files(faces, tmp_path):
     settings = (
         "--set",
         "model.num_classes=1",
@@ -55,7 +55,7 @@ def test_train_says_what_it_does_not_use(faces, tmp_path):
     assert result.stderr.splitlines().count(line(faces)) == 1
 
 
-def test_train_says_what_it_does_not_use_of_held_out_images(faces, tmp_path):
+def test_train_reports_unused_held_out_files(faces, tmp_path):
     """The images to train on stand in a folder of their own, which is used completely."""
     settings = [
         "model.num_classes=1",
@@ -77,7 +77,7 @@ def test_train_says_what_it_does_not_use_of_held_out_images(faces, tmp_path):
     assert "58 images (not in a class folder, such as '02.png')" in result.stderr
 
 
-def test_encode_says_what_it_does_not_use(faces, tmp_path):
+def test_encode_reports_unused_files(faces, tmp_path):
     options = ("--vae", save_vae(tmp_path / "vae"), "--resolution", 16, "--workers", 0)
     result = run("encode", faces, tmp_path / "store", *options)
     assert result.exit_code == 0, result.output
@@ -92,13 +92,13 @@ def measure(samples, reference):
     return result.stderr
 
 
-def test_eval_says_what_it_does_not_use(faces):
+def test_eval_reports_unused_files(faces):
     selected = faces / "selected"
     assert measure(faces, selected).splitlines().count(line(faces)) == 1
     assert measure(selected, faces).splitlines().count(line(faces)) == 1
 
 
-def test_eval_knows_what_sample_and_eval_put_beside_images(faces):
+def test_eval_knows_files_of_sample_and_eval_beside_images(faces):
     selected = faces / "selected"
     (selected / "meta.json").write_text("{}")
     for name in ("results.json", "samples.npz", "grid.png"):
@@ -106,7 +106,7 @@ def test_eval_knows_what_sample_and_eval_put_beside_images(faces):
     assert "left out" not in measure(selected, selected)
 
 
-def test_eval_says_that_labels_do_not_fit_the_images(faces, tmp_path):
+def test_eval_reports_labels_that_do_not_fit_images(faces, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1), dtype=np.uint8)
     np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.zeros(7, np.int64))
     wrong = "1 array (int64 of shape (7,), which is not one integer per image: 'arr_1')"

@@ -82,7 +82,7 @@ def test_public_functions_have_complete_type_hints():
 
 # ---------------------------------------------------------------------------------------- own loops
 @pytest.mark.parametrize("process", [ds.GaussianDiffusion(), ds.LinearFlow(), ds.ImageFlow()])
-def test_a_network_learns_in_a_loop_of_ones_own(process):
+def test_network_learns_in_custom_loop(process):
     torch.manual_seed(0)
     learn_sigma = isinstance(process, ds.GaussianDiffusion)
     sizes = {
@@ -130,7 +130,7 @@ def test_samples_depend_on_their_seed_alone():
 
 
 @pytest.mark.parametrize("mixer", ["s4d", "conv,axial"])
-def test_a_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
+def test_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
     sizes = {
         "input_size": (8, 16),
         "in_channels": 1,
@@ -150,7 +150,7 @@ def test_a_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- runs
-def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
+def test_bundled_model_draws_what_the_command_draws(tmp_path):
     run = ds.load("mnist")
     images = run.sample(3, classes=range(10), steps=4, guidance=2)
     assert images.dtype == torch.uint8
@@ -165,7 +165,7 @@ def test_a_model_of_the_package_draws_what_the_command_draws(tmp_path):
     assert ds.grid(images).mode == "L"
 
 
-def test_wrong_requests_are_one_line_that_names_the_parameter():
+def test_wrong_request_is_one_line_error_naming_the_parameter():
     run = ds.load("mnist")
     with pytest.raises(
         ConfigError, match="^classes: 99 is not a class of this model; it has 0 to 9$"
@@ -193,7 +193,7 @@ def test_wrong_requests_are_one_line_that_names_the_parameter():
     ],
 )
 @pytest.mark.parametrize("name", ["Run.sample", "sample", "evaluate"])
-def test_numbers_and_labels_of_a_request_are_checked(name, request_, line, tmp_path):
+def test_numbers_and_labels_of_request_are_checked(name, request_, line, tmp_path):
     run = ds.load("mnist")
     draw = {
         "Run.sample": run.sample,
@@ -208,7 +208,7 @@ def test_numbers_and_labels_of_a_request_are_checked(name, request_, line, tmp_p
 
 
 @pytest.mark.parametrize("wrong", ["resolution", "batch_size", "shard_size"])
-def test_numbers_of_an_encoding_are_checked_before_anything_is_written(wrong, tmp_path):
+def test_numbers_of_encoding_are_checked_before_anything_is_written(wrong, tmp_path):
     source = tmp_path / "images"
     source.mkdir()
     Image.new("RGB", (8, 8)).save(source / "a.png")
@@ -217,13 +217,13 @@ def test_numbers_of_an_encoding_are_checked_before_anything_is_written(wrong, tm
     assert list(tmp_path.iterdir()) == [source]
 
 
-def test_costs_are_those_of_the_command():
+def test_costs_equal_those_of_the_command():
     assert ds.cost("xl-256").parameters == 673_088_272
     assert ds.cost(ds.load_config("xl-256"), {"model.depth": 1}).gflops < 12
 
 
 # ----------------------------------------------------------------------------------------- own data
-def test_a_run_that_continues_by_a_name_keeps_its_own_configuration(tmp_path):
+def test_run_continued_by_name_keeps_its_configuration(tmp_path):
     first = train(tmp_path / "run", lr=0.005)
     again = ds.train(out=tmp_path / "run", resume=True, steps=5, show=False)
     assert again.config.train.lr == 0.005
@@ -231,7 +231,7 @@ def test_a_run_that_continues_by_a_name_keeps_its_own_configuration(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
 
 
-def test_a_dataset_of_ones_own_is_trained_resumed_sampled_and_evaluated(tmp_path):
+def test_custom_dataset_is_trained_resumed_sampled_and_evaluated(tmp_path):
     data = Squares(side=28)
     sizes = {"data.resolution": 28, "model.patch_size": 7, "model.num_classes": 2}
     config = ds.load_config(
@@ -269,7 +269,7 @@ def test_bytes_and_floats_of_the_same_images_train_alike(tmp_path):
     assert logs[0] == logs[1]
 
 
-def test_a_dataset_without_labels_trains_an_unconditional_model(tmp_path):
+def test_dataset_without_labels_trains_an_unconditional_model(tmp_path):
     settings = SMALL | {"model.num_classes": 0, "sample.guidance": 1}
     run = ds.train(
         "digits", tmp_path / "run", data=Squares(labelled=False), set=settings, show=False, **SHORT
@@ -320,18 +320,18 @@ class Odd(Squares):
         ),
     ],
 )
-def test_items_that_do_not_fit_are_named_before_training(tmp_path, item, line):
+def test_unfitting_items_are_named_before_training(tmp_path, item, line):
     with pytest.raises(DataError, match=line):
         train(tmp_path / "run", Odd(item))
 
 
 @pytest.mark.parametrize("image", [torch.full((1, 28, 28), 2.0), torch.ones(1, 28, 28).int()])
-def test_images_of_a_reference_are_checked_too(image):
+def test_reference_images_are_checked_too(image):
     with pytest.raises(DataError, match="data: item 0 of the Odd is .*; give uint8, or floats"):
         ds.evaluate("mnist", Odd(image), num=1, show=False)
 
 
-def test_what_does_not_matter_is_not_refused():
+def test_harmless_differences_are_accepted():
     """Latents have any size, whole numbers of any kind are labels, and labels of an unconditional
     model are not used.
     """
@@ -351,7 +351,7 @@ def test_what_does_not_matter_is_not_refused():
     assert len(DatasetSource(Odd(latents), dataclasses.replace(config, data=data))) == 24
 
 
-def test_a_run_on_a_dataset_cannot_go_on_without_it(tmp_path):
+def test_run_on_custom_dataset_cannot_resume_without_it(tmp_path):
     run = train(tmp_path / "run", Squares())
     with pytest.raises(
         ConfigError, match="^data.path: 'python:Squares' was a dataset of a Python program"

@@ -71,7 +71,7 @@ def pretended(monkeypatch):
 
 @pytest.mark.parametrize("preset", ["digits", "mnist-dit"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_forward(pretended, preset, grad):
+def test_forward_runs_on_pretended_gpu(pretended, preset, grad):
     config = load_config(preset, ["model.depth=1", "model.hidden_size=16", "model.heads=2"])
     with pretended, torch.set_grad_enabled(grad):
         model = build_model(config).to(CUDA)
@@ -84,7 +84,7 @@ def test_forward(pretended, preset, grad):
     assert output.device == CUDA
 
 
-def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, monkeypatch):
+def test_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, monkeypatch):
     config = tiny("train.precision=fp32", "train.accumulate=2", "train.grad_clip=1")
     batch = make_batch(open_source(config), config, 0)
 
@@ -105,7 +105,7 @@ def test_an_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny,
             step.meter.flush()
 
 
-def test_guided_and_clipped_denoiser(pretended):
+def test_guided_and_clipped_denoiser_runs_on_pretended_gpu(pretended):
     """What the samplers call; diffusers' schedulers themselves ask for values at each step."""
     config = load_config("digits", ["model.depth=1", "model.hidden_size=16"])
     request = SampleConfig(guidance=2.0, clip=True)
@@ -120,7 +120,7 @@ def test_guided_and_clipped_denoiser(pretended):
         )
 
 
-def test_digits_extractor(pretended):
+def test_digits_extractor_runs_on_pretended_gpu(pretended):
     with pretended:
         features = load_extractor("digits", None, CUDA)(
             torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
@@ -128,7 +128,7 @@ def test_digits_extractor(pretended):
     assert {f.device for f in features} == {CUDA}
 
 
-def test_vae(pretended, tmp_path, monkeypatch):
+def test_vae_runs_on_pretended_gpu(pretended, tmp_path, monkeypatch):
     monkeypatch.setattr(vae_module, "weights_sha256", lambda model: "")  # of values
     facts = read_facts(str(save_vae(tmp_path / "vae")))
     with pretended:

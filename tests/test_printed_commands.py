@@ -214,7 +214,7 @@ ALL = {name: commands_in(text) for name, text in (PAGES | HELP).items()}
 RUN = {name: listed(commands) for name, commands in ALL.items() if listed(commands)}
 
 
-def test_commands_were_found_and_no_exception_is_left_over():
+def test_commands_are_found_and_no_exception_is_left_over():
     everything = [command for commands in ALL.values() for command in commands]
     assert len(everything) > 70
     assert [c for c in CANNOT if not any(command.startswith(c) for command in everything)] == []

@@ -19,7 +19,7 @@ def profile(*arguments):
     return result.stdout
 
 
-def test_default_is_diffussm_beside_dit():
+def test_default_compares_diffussm_with_dit():
     out = json.loads(profile("--json"))
     assert [m["name"] for m in out["models"]] == ["DiffuSSM-XL", "DiT-XL/2", "DiT-XL/1"]
     ours, dit = out["models"][:2]
@@ -33,7 +33,7 @@ def test_default_is_diffussm_beside_dit():
     assert dit["training_gflops"] == pytest.approx(2.13e11, rel=3e-3)
 
 
-def test_grid_of_resolutions_and_letters():
+def test_grid_of_resolutions_and_sizes_is_profiled():
     out = json.loads(
         profile(
             *("--models", "s,dit-s/2", "--resolution", "256,512x256", "--no-count", "--json"),
@@ -60,7 +60,7 @@ def test_tables_hold_every_model(monkeypatch):
     assert "…" not in out
 
 
-def test_paper():
+def test_paper_tables_equal_published_values():
     out = profile("--paper")
     for text in ("118.64", "118.621", "280.3", "295.7", "2.13e+11", "2.5 times"):
         assert text in out
@@ -69,7 +69,7 @@ def test_paper():
     assert len(rows["training"]) == 4
 
 
-def test_latency_of_every_kind(tmp_path):
+def test_latency_is_measured_for_every_kind(tmp_path):
     figure = tmp_path / "figure.png"
     out = json.loads(
         profile(
@@ -87,7 +87,7 @@ def test_latency_of_every_kind(tmp_path):
         assert min(image.size) > 500
 
 
-def test_latency_table_says_how_time_grows(monkeypatch):
+def test_latency_table_shows_growth_of_time(monkeypatch):
     times = iter([2.0, 4.0, 16.0, 4.0])  # of each resolution, DiffuSSM first
 
     def measure(configs, kind, setting):
@@ -114,7 +114,7 @@ def test_estimate_measures_a_real_step():
     )
 
 
-def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
+def test_estimate_on_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     given = []
     monkeypatch.setattr(
         "diffussm_cli.profiling.report.pick_device",
@@ -130,7 +130,7 @@ def test_estimate_on_a_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     assert given == [3 << 30]
 
 
-def test_plan_of_a_job_is_that_of_each_process(monkeypatch):
+def test_estimate_of_job_is_per_process(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     alone = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -140,7 +140,7 @@ def test_plan_of_a_job_is_that_of_each_process(monkeypatch):
     assert alone != shared
 
 
-def test_a_figure_that_cannot_be_written_is_named_and_costs_no_result(tmp_path, monkeypatch):
+def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
     """A full disk, which tells no name."""
 
     def full(*_, **__):
@@ -172,11 +172,11 @@ def test_a_figure_that_cannot_be_written_is_named_and_costs_no_result(tmp_path, 
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(arguments, message):
+def test_mistakes_are_one_line_errors(arguments, message):
     assert message in line_of(run("profile", *arguments))
 
 
-def test_estimate_of_what_can_never_fit(monkeypatch):
+def test_estimate_of_impossible_size_is_one_line_error(monkeypatch):
     monkeypatch.setattr("diffussm_cli.profiling.timing.available_bytes", lambda device: 1 << 30)
     line = line_of(
         run(

@@ -103,7 +103,7 @@ def test_figure_and_search_need_no_network(page, site, tab):
         ("load_config", "/library/"),
     ],
 )
-def test_guides_come_first_in_the_search(words, page, site, tab):
+def test_guides_rank_first_in_search(words, page, site, tab):
     tab.open(site)
     assert pages_found(tab, words)[0] == page
 

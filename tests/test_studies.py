@@ -60,7 +60,7 @@ def test_runs_get_the_same_seconds_by_their_measured_steps():
         make(seconds=30.0).jobs({})
 
 
-def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kernels():
+def test_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kernels():
     from diffussm_cli.profiling.flops import cost
 
     config = load_config("digits")
@@ -70,7 +70,7 @@ def test_a_step_counts_a_forward_and_a_twice_as_long_backward_pass_and_the_kerne
     )
 
 
-def test_the_search_takes_a_third_and_its_best_value_for_each_run():
+def test_search_takes_a_third_and_its_best_value_for_each_run():
     study = make(images=9600, search={"train.lr": [0.1, 0.2, 0.3]})
     trials = study.trials()
     assert [t.name for t in trials] == ["a-0.1", "a-0.2", "a-0.3", "b-0.1", "b-0.2", "b-0.3"]
@@ -86,7 +86,7 @@ def test_the_search_takes_a_third_and_its_best_value_for_each_run():
         studies.choose(study, held_out | {"b-0.3": 1.0})
 
 
-def test_a_search_has_its_own_seed_and_share_and_leaves_out_runs_with_a_value():
+def test_search_has_its_own_seed_and_share_and_skips_runs_with_a_value():
     runs = {"a": {}, "b": {"train.lr": 0.5}}
     study = make(
         images=9600,
@@ -103,7 +103,7 @@ def test_a_search_has_its_own_seed_and_share_and_leaves_out_runs_with_a_value():
     assert [job.config().train.lr for job in study.jobs(chosen)[:2]] == [0.2, 0.5]
 
 
-def test_warm_up_is_a_share_of_every_run_that_does_not_set_it():
+def test_warm_up_is_share_of_every_run_that_does_not_set_it():
     runs = {"a": {}, "b": {"train.batch_size": 32}, "c": {"train.warmup_steps": 7}}
     a, b, c = make(images=6400, runs=runs, warmup=0.1).jobs({})[:3]
     assert a.config().train.warmup_steps == a.config().train.steps // 10 > 0
@@ -111,20 +111,20 @@ def test_warm_up_is_a_share_of_every_run_that_does_not_set_it():
     assert c.config().train.warmup_steps == 7
 
 
-def test_the_curve_takes_some_held_out_images_and_the_last_loss_all():
+def test_curve_uses_some_held_out_images_and_last_loss_all():
     job = make(images=640, curve_images=8).jobs({})[0]
     assert job.config().eval.held_out_images == 8
     assert job.held_out_images == load_config("digits").eval.held_out_images
     assert make(images=640).jobs({})[0].held_out_images is None
 
 
-def test_every_seed_of_training_may_have_samples_of_its_own():
+def test_every_training_seed_may_have_its_own_samples():
     assert [make(images=64, samples=50).sampling_seed(seed) for seed in (3, 4)] == [0, 0]
     study = make(images=64, samples=50, own_samples=True)
     assert [study.sampling_seed(seed) for seed in (3, 4)] == [150, 200]
 
 
-def test_repeat_takes_the_stored_configuration_or_refuses_another_one():
+def test_repeat_takes_stored_configuration_or_rejects_another():
     job = make(images=640).jobs({})[0]
     config = job.config()
     old = {
@@ -144,14 +144,14 @@ def test_repeat_takes_the_stored_configuration_or_refuses_another_one():
     assert studies.stored_config(new) == config
 
 
-def test_the_hash_tells_changes_of_the_network_apart():
+def test_hash_distinguishes_changes_of_network():
     config = load_config("digits")
     hashes = {studies.config_hash(config, change) for change in (None, "no-gate", "s4d-inv")}
     assert len(hashes) == 3
     assert studies.config_hash(config) in hashes
 
 
-def test_p_values_are_corrected_by_holm_as_in_his_example():
+def test_p_values_are_corrected_as_in_example_of_holm():
     p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
     assert report.holm(p) == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
 
@@ -166,7 +166,7 @@ def test_p_values_are_corrected_by_holm_as_in_his_example():
         ([-0.001, 0.004, 0.001], 0.5, "unknown"),  # its interval leaves the margin
     ],
 )
-def test_a_verdict_is_better_worse_equal_or_unknown(differences, p, expected):
+def test_verdict_is_better_worse_equal_or_unknown(differences, p, expected):
     assert report.verdict(differences, p, margin=0.002) == expected
 
 
@@ -184,14 +184,14 @@ def test_verdicts_wait_for_every_seed_of_every_run():
     assert report.verdict_table(study, results[:-1], "a") == []
 
 
-def test_seconds_to_a_loss_are_read_between_two_points():
+def test_seconds_to_a_loss_are_interpolated():
     curve = [10.0, 20.0, 30.0], [0.5, 0.3, 0.1]
     assert report.seconds_to(0.25, *curve) == pytest.approx(22.5)
     assert report.seconds_to(0.6, *curve) == 10.0
     assert report.seconds_to(0.05, *curve) is None
 
 
-def test_the_log_of_a_result_is_short_and_holds_the_means():
+def test_log_of_result_is_short_and_holds_the_means():
     records = [
         {"step": i, "loss": float(i), "grad_norm": None, "images_per_second": 2.0}
         for i in range(1, 401)
@@ -202,7 +202,7 @@ def test_the_log_of_a_result_is_short_and_holds_the_means():
     assert (log["loss"][0], log["grad_norm"][0]) == (2.5, None)
 
 
-def test_the_hash_tells_configurations_apart_but_not_seeds():
+def test_hash_distinguishes_configurations_but_not_seeds():
     a, _, b, _ = make(images=64).jobs({})
     assert (a.run, b.run, a.seed, b.seed) == ("a", "a", 3, 4)
     assert studies.config_hash(a.config()) == studies.config_hash(b.config())
@@ -211,7 +211,7 @@ def test_the_hash_tells_configurations_apart_but_not_seeds():
     )
 
 
-def test_intervals_and_paired_differences_by_hand():
+def test_intervals_and_paired_differences_equal_hand_computation():
     # t(2) at 0.975
     assert report.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
     assert report.half_width([1.0]) == math.inf
@@ -249,7 +249,7 @@ def test_losses_at_a_common_budget_are_read_from_the_curves(tmp_path, monkeypatc
     assert "at_images" not in report.load_results(make(images=64))[0]
 
 
-def test_a_report_shows_the_study_beside_it_first(tmp_path, monkeypatch):
+def test_report_shows_compared_study_first(tmp_path, monkeypatch):
     for study, run in [("s", "b"), ("s", "a"), ("later", "c")]:
         store(tmp_path, study, run)
     monkeypatch.setattr(report, "RESULTS", tmp_path)
@@ -259,7 +259,7 @@ def test_a_report_shows_the_study_beside_it_first(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_names_runs_that_exist(path):
+def test_every_study_names_existing_runs(path):
     study = studies.load_study(path.stem)
     assert study.rule
     if study.seconds:
@@ -269,7 +269,7 @@ def test_every_study_names_runs_that_exist(path):
 
 
 @pytest.mark.slow
-def test_a_study_runs_and_gives_the_same_held_out_loss_again(tmp_path, monkeypatch):
+def test_study_is_reproduced_with_the_same_held_out_loss(tmp_path, monkeypatch):
     small = {
         "preset": "mnist-noise",
         "model.hidden_size": 16,
@@ -351,7 +351,7 @@ OF_DIT = ("qk-norm", "rope", "local-attention", "stem", "mimetic", "modern")
 
 
 @pytest.mark.parametrize("change", [name for name in CHANGES if name not in OF_DIT])
-def test_a_change_changes_what_it_says_and_no_more(change, unchanged):
+def test_change_does_what_it_says_and_no_more(change, unchanged):
     config = load_config("digits")
     before, (images, held_out) = build_model(config), digits()
     CHANGES[change]()
@@ -430,7 +430,7 @@ def likes_itself(model):
 
 
 @pytest.mark.parametrize("change", [None, *OF_DIT])
-def test_a_change_of_dit_changes_what_it_says_and_no_more(change, unchanged):
+def test_change_of_dit_does_what_it_says_and_no_more(change, unchanged):
     if change:
         CHANGES[change]()
     model = small_dit()
@@ -458,7 +458,7 @@ def test_a_change_of_dit_changes_what_it_says_and_no_more(change, unchanged):
     assert torch.allclose(again(image, t, y), output)
 
 
-def test_the_local_convolution_of_attention_begins_as_the_identity():
+def test_local_convolution_of_attention_begins_as_the_identity():
     class Local(changes.ChangedAttention):
         local = True
 
@@ -469,7 +469,7 @@ def test_the_local_convolution_of_attention_begins_as_the_identity():
     assert torch.allclose(layer(x), plain(x), atol=1e-5)
 
 
-def test_turned_queries_and_keys_know_only_their_distance():
+def test_rotary_scores_depend_on_distance_alone():
     side, (q, k) = 4, torch.randn(2, 1, 1, 1, 10).double()  # 2 of the 10 channels stay
     scores = (
         changes.turn(q.expand(1, 1, 16, 10), side) @ changes.turn(k.expand(1, 1, 16, 10), side).mT
@@ -480,7 +480,7 @@ def test_turned_queries_and_keys_know_only_their_distance():
     assert len({round(value, 9) for value in values}) == 4
 
 
-def test_mimetic_queries_and_keys_without_noise_project_on_a_subspace(unchanged):
+def test_mimetic_weights_without_noise_project_on_subspace(unchanged):
     changes.mimetic(a=0.0, b=0.5)
     weight = small_dit().blocks[1].attention.qkv.weight.detach()
     for q, k in zip(weight[:12].split(6), weight[12:24].split(6)):

@@ -63,7 +63,7 @@ def steps(root):
 
 
 # ------------------------------------------------------------------------------------------- resume
-def test_the_same_command_begins_goes_on_and_is_done(tmp_path):
+def test_same_command_begins_continues_and_is_done(tmp_path):
     root = tmp_path / "run"
     first = train(root, "--resume")
     assert first.exit_code == 0
@@ -75,7 +75,7 @@ def test_the_same_command_begins_goes_on_and_is_done(tmp_path):
     assert steps(root) == [2, 4, 6]
 
 
-def test_resume_begins_again_where_no_checkpoint_was_reached(trained):
+def test_resume_restarts_run_without_checkpoint(trained):
     for path in runs.list_checkpoints(trained):
         (path / runs.STATE).unlink()
     assert train(trained, "--resume").exit_code == 0
@@ -98,7 +98,7 @@ LEFT_BEHIND = {
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["", "--resume"])
 @pytest.mark.parametrize("left", LEFT_BEHIND.values(), ids=LEFT_BEHIND)
-def test_a_folder_without_a_checkpoint_begins(tmp_path, left, resume):
+def test_folder_without_checkpoint_is_trained_from_the_start(tmp_path, left, resume):
     root = tmp_path / "run"
     root.mkdir()
     left(root)
@@ -108,7 +108,7 @@ def test_a_folder_without_a_checkpoint_begins(tmp_path, left, resume):
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"]], ids=["", "--resume"])
-def test_a_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
+def test_killed_start_leaves_its_name_free(tmp_path, monkeypatch, options):
     monkeypatch.chdir(tmp_path)
     for name in ("digits", "digits-2"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -150,7 +150,7 @@ def only(root, name):
 
 
 @pytest.mark.parametrize(("change", "options", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_in_the_way_is_kept(trained, change, options, words):
+def test_output_in_the_way_is_rejected_and_kept(trained, change, options, words):
     change(trained)
     line = line_of(train(trained, *options))
     assert line.startswith(f"diffussm: error: --out: '{trained}' {words}")
@@ -172,7 +172,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("text", "words"), CONFIGS.values(), ids=CONFIGS)
-def test_a_damaged_configuration_is_named_with_the_way_out(trained, monkeypatch, text, words):
+def test_damaged_configuration_is_named_with_the_remedy(trained, monkeypatch, text, words):
     path = trained / runs.CONFIG
     path.write_text(text) if text is not None else path.unlink()
     line = line_of(run("train", "--resume", "--out", trained))
@@ -198,7 +198,7 @@ def test_a_damaged_configuration_is_named_with_the_way_out(trained, monkeypatch,
 @pytest.mark.parametrize(
     "lost", ["absent", "a bit flipped", "of fewer steps", "without hashes", "config damaged"]
 )
-def test_a_finished_run_without_final_gets_it_again(trained, lost):
+def test_finished_run_without_final_gets_it_again(trained, lost):
     """As after a kill between the last checkpoint and final/."""
     final, steps = trained / "final", 4
     before = (final / runs.MODEL).read_bytes()
@@ -231,7 +231,7 @@ def test_a_finished_run_without_final_gets_it_again(trained, lost):
     assert "nothing to do" in train(trained, *command).stderr
 
 
-def test_a_read_only_working_directory_names_the_option(tmp_path, monkeypatch):
+def test_read_only_working_directory_names_the_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def forbid(self, *_, **__):
@@ -242,7 +242,7 @@ def test_a_read_only_working_directory_names_the_option(tmp_path, monkeypatch):
     assert "--out: cannot write to 'runs/digits': Permission denied; choose another --out" in line
 
 
-def test_names_are_printed_as_they_are(tmp_path, monkeypatch):
+def test_names_are_printed_verbatim(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = train(Path("o_[/b]") / "[red]x", "--set", "train.sample_every=4")
     assert result.exit_code == 0, result.output
@@ -291,7 +291,7 @@ def change_state(checkpoint, **values):
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(trained, damage):
+def test_damaged_checkpoint_is_named_and_the_former_one_taken(trained, damage):
     newest = runs.list_checkpoints(trained)[-1]
     damage(newest)
     result = train(trained, "--resume", "--set", "train.steps=6")
@@ -326,7 +326,7 @@ LOGS = {
 
 
 @pytest.mark.parametrize("damage", LOGS.values(), ids=LOGS)
-def test_a_damaged_log_is_set_aside_and_training_goes_on(trained, damage):
+def test_damaged_log_is_set_aside_and_training_continues(trained, damage):
     log = trained / "metrics.jsonl"
     (trained / "metrics.jsonl.damaged-1").write_text("of an earlier accident")
     damage(log)
@@ -376,7 +376,7 @@ def test_weights_of_best_are_checked(trained):
     )
 
 
-def test_optimiser_state_that_is_not_finite_is_refused(trained):
+def test_optimiser_state_that_is_not_finite_is_rejected(trained):
     """With hashes that fit, as a stranger would make them."""
     newest = runs.list_checkpoints(trained)[-1]
     state, tensors = runs.read_state(newest), runs.read_tensors(newest / runs.OPTIMIZER)
@@ -392,7 +392,7 @@ def test_optimiser_state_that_is_not_finite_is_refused(trained):
     ) in line
 
 
-def test_no_good_checkpoint_is_one_line(trained):
+def test_run_without_good_checkpoint_is_one_line_error(trained):
     for path in runs.list_checkpoints(trained):
         flip(path / runs.MODEL)
     assert "has no good checkpoint:" in line_of(
@@ -413,7 +413,7 @@ def test_sampling_skips_a_damaged_checkpoint(trained, tmp_path):
     )
 
 
-def test_a_run_is_read_under_any_locale(trained):
+def test_run_is_read_under_any_locale(trained):
     """Its configuration holds names of classes in UTF-8; here the locale's encoding is ASCII."""
     path = trained / "final" / runs.CONFIG
     path.write_text(path.read_text(encoding="utf-8").replace("- '0'", "- \u732b"), encoding="utf-8")
@@ -435,7 +435,7 @@ runs.write_weights(Path({str(trained / "best")!r}), config, {{}}, 1)
 
 
 # -------------------------------------------------------------------------------------- two writers
-def test_a_second_job_in_the_folder_is_refused(trained):
+def test_second_job_in_folder_is_rejected(trained):
     with locked(trained / ".lock-0"):
         assert "another process is training in" in line_of(
             train(trained, "--resume", "--set", "train.steps=6")
@@ -468,7 +468,7 @@ def wait_for(condition, process):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_its_own_code(tmp_path):
+def test_sigterm_saves_and_exits_with_its_own_code(tmp_path):
     root = tmp_path / "run"
     process = start(root, "train.steps=100000", "train.checkpoint_every=20")
     wait_for(lambda: runs.list_checkpoints(root), process)
@@ -497,7 +497,7 @@ def full_disk(size):
 
 
 @pytest.mark.parametrize("size", [0, 1000])
-def test_a_full_disk_on_resume_is_one_line_and_harms_nothing(trained, size):
+def test_full_disk_on_resume_is_one_line_error_and_harms_nothing(trained, size):
     before = {p.name: p.read_bytes() for p in trained.iterdir() if p.is_file()}
     with full_disk(size):
         result = train(trained, "--resume", "--set", "train.steps=6")
@@ -506,7 +506,7 @@ def test_a_full_disk_on_resume_is_one_line_and_harms_nothing(trained, size):
     assert train(trained, "--resume", "--set", "train.steps=6").exit_code == 0
 
 
-def test_a_full_disk_while_recording_is_one_line(trained):
+def test_full_disk_while_recording_is_one_line_error(trained):
     """TensorBoard's thread meets the limit first; its error must not appear as a traceback."""
     more = ("train.steps=300", "train.log_every=1", "train.checkpoint_every=1000")
     with full_disk(3000):
@@ -517,7 +517,7 @@ def test_a_full_disk_while_recording_is_one_line(trained):
     )
 
 
-def test_a_kill_while_the_log_is_written_again_keeps_it(trained, monkeypatch):
+def test_kill_while_log_is_rewritten_keeps_it(trained, monkeypatch):
     class Killed(BaseException):
         """Stands for a SIGKILL: nothing catches it."""
 
@@ -591,7 +591,7 @@ def mend(pictures):
         (pictures / f"{i:02d}.png").write_bytes((pictures / "04.png").read_bytes())
 
 
-def test_images_that_have_changed_are_said_and_checked_before_a_run_goes_on(pictures, tmp_path):
+def test_changed_images_are_reported_and_checked_before_resume(pictures, tmp_path):
     root, more = tmp_path / "run", ("--resume", "--set", "train.steps=6")
     mend(pictures)
     assert train_on(pictures, root).exit_code == 0
@@ -620,7 +620,7 @@ def comment(text):
     return info
 
 
-def test_an_image_that_breaks_during_a_run_is_named_with_the_two_ways_on(pictures, tmp_path):
+def test_image_that_breaks_during_run_is_named_with_two_remedies(pictures, tmp_path):
     root = tmp_path / "run"
     mend(pictures)
     config = load_config(
@@ -651,7 +651,7 @@ def test_an_image_that_breaks_during_a_run_is_named_with_the_two_ways_on(picture
     (pictures / "05.png").write_bytes(good)
 
 
-def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_says(
+def test_relative_image_folder_is_found_from_elsewhere_as_the_error_says(
     pictures, tmp_path, monkeypatch
 ):
     root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
@@ -677,7 +677,7 @@ def test_a_relative_folder_of_images_is_found_from_elsewhere_by_what_the_line_sa
     assert f"changed: data.path was 'pictures' and is now '{pictures}'" in result.stderr
 
 
-def test_a_class_folder_whose_name_is_no_text_is_refused_before_training(tmp_path):
+def test_class_folder_whose_name_is_no_text_is_rejected_before_training(tmp_path):
     for name in (b"caf\xe9", b"tea"):
         folder = os.fsencode(tmp_path / "pictures") + b"/" + name
         os.makedirs(folder)
@@ -689,7 +689,7 @@ def test_a_class_folder_whose_name_is_no_text_is_refused_before_training(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_a_configuration_removed_during_training_is_written_again(tmp_path):
+def test_configuration_removed_during_training_is_rewritten(tmp_path):
     config = load_config("digits", TINY)
     for event in session.train(config, tmp_path / "run"):
         if isinstance(event, TrainingRecord):
@@ -698,7 +698,7 @@ def test_a_configuration_removed_during_training_is_written_again(tmp_path):
     assert (tmp_path / "run" / runs.REPORT).is_file()
 
 
-def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(trained):
+def test_full_disk_ends_training_with_one_line_error_and_keeps_last_checkpoint(trained):
     """The log fits on the disk, a checkpoint does not."""
     before, longer = runs.newest_good(trained), ("--resume", "--set", "train.steps=6")
     with full_disk(20_000):
@@ -709,7 +709,7 @@ def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(trained
 
 
 @pytest.mark.slow
-def test_killed_at_random_and_started_again_equals_the_undisturbed(tmp_path):
+def test_run_killed_at_random_and_restarted_equals_undisturbed_run(tmp_path):
     """The same command after each SIGKILL; the weights in the end are those of a run that nobody
     disturbed, bitwise.
     """

@@ -41,7 +41,7 @@ def sample(trained, *arguments, n=3):
     return trained / "images"
 
 
-def test_a_run_records_its_encoder_and_shows_captions(trained):
+def test_run_records_its_encoder_and_shows_captions(trained):
     config = runs.read_config(trained / "final")
     assert (config.data.text, config.data.text_sha256) == ("letters", "ab" * 32)
     assert (trained / "samples" / "step-00000004.png").is_file()
@@ -74,7 +74,7 @@ def test_prompts_are_used_in_turn_and_recorded(trained, tmp_path):
     assert prompts == meta["prompts"]
 
 
-def test_a_film_ends_with_the_images_of_its_prompts(trained, tmp_path):
+def test_film_ends_with_images_of_its_prompts(trained, tmp_path):
     film = tmp_path / "f.gif"
     images = sample(
         trained, "--prompt", "red", "--prompt", "blue", "--guidance", 2, "--film", film, n=2
@@ -88,7 +88,7 @@ def test_a_film_ends_with_the_images_of_its_prompts(trained, tmp_path):
             np.testing.assert_allclose(shown, np.asarray(image), atol=1)
 
 
-def test_another_prompt_is_another_request(trained):
+def test_other_prompt_is_another_request(trained):
     first = sample(trained, "--prompt", "red")
     result = run("sample", trained, "-n", 3, "--steps", 2, "--prompt", "blue")
     assert "images-2" in result.stderr
@@ -96,7 +96,7 @@ def test_another_prompt_is_another_request(trained):
     assert "prompts was ['red'] and is now ['blue']" in line_of(refused)
 
 
-def test_one_line_for_each_mistake(trained, tmp_path):
+def test_each_mistake_is_one_line_error(trained, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     for arguments, problem in {
@@ -119,7 +119,7 @@ def test_one_line_for_each_mistake(trained, tmp_path):
         assert problem in line_of(run("sample", trained, "-n", 2, "--steps", 2, *arguments))
 
 
-def test_eval_draws_what_prompts_say(trained, tmp_path):
+def test_eval_draws_its_prompts(trained, tmp_path):
     (tmp_path / "prompts.txt").write_text("red\nblue\n")
     arguments = [
         "eval",
@@ -147,7 +147,7 @@ def test_eval_draws_what_prompts_say(trained, tmp_path):
     assert 0 <= names["metrics"]["retrieval_top1"] <= names["metrics"]["retrieval_top5"] <= 1
 
 
-def test_a_reference_that_is_given_replaces_the_held_out_images(captioned, tmp_path):
+def test_given_reference_replaces_held_out_images(captioned, tmp_path):
     """So a fetched run can be measured where its own data are missing."""
     (tmp_path / "images").rename(tmp_path / "held")
     shutil.copytree(tmp_path / "held", tmp_path / "images")
@@ -171,7 +171,7 @@ def test_a_reference_that_is_given_replaces_the_held_out_images(captioned, tmp_p
     assert "data.held_out" in line_of(run(*arguments))
 
 
-def test_pictures_of_what_they_should_show_are_found(tmp_path):
+def test_retrieval_finds_pictures_that_match_their_prompts(tmp_path):
     """Samples that are the captioned images themselves are found by every prompt, and by none of
     shuffled prompts.
     """

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
+def test_gpu_check_completes_at_toy_sizes(tmp_path):
     pytest.importorskip("sklearn")
     report = tmp_path / "report.md"
     command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--toy", "--out", report]
@@ -42,7 +42,7 @@ def test_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_quick_gpu_check_runs_to_its_end_at_toy_sizes(tmp_path):
+def test_quick_gpu_check_completes_at_toy_sizes(tmp_path):
     report = tmp_path / "report.md"
     command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--quick", "--toy", "--out", report]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -68,14 +68,14 @@ def gpu_check(monkeypatch):
     return module
 
 
-def test_a_part_of_the_gpu_check_finds_the_package_of_its_checkout(gpu_check):
+def test_part_of_gpu_check_imports_package_of_its_checkout(gpu_check):
     command = ["-c", "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[0])"]
     succeeded, section = gpu_check.run(gpu_check.Part("Path", command), 60)
     assert succeeded
     assert f"\n{ROOT}\n" in section
 
 
-def test_a_part_that_does_not_end_keeps_what_it_printed(gpu_check):
+def test_part_that_does_not_end_keeps_its_output(gpu_check):
     code = (
         "import time; print('{\"speed\": 5}', flush=True); print('{\"half', end='', "
         "flush=True); time.sleep(60)"
@@ -86,7 +86,7 @@ def test_a_part_that_does_not_end_keeps_what_it_printed(gpu_check):
     assert "| speed | 5 |" in section
 
 
-def test_parts_that_find_no_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
+def test_parts_without_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
     parts = [
         gpu_check.Part(name, ["-c", "import time; time.sleep(60)"]) for name in ("First", "Second")
     ]
@@ -100,7 +100,7 @@ def test_parts_that_find_no_time_are_named(gpu_check, tmp_path, monkeypatch, cap
     assert "failed: First, Second" in capsys.readouterr().out
 
 
-def test_gpu_check_without_a_gpu_says_so():
+def test_gpu_check_without_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     done = subprocess.run(
@@ -240,7 +240,7 @@ def test_emoji_are_made_from_packages(packages, fetch):
         ),
     ],
 )
-def test_unsuitable_packages_are_one_line(packages, fetch, spoil, line):
+def test_unsuitable_packages_are_one_line_error(packages, fetch, spoil, line):
     spoil(packages)
     code, _, error = fetch("--from", packages)
     assert code == 1
@@ -249,7 +249,7 @@ def test_unsuitable_packages_are_one_line(packages, fetch, spoil, line):
     assert error.count("\n") == 1
 
 
-def test_emoji_without_npm_say_so(fetch, tmp_path, monkeypatch):
+def test_missing_npm_is_one_line_error(fetch, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, error = fetch()
     assert code == 1
@@ -283,7 +283,7 @@ def test_emoji_are_downloaded_with_npm(packages, fetch, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_is_bundled_and_measured(tmp_path):
+def test_run_is_bundled_and_measured(tmp_path):
     pytest.importorskip("mlxtend")
     pytest.importorskip("sklearn")
     config = load_config(
