@@ -446,9 +446,7 @@ def test_empty_image_is_drawn_again(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("fast", "precision"), [(True, "bfloat16"), (False, "float32")])
-def test_sample_takes_bf16_where_hardware_has_it(
-    trained, tmp_path, monkeypatch, fast, precision
-):
+def test_sample_takes_bf16_where_hardware_has_it(trained, tmp_path, monkeypatch, fast, precision):
     monkeypatch.setattr(device, "has_bf16", lambda device: fast)
     assert run("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "meta.json").read_text())["precision"] == precision

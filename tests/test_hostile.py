@@ -231,9 +231,7 @@ def test_program_imports_nothing_from_current_folder(strange, tmp_path):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no safe path")
-def test_child_processes_import_nothing_from_current_folder(
-    strange, tmp_path
-):
+def test_child_processes_import_nothing_from_current_folder(strange, tmp_path):
     assert run("--version").exit_code == 0
     child = multiprocessing.get_context("spawn").Process(target=os.getpid)
     child.start()

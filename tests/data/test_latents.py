@@ -549,9 +549,7 @@ def test_bad_record_is_one_line_and_its_shard_is_encoded_again(whole, copy, chan
     assert path.read_bytes() == (whole.store / path.name).read_bytes()
 
 
-def test_deleted_files_are_rewritten_bitwise_and_others_left_alone(
-    whole, copy
-):
+def test_deleted_files_are_rewritten_bitwise_and_others_left_alone(whole, copy):
     lost = ["shard-00001.safetensors", "shard-00002.json", "listing.jsonl"]
     for name in lost:
         (copy / name).unlink()

@@ -211,9 +211,7 @@ def whole_numbers(found):
 
 
 @pytest.mark.parametrize("change", [shorter, not_finite, of_others, flat, whole_numbers])
-def test_stale_features_are_extracted_again(
-    pictures, tmp_path, digits, change
-):
+def test_stale_features_are_extracted_again(pictures, tmp_path, digits, change):
     images, cache = open_images(str(pictures), 1), tmp_path / "cache"
     first = gathered(images, digits, cache)[0]
     (file,) = cache.iterdir()

@@ -223,9 +223,7 @@ def test_out_of_memory_is_recognised():
 @pytest.mark.parametrize(
     ("platform", "has_it"), [("linux", True), ("linux", False), ("darwin", True)]
 )
-def test_only_glibc_is_told_to_keep_large_freed_blocks(
-    monkeypatch, platform, has_it
-):
+def test_only_glibc_is_told_to_keep_large_freed_blocks(monkeypatch, platform, has_it):
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, told = -1, -3, {}  # as malloc.h has them
     # musl has none
     library = types.SimpleNamespace(**({"mallopt": told.__setitem__} if has_it else {}))

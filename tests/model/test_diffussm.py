@@ -61,7 +61,9 @@ def test_xl_256_has_the_published_size_part_by_part():
         (1, 1, 2, 1, 1, 3, True),
     ],
 )
-def test_network_keeps_shape_for_any_grid_patch_compression_and_channels(H, W, C, P, M, classes, sigma):
+def test_network_keeps_shape_for_any_grid_patch_compression_and_channels(
+    H, W, C, P, M, classes, sigma
+):
     model = DiffuSSM((H, W), C, P, 12, 1, M, 4, classes, learn_sigma=sigma).to(device())
     y = torch.zeros(2, dtype=torch.long, device=device()) if classes else None
     out = model(randn(2, C, H, W), torch.tensor([0, 999], device=device()), y)

@@ -455,9 +455,7 @@ NOISE, FLOW = (), ("diffusion.objective=flow", "model.learn_sigma=false", "sampl
         (NOISE, "PNDMScheduler", {}, "PNDMScheduler begins at timestep 500 of 1000 in 501 steps"),
     ],
 )
-def test_unfitting_scheduler_is_one_line_error(
-    tiny, tmp_path, objective, kind, settings, line
-):
+def test_unfitting_scheduler_is_one_line_error(tiny, tmp_path, objective, kind, settings, line):
     pipe = load(final_of(tmp_path, tiny(*objective)))
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **settings)
     with pytest.raises(ValueError, match=line):

@@ -287,9 +287,7 @@ def test_first_average_and_its_files_equal_those_of_a_run_with_it_alone(tiny, tm
 
 
 @pytest.mark.parametrize("now", ["0.9,0.1,0.5", "0.1,0.9", "0.1", "0.2"])
-def test_averages_of_other_list_resume_by_decay_or_begin_as_the_first(
-    tiny, tmp_path, now
-):
+def test_averages_of_other_list_resume_by_decay_or_begin_as_the_first(tiny, tmp_path, now):
     before = trainer(tiny("train.ema=0.9,0.1"), tmp_path)
     list(before.run())
     after = trainer(tiny(f"train.ema={now}"), tmp_path)

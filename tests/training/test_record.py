@@ -88,9 +88,7 @@ class Recorded:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_tracker_gets_records_and_continues_on_resume(
-    tiny, tmp_path, monkeypatch, capsys, name
-):
+def test_tracker_gets_records_and_continues_on_resume(tiny, tmp_path, monkeypatch, capsys, name):
     tracker = Recorded()
     monkeypatch.setitem(sys.modules, name, tracker)
     for step in (1, 2):
