@@ -286,6 +286,39 @@ class Odd(Squares):
         return self.item
 
 
+class Named(Squares):
+    """Two named classes, and a last item with a label of choice."""
+
+    classes = ("dark", "bright")
+
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def __getitem__(self, i):
+        image, label = super().__getitem__(i)
+        return image, self.last if i == len(self) - 1 else label
+
+
+@pytest.mark.parametrize("label", [2, 3])
+def test_label_beyond_the_classes_of_a_dataset_is_named(label, tmp_path):
+    """Label 2 of two classes is the null class, which must not be trained as one of them."""
+    line = (
+        f"data: item 23 of the Named has the label {label}; labels must be whole numbers from 0 "
+        "to 1, because the data have 2 classes"
+    )
+    with pytest.raises(DataError, match=line):
+        train(tmp_path / "run", data=Named(label))
+
+
+@pytest.mark.parametrize("classes", [2, "two"])
+def test_classes_of_a_dataset_must_be_a_list_of_names(classes, tmp_path):
+    data = Squares()
+    data.classes = classes
+    with pytest.raises(DataError, match=f"classes of the Squares are {classes!r}; they must be a"):
+        train(tmp_path / "run", data=data)
+
+
 @pytest.mark.parametrize(
     ("item", "line"),
     [

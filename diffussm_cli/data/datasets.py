@@ -3,7 +3,7 @@
 B batch   C channels   H x W pixels or latents
 """
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,8 @@ class DatasetSource:
     must be in [-1, 1], latents need not. Labels do not count for a model without classes.
 
     Raises:
-        DataError: if it is empty, its first item does not fit the model, or the run needs captions.
+        DataError: if it is empty, its first item does not fit the model or its classes, or the run
+            needs captions.
     """
 
     left_out = ""  # of the items
@@ -47,8 +48,10 @@ class DatasetSource:
 
         if not len(self):
             raise DataError("data: the dataset is empty")
-        self._item(0)
+        self._image(0)
         self.class_names = self._names() if self.has_labels else ()
+        if self.class_names:
+            self._item(0)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -72,6 +75,13 @@ class DatasetSource:
 
     def _item(self, i: int) -> tuple[Tensor, int]:
         """Image and label of an item, checked."""
+        image, label = self._image(i)
+        if not self.has_labels:
+            return image, 0
+        return image, check_label(label, place(self.dataset, i), len(self.class_names))
+
+    def _image(self, i: int) -> tuple[Tensor, Any]:
+        """The image of an item, checked, and its label."""
         image, label = split(self.dataset[i])
         where = place(self.dataset, i)
         if tuple(image.shape) != self.shape:
@@ -79,7 +89,7 @@ class DatasetSource:
                 f"{where} has the shape {tuple(image.shape)}, but the model takes {self.shape}"
             )
         check_values(image, where, self.of_pixels)
-        return image, check_label(label, where) if self.has_labels else 0
+        return image, label
 
     def _names(self) -> tuple[str, ...]:
         """The Dataset's `classes`, or else the numbers up to its largest label, for which all items
@@ -87,6 +97,11 @@ class DatasetSource:
         """
         names = getattr(self.dataset, "classes", None)
         if names is not None:
+            if isinstance(names, str) or not isinstance(names, Iterable):
+                raise DataError(
+                    f"data: the classes of the {type(self.dataset).__name__} are {names!r:.80}; "
+                    "they must be a list of names"
+                )
             return tuple(map(str, names))
         labels = [
             check_label(split(self.dataset[i])[1], place(self.dataset, i)) for i in range(len(self))
@@ -113,13 +128,16 @@ def check_values(image: Tensor, where: str, of_pixels: bool) -> None:
         raise DataError(f"{where} is {kind} from {span}; give uint8, or floats in [-1, 1]")
 
 
-def check_label(label: Any, where: str) -> int:
-    """A label as an int. Raises DataError for one that is no whole number or out of bounds."""
+def check_label(label: Any, where: str, classes: int = MAX_CLASSES) -> int:
+    """A label as an int. Raises DataError for one that is no whole number below the number of
+    classes.
+    """
     number = whole(label)
-    if number is None or not 0 <= number < MAX_CLASSES:
+    if number is None or not 0 <= number < classes:
+        of = "" if classes == MAX_CLASSES else f", because the data have {classes} classes"
         raise DataError(
             f"{where} has the label {label!r:.80}; "
-            f"labels must be whole numbers from 0 to {MAX_CLASSES - 1}"
+            f"labels must be whole numbers from 0 to {classes - 1}{of}"
         )
     return number
 
