@@ -10,6 +10,7 @@ from typing import Any
 
 from diffussm_cli import runs
 from diffussm_cli.config import BUILTIN, Config, SampleConfig
+from diffussm_cli.data.samples import META
 from diffussm_cli.errors import ConfigError, DataError, RunError, reason
 from diffussm_cli.evaluation.comparison import (
     TABLE,
@@ -37,7 +38,7 @@ from diffussm_cli.machine.files import check_output, write_text
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.report import write_report
-from diffussm_cli.sampling.folder import META, prompts_of, read_meta, sample_facts
+from diffussm_cli.sampling.folder import prompts_of, read_meta, sample_facts
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 Size = tuple[int, int]  # height, width in pixels

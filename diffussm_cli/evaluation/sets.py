@@ -27,6 +27,7 @@ from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
+from diffussm_cli.data.samples import BESIDE
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
@@ -38,7 +39,7 @@ from diffussm_cli.sampling.sampler import Sampler
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
 HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
 IN_COLOUR = "in colour, but the extractor takes only grey images; use the extractor inception"
-OWN_FILES = (GRID, "meta.json", "samples.npz", "results.json")  # beside samples: not of the set
+OWN_FILES = (GRID, *BESIDE)  # beside samples: not of the set
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 

@@ -23,6 +23,7 @@ from diffussm_cli import __version__
 from diffussm_cli.config import SampleConfig, read_section
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.images import read_image, save_grid, save_png
+from diffussm_cli.data.samples import META, NPZ, file_name
 from diffussm_cli.data.text import check_prompts
 from diffussm_cli.errors import ConfigError, RunError, reading
 from diffussm_cli.machine.files import sha256, whole_file, write_text
@@ -30,7 +31,7 @@ from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
 from diffussm_cli.sampling.sampler import Sampler
 
-IMAGES, META, NPZ = "images", "meta.json", "samples.npz"
+IMAGES = "images"
 PIXEL_RULE = "floor(clamp(127.5 x + 128, 0, 255))"
 GRID_IMAGES = 100
 CHOICES = ("random", "balanced", "given")  # of labels
@@ -200,17 +201,6 @@ def prompts_of(facts: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
     """The prompt of each seed, all prompts in turn; empty if there are none."""
     prompts = facts["prompts"] or []
     return [prompts[(seed - facts["first_seed"]) % len(prompts)] for seed in seeds if prompts]
-
-
-def file_name(seed: int) -> str:
-    """The file name of the image of a seed."""
-    return f"{seed:06d}.png"
-
-
-def is_image_name(name: str) -> bool:
-    """Whether `file_name` gives this name to some seed."""
-    stem, _, suffix = name.rpartition(".")
-    return suffix == "png" and stem.isdecimal() and name == file_name(int(stem))
 
 
 def check_same_request(folder: Path, facts: Mapping[str, Any]) -> None:

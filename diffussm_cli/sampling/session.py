@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.data.images import GRID
+from diffussm_cli.data.samples import META, is_image_name
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
@@ -15,10 +16,8 @@ from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.film import SUFFIXES, write_film
 from diffussm_cli.sampling.folder import (
     IMAGES,
-    META,
     SampleFolder,
     free_folder,
-    is_image_name,
     read_meta,
     sample_facts,
 )

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import tarfile
 
@@ -231,6 +232,10 @@ CAPTION = "captions, which only a run with text reads"
 NOT_READ = (
     "labels or captions that are not read: classes are folders, captions stand in metadata.jsonl"
 )
+OURS = "beside samples of diffussm, and none of them"
+META = json.dumps({"weights_sha256": "ab", "first_seed": 0, "pixel_rule": ""}).encode()
+FIELDS = "of metadata.jsonl, only file_name and captions are read; classes are folders"
+PER_CLASS = "no class; unpack each shard into a folder of its name, or add KEY.cls"
 PACKED = "a compressed archive, which is not read; unpack it first"
 LEFT_OUT = {  # files; how many images are used; what is left out
     "images beside class folders": (
@@ -315,6 +320,69 @@ LEFT_OUT = {  # files; how many images are used; what is left out
             (1, "image", "not an image by its name", "0.tar/1.image.png"),
             (1, "file", CAPTION, ""),
             (2, "file", "of a .json file, only captions are read, by a run with text", ""),
+        ],
+    ),
+    "samples with a grid and a film": (
+        {"000000.png": None, "1000000.png": None, "grid.png": None, "my.png": None}
+        | {"film.gif": content("GIF"), "meta.json": META, "samples.npz": b"", "x.json": b""},
+        2,
+        [
+            (3, "image", OURS, "film.gif"),
+            (2, "file", OURS, "meta.json"),
+            (1, "file", "not an image by its name or first bytes", "x.json"),
+        ],
+    ),
+    "samples of two classes": (
+        {f"{name}/{file}": None for name in "ab" for file in ("000000.png", "grid.png")}
+        | {"a/meta.json": META, "a/results.json": b""},
+        2,
+        [(2, "image", OURS, "a/grid.png"), (2, "file", OURS, "a/meta.json")],
+    ),
+    "samples that were moved": (
+        {"000003.png": None, "000004.png": None, "grid.png": None},
+        2,
+        [(1, "image", OURS, "grid.png")],
+    ),
+    "samples in a shard": (
+        {"0.tar": shard(**{"s/000000.png": None, "s/grid.png": None})},
+        1,
+        [(1, "image", OURS, "0.tar/s/grid.png")],
+    ),
+    "a meta.json of another program": (
+        {"000000.png": None, "a.png": None, "grid.png": None, "meta.json": b'{"first_seed": 0}'},
+        3,
+        [(1, "file", "not an image by its name or first bytes", "meta.json")],
+    ),
+    "labels in metadata.jsonl": (
+        {"1.png": None, "metadata.jsonl": b'{"file_name": "1.png", "label": 3}\n'},
+        1,
+        [(1, "file", CAPTION, ""), (1, "file", FIELDS, "")],
+    ),
+    "a shard for each class": (
+        {f"{name}.tar": shard(**{"1.png": None}) for name in ("n01440764", "n01443537")},
+        2,
+        [(2, "shard name", PER_CLASS, "n01440764.tar")],
+    ),
+    "shards of two words": (
+        {f"{name}.tar": shard(**{"1.png": None}) for name in ("cat-0", "cat-1", "dog-0")},
+        3,
+        [(3, "shard name", PER_CLASS, "cat-0.tar")],
+    ),
+    "a series of shards": (
+        {f"n{i:05d}.tar": shard(**{f"{i}.png": None}) for i in range(2)},
+        2,
+        [],
+    ),
+    "shards in a shard": (
+        {"0.tar": shard(**{"1.png": None, "n01440764.tar": b"", "n01443537.tar": b""})},
+        1,
+        [
+            (
+                2,
+                "shard",
+                "a shard in a shard, which is not read; unpack the outer one",
+                "0.tar/n01440764.tar",
+            )
         ],
     ),
 }
@@ -460,6 +528,12 @@ REFUSED = {  # files, what is given, the line
         {"a/0.tar": b""},
         "*/0.tar",
         "a pattern may stand in the last part of a path only",
+    ),
+    "a series in braces": (
+        {"s-000.tar": b"", "s-001.tar": b""},
+        "s-{000..001}.tar",
+        "s-{000..001}.tar': No such file or directory; braces are not read, but a star is: "
+        "'s-*.tar'",
     ),
     "keys that stand twice": (
         {"0.tar": shard(**{"1.png": None})[:1024] + shard(**{"1.png": None})},

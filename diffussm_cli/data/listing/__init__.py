@@ -7,6 +7,7 @@ place.
 
 source.py    list_source: a folder, a shard or a pattern
 folders.py   one folder per class, or a flat folder; shards.py: tar and parquet shards
+beside.py    what `diffussm sample` writes beside images
 splits.py    names that tell a split of a data set
 entries.py   an image of a source, and how it is read
 left_out.py  what is not used, and why

@@ -1,5 +1,6 @@
 """Lists the images of a folder: one folder per class, or without classes, or its shards."""
 
+import json
 import os
 import stat
 from collections import Counter
@@ -7,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffussm_cli.data.images import SUFFIXES
+from diffussm_cli.data.listing.beside import without_overviews
 from diffussm_cli.data.listing.entries import Entry, Listing
 from diffussm_cli.data.listing.left_out import (
     CAPTIONS,
+    FIELDS,
     HIDDEN,
     METADATA,
     NO_IMAGE,
+    OURS,
     TABLES,
     UNREADABLE,
     counted,
@@ -22,10 +26,12 @@ from diffussm_cli.data.listing.left_out import (
 )
 from diffussm_cli.data.listing.shards import list_archives, list_parquet
 from diffussm_cli.data.listing.splits import one_split, refuse_splits
+from diffussm_cli.data.samples import BESIDE, holds_samples
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import open_regular
 
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+MAX_LINE_BYTES = 1 << 16
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
@@ -50,7 +56,7 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
         entries = _labelled(root, classes, ignored)
         for name in files:
             if name == METADATA:
-                unread[CAPTIONS] += 1
+                _count_metadata(root / name, unread)
             else:
                 ignored.append((name, reason_for(name, "not in a class folder")))
         return Listing(root, entries, tuple(classes), ignored, unread=counted(unread))
@@ -182,15 +188,38 @@ def _entries(
         else:
             others.append(name)
 
+    # What diffussm wrote beside images.
+    samples = {f for f in {e.name.rpartition("/")[0] for e in entries} if holds_samples(root / f)}
+    entries = without_overviews(entries, ignored, samples)
+
     # Captions are used by runs with text.
     stems = {os.path.splitext(e.name)[0] for e in entries} if others else ()
     for name in others:
         stem, suffix = os.path.splitext(name)
-        if name.rpartition("/")[2] == METADATA or (suffix == ".txt" and stem in stems):
+        folder, _, leaf = name.rpartition("/")
+        if leaf == METADATA:
+            _count_metadata(root / name, unread)
+        elif suffix == ".txt" and stem in stems:
             unread[CAPTIONS] += 1
+        elif leaf in BESIDE and folder in samples:
+            ignored.append((name, OURS))
         else:
             ignored.append((name, reason_for(name, NO_IMAGE)))
     return entries
+
+
+def _count_metadata(path: Path, unread: Counter[str]) -> None:
+    """Count a metadata.jsonl as captions, and also what else its first line holds, such as a
+    label.
+    """
+    unread[CAPTIONS] += 1
+    try:
+        with open_regular(path) as file:
+            first = json.loads(file.readline(MAX_LINE_BYTES).decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return  # a run with text says what is wrong
+    if isinstance(first, dict) and first.keys() - {"file_name", "text", "caption"}:
+        unread[FIELDS] += 1
 
 
 def _begins_as_image(path: Path) -> bool:

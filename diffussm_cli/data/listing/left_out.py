@@ -15,6 +15,10 @@ SHARDS = (".tar", ".parquet")
 # Names that say what a file or folder is, and reasons why it is not used.
 CAPTIONS = "captions, which only a run with text reads"
 JSON = "of a .json file, only captions are read, by a run with text"
+FIELDS = f"of {METADATA}, only file_name and captions are read; classes are folders"
+NESTED = "a shard in a shard, which is not read; unpack the outer one"
+PER_CLASS = "no class; unpack each shard into a folder of its name, or add KEY.cls"
+OURS = "beside samples of diffussm, and none of them"
 HIDDEN = "a hidden file"
 NO_IMAGE = "not an image by its name or first bytes"
 TABLES = (

@@ -1,14 +1,26 @@
 """Lists the images in tar and parquet shards."""
 
 import codecs
+import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffussm_cli.data import parquet
 from diffussm_cli.data.images import SUFFIXES
+from diffussm_cli.data.listing.beside import without_overviews
 from diffussm_cli.data.listing.entries import Entry, Listing
-from diffussm_cli.data.listing.left_out import CAPTIONS, JSON, LeftOut, counted, reason_for
+from diffussm_cli.data.listing.left_out import (
+    CAPTIONS,
+    JSON,
+    NESTED,
+    PER_CLASS,
+    LeftOut,
+    counted,
+    kind_of,
+    reason_for,
+)
 from diffussm_cli.data.tar import Damaged, key_of, members
 from diffussm_cli.errors import DataError
 
@@ -26,9 +38,11 @@ def list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str]
             _list_members(root, archive, entries, labels, ignored, unread)
         except Damaged as e:
             ignored.append((archive, str(e)))
+    entries = without_overviews(entries, ignored)
 
     if not labels:
-        return Listing(root, entries, (), ignored, unread=counted(unread))
+        parts = _classes_in_names(archives)
+        return Listing(root, entries, (), ignored, unread=(*parts, *counted(unread)))
     entries = [e._replace(label=labels.get(key_of(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
@@ -75,7 +89,8 @@ def _list_members(
         elif suffix in (".txt", ".json"):
             unread[CAPTIONS if suffix == ".txt" else JSON] += 1
         else:
-            ignored.append((name, reason_for(name, "not an image by its name")))
+            otherwise = NESTED if kind_of(name) == "shard" else "not an image by its name"
+            ignored.append((name, reason_for(name, otherwise)))
 
 
 def _class_of(name: str, content: bytes) -> int:
@@ -88,6 +103,17 @@ def _class_of(name: str, content: bytes) -> int:
             f"{name} must hold an integer from 0 to {MAX_CLASS - 1}, not {content!r:.40}"
         )
     return label
+
+
+def _classes_in_names(archives: Sequence[str]) -> list[LeftOut]:
+    """Names of shards that are no numbers of one series but classes, as of ImageNet's
+    n01440764.tar.
+    """
+    stems = [os.path.splitext(os.path.basename(name))[0] for name in archives]
+    words = {re.sub(r"\d+", "", stem) for stem in stems}
+    of_imagenet = all(re.fullmatch(r"n\d{8}", stem) for stem in stems)
+    is_named = len(archives) > 1 and (of_imagenet or len(words) > 1)
+    return [LeftOut(len(archives), "shard name", PER_CLASS, archives[0])] if is_named else []
 
 
 def list_parquet(

@@ -12,6 +12,8 @@ from diffussm_cli.data.listing.folders import list_folder
 from diffussm_cli.data.listing.left_out import KINDS, SHARDS, left_out_line
 from diffussm_cli.errors import DataError
 
+BRACES = r"\{.*?\}"  # as webdataset writes a series of shards: {000..010}
+
 
 def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
     """List a folder, one .tar or .parquet file, or a pattern of names in a folder. No image is
@@ -58,11 +60,11 @@ def _names_in(source: Path) -> tuple[Path, list[str]]:
     try:
         names = sorted(os.listdir(root if whole or pattern else source))
     except OSError as e:
-        hint = (
-            "; a pattern may stand in the last part of a path only"
-            if re.search(r"[*?]", str(root))
-            else ""
-        )
+        hint = ""
+        if re.search(r"[*?]", str(root)):
+            hint = "; a pattern may stand in the last part of a path only"
+        elif re.search(BRACES, source.name):
+            hint = f"; braces are not read, but a star is: {re.sub(BRACES, '*', source.name)!r}"
         raise DataError(
             f"cannot read the folder {str(root if pattern else source)!r}: {e.strerror}{hint}"
         ) from e
