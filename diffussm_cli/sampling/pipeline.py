@@ -5,18 +5,12 @@
 import copy
 import dataclasses
 import json
-import math
-import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 from torch import Tensor
@@ -25,155 +19,15 @@ from diffussm_cli.data.images import check_finite, to_uint8
 from diffussm_cli.data.vae import VAE, Decoding, facts_of, open_decoding
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.schedulers import sample, set_steps
-from diffussm_cli.machine.hub import fetch
 from diffussm_cli.model.mixer import kept_kernels
-from diffussm_cli.runs import (
-    CONFIG,
-    FILES_TO_SAMPLE,
-    TrainedRun,
-    fill_folder,
-    find_run,
-    load_model,
-    pipeline_files,
-)
 from diffussm_cli.sampling.generate import begin, make_denoiser
-from diffussm_cli.sampling.precision import autocast, cast_products
+from diffussm_cli.sampling.pipeline_denoiser import Denoiser, Network
+from diffussm_cli.sampling.pipeline_request import checked_guidance, checked_steps, read_request
+from diffussm_cli.sampling.precision import autocast
 from diffussm_cli.sampling.sampler import PromptEncoder
 
 OUTPUTS = ("pil", "np", "pt", "latent")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX = "model_index.json"
-
-
-class Denoiser(ModelMixin, ConfigMixin):
-    """The network of a trained run, with its configuration in `run`, as a component of the
-    pipeline.
-    """
-
-    config_name = "config.json"  # type: ignore[assignment]
-
-    def __init__(self, run: TrainedRun):
-        super().__init__()
-        self.run, self.model = run, load_model(run)
-        sizes = {"in_channels": self.model.in_channels, "sample_size": list(self.model.input_size)}
-        self.register_to_config(**sizes, **dataclasses.asdict(run.config.model))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> "Denoiser":  # type: ignore[override]
-        """Load the run at `folder`, or the run whose `denoiser/` it is.
-
-        diffusers fetches only files that it knows; here come the others.
-
-        Raises:
-            DiffussmError: if the run cannot be read or fetched.
-        """
-        root = Path(folder) if (Path(folder) / CONFIG).exists() else Path(folder).parent
-        # of CACHE/models--OWNER--NAME
-        if not (root / CONFIG).exists() and root.parent.name == "snapshots":
-            repository = root.parents[1].name.removeprefix("models--").replace("--", "/")
-            root = fetch(f"{repository}@{root.name}", "RUN", FILES_TO_SAMPLE, root.parents[2])
-        denoiser = cls(find_run(root))
-        return denoiser.to(options.get("torch_dtype") or options.get("dtype") or torch.float32)
-
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *_: Any, variant: str | None = None, **__: Any
-    ) -> None:
-        """Write the weights and the configuration as those of a finished run; `from_pretrained`
-        reads them back.
-
-        The weights are always safetensors, so `safe_serialization` has no effect.
-
-        Raises:
-            ValueError: for a variant; the precision is chosen when a run is loaded.
-            OSError: if the folder cannot be written.
-        """
-        if variant is not None:
-            raise ValueError(
-                f"variant: {variant!r} is not written; load the model with dtype= for another "
-                "precision"
-            )
-
-        config, step = self.run.config, self.run.step
-        weights = {name: tensor.float().cpu() for name, tensor in self.model.state_dict().items()}
-        folder, finished = Path(save_directory), config.train.steps
-
-        folder.mkdir(parents=True, exist_ok=True)
-        fill_folder(
-            folder,
-            config,
-            weights,
-            finished if step is None else step,
-            others=pipeline_files(config),
-        )
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        class_labels: Tensor | None = None,
-        text: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """What the objective predicts, and the covariance's v if it is learned, in `sample` of the
-        output.
-
-        Args:
-            sample: x_t, (B, C, H, W).
-            timestep: one for all, or (B,).
-            class_labels: (B,), for a model with classes.
-            text: (B, 1 + K, E), for a model with text.
-        """
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        output = self.model(sample, t, class_labels, text)
-        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
-
-    def to(self, *args: Any, **options: Any) -> "Denoiser":  # type: ignore[override]
-        """Move the network; a dtype is that of matrix products, and the state space layers stay in
-        float32.
-
-        Raises:
-            ValueError: for another dtype than float32, bfloat16 and float16.
-        """
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
-        if dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype: {dtype} must be one of {', '.join(map(str, DTYPES))}")
-        if device is not None:
-            super().to(device, non_blocking=non_blocking)  # type: ignore[arg-type]
-        if dtype == torch.float32:
-            self.model.float()
-        elif dtype is not None:
-            cast_products(self.model, dtype)
-        return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of matrix products; the state space layers stay in float32."""
-        return self.model.patch_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.patch_in.weight.device
-
-
-class _Network:
-    """A denoiser in the form that `make_denoiser` takes. It is called as a module, so that
-    `compile` has an effect.
-    """
-
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser, self.null_class = denoiser, denoiser.model.null_class
-
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None, text: Tensor | None) -> Tensor:
-        return self.denoiser(x, t, y, text, return_dict=False)[0]
-
-
-class _Request(NamedTuple):
-    """What a call asks for; the lists have one entry per image."""
-
-    generators: list[torch.Generator]
-    labels: list[int] | None
-    prompts: list[str]
-    negatives: list[str] | None
 
 
 class DiffuSSMPipeline(DiffusionPipeline):
@@ -283,10 +137,18 @@ class DiffuSSMPipeline(DiffusionPipeline):
         ]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown[0]!r} must be latents")
-        counts = batch_size, num_images_per_prompt
-        request = self._request(prompt, negative_prompt, class_labels, generator, latents, *counts)
-        self._guidance_scale = self._checked_guidance(guidance_scale)
-        steps = self._checked_steps(num_inference_steps)
+        request = read_request(
+            self.denoiser,
+            prompt,
+            negative_prompt,
+            class_labels,
+            generator,
+            latents,
+            batch_size,
+            times=num_images_per_prompt,
+        )
+        self._guidance_scale = checked_guidance(guidance_scale, config)
+        steps = checked_steps(num_inference_steps, config)
         text = self._encode(request.prompts, request.negatives)
 
         # the process
@@ -294,7 +156,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
         scheduler = set_steps(self._scheduler(), objective, steps)
         y, x = begin(model, device, request.generators, request.labels, latents)
         self._num_timesteps, self._interrupt = len(scheduler.timesteps), False
-        network = _Network(self.denoiser)
+        network = Network(self.denoiser)
 
         def denoise(x: Tensor, t: float) -> Tensor:
             sampling = dataclasses.replace(config.sample, guidance=self._guidance_scale)
@@ -322,99 +184,6 @@ class DiffuSSMPipeline(DiffusionPipeline):
         )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _request(
-        self,
-        prompt: str | Sequence[str] | None,
-        negative: str | Sequence[str] | None,
-        class_labels: Any,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        latents: Tensor | None,
-        batch_size: int,
-        times: int,
-    ) -> _Request:
-        """The arguments of a call with one entry per image.
-
-        Raises ValueError if they do not agree.
-        """
-        self._check_prompt(prompt, negative)
-        for name, count in (("batch_size", batch_size), ("num_images_per_prompt", times)):
-            if not _is_whole(count) or count < 1:
-                raise ValueError(f"{name}: {count!r} must be a whole number of at least 1")
-        labels = _labels(class_labels, self.denoiser.model.num_classes)
-        is_alone = isinstance(generator, torch.Generator) or generator is None
-        generators: list[torch.Generator] = [] if is_alone else list(generator)  # type: ignore[arg-type]
-
-        # the number of images
-        kinds = (
-            ("prompts or class_labels", prompt),
-            ("prompts or class_labels", labels),
-            ("negative prompts", negative),
-        )
-        counts = [
-            (times * len(value), kind) for kind, value in kinds if isinstance(value, list | tuple)
-        ]
-        counts += [] if is_alone else [(len(generators), "generators")]
-        counts += [] if latents is None else [(len(latents), "latents")]
-        counts += [(times * batch_size, "of batch_size")] if batch_size > 1 or not counts else []
-        n = counts[0][0]
-        if any(count != n for count, _ in counts):
-            described = " and ".join(f"{count} {kind}" for count, kind in counts)
-            raise ValueError(f"{described} do not match; each image needs one")
-        if not n or n % times:
-            raise ValueError(f"{n} images cannot be {times} for each prompt or label")
-        shape = (n, self.denoiser.model.in_channels, *self.denoiser.model.input_size)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents: {tuple(latents.shape)} must be {shape}")
-        if latents is not None:
-            check_finite(latents)
-
-        def per_image(value: Any) -> list:
-            each = value if isinstance(value, list | tuple) else [value] * (n // times)
-            return [entry for entry in each for _ in range(times)]
-
-        return _Request(
-            [generator or torch.default_generator] * n if is_alone else generators,  # type: ignore[list-item]
-            None if labels is None else per_image(labels),
-            [] if prompt is None else per_image(prompt),
-            None if negative is None else per_image(negative),
-        )
-
-    def _check_prompt(
-        self, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None
-    ) -> None:
-        for name, given in (("prompt", prompt), ("negative_prompt", negative)):
-            texts = given if isinstance(given, list | tuple) else [] if given is None else [given]
-            if not all(isinstance(each, str) for each in texts):
-                raise ValueError(f"{name}: {given!r:.60} must be a text or a list of texts")
-        with_text = self.denoiser.run.config.model.text_width > 0
-        if not with_text and (prompt or negative):
-            raise ValueError("prompt: this model was trained without text")
-        if with_text and prompt is None:
-            raise ValueError("prompt: this model draws what a text says; give one")
-
-    def _checked_guidance(self, guidance: float | None) -> float:
-        config = self.denoiser.run.config
-        if guidance is None:
-            return config.sample.guidance
-        if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance) or guidance < 0:
-            raise ValueError(f"guidance_scale: {guidance!r} must be a number of at least 0")
-        if guidance != 1 and not (config.model.num_classes or config.model.text_width):
-            raise ValueError(
-                f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1"
-            )
-        return float(guidance)
-
-    def _checked_steps(self, steps: int | None) -> int:
-        config = self.denoiser.run.config
-        if steps is None:
-            return config.sample.steps
-        most = config.diffusion.timesteps
-        if not _is_whole(steps) or not 1 <= steps <= most:
-            raise ValueError(
-                f"num_inference_steps: {steps!r} must be a whole number from 1 to {most}"
-            )
-        return int(steps)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -472,31 +241,6 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"vae: it has {has}, but the run has {d.channels} and {d.downsample}")
         weight = next(self.vae.parameters())
         return VAE(self.vae, facts, weight.device, weight.dtype).decode(latents)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _labels(given: Any, num_classes: int) -> int | list[int] | None:
-    """One label for all images or a list of them, from numbers, arrays, tensors and nested lists.
-    Raises ValueError.
-    """
-    if given is None:
-        return None
-    if not num_classes:
-        raise ValueError(f"class_labels: {given!r:.60} given, but this model has no classes")
-
-    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
-    if array.dtype.kind not in "iu":
-        raise ValueError(
-            f"class_labels: {given!r:.60} must be whole numbers in 0..{num_classes - 1}"
-        )
-
-    labels = array.reshape(-1).tolist()
-    if not all(0 <= label < num_classes for label in labels):
-        raise ValueError(f"class_labels: {labels} must lie in 0..{num_classes - 1}")
-    return labels[0] if array.ndim == 0 else labels
 
 
 def _as_output(images: Tensor, output_type: str) -> Any:

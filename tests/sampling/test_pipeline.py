@@ -17,7 +17,7 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.model import build_model
-from diffussm_cli.sampling import generate
+from diffussm_cli.sampling import generate, pipeline_denoiser
 from diffussm_cli.sampling import pipeline as module
 from tests.conftest import fill, save_vae
 from tests.helpers import run
@@ -567,7 +567,9 @@ def test_files_that_diffusers_does_not_fetch_are_fetched(tiny, tmp_path, monkeyp
     for name in ("config.yaml", "model.safetensors"):
         (snapshot / name).unlink()
     asked = []
-    monkeypatch.setattr(module, "fetch", lambda *arguments: asked.append(arguments) or final)
+    monkeypatch.setattr(
+        pipeline_denoiser, "fetch", lambda *arguments: asked.append(arguments) or final
+    )
     assert load(snapshot)(output_type="np").images.shape == (1, 8, 8, 1)
     assert asked == [(f"owner/my-digits@{'a' * 40}", "RUN", runs.FILES_TO_SAMPLE, tmp_path)]
 
