@@ -2,6 +2,7 @@
 accumulation.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -29,6 +30,17 @@ def outcome(folder):
     )
 
 
+@contextlib.contextmanager
+def one_thread():
+    """As many threads as each process of a job has, for sums of the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def by_one(folder, *overrides):
     """The outcome of a job by this process alone."""
     folder.mkdir(exist_ok=True)
@@ -43,15 +55,21 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """A folder with what two processes did: each way, stopped, gone on with, and with a loss that
-    is no number.
+    """A folder with what two processes did in one start: each way, stopped, gone on with, with a
+    loss that is no number, and the held-out loss of what one process had trained.
     """
     folder = tmp_path_factory.mktemp("together")
+    begun = folder / "begun"
+    by_one(begun, "train.steps=4")
+
     jobs = {name: ("none", overrides) for name, overrides in WAYS.items()}
     for name in ("ddp", "fsdp"):
-        by_one(folder / f"back-{name}", "train.steps=4")
-        jobs |= {f"{fault}-{name}": (fault, WAYS[name]) for fault in ("stop", "nan")}
-        jobs[f"back-{name}"] = ("none", WAYS[name])
+        for fault in ("stop", "nan"):
+            jobs[f"{fault}-{name}"] = (fault, WAYS[name])
+        for use, fault in (("back", "none"), ("measure", "measure")):
+            shutil.copytree(begun, folder / f"{use}-{name}")
+            jobs[f"{use}-{name}"] = (fault, WAYS[name])
+
     done = start(folder, jobs)
     assert done.returncode == 0, done.stderr
     return folder
@@ -111,19 +129,17 @@ def test_step_with_nan_on_one_process_is_skipped_by_both(together, way):
             assert all(torch.isfinite(v).all() for v in runs.read_tensors(path / file).values())
 
 
-def test_held_out_loss_of_two_processes_is_that_of_one(tmp_path):
+def test_held_out_loss_of_two_processes_is_that_of_one(together, tmp_path):
     """Bitwise, of the same checkpoint: by one process, by two with copies of the model, and by two
     with parts of it.
     """
-    by_one(tmp_path / "alone", "train.steps=4")
-    for way in ("ddp", "fsdp"):
-        shutil.copytree(tmp_path / "alone", tmp_path / way)
-    for processes, ways in {1: ["alone"], 2: ["ddp", "fsdp"]}.items():
-        done = start(tmp_path, {way: ("measure", WAYS.get(way, [])) for way in ways}, processes)
-        assert done.returncode == 0, done.stderr
+    shutil.copytree(together / "begun", tmp_path / "alone")
+    with one_thread():
+        train(tmp_path / "alone", "measure", SETTINGS)
     (alone,), _ = outcome(tmp_path / "alone")
     assert sorted(alone) == ["held_out", *(f"held_out/q{i}" for i in range(1, 5))]
-    assert [outcome(tmp_path / way)[0] for way in ("ddp", "fsdp")] == [[alone], [alone]]
+    for way in ("ddp", "fsdp"):
+        assert outcome(together / f"measure-{way}")[0] == [alone], way
 
 
 def test_lost_process_ends_the_others_after_their_patience(tmp_path):
