@@ -245,11 +245,12 @@ def evaluate(
         DiffussmError: before the long work starts, where possible.
     """
     from diffussm_cli.evaluation import session
+    from diffussm_cli.evaluation.results import find_run_at
 
     check_numbers(request)
     request = {"cache": default_cache()} | request
     run = samples if isinstance(samples, Run) else None
-    trained = run.trained if run else session.find_run_at(Path(str(samples)))
+    trained = run.trained if run else find_run_at(Path(str(samples)))
     if trained is not None:
         request["sampling"], request = split_fields(trained.config, request)
         request["classes"] = check_labels(request.get("classes", ()), trained.config)

@@ -18,7 +18,7 @@ from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.source import BUILTIN, open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
-from diffussm_cli.evaluation.session import EvaluationSession
+from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.sets import HELD_OUT, open_images
 from diffussm_cli.evaluation.text import names_in
 from diffussm_cli.events import finish
@@ -129,24 +129,24 @@ def compare(
     - `nearness`: the median distance to the nearest training image in features, over that of
       held-out images. It is near 1 for new images, and 0 for copies of training images.
     """
-    session = EvaluationSession(config.eval.extractor, cache=default_cache())
+    evaluator = Evaluator(config.eval.extractor, cache=default_cache())
     arrays = images.permute(0, 2, 3, 1).numpy()
     write_npz(file, {"arr_0": (arrays.shape, np.uint8, [arrays])})
     own = config.data.path + HELD_OUT if config.data.path.startswith(BUILTIN) else None
-    opened = session.open(str(file))
-    against = session.reference(
+    opened = evaluator.open(str(file))
+    against = evaluator.reference(
         config.eval.reference or own or config.data.path, None, config.data.size
     )
-    values, gathered = finish(session.compare(opened, against, METRICS))
+    values, gathered = finish(evaluator.compare(opened, against, METRICS))
     if prompts:
-        values |= finish(session.prompted(gathered, prompts, against.images))
+        values |= finish(evaluator.prompted(gathered, prompts, against.images))
     if own:
-        training = finish(session.features(session.open(config.data.path), "training")).pool
+        training = finish(evaluator.features(evaluator.open(config.data.path), "training")).pool
         values["nearness"] = nearest(gathered.pool, training) / nearest(
             against.gathered.pool, training
         )
-    if labels is not None and gathered.classes is not None and session.name == "digits":
-        logits = torch.cat([session.extractor(part).logits for part in images.split(500)])
+    if labels is not None and gathered.classes is not None and evaluator.name == "digits":
+        logits = torch.cat([evaluator.extractor(part).logits for part in images.split(500)])
         values["asked"] = (logits.argmax(1).cpu() == torch.tensor(labels)).double().mean().item()
     return values
 

@@ -147,7 +147,8 @@ def evaluate(
         raise ConfigError(
             "eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone"
         )
-    from diffussm_cli.evaluation import session
+    from diffussm_cli.evaluation.results import UnsavedResult, find_run_at
+    from diffussm_cli.evaluation.session import evaluate, make_reference
     from diffussm_cli.machine.files import default_cache
     from diffussm_cli.machine.processes import read_world
 
@@ -174,16 +175,14 @@ def evaluate(
     if make_ref:
         warn_unused((*OF_RUN, *OF_SCORES), "--make-ref draws and compares nothing")
         assert target is not None, "checked above"
-        written = follow(
-            console, session.make_reference(samples, target, count=ref_images, **common)
-        )
+        written = follow(console, make_reference(samples, target, count=ref_images, **common))
         if written is not None:
             say(written)
         return
 
     # Samples are measured.
     warn_unused(OF_REFERENCE, "there is no --make-ref")
-    trained = session.find_run_at(samples, ema)
+    trained = find_run_at(samples, ema)
     drawn: dict[str, Any] = {}
     if trained is None:
         warn_unused((*OF_RUN, "seed"), "SAMPLES are images, not a run")
@@ -196,10 +195,10 @@ def evaluate(
             "sampling": overridden_sampling(trained.config, overrides or []),
             "precision": precision,
         }
-    events = session.evaluate(samples, reference, metrics, out=out, run=trained, **common, **drawn)
+    events = evaluate(samples, reference, metrics, out=out, run=trained, **common, **drawn)
     try:
         result = follow(console, events)
-    except session.UnsavedResult as e:
+    except UnsavedResult as e:
         show(console, e.result, as_json)
         raise
     if result is not None:

@@ -2,6 +2,7 @@
 compared with.
 """
 
-from diffussm_cli.evaluation.session import EvaluationSession, evaluate, make_reference
+from diffussm_cli.evaluation.evaluator import Evaluator
+from diffussm_cli.evaluation.session import evaluate, make_reference
 
-__all__ = ["EvaluationSession", "evaluate", "make_reference"]
+__all__ = ["Evaluator", "evaluate", "make_reference"]

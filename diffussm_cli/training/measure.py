@@ -20,8 +20,8 @@ from diffussm_cli.data.source import Source, open_held_out
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import USUAL
+from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.extractors import doubts
-from diffussm_cli.evaluation.session import EvaluationSession
 from diffussm_cli.evaluation.sets import DrawnImages
 from diffussm_cli.events import finish
 from diffussm_cli.machine.processes import ALONE, World, gather
@@ -182,12 +182,10 @@ class Scoring:
         self.root = root
         self.decoding = decoding
 
-        self.session = EvaluationSession(
-            config.eval.extractor, device=str(step.device), world=step.world
-        )
-        self.session.choose(config.data.size, config.data.is_grey)
-        self.reference = self.session.reference(path, None, config.data.size)
-        self.warnings = doubts(self.session.requested, self.session.name, path)
+        self.evaluator = Evaluator(config.eval.extractor, device=str(step.device), world=step.world)
+        self.evaluator.choose(config.data.size, config.data.is_grey)
+        self.reference = self.evaluator.reference(path, None, config.data.size)
+        self.warnings = doubts(self.evaluator.requested, self.evaluator.name, path)
         if self.reference.images is not None and self.reference.images.left_out:
             self.warnings.append(self.reference.images.left_out)
 
@@ -208,12 +206,12 @@ class Scoring:
         # The same seeds, labels and captions every time.
         seeds = range(config.eval.images)
         text = captions_of(self.source, len(seeds)) if config.model.text_width else None
-        channels = self.session.extractor.channels
+        channels = self.evaluator.extractor.channels
         images = DrawnImages(
             sampler, seeds, sampler.labels(seeds), channels, "averaged weights", text=text
         )
 
-        metrics, _ = finish(self.session.compare(images, self.reference, USUAL, lenient=True))
+        metrics, _ = finish(self.evaluator.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in metrics.items()}
         if keep and values:
             self._keep_if_best(model, values)

@@ -12,7 +12,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, presets
 from diffussm_cli.errors import RunError
-from diffussm_cli.evaluation.session import find_run_at
+from diffussm_cli.evaluation.results import find_run_at
 from diffussm_cli.runs import hub
 from tests.helpers import line_of, run
 

@@ -207,9 +207,9 @@ def test_held_out_folder_that_does_not_fit_is_rejected(folder, tmp_path):
 
 # --------------------------------------------------------------------------------------- whole runs
 def test_run_without_reference_logs_its_held_out_loss(folder, tmp_path, monkeypatch):
-    from diffussm_cli.evaluation.session import EvaluationSession
+    from diffussm_cli.evaluation.evaluator import Evaluator
 
-    monkeypatch.setattr(EvaluationSession, "__init__", lambda *_: 1 / 0)
+    monkeypatch.setattr(Evaluator, "__init__", lambda *_: 1 / 0)
     given = {"data.path": folder, "model.num_classes": 2, "eval.every": 2, "train.ema": "0.9,0.1"}
     arguments = [part for k, v in given.items() for part in ("--set", f"{k}={v}")]
     start = ("train", "--preset", "digits", "--out", tmp_path / "run", *SETTINGS, *arguments)

@@ -41,7 +41,7 @@ def trainer(config, root):
 def test_scores_are_recorded_and_the_best_weights_kept(config, tmp_path, monkeypatch):
     scores = iter([5.0, 3.0, 4.0])
     monkeypatch.setattr(
-        "diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))]
+        "diffussm_cli.evaluation.evaluator.evaluate_features", lambda *_: [("fid", next(scores))]
     )
     settings = config("train.steps=6")
     training = trainer(settings, tmp_path / "run")
@@ -68,7 +68,7 @@ def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path
     """The second average is better all the time, and at its best when the first is not."""
     scores, drawn = iter([5.0, 2.0, 3.0, 1.5, 4.0, 1.0]), []
     monkeypatch.setattr(
-        "diffussm_cli.evaluation.session.evaluate_features", lambda *_: [("fid", next(scores))]
+        "diffussm_cli.evaluation.evaluator.evaluate_features", lambda *_: [("fid", next(scores))]
     )
     monkeypatch.setattr(
         measure, "DrawnImages", lambda s, *a, **k: drawn.append(s.model) or DrawnImages(s, *a, **k)
