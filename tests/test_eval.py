@@ -499,6 +499,22 @@ WRONG_FACTS = {
         "meta.json: label_choice: 'best' must be random or balanced or given",
     ),
     "complete": ({"complete": 1}, "meta.json: complete: 1 must be true or false"),
+    "number of labels": (
+        {"labels": [0] * 39},
+        "meta.json: labels: there are 39 of 40 images; delete the folder to draw its images again",
+    ),
+    "null class as label": (
+        {"labels": [0] * 39 + [10], "null_class": 10},
+        "meta.json: labels: 10 must be less than 10, the number of classes",
+    ),
+    "null class asked for": (
+        {"classes": [3, 10], "null_class": 10},
+        "meta.json: classes: 10 must be less than 10",
+    ),
+    "names of other classes": (
+        {"class_names": ["a", "b"], "null_class": 10},
+        "meta.json: class_names: there are 2 of 10 classes",
+    ),
 }
 
 

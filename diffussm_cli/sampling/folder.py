@@ -255,7 +255,27 @@ def read_meta(folder: Path) -> dict[str, Any]:
     for name, (is_right, words) in CHECKS.items():
         if name in known and not is_right(known[name]):
             raise RunError(f"{path}: {name}: {known[name]!r:.80} must be {words}{remedy}")
+    if wrong := _contradiction(known):
+        raise RunError(f"{path}: {wrong}{remedy}")
     return found
+
+
+def _contradiction(facts: Mapping[str, Any]) -> str:
+    """What the labels of checked facts contradict, in words; empty if nothing."""
+    labels, classes = facts.get("labels", []), facts.get("null_class")
+    if labels and len(labels) != facts.get("num", len(labels)):
+        return f"labels: there are {len(labels):,} of {facts['num']:,} images"
+    if classes is None:
+        return ""
+
+    for name in ("labels", "classes"):
+        beyond = [label for label in facts.get(name, []) if label >= classes]
+        if beyond:
+            return f"{name}: {beyond[0]} must be less than {classes}, the number of classes"
+    names = facts.get("class_names", [])
+    if names and len(names) != classes:
+        return f"class_names: there are {len(names):,} of {classes:,} classes"
+    return ""
 
 
 def _finite(text: str) -> float:
@@ -295,7 +315,9 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         (_is_text, "text"),
     ),
     "grid": (_is_text, "text"),
-    **dict.fromkeys(("step", "first_seed", "num"), (_is_whole, "a whole number from 0")),
+    **dict.fromkeys(
+        ("step", "first_seed", "num", "null_class"), (_is_whole, "a whole number from 0")
+    ),
     **dict.fromkeys(("prompts", "class_names"), (_are_texts, "a list of texts")),
     **dict.fromkeys(("labels", "classes"), (_are_whole, "a list of labels")),
     "ema": (_is_number, "a number"),
