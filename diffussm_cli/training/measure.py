@@ -4,9 +4,10 @@ n images   Q = 4 quarters of the timesteps   B = nQ, each image once per quarter
 C channels   H x W grid
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from diffussm_cli.training.record import QUARTERS
 from diffussm_cli.training.step import Step
 
 AT_ONCE = 16  # images per batch
+HELD_OUT = "data.held_out:"  # how an error about these images begins
 GOLDEN = 0.618033988749895  # golden ratio: k * GOLDEN mod 1 is a low-discrepancy sequence
 
 
@@ -140,10 +142,11 @@ class HeldOut:
         return {"held_out": values.mean().item(), **quarters}
 
     def batch(self, places: range) -> Batch:
-        """The images at some places, Q times each."""
+        """The images at some places, Q times each. Raises DataError for an unreadable one."""
         indices = [self.indices[k] for k in places]
         generators = [torch.Generator().manual_seed(self.seeds[k]) for k in places]
-        x_0, labels = self.source.read(indices, generators)
+        with of_held_out(self.config):
+            x_0, labels = self.source.read(indices, generators)
         noise = torch.cat([torch.randn(QUARTERS, *x_0.shape[1:], generator=g) for g in generators])
 
         # One timestep in each quarter, which the images together cover evenly.
@@ -156,6 +159,24 @@ class HeldOut:
         if self.config.model.text_width:
             text = self.source.text(indices, generators).repeat_interleave(QUARTERS, 0)
         return Batch(x_0.repeat_interleave(QUARTERS, 0), t, noise, y, text)
+
+
+@contextlib.contextmanager
+def of_held_out(config: Config) -> Iterator[None]:
+    """Say that an image which cannot be read is one of a folder in `data.held_out`, and what helps.
+
+    Raises DataError.
+    """
+    try:
+        yield
+    except DataError as e:
+        folder = config.data.held_out
+        if not isinstance(folder, str) or not folder:
+            raise
+        raise DataError(
+            f"{HELD_OUT} {str(e).removeprefix('data.path: ')}; restore the image in {folder!r}, or "
+            "remove it from there"
+        ) from e
 
 
 class Scoring:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from diffussm_cli import runs
 from diffussm_cli.config import Config, to_dict
 from diffussm_cli.data.datasets import PYTHON
-from diffussm_cli.data.source import Source, text_hash, undivided, vae_hash
+from diffussm_cli.data.source import Source, open_held_out, text_hash, undivided, vae_hash
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
@@ -126,6 +126,8 @@ def _train_in(
     # The images.
     yield Stage("listing")
     source = open_data(root, config, dataset)
+    if isinstance(config.data.held_out, str) and config.data.held_out:
+        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
     if source.left_out:
         yield Message(source.left_out)
     warning = getattr(undivided(source), "warning", "")

@@ -196,7 +196,8 @@ def test_held_out_folder_that_does_not_fit_is_rejected(folder, tmp_path):
         Image.new("L", (8, 8), 60).save(other / name / "x.png")
     assert pixels(open_held_out(config, source)) == [10, 10]
     (other / "b" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with pytest.raises(DataError, match="x.png"):
+    line = rf"^data.held_out: b/x.png: .*; restore the image in '{other}', or remove it from there$"
+    with pytest.raises(DataError, match=line):
         HeldOut(open_held_out(config, source), config, device())
     (other / "b").rename(other / "c")
     with pytest.raises(
@@ -226,6 +227,30 @@ def test_run_without_reference_logs_its_held_out_loss(folder, tmp_path, monkeypa
     assert f"held-out {records[1]['held_out']:.4f}" in done.stderr
     assert not (tmp_path / "run" / "best").exists()
     assert run(*start, "--set", "data.held_out=0.2", "--resume").exit_code == 1
+
+
+def test_held_out_folder_is_checked_although_nothing_is_measured(tiny, tmp_path):
+    config = tiny(f"data.held_out={tmp_path / 'nope'}")
+    with pytest.raises(DataError, match=r"^data.held_out: cannot read the folder .*nope"):
+        list(train(config, tmp_path / "run"))
+    assert not runs.list_checkpoints(tmp_path / "run")
+
+
+def test_held_out_image_damaged_during_a_run_is_named_as_one_of_them(folder, tmp_path):
+    """The remedies for images that are trained on would not help."""
+    other = tmp_path / "other"
+    for name in "ab":
+        (other / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 60).save(other / name / "x.png")
+    given = ("eval.every=2", "train.log_every=1", "train.sample_every=0", f"data.held_out={other}")
+    config = settings(folder, *given, "eval.images=0")
+
+    def damage():
+        (other / "b" / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        return False
+
+    with pytest.raises(DataError, match=r"^data.held_out: b/x.png: .*; restore the image in"):
+        list(train(config, tmp_path / "run", stop=damage))
 
 
 def test_unreadable_images_are_left_out_before_share_is_held_out(folder, tmp_path):
