@@ -80,7 +80,7 @@ EXAMPLES = {
     "train": """
   diffussm train                                   the preset mnist, without a download
   diffussm train --list                            the presets and what they cost
-  diffussm train --data faces/ --set model.num_classes=0 --set sample.guidance=1
+  diffussm train --data faces/                     own images: size and classes are read
   torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume
 """,
     "sample": """

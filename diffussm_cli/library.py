@@ -38,7 +38,7 @@ from diffussm_cli.events import Event, finish
 from diffussm_cli.machine.files import default_cache
 from diffussm_cli.model import Backbone
 from diffussm_cli.profiling.flops import Cost
-from diffussm_cli.runs import RUNS, TrainedRun, find_run, newest_run, resumed_config
+from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ def load(
 
 
 def train(
-    config: Config | Name = DEFAULT_PRESET,
+    config: Config | Name | None = None,
     out: Name | None = None,
     *,
     data: Dataset | Name | None = None,
@@ -152,8 +152,9 @@ def train(
     """Train a model and write a self-describing run folder, as `diffussm train` does.
 
     Args:
-        config: a preset's name, a YAML file, or a configuration. A run that continues keeps its own
-            configuration if this is a name.
+        config: a preset's name, a YAML file, or a configuration; by default the preset "mnist",
+            with size, channels, classes and guidance read from `data`, if they are given. A run
+            that continues keeps its own configuration, unless this is one or a file.
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
         data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs
             (image, label): uint8, or floats in [-1, 1]. Classes are its `classes`, or the numbers
@@ -171,21 +172,24 @@ def train(
         DiffussmError: for anything that can be mended; before training where possible.
     """
     from diffussm_cli.training import session
+    from diffussm_cli.training.configure import configure
 
     changes = dict(set or {}) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
     where = None if out is None else Path(out)
+    dataset = None if isinstance(data, str | Path) else data
     if isinstance(config, Config):
         config = with_changes(config, changes)
     else:
-        saved = None
-        if resume and str(config) in preset_names():
-            where = where or newest_run(RUNS, str(config))
-            saved = resumed_config(where, fields=changes) if where else None
-        config = saved or load_config(str(config), fields=changes)
+        preset = None if config is None else str(config)
+        continues = resume and (preset is None or preset in preset_names())
+        config, where, lines = configure(
+            preset, where, fields=changes, continues=continues, dataset=dataset
+        )
+        for line in lines if show else ():
+            make_console().print(line)
 
-    dataset = None if isinstance(data, str | Path) else data
     events = session.train(config, where, resume=resume, dataset=dataset, stop=stop)
     return load(_run(events, show).root)
 

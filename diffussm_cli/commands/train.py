@@ -8,7 +8,13 @@ import typer
 
 from diffussm_cli.commands.console import follow, leave, make_console
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
-from diffussm_cli.config import DEFAULT_PRESET, load_config, preset_names, to_yaml
+from diffussm_cli.config import (
+    DEFAULT_PRESET,
+    first_reading,
+    preset_names,
+    set_fields,
+    to_yaml,
+)
 from diffussm_cli.errors import ConfigError
 
 
@@ -20,7 +26,11 @@ def train(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A folder of images or latents, instead of the preset's.")
+        str | None,
+        typer.Option(
+            help="Images or latents, instead of the preset's. Without --preset, their size, "
+            "channels and classes are read from them."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
@@ -77,26 +87,19 @@ def train(
         k: v for k, v in {"data.path": data, "eval.every": eval_every}.items() if v is not None
     }
     if preset is not None or not resume:  # report mistakes before torch is imported
-        load_config(preset or DEFAULT_PRESET, overrides, fields)
-    from diffussm_cli import runs
-    from diffussm_cli.data.latents.reading import fit_to_store
+        first_reading(preset, set_fields(overrides, fields), overrides, fields)
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.training import session
+    from diffussm_cli.training.configure import configure
 
     # The configuration: a run that continues has its own, unless a preset is named.
-    config = None
-    if resume and preset is None:
-        option = "--out" if out else "--resume"
-        out = out or runs.newest_run(runs.RUNS, DEFAULT_PRESET)
-        config = runs.resumed_config(out, overrides, fields, option) if out else None
-    config = config or load_config(preset or DEFAULT_PRESET, overrides, fields)
-    named = {override.partition("=")[0].strip() for override in overrides} | set(fields)
-    config, taken = fit_to_store(config, named)
+    continues = resume and preset is None
+    config, out, lines = configure(preset, out, overrides, fields, continues=continues)
 
     # The plan, or the run.
     console = make_console(quiet=read_world().rank > 0)
-    if taken:
-        console.print(taken)
+    for line in lines:
+        console.print(line)
     if dry_run:
         show_plan(console, config)
         return

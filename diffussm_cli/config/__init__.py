@@ -32,9 +32,11 @@ from diffussm_cli.config.presets import (
     BUNDLED,
     DEFAULT_PRESET,
     bundled_names,
+    first_reading,
     load_config,
     preset_names,
     preset_text,
+    set_fields,
 )
 from diffussm_cli.config.reading import config_from_dict, read_section, to_dict, to_yaml
 from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole

@@ -1,7 +1,7 @@
 """Presets and trained models by name: those of the package, and YAML files with a `base`."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from diffussm_cli.errors import ConfigError
 
 YAML_SUFFIXES = (".yaml", ".yml")
 DEFAULT_PRESET = "mnist"
+# Values of the default preset that fit any data, until those of the data are known.
+STAND_INS = {"data.resolution": 64, "sample.guidance": 1.0}
 BUNDLED = Path(__file__).parents[1] / "bundled"
 
 
@@ -70,6 +72,33 @@ def load_config(
     """
     values = _preset_values(preset)
     return config_from_dict(values, f"preset {preset}", overrides, fields, name=Path(preset).stem)
+
+
+def first_reading(
+    preset: str | None,
+    named: Collection[str],
+    overrides: Iterable[str] = (),
+    fields: Mapping[str, Any] | None = None,
+) -> Config:
+    """The configuration before the data are looked at, which shows mistakes at once.
+
+    Args:
+        preset: as in `load_config`; None: the default preset, which `training.configure` fits to
+            the data if the user names some.
+        named: the fields that the user has set, from `set_fields`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    stand_ins = {}
+    if preset is None and "data.path" in named:
+        stand_ins = {name: value for name, value in STAND_INS.items() if name not in named}
+    return load_config(preset or DEFAULT_PRESET, overrides, {**stand_ins, **(fields or {})})
+
+
+def set_fields(overrides: Iterable[str], fields: Mapping[str, Any] | None = None) -> set[str]:
+    """The fields that overrides change, as section.field."""
+    return {override.partition("=")[0].strip() for override in overrides} | set(fields or {})
 
 
 def _preset_values(

@@ -49,7 +49,7 @@ class DatasetSource:
         if not len(self):
             raise DataError("data: the dataset is empty")
         self._image(0)
-        self.class_names = self._names() if self.has_labels else ()
+        self.class_names = class_names(dataset) if self.has_labels else ()
         if self.class_names:
             self._item(0)
 
@@ -91,22 +91,24 @@ class DatasetSource:
         check_values(image, where, self.of_pixels)
         return image, label
 
-    def _names(self) -> tuple[str, ...]:
-        """The Dataset's `classes`, or else the numbers up to its largest label, for which all items
-        are read.
-        """
-        names = getattr(self.dataset, "classes", None)
-        if names is not None:
-            if isinstance(names, str) or not isinstance(names, Iterable):
-                raise DataError(
-                    f"data: the classes of the {type(self.dataset).__name__} are {names!r:.80}; "
-                    "they must be a list of names"
-                )
-            return tuple(map(str, names))
-        labels = [
-            check_label(split(self.dataset[i])[1], place(self.dataset, i)) for i in range(len(self))
-        ]
-        return tuple(str(label) for label in range(max(labels) + 1))
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """The Dataset's `classes`, or else the numbers up to its largest label, for which all items are
+    read. Raises DataError.
+    """
+    names = getattr(dataset, "classes", None)
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise DataError(
+                f"data: the classes of the {type(dataset).__name__} are {names!r:.80}; "
+                "they must be a list of names"
+            )
+        return tuple(map(str, names))
+    labels = [
+        check_label(split(dataset[i])[1], place(dataset, i))
+        for i in range(len(cast(Sized, dataset)))
+    ]
+    return tuple(str(label) for label in range(max(labels) + 1))
 
 
 def place(dataset: Dataset, i: int) -> str:

@@ -112,6 +112,11 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def is_grey(image: np.ndarray) -> bool:
+    """Whether all channels (..., C) of an image are equal, as in a grey image stored in colour."""
+    return bool((image == image[..., :1]).all())
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Scale grey of more than 8 bits, rounded to the nearest. Pillow itself would clip all values
     above 255.

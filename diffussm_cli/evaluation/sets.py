@@ -24,7 +24,7 @@ from diffussm_cli.config import BUILTIN
 from diffussm_cli.data import builtin
 from diffussm_cli.data.arrays import Rows, open_npz
 from diffussm_cli.data.captions import read_captions
-from diffussm_cli.data.images import GRID
+from diffussm_cli.data.images import GRID, is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.samples import BESIDE
@@ -233,11 +233,6 @@ def _refuse_other_size(images: ImageSet, size: tuple[int, int] | None) -> None:
         raise ConfigError(
             f"resolution: {images.name} holds images of {height}x{width}, which are not cropped"
         )
-
-
-def is_grey(image: np.ndarray) -> bool:
-    """Whether all channels (..., C) of an image are equal, as in a grey image stored in colour."""
-    return bool((image == image[..., :1]).all())
 
 
 def _refuse_colour(image: np.ndarray, name: str) -> None:

@@ -3,7 +3,7 @@
 B batch   C channels   H x W grid
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import BUILTIN, Config, config_from_dict, to_dict
 from diffussm_cli.data.images import coins
-from diffussm_cli.data.latents.manifest import MANIFEST, read_settings
 from diffussm_cli.data.latents.shard import map_shard, shard_name
 from diffussm_cli.data.latents.store import Store, read_store
 from diffussm_cli.data.listing import LeftOut, left_out_line
-from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import DataError
 
 # Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE
@@ -172,37 +169,3 @@ def scale_warning(store: Store) -> str:
         "but training assumes about 0 and 1: check scaling_factor and shift_factor, "
         f"or latents_mean and latents_std, in the config of {store.settings.vae}"
     )
-
-
-def fit_to_store(config: Config, named: Collection[str] = ()) -> tuple[Config, str]:
-    """A configuration for the latents in its `data.path`.
-
-    Resolution, channels, downsampling and VAE are taken from the store.
-
-    Args:
-        named: fields that the user has set, as section.field; they stay, and are checked when the
-            store is opened.
-
-    Returns:
-        the configuration, and a line that says what has changed; empty if nothing has.
-
-    Raises:
-        DataError: if the manifest is damaged.
-        ConfigError: if the model cannot take these latents.
-    """
-    d = config.data
-    if d.vae is None or d.path.startswith(BUILTIN) or not (Path(d.path) / MANIFEST).is_file():
-        return config, ""
-
-    s = read_settings(Path(d.path), "data.path")
-    height, width = s.resolution
-    stored = {"resolution": height if height == width else f"{height}x{width}"}
-    stored |= {"channels": s.channels, "downsample": s.downsample, "vae": full_name(s.vae)}
-
-    before = {name: getattr(d, name) for name in stored} | {"vae": full_name(d.vae)}
-    taken = {k: v for k, v in stored.items() if v != before[k] and f"data.{k}" not in named}
-    fields = {f"data.{k}": v for k, v in (before | taken).items()}
-
-    line = ", ".join(f"data.{k}={v} instead of {before[k]}" for k, v in taken.items())
-    fitted = config_from_dict(to_dict(config), f"the latents in {d.path!r}", fields=fields)
-    return fitted, f"taken from the latents in {d.path!r}: {line}" if line else ""

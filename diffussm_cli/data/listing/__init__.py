@@ -13,7 +13,13 @@ entries.py   an image of a source, and how it is read
 left_out.py  what is not used, and why
 """
 
-from diffussm_cli.data.listing.entries import MAX_FILE_BYTES, Entry, Listing, read_entry
+from diffussm_cli.data.listing.entries import (
+    MAX_FILE_BYTES,
+    Entry,
+    Listing,
+    entry_size,
+    read_entry,
+)
 from diffussm_cli.data.listing.left_out import (
     METADATA,
     UNREADABLE,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffussm_cli.data import parquet
-from diffussm_cli.data.images import read_image
+from diffussm_cli.data.images import open_image, read_image
 from diffussm_cli.data.listing.left_out import CAPTIONS, JSON, LeftOut, kind_of
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import open_regular
@@ -92,6 +92,16 @@ def read_entry(
         # Pillow warns about large and odd files; real problems raise errors
         warnings.simplefilter("ignore")
         return read_image(name, size, channels, io.BytesIO(content))
+
+
+def entry_size(root: Path, entry: Entry) -> tuple[int, int]:
+    """(height, width) of an image as it is stored; of a file, only the header is decoded.
+
+    Raises:
+        DataError: with a message that begins with the name of the entry.
+    """
+    with open_image(Path(entry.name), io.BytesIO(read_content(root, entry))) as image:
+        return image.height, image.width
 
 
 def read_content(root: Path, entry: Entry) -> bytes:
