@@ -52,18 +52,26 @@ def site(tmp_path_factory):
         yield address
 
 
-@pytest.fixture
-def tab(site, tmp_path):
+@pytest.fixture(scope="module")
+def shared_tab(tmp_path_factory):
     from tests.browser import CHROMIUM, browser
 
     if CHROMIUM is None:
         pytest.skip("no Chromium found (Debian: apt-get install chromium)")
-    with browser(tmp_path / "profile") as tab:
+    with browser(tmp_path_factory.mktemp("profile")) as tab:
         yield tab
-        assert {url.split("/")[2] for url in tab.requests if url.startswith("http")} == {
-            site.split("/")[2]
-        }
-        assert tab.problems == []
+
+
+@pytest.fixture
+def tab(site, shared_tab):
+    """The tab of the browser; what a page asked for and complained of is checked after its test."""
+    shared_tab.requests.clear()
+    shared_tab.problems.clear()
+    yield shared_tab
+    assert {url.split("/")[2] for url in shared_tab.requests if url.startswith("http")} == {
+        site.split("/")[2]
+    }
+    assert shared_tab.problems == []
 
 
 def pages_found(tab, words):
