@@ -130,6 +130,33 @@ def test_estimate_on_gpu_sizes_the_batch_by_its_memory(monkeypatch):
     assert given == [3 << 30]
 
 
+def test_estimate_for_gpu_is_predicted(monkeypatch):
+    monkeypatch.setattr(planning, "step_seconds", None)
+    monkeypatch.setenv("COLUMNS", "100")
+    words = ("--preset", "digits", "--set", "model.depth=1", "--no-count", "--estimate")
+    out = profile(*words, "--device", "h200")
+    for text in (
+        "predicted for",
+        "H200 SXM",
+        "images per second",
+        "hours of the GPU",
+        "131.32 GiB",
+    ):
+        assert text in out
+    assert "A prediction, never compared with a GPU: eager code" in out
+    training = json.loads(profile(*words, "--device", "4090", "--json"))["models"][0]["training"]
+    assert training["memory_bytes"] == 24e9
+    assert training["seconds"] == pytest.approx(
+        training["step_seconds"] * load_config("digits").train.steps
+    )
+
+
+def test_prediction_says_if_memory_is_too_small():
+    words = ("--preset", "digits", "--no-count", "--estimate", "--device", "4090")
+    assert "(too much)" not in profile(*words)
+    assert "(too much)" in profile(*words, "--set", "train.batch_size=65536")
+
+
 def test_estimate_of_job_is_per_process(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     alone = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
@@ -166,6 +193,11 @@ def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
         (["--set", "model.depth=1"], "name them with --preset"),
         (["--work", "sleep", "--latency"], "--work: 'sleep' must be one of"),
         (["--estimate"], "--estimate: choose what to measure with --preset"),
+        (["--device", "h200"], "--device: h200 is a GPU to predict for, with --estimate"),
+        (
+            ["--preset", "digits", "--estimate", "--latency", "--device", "a100"],
+            "--device: a100 is a GPU to predict for, with --estimate and without --latency",
+        ),
         (["--figure", "x.gif"], "must end in .png or .svg or .pdf"),
         (["--figure", "nowhere/x.png"], "there is no folder 'nowhere'"),
         (["--latency", "--device", "cuda:9"], "device: 'cuda:9' is not available"),

@@ -100,6 +100,12 @@ def test_parts_without_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
     assert "failed: First, Second" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("seconds", [590, 1180])
+def test_quick_parts_share_their_time(gpu_check, seconds):
+    parts = gpu_check.shared(gpu_check.quick_parts("cuda", toy=False), seconds)
+    assert 0.95 * seconds < sum(part.seconds for part in parts) <= seconds
+
+
 def test_gpu_check_without_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")

@@ -116,7 +116,11 @@ STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}
 
 
 def quick_parts(device: str, toy: bool) -> list[Part]:
-    """What is run in ten minutes: the first parts are worth most."""
+    """What is run in ten minutes: the first parts are worth most.
+
+    Together they may take QUICK seconds, so that each finds its time even if all before it were
+    stopped at theirs.
+    """
     core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
     tests = [
         "tests/model",
@@ -129,15 +133,21 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
     tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
     compiled = ["--set", "train.compile=true"]
     found = [
-        Part("Ceilings: copy and product", [*core, "ceilings"], seconds=30),
-        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=150),
-        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=60),
-        *(_step(title, preset, device, toy, seconds=45) for title, preset in STEPS.items()),
-        Part("Kernels of a step of XL", [*core, "top"], seconds=60),
-        *(_step(f"{title}, compiled", STEPS[title], device, toy, 90, compiled) for title in STEPS),
+        Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
+        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=140),
+        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=50),
+        *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
+        Part("Kernels of a step of XL", [*core, "top"], seconds=45),
+        *(_step(f"{title}, compiled", STEPS[title], device, toy, 75, compiled) for title in STEPS),
     ]
     # At toy sizes only the path counts, on machines of any speed.
     return [dataclasses.replace(part, seconds=600) for part in found] if toy else found
+
+
+def shared(quick: Sequence[Part], seconds: float) -> list[Part]:
+    """The quick parts with their shares of so many seconds, such as more on a slow machine."""
+    times = seconds / QUICK
+    return [dataclasses.replace(part, seconds=part.seconds * times) for part in quick]
 
 
 def _step(
@@ -355,7 +365,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"of all parts; by default {QUICK} with --quick, without --toy",
+        help=f"of all parts; by default {QUICK} with --quick, whose parts share it, without --toy",
     )
     a = parser.parse_args()
     device = a.device or ("cpu" if a.toy else "cuda")
@@ -371,6 +381,8 @@ def main() -> int:
         chosen = quick_parts(device, a.toy)
     else:
         chosen = toy_parts(device) if a.toy else parts(device, torch.cuda.device_count())
+    if a.quick and not a.toy:
+        chosen = shared(chosen, a.seconds or QUICK)
     end = time.monotonic() + (a.seconds or (QUICK if a.quick and not a.toy else math.inf))
     for part in chosen:
         seconds = min(part.seconds, end - time.monotonic())

@@ -9,6 +9,7 @@ from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, print_json, warn
 from diffussm_cli.commands.options import unused
 from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine.gpus import GPUS
 
 DEFAULT_MODELS = "xl,dit-xl/2,dit-xl/1"
 WORK = "forward,forward+backward,guided step"
@@ -70,12 +71,19 @@ def profile(
         Literal["auto", "fp32", "bf16"],
         typer.Option(help="For --latency."),
     ] = "auto",
-    device: options.Device = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:1, mps; with --estimate, a GPU to predict for: "
+            f"{', '.join(GPUS)}."
+        ),
+    ] = "auto",
     estimate: Annotated[
         bool,
         typer.Option(
             "--estimate",
-            help="Measure one step of each preset; estimate memory and days.",
+            help="Measure one step of each preset; estimate memory and days. "
+            "With --device h200 and the like, predict both without a GPU.",
         ),
     ] = False,
     paper: Annotated[
@@ -101,6 +109,11 @@ def profile(
         raise ConfigError("--models: cannot be combined with --preset")
     if paper and (line := unused(ctx, OF_FILES, "--paper only prints")):
         raise ConfigError(f"{line}; give --paper alone")
+    predicted = device in GPUS
+    if predicted and (latency or not estimate):
+        raise ConfigError(
+            f"--device: {device} is a GPU to predict for, with --estimate and without --latency"
+        )
     kinds = parse_work(work) if latency else []
 
     from diffussm_cli.commands.tables import paper_tables, show_costs
@@ -117,7 +130,8 @@ def profile(
 
     console = make_console()
     setting = None
-    if not latency and (line := unused(ctx, OF_LATENCY, "there is no --latency")):
+    without_latency = [name for name in OF_LATENCY if not (predicted and name == "device")]
+    if not latency and (line := unused(ctx, without_latency, "there is no --latency")):
         warn(console, line)
     if preset and (line := unused(ctx, ("resolution",), "a preset has its own data.resolution")):
         warn(console, line)
@@ -125,7 +139,14 @@ def profile(
         setting, warnings = report.make_setting(precision, device, batch_size, repeats, compiled)
         for warning in warnings:
             warn(console, warning)
-    events = report.profile(chosen, counting=count, work=kinds, setting=setting, estimate=estimate)
+    events = report.profile(
+        chosen,
+        counting=count,
+        work=kinds,
+        setting=setting,
+        estimate=estimate,
+        gpu=device if predicted else None,
+    )
     result = follow(console, events)
 
     if as_json:

@@ -52,6 +52,9 @@ def show_costs(result: dict[str, Any]) -> None:
     for name, fits in result.get("exponents", {}).items():
         for kind, slope in fits.items():
             console.print(f"{name}: {kind} grows with L to the power of {slope:.2f}")
+    assumptions = {m.get("training", {}).get("assumptions", "") for m in result["models"]}
+    for text in filter(None, assumptions):
+        console.print(text[0].upper() + text[1:], soft_wrap=True)
 
 
 def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool = False):
@@ -88,14 +91,7 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
     row("Gflops to train", lambda m: f"{m['training_gflops']:.3g}")
     for kind in dict.fromkeys(kind for m in models for kind in m.get("measured", {})):
         _measured_rows(row, kind, setting)
-    row(
-        "one step on the batch",
-        lambda m: f"{m['training']['step_seconds']:.3g} s" if "training" in m else "",
-    )
-    row(
-        "to train",
-        lambda m: f"{m['training']['seconds'] / 86400:,.3g} days" if "training" in m else "",
-    )
+    _training_rows(row)
     label = (
         f"memory of each of {models[0]['processes']} processes"
         if models[0]["processes"] > 1
@@ -103,9 +99,26 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
     )
     row(
         f"{label}, by formula",
-        lambda m: _gib(m["training_bytes"]) if memory or "training" in m else "",
+        lambda m: _needed(m) if memory or "training" in m else "",
     )
     return grid
+
+
+def _training_rows(row) -> None:
+    """How long training takes, measured on this machine or predicted for a GPU."""
+
+    def cell(form, key: str = "step_seconds"):
+        return lambda m: form(m["training"]) if key in m.get("training", {}) else ""
+
+    row("predicted for", cell(lambda v: v["gpu"], "gpu"))
+    row("one step on the batch", cell(lambda v: f"{v['step_seconds']:.3g} s"))
+    row(
+        "  images per second",
+        cell(lambda v: f"{v['images_per_second']:.3g}", "images_per_second"),
+    )
+    row("to train", cell(lambda v: f"{v['seconds'] / 86400:,.3g} days"))
+    row("  hours of the GPU", cell(lambda v: f"{v['seconds'] / 3600:,.1f}", "gpu"))
+    row("memory of the GPU", cell(lambda v: _gib(v["memory_bytes"]), "gpu"))
 
 
 def _counted(m: dict) -> str:
@@ -124,6 +137,12 @@ def _measured_rows(row, kind: str, setting: dict | None) -> None:
     row("  images per second", cell(lambda v: f"{v['images_per_second']:.3g}"))
     row("  share of a large product's rate", cell(lambda v: f"{v['of_product_rate']:.0%}"))
     row("  peak memory", cell(lambda v: _gib(v["peak_bytes"]) if v["peak_bytes"] else ""))
+
+
+def _needed(m: dict) -> str:
+    """The memory of training, and whether a GPU that it was predicted for has less."""
+    most = m.get("training", {}).get("memory_bytes", m["training_bytes"])
+    return _gib(m["training_bytes"]) + (" (too much)" if m["training_bytes"] > most else "")
 
 
 def _time(v: dict) -> str:

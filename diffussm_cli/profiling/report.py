@@ -29,6 +29,7 @@ from diffussm_cli.profiling import timing
 from diffussm_cli.profiling.count import count
 from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.paper import display_name, named_model
+from diffussm_cli.profiling.roofline import predict
 
 CONVENTION = "Gflops are 1e9 multiply-adds of one forward pass for one image"
 LETTERS = {
@@ -47,6 +48,7 @@ def profile(
     work: Sequence[str] = (),
     setting: timing.Setting | None = None,
     estimate: bool = False,
+    gpu: str | None = None,
 ) -> Generator[Event, None, dict[str, Any]]:
     """Report the cost of models as nested plain values.
 
@@ -56,6 +58,8 @@ def profile(
         work: kinds of work, from `timing.KINDS`, whose time is measured on this machine.
         setting: how they are measured.
         estimate: also measure one optimiser step of each configuration, for its training time.
+        gpu: with `estimate`, a name of `roofline.GPUS`: predict the step there, and measure
+            nothing.
 
     Yields:
         events.
@@ -78,7 +82,11 @@ def profile(
         result["setting"] = _plain(setting)
         result["exponents"] = _exponents(result["models"])
 
-    if estimate:
+    if estimate and gpu:
+        for entry, config in zip(result["models"], configs):
+            yield Stage(f"predicting a step of {entry['name']}")
+            entry["training"] = predict(config, gpu)
+    elif estimate:
         from diffussm_cli.profiling.plan import plan  # it needs the trainer: seconds to import
 
         for entry, config in zip(result["models"], configs):

@@ -1,0 +1,24 @@
+"""What the data sheets of a few GPUs say. This module needs no torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What the data sheet of a GPU says: memory and bandwidth in bytes and bytes a second, and
+    dense operations a second (two per multiply-add), with sums in float32.
+    """
+
+    title: str
+    memory: float
+    bandwidth: float
+    bf16: float
+    fp32: float
+
+
+GPUS = {
+    "h200": GPU("H200 SXM", 141e9, 4.8e12, 989e12, 67e12),
+    "h100": GPU("H100 SXM", 80e9, 3.35e12, 989e12, 67e12),
+    "a100": GPU("A100 SXM, 80 GB", 80e9, 2.04e12, 312e12, 19.5e12),
+    "4090": GPU("GeForce RTX 4090", 24e9, 1.01e12, 165e12, 82.6e12),
+}

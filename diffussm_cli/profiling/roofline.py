@@ -1,0 +1,240 @@
+"""What an optimiser step would take on a GPU that is not here: a prediction by the roofline of each
+operator.
+
+Every operator takes the longest of three times: its operations at the rate of products, its bytes
+at the bandwidth of memory, and the shortest time of a kernel. Operators and shapes are those of a
+step on the meta device, which computes nothing. Nothing of this has been compared with a GPU yet.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from diffussm_cli.config import Config
+from diffussm_cli.machine.gpus import GPU, GPUS
+from diffussm_cli.model import build_model, count_parameters
+
+# The shares of the data sheet that are assumed to be reached.
+PRODUCTS_REACH = 0.65
+COPIES_REACH = 0.83  # of the bandwidth, by operators that read and write in the order of memory
+STRIDED_REACH = 0.58  # by those that do not
+TRANSFORMS_REACH = 0.67
+KERNEL_SECONDS = 2.2e-6  # the shortest time of a kernel
+LAUNCH_SECONDS = 8e-6  # of the host, per kernel: a step is never faster than its launches
+ASSUMPTIONS = (
+    f"a prediction, never compared with a GPU: eager code, {PRODUCTS_REACH:.0%} of the data "
+    f"sheet's rate in products, {COPIES_REACH:.0%} of its bandwidth in copies, "
+    f"{STRIDED_REACH:.0%} in strided ones, {TRANSFORMS_REACH:.0%} in FFTs, "
+    f"{KERNEL_SECONDS * 1e6:g} us for the shortest kernel, {LAUNCH_SECONDS * 1e6:g} us of the host "
+    "per launch; one GPU, and no waiting for data"
+)
+
+
+# ------------------------------------------------------------------------------------- an operator
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+TRANSFORMS = {"_fft_r2c", "_fft_c2r", "_fft_c2c"}
+ATTENTION = {  # products as large as that of queries and keys
+    "_scaled_dot_product_flash_attention": 2,
+    "_scaled_dot_product_flash_attention_backward": 5,
+}
+WRITES_ONLY = {"copy_", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones_like", "arange"}
+MOVES_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach"}
+MOVES_NOTHING |= {"_unsafe_view", "_reshape_alias", "lift_fresh"}
+
+
+@dataclass
+class Work:
+    """What an operator does on a GPU: kernels, bytes moved, operations, and what kind of work."""
+
+    kernels: int
+    moved: float
+    operations: float = 0.0
+    kind: str = "copies"  # or strided, transforms, products, products in float32
+
+    def seconds(self, gpu: GPU) -> float:
+        """The longest of the times of operations, bytes and kernels."""
+        reach = {"strided": STRIDED_REACH, "transforms": TRANSFORMS_REACH}
+        bandwidth = reach.get(self.kind, COPIES_REACH) * gpu.bandwidth
+        peak = gpu.fp32 if self.kind == "products in float32" else gpu.bf16
+        return max(
+            self.operations / (PRODUCTS_REACH * peak),
+            self.moved / bandwidth,
+            self.kernels * KERNEL_SECONDS,
+        )
+
+
+def work_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
+    """The work of an operator of ATen on tensors of these shapes, strides and dtypes.
+
+    Two costs of CUDA are included that the operator's name hides: a product whose bias runs along
+    its columns copies it into the result first, and the inverse of a real transform clones its
+    input.
+    """
+    read = [] if name in WRITES_ONLY else inputs
+    if name == "copy_":
+        read = inputs[1:]
+    moved = sum(_bytes(t) for t in [*read, *outputs])
+    if name in PRODUCTS:
+        return _product(name, inputs, outputs[0], moved)
+    if name in ATTENTION:
+        q, k = inputs[1:3] if "backward" in name else inputs[:2]
+        once = 2.0 * q.numel() * k.shape[-2]
+        return Work(1, moved, ATTENTION[name] * once, "products")
+    if name in TRANSFORMS:
+        clone = _bytes(inputs[0]) if name == "_fft_c2r" else 0
+        return Work(2 if clone else 1, moved + 2 * clone, 0.0, "transforms")
+    strided = any(not _dense(t) for t in [*read, *outputs])
+    return Work(1, moved, 0.0, "strided" if strided else "copies")
+
+
+def _product(name: str, inputs: list[Tensor], output: Tensor, moved: float) -> Work:
+    """A matrix product, and the copy of a bias that is not fused."""
+    factor = inputs[-2]
+    operations = 2.0 * output.numel() * factor.shape[-1]
+    has_bias = name in ("addmm", "baddbmm")
+    fused = not has_bias or (name == "addmm" and inputs[0].ndim == 1)
+    if not fused:
+        moved += 2 * _bytes(output)
+    kind = "products" if factor.dtype == torch.bfloat16 else "products in float32"
+    return Work(1 if fused else 2, moved, operations, kind)
+
+
+def _bytes(t: Tensor) -> float:
+    """Bytes that reading or writing a tensor moves.
+
+    Memory moves in sectors of 32 bytes, so that numbers that lie apart cost more than their size.
+    An expanded dimension is read once.
+    """
+    sizes = [(stride, size) for stride, size in zip(t.stride(), t.shape) if size > 1 and stride]
+    apart = min((stride for stride, _ in sizes), default=1) * t.element_size()
+    sector = max(t.element_size(), min(apart, 32))
+    return math.prod(size for _, size in sizes) * sector
+
+
+def _dense(t: Tensor) -> bool:
+    """Whether a tensor fills its memory without gaps, in any order of its dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+class Tally(TorchDispatchMode):
+    """Collects the work of every operator on the meta device, by name and dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[tuple[str, Work]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        name = operator.overloadpacket.__name__
+        if operator.is_view or name in MOVES_NOTHING:
+            return result
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.numel()]
+        if outputs:
+            dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in [*inputs, *outputs]})
+            self.done.append((f"{name} {'/'.join(dtypes)}", work_of(name, inputs, outputs)))
+        return result
+
+
+class Autocast(TorchFunctionMode):
+    """What autocast to bfloat16 does on CUDA, for the meta device, which has none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        F = torch.nn.functional
+        if function is F.scaled_dot_product_attention:
+            q, k, v = (t.to(torch.bfloat16) for t in args[:3])
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        narrow = (F.linear, F.conv2d, torch.addmm, torch.baddbmm, torch.bmm, torch.matmul)
+        if function in (*narrow, Tensor.__matmul__, Tensor.matmul):
+            args, kwargs = _cast((args, kwargs or {}), torch.bfloat16)
+        elif function in (F.layer_norm, F.softmax, torch.cumsum):
+            args, kwargs = _cast((args, kwargs or {}), torch.float32)
+        return function(*args, **(kwargs or {}))
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    def change(v: Any) -> Any:
+        return v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v
+
+    return tree_map(change, values)
+
+
+# ------------------------------------------------------------------------------------------ a step
+def predict(config: Config, device: str) -> dict[str, Any]:
+    """What training a configuration would take on a GPU of `GPUS`, as plain values.
+
+    Args:
+        device: a name of `GPUS`.
+
+    Returns:
+        `gpu`, its name; `step_seconds` of an optimiser step on the batch, `images_per_second`;
+        `seconds` of the training; `launches` of a step; `memory_bytes` of the GPU; `costs`: the
+        five largest by operator, in seconds of a step; and `assumptions`.
+    """
+    gpu, t = GPUS[device], config.train
+    parameters, part = _part_of_step(config)
+
+    # The parts of a batch, and one update of the weights.
+    spent: Counter[str] = Counter()
+    launches = 0
+    for name, work in part:
+        spent[name] += t.accumulate * work.seconds(gpu)
+        launches += t.accumulate * work.kernels
+    update = _update(parameters, len(t.ema))
+    spent["optimiser, averages and norm"] += update.seconds(gpu)
+    launches += update.kernels
+
+    step = max(spent.total(), launches * LAUNCH_SECONDS)
+    return {
+        "gpu": gpu.title,
+        "step_seconds": step,
+        "images_per_second": t.batch_size / step,
+        "seconds": step * t.steps,
+        "launches": launches,
+        "memory_bytes": gpu.memory,
+        "costs": dict(spent.most_common(5)),
+        "assumptions": ASSUMPTIONS,
+    }
+
+
+def _part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
+    """The number of parameters, and the work of a forward and backward pass of one part of the
+    batch.
+    """
+    m, t = config.model, config.train
+    B = t.batch_size // t.accumulate
+    with torch.device("meta"):
+        model = build_model(config, t.gradient_checkpointing)
+        x = torch.empty(B, config.data.channels, *config.data.grid)
+        step = torch.zeros(B, dtype=torch.long)
+        text = torch.empty(B, 1 + m.text_tokens, m.text_width) if m.text_width else None
+    autocast = contextlib.nullcontext() if t.precision == "fp32" else Autocast()
+    with Tally() as tally:
+        with autocast:
+            output = model(x, step, step if m.num_classes else None, text)
+        output.float().square().mean().backward()
+    return count_parameters(model), tally.done
+
+
+def _update(parameters: int, averages: int) -> Work:
+    """The norm of the gradient, AdamW and the averages, all in float32.
+
+    The norm reads the gradients; AdamW reads four numbers of a parameter and writes three; each
+    average reads two and writes one. A kernel takes 320 chunks of 65,536 numbers.
+    """
+    moved = 4.0 * parameters * (1 + 7 + 3 * averages)
+    return Work((2 + averages) * math.ceil(parameters / (320 * 65536)), moved)
