@@ -22,6 +22,7 @@ from diffussm_cli.config import (
     DEFAULT_VAE,
     MAX_SEED,
     Config,
+    SampleConfig,
     check_whole,
     config_from_dict,
     load_config,
@@ -39,6 +40,7 @@ from diffussm_cli.machine.files import default_cache
 from diffussm_cli.model import Backbone
 from diffussm_cli.profiling.flops import Cost
 from diffussm_cli.runs import TrainedRun, find_run
+from diffussm_cli.sampling.beginning import Beginning, Picture, read_beginning
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 T = TypeVar("T")
@@ -84,6 +86,11 @@ class Run:
         negative: str | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        strength: float | None = None,
+        interpolate: Sequence[int] | None = None,
+        callback: Callable[[int, Tensor], Any] | None = None,
         **sampling: Any,
     ) -> Tensor:
         """Draw images of the seeds seed, seed + 1, ...: uint8 (num, C, H, W).
@@ -93,6 +100,16 @@ class Run:
             prompts: captions, used in turn, for a model with text; by default the run's
                 `sample.prompts`.
             negative: a prompt that guidance leads away from.
+            image: an image to begin with in place of noise: a file, an image of Pillow, or uint8
+                (C, H, W), of the size of the run's images.
+            mask: the same with white pixels, or bool (H, W), where `image` is drawn anew; the rest
+                of it is kept.
+            strength: how much of `image` is drawn again, from 0 (nothing) to 1; by default 0.8, and
+                1 with a mask.
+            interpolate: two seeds in place of `seed`; the images go from that of the first to that
+                of the second. Without `classes`, all have the label of the first.
+            callback: is called with the number of the step, from 0, and x_t (B, C, H, W) after each
+                step of each batch.
             sampling: fields of the section `sample` to change: steps, sampler, guidance, ...
 
         Raises:
@@ -102,17 +119,31 @@ class Run:
 
         check_numbers({"num": num, "seed": seed, "batch_size": batch_size})
         labels = check_labels(classes, self.config)
-        sampler = self._sampler(batch_size, sampling)
+        request = with_fields(self.config, sampling, "sample").sample
+        beginning = read_beginning(self.config, request, num, image, mask, strength, interpolate)
+        sampler = self._sampler(request, batch_size, beginning)
         prompts = prompts or self.config.sample.prompts
         check_prompts(prompts, negative, self.config, sampler.sampling)
-        seeds = range(seed, seed + num)
+        seeds = range(num) if interpolate else range(seed, seed + num)
         captions = [prompts[i % len(prompts)] for i in range(num) if prompts]
-        drawn = sampler.draw(seeds, sampler.labels(seeds, labels), sampler.text(captions, negative))
+        text = sampler.text(captions, negative)
+
+        def after_step(step: int, _: Any, x: Tensor) -> Tensor:
+            if callback is not None:
+                callback(step, x)
+            return x
+
+        drawn = sampler.draw(seeds, sampler.labels(seeds, labels), text, after_step)
         return torch.cat([images for _, images in drawn])
 
-    def _sampler(self, batch_size: int = 64, sampling: Mapping[str, Any] | None = None) -> Sampler:
-        request = with_fields(self.config, sampling or {}, "sample").sample
-        return open_sampler(self.trained, request, batch_size, self.precision, self.device)
+    def _sampler(
+        self,
+        sampling: SampleConfig | None = None,
+        batch_size: int = 64,
+        beginning: Beginning | None = None,
+    ) -> Sampler:
+        where = self.precision, self.device
+        return open_sampler(self.trained, sampling, batch_size, *where, beginning)
 
 
 def load(
@@ -203,8 +234,8 @@ def sample(
     Args:
         run: from `load` or `train`, or what `load` takes.
         out: the folder; by default RUN/images, or a numbered one.
-        request: classes, prompts, negative, seed, batch_size, npz, film, and fields of the section
-            `sample`.
+        request: classes, prompts, negative, seed, batch_size, npz, film, image, mask, strength,
+            interpolate, and fields of the section `sample`.
 
     Returns:
         The path of the grid.

@@ -89,6 +89,7 @@ INPUTS = {
     ],
     "gallery.md": ["prompts.txt"],
     "get-started.md": ["faces"],
+    "sampling.md": [TRAINED, "mask.png"],
     "text.md": ["faces", "prompts.txt"],
     "training.md": ["imagenet/train", ENCODED],
     "diffussm --help": [],
@@ -150,6 +151,8 @@ def prepare(name, root):
         np.savez(
             root / name, np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8)
         )
+    elif name.endswith(".png"):
+        Image.fromarray((np.arange(28) >= 14)[None].repeat(28, 0)).save(root / name)
     elif name.endswith(".txt"):
         (root / name).write_text("red heart\nsmiling cat\n")
     elif name == "imagenet/train":

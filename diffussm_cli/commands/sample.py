@@ -6,12 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console, say
-from diffussm_cli.commands.options import parse_classes, parse_prompts, sampling_request
+from diffussm_cli.commands.console import follow, make_console, say, warn
+from diffussm_cli.commands.options import (
+    parse_classes,
+    parse_prompts,
+    sampling_request,
+    unused,
+)
 from diffussm_cli.config import bundled_names
 
 
 def sample(
+    ctx: typer.Context,
     run: Annotated[
         Path | None,
         typer.Argument(
@@ -43,6 +49,27 @@ def sample(
     guidance: options.Guidance = None,
     guidance_channels: options.GuidanceChannels = None,
     guidance_interval: options.GuidanceInterval = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Begin with this image of the run's size, in place of noise."),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Draw --image anew only where this picture is white; keep the rest."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of --image is drawn again; 0: nothing. Default: 0.8; 1 with --mask.",
+        ),
+    ] = None,
+    interpolate: Annotated[
+        tuple[int, int] | None,
+        typer.Option(
+            metavar="SEED SEED",
+            help="Draw --num images that go from that of one seed to that of another.",
+        ),
+    ] = None,
     batch_size: options.BatchSize = 64,
     out: Annotated[
         Path | None,
@@ -76,6 +103,8 @@ def sample(
     console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema)
     if run is None:
         console.print(f"the newest run: {trained.label}")
+    if interpolate and (line := unused(ctx, ("seed",), "--interpolate names the seeds")):
+        warn(console, line)
     request: dict[str, Any] = {
         "seed": seed,
         "classes": parse_classes(classes, trained.config, balanced),
@@ -95,6 +124,10 @@ def sample(
         "grid": grid,
         "npz": npz,
         "film": film,
+        "image": image,
+        "mask": mask,
+        "strength": strength,
+        "interpolate": interpolate,
     }
     try:
         path = follow(console, draw(trained, out, num, **request))

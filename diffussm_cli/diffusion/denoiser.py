@@ -1,4 +1,4 @@
-"""Wrappers of a denoiser: labels, guidance and clipping. No sampler knows of them.
+"""Wrappers of a denoiser: labels, guidance, known pixels and clipping. No sampler knows of them.
 
     B batch   C channels   x (B, C, H, W)   y (B,) labels
 
@@ -59,6 +59,28 @@ def guided(
         return torch.cat([eps, output[:, n:]], dim=1)
 
     return denoise
+
+
+def keeping(
+    denoise: Denoiser, objective: Objective, x_0: Tensor, noise: Tensor, redrawn: Tensor
+) -> Denoiser:
+    """Keep the known pixels of images: the denoiser sees them noised to its timestep, always by the
+    same noise, and what it predicts there is what implies x_0.
+
+    A sampler of any kind so moves the other pixels alone, in steps of any kind.
+
+    Args:
+        x_0, noise: the images and their x_T, (B, C, H, W).
+        redrawn: bool, broadcast to (B, C, H, W): true for the pixels that are not known.
+    """
+
+    def denoise_redrawn(x: Tensor, t: float) -> Tensor:
+        C, batch = x.shape[1], timestep_batch(t, x)
+        output = denoise(torch.where(redrawn, x, objective.q_sample(x_0, batch, noise)), t)
+        known = objective.output_for(x, batch, x_0)
+        return torch.cat([torch.where(redrawn, output[:, :C], known), output[:, C:]], dim=1)
+
+    return denoise_redrawn
 
 
 def clipped(denoise: Denoiser, objective: Objective) -> Denoiser:

@@ -5,6 +5,7 @@ B batch   C channels   x (B, C, H, W)
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from diffussm_cli.diffusion.process import Objective, timestep_batch
 from diffussm_cli.errors import NotFiniteError
 
 INTEGRATORS = ("euler", "heun", "sde")
+# (number of the step from 0, its timestep, the new x) -> the x to go on with, or None to end here
+AfterStep = Callable[[int, Any, Tensor], Tensor | None]
 
 
 @torch.no_grad()
@@ -24,6 +27,8 @@ def integrate(
     steps: int,
     heun: bool = False,
     noise: Callable[[Tensor], Tensor] | None = None,
+    after_step: AfterStep | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Follow the probability flow, dx = velocity dtime, from x_T to x_0, both (B, C, H, W).
 
@@ -32,6 +37,7 @@ def integrate(
             2206.00364, algorithm 1).
         noise: (x) -> normal noise like x, which adds the noise and the drift of SiT, section 2,
             with w_t = t, to a flow; the last step adds no noise.
+        after_step, start: as in `sample`.
 
     Raises:
         NotFiniteError: as `sample_by_name`.
@@ -53,19 +59,25 @@ def integrate(
         x = objective.predict_x_0(x, timestep_batch(grid[0], x), denoise(x, grid[0])[:, :C])
         checks.count(x)
         checks.check(grid)
-        return x
+        changed = x if after_step is None else after_step(0, grid[0], x)
+        return x if changed is None else changed
 
-    for i, t in enumerate(grid):
-        start, end = times[i], times[i + 1]
+    for i, t in enumerate(grid[start:]):
+        now, end = times[start + i], times[start + i + 1]
         velocity = slope(x, t)
         if heun and end > 0:
-            guess = x + (end - start) * velocity
-            velocity = (velocity + slope(guess, grid[i + 1])) / 2
-        x = x + (end - start) * velocity
+            guess = x + (end - now) * velocity
+            velocity = (velocity + slope(guess, grid[start + i + 1])) / 2
+        x = x + (end - now) * velocity
         if noise is not None and end > 0:
-            x = x + math.sqrt(start * (start - end)) * noise(x)
+            x = x + math.sqrt(now * (now - end)) * noise(x)
         checks.count(x)
-    checks.check(grid)
+        changed = x if after_step is None else after_step(i, t, x)
+        if changed is None:
+            break
+        x = changed
+
+    checks.check(grid[start : start + i + 1])
     return x
 
 

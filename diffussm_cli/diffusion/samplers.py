@@ -3,8 +3,8 @@
     B batch   C channels   T timesteps of the process   x (B, C, H, W)
 
 `sample_by_name` takes every sampler. Four of them are schedulers of diffusers (schedulers.py);
-Euler, Heun and the stochastic one are `integrate` (integrators.py). Guidance and clipping are
-wrappers of the denoiser that a sampler gets (denoiser.py).
+Euler, Heun and the stochastic one are `integrate` (integrators.py). Guidance, known pixels and
+clipping are wrappers of the denoiser that a sampler gets (denoiser.py).
 """
 
 import functools
@@ -15,9 +15,11 @@ from torch import Tensor
 
 from diffussm_cli.config import SAMPLERS
 from diffussm_cli.diffusion.denoiser import Denoiser
-from diffussm_cli.diffusion.integrators import INTEGRATORS, integrate
-from diffussm_cli.diffusion.process import Objective
+from diffussm_cli.diffusion.integrators import INTEGRATORS, AfterStep, integrate
+from diffussm_cli.diffusion.process import Objective, timestep_batch
 from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample, scheduler_settings, set_steps
+
+STOCHASTIC = ("ddpm", "sde")  # these add noise at every step
 
 
 @torch.no_grad()
@@ -29,6 +31,9 @@ def sample_by_name(
     steps: int,
     generators: Sequence[torch.Generator] | None = None,
     learned_covariance: bool = False,
+    image: Tensor | None = None,
+    strength: float = 1.0,
+    after_step: AfterStep | None = None,
 ) -> Tensor:
     """Denoise x_T down to x_0, both (B, C, H, W).
 
@@ -49,20 +54,50 @@ def sample_by_name(
         generators: one per image, so that an image does not depend on its batch; CPU generators
             give the same noise on every device.
         learned_covariance: whether the denoiser returns v too, (B, 2C, H, W).
+        image: what to begin with at a strength below 1, (B, C, H, W): it is noised by x, and only
+            the last of the steps are taken, a share of about `strength`.
+        strength: from 0, which returns the image, to 1, which begins at x and needs no image.
+        after_step: as in `sample`.
 
     Raises:
-        ValueError: if the sampler is unknown or does not fit the objective, or `steps` is not a
-            whole number in 1..T.
+        ValueError: if the sampler is unknown or does not fit the objective, `steps` is not a whole
+            number in 1..T, or `strength` does not lie in 0..1 or needs an image.
         NotFiniteError: if an image becomes NaN or infinite; it names its place in the batch and the
             step.
     """
     check_sampler(name, objective)
+    scheduler = None
+    grid = objective.timesteps(steps)
     if name in SCHEDULERS:
-        return sample(
-            denoise, make_scheduler(name, objective, steps, learned_covariance), x, generators
-        )
+        scheduler = make_scheduler(name, objective, steps, learned_covariance)
+        grid = scheduler.timesteps.tolist()
+
+    # The steps of a strength begin at the image, noised to the level of the first of them.
+    start = len(grid) - steps_of(strength, len(grid))
+    if start:
+        if image is None:
+            raise ValueError(f"strength: {strength:g} needs an image to begin with")
+        if start == len(grid):
+            return image
+        x = objective.q_sample(image.to(x), timestep_batch(grid[start], x), x)
+
+    if scheduler is not None:
+        return sample(denoise, scheduler, x, generators, after_step, start)
     noise = functools.partial(_noise_like, generators) if name == "sde" else None
-    return integrate(denoise, objective, x, steps, heun=name == "heun", noise=noise)
+    return integrate(
+        denoise, objective, x, steps, name == "heun", noise, after_step=after_step, start=start
+    )
+
+
+def steps_of(strength: float, steps: int) -> int:
+    """How many of the steps a strength takes: none at 0, else at least one.
+
+    Raises:
+        ValueError: for a strength that does not lie in 0..1.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength: {strength!r} must be a number from 0 to 1")
+    return max(1, round(strength * steps)) if strength else 0
 
 
 def check_sampler(name: str, objective: Objective) -> None:

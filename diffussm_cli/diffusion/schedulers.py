@@ -6,14 +6,14 @@ image.
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffussm_cli.diffusion.denoiser import Denoiser
-from diffussm_cli.diffusion.integrators import FiniteSteps
+from diffussm_cli.diffusion.integrators import AfterStep, FiniteSteps
 from diffussm_cli.diffusion.process import GaussianDiffusion, Objective
 
 # The samplers that are schedulers of diffusers.
@@ -31,7 +31,8 @@ def sample(
     scheduler,
     x: Tensor,
     generators: Sequence[torch.Generator] | None = None,
-    after_step: Callable[[int, Tensor, Tensor], Tensor | None] | None = None,
+    after_step: AfterStep | None = None,
+    start: int = 0,
 ) -> Tensor:
     """Denoise x_T down to x_0 with a scheduler of diffusers from `set_steps`, which may be used
     again: a copy steps.
@@ -42,6 +43,7 @@ def sample(
             give the same noise on every device.
         after_step: is called with the number of the step, from 0, its timestep and the new x; it
             returns the x to go on with, or None to end here.
+        start: the number of timesteps to leave out; x is then noised to the next one.
 
     Returns:
         x_0, (B, C, H, W).
@@ -56,8 +58,11 @@ def sample(
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
     options = {"generator": list(generators)} if generators and takes_generators else {}
 
+    timesteps = scheduler.timesteps[start:]
+    if start and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start)
     checks = FiniteSteps(x)
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(timesteps):
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
@@ -67,7 +72,7 @@ def sample(
             break
         x = changed
 
-    checks.check(scheduler.timesteps[: i + 1].tolist())
+    checks.check(timesteps[: i + 1].tolist())
     return x
 
 
@@ -235,6 +240,10 @@ class Respaced:
         )
         scheduler.set_timesteps(n)
         self.scheduler, self.timesteps, self._done = scheduler, torch.tensor(timesteps), 0
+
+    def set_begin_index(self, start: int) -> None:
+        """Leave out the timesteps before this place."""
+        self._done = start
 
     def step(self, output: Tensor, t: Tensor, x: Tensor, **options: Any) -> tuple[Tensor]:  # noqa: ARG002
         """x at the next of the timesteps."""

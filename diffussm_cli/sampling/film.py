@@ -13,7 +13,7 @@ from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.sampling.folder import prompts_of
-from diffussm_cli.sampling.generate import Text, generate, name_of
+from diffussm_cli.sampling.generate import Text, name_of
 from diffussm_cli.sampling.sampler import Sampler
 
 SUFFIXES = (".gif", ".webp")
@@ -77,18 +77,7 @@ def _states(
 
     hook = sampler.model.register_forward_pre_hook(record)
     try:
-        batches = list(
-            generate(
-                sampler.model,
-                sampler.objective,
-                sampler.sampling,
-                seeds,
-                labels,
-                batch_size=len(seeds),  # all in one
-                dtype=sampler.dtype,
-                text=text,
-            )
-        )
+        batches = list(sampler.generate(seeds, labels, text, batch_size=len(seeds)))  # all in one
     finally:
         hook.remove()
     return [*states, *(images for _, images in batches)]

@@ -29,6 +29,7 @@ from diffussm_cli.errors import ConfigError, RunError, reading
 from diffussm_cli.machine.files import sha256, whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
+from diffussm_cli.sampling.beginning import FACTS, FIXED_FACTS
 from diffussm_cli.sampling.sampler import Sampler
 
 IMAGES = "images"
@@ -40,6 +41,7 @@ READ = 256  # images read back at a time
 SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 FIXED: tuple[str, ...] = ("weights_sha256", *SETTINGS)
 FIXED += ("first_seed", "classes", "negative", "text_encoder", "vae", "decoded_by", "precision")
+FIXED += FIXED_FACTS
 
 
 def sample_facts(
@@ -68,6 +70,7 @@ def sample_facts(
         "ema": trained.ema,
         **dataclasses.asdict(sampler.sampling),
         "guidance_interval": list(sampler.sampling.guidance_interval) or None,
+        **(dict.fromkeys(FACTS) | sampler.beginning.facts),
         "first_seed": seeds.start,
         "num": len(seeds),
         "classes": list(classes) or None,
@@ -311,7 +314,7 @@ def _are_whole(value: Any) -> bool:
 # What must be true of facts in meta.json that others read or print, and how an error calls it.
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("run", "weights", "weights_sha256", "negative", "reference", "extractor"),
+        ("run", "weights", "weights_sha256", "negative", "reference", "extractor", "image", "mask"),
         (_is_text, "text"),
     ),
     "grid": (_is_text, "text"),

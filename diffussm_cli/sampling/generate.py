@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
-from diffussm_cli.diffusion.denoiser import Denoiser, clipped, guided, labelled
+from diffussm_cli.diffusion.denoiser import Denoiser, clipped, guided, keeping, labelled
+from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import Objective
 from diffussm_cli.diffusion.samplers import sample_by_name
 from diffussm_cli.errors import NotFiniteError
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import kept_kernels
+from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.precision import autocast, products_cast
 
 
@@ -43,6 +45,8 @@ def generate(
     batch_size: int = 64,
     dtype: torch.dtype = torch.float32,
     text: Text | None = None,
+    beginning: Beginning | None = None,
+    after_step: AfterStep | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw one image per seed; yields seeds and images, (B, C, H, W) float32 on the CPU, batch by
     batch.
@@ -57,25 +61,58 @@ def generate(
             (`labels_of`).
         dtype: autocast dtype; float32 means no autocast.
         text: one caption per seed, for a model with text.
+        beginning: what images begin with in place of the noise of their seeds; if it is noise
+            between two seeds, `seeds` are the places between them.
+        after_step: is called after each step of each batch; see `samplers.sample`.
 
     Raises:
         NotFiniteError: if an image becomes NaN or infinite; it names the seed and the step.
     """
+    beginning = beginning or Beginning()
     with kept_kernels(model), products_cast(model, dtype):
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
-            y, x = begin(model, objective.device, generators, labels and labels[chosen])
+            noise = _between(model, beginning, seeds[chosen]) if beginning.ends else None
+            y, x = begin(model, objective.device, generators, labels and labels[chosen], noise)
             denoise = make_denoiser(model, objective, sampling, y, text and text.of(chosen))
-            how = (sampling.steps, generators, model.learn_sigma)
+
+            # An image to begin with, whose known pixels stay.
+            x_0, redrawn = beginning.x_0, beginning.redrawn
+            if x_0 is not None:
+                x_0 = x_0.to(x).expand_as(x)
+            if x_0 is not None and redrawn is not None:
+                redrawn = redrawn.to(x.device)
+                denoise = keeping(denoise, objective, x_0, x, redrawn)
 
             try:
                 with torch.no_grad(), autocast(objective.device, dtype):
-                    images = sample_by_name(sampling.sampler, denoise, objective, x, *how)
+                    images = sample_by_name(
+                        sampling.sampler,
+                        denoise,
+                        objective,
+                        x,
+                        sampling.steps,
+                        generators,
+                        model.learn_sigma,
+                        x_0,
+                        beginning.strength,
+                        after_step,
+                    )
             except NotFiniteError as e:
                 raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
 
+            if x_0 is not None and redrawn is not None:
+                images = torch.where(redrawn, images, x_0)
             yield list(seeds[chosen]), images.float().cpu()
+
+
+def _between(model: Backbone, beginning: Beginning, places: Sequence[int]) -> Tensor:
+    """x_T at places between the two seeds of a beginning, (B, C, H, W)."""
+    assert beginning.ends is not None, "checked by the caller"
+    generators = [torch.Generator().manual_seed(seed) for seed in beginning.ends]
+    _, ends = begin(model, torch.device("cpu"), generators)
+    return beginning.noise(ends, places)
 
 
 def name_of(seed: int) -> str:

@@ -10,11 +10,13 @@ from diffussm_cli.config import Config, SampleConfig
 from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.text import Texts, open_texts
 from diffussm_cli.data.vae import Decoding, open_decoding
+from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, load_model
+from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.generate import Text, generate, labels_of, name_of
 from diffussm_cli.sampling.precision import cast_products
 
@@ -56,6 +58,7 @@ class Sampler:
         decoding: how latents become images.
         batch_size: number of images per batch.
         dtype: autocast dtype; float32 means no autocast.
+        beginning: what images begin with, `encoded`; by default the noise of their seeds.
     """
 
     def __init__(
@@ -66,28 +69,56 @@ class Sampler:
         decoding: Decoding,
         batch_size: int = 64,
         dtype: torch.dtype = torch.float32,
+        beginning: Beginning | None = None,
     ):
         self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
         self.batch_size, self.dtype = batch_size, dtype
+        self.beginning = beginning or Beginning()
         self.text = PromptEncoder(config)
         self.device = next(model.parameters()).device
         self.objective = make_objective(config.diffusion, self.device)
 
     def labels(self, seeds: range, classes: Sequence[int] = ()) -> list[int] | None:
         """The label of each seed: `classes` in turn, or drawn with the seed; None for an
-        unconditional model.
+        unconditional model. Images between two seeds have the label of the first of these.
         """
         n = self.config.model.num_classes
         if not n:
             return None
-        return (
-            [classes[i % len(classes)] for i in range(len(seeds))]
-            if classes
-            else labels_of(seeds, n)
+        if classes:
+            return [classes[i % len(classes)] for i in range(len(seeds))]
+        if self.beginning.ends:
+            return labels_of(self.beginning.ends[:1], n) * len(seeds)
+        return labels_of(seeds, n)
+
+    def generate(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        text: Text | None = None,
+        batch_size: int | None = None,
+        after_step: AfterStep | None = None,
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield seeds and their images in model space, as `generate.generate` does."""
+        return generate(
+            self.model,
+            self.objective,
+            self.sampling,
+            seeds,
+            labels,
+            batch_size=batch_size or self.batch_size,
+            dtype=self.dtype,
+            text=text,
+            beginning=self.beginning,
+            after_step=after_step,
         )
 
     def draw(
-        self, seeds: Sequence[int], labels: Sequence[int] | None, text: Text | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        text: Text | None = None,
+        after_step: AfterStep | None = None,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield seeds and their images, uint8 (B, C, H, W), batch by batch; a model with text needs
         its captions.
@@ -97,21 +128,11 @@ class Sampler:
                 out.
             RunError: if the images do not fit into memory.
         """
-        batches = generate(
-            self.model,
-            self.objective,
-            self.sampling,
-            seeds,
-            labels,
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            text=text,
-        )
-
         try:
-            for batch, latents in batches:
+            for batch, latents in self.generate(seeds, labels, text, after_step=after_step):
                 images = self.decoding.decode(latents)
-                yield batch, to_uint8(images, [name_of(seed) for seed in batch])
+                pixels = to_uint8(images, [name_of(seed) for seed in batch])
+                yield batch, self.beginning.paste(pixels)
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
@@ -126,11 +147,16 @@ def open_sampler(
     batch_size: int = 64,
     precision: str = "auto",
     device: str = "auto",
+    beginning: Beginning | None = None,
 ) -> Sampler:
     """The sampler of a trained run, with the run's own sampling settings by default.
 
+    Args:
+        beginning: from `read_beginning`.
+
     Raises:
-        DiffussmError: if the weights cannot be read or the device is not available.
+        DiffussmError: if the weights cannot be read, the device is not available, or there is an
+            image to begin with but no VAE to encode it.
     """
     keep_freed_memory()
     where = pick_device(device)
@@ -138,6 +164,6 @@ def open_sampler(
     model = load_model(trained).to(where)
     cast_products(model, dtype)
     decoding = open_decoding(trained.config, where)
-    return Sampler(
-        model, trained.config, sampling or trained.config.sample, decoding, batch_size, dtype
-    )
+    beginning = beginning and beginning.encoded(decoding, trained.config.data.downsample)
+    sampling = sampling or trained.config.sample
+    return Sampler(model, trained.config, sampling, decoding, batch_size, dtype, beginning)

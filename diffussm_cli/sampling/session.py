@@ -13,6 +13,7 @@ from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
+from diffussm_cli.sampling.beginning import Picture, read_beginning
 from diffussm_cli.sampling.film import SUFFIXES, write_film
 from diffussm_cli.sampling.folder import (
     IMAGES,
@@ -40,6 +41,10 @@ def sample(
     grid: Path | None = None,
     npz: bool = False,
     film: Path | None = None,
+    image: Picture | None = None,
+    mask: Picture | None = None,
+    strength: float | None = None,
+    interpolate: Sequence[int] | None = None,
 ) -> Generator[Event, None, Path]:
     """Draw images of seeds `seed`, `seed` + 1, ... into a folder. The same call resumes an
     interrupted one.
@@ -58,6 +63,8 @@ def sample(
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
         film: also write the denoising of the first images into this .gif or .webp.
+        image, mask, strength, interpolate: what images begin with; see `read_beginning`.
+            `interpolate` names its seeds itself, so that `seed` has no effect.
 
     Yields:
         events.
@@ -70,7 +77,8 @@ def sample(
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
     prompts = prompts or trained.config.sample.prompts
-    world, seeds = read_world(), range(seed, seed + num)
+    # images between two seeds are numbered from 0
+    world, seeds = read_world(), range(num) if interpolate else range(seed, seed + num)
 
     if grid and grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
@@ -79,8 +87,11 @@ def sample(
     if trained.assumption:
         yield Message(trained.assumption)
 
+    sampling = sampling or trained.config.sample
+    beginning = read_beginning(trained.config, sampling, num, image, mask, strength, interpolate)
+
     yield Stage("loading")
-    sampler = open_sampler(trained, sampling, batch_size, precision, device)
+    sampler = open_sampler(trained, sampling, batch_size, precision, device, beginning)
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
     sampler.text(prompts[:1])  # a missing text encoder is an error before anything is written
 

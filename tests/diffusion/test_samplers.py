@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
 
-from diffussm_cli.diffusion.denoiser import clipped, guided
+from diffussm_cli.config import SAMPLERS
+from diffussm_cli.diffusion.denoiser import clipped, guided, keeping
 from diffussm_cli.diffusion.integrators import integrate
-from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow
-from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name
+from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow, timestep_batch
+from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name, steps_of
 from diffussm_cli.diffusion.schedulers import sample
 from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
@@ -246,3 +247,115 @@ def test_clipping_bounds_the_predicted_image():
     assert raw.abs().max() > 1
     torch.testing.assert_close(x_0, raw.clamp(-1, 1), rtol=1e-5, atol=1e-5)
     assert torch.equal(output[:, 1:], gaussian_denoiser(x, t)[:, 1:])
+
+
+# ----------------------------------------------------------------- images to begin with and to keep
+EVERY = [(name, process) for process in (PROCESS, LinearFlow(device=device()))
+         for name in SAMPLERS[process.name]]  # fmt: skip
+
+
+def rounding(name, process):
+    """How far a sampler of ten steps ends from an image that its model knows: straight steps along
+    an arc, and the drift in the last step of the stochastic one, miss it.
+    """
+    if name == "sde":
+        return 0.4
+    return 0.1 if name in ("euler", "heun") and not process.continuous else 1e-4
+
+
+def draw_from(name, process, model, noise, image=None, strength=1.0, steps=10, after_step=None):
+    return sample_by_name(
+        name, model, process, noise, steps, seeded(2), False, image, strength, after_step
+    )
+
+
+@pytest.mark.parametrize(("name", "process"), EVERY)
+def test_strength_one_is_plain_sampling_and_strength_zero_is_the_image(name, process):
+    noise, image = randn(2, 1, 4, 4, dtype=torch.float64), randn(2, 1, 4, 4, seed=1)
+
+    def model(x, t):
+        return torch.sin(3 * x) + t / 1000
+
+    plain = draw_from(name, process, model, noise)
+    assert torch.equal(draw_from(name, process, model, noise, image, 1.0), plain)
+    assert torch.equal(draw_from(name, process, model, noise, image, 0.0), image)
+    assert not torch.equal(draw_from(name, process, model, noise, image, 0.5), plain)
+
+
+@pytest.mark.parametrize(("name", "process"), EVERY)
+def test_a_strength_begins_at_the_noised_image_and_takes_its_share_of_the_steps(name, process):
+    """A model that knows the image leads back to it from there, whatever the sampler."""
+    noise, image = randn(2, 1, 4, 4, dtype=torch.float64), randn(2, 1, 4, 4, seed=1).double()
+    calls = []
+
+    def exact(x, t):
+        calls.append((t, x.clone()))
+        return process.output_for(x, timestep_batch(t, x), image)
+
+    drawn = draw_from(name, process, exact, noise, image, 0.3)
+    torch.testing.assert_close(drawn, image, rtol=0, atol=rounding(name, process))
+
+    whole = draw_from(name, process, lambda x, t: x, noise)
+    assert whole.shape == drawn.shape
+    seen = list(dict.fromkeys(t for t, _ in calls))
+    assert len(seen) == 3, "three of ten steps"
+    t, x = calls[0]
+    noised = process.q_sample(image, timestep_batch(t, x), noise)
+    torch.testing.assert_close(x, noised, rtol=0, atol=1e-9)
+    assert t < 0.45 * process.T
+
+
+@pytest.mark.parametrize(
+    ("strength", "steps", "taken"),
+    [(0.0, 10, 0), (0.001, 10, 1), (0.29, 100, 29), (0.5, 25, 12), (0.999, 10, 10), (1, 7, 7)],
+)
+def test_a_strength_takes_its_share_of_the_steps_and_at_least_one(strength, steps, taken):
+    assert steps_of(strength, steps) == taken
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, math.nan])
+def test_a_strength_that_is_none_is_refused(strength):
+    with pytest.raises(ValueError, match="strength: .* must be a number from 0 to 1"):
+        steps_of(strength, 10)
+
+
+@pytest.mark.parametrize(("name", "process"), EVERY)
+def test_known_pixels_are_seen_noised_to_every_timestep_and_imply_the_image(name, process):
+    noise, image = randn(2, 1, 4, 4, dtype=torch.float64), randn(2, 1, 4, 4, seed=1).double()
+    redrawn = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device=device())
+    redrawn[..., 2:] = True
+
+    def model(x, t):
+        known = process.q_sample(image, timestep_batch(t, x), noise)
+        torch.testing.assert_close(x[..., :2], known[..., :2], rtol=0, atol=0)
+        return torch.sin(3 * x)
+
+    keeper = keeping(model, process, image, noise, redrawn)
+    drawn = draw_from(name, process, keeper, noise)
+    torch.testing.assert_close(drawn[..., :2], image[..., :2], rtol=0, atol=rounding(name, process))
+
+    everything = torch.ones_like(redrawn)
+    plain = draw_from(name, process, lambda x, t: torch.sin(3 * x), noise)
+    keeper = keeping(lambda x, t: torch.sin(3 * x), process, image, noise, everything)
+    assert torch.equal(draw_from(name, process, keeper, noise), plain)
+
+
+@pytest.mark.parametrize(("name", "process"), EVERY)
+def test_a_callback_sees_each_step_and_may_change_or_end_it(name, process):
+    noise, seen = randn(2, 1, 4, 4, dtype=torch.float64), []
+
+    def record(i, t, x):
+        seen.append((i, float(t), x))
+        return x
+
+    plain = draw_from(name, process, lambda x, t: 0.1 * x, noise)
+    drawn = draw_from(name, process, lambda x, t: 0.1 * x, noise, after_step=record)
+    assert torch.equal(drawn, plain)
+    assert torch.equal(seen[-1][2], plain)
+    assert [i for i, _, _ in seen] == list(range(10))
+    assert [t for _, t, _ in seen] == sorted((t for _, t, _ in seen), reverse=True)
+
+    ended = draw_from(
+        name, process, lambda x, t: 0.1 * x, noise, after_step=lambda i, t, x: x if i < 4 else None
+    )
+    assert torch.equal(ended, seen[4][2])

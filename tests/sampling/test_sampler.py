@@ -35,7 +35,7 @@ def test_classes_are_taken_in_turn_from_the_first_seed_on():
 def test_draw_decodes_to_uint8(monkeypatch):
     asked = []
 
-    def generate(model, process, sampling, seeds, labels, batch_size, dtype, text):
+    def generate(model, process, sampling, seeds, labels, batch_size, dtype, **_):
         asked.append((seeds, labels, batch_size, dtype, process.signal.device.type))
         yield [4, 5], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1)
         yield [6], torch.tensor([0.25]).view(1, 1, 1, 1)
