@@ -28,7 +28,7 @@ from diffussm_cli.config import (
     load_config,
     preset_names,
     to_dict,
-    whole,
+    whole_number,
 )
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
@@ -412,11 +412,11 @@ def check_labels(classes: Sequence[int], config: Config) -> list[int]:
     """The labels as whole numbers. Raises ConfigError for those that the model does not have."""
     n = config.model.num_classes
     labels = []
-    for given in classes:
-        label = whole(given)
+    for number in classes:
+        label = whole_number(number)
         if label is None or not 0 <= label < n:
             has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
-            raise ConfigError(f"classes: {given!r} is not a class of this model; it has {has}")
+            raise ConfigError(f"classes: {number!r} is not a class of this model; it has {has}")
         labels.append(label)
     return labels
 

@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BUNDLED)
     a = parser.parse_args()
     trained, folder = runs.find_run(a.run), a.out / a.name
-    given = {k: v for k, v in {"sampler": a.sampler, "steps": a.steps}.items() if v is not None}
-    s = dataclasses.replace(trained.config.sample, **given)
+    settings = {k: v for k, v in {"sampler": a.sampler, "steps": a.steps}.items() if v is not None}
+    s = dataclasses.replace(trained.config.sample, **settings)
     config = dataclasses.replace(trained.config, sample=s)
     weights = {
         name: stored(name, tensor) for name, tensor in runs.read_tensors(trained.weights).items()
@@ -85,8 +85,9 @@ def main() -> None:
         draft = Path(place) / a.name
         runs.write_weights(draft, config, weights, step)
         print(f"{(draft / runs.MODEL).stat().st_size:,} bytes of weights", flush=True)
-        wanted = {"prompts": PROMPTS} if config.data.text else {"classes": range(10)}
-        grid = finish(sample(draft, draft / "images", 40, **wanted, precision="fp32")).read_bytes()
+        subjects = {"prompts": PROMPTS} if config.data.text else {"classes": range(10)}
+        drawing = sample(draft, draft / "images", 40, **subjects, precision="fp32")
+        grid = finish(drawing).read_bytes()
         numbers, notes, measured = (
             checked_text(draft) if config.data.text else checked(trained, draft, s, a.num)
         )
@@ -113,22 +114,22 @@ def checked(
     numbers.
     """
     n = min(num, QUICK_IMAGES)
-    found = measure(draft, s, "builtin:mnist/held-out", num) | {
+    numbers = measure(draft, s, "builtin:mnist/held-out", num) | {
         "digit_share": digit_share(draft, num)
     }
     quick = [quick_fid(draft, n, block) for block in range(BLOCKS)]
-    found |= {
+    numbers |= {
         "quick_fid": statistics.mean(quick),
         "quick_fid_std": statistics.stdev(quick),
         "quick_images": n,
     }
-    print(found, flush=True)
+    print(numbers, flush=True)
     return (
-        found,
+        numbers,
         (
             f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} "
-            f"steps) against the training digits is {found['quick_fid']:.3f}, with a standard "
-            f"deviation of {found['quick_fid_std']:.3f} over {BLOCKS} blocks of seeds; a test "
+            f"steps) against the training digits is {numbers['quick_fid']:.3f}, with a standard "
+            f"deviation of {numbers['quick_fid_std']:.3f} over {BLOCKS} blocks of seeds; a test "
             f"measures it again. {rounding(trained, draft, s, n)}"
         ),
         (

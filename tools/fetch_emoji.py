@@ -41,7 +41,7 @@ def read_members(archive: Path, folder: str) -> dict[str, bytes]:
     """The regular files of a package that lie in a folder, by their name in it. Nothing is
     extracted.
     """
-    found = {}
+    members = {}
     try:
         with tarfile.open(archive, "r:gz") as package:
             for member in package:
@@ -52,10 +52,10 @@ def read_members(archive: Path, folder: str) -> dict[str, bytes]:
                             f"{archive}: {member.name} has {member.size} bytes, more than "
                             f"{MAX_MEMBER}"
                         )
-                    found[name] = package.extractfile(member).read()
+                    members[name] = package.extractfile(member).read()
     except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
         raise DataError(f"{archive} cannot be read: {reason(e)}") from e
-    return found
+    return members
 
 
 def read_table(archive: Path, folder: str, name: str) -> list[dict]:
@@ -71,12 +71,12 @@ def texts_by_code(table: list[dict]) -> dict[str, tuple[str, list[str]]]:
     """Name and tags of each emoji by its code points. Its variants, as men and women, have the tags
     of the emoji.
     """
-    found = {}
+    texts = {}
     for row in table:
         for variant in (row, *row.get("skins", ())):
             tags = variant.get("tags", row.get("tags", []))
-            found[plain_code(variant["hexcode"])] = variant["label"].translate(PLAIN), tags
-    return found
+            texts[plain_code(variant["hexcode"])] = variant["label"].translate(PLAIN), tags
+    return texts
 
 
 def plain_code(code: str) -> str:
@@ -163,20 +163,21 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             if folder is None:
                 download(Path(temporary))
-            found = collect(folder or Path(temporary))
+            pictures = collect(folder or Path(temporary))
         with writing(f"cannot write {target}", DataError):
             target.parent.mkdir(parents=True, exist_ok=True)
             write_npz(
-                target, {name: (a.shape, a.dtype, [a]) for name, a in found._asdict().items()}
+                target, {name: (a.shape, a.dtype, [a]) for name, a in pictures._asdict().items()}
             )
     except DiffussmError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    captions = np.count_nonzero(found.captions)
+    captions = np.count_nonzero(pictures.captions)
     print(
-        f"{len(found.names):,} pictures of {len(set(found.names)):,} names, {captions:,} captions"
+        f"{len(pictures.names):,} pictures of {len(set(pictures.names)):,} names, "
+        f"{captions:,} captions"
     )
-    for values in (found.styles, found.categories, emoji.split_emoji(found)):
+    for values in (pictures.styles, pictures.categories, emoji.split_emoji(pictures)):
         print(
             "  "
             + ", ".join(

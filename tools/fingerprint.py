@@ -46,10 +46,10 @@ def command(folder: Path, *arguments: object) -> str:
 
 def digest(*paths: Path) -> str:
     """Hash of the content of files, in the order of their names."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for path in sorted(paths):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def losses(run: Path) -> str:
@@ -77,14 +77,14 @@ def trained(
         for part in ("--set", s)
     ]
     command(folder, "train", "--preset", preset, "--out", run, *EXACT, *more)
-    found = {"losses": losses(run), "final weights": digest(run / "final" / "model.safetensors")}
+    hashes = {"losses": losses(run), "final weights": digest(run / "final" / "model.safetensors")}
     for sampler in samplers:
         out = folder / f"{preset}-{sampler}"
         fixed = ("--sampler", sampler, "--steps", 6, "--precision", "fp32", "--device", "cpu")
         command(folder, "sample", run, "--num", 8, "--out", out, *fixed)
-        found[f"PNG, {sampler}"] = digest(*out.glob("0*.png"))
-    found["previews"] = digest(*(run / "samples").glob("*.png"))
-    return found
+        hashes[f"PNG, {sampler}"] = digest(*out.glob("0*.png"))
+    hashes["previews"] = digest(*(run / "samples").glob("*.png"))
+    return hashes
 
 
 def evaluated(folder: Path) -> dict[str, float]:
@@ -124,7 +124,7 @@ def encoded(folder: Path) -> dict[str, str]:
         "cpu",
     )
     command(folder, "encode", "images", "latents", *where)
-    found = {
+    hashes = {
         "shards": digest(*store.glob("*.safetensors")),
         "listing": digest(store / "listing.jsonl"),
     }
@@ -156,7 +156,7 @@ def encoded(folder: Path) -> dict[str, str]:
         *more,
     )
     run = folder / "latent-run"
-    return found | {"losses": losses(run), "previews": digest(*(run / "samples").glob("*.png"))}
+    return hashes | {"losses": losses(run), "previews": digest(*(run / "samples").glob("*.png"))}
 
 
 def main() -> None:
@@ -170,7 +170,7 @@ def main() -> None:
     checkout = parser.parse_args().checkout.resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = {
+        hashes = {
             "digits": trained(folder, "digits", 20, "train.sample_every=10"),
             "mnist": trained(
                 folder,
@@ -188,7 +188,7 @@ def main() -> None:
             "evaluation": evaluated(folder),
             "latents": encoded(folder),
         }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(hashes, indent=1))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ def half_sums(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """
     import tensorflow as tf  # not a dependency of the package
 
-    found = {}
+    sums = {}
     for name in [n for n in arrays if n.startswith("x")]:
-        found[name] = arrays[name]
-        found[f"n{name[1:]}"] = tf.reduce_sum(tf.square(tf.constant(arrays[name])), 1).numpy()
-    return found
+        sums[name] = arrays[name]
+        sums[f"n{name[1:]}"] = tf.reduce_sum(tf.square(tf.constant(arrays[name])), 1).numpy()
+    return sums
 
 
 def main() -> int:
@@ -40,13 +40,13 @@ def main() -> int:
     target = parser.parse_args().file
     with np.load(GOLDEN / "adm_half.npz", allow_pickle=False) as arrays:
         stored = dict(arrays)
-    found = half_sums(stored)
-    different = [name for name in stored if not np.array_equal(stored[name], found[name])]
+    computed = half_sums(stored)
+    different = [name for name in stored if not np.array_equal(stored[name], computed[name])]
     print(
         f"adm_half.npz: {', '.join(different) + ' differ' if different else 'all arrays are equal'}"
     )
     if target is not None:
-        np.savez_compressed(target, **found)
+        np.savez_compressed(target, **computed)
     return 1 if different else 0
 
 

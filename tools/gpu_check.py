@@ -75,14 +75,14 @@ def parts(device: str, gpus: int) -> list[Part]:
     profile += ["--models", MODELS, "--resolution", "256,512,1024", "--json"]
     throughput = ["benchmarks/speed/throughput.py"]
     settings = ["--set", f"train.device={device}", "--set", "train.precision=bf16"]
-    found = [
+    planned = [
         Part("Tests", ["-m", "pytest", "-q", "--device", device]),
         Part("The SSM core", ["benchmarks/speed/core.py", "--device", device]),
         Part("Latency, eager", profile),
         Part("Latency, compiled", [*profile, "--compile"]),
     ]
     batch_32 = ["--set", "train.batch_size=32", *settings]
-    found += [
+    planned += [
         Part("Training, eager", [*throughput, "train", "xl-256", "--steps", "50", *batch_32]),
         Part(
             "Training, compiled",
@@ -106,8 +106,8 @@ def parts(device: str, gpus: int) -> list[Part]:
         ),
     ]
     if gpus > 1:
-        found += _parallel("xl-256", 32 * gpus, 50, gpus, settings)
-    return found
+        planned += _parallel("xl-256", 32 * gpus, 50, gpus, settings)
+    return planned
 
 
 QUICK = 590  # seconds of all quick parts together
@@ -132,7 +132,7 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
     ]
     tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
     compiled = ["--set", "train.compile=true"]
-    found = [
+    planned = [
         Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
         Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=140),
         Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=50),
@@ -141,7 +141,7 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
         *(_step(f"{title}, compiled", STEPS[title], device, toy, 75, compiled) for title in STEPS),
     ]
     # At toy sizes only the path counts, on machines of any speed.
-    return [dataclasses.replace(part, seconds=600) for part in found] if toy else found
+    return [dataclasses.replace(part, seconds=600) for part in planned] if toy else planned
 
 
 def shared(quick: Sequence[Part], seconds: float) -> list[Part]:
@@ -308,7 +308,7 @@ def flat(value: object, name: str = "") -> list[tuple[str, str]]:
 
 def machine(device: str) -> list[str]:
     """Hardware, versions and commit, as lines of a list."""
-    found = {
+    facts = {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
@@ -319,16 +319,16 @@ def machine(device: str) -> list[str]:
     if device.startswith("cuda"):
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            found[f"GPU {i}"] = (
+            facts[f"GPU {i}"] = (
                 f"{p.name}, {p.total_memory / 2**30:.0f} GiB, compute capability "
                 f"{p.major}.{p.minor}"
             )
         driver = _output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         ).splitlines()
-        found |= {"CUDA": str(torch.version.cuda), "cuDNN": _cudnn()}
-        found |= {"driver": driver[0] if driver else "unknown"}
-    return [f"- {name}: {value}" for name, value in found.items()]
+        facts |= {"CUDA": str(torch.version.cuda), "cuDNN": _cudnn()}
+        facts |= {"driver": driver[0] if driver else "unknown"}
+    return [f"- {name}: {value}" for name, value in facts.items()]
 
 
 def _cudnn() -> str:

@@ -44,16 +44,16 @@ def main() -> None:
     classifier = SVC(C=5).fit(flat(train.images), train.labels)
 
     process = make_objective(config.diffusion)
-    wanted = [i % 10 for i in range(arguments.num)]
+    digits = [i % 10 for i in range(arguments.num)]
     drawn = list(
         generate(
-            runs.load_model(trained), process, how, range(arguments.num), wanted, batch_size=100
+            runs.load_model(trained), process, how, range(arguments.num), digits, batch_size=100
         )
     )
     images = to_uint8(torch.cat([part for _, part in drawn]))
     by_class = [float((classifier.predict(flat(images[c::10])) == c).mean()) for c in range(10)]
     result = {
-        "samples": classifier.score(flat(images), wanted),
+        "samples": classifier.score(flat(images), digits),
         "held_out": classifier.score(flat(held_out.images), held_out.labels),
         "by_class": by_class,
         "num": arguments.num,

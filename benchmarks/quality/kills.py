@@ -61,7 +61,7 @@ def main() -> None:
             process.wait()
             kills += 1
     last = subprocess.run(command(killed), capture_output=True, text=True)
-    found = {
+    outcome = {
         "job": a.job,
         "kills": kills,
         "exit_code": last.returncode,
@@ -69,7 +69,7 @@ def main() -> None:
         "undisturbed_s": round(undisturbed, 1),
         "killed_s": round(time.time() - start, 1),
     }
-    print(json.dumps(found))
+    print(json.dumps(outcome))
 
 
 def training(a):

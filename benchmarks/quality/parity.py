@@ -80,9 +80,9 @@ def metrics() -> dict[str, float]:
     }
     logits = g["gen_pool"] @ g["logit_weight"]
     ours |= {f"is_split{split}": inception_score(logits, split) for split in (5000, 1000)}
-    found = {name: abs(value / g[name].item() - 1) for name, value in ours.items()}
+    errors = {name: abs(value / g[name].item() - 1) for name, value in ours.items()}
     half = adm_half.precision_recall(g["ref_pool"], g["gen_pool"], adm_half.half_distances)
-    return found | {
+    return errors | {
         f"{n}, float16, absolute": abs(v - g[n].item())
         for n, v in zip(("precision", "recall"), half)
     }
@@ -105,7 +105,7 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    found = {
+    errors = {
         "S4D kernel and convolutions, float64": s4d(torch.float64),
         "S4D kernel and convolutions, float32": s4d(torch.float32),
         "ADM process and losses": process_and_losses(),
@@ -117,7 +117,7 @@ def main() -> None:
         "DiT of diffusers, patch size 2": dit(2),
         "parameters of DiffuSSM-XL": xl_parameters(),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(errors, indent=1))
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ def main() -> None:
     extractor = load_extractor("efficientnet", None, sampler.device)
     emoji = read_emoji()
     part = split_emoji(emoji)
-    found = {}
+    groups = {}
     for group in (TRAINING, PAIR, NAME):
-        found[group] = measure(
+        groups[group] = measure(
             sampler,
             extractor,
             emoji,
@@ -66,7 +66,7 @@ def main() -> None:
             arguments.per_name,
             arguments.seed,
         )
-        for source, values in found[group].items():
+        for source, values in groups[group].items():
             print(
                 f"{group:9} {source:9}",
                 *(f"{name} {100 * values[name]:5.1f}%" for name in SHOWN),
@@ -79,7 +79,7 @@ def main() -> None:
             "names": arguments.names,
             **vars(sampling),
         }
-        write_text(arguments.out, json.dumps({**facts, "groups": found}, indent=1) + "\n")
+        write_text(arguments.out, json.dumps({**facts, "groups": groups}, indent=1) + "\n")
 
 
 def measure(
@@ -93,11 +93,13 @@ def measure(
         known -= set(emoji.names[part != TRAINING])
     names = np.random.default_rng(0).permutation(sorted(known))[:most]
     places = [np.flatnonzero(emoji.names == name)[0] for name in names]
-    own = [[c for c in emoji.captions[i] if c] for i in places]
+    captions = [[c for c in emoji.captions[i] if c] for i in places]
     asked = [
-        (name, texts[k % len(texts)]) for k in range(per_name) for name, texts in zip(names, own)
+        (name, texts[k % len(texts)])
+        for k in range(per_name)
+        for name, texts in zip(names, captions)
     ]
-    wanted, prompts = map(list, zip(*asked))
+    names_asked, prompts = map(list, zip(*asked))
     candidates = np.flatnonzero(np.isin(emoji.names, names) & (part == group))
 
     drawn = [
@@ -108,12 +110,12 @@ def measure(
     against = (real, emoji.names[candidates].tolist(), emoji.categories[candidates].tolist())
     pool = features(extractor, torch.cat(drawn).numpy())
     looked_up = features(extractor, emoji.images[lookup(sampler, emoji, part, prompts)])
-    run = retrieval(pool, wanted, *against)
+    run = retrieval(pool, names_asked, *against)
     return {
         "run": run,
         # the neighbour is another name
-        "shuffled": retrieval(pool, np.roll(wanted, 1).tolist(), *against),
-        "lookup": retrieval(looked_up, wanted, *against),
+        "shuffled": retrieval(pool, np.roll(names_asked, 1).tolist(), *against),
+        "lookup": retrieval(looked_up, names_asked, *against),
         "chance": {name: run[f"chance_{name}"] for name in SHOWN},
     }
 

@@ -87,10 +87,10 @@ def in_turn(
     """Medians in milliseconds, and every ratio to the last one."""
     setting = timing.Setting(device, repeats=repeats)
     times = timing.take_turns(list(calls.values()), setting)
-    found = {name: statistics.median(taken) for name, taken in zip(calls, times)}
-    reference = list(found.values())[-1]
-    return {f"{name}_ms": t for name, t in found.items()} | {
-        f"{name}_ratio": t / reference for name, t in found.items()
+    medians = {name: statistics.median(taken) for name, taken in zip(calls, times)}
+    reference = list(medians.values())[-1]
+    return {f"{name}_ms": t for name, t in medians.items()} | {
+        f"{name}_ratio": t / reference for name, t in medians.items()
     }
 
 
@@ -268,16 +268,16 @@ def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float
 
         return recorded
 
-    found: Counter[str] = Counter()
+    times: Counter[str] = Counter()
 
     def add_up(profiler: profile) -> None:
         for event in profiler.events():
             if event.name.startswith("aten::"):
-                found[_kind(event)] += getattr(event, own)
+                times[_kind(event)] += getattr(event, own_time)
 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    own_time = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     with (
         patch.object(S4D, "taps", in_kernel(S4D.taps)),
         patch.object(Modes, "backward", staticmethod(in_kernel(Modes.backward))),
@@ -290,9 +290,9 @@ def _shares(call: Callable[[], object], device: torch.device) -> dict[str, float
         for _ in range(8):
             call()
             profiler.step()
-    if not found.total():
+    if not times.total():
         return {"left out": NO_DEVICE_TIMES}
-    return {kind: round(100 * time / found.total(), 1) for kind, time in found.most_common()}
+    return {kind: round(100 * time / times.total(), 1) for kind, time in times.most_common()}
 
 
 def _kind(event) -> str:
@@ -326,7 +326,7 @@ def saved(device: torch.device) -> dict:
     """What autograd keeps for a block at batch 4, L = 1024: ours, also checkpointed, and with the
     textbook layer.
     """
-    found = {}
+    sizes_mib = {}
     x, c = (
         torch.randn(4, 512, D, device=device, requires_grad=True),
         torch.randn(4, D, device=device),
@@ -335,20 +335,20 @@ def saved(device: torch.device) -> dict:
         model = make_block(device)
         if name == "textbook":
             model.s4d = TextbookS4D(model.s4d)
-        own, kept, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, [], {}
+        weights, kept, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, [], {}
 
-        def pack(t: Tensor, own=own, kept=kept, sizes=sizes) -> Tensor:
+        def pack(t: Tensor, weights=weights, kept=kept, sizes=sizes) -> Tensor:
             storage = t.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in weights:
                 sizes[storage.data_ptr()] = storage.nbytes()
                 kept.append(t)  # so that no address is used twice
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             checkpoint(model, x, c, use_reentrant=False) if name == "checkpointed" else model(x, c)
-        found[f"{name}_mib"] = sum(sizes.values()) / 2**20
-    return found | {
-        f"{name}_ratio": found[f"{name}_mib"] / found["textbook_mib"]
+        sizes_mib[f"{name}_mib"] = sum(sizes.values()) / 2**20
+    return sizes_mib | {
+        f"{name}_ratio": sizes_mib[f"{name}_mib"] / sizes_mib["textbook_mib"]
         for name in ("ours", "checkpointed")
     }
 
@@ -401,13 +401,13 @@ def memory(device: torch.device) -> dict:
     At this length a block keeps nothing, so that more blocks take no more memory than their
     weights.
     """
-    whole, four = (
+    all_blocks, four = (
         load_config("xl-256", [*SMALLER, f"data.resolution={LARGE}", f"model.depth={n}"])
         for n in (29, 4)
     )
     setting = timing.Setting(device)
     call = timing.workload(timing.random_model(four, setting), four, timing.FORWARD, setting)
-    return {"peak_gib": (_peak_mib(call) * 2**20 + 4 * cost(whole).parameters) / 2**30}
+    return {"peak_gib": (_peak_mib(call) * 2**20 + 4 * cost(all_blocks).parameters) / 2**30}
 
 
 def compiled(device: torch.device) -> dict:
@@ -480,8 +480,10 @@ def convolutions(device: torch.device) -> dict:
                 y, (u, K), dy, True
             )
             ours = _first_channels(convolution, u, K, dy, torch.bfloat16)
-            for what, value, wanted in zip(("y", "du", "dK"), ours, exact):
-                errors[f"{name}_{what}_error"] = ((value - wanted).norm() / wanted.norm()).item()
+            for what, value, expected in zip(("y", "du", "dK"), ours, exact):
+                errors[f"{name}_{what}_error"] = (
+                    (value - expected).norm() / expected.norm()
+                ).item()
         results[L] = in_turn(calls, device, 5) | errors
     return results
 
@@ -516,8 +518,8 @@ def ceilings(device: torch.device) -> dict:
     times = timing.take_turns(list(calls.values()), setting)
     seconds = {name: statistics.median(taken) / 1e3 for name, taken in zip(calls, times)}
     gigabytes = 2 * source.nbytes / 1e9
-    found = {"side": SIDE, "copy_gb_per_second": gigabytes / seconds.pop("copy")}
-    return found | {
+    rates = {"side": SIDE, "copy_gb_per_second": gigabytes / seconds.pop("copy")}
+    return rates | {
         f"product_{name}_tflops": 2 * SIDE**3 / time / 1e12 for name, time in seconds.items()
     }
 
@@ -643,7 +645,7 @@ def traffic(device: torch.device) -> dict:
     layer = S4D(width, 64).to(device)
     u = torch.randn(M, width, B, L // M, device=device).permute(2, 1, 3, 0).requires_grad_()
     K, unit = layer.taps(L).detach().requires_grad_(), 4 * B * width * L
-    found = {}
+    moved = {}
     for name, most in {"recomputed": 0, "kept": 1 << 40}.items():
         # one slice
         with patch.multiple(
@@ -654,8 +656,8 @@ def traffic(device: torch.device) -> dict:
             dy = torch.ones_like(y)
             with _Traffic() as backward:
                 torch.autograd.grad(y, (u, K), dy)
-        found[name] = {"forward": forward.moved / unit, "backward": backward.moved / unit}
-    return found
+        moved[name] = {"forward": forward.moved / unit, "backward": backward.moved / unit}
+    return moved
 
 
 ROWS = {

@@ -50,25 +50,25 @@ def main() -> None:
         if a.source is None:
             write_images(root / "images", a.images)
         vae = load_vae(read_facts(a.vae or small_vae(root / "vae", a.width)), pick_device(a.device))
-        found = list_source(a.source or root / "images")
-        images = len(found.entries)
+        listing = list_source(a.source or root / "images")
+        images = len(listing.entries)
         size = (a.resolution, a.resolution)
         how = {"precision": "fp32", "flip": True, "batch_size": a.batch_size, "shard_size": images}
-        settings = make_settings(found, size, vae, how)
-        whole, alone = [], []
+        settings = make_settings(listing, size, vae, how)
+        encoding, alone = [], []
         forward(vae, settings)  # warm up
         for i in range(a.rounds):
             (root / str(i)).mkdir()
-            encoder = Encoder(found, settings, root / str(i), vae, a.workers)
-            whole.append(seconds_of_write(encoder))
+            encoder = Encoder(listing, settings, root / str(i), vae, a.workers)
+            encoding.append(seconds_of_write(encoder))
             alone.append(seconds(lambda: forward(vae, settings)))
-    (encoded, encoded_cpu), (forward_only, forward_cpu) = median(whole), median(alone)
+    (encoded, encoded_cpu), (forward_only, forward_cpu) = median(encoding), median(alone)
     result = {
         "vae_parameters": sum(p.numel() for p in vae.model.parameters()),
         "vae": a.vae
         or f"random AutoencoderKL, widths {a.width}, {2 * a.width}, {4 * a.width}, {4 * a.width}",
         "images": images,
-        "encoded_seconds": whole,
+        "encoded_seconds": encoding,
         "forward_seconds": alone,
         "images_per_second": images / encoded,
         "overhead": encoded / forward_only - 1,

@@ -46,13 +46,13 @@ def main() -> None:
         start = time.perf_counter()
         finish(gather_features(open_images(str(path), 3), extractor, 32))
         seconds = time.perf_counter() - start
-    found = {
+    result = {
         "features_s": seconds,
         "scaled_to_samples_s": seconds / a.images * a.samples,
         "peak_gib": peak_gib(),
     }
-    found["metrics"] = metrics(a.samples)
-    print(json.dumps(found))
+    result["metrics"] = metrics(a.samples)
+    print(json.dumps(result))
 
 
 def peak_gib() -> float:

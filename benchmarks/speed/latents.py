@@ -91,13 +91,13 @@ def write_store(folder: Path, images: int, shard_size: int) -> StoreSettings:
 
 def rates_of(work, batches: list, rounds: int) -> list[float]:
     """Latents a second of each round, after one that warms up."""
-    found = []
+    rates = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
         for batch in batches:
             work(batch)
-        found.append(sum(map(len, batches)) / (time.perf_counter() - start))
-    return found[1:]
+        rates.append(sum(map(len, batches)) / (time.perf_counter() - start))
+    return rates[1:]
 
 
 def bytes_of(settings: StoreSettings) -> int:

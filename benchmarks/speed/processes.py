@@ -38,7 +38,7 @@ def main() -> None:
     for _ in range(a.rounds):
         for name, (processes, parallel) in kinds.items():
             rates[name].append(rate(a, [*settings, f"train.parallel={parallel}"], processes))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(values) for name, values in rates.items()}
     ratios = {name: medians[name] / medians["1 process"] for name in kinds}
     print(json.dumps({"preset": a.preset, "images_per_second": rates, "ratio": ratios}))
 

@@ -109,14 +109,14 @@ def main() -> None:
     config, world = load_config(a.preset, a.overrides), read_world()
     device = pick_device(config.train.device)
     with process_group(world, device.type == "cuda"):
-        found = (
+        result = (
             train(config, a.steps, world)
             if a.work == "train"
             else sample(config, a.images, a.steps)
         )
     if world.rank == 0:
         facts = {"preset": a.preset, "processes": world.size, "device": str(device)}
-        print(json.dumps({**facts, **found, "peak_bytes": peak_bytes(device)}))
+        print(json.dumps({**facts, **result, "peak_bytes": peak_bytes(device)}))
 
 
 if __name__ == "__main__":

@@ -195,10 +195,10 @@ def mimetic(a: float = 0.7, b: float = 0.7) -> None:
         for block in self.blocks:
             layer: Any = block.attention
             D, h = layer.qkv.in_features, layer.heads
-            wanted = a * torch.randn(h, D, D, device="cpu") / D**0.5 + b * torch.eye(
+            product = a * torch.randn(h, D, D, device="cpu") / D**0.5 + b * torch.eye(
                 D, device="cpu"
             )
-            U, S, V_h = torch.linalg.svd(wanted)
+            U, S, V_h = torch.linalg.svd(product)
             root = S[:, : D // h, None].sqrt()  # (h, d, 1)
             q, k = root * U.mT[:, : D // h], root * V_h[:, : D // h]  # (h, d, D)
             layer.qkv.weight[:D].copy_(q.flatten(0, 1))
@@ -229,14 +229,13 @@ def train_on(n: int) -> None:
         flip: bool = False,
         held_out: bool = False,
     ) -> builtin.InMemory:
-        whole = load(name, size, channels, flip, held_out)
+        source = load(name, size, channels, flip, held_out)
         if held_out:
-            return whole
-        chosen = (
-            torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))[:n].sort().values
-        )
+            return source
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+        chosen = order[:n].sort().values
         return builtin.InMemory(
-            whole.images[chosen], whole.labels[chosen], whole.class_names, whole.flip
+            source.images[chosen], source.labels[chosen], source.class_names, source.flip
         )
 
     builtin.load = load_some  # type: ignore[assignment]

@@ -132,15 +132,15 @@ def compare(
     evaluator = Evaluator(config.eval.extractor, cache=default_cache())
     arrays = images.permute(0, 2, 3, 1).numpy()
     write_npz(file, {"arr_0": (arrays.shape, np.uint8, [arrays])})
-    own = config.data.path + HELD_OUT if config.data.path.startswith(BUILTIN) else None
+    held_out = config.data.path + HELD_OUT if config.data.path.startswith(BUILTIN) else None
     opened = evaluator.open(str(file))
     against = evaluator.reference(
-        config.eval.reference or own or config.data.path, None, config.data.size
+        config.eval.reference or held_out or config.data.path, None, config.data.size
     )
     values, gathered = finish(evaluator.compare(opened, against, METRICS))
     if prompts:
         values |= finish(evaluator.prompted(gathered, prompts, against.images))
-    if own:
+    if held_out:
         training = finish(evaluator.features(evaluator.open(config.data.path), "training")).pool
         values["nearness"] = nearest(gathered.pool, training) / nearest(
             against.gathered.pool, training

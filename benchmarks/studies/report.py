@@ -140,8 +140,8 @@ def own_results(study: Study) -> list[dict]:
         for path in sorted((RESULTS / study.name).glob("*.json"))
         if path.name not in (FLOOR, RATES)
     ]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    results = [{**r, **r.get("metrics", {})} for r in found if r["searched"] is None]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    results = [{**r, **r.get("metrics", {})} for r in records if r["searched"] is None]
     if study.step_seconds:
         for r in results:
             r["training_seconds"] = r["steps"] * study.step_seconds[r["run"]]
@@ -282,11 +282,11 @@ def search_table(study: Study) -> list[str]:
         rows = [[f"{name}, held-out loss of one seed after {part}", *runs]]
         for value in grid:
             files = [RESULTS / study.name / f"{run}-{value}.json" for run in runs]
-            found = [
+            losses = [
                 [json.loads(f.read_text(encoding="utf-8"))["held_out"]] if f.is_file() else []
                 for f in files
             ]
-            rows.append([f"{value:g}", *map(interval, found)])
+            rows.append([f"{value:g}", *map(interval, losses)])
         lines += ["", *table(rows)]
     return lines
 

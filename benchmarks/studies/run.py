@@ -207,11 +207,11 @@ def known_jobs(study: Study, folder: Path) -> list[Job]:
 
 def jobs_of(study: Study, folder: Path) -> list[Job]:
     """The trainings that count, with what the search has chosen."""
-    found = {
+    losses = {
         job.name: json.loads((folder / f"{job.name}.json").read_text())["held_out"]
         for job in study.trials()
     }
-    return study.jobs(choose(study, found))
+    return study.jobs(choose(study, losses))
 
 
 def run_all(jobs: list[Job], arguments: argparse.Namespace) -> None:
@@ -247,15 +247,15 @@ def train_and_measure(job: Job, study: Study, work: Path) -> dict:
     process does.
     """
     root = work / study.name / job.name
-    found = {"study": study.name, **train_job(job, root)}
+    result = {"study": study.name, **train_job(job, root)}
     if job.searched is not None or read_world().rank or not study.samples:
-        return found
+        return result
     seed = study.sampling_seed(job.seed)
-    found["metrics"] = measure(root, study.samples, seed, study.balanced)
+    result["metrics"] = measure(root, study.samples, seed, study.balanced)
     # the spread over the seeds of sampling
     if job.seed == study.seeds[0] and not study.own_samples:
-        found["metrics_again"] = measure(root, study.samples, study.samples, study.balanced)
-    return found
+        result["metrics_again"] = measure(root, study.samples, study.samples, study.balanced)
+    return result
 
 
 def train_job(job: Job, root: Path) -> dict:

@@ -101,7 +101,7 @@ class Study:
 
     def searched(self, name: str) -> list[str]:
         """The runs that do not set the searched field themselves."""
-        return [run for run, own in self.runs.items() if name not in (own or {})]
+        return [run for run, fields in self.runs.items() if name not in (fields or {})]
 
     def sampling_seed(self, seed: int) -> int:
         """The seed of the first sample of the training with this seed."""
@@ -119,10 +119,10 @@ class Study:
 
     def config(self, run: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         """The preset of a run, and its overrides."""
-        own = dict(self.runs[run] or {})
-        preset = own.pop("preset", self.base.get("preset"))
-        own.pop("change", None)
-        settings = {k: v for k, v in self.base.items() if k != "preset"} | own | values
+        fields = dict(self.runs[run] or {})
+        preset = fields.pop("preset", self.base.get("preset"))
+        fields.pop("change", None)
+        settings = {k: v for k, v in self.base.items() if k != "preset"} | fields | values
         return preset, [f"{k}={v}" for k, v in settings.items()]
 
     def _job(

@@ -111,13 +111,13 @@ class Command(WithExamples, TyperCommand):
         """As in the parent class. Raises ConfigError for an empty path, which Python takes for the
         current folder.
         """
-        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        arguments, _, _ = self.make_parser(ctx).parse_args(list(args))
         hints = typing.get_type_hints(self.callback)
         for parameter in self.params:
             is_place = (
                 Path in typing.get_args(hints.get(parameter.name)) or parameter.name in PLACES
             )
-            if is_place and given.get(parameter.name) == "":
+            if is_place and arguments.get(parameter.name) == "":
                 raise ConfigError(
                     f"{option_name(parameter)}: is empty; name a file or folder, or leave it out"
                 )
@@ -149,8 +149,8 @@ def unused(ctx: Any, names: Collection[str], because: str) -> str:
     Args:
         because: why, such as `SAMPLES is a folder of images`.
     """
-    given = [option_name(parameter) for parameter in ctx.obj if parameter.name in names]
-    return f"{', '.join(given)}: not used, because {because}" if given else ""
+    options = [option_name(parameter) for parameter in ctx.obj if parameter.name in names]
+    return f"{', '.join(options)}: not used, because {because}" if options else ""
 
 
 # ----------------------------------------------------------------------------------------- requests
@@ -243,10 +243,10 @@ def parse_prompts(prompts: list[str] | None, file: Path | None) -> tuple[str, ..
 
 def parse_size(text: str) -> tuple[int, int]:
     """`256` or `256x384` as (height, width). Raises ConfigError."""
-    found = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
-    if not found:
+    size = re.fullmatch(r"([1-9]\d{0,3})(?:x([1-9]\d{0,3}))?", text)
+    if not size:
         raise ConfigError(
             f"--resolution: {text!r} must be a number of pixels or HxW, like 256 or 256x384, "
             "up to 9999"
         )
-    return int(found[1]), int(found[2] or found[1])
+    return int(size[1]), int(size[2] or size[1])

@@ -14,9 +14,9 @@ def metrics_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("metric", "value")
-    found = dict(result["metrics"])
-    error = found.pop("kid_error", None)
-    for name, value in found.items():
+    metrics = dict(result["metrics"])
+    error = metrics.pop("kid_error", None)
+    for name, value in metrics.items():
         table.add_row(name, f"{value:.6g}" + (f" ± {error:.2g}" if name == "kid" else ""))
     stdout = make_console(stderr=False)
     stdout.print(f"{result['num']:,} samples against {result['reference']}", soft_wrap=True)

@@ -39,4 +39,4 @@ from diffussm_cli.config.presets import (
     set_fields,
 )
 from diffussm_cli.config.reading import config_from_dict, read_section, to_dict, to_yaml
-from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole
+from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole_number

@@ -189,9 +189,9 @@ def _check_text(config: Config) -> None:
         and m.backbone == "diffussm"
         and (m.local or {"conv", "axial"} & set(m.mixers))
     ):
-        given = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
+        field = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
-            f"model.text_tokens: {m.text_tokens} given, but {given} reads an image, "
+            f"model.text_tokens: {m.text_tokens} given, but {field} reads an image, "
             "and text tokens have no place in one; set text_tokens to 0"
         )
 
@@ -292,5 +292,5 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
 
     interval = s.guidance_interval
     if interval and (len(interval) != 2 or not 0 <= interval[0] <= interval[1]):
-        given = ",".join(map(str, interval))
-        raise ConfigError(f"sample.guidance_interval: {given!r} must be LO,HI with 0 <= LO <= HI")
+        text = ",".join(map(str, interval))
+        raise ConfigError(f"sample.guidance_interval: {text!r} must be LO,HI with 0 <= LO <= HI")

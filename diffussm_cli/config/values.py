@@ -35,7 +35,7 @@ def check_bounds(bounds: Mapping, value: Any, name: str) -> None:
         raise ConfigError(f"{name}: {value} must be less than {bounds['below']}")
 
 
-def whole(value: Any) -> int | None:
+def whole_number(value: Any) -> int | None:
     """A number of any kind as an int; None for what is not a whole number."""
     try:
         return int(value) if int(value) == value else None
@@ -45,7 +45,7 @@ def whole(value: Any) -> int | None:
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises ConfigError, naming the parameter, for what is not an int within bounds."""
-    is_int = hasattr(value, "__index__") and whole(value) is not None
+    is_int = hasattr(value, "__index__") and whole_number(value) is not None
     if not is_int or value < least or (most is not None and value > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ConfigError(f"{name}: {value!r:.80} must be a whole number {bounds}")
@@ -70,15 +70,15 @@ def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
     """The names of columns in texts like `image=photo`, by what the columns hold. Raises
     ConfigError.
     """
-    found = {}
+    columns = {}
     for text in texts:
         kind, _, name = text.partition("=")
         if kind not in COLUMNS or not name:
             raise ConfigError(
                 f"{option}: {text!r} must read {', '.join(f'{kind}=NAME' for kind in COLUMNS)}"
             )
-        found[kind] = name
-    return found
+        columns[kind] = name
+    return columns
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

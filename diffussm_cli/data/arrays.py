@@ -55,7 +55,7 @@ class Rows(NamedTuple):
         except DAMAGED as e:
             raise DataError(f"{self.path}: {self.name} cannot be read: {reason(e)}") from e
 
-    def whole(self) -> np.ndarray:
+    def read_all(self) -> np.ndarray:
         """Read a small array completely. Raises DataError."""
         return np.concatenate(
             [np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])]
@@ -69,7 +69,7 @@ def open_npz(path: Path) -> dict[str, Rows]:
     Raises:
         DataError: if the file is not a .npz, holds objects, or has an extreme compression ratio.
     """
-    found = {}
+    arrays = {}
     try:
         if path.exists() and not path.is_file():
             raise ValueError("not a regular file")
@@ -99,10 +99,10 @@ def open_npz(path: Path) -> dict[str, Rows]:
                     )
 
                 name = info.filename.removesuffix(".npy")
-                found[name] = Rows(path, name, shape, dtype)
+                arrays[name] = Rows(path, name, shape, dtype)
     except DAMAGED as e:
         raise DataError(f"{path}: cannot be read as .npz: {reason(e)}") from e
-    return found
+    return arrays
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

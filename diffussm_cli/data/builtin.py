@@ -71,21 +71,21 @@ def load(
         raise ConfigError(
             f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji"
         )
-    whole, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
+    source, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
 
-    has, height, width = whole.images.shape[1:]
+    has, height, width = source.images.shape[1:]
     if channels not in (None, has) or size not in (None, (height, width)):
-        wanted = f"{'any size' if size is None else f'{size[0]}x{size[1]}'} with {channels}"
+        request = f"{'any size' if size is None else f'{size[0]}x{size[1]}'} with {channels}"
         raise ConfigError(
             f"data.resolution: builtin:{name} is {height}x{width} with data.channels {has}, "
-            f"not {wanted}"
+            f"not {request}"
         )
 
     chosen = np.flatnonzero(left_out == held_out)
-    names = tuple(whole.names[i] for i in chosen if whole.names)
-    captions = tuple(whole.captions[i] for i in chosen if whole.captions)
+    names = tuple(source.names[i] for i in chosen if source.names)
+    captions = tuple(source.captions[i] for i in chosen if source.captions)
     return InMemory(
-        whole.images[chosen], whole.labels[chosen], whole.class_names, flip, names, captions
+        source.images[chosen], source.labels[chosen], source.class_names, flip, names, captions
     )
 
 
@@ -95,23 +95,23 @@ def _ten_classes(pixels: np.ndarray, labels: np.ndarray) -> tuple[InMemory, np.n
     for c in np.unique(labels):
         place[labels == c] = np.arange(np.sum(labels == c))
     images = torch.from_numpy(pixels.astype(np.uint8))[:, None]
-    whole = InMemory(images, torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))
-    return whole, place % HELD_OUT == HELD_OUT - 1
+    source = InMemory(images, torch.from_numpy(labels.astype(np.int64)), tuple("0123456789"))
+    return source, place % HELD_OUT == HELD_OUT - 1
 
 
 def _emoji() -> tuple[InMemory, np.ndarray]:
     """All emoji, with their categories as classes, and whether each is held out."""
-    found = emoji.read_emoji()
-    classes, labels = np.unique(found.categories, return_inverse=True)
-    captions = tuple(tuple(filter(None, texts)) for texts in found.captions.tolist())
-    whole = InMemory(
-        torch.from_numpy(found.images),
+    pictures = emoji.read_emoji()
+    classes, labels = np.unique(pictures.categories, return_inverse=True)
+    captions = tuple(tuple(filter(None, texts)) for texts in pictures.captions.tolist())
+    source = InMemory(
+        torch.from_numpy(pictures.images),
         torch.from_numpy(labels.astype(np.int64)),
         tuple(classes.tolist()),
-        names=tuple(found.names.tolist()),
+        names=tuple(pictures.names.tolist()),
         captions=captions,
     )
-    return whole, emoji.split_emoji(found) != emoji.TRAINING
+    return source, emoji.split_emoji(pictures) != emoji.TRAINING
 
 
 def _mnist() -> tuple[np.ndarray, np.ndarray]:

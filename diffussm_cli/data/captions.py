@@ -42,7 +42,7 @@ def read_captions(
         DataError: for a file of captions that is not UTF-8, is damaged or too large.
     """
     # All captions, by the name of an image or by a key in a shard.
-    found: dict[str, list[str]] = defaultdict(list)
+    texts_of: dict[str, list[str]] = defaultdict(list)
     unused: list[LeftOut] = []
     archives = dict.fromkeys(e.archive for e in listing.entries if e.archive)
     parts = (
@@ -58,20 +58,20 @@ def read_captions(
             else _in_archive(listing.root, archive)
         )
     for name, texts in itertools.chain.from_iterable(parts):
-        found[name] += filter(None, map(plain, texts))
+        texts_of[name] += filter(None, map(plain, texts))
 
     # Those of the images.
     names = {e.name: key_of(e.name) if archives else e.name for e in listing.entries}
     if left_out is not None:
         used = set(names.values())
-        strange = [name for name, texts in found.items() if texts and name not in used]
+        strange = [name for name, texts in texts_of.items() if texts and name not in used]
         left_out += unused
         left_out += (
             [LeftOut(len(strange), "caption", "of no image in the source", strange[0])]
             if strange
             else []
         )
-    captions = {name: tuple(dict.fromkeys(found.get(key, ()))) for name, key in names.items()}
+    captions = {name: tuple(dict.fromkeys(texts_of.get(key, ()))) for name, key in names.items()}
     return {name: texts for name, texts in captions.items() if texts}
 
 
@@ -85,8 +85,10 @@ def _in_folders(
 
     def is_described(folder: str) -> bool:
         if folder not in described:
-            own = os.path.lexists(root / folder / METADATA)
-            described[folder] = own | bool(folder and is_described(folder.rpartition("/")[0]))
+            has_metadata = os.path.lexists(root / folder / METADATA)
+            # asked in any case: the folders above are read too
+            above = bool(folder) and is_described(folder.rpartition("/")[0])
+            described[folder] = has_metadata or above
         return described[folder]
 
     # Every image has its own file, ...
@@ -137,12 +139,12 @@ def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
 
 def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[str, list[str]]]:
     try:
-        for row, found in enumerate(
+        for row, value in enumerate(
             parquet.read_texts(listing.root / shard, listing.columns, needed)
         ):
             name = f"{shard}/{row:07d}"
             with reading(name, DataError):
-                yield name, _texts({"text": found})
+                yield name, _texts({"text": value})
     except DataError as e:
         raise DataError(f"data.text: {e}") from e
 
@@ -163,8 +165,8 @@ def _in_archive(root: Path, archive: str) -> Iterator[tuple[str, list[str]]]:
 
 def _texts(record: Any) -> list[str]:
     """The captions in a JSON object. Raises ValueError if they are not text."""
-    found = record.get("text", record.get("caption")) if isinstance(record, dict) else None
-    texts: list[Any] = found if isinstance(found, list) else [] if found is None else [found]
+    value = record.get("text", record.get("caption")) if isinstance(record, dict) else None
+    texts: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     wrong = [text for text in texts if not isinstance(text, str)]
     if wrong:
         raise ValueError(f"a caption must be text, not {wrong[0]!r:.40}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffussm_cli.config import MAX_CLASSES, Config, whole
+from diffussm_cli.config import MAX_CLASSES, Config, whole_number
 from diffussm_cli.data.images import coins, to_model_space, to_uint8
 from diffussm_cli.errors import DataError
 
@@ -134,7 +134,7 @@ def check_label(label: Any, where: str, classes: int = MAX_CLASSES) -> int:
     """A label as an int. Raises DataError for one that is no whole number below the number of
     classes.
     """
-    number = whole(label)
+    number = whole_number(label)
     if number is None or not 0 <= number < classes:
         of = "" if classes == MAX_CLASSES else f", because the data have {classes} classes"
         raise DataError(
@@ -161,10 +161,10 @@ def split(item: Any) -> tuple[Tensor, Any]:
 
 def images_of(dataset: Dataset) -> Tensor:
     """All images of a Dataset, uint8 (n, C, H, W). Raises DataError."""
-    found = [split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))]
-    for i, image in enumerate(found):
+    items = [split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))]
+    for i, image in enumerate(items):
         check_values(image, place(dataset, i), of_pixels=True)
-    images = torch.stack(found)
+    images = torch.stack(items)
     if images.dtype == torch.uint8:
         return images
     return to_uint8(images)

@@ -46,13 +46,13 @@ def read_emoji() -> Emoji:
     kinds = {name: (rows.dtype.kind, rows.shape) for name, rows in arrays.items()}
     n = arrays["images"].shape[0] if "images" in arrays else 0
     k = kinds.get("captions", ("U", ()))[1][-1:]
-    wanted = [("u", (n, 3, SIZE, SIZE)), *[("U", (n,))] * 3, ("U", (n, *k))]
-    if not n or kinds != dict(zip(Emoji._fields, wanted)):
+    expected = [("u", (n, 3, SIZE, SIZE)), *[("U", (n,))] * 3, ("U", (n, *k))]
+    if not n or kinds != dict(zip(Emoji._fields, expected)):
         raise DataError(
             f"data.path: {path} does not hold emoji; run again: python tools/fetch_emoji.py"
         )
 
-    return Emoji(*(arrays[name].whole() for name in Emoji._fields))
+    return Emoji(*(arrays[name].read_all() for name in Emoji._fields))
 
 
 def split_emoji(emoji: Emoji) -> np.ndarray:
@@ -69,7 +69,7 @@ def split_emoji(emoji: Emoji) -> np.ndarray:
     shared = {name for name, picture in zip(emoji.names, pictures) if times[picture] > 1}
     names = rng.permutation([name for name in np.unique(emoji.names) if name not in shared])
     part = np.where(np.isin(emoji.names, names[:HELD_OUT_NAMES]), NAME, TRAINING).astype("<U8")
-    wanted = round(HELD_OUT_PAIRS * np.sum(part == TRAINING))
+    pairs = round(HELD_OUT_PAIRS * np.sum(part == TRAINING))
     places = [np.flatnonzero(emoji.names == name) for name in names[HELD_OUT_NAMES:]]
-    part[[rng.choice(found) for found in places if len(found) > 1][:wanted]] = PAIR
+    part[[rng.choice(styles) for styles in places if len(styles) > 1][:pairs]] = PAIR
     return part

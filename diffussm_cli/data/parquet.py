@@ -42,7 +42,7 @@ def column_names(path: Path) -> list[str]:
     return _open(path)[0].schema_arrow.names
 
 
-def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = True) -> str | None:
+def find_column(path: Path, kind: str, named: Mapping[str, str], needed: bool = True) -> str | None:
     """The column of images, labels or texts, the given one or the first with a usual name; None
     without one.
 
@@ -53,7 +53,7 @@ def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = 
     with _damage(path):
         columns = {column.name: column.type for column in _open(path)[0].schema_arrow}
 
-    names = (given[kind],) if kind in given else USUAL[kind]
+    names = (named[kind],) if kind in named else USUAL[kind]
     present = [n for n in names if n in columns]
     fitting = sorted(present, key=lambda n: _is_text(columns[n])) if kind == "label" else present
     if kind == "label":  # integers first
@@ -68,7 +68,7 @@ def find_column(path: Path, kind: str, given: Mapping[str, str], needed: bool = 
             f"{EMBED}"
         )
 
-    if not fitting and (needed or kind in given):
+    if not fitting and (needed or kind in named):
         asked = ", ".join(names) + (" with integers or names" if kind == "label" else "")
         remedy = f"; name one by {kind}=NAME (data.columns, or --columns of encode)"
         raise DataError(
@@ -106,7 +106,7 @@ class Row(NamedTuple):
 
 
 def list_rows(
-    root: Path, shards: Sequence[str], given: Mapping[str, str]
+    root: Path, shards: Sequence[str], named: Mapping[str, str]
 ) -> tuple[list[Row], tuple[str, ...]]:
     """The images of shards in order, and the class names: those of the schema, the sorted labels,
     or numbers.
@@ -120,8 +120,8 @@ def list_rows(
     kinds: set[tuple[str, tuple[str, ...]]] = set()
     for name in shards:
         path = root / name
-        image = find_column(path, "image", given)
-        label = find_column(path, "label", given, needed=False)
+        image = find_column(path, "image", named)
+        label = find_column(path, "label", named, needed=False)
         assert image is not None, "it is needed"
         kind = _classes(path, label)
         labels += _labels(path, label, kind[1]) if label else []
@@ -217,11 +217,11 @@ def read_row(path: Path, row: int, column: str) -> bytes:
     return content
 
 
-def read_texts(path: Path, given: Mapping[str, str], needed: bool = True) -> Iterator[Any]:
+def read_texts(path: Path, named: Mapping[str, str], needed: bool = True) -> Iterator[Any]:
     """What the column of texts holds in each row; nothing without one, unless it is `needed`.
     Raises DataError.
     """
-    column = find_column(path, "text", given, needed)
+    column = find_column(path, "text", named, needed)
     if column:
         yield from _values(path, column)
 

@@ -155,21 +155,21 @@ class Part:
     not change it.
     """
 
-    def __init__(self, whole: Source, share: float, held_out: bool = False):
-        self.whole = whole
+    def __init__(self, source: Source, share: float, held_out: bool = False):
+        self.source = source
         self.share = share
         self.held_out = held_out
-        self.class_names = whole.class_names
+        self.class_names = source.class_names
 
     @property
     def left_out(self) -> str:
-        """As that of the whole source."""
-        return self.whole.left_out
+        """As that of the undivided source."""
+        return self.source.left_out
 
     @property
     def indices(self) -> np.ndarray:
-        """Indices in the whole source, which may lose unreadable images before training begins."""
-        return _split(len(self.whole), self.share)[self.held_out]
+        """Indices in the undivided source, which may lose unreadable images before training."""
+        return _split(len(self.source), self.share)[self.held_out]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -177,15 +177,15 @@ class Part:
     def read(
         self, indices: Sequence[int], generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, Tensor]:
-        return self.whole.read(self.indices[indices].tolist(), generators)
+        return self.source.read(self.indices[indices].tolist(), generators)
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-        return self.whole.text(self.indices[indices].tolist(), generators)
+        return self.source.text(self.indices[indices].tolist(), generators)
 
 
 def undivided(source: Source) -> Source:
     """The source itself, or the one that it is a Part of."""
-    return source.whole if isinstance(source, Part) else source
+    return source.source if isinstance(source, Part) else source
 
 
 def unreadable_images(
@@ -245,23 +245,23 @@ def open_held_out(config: Config, source: Source) -> Source | None:
     """
     d = config.data
     if isinstance(source, Part):
-        return Part(source.whole, source.share, held_out=True)
+        return Part(source.source, source.share, held_out=True)
     if isinstance(d.held_out, float) or not (d.held_out or d.path.startswith(BUILTIN)):
         return None
 
     try:
-        found = _open(
+        held_out = _open(
             dataclasses.replace(config, data=dataclasses.replace(d, path=d.held_out or d.path)),
             held_out=True,
         )
     except (DataError, ConfigError) as e:
         raise type(e)(f"data.held_out: {str(e).removeprefix('data.path: ')}") from e
 
-    if config.model.num_classes and found.class_names != source.class_names:
+    if config.model.num_classes and held_out.class_names != source.class_names:
         raise ConfigError(
             f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}"
         )
-    return found
+    return held_out
 
 
 def _open(config: Config, held_out: bool = False) -> Source:
@@ -316,21 +316,21 @@ def _open_images(config: Config, held_out: bool) -> Source:
 
 
 def _check_classes(config: Config, source: Source) -> None:
-    given = config.data.class_names
-    if given and given != source.class_names:
+    names = config.data.class_names
+    if names and names != source.class_names:
         raise ConfigError(
-            f"data.class_names: {given[0]!r}, ... are not the classes of {config.data.path}; "
+            f"data.class_names: {names[0]!r}, ... are not the classes of {config.data.path}; "
             "remove the field, because the classes are read from the data"
         )
 
-    wanted, found = config.model.num_classes, len(source.class_names)
-    if wanted and wanted != found:
+    classes, in_data = config.model.num_classes, len(source.class_names)
+    if classes and classes != in_data:
         in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
         kind = "class folders" if in_folders else "classes"
-        has = f"has {found or 'no'} {kind}"
+        has = f"has {in_data or 'no'} {kind}"
         raise ConfigError(
-            f"model.num_classes: {wanted}, but {config.data.path} {has}; "
-            f"--set model.num_classes={found}"
+            f"model.num_classes: {classes}, but {config.data.path} {has}; "
+            f"--set model.num_classes={in_data}"
         )
 
 
@@ -339,7 +339,7 @@ def _check_latents(config: Config, settings: Any) -> None:
     d = config.data
     assert d.vae is not None, "these are latents"
     height, width = settings.resolution
-    found = {
+    facts = {
         "resolution": (
             d.size,
             settings.resolution,
@@ -353,22 +353,21 @@ def _check_latents(config: Config, settings: Any) -> None:
         os.path.isdir(d.vae)
         and read_facts(d.vae, "data.vae").config_sha256 == settings.vae_config_sha256
     ):
-        del found["vae"]  # the folder may have been moved; decoding compares the weights
+        del facts["vae"]  # the folder may have been moved; decoding compares the weights
 
-    for field, (wanted, has, value) in found.items():
-        if wanted != has:
-            given = getattr(d, field)
+    for field, (expected, stored, value) in facts.items():
+        if expected != stored:
             raise ConfigError(
-                f"data.{field}: {given!r}, but the latents in {d.path!r} have {value!r}; "
-                f"--set data.{field}={value}"
+                f"data.{field}: {getattr(d, field)!r}, but the latents in {d.path!r} have "
+                f"{value!r}; --set data.{field}={value}"
             )
 
     m, but = config.model, f"but the captions in {d.path!r} are"
     if d.text is None:
         return
     if d.text != settings.text or d.text_sha256 not in ("", settings.text_sha256):
-        given = f"of {settings.text}" if settings.text else "missing; encode the images with --text"
-        raise ConfigError(f"data.text: {d.text!r}, {but} {given}")
+        has = f"of {settings.text}" if settings.text else "missing; encode the images with --text"
+        raise ConfigError(f"data.text: {d.text!r}, {but} {has}")
     if m.text_width != settings.text_width or m.text_tokens > settings.text_tokens:
         stored = f"{settings.text_tokens} tokens of width {settings.text_width}"
         raise ConfigError(

@@ -86,8 +86,8 @@ class WordLlama:
     def encode(self, captions: Sequence[str]) -> Encoded:
         encodings = self.tokenizer.encode_batch(list(captions), add_special_tokens=False)
         # a caption may have no token
-        found = [torch.tensor(e.ids, dtype=torch.long) for e in encodings]
-        ids = torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)  # (n, K)
+        rows = [torch.tensor(e.ids, dtype=torch.long) for e in encodings]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)  # (n, K)
         mask = ids >= 0
         tokens = self.vectors[ids.clamp(min=0)] * mask[..., None]
         return Encoded(tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1), tokens, mask)
@@ -121,10 +121,10 @@ class Pretrained:
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Encoded:
         inputs = tokenize(self.tokenizer, captions).to(self.model.device)
-        found, mask = self.model(**inputs), inputs["attention_mask"].bool()
-        tokens = found.last_hidden_state * mask[..., None]
+        output, mask = self.model(**inputs), inputs["attention_mask"].bool()
+        tokens = output.last_hidden_state * mask[..., None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        pooled = found.pooler_output if self.own_pooling else mean
+        pooled = output.pooler_output if self.own_pooling else mean
         return Encoded(pooled.cpu(), tokens.cpu(), mask.cpu())
 
 
@@ -223,10 +223,10 @@ class Captioned:
         """Compute the vectors of all captions. Raises DataError for images without one; `name` is
         that of the set.
         """
-        found = [self.captions_of(i) for i in range(len(self))]
-        check_complete(found, self.name_of, f"data.text: {name!r}")
+        captions_by_image = [self.captions_of(i) for i in range(len(self))]
+        check_complete(captions_by_image, self.name_of, f"data.text: {name!r}")
         self.texts = texts
-        texts.learn(dict.fromkeys(c for captions in found for c in captions))
+        texts.learn(dict.fromkeys(c for captions in captions_by_image for c in captions))
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
         """One of the captions of each image, drawn with its generator: (B, 1 + K, E)."""
@@ -243,7 +243,7 @@ def check_complete(
     captions: Sequence[tuple[str, ...]], name_of: Callable[[int], str], where: str
 ) -> None:
     """Raises DataError if an image has no caption."""
-    without = [i for i, own in enumerate(captions) if not own]
+    without = [i for i, texts in enumerate(captions) if not texts]
     if without:
         some = f"{len(without)} of {len(captions)} images, such as {name_of(without[0])!r}"
         raise DataError(f"{where} has no caption for {some}; {PLACES}")

@@ -76,11 +76,11 @@ class VAE:
         """
         x = images.to(self.device, self.dtype)
         with full_float32():
-            found = self.model.encode(x)
+            output = self.model.encode(x)
         if self.facts.kind == "AutoencoderTiny":
-            mean = found.latents.float()
+            mean = output.latents.float()
             return mean, torch.zeros_like(mean)
-        mean, logvar = found.latent_dist.parameters.float().chunk(2, dim=1)
+        mean, logvar = output.latent_dist.parameters.float().chunk(2, dim=1)
         return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
 
     @torch.no_grad()
@@ -252,8 +252,8 @@ def _where(name: str, option: str) -> dict[str, str]:
     if os.path.isdir(name):  # unlike Path.is_dir, this raises no error for a name that is too long
         return {"pretrained_model_name_or_path": name}
 
-    found = re.fullmatch(rf"({HUB_NAME})(?:/(\w[\w.-]*))?", name)
-    if not found:
+    parts = re.fullmatch(rf"({HUB_NAME})(?:/(\w[\w.-]*))?", name)
+    if not parts:
         raise DataError(
             f"{option}: no folder {name!r}, and it is not a hub name such as {DEFAULT_VAE}"
         )
@@ -265,8 +265,8 @@ def _where(name: str, option: str) -> dict[str, str]:
             "so it is not taken for a hub name"
         )
     return {
-        "pretrained_model_name_or_path": found[1],
-        **({"subfolder": found[2]} if found[2] else {}),
+        "pretrained_model_name_or_path": parts[1],
+        **({"subfolder": parts[2]} if parts[2] else {}),
     }
 
 

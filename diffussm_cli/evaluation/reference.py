@@ -85,7 +85,7 @@ def _made_with(arrays: dict[str, Rows]) -> str | None:
         raise DataError(
             f"{name.path}: {EXTRACTOR} is {name.dtype} of shape {name.shape}, not a name"
         )
-    return name.whole().tobytes().decode(errors="replace")
+    return name.read_all().tobytes().decode(errors="replace")
 
 
 def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics | None:
@@ -110,7 +110,7 @@ def _statistics(arrays: dict[str, Rows], names: tuple[str, str]) -> Statistics |
             f"{mean.path}: {names[0]} has {d} numbers; no extractor has so many features"
         )
 
-    m, S = (torch.from_numpy(rows.whole().astype(np.float64)) for rows in (mean, covariance))
+    m, S = (torch.from_numpy(rows.read_all().astype(np.float64)) for rows in (mean, covariance))
     if not (m.isfinite().all() and S.isfinite().all()):
         raise DataError(f"{mean.path}: {names[0]} or {names[1]} holds values that are not finite")
     _check_covariance(S, f"{mean.path}: {names[1]}")

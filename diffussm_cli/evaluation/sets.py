@@ -39,7 +39,7 @@ from diffussm_cli.sampling.sampler import Sampler
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz
 HELD_OUT = "/held-out"  # suffix of the name of a built-in set: the part that is not trained on
 IN_COLOUR = "in colour, but the extractor takes only grey images; use the extractor inception"
-OWN_FILES = (GRID, *BESIDE)  # beside samples: not of the set
+BESIDE_SAMPLES = (GRID, *BESIDE)  # beside samples: not of the set
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -128,7 +128,7 @@ class _Folder:
         """One line that counts what is not used of the folder, with the reasons; empty if
         everything is.
         """
-        return left_out_line(self.name, self.listing.left_out(with_text=True, own=OWN_FILES))
+        return left_out_line(self.name, self.listing.left_out(with_text=True, known=BESIDE_SAMPLES))
 
     @functools.cached_property
     def captions(self) -> Sequence[tuple[str, ...]]:
@@ -200,7 +200,7 @@ class _Npz:
             why = f"{labels.dtype} of shape {labels.shape}, which is not one integer per image"
             self.left_out = left_out_line(self.name, [LeftOut(1, "array", why, LABELS)])
             labels = None
-        self.labels: Sequence[int] | None = None if labels is None else labels.whole().tolist()
+        self.labels: Sequence[int] | None = None if labels is None else labels.read_all().tolist()
 
     def __len__(self) -> int:
         return self.rows.shape[0]

@@ -31,14 +31,14 @@ def pick_device(name: str) -> torch.device:
             share it.
     """
     if name == "auto":
-        found = (
+        best = (
             "cuda"
             if torch.cuda.is_available()
             else "mps"
             if torch.backends.mps.is_available()
             else "cpu"
         )
-        name = os.environ.get("DIFFUSSM_DEVICE") or found
+        name = os.environ.get("DIFFUSSM_DEVICE") or best
     chosen = name
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -134,10 +134,10 @@ def gather(value: Any, world: World) -> list[Any]:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * world.size
+    values: list[Any] = [None] * world.size
     with peer_errors():
-        dist.all_gather_object(found, value, group=_patient)
-    return found
+        dist.all_gather_object(values, value, group=_patient)
+    return values
 
 
 @contextlib.contextmanager

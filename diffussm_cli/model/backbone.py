@@ -237,9 +237,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
 
         if self.y_embed is not None:
             if y is None or y.shape != (B,):
-                given = "None" if y is None else f"shape {tuple(y.shape)}"
+                shape = "None" if y is None else f"shape {tuple(y.shape)}"
                 raise ValueError(
-                    f"y: {given} must be ({B},), one label per image; no class is {self.null_class}"
+                    f"y: {shape} must be ({B},), one label per image; no class is {self.null_class}"
                 )
             if _is_at_hand(y) and not ((y >= 0) & (y <= self.null_class)).all():
                 low, high = y.min().item(), y.max().item()
@@ -248,8 +248,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         if self.text_width:
             sizes = (B, 1 + self.text_tokens, self.text_width)
             if text is None or text.shape != sizes:
-                given = "None" if text is None else f"shape {tuple(text.shape)}"
-                raise ValueError(f"text: {given} must be {sizes}; zeros stand for no caption")
+                shape = "None" if text is None else f"shape {tuple(text.shape)}"
+                raise ValueError(f"text: {shape} must be {sizes}; zeros stand for no caption")
 
     def _check_grid(self, H: int, W: int) -> None:
         P, M = self.patch_size, self.compression

@@ -68,8 +68,8 @@ class TextEmbedding(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        given = (text != 0).any(-1, keepdim=True)  # (B, 1 + K, 1)
-        text = torch.where(given, text, self.null).to(self.null.dtype)
+        has_text = (text != 0).any(-1, keepdim=True)  # (B, 1 + K, 1)
+        text = torch.where(has_text, text, self.null).to(self.null.dtype)
         pooled = self.mlp(text[:, 0])
         return pooled, None if self.tokens is None else self.tokens(text[:, 1:]) + self.place
 

@@ -68,11 +68,11 @@ def panels(result: Mapping[str, Any], configs: Sequence[Config]) -> dict[str, Cu
                 gib = values["peak_bytes"] / 2**30
                 add(f"peak memory of {kind} (GiB)", entry["name"], side, gib)
 
-    found: dict[str, Curves] = {"Gflops of a forward pass": figure_3()}
+    curves_by_title: dict[str, Curves] = {"Gflops of a forward pass": figure_3()}
     for title, curves in measured.items():
         if all(len(set(x)) > 1 for x, _ in curves.values()):
-            found[title] = curves
-    return found
+            curves_by_title[title] = curves
+    return curves_by_title
 
 
 def draw(panels: Mapping[str, Curves], path: Path) -> None:

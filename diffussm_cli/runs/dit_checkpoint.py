@@ -80,8 +80,8 @@ def published_weights(path: Path) -> dict[str, Tensor]:
         model = build_model(config)
 
     # The positions are computed, not stored.
-    expected, found = model.positions(*model.input_size), state.pop("pos_embed")[0]
-    if found.shape != expected.shape or (found - expected).abs().max() > 1e-5:
+    expected, stored = model.positions(*model.input_size), state.pop("pos_embed")[0]
+    if stored.shape != expected.shape or (stored - expected).abs().max() > 1e-5:
         raise RunError(f"{path}: its position embedding is not DiT's sines and cosines")
 
     weights = {_our_name(name, path): tensor for name, tensor in state.items()}

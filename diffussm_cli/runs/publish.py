@@ -73,12 +73,12 @@ def pipeline_files(config: Config) -> dict[str, bytes]:
     kind, options = scheduler_settings(sampler, objective, learned)
     index = {"_class_name": ["pipeline", "DiffuSSMPipeline"], **made_by}
     index |= {"denoiser": ["denoiser", "Denoiser"], "scheduler": ["diffusers", kind]}
-    found: dict[str, Any] = {"model_index.json": index}
-    found["scheduler/scheduler_config.json"] = {"_class_name": kind, **made_by, **options}
+    settings: dict[str, Any] = {"model_index.json": index}
+    settings["scheduler/scheduler_config.json"] = {"_class_name": kind, **made_by, **options}
 
     code = {"pipeline.py": CODE.encode(), "denoiser/denoiser.py": CODE.encode()}
     return code | {
-        name: (json.dumps(values, indent=2) + "\n").encode() for name, values in found.items()
+        name: (json.dumps(values, indent=2) + "\n").encode() for name, values in settings.items()
     }
 
 
@@ -177,9 +177,9 @@ def last_scores(root: Path, step: int) -> dict[str, float]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
-    found = {
+    scores = {
         k.removeprefix("eval/"): v
         for k, v in last.items()
         if k.startswith("eval/") and "@" not in k
     }
-    return {k: v for k, v in found.items() if isinstance(v, float) and math.isfinite(v)}
+    return {k: v for k, v in scores.items() if isinstance(v, float) and math.isfinite(v)}

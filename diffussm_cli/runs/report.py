@@ -258,14 +258,14 @@ def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
     The mixer axial has kernels along rows and along columns; its steps are shown in tokens, as
     those of S4D are.
     """
-    held = [(runs.step_of(path), path / runs.EMA) for path in runs.list_checkpoints(root)[-1:]]
+    files = [(runs.step_of(path), path / runs.EMA) for path in runs.list_checkpoints(root)[-1:]]
     with contextlib.suppress(RunError):
-        held.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
+        files.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
     H, W = config.data.grid
     H, W = H // config.model.patch_size, W // config.model.patch_size
     with (
         contextlib.suppress(OSError, SafetensorError, ValueError),
-        safe_open(max(held)[1], "pt") as weights,
+        safe_open(max(files)[1], "pt") as weights,
     ):
         layers = [name.removesuffix("log_dt") for name in weights.keys() if name.endswith("log_dt")]  # noqa: SIM118
         layers.sort(key=lambda name: [int(part) for part in name.split(".") if part.isdecimal()])

@@ -100,16 +100,16 @@ def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
     trained = _find_weights(path or newest_run(RUNS))
 
     # The average that was asked for.
-    held = trained.averages
-    if ema is not None and ema not in held:
-        holds = ", ".join(map(str, held)) or "none"
+    averages = trained.averages
+    if ema is not None and ema not in averages:
+        holds = ", ".join(map(str, averages)) or "none"
         raise RunError(
             f"--ema: {str(trained.weights.parent)!r} holds no average with decay {ema}; "
             f"it holds {holds}"
         )
 
-    decay = next(iter(held), None) if ema is None else ema
-    file = trained.weights if decay is None else held[decay]
+    decay = next(iter(averages), None) if ema is None else ema
+    file = trained.weights if decay is None else averages[decay]
     if file != trained.weights:
         _refuse_damage(file.parent, file.name, "omit --ema to use the first average")
     return dataclasses.replace(trained, weights=file, ema=decay)
@@ -172,16 +172,16 @@ def load_model(trained: TrainedRun) -> Backbone:
 
 
 def check_weights_match(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path
+    expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path
 ) -> None:
     """Raises RunError if names or shapes of weights differ from a model's own, or if values are not
     finite.
     """
-    wrong = [k for k in own if k not in weights] + [k for k in weights if k not in own]
+    wrong = [k for k in expected if k not in weights] + [k for k in weights if k not in expected]
     if wrong:
         raise RunError(f"{path}: weights of another model: {wrong[0]} is in only one of the two")
 
-    for name, tensor in own.items():
+    for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
             raise RunError(f"{path}: weights of another model: {name} is {shapes}")

@@ -133,9 +133,9 @@ class SampleFolder:
         """
         labels = self.facts["labels"]
         for batch in batches:
-            own = labels and [labels[seed - self.seeds.start] for seed in batch]
+            batch_labels = labels and [labels[seed - self.seeds.start] for seed in batch]
             text = self.sampler.text(prompts_of(self.facts, batch), self.facts["negative"])
-            for seeds, images in self.sampler.draw(batch, own, text):
+            for seeds, images in self.sampler.draw(batch, batch_labels, text):
                 for seed, image in zip(seeds, images):
                     if not self._is_drawn(seed):
                         with whole_file(self.file(seed), durable=False) as file:
@@ -245,10 +245,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path, remedy = folder / META, "; delete the folder to draw its images again"
     with reading(f"{path}: cannot be read", RunError, remedy):
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
-    if not isinstance(found, dict):
+        facts = json.loads(text, parse_float=_finite, parse_constant=_finite)
+    if not isinstance(facts, dict):
         raise RunError(f"{path}: is not a JSON object{remedy}")
-    known = {name: value for name, value in found.items() if value is not None}
+    known = {name: value for name, value in facts.items() if value is not None}
 
     # The settings of sampling are checked as those of a configuration are.
     try:
@@ -260,7 +260,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             raise RunError(f"{path}: {name}: {known[name]!r:.80} must be {words}{remedy}")
     if wrong := _contradiction(known):
         raise RunError(f"{path}: {wrong}{remedy}")
-    return found
+    return facts
 
 
 def _contradiction(facts: Mapping[str, Any]) -> str:

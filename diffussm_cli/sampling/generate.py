@@ -169,13 +169,13 @@ def make_denoiser(
     labels = None if y is None else torch.cat([y, torch.full_like(y, model.null_class)])
     captions = None
     if text is not None:
-        wanted = text.captions.to(objective.device)
+        positive = text.captions.to(objective.device)
         null = (
-            torch.zeros_like(wanted)
+            torch.zeros_like(positive)
             if text.negative is None
-            else text.negative.to(wanted).expand_as(wanted)
+            else text.negative.to(positive).expand_as(positive)
         )
-        captions = torch.cat([wanted, null])
+        captions = torch.cat([positive, null])
 
     def predict(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
         y, text = (None if each is None else each[rows] for each in (labels, captions))
@@ -186,8 +186,8 @@ def make_denoiser(
         denoise = labelled(predict, None)
     else:
         rows = torch.arange(len(condition), device=condition.device)
-        wanted, null = rows.chunk(2)
+        conditional, null = rows.chunk(2)
         channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
         interval = sampling.guidance_interval or None
-        denoise = guided(predict, wanted, null, sampling.guidance, channels, interval)
+        denoise = guided(predict, conditional, null, sampling.guidance, channels, interval)
     return clipped(denoise, objective) if sampling.clip else denoise

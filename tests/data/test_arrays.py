@@ -87,7 +87,7 @@ def test_truncation_or_flipped_byte_is_detected(tmp_path):
     flipped[5000] ^= 1
     (tmp_path / "flip.npz").write_bytes(flipped)
     with pytest.raises(DataError, match="flip.npz: arr_0 cannot be read: Bad CRC"):
-        open_npz(tmp_path / "flip.npz")["arr_0"].whole()
+        open_npz(tmp_path / "flip.npz")["arr_0"].read_all()
 
 
 def test_damaged_deflated_array_is_one_line_error(tmp_path):
@@ -98,12 +98,12 @@ def test_damaged_deflated_array_is_one_line_error(tmp_path):
             content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
         )
         with pytest.raises(DataError, match="flip.npz: .*cannot be read"):
-            open_npz(tmp_path / "flip.npz")["arr_0"].whole()
+            open_npz(tmp_path / "flip.npz")["arr_0"].read_all()
 
 
 def test_array_without_rows_is_read(tmp_path):
     np.savez(tmp_path / "e.npz", np.zeros((0, 3), np.float32))
-    found = open_npz(tmp_path / "e.npz")["arr_0"].whole()
+    found = open_npz(tmp_path / "e.npz")["arr_0"].read_all()
     assert (found.shape, found.dtype) == ((0, 3), np.float32)
 
 

@@ -57,17 +57,17 @@ class Listing:
             digest.update(line)
         return digest.hexdigest()
 
-    def left_out(self, with_text: bool = False, own: Collection[str] = ()) -> list[LeftOut]:
+    def left_out(self, with_text: bool = False, known: Collection[str] = ()) -> list[LeftOut]:
         """What is not used, counted by reason.
 
         Args:
             with_text: whether captions are read.
-            own: names of files that the caller knows, and which are no part of the data.
+            known: names of files that the caller knows, and which are no part of the data.
         """
         counts: Counter[tuple[str, str]] = Counter()
         examples: dict[tuple[str, str], str] = {}
         for name, reason in self.ignored:
-            if name not in own:
+            if name not in known:
                 group = kind_of(name), reason
                 counts[group] += 1
                 examples.setdefault(group, name)

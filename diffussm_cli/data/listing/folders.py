@@ -110,11 +110,11 @@ def _labelled(
     """The images of all classes, with their labels. Raises DataError for splits, and for a class
     without images.
     """
-    entries = [e._replace(label=i) for i, found in enumerate(classes.values()) for e in found]
-    refuse_splits(root, [name for name, found in classes.items() if found], entries)
+    entries = [e._replace(label=i) for i, images in enumerate(classes.values()) for e in images]
+    refuse_splits(root, [name for name, images in classes.items() if images], entries)
 
-    for name, found in classes.items():
-        if not found:
+    for name, images in classes.items():
+        if not images:
             why = next((reason for n, reason in ignored if n == name), "holds no images")
             shards = [n for n, _ in ignored if n.startswith(f"{name}/") and kind_of(n) == "shard"]
             hint = (
@@ -142,7 +142,7 @@ def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> lis
     """All files below root/folder, sorted by the parts of their paths; links to folders are not
     followed.
     """
-    found: list[str] = []
+    files: list[str] = []
 
     def unreadable(e: OSError) -> None:
         ignored.append((os.path.relpath(e.filename, root), f"{UNREADABLE}: {e.strerror}"))
@@ -161,8 +161,8 @@ def _files_below(root: Path, folder: str, ignored: list[tuple[str, str]]) -> lis
             if reason:
                 ignored.append((f"{below}/{name}", reason))
                 folders.remove(name)
-        found += [f"{below}/{name}" for name in names]
-    return sorted(found, key=lambda name: name.split("/"))
+        files += [f"{below}/{name}" for name in names]
+    return sorted(files, key=lambda name: name.split("/"))
 
 
 def _entries(
@@ -178,13 +178,13 @@ def _entries(
             ignored.append((name, HIDDEN))
             continue
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:
-            found = None  # a broken link counts as an unreadable image if it has the suffix of one
-        if found and not stat.S_ISREG(found.st_mode):
+            status = None  # a broken link counts as an unreadable image if it has the suffix of one
+        if status and not stat.S_ISREG(status.st_mode):
             ignored.append((name, "not a regular file"))
-        elif path.suffix.lower() in SUFFIXES or (found and _begins_as_image(path)):
-            entries.append(Entry(name, 0, found.st_size if found else -1))
+        elif path.suffix.lower() in SUFFIXES or (status and _begins_as_image(path)):
+            entries.append(Entry(name, 0, status.st_size if status else -1))
         else:
             others.append(name)
 

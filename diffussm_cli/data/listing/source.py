@@ -50,15 +50,15 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
 
 def _names_in(source: Path) -> tuple[Path, list[str]]:
     """The folder of a source, and the names in it that were asked for, sorted."""
-    whole = os.path.isdir(source)
-    root = source if whole or not source.name else source.parent
-    if not whole and os.path.exists(source):
+    is_folder = os.path.isdir(source)
+    root = source if is_folder or not source.name else source.parent
+    if not is_folder and os.path.exists(source):
         return root, [_single_file(source)]
 
     # A folder, or a pattern of names in it.
-    pattern = not whole and bool(re.search(r"[*?\[]", source.name))
+    pattern = not is_folder and bool(re.search(r"[*?\[]", source.name))
     try:
-        names = sorted(os.listdir(root if whole or pattern else source))
+        names = sorted(os.listdir(root if is_folder or pattern else source))
     except OSError as e:
         hint = ""
         if re.search(r"[*?]", str(root)):

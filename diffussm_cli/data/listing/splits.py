@@ -42,10 +42,10 @@ def _split_of(shard: str) -> tuple[str, str]:
 
 def one_split(shards: Sequence[str]) -> list[str]:
     """The shards themselves. Raises DataError if their names tell several splits of a data set."""
-    found = dict(sorted(filter(lambda split: split[0], map(_split_of, shards))))
-    if len(found) > 1:
-        chosen = found.get("train") or next(iter(found.values()))
-        raise DataError(f"the shards are of {', '.join(found)}; choose one: {chosen!r}")
+    splits = dict(sorted(filter(lambda split: split[0], map(_split_of, shards))))
+    if len(splits) > 1:
+        chosen = splits.get("train") or next(iter(splits.values()))
+        raise DataError(f"the shards are of {', '.join(splits)}; choose one: {chosen!r}")
     return list(shards)
 
 

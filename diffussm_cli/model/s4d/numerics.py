@@ -47,14 +47,14 @@ def wants_toeplitz(u: Tensor) -> bool:
     """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a
     CUDA device.
     """
-    wanted = os.environ.get(CONVOLUTION, "fft")
-    if wanted not in ("fft", "triton"):
-        raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or triton")
-    if wanted == "triton" and find_spec("triton") is None:
+    choice = os.environ.get(CONVOLUTION, "fft")
+    if choice not in ("fft", "triton"):
+        raise ConfigError(f"{CONVOLUTION}: {choice!r} must be fft or triton")
+    if choice == "triton" and find_spec("triton") is None:
         raise ConfigError(f"{CONVOLUTION}: triton is not installed: {install('triton')}")
     # offsets are of 32 bits
     fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31
-    return wanted == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
+    return choice == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
