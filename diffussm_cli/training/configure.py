@@ -53,7 +53,7 @@ def configure(
     named = set_fields(overrides, fields) | ({"data.path"} if dataset is not None else set())
     config = first_reading(preset, named, overrides, fields)
     is_own = preset is None and "data.path" in named
-    found, lines = fit_to_data(config, named, is_own, dataset)
+    fitted, lines = fit_to_data(config, named, is_own, dataset)
     return Request(
-        load_config(preset or DEFAULT_PRESET, overrides, {**fields, **found}), out, lines
+        load_config(preset or DEFAULT_PRESET, overrides, {**fields, **fitted}), out, lines
     )
