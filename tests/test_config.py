@@ -346,6 +346,10 @@ WRONG = {
     "model.compression=3": "model.compression: 3 must divide the 8 tokens of a row",
     "model.hidden_size=30": "model.hidden_size: 30 must be a multiple of 4",
     "model.d_state=7": "model.d_state: 7 must be even",
+    "model.qk_norm=true": "model.qk_norm: true needs softmax attention: model.backbone=dit or "
+    "model.mixer=attention, and model.mixer is s4d",
+    "model.rope=true": "model.rope: true needs softmax attention",
+    "model.stem=-1": "model.stem: -1 must be at least 0",
     "model.mixer=conv,mamba": (
         "model.mixer: 'mamba' is not a choice; valid: s4d, axial, linear, conv, attention"
     ),

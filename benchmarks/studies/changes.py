@@ -11,14 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone, dit
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.embeddings import patchify
+from diffussm_cli.model.embeddings import Stem
 from diffussm_cli.model.mixer import Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.s4d import S4D
@@ -80,104 +78,48 @@ def no_positions() -> None:
     Backbone.positions = lambda self, H, W: torch.zeros_like(positions(self, H, W))  # type: ignore[method-assign]
 
 
-# -------------------------------------------------------------- DiT as people train it today, M = 1
-def square(x: Tensor) -> int:
-    """The side of a square image of tokens, x (B, L, ...)."""
-    side = math.isqrt(x.shape[1])
-    assert side**2 == x.shape[1], "the changes of DiT are for square images"
-    return side
-
-
-class ChangedAttention(dit.Attention):
-    """The attention of DiT at M = 1: x (B, L, D) -> (B, L, D), with some of three additions.
-
-    Attributes:
-        qk_norm: divide every query and key by its root mean square, with a learned scale (RMSNorm).
-        rope: turn queries and keys by angles that grow with row and column, so that their product
-            depends on the distance.
-        local: a depthwise 3x3 convolution of the tokens first, which starts as the identity.
+# ------------------------------------------------------------------ DiT as people train it, M = 1
+class LocalAttention(dit.Attention):
+    """The attention of DiT after a depthwise 3x3 convolution of the tokens, which starts as the
+    identity.
     """
 
-    qk_norm = rope = local = False
+    def __init__(self, D: int, M: int, heads: int, **options: bool):
+        super().__init__(D, M, heads, **options)
+        self.near = nn.Conv2d(D, D, 3, padding=1, groups=D)
+        nn.init.dirac_(self.near.weight, groups=D)
+        nn.init.zeros_(self.near.bias)
 
-    def __init__(self, D: int, M: int, heads: int):
-        super().__init__(D, M, heads)
-        if self.qk_norm:
-            self.q_norm, self.k_norm = nn.RMSNorm(D // heads), nn.RMSNorm(D // heads)
-        if self.local:
-            self.near = nn.Conv2d(D, D, 3, padding=1, groups=D)
-            nn.init.dirac_(self.near.weight, groups=D)
-            nn.init.zeros_(self.near.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.local:
-            image = x.mT.unflatten(-1, (square(x), -1))  # (B, D, H, W)
-            x = self.near(image).flatten(2).mT
-
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope:
-            side = square(x)
-            q, k = turn(q, side), turn(k, side)
-        y = rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)")
-        return F.linear(y, self.proj.weight[0], self.proj.bias[0])
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        assert grid is not None
+        image = x.mT.unflatten(-1, grid)  # (B, D, H, W)
+        return super().forward(self.near(image).flatten(2).mT, grid)
 
 
-def turn(x: Tensor, side: int, base: float = 100.0) -> Tensor:
-    """Axial rotary embedding (arXiv 2403.13298): x (B, h, L, d) with pairs of channels turned.
+def attend_with(kind: type[dit.Attention] = dit.Attention, **options: bool) -> None:
+    """Let the blocks of DiT have this attention, with these options of `model`.
 
-    With n = d // 4, n pairs turn by row * base^(-i/n), i = 0..n-1, and n by column; up to 3
-    channels stay.
+    The fields of the configuration do the same. The studies that name a change are older, and a
+    change is not part of their configurations.
     """
-    n = x.shape[-1] // 4
-    rate = base ** (-torch.arange(n) / n)
-    place = torch.arange(side)
-    row = place.repeat_interleave(side)[:, None] * rate  # (L, n)
-    column = place.repeat(side)[:, None] * rate
-    angle = torch.cat([row, column], dim=1)
-
-    first, second, rest = x.split([2 * n, 2 * n, x.shape[-1] - 4 * n], dim=-1)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat([first * cos - second * sin, first * sin + second * cos, rest], dim=-1)
+    dit.Attention = lambda D, M, heads, **_: kind(D, M, heads, **options)  # type: ignore[misc, assignment]
 
 
-def attend_with(**additions: bool) -> None:
-    """Let the blocks of DiT have this `ChangedAttention`."""
-    dit.Attention = type("Attention", (ChangedAttention,), additions)  # type: ignore[misc]
+def stem(width: int = 16) -> None:
+    """Let a backbone have the option `model.stem`, but made after the rest of it.
 
-
-class Stem(nn.Module):
-    """Patches (B, L, C P^2) -> (B, L, D) after two 3x3 convolutions of the pixels, so that patches
-    overlap.
+    The rest then starts from the same random numbers as without a stem, as in the results of the
+    studies.
     """
-
-    def __init__(self, C: int, P: int, D: int, width: int = 16):
-        super().__init__()
-        self.P, self.out_features = P, D
-        self.near = nn.Sequential(
-            nn.Conv2d(C, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-        )
-        self.out = nn.Linear(width * P * P, D)
-        nn.init.xavier_uniform_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        layout = "b (h w) (c p q) -> b c (h p) (w q)"
-        x = rearrange(patches, layout, h=square(patches), p=self.P, q=self.P)
-        return self.out(patchify(self.near(x), self.P, 1))
-
-
-def stem() -> None:
-    """Let the patches of a backbone overlap."""
     initialise = Backbone.__init__
 
     def with_stem(self: Backbone, *args: Any, **settings: Any) -> None:
         initialise(self, *args, **settings)
-        self.patch_in = Stem(self.in_channels, self.patch_size, self.patch_in.out_features)  # type: ignore
+        taps = self.compression * width * self.patch_size**2
+        self.stem = Stem(self.in_channels, width)
+        self.patch_in = nn.Linear(taps, self.patch_in.out_features)
+        nn.init.xavier_uniform_(self.patch_in.weight)
+        nn.init.zeros_(self.patch_in.bias)
 
     Backbone.__init__ = with_stem  # type: ignore[method-assign]
 
@@ -250,7 +192,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     "no-positions": no_positions,
     "qk-norm": lambda: attend_with(qk_norm=True),
     "rope": lambda: attend_with(rope=True),
-    "local-attention": lambda: attend_with(local=True),
+    "local-attention": lambda: attend_with(LocalAttention),
     "stem": stem,
     "mimetic": mimetic,
     "modern": modern,

@@ -97,6 +97,17 @@ def _check_mixers(m: ModelConfig) -> None:
     with_heads = m.backbone == "dit" or {"linear", "attention"} & set(m.mixers)
     if with_heads and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
+    for option in ("qk_norm", "rope"):
+        if getattr(m, option) and m.backbone != "dit" and "attention" not in m.mixers:
+            raise ConfigError(
+                f"model.{option}: true needs softmax attention: model.backbone=dit or "
+                f"model.mixer=attention, and model.mixer is {m.mixer}"
+            )
+    if m.rope and m.hidden_size // m.heads < 4:
+        raise ConfigError(
+            f"model.rope: true needs heads of at least 4 channels; model.hidden_size "
+            f"{m.hidden_size} with model.heads {m.heads} has {m.hidden_size // m.heads}"
+        )
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
 
@@ -143,7 +154,7 @@ def _check_size(config: Config) -> None:
     together.
     """
     m, d = config.model, config.data
-    D, taps = m.hidden_size, d.channels * m.patch_size**2
+    D, taps = m.hidden_size, max(d.channels, m.stem) * m.patch_size**2
     tokens = math.prod(d.grid) // m.patch_size**2
     block = (16 + m.compression) * D**2 + 8 * D * m.d_state
     parameters = (

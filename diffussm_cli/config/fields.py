@@ -61,6 +61,18 @@ class ModelConfig:
     local: Literal[0, 3] = _option(
         0, "3: a depthwise 3x3 convolution before each mixer; not used by DiT"
     )
+    qk_norm: bool = _option(
+        False, "queries and keys divided by their root mean squares; DiT and mixer attention"
+    )
+    rope: bool = _option(
+        False, "queries and keys turned by row and column; DiT and mixer attention"
+    )
+    stem: int = _option(
+        0,
+        "channels of two 3x3 convolutions before the patches; 0: none",
+        least=0,
+        most=2**10,
+    )
     skips: bool = _option(
         False, "add each block of the first half to its mirror image, by layers that start at zero"
     )

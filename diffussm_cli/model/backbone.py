@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import (
+    Stem,
     TextEmbedding,
     TimestepEmbedding,
     patchify,
@@ -59,12 +60,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             activations.
         skips: before each block of the last half, add what its mirror image in the first half gave,
             through a Linear that starts at zero.
+        stem: channels of two 3x3 convolutions before the image is split into patches; 0: none.
 
     Raises:
         ValueError: if sizes do not divide; the message names them.
     """
 
     position: Tensor
+    stem: Stem | None
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         text_tokens: int = 0,
         gradient_checkpointing: bool = False,
         skips: bool = False,
+        stem: int = 0,
     ):
         super().__init__()
         self.input_size = pair(input_size)
@@ -93,7 +97,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             raise ValueError(f"hidden_size {D} must be a multiple of 4")
         self._check_grid(*self.input_size)
 
-        self.patch_in = nn.Linear(M * C * P * P, D)
+        self.register_module("stem", Stem(C, stem) if stem else None)
+        self.patch_in = nn.Linear(M * (stem or C) * P * P, D)
         self.t_embed = TimestepEmbedding(D)
         self.y_embed = nn.Embedding(num_classes + 1, D) if num_classes else None
         self.text_embed = TextEmbedding(text_width, D, text_tokens) if text_width else None
@@ -133,7 +138,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         position = (
             self.position if self.input_size == (H, W) else self.positions(H, W).to(self.position)
         )
-        h = self.patch_in(patchify(x, self.patch_size, self.compression)) + position  # (B, J, D)
+        pixels = x if self.stem is None else self.stem(x)
+        h = self.patch_in(patchify(pixels, self.patch_size, self.compression)) + position
 
         # The words stand on either side, for both directions.
         if words is not None:
@@ -184,7 +190,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, HourglassLinear | Local | TextEmbedding):
+            elif isinstance(module, HourglassLinear | Local | Stem | TextEmbedding | nn.RMSNorm):
                 module.reset_parameters()
 
         for layer in self.t_embed.mlp:

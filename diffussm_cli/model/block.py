@@ -6,6 +6,8 @@ Between W_up and W3, channels come first in memory, which is the layout that the
 The matrix products write this layout and read it back, so that nothing is transposed.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,8 +92,8 @@ class DiffuSSMBlock(nn.Module):
 
     The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of
     `scan`; x is always in raster order. `local` is 3 for a convolution before the mixer, or 0.
-    `grid` is that of the tokens which the mixer is made for, `kernel` the side of its convolution.
-    The defaults need no grid.
+    `grid` is that of the tokens which the mixer is made for; `options` are further fields of its
+    `Sizes`. The defaults need no grid.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class DiffuSSMBlock(nn.Module):
         scan: Scan = RASTER,
         local: int = 0,
         grid: tuple[int, int] = (16, 16),
-        kernel: int = 3,
+        **options: Any,
     ):
         super().__init__()
         self.mixer_name, self.scan = mixer, scan
@@ -112,7 +114,7 @@ class DiffuSSMBlock(nn.Module):
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)
         self.local = Local(D, scan) if local else None
-        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid, kernel)))
+        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid, **options)))
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
         self.W1 = ChannelsFirstLinear(D, 2 * D)
         self.W2 = ChannelsFirstLinear(2 * D, 2 * D)

@@ -27,6 +27,7 @@ class DiffuSSM(Backbone):
         mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D. A list
             such as "conv,axial" repeats along the blocks.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
+        qk_norm, rope: of the mixer "attention"; see `AttentionOfHeads`.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
         kernel: side of the convolution of the mixer "conv", odd.
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
@@ -51,6 +52,9 @@ class DiffuSSM(Backbone):
         kernel: int = 3,
         scan: str = "raster",
         local: int = 0,
+        qk_norm: bool = False,
+        rope: bool = False,
+        stem: int = 0,
         skips: bool = False,
         learn_sigma: bool = True,
         label_std: float = 0.02,
@@ -79,9 +83,10 @@ class DiffuSSM(Backbone):
         tokens = (H // patch_size, W // patch_size)
         orders = itertools.cycle(SCANS[scan])
         names = itertools.cycle(mixers)
+        options = {"kernel": kernel, "qk_norm": qk_norm, "rope": rope}
         blocks = [
             DiffuSSMBlock(
-                hidden_size, compression, d_state, name, heads, order, local, tokens, kernel
+                hidden_size, compression, d_state, name, heads, order, local, tokens, **options
             )
             for name, order, _ in zip(names, orders, range(depth))
         ]
@@ -100,6 +105,7 @@ class DiffuSSM(Backbone):
             text_tokens,
             gradient_checkpointing,
             skips,
+            stem,
         )
 
     def reset_parameters(self) -> None:

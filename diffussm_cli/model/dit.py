@@ -17,24 +17,30 @@ from torch import Tensor, nn
 
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.block import HourglassLinear
+from diffussm_cli.model.heads import AttentionOfHeads
 from diffussm_cli.model.stacked import StackedLinear
 
 
 class Attention(nn.Module):
-    """Self-attention over all tokens: x (B, J, D) -> (B, J, D). At M = 1 it is the usual layer."""
+    """Self-attention over all tokens: x (B, J, D), grid (H, W/M) -> (B, J, D).
 
-    def __init__(self, D: int, M: int, heads: int):
+    At M = 1 it is the usual layer. The options are those of `AttentionOfHeads`; without `rope` no
+    grid is needed.
+    """
+
+    def __init__(self, D: int, M: int, heads: int, qk_norm: bool = False, rope: bool = False):
         super().__init__()
         self.M, self.heads = M, heads
         # one set per place of a token within its position
         self.qkv = StackedLinear(D, D, parts=3 * M)
         self.proj = HourglassLinear(M, D, D // M)
+        self.attend = AttentionOfHeads(D // heads, qk_norm, rope)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         q, k, v = rearrange(
             self.qkv(x), "b j (m three h d) -> three b h (j m) d", m=self.M, three=3, h=self.heads
         )
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
+        y = self.attend(q, k, v, grid, self.M)  # (B, h, L, d)
         places = zip(
             rearrange(y, "b h (j m) d -> m b j (h d)", m=self.M), self.proj.weight, self.proj.bias
         )
@@ -47,10 +53,18 @@ class DiTBlock(nn.Module):
     (adaLN-Zero).
     """
 
-    def __init__(self, D: int, M: int, heads: int, mlp_ratio: int = 4):
+    def __init__(
+        self,
+        D: int,
+        M: int,
+        heads: int,
+        mlp_ratio: int = 4,
+        qk_norm: bool = False,
+        rope: bool = False,
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
-        self.attention = Attention(D, M, heads)
+        self.attention = Attention(D, M, heads, qk_norm=qk_norm, rope=rope)
         self.mlp = nn.Sequential(
             nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D)
         )
@@ -60,12 +74,13 @@ class DiTBlock(nn.Module):
         """The layers that start at zero, so that the block starts as the identity."""
         return [self.adaLN]
 
-    def forward(self, x: Tensor, c: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         # (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN(F.silu(c))[:, None].chunk(
             6, dim=-1
         )
-        x = torch.addcmul(x, gate1, self.attention(torch.addcmul(shift1, self.norm(x), 1 + scale1)))
+        h = torch.addcmul(shift1, self.norm(x), 1 + scale1)
+        x = torch.addcmul(x, gate1, self.attention(h, grid))
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)))
 
 
@@ -78,9 +93,11 @@ class DiT(Backbone):
         depth: number of blocks.
         heads: number of attention heads.
         compression: M; must divide W/P and D. 1 is DiT.
+        qk_norm, rope: of `AttentionOfHeads`; DiT has neither.
 
     Raises:
-        ValueError: if sizes do not divide; the message names them.
+        ValueError: if sizes do not divide, or heads are too narrow for `rope`; the message names
+            them.
     """
 
     def __init__(
@@ -93,6 +110,9 @@ class DiT(Backbone):
         heads: int = 16,
         compression: int = 1,
         num_classes: int = 1000,
+        qk_norm: bool = False,
+        rope: bool = False,
+        stem: int = 0,
         skips: bool = False,
         learn_sigma: bool = True,
         label_std: float = 0.02,
@@ -106,7 +126,10 @@ class DiT(Backbone):
                 f"and of M {compression}"
             )
 
-        blocks = [DiTBlock(hidden_size, compression, heads) for _ in range(depth)]
+        blocks = [
+            DiTBlock(hidden_size, compression, heads, qk_norm=qk_norm, rope=rope)
+            for _ in range(depth)
+        ]
         super().__init__(
             blocks,
             input_size,
@@ -121,6 +144,7 @@ class DiT(Backbone):
             text_tokens,
             gradient_checkpointing,
             skips,
+            stem,
         )
 
     def positions(self, H: int, W: int) -> Tensor:

@@ -7,6 +7,7 @@ L = HW/P^2 tokens   J = L/M positions   D width
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -72,6 +73,26 @@ class TextEmbedding(nn.Module):
         text = torch.where(has_text, text, self.null).to(self.null.dtype)
         pooled = self.mlp(text[:, 0])
         return pooled, None if self.tokens is None else self.tokens(text[:, 1:]) + self.place
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions before an image is split, so that patches overlap: (B, C, H, W) -> (B,
+    width, H, W).
+
+    Each is followed by GELU. Around the image are zeros.
+    """
+
+    def __init__(self, C: int, width: int):
+        super().__init__()
+        self.first = nn.Conv2d(C, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def reset_parameters(self) -> None:
+        self.first.reset_parameters()
+        self.second.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.second(F.gelu(self.first(x))))
 
 
 def patchify(x: Tensor, P: int, M: int) -> Tensor:

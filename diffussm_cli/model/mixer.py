@@ -32,7 +32,7 @@ class Sizes:
 
     `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid`
     (H, W) the number of tokens that the model is built for (a mixer also accepts other grids), and
-    `kernel` the side of a convolution.
+    `kernel` the side of a convolution. `qk_norm` and `rope` are those of `AttentionOfHeads`.
     """
 
     D: int
@@ -41,6 +41,8 @@ class Sizes:
     scan: Scan = RASTER
     grid: tuple[int, int] = (16, 16)
     kernel: int = 3
+    qk_norm: bool = False
+    rope: bool = False
 
 
 class Mixer(nn.Module):

@@ -6,6 +6,7 @@ are computed once per weight update. Any operator that is neither counted nor na
 is an error.
 """
 
+import functools
 import importlib
 import math
 import types
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffussm_cli.config import Config
@@ -35,6 +37,7 @@ NOT_COUNTED |= {
     "flip",
     "triu",
     "unfold",
+    "im2col",
 }
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real", "ne", "any"}
 
@@ -82,8 +85,11 @@ def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...]) -> dict[str, Cou
     """Multiply-adds by kind of one call of the model, by submodule; the model itself is ""."""
     fvcore = _fvcore()
     for module in model.modules():
-        if isinstance(module, Local):  # torch cannot trace a convolution on the meta device
+        # torch cannot trace a convolution on the meta device
+        if isinstance(module, Local):
             module.convolve = module.convolve_naive  # type: ignore[method-assign]
+        if isinstance(module, nn.Conv2d):
+            module.forward = functools.partial(_as_product, module)  # type: ignore[method-assign]
 
     analysis = fvcore.FlopCountAnalysis(model, inputs)
     analysis.uncalled_modules_warnings(False).unsupported_ops_warnings(False)
@@ -96,6 +102,13 @@ def _trace(model: nn.Module, inputs: tuple[Tensor | None, ...]) -> dict[str, Cou
     if unknown:
         raise ConfigError(f"profile: no counter for {unknown}; add one to profiling/count.py")
     return counted
+
+
+def _as_product(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution without groups as the product that it is: (B, C, H, W) -> (B, out, H, W)."""
+    size, padding = layer.kernel_size, layer.padding
+    around = F.unfold(x, size, padding=padding)  # type: ignore[arg-type]
+    return (layer.weight.flatten(1) @ around).unflatten(-1, x.shape[-2:])
 
 
 def _fvcore() -> types.ModuleType:

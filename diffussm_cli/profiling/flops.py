@@ -165,12 +165,15 @@ def _dit_block(m: ModelConfig, L: int) -> dict[str, float]:
 def _outside(config: Config, L: int) -> dict[str, float]:
     """Multiply-adds outside the blocks, by name of the part."""
     m = config.model
-    D, taps = m.hidden_size, config.data.channels * m.patch_size**2
-    out = (2 if m.learn_sigma else 1) * taps
+    D, C, area = m.hidden_size, config.data.channels, m.patch_size**2
+    taps = (m.stem or C) * area
+    out = (2 if m.learn_sigma else 1) * C * area
     parts: dict[str, float] = {
         "conditioning": (256 + D) * D + 2 * D**2,
         "in and out": L * D * (taps + out),
     }
+    if m.stem:
+        parts["stem"] = 9 * L * area * m.stem * (C + m.stem)
     if m.skips:
         parts["skips"] = m.depth // 2 * in_sequence(m, L) / m.compression * D**2
     return parts | ({"text": ((1 + m.text_tokens) * m.text_width + D) * D} if m.text_width else {})
@@ -200,7 +203,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
         kernels = 0.0
         if m.backbone == "dit":
             # qkv twice, attention out twice; norms, MLP, residuals
-            per_token = (8 * D + 20 * D / M) * narrow
+            per_token = (8 * D + 20 * D / M + block.attention.attend.saved() * D) * narrow  # type: ignore[union-attr, operator]
         else:
             mixer = mixer_of(block)
             # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate
@@ -218,7 +221,10 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     else:
         blocks = sum(times * (activations + kernels) for activations, kernels, times in saved)
 
+    # the stem's convolutions, before and after GELU
+    stem = B * math.prod(config.data.grid) * 4 * m.stem * narrow
+
     state: float = parameters * (4 + len(t.ema)) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
-    return int(state + blocks + 2 * most)
+    return int(state + stem + blocks + 2 * most)

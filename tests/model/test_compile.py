@@ -26,6 +26,7 @@ MIXED = lambda: DiffuSSM(  # noqa: E731
     d_state=4,
     **SIZES | {"depth": 5},
 )
+CURES = {"qk_norm": True, "rope": True, "stem": 3}
 CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
 
 
@@ -106,6 +107,7 @@ KINDS = {  # models of four blocks, and how many kinds of blocks they have
         lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES | {"depth": 4}),
         1,
     ),
+    "dit with cures": (lambda: DiT(heads=2, **CURES, **SIZES | {"depth": 4}), 1),
     "two mixers, skips": (
         lambda: DiffuSSM(mixer="s4d,conv", skips=True, d_state=4, **SIZES | {"depth": 4}),
         2,

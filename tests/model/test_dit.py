@@ -10,6 +10,8 @@ from diffussm_cli.model import DiT
 from diffussm_cli.model.dit import Attention
 from tests.conftest import device, fill, randn, relative
 
+CURES = {"qk_norm": True, "rope": True, "stem": 3}
+
 
 def tiny(**changes):
     sizes = {
@@ -124,7 +126,15 @@ def test_hourglass_attention_equals_the_loop_over_tokens():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"compression": 2}, {"num_classes": 0, "learn_sigma": False}], ids=str
+    "changes",
+    [
+        {},
+        {"compression": 2},
+        {"num_classes": 0, "learn_sigma": False},
+        CURES,
+        {"compression": 2, **CURES},
+    ],
+    ids=str,
 )
 def test_every_parameter_gets_a_gradient(changes):
     model = fill(tiny(**changes))
@@ -137,16 +147,74 @@ def test_every_parameter_gets_a_gradient(changes):
         assert p.grad.abs().sum() > 0, name
 
 
-def test_blocks_start_as_identities():
-    model = tiny()
+@pytest.mark.parametrize("changes", [{}, CURES], ids=str)
+def test_blocks_start_as_identities(changes):
+    model = tiny(**changes)
     x, c = randn(2, 16, 32), randn(2, 32)
     for block in model.blocks:
-        torch.testing.assert_close(block(x, c), x)
+        torch.testing.assert_close(block(x, c, (4, 4)), x)
     t, y = (torch.tensor([v], device=device()) for v in (5, 1))
     assert not model(randn(1, 4, 8, 8), t, y).any()
 
 
+def test_cures_add_their_own_parameters_only():
+    """So a DiT without them has the names of before, and its sizes."""
+    plain, cured = ({n: p.shape for n, p in tiny(**c).named_parameters()} for c in ({}, CURES))
+    norms = {f"blocks.{i}.attention.attend.{n}_norm.weight": (8,) for i in (0, 1) for n in "qk"}
+    stem = {"stem.first.weight": (3, 4, 3, 3), "stem.first.bias": (3,)}
+    stem |= {"stem.second.weight": (3, 3, 3, 3), "stem.second.bias": (3,)}
+    assert cured == plain | norms | stem | {"patch_in.weight": (32, 3 * 2 * 2)}
+
+
+@pytest.mark.parametrize("M", [1, 2])
+def test_cured_dit_takes_other_grids_and_is_recomputed_alike(M):
+    model = fill(tiny(compression=M, **CURES))
+    other = tiny(compression=M, input_size=(4, 12), gradient_checkpointing=True, **CURES)
+    other.load_state_dict(model.state_dict())
+    x, t, y = randn(2, 4, 4, 12), *(torch.tensor(v, device=device()) for v in ([3, 900], [0, 4]))
+    results = []
+    for each in (model, other):
+        output = each(x, t, y)
+        output.square().sum().backward()
+        results.append([output, *(p.grad for p in each.parameters())])
+    for plain, recomputed in zip(*results):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_cured_dit_is_stored_and_loaded_with_its_options(tmp_path):
+    model = fill(tiny(**CURES))
+    model.save_pretrained(tmp_path)
+    again = DiT.from_pretrained(tmp_path).to(device())
+    x, t, y = randn(1, 4, 8, 8), *(torch.tensor(v, device=device()) for v in ([3], [0]))
+    assert torch.equal(again(x, t, y), model(x, t, y))
+
+
+def test_stem_lets_patches_see_their_neighbours():
+    """With middle taps alone it is two GELUs, token by token; with others it reaches two pixels."""
+    model, plain = fill(tiny(stem=4)), tiny()
+    with torch.no_grad():
+        for layer in (model.stem.first, model.stem.second):
+            nn.init.dirac_(layer.weight)
+            layer.bias.zero_()
+    plain.load_state_dict(
+        {n: p for n, p in model.state_dict().items() if not n.startswith("stem.")}
+    )
+    x, t, y = randn(1, 4, 8, 8), *(torch.tensor(v, device=device()) for v in ([3], [0]))
+    gelu = nn.functional.gelu
+    torch.testing.assert_close(model(x, t, y), plain(gelu(gelu(x)), t, y))
+
+    with torch.no_grad():
+        for layer in (model.stem.first, model.stem.second):
+            layer.weight.fill_(0.1)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(model.stem(x)[0, 0, 4, 4], x)
+    (places,) = (gradient[0].any(0).nonzero(as_tuple=False),)
+    assert {tuple(p) for p in places.tolist()} == {(r, c) for r in range(2, 7) for c in range(2, 7)}
+
+
 def test_sizes_that_do_not_divide_are_rejected_by_name():
+    with pytest.raises(ValueError, match="rope needs heads of at least 4 channels, got 2"):
+        tiny(heads=16, rope=True)
     with pytest.raises(ValueError, match="heads 5"):
         tiny(heads=5)
     with pytest.raises(ValueError, match="compression 4 the width"):

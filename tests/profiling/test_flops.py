@@ -90,10 +90,13 @@ def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
         ["model.mixer=conv,axial,s4d", "model.depth=4", "model.skips=true"],
         ["model.mixer=conv,axial", "model.depth=1", "model.skips=true"],
         ["model.backbone=dit", "model.heads=4", "model.depth=5", "model.skips=true"],
+        ["model.backbone=dit", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
+        ["model.mixer=attention,s4d", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
+        ["model.stem=6", "model.patch_size=2", "model.compression=2"],
     ],
     ids=str,
 )
-def test_formula_equals_the_trace_of_lists_of_mixers_and_of_skips(overrides):
+def test_formula_equals_trace_of_lists_skips_and_options(overrides):
     config = load_config("digits", overrides)
     counted, c = count(config), cost(config)
     assert counted.pop("kernels", 0) == pytest.approx(c.kernel_gflops, rel=1e-9)

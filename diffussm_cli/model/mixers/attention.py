@@ -5,10 +5,11 @@ h heads of d = D/h channels
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from diffussm_cli.model.heads import AttentionOfHeads
 from diffussm_cli.model.mixer import Mixer, Sizes
+from diffussm_cli.model.scan import RASTER, Scan
 from diffussm_cli.model.stacked import StackedLinear
 
 
@@ -47,9 +48,20 @@ class Attention(Heads):
     apart.
     """
 
-    def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
+    def __init__(
+        self, D: int, heads: int, scan: Scan = RASTER, qk_norm: bool = False, rope: bool = False
+    ):
+        super().__init__(D, heads)
+        self.scan = scan
+        self.attend = AttentionOfHeads(D // heads, qk_norm, rope)
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> "Attention":
+        return cls(sizes.D, sizes.heads, sizes.scan, sizes.qk_norm, sizes.rope)
+
+    def forward(self, u: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         q, k, v, _ = self.split(u)  # (B, h, L, d) each
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, h, L, d)
+        y = self.attend(q, k, v, grid, u.shape[3], self.scan)  # (B, h, L, d)
         return torch.cat([y.mT.reshape(u.shape), u], dim=1)  # (B, 2D, J, M)
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
@@ -57,4 +69,4 @@ class Attention(Heads):
         return {"mixer": 2 * L * D**2, "attention": 2 * L**2 * D}
 
     def saved(self) -> float:
-        return 4 * self.qk.in_features
+        return (4 + self.attend.saved()) * self.qk.in_features

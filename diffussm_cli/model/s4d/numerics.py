@@ -43,6 +43,15 @@ def worth_keeping(numbers: int) -> bool:
     return numbers <= KEPT_NUMBERS and not torch.compiler.is_compiling()
 
 
+def in_forward_mode() -> bool:
+    """Whether derivatives are being taken in forward mode, as by `torch.func.jvp`.
+
+    Our own Functions have rules for the backward pass only, so plain operators must take their
+    place. A Function with a rule for both could not be compiled.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def wants_toeplitz(u: Tensor) -> bool:
     """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a
     CUDA device.
