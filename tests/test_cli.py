@@ -22,6 +22,7 @@ from diffussm_cli.config import preset_names
 from diffussm_cli.machine import device
 from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
+from diffussm_cli.training.session import train
 from tests.helpers import SETTINGS, line_of, run
 
 pytest.importorskip("sklearn")
@@ -159,6 +160,45 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert "1,024" in result.stderr
     assert "GiB" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+DRY = ("train", "--preset", "digits", "--dry-run")
+STOPS = {  # what is wrong with a run, and the line
+    "data": (["--data", "nope"], "data.path: cannot read the folder 'nope'"),
+    "held-out images": (
+        ["--set", "data.held_out=nope"],
+        "data.held_out: cannot read the folder 'nope'",
+    ),
+    "classes": (["--set", "model.num_classes=3"], "model.num_classes: 3, but builtin:digits has"),
+    "device": (["--set", "train.device=mars"], "device: 'mars'"),
+    "run folder": (["--out", "taken"], "--out: 'taken' is not empty"),
+    "a run of another model": (
+        ["--out", "run", "--resume"],
+        "--resume: model.hidden_size was 16 and is now 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_dry_run_ends_with_what_would_stop_the_run(case, tiny, tmp_path, monkeypatch):
+    """An option that was given is an error, as it is without --dry-run; the plan is printed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes").write_text("")
+    if "run" in STOPS[case][0]:
+        list(train(tiny(), tmp_path / "run"))
+    options, line = STOPS[case]
+    for start in (DRY, DRY[:-1]):
+        done = run(*start, *options)
+        assert line_of(done).startswith(f"diffussm: error: {line}")
+    assert yaml.safe_load(run(*DRY, *options).stdout)["model"]["hidden_size"] == 32
+
+
+def test_dry_run_of_a_preset_without_its_data_is_a_plan_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = run("train", "--preset", "xl-256", "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert "warning: the run would stop: data.path: no folder of latents at" in plan.stderr
 
 
 def test_list_shows_every_preset_with_its_purpose(monkeypatch):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffussm_cli.commands.console import follow, leave, make_console
+from diffussm_cli.commands.console import follow, leave, make_console, warn
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import (
     DEFAULT_PRESET,
@@ -64,7 +64,9 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print configuration, parameters, tokens and memory, and exit."
+            "--dry-run",
+            help="Print configuration, parameters, tokens and memory, and what would stop the run; "
+            "then exit.",
         ),
     ] = False,
 ) -> None:
@@ -102,6 +104,12 @@ def train(
         console.print(line)
     if dry_run:
         show_plan(console, config)
+        named = set_fields(overrides, fields)
+        given = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
+        for problem in follow(console, session.check(config, out, resume)):
+            if str(problem).partition(":")[0] in given:
+                raise problem
+            warn(console, f"the run would stop: {problem}")
         return
     with stopping() as stop:
         result = follow(console, session.train(config, out, resume=resume, stop=stop))

@@ -4,7 +4,7 @@
 fields.py      the fields, with their defaults, help and bounds
 presets.py     presets and YAML files by name, with `base` and overrides
 reading.py     plain values to fields and back; values.py checks each of them
-checks.py      which fields fit together
+checks.py      which fields fit together; unused.py: which have no use
 plain_yaml.py  YAML that cannot do harm
 """
 
@@ -15,6 +15,7 @@ from diffussm_cli.config.fields import (
     MAX_CLASSES,
     MAX_SEED,
     MIXERS,
+    PYTHON,
     SAMPLERS,
     SECTIONS,
     Config,
@@ -39,4 +40,5 @@ from diffussm_cli.config.presets import (
     set_fields,
 )
 from diffussm_cli.config.reading import config_from_dict, read_section, to_dict, to_yaml
+from diffussm_cli.config.unused import unused_fields, unused_of_request
 from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole_number

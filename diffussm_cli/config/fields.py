@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+PYTHON = "python:"  # prefix for a data set that was an object; the name of its class follows
 BUILTIN = "builtin:"  # prefix of `data.path` for a data set that a Python package ships
 
 # The bounds of the fields are generous: a value outside them is a typo or comes from a hostile

@@ -14,8 +14,6 @@ from diffussm_cli.config import MAX_CLASSES, Config, whole_number
 from diffussm_cli.data.images import coins, to_model_space, to_uint8
 from diffussm_cli.errors import DataError
 
-# prefix of `data.path` for data that was given as an object; the name of its class follows
-PYTHON = "python:"
 LARGEST = 1.001  # of pixels in model space: 1 and a rounding error
 
 

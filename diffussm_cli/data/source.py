@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffussm_cli.config import BUILTIN, Config, named_columns
+from diffussm_cli.config import BUILTIN, PYTHON, Config, named_columns
 from diffussm_cli.data.captions import read_captions
-from diffussm_cli.data.datasets import PYTHON, DatasetSource
+from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
 from diffussm_cli.data.listing import UNREADABLE, LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.text import Captioned, open_texts

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffussm_cli import runs
-from diffussm_cli.config import BUILTIN, SampleConfig
+from diffussm_cli.config import BUILTIN, SampleConfig, unused_of_request
 from diffussm_cli.data.samples import META
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import TABLE, USUAL, parse_metrics, warnings
@@ -121,6 +121,9 @@ def evaluate(
         if trained:
             if trained.assumption:
                 yield Message(trained.assumption)
+            request = sampling or trained.config.sample, num, classes, prompts
+            if line := unused_of_request(trained.config, *request):
+                yield Warned(line)
             yield Stage("loading the run")
             if not prompts and trained.config.model.text_width and captioned:
                 prompts = names_in(captioned.captions)

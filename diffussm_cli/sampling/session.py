@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from diffussm_cli.config import SampleConfig
+from diffussm_cli.config import SampleConfig, unused_of_request
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.samples import META, is_image_name
 from diffussm_cli.errors import ConfigError, writing
@@ -76,6 +76,9 @@ def sample(
         DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
+    request = sampling or trained.config.sample, num, classes, prompts
+    if line := unused_of_request(trained.config, *request):
+        yield Warned(line)
     prompts = prompts or trained.config.sample.prompts
     # images between two seeds are numbered from 0
     world, seeds = read_world(), range(num) if interpolate else range(seed, seed + num)

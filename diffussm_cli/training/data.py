@@ -10,8 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import BUILTIN, Config
-from diffussm_cli.data.datasets import PYTHON
+from diffussm_cli.config import BUILTIN, PYTHON, Config
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.source import ImageFolder, Source, open_source, undivided, unreadable_images
@@ -24,7 +23,7 @@ from diffussm_cli.training.measure import HELD_OUT
 NAMED = 5  # number of unreadable images that an error lists
 
 
-def open_data(root: Path, config: Config, dataset: Dataset | None = None) -> Source:
+def open_data(root: Path | None, config: Config, dataset: Dataset | None = None) -> Source:
     """As `open_source`.
 
     Raises DataError, which also says where the images of this run were before.
@@ -32,7 +31,7 @@ def open_data(root: Path, config: Config, dataset: Dataset | None = None) -> Sou
     try:
         return open_source(config, dataset)
     except DataError as e:
-        before = runs.read_data(root)
+        before = None if root is None else runs.read_data(root)
         if before is None or before["path"] == data_place(config):
             raise
         raise DataError(

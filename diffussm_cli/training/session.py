@@ -16,11 +16,10 @@ import torch
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import Config, to_dict
-from diffussm_cli.data.datasets import PYTHON
+from diffussm_cli.config import PYTHON, Config, to_dict, unused_fields
 from diffussm_cli.data.source import Source, open_held_out, text_hash, undivided, vae_hash
 from diffussm_cli.data.vae import full_name
-from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.errors import ConfigError, DiffussmError, RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.processes import (
@@ -124,15 +123,7 @@ def _train_in(
     is_first = world.rank == 0
 
     # The images.
-    yield Stage("listing")
-    source = open_data(root, config, dataset)
-    if isinstance(config.data.held_out, str) and config.data.held_out:
-        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
-    if source.left_out:
-        yield Message(source.left_out)
-    warning = getattr(undivided(source), "warning", "")
-    if warning:
-        yield Warned(warning)
+    source = yield from _list_images(root, config, world, dataset)
 
     # Where the run stands, and whether its images are still the same.
     yield Stage("looking for checkpoints")
@@ -171,6 +162,66 @@ def _train_in(
             stack.enter_context(remedies(source, root, facts, world))
             yield from _steps(trainer, writer, stop)
     return TrainingResult(root, trainer.step.number, steps, processes=world.size)
+
+
+def _list_images(
+    root: Path | None, config: Config, world: World, dataset: Dataset | None = None
+) -> Generator[Event, None, Source]:
+    """Open the data of a run, and tell what is not used of them and of the configuration.
+
+    Raises DiffussmError.
+    """
+    if line := unused_fields(config, world.size):
+        yield Warned(line)
+    yield Stage("listing")
+    source = open_data(root, config, dataset)
+    if isinstance(config.data.held_out, str) and config.data.held_out:
+        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
+    if source.left_out:
+        yield Message(source.left_out)
+    if warning := getattr(undivided(source), "warning", ""):
+        yield Warned(warning)
+    return source
+
+
+def check(
+    config: Config, out: Path | str | None = None, resume: bool = False
+) -> Generator[Event, None, list[DiffussmError]]:
+    """What would stop `train` before its first step, without decoding an image or writing a file.
+
+    Yields:
+        the events of `train` about the data.
+
+    Returns:
+        The errors that `train` would raise. Of those of the data, the first one.
+    """
+    world = read_world()
+    root = Path(out) if out else None
+    if resume and root is None:
+        root = runs.newest_run(runs.RUNS, config.preset)
+
+    problems: list[DiffussmError] = []
+    with _collected(problems):
+        if root is not None:
+            runs.check_run_folder(root, resume)
+    with _collected(problems):
+        if root is not None and resume and runs.list_checkpoints(root):
+            check_unchanged(runs.read_config(root, "--resume"), config)
+    with _collected(problems):
+        check_batch(config, world)
+    with _collected(problems):
+        pick_device(config.train.device)
+    with _collected(problems):
+        yield from _list_images(root, config, world)
+    return problems
+
+
+@contextlib.contextmanager
+def _collected(problems: list[DiffussmError]) -> Iterator[None]:
+    try:
+        yield
+    except DiffussmError as e:
+        problems.append(e)
 
 
 def _steps(

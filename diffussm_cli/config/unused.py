@@ -1,0 +1,216 @@
+"""What somebody has set although nothing uses it: fields of a configuration, and parts of a request
+for images.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffussm_cli.config.fields import BUILTIN, PYTHON, Config, SampleConfig
+from diffussm_cli.config.presets import load_config, preset_names
+from diffussm_cli.config.values import named_columns
+
+STATES = {"s4d", "axial"}  # mixers with states
+HEADS = {"linear", "attention"}
+IN_ORDER = {"s4d", "linear"}  # mixers for which the order of the tokens counts
+ORDERS = {"raster": 1, "alternate": 2, "four": 4}  # of which the blocks take one in turn
+GUIDED = ("guidance_channels", "guidance_interval")
+
+
+def unused_fields(config: Config, processes: int = 1) -> str:
+    """One line about the fields that nothing uses, with the reasons; empty if there are none.
+
+    A field counts if it asks for something, and has another value than by default and than in the
+    preset of the package that the configuration is named after.
+    """
+    reasons = {
+        **_of_model(config),
+        **_of_data(config),
+        **_of_training(config, processes),
+        **_of_measuring(config),
+        **_of_sampling(config),
+    }
+    usual = [Config()]
+    if config.preset in preset_names():
+        usual.append(load_config(config.preset))
+    parts = []
+    for name, why in reasons.items():
+        value = _value(config, name)
+        if value and value not in [_value(other, name) for other in usual]:
+            parts.append((f"{name}={_text(value)}", why))
+    return _line(parts + _mixers_beyond_depth(config) + _columns(config))
+
+
+def unused_of_request(
+    config: Config,
+    sampling: SampleConfig,
+    num: int,
+    classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+) -> str:
+    """One line about the parts of a request for `num` images that nothing uses; empty if there are
+    none.
+
+    Args:
+        sampling: how they are drawn; `config` is that of the run.
+        classes, prompts: used in turn, as they were asked for.
+    """
+    reasons = _of_sampling(dataclasses.replace(config, sample=sampling))
+    if sampling.guidance == 1:
+        reasons |= dict.fromkeys((f"sample.{name}" for name in GUIDED), "guidance is 1")
+    request = dataclasses.replace(config, sample=sampling)
+    parts = [
+        (f"{name}={_text(_value(request, name))}", why)
+        for name, why in reasons.items()
+        if _value(request, name) != _value(Config(), name)
+    ]
+    for kind, values in {"classes": classes, "prompts": prompts}.items():
+        if len(values) > num:
+            parts.append((f"{len(values) - num:,} of {len(values):,} {kind}", f"num is {num:,}"))
+    return _line(parts)
+
+
+def _line(parts: Sequence[tuple[str, str]]) -> str:
+    texts = ", ".join(f"{what} ({why})" for what, why in parts)
+    return f"not used: {texts}" if texts else ""
+
+
+def _value(config: Config, name: str) -> Any:
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def _all_of(why: str, section: str, *fields: str) -> dict[str, str]:
+    """The same reason for several fields."""
+    return {f"{section}.{field}": why for field in fields}
+
+
+# ------------------------------------------------------------------------------- fields, by section
+def _of_model(config: Config) -> Mapping[str, str]:
+    """Fields of `model` without a use, with the reasons."""
+    m = config.model
+    reasons: dict[str, str] = {}
+    in_turn = [m.mixers[i % len(m.mixers)] for i in range(m.depth)]
+
+    # The mixers.
+    if m.backbone == "dit":
+        reasons |= _all_of("a DiT has no mixers", "model", "mixer", "kernel", "local", "scan")
+        reasons |= _all_of("a DiT has no states", "model", "d_state")
+    else:
+        if not STATES & set(in_turn):
+            reasons |= _all_of("no mixer has states", "model", "d_state")
+        if not HEADS & set(in_turn):
+            reasons |= _all_of("no mixer has heads", "model", "heads")
+        if "conv" not in in_turn:
+            reasons |= _all_of("no mixer is conv", "model", "kernel")
+        turned = [mixer for i, mixer in enumerate(in_turn) if i % ORDERS[m.scan]]
+        if not IN_ORDER & set(turned):
+            why = "no block whose mixer reads a sequence has another order than raster"
+            reasons |= _all_of(why, "model", "scan")
+
+    if m.depth == 1:
+        reasons |= _all_of("one block has no mirror image", "model", "skips")
+    if not m.num_classes:
+        reasons |= _all_of("there are no classes", "model", "label_std")
+    return reasons
+
+
+def _of_data(config: Config) -> Mapping[str, str]:
+    """Fields of `data` without a use, with the reasons."""
+    d = config.data
+    reasons: dict[str, str] = {}
+    if d.vae is not None:
+        reasons |= _all_of("latents are not decoded", "data", "skip_unreadable")
+    elif d.path.startswith(BUILTIN):
+        reasons |= _all_of("built-in data can be read", "data", "skip_unreadable")
+    elif d.path.startswith(PYTHON):
+        reasons |= _all_of("the data are a Dataset", "data", "skip_unreadable", "columns")
+
+    is_folder = isinstance(d.held_out, str) and bool(d.held_out)
+    is_for_eval = config.model.text_width > 0 and d.vae is None  # of runs with text
+    if is_folder and not config.eval.every and not is_for_eval:
+        reasons |= _all_of("eval.every is 0", "data", "held_out")
+    return reasons
+
+
+def _of_training(config: Config, processes: int) -> Mapping[str, str]:
+    """Fields of `diffusion` and `train` without a use, with the reasons."""
+    m, f, t = config.model, config.diffusion, config.train
+    reasons: dict[str, str] = {}
+
+    # The process.
+    if f.objective == "flow":
+        reasons |= _all_of("a flow has no variances", "diffusion", "beta_start", "beta_end")
+    drawn = f"diffusion.timesteps_drawn is {f.timesteps_drawn}"
+    if f.timesteps_drawn != "logit_normal":
+        reasons |= _all_of(drawn, "diffusion", "logit_mean", "logit_std")
+    if f.timesteps_drawn != "shifted":
+        reasons |= _all_of(drawn, "diffusion", "shift")
+
+    # The recipe.
+    if m.backbone == "dit" or not STATES & set(m.mixers[: m.depth]):
+        reasons |= _all_of("no mixer has states", "train", "ssm_lr")
+    if t.loss_weight != "min_snr":
+        reasons |= _all_of(f"train.loss_weight is {t.loss_weight}", "train", "min_snr_gamma")
+    if not m.num_classes and not m.text_width:
+        reasons |= _all_of("there are neither classes nor text", "train", "label_dropout")
+    if processes == 1:
+        reasons |= _all_of("there is one process", "train", "parallel")
+    if not t.sample_every:
+        reasons |= _all_of("train.sample_every is 0", "train", "sample_images", "sample_steps")
+    return reasons
+
+
+def _of_measuring(config: Config) -> Mapping[str, str]:
+    """Fields of `eval` without a use, with the reasons."""
+    e = config.eval
+    if not e.every:
+        return _all_of("eval.every is 0", "eval", "held_out_images", "images", "steps")
+    if not config.reference and e.images:
+        return _all_of("there is no eval.reference", "eval", "images", "steps")
+    return _all_of("eval.images is 0", "eval", "steps") if not e.images else {}
+
+
+def _of_sampling(config: Config) -> dict[str, str]:
+    """Fields of `sample` without a use, with the reasons."""
+    m, d, s = config.model, config.data, config.sample
+    if not m.num_classes and not m.text_width:
+        return _all_of("the model has neither classes nor text", "sample", *GUIDED)
+    reasons: dict[str, str] = {}
+    if d.channels <= 3:
+        all_of_them = f"{d.channels} channel{'s' if d.channels > 1 else ''}"
+        reasons |= _all_of(f"images have {all_of_them}", "sample", "guidance_channels")
+    if s.guidance_interval and s.guidance_interval[0] > config.diffusion.timesteps:
+        last = f"the last timestep is {config.diffusion.timesteps}"
+        reasons |= _all_of(last, "sample", "guidance_interval")
+    return reasons
+
+
+# ---------------------------------------------------------------------------------- parts of fields
+def _mixers_beyond_depth(config: Config) -> list[tuple[str, str]]:
+    """Mixers of a list for which there is no block."""
+    m = config.model
+    beyond = m.mixers[m.depth :]
+    if m.backbone == "dit" or not beyond:
+        return []
+    return [(f"{','.join(beyond)} of model.mixer={m.mixer}", f"model.depth is {m.depth}")]
+
+
+def _columns(config: Config) -> list[tuple[str, str]]:
+    """Columns of parquet shards that are named and not read."""
+    columns = named_columns(config.data.columns, "data.columns")
+    reasons = {
+        "text": "data.text is null" if config.data.text is None else "",
+        "label": "" if config.model.num_classes else "there are no classes",
+    }
+    return [
+        (f"data.columns {kind}={columns[kind]}", why)
+        for kind, why in reasons.items()
+        if kind in columns and why
+    ]
