@@ -38,6 +38,7 @@ REQUEST = (
     "guidance",
     "guidance_channels",
     "guidance_interval",
+    "guide",
     "num",
     "first_seed",
 )

@@ -74,6 +74,14 @@ GuidanceChannels = Annotated[
 GuidanceInterval = Annotated[
     str | None, typer.Option(metavar="LO,HI", help="Guide only at timesteps LO <= t <= HI.")
 ]
+GuideWith = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN",
+        help="Guide away from a weaker model in place of the null class: an earlier checkpoint, or "
+        "a smaller run of the same data.",
+    ),
+]
 BatchSize = Annotated[
     int,
     typer.Option(min=1, max=2**16, help="Batch size; it changes images by float rounding at most."),

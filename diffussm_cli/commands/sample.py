@@ -49,6 +49,7 @@ def sample(
     guidance: options.Guidance = None,
     guidance_channels: options.GuidanceChannels = None,
     guidance_interval: options.GuidanceInterval = None,
+    guide_with: options.GuideWith = None,
     image: Annotated[
         Path | None,
         typer.Option(help="Begin with this image of the run's size, in place of noise."),
@@ -117,6 +118,7 @@ def sample(
             guidance=guidance,
             guidance_channels=guidance_channels,
             guidance_interval=guidance_interval,
+            guide=guide_with,
         ),
         "batch_size": batch_size,
         "precision": precision,

@@ -291,9 +291,10 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
             f"sample.steps: {s.steps} must be at most diffusion.timesteps "
             f"{config.diffusion.timesteps}"
         )
-    if s.guidance != 1 and not (config.model.num_classes or config.model.text_width):
+    if s.guidance != 1 and not (config.model.num_classes or config.model.text_width or s.guide):
         raise ConfigError(
-            f"sample.guidance: {s.guidance:g} needs a model of classes or text; leave it at 1"
+            f"sample.guidance: {s.guidance:g} needs a model of classes or text, or sample.guide; "
+            "leave it at 1"
         )
     if s.prompts and not config.model.text_width:
         raise ConfigError(

@@ -286,6 +286,9 @@ class SampleConfig:
         "all", "guide all channels, or the first three as in DiT"
     )
     guidance_interval: tuple[int, ...] = _option((), "LO,HI: guide only at timesteps LO <= t <= HI")
+    guide: str = _option(
+        "", "a weaker model that guidance leads away from, in place of the null class; not in a run"
+    )
     clip: bool = _option(False, "clamp the predicted image to [-1, 1]; for pixels")
     prompts: tuple[str, ...] = _option(
         (),

@@ -14,7 +14,7 @@ STATES = {"s4d", "axial"}  # mixers with states
 HEADS = {"linear", "attention"}
 IN_ORDER = {"s4d", "linear"}  # mixers for which the order of the tokens counts
 ORDERS = {"raster": 1, "alternate": 2, "four": 4}  # of which the blocks take one in turn
-GUIDED = ("guidance_channels", "guidance_interval")
+GUIDED = ("guidance_channels", "guidance_interval", "guide")
 
 
 def unused_fields(config: Config, processes: int = 1) -> str:
@@ -180,7 +180,7 @@ def _of_measuring(config: Config) -> Mapping[str, str]:
 def _of_sampling(config: Config) -> dict[str, str]:
     """Fields of `sample` without a use, with the reasons."""
     m, d, s = config.model, config.data, config.sample
-    if not m.num_classes and not m.text_width:
+    if not m.num_classes and not m.text_width and not s.guide:
         return _all_of("the model has neither classes nor text", "sample", *GUIDED)
     reasons: dict[str, str] = {}
     if d.channels <= 3:

@@ -279,6 +279,11 @@ def check_prompts(
         check_prompt(prompt, "--prompt")
     if negative is not None:
         check_prompt(negative, "--negative")
+        if sampling.guide:
+            raise ConfigError(
+                f"--negative: {negative!r:.60} has no effect, because guidance leads away from the "
+                "model of sample.guide; leave one of them out"
+            )
         if sampling.guidance == 1:
             raise ConfigError(
                 f"--negative: {negative!r:.60} has no effect at guidance 1; give --guidance 3"

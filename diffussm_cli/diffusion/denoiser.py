@@ -46,16 +46,52 @@ def guided(
         interval: (lowest, highest) guided timestep, both included (arXiv 2404.07724).
     """
     plain = labelled(model, y)
+    both = labelled(model, torch.cat([y, torch.zeros_like(y) + null]))
+
+    def pair(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        output, away = both(torch.cat([x, x]), t).chunk(2)
+        return output, away
+
+    return _led_away(plain, pair, scale, channels, interval)
+
+
+def autoguided(
+    denoise: Denoiser,
+    guide: Denoiser,
+    scale: float,
+    channels: int | None = None,
+    interval: Sequence[int] | None = None,
+) -> Denoiser:
+    """Autoguidance (arXiv 2406.02507): D_guide + scale (D - D_guide), where the guide is a weaker
+    model of the same data.
+
+    What two models of one objective predict at x_t is a linear function of D, so it is guided in
+    place of D. The other arguments are those of `guided`.
+    """
+
+    def pair(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return denoise(x, t), guide(x, t)
+
+    return _led_away(denoise, pair, scale, channels, interval)
+
+
+def _led_away(
+    plain: Denoiser,
+    pair: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    scale: float,
+    channels: int | None,
+    interval: Sequence[int] | None,
+) -> Denoiser:
+    """away + scale (output - away) for what `pair` returns, or `plain` where nothing is guided."""
     if scale == 1:
         return plain
-    both = torch.cat([y, torch.zeros_like(y) + null])
 
     def denoise(x: Tensor, t: float) -> Tensor:
         if interval is not None and not interval[0] <= t <= interval[1]:
             return plain(x, t)
-        output, null = labelled(model, both)(torch.cat([x, x]), t).chunk(2)
+        output, away = pair(x, t)
         n = x.shape[1] if channels is None else min(channels, x.shape[1])
-        eps = null[:, :n] + scale * (output[:, :n] - null[:, :n])
+        eps = away[:, :n] + scale * (output[:, :n] - away[:, :n])
         return torch.cat([eps, output[:, n:]], dim=1)
 
     return denoise

@@ -33,7 +33,9 @@ def read_config(folder: Path, option: str = "RUN") -> Config:
     except ConfigError as e:
         raise RunError(str(e)) from e
     try:
-        return config_from_dict(values, str(path))
+        config = config_from_dict(values, str(path))
+        _refuse_guide(config)
+        return config
     except ConfigError as e:  # a field: no option changes it, so the line names the file
         line = str(e)
         raise RunError(line if line.startswith(str(path)) else f"{path}: {line}") from e
@@ -61,6 +63,7 @@ def check_config(config: Config) -> None:
     """
     for name in config.data.class_names:
         check_text(name, "data.class_names")
+    _refuse_guide(config)
 
     text = to_yaml(config)
     if len(text.encode()) > MAX_YAML_BYTES:
@@ -73,6 +76,15 @@ def check_config(config: Config) -> None:
     assert config_from_dict(parse_yaml(text, CONFIG), CONFIG) == config, (
         "what is written is what is read"
     )
+
+
+def _refuse_guide(config: Config) -> None:
+    """Raises ConfigError if a run names another model, which would not be there for others."""
+    if config.sample.guide:
+        raise ConfigError(
+            f"sample.guide: {config.sample.guide!r} is no part of a run; name it where images are "
+            "drawn, by sample --guide-with or eval --set"
+        )
 
 
 def write_data(root: Path, facts: Mapping[str, Any]) -> None:

@@ -34,7 +34,15 @@ from diffussm_cli.pages import Curve, chart, render
 # previews; larger files (bytes) are shrunk to this width (pixels)
 PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280
 ROWS, TAPS, EVALUATIONS = 200, 4096, 20  # most events in the table, taps of a kernel, evaluations
-DRAWN = ("step", "ema", "sampler", "steps", "guidance", "label_choice")  # settings of samples
+DRAWN = (
+    "step",
+    "ema",
+    "sampler",
+    "steps",
+    "guidance",
+    "guide",
+    "label_choice",
+)  # settings of samples
 HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {
     "fid": "FID",

@@ -41,7 +41,7 @@ READ = 256  # images read back at a time
 SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
 FIXED: tuple[str, ...] = ("weights_sha256", *SETTINGS)
 FIXED += ("first_seed", "classes", "negative", "text_encoder", "vae", "decoded_by", "precision")
-FIXED += FIXED_FACTS
+FIXED += ("guide_sha256", *FIXED_FACTS)
 
 
 def sample_facts(
@@ -70,6 +70,7 @@ def sample_facts(
         "ema": trained.ema,
         **dataclasses.asdict(sampler.sampling),
         "guidance_interval": list(sampler.sampling.guidance_interval) or None,
+        **(sampler.guide.record if sampler.guide else {"guide": None, "guide_sha256": None}),
         **(dict.fromkeys(FACTS) | sampler.beginning.facts),
         "first_seed": seeds.start,
         "num": len(seeds),

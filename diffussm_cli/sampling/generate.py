@@ -4,14 +4,23 @@ generator per image.
 B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
-from diffussm_cli.diffusion.denoiser import Denoiser, clipped, guided, keeping, labelled
+from diffussm_cli.diffusion.denoiser import (
+    Denoiser,
+    LabelledModel,
+    autoguided,
+    clipped,
+    guided,
+    keeping,
+    labelled,
+)
 from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import Objective
 from diffussm_cli.diffusion.samplers import sample_by_name
@@ -47,6 +56,7 @@ def generate(
     text: Text | None = None,
     beginning: Beginning | None = None,
     after_step: AfterStep | None = None,
+    guide: Backbone | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw one image per seed; yields seeds and images, (B, C, H, W) float32 on the CPU, batch by
     batch.
@@ -64,18 +74,24 @@ def generate(
         beginning: what images begin with in place of the noise of their seeds; if it is noise
             between two seeds, `seeds` are the places between them.
         after_step: is called after each step of each batch; see `samplers.sample`.
+        guide: the model that guidance leads away from, in place of the null class.
 
     Raises:
         NotFiniteError: if an image becomes NaN or infinite; it names the seed and the step.
     """
     beginning = beginning or Beginning()
-    with kept_kernels(model), products_cast(model, dtype):
+    with contextlib.ExitStack() as stack:
+        for network in (model, guide):
+            if network is not None:
+                stack.enter_context(kept_kernels(network))
+                stack.enter_context(products_cast(network, dtype))
         for start in range(0, len(seeds), batch_size):
             chosen = slice(start, start + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[chosen]]
             noise = _between(model, beginning, seeds[chosen]) if beginning.ends else None
             y, x = begin(model, objective.device, generators, labels and labels[chosen], noise)
-            denoise = make_denoiser(model, objective, sampling, y, text and text.of(chosen))
+            captions = text and text.of(chosen)
+            denoise = make_denoiser(model, objective, sampling, y, captions, guide)
 
             # An image to begin with, whose known pixels stay.
             x_0, redrawn = beginning.x_0, beginning.redrawn
@@ -161,9 +177,16 @@ def _solver_dtype(device: torch.device) -> torch.dtype:
 
 
 def make_denoiser(
-    model, objective: Objective, sampling: SampleConfig, y: Tensor | None, text: Text | None = None
+    model,
+    objective: Objective,
+    sampling: SampleConfig,
+    y: Tensor | None,
+    text: Text | None = None,
+    guide: Backbone | None = None,
 ) -> Denoiser:
-    """Wrap the model with its labels, captions, guidance and clipping as `sampling` specifies."""
+    """Wrap the model with its labels, captions, guidance and clipping as `sampling` specifies; a
+    guide gets the same labels and captions.
+    """
     # The first half are the conditions of the images, the second half those that guidance leads
     # away from.
     labels = None if y is None else torch.cat([y, torch.full_like(y, model.null_class)])
@@ -177,17 +200,26 @@ def make_denoiser(
         )
         captions = torch.cat([positive, null])
 
-    def predict(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
-        y, text = (None if each is None else each[rows] for each in (labels, captions))
-        return model(x.float(), t, y, text).to(x.dtype)
+    def predictor(network: Any) -> LabelledModel:
+        def predict(x: Tensor, t: Tensor, rows: Tensor | None) -> Tensor:
+            y, text = (None if each is None else each[rows] for each in (labels, captions))
+            return network(x.float(), t, y, text).to(x.dtype)
+
+        return predict
 
     condition = captions if labels is None else labels
-    if condition is None:
-        denoise = labelled(predict, None)
-    else:
+    conditional = unconditional = None
+    if condition is not None:
         rows = torch.arange(len(condition), device=condition.device)
-        conditional, null = rows.chunk(2)
-        channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
-        interval = sampling.guidance_interval or None
-        denoise = guided(predict, conditional, null, sampling.guidance, channels, interval)
+        conditional, unconditional = rows.chunk(2)
+
+    channels = None if sampling.guidance_channels == "all" else int(sampling.guidance_channels)
+    how = sampling.guidance, channels, sampling.guidance_interval or None
+    if guide is not None:
+        weaker = labelled(predictor(guide), conditional)
+        denoise = autoguided(labelled(predictor(model), conditional), weaker, *how)
+    elif conditional is None or unconditional is None:
+        denoise = labelled(predictor(model), None)
+    else:
+        denoise = guided(predictor(model), conditional, unconditional, *how)
     return clipped(denoise, objective) if sampling.clip else denoise

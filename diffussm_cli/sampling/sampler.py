@@ -1,7 +1,10 @@
 """The sampler: from seeds to decoded 8-bit images. `sample`, previews and evaluation all use it."""
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +17,9 @@ from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from diffussm_cli.machine.files import sha256
 from diffussm_cli.model import Backbone
-from diffussm_cli.runs import TrainedRun, load_model
+from diffussm_cli.runs import TrainedRun, find_run, load_model
 from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.generate import Text, generate, labels_of, name_of
 from diffussm_cli.sampling.precision import cast_products
@@ -48,6 +52,22 @@ class PromptEncoder:
         return Text(self.texts(prompts), None if negatives is None else self.texts(negatives))
 
 
+# What must agree in a run and its guide: always; if both have recorded it, which earlier versions
+# did not; and if the process has a schedule.
+AGREE: tuple[str, ...] = ("data.size", "data.channels", "data.downsample", "data.text")
+AGREE += ("model.num_classes", "model.text_width", "model.text_tokens")
+AGREE += ("diffusion.objective", "diffusion.predicts", "diffusion.timesteps")
+RECORDED = ("data.vae_sha256", "data.text_sha256", "data.class_names")
+SCHEDULE = ("diffusion.beta_start", "diffusion.beta_end", "diffusion.zero_terminal_snr")
+
+
+class Guide(NamedTuple):
+    """A weaker model that guidance leads away from, and which one it is, for meta.json."""
+
+    model: Backbone
+    record: dict[str, Any]
+
+
 class Sampler:
     """Draws images by seed.
 
@@ -59,6 +79,7 @@ class Sampler:
         batch_size: number of images per batch.
         dtype: autocast dtype; float32 means no autocast.
         beginning: what images begin with, `encoded`; by default the noise of their seeds.
+        guide: the model of `sampling.guide`.
     """
 
     def __init__(
@@ -70,10 +91,12 @@ class Sampler:
         batch_size: int = 64,
         dtype: torch.dtype = torch.float32,
         beginning: Beginning | None = None,
+        guide: Guide | None = None,
     ):
         self.model, self.config, self.sampling, self.decoding = model, config, sampling, decoding
         self.batch_size, self.dtype = batch_size, dtype
         self.beginning = beginning or Beginning()
+        self.guide = guide
         self.text = PromptEncoder(config)
         self.device = next(model.parameters()).device
         self.objective = make_objective(config.diffusion, self.device)
@@ -111,6 +134,7 @@ class Sampler:
             text=text,
             beginning=self.beginning,
             after_step=after_step,
+            guide=self.guide and self.guide.model,
         )
 
     def draw(
@@ -155,15 +179,39 @@ def open_sampler(
         beginning: from `read_beginning`.
 
     Raises:
-        DiffussmError: if the weights cannot be read, the device is not available, or there is an
-            image to begin with but no VAE to encode it.
+        DiffussmError: if the weights cannot be read, the device is not available, `sampling.guide`
+            does not fit, or there is an image to begin with but no VAE to encode it.
     """
     keep_freed_memory()
     where = pick_device(device)
     dtype = pick_dtype(precision, where)
+    sampling = sampling or trained.config.sample
+    guide = None
+    if sampling.guide and sampling.guidance != 1:
+        guide = open_guide(sampling.guide, trained.config, where, dtype)
     model = load_model(trained).to(where)
     cast_products(model, dtype)
     decoding = open_decoding(trained.config, where)
     beginning = beginning and beginning.encoded(decoding, trained.config.data.downsample)
-    sampling = sampling or trained.config.sample
-    return Sampler(model, trained.config, sampling, decoding, batch_size, dtype, beginning)
+    return Sampler(model, trained.config, sampling, decoding, batch_size, dtype, beginning, guide)
+
+
+def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dtype) -> Guide:
+    """The model that guides a run with this configuration: an earlier checkpoint of it, or another
+    run of the same data.
+
+    Raises:
+        DiffussmError: if it cannot be read, or draws something else than the run.
+    """
+    trained = find_run(Path(name))
+    is_flow = config.diffusion.objective == "flow"
+    for field in (*AGREE, *RECORDED, *(() if is_flow else SCHEDULE)):
+        ours, theirs = (operator.attrgetter(field)(each) for each in (config, trained.config))
+        if ours != theirs and not (field in RECORDED and not (ours and theirs)):
+            raise RunError(
+                f"sample.guide: {field} of {name!r} is {theirs!r:.80}, but the run has "
+                f"{ours!r:.80}; both must be trained alike"
+            )
+    model = load_model(trained).to(device)
+    cast_products(model, dtype)
+    return Guide(model, {"guide": name, "guide_sha256": sha256(trained.weights)})

@@ -76,8 +76,8 @@ def sample(
         DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
-    request = sampling or trained.config.sample, num, classes, prompts
-    if line := unused_of_request(trained.config, *request):
+    sampling = sampling or trained.config.sample
+    if line := unused_of_request(trained.config, sampling, num, classes, prompts):
         yield Warned(line)
     prompts = prompts or trained.config.sample.prompts
     # images between two seeds are numbered from 0
@@ -90,7 +90,6 @@ def sample(
     if trained.assumption:
         yield Message(trained.assumption)
 
-    sampling = sampling or trained.config.sample
     beginning = read_beginning(trained.config, sampling, num, image, mask, strength, interpolate)
 
     yield Stage("loading")

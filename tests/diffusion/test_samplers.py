@@ -9,7 +9,7 @@ import torch
 from diffusers.schedulers import scheduling_ddpm
 
 from diffussm_cli.config import SAMPLERS
-from diffussm_cli.diffusion.denoiser import clipped, guided, keeping
+from diffussm_cli.diffusion.denoiser import autoguided, clipped, guided, keeping
 from diffussm_cli.diffusion.integrators import integrate
 from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow, timestep_batch
 from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name, steps_of
@@ -236,6 +236,42 @@ def test_guidance_without_effect_costs_one_forward():
     for t in (199, 200, 600, 601):
         denoise(x, t)
     assert model.calls == [2, 4, 4, 2]
+
+
+def test_autoguidance_leads_away_from_the_guide_by_hand():
+    x = randn(2, 4, 4, 4)
+
+    def model(x, t):
+        return torch.cat([torch.sin(x) + t, x], 1)
+
+    def guide(x, t):
+        return torch.cos(x)
+
+    led = autoguided(model, guide, 2.5)(x, 0.5)
+    expected = torch.cos(x) + 2.5 * (torch.sin(x) + 0.5 - torch.cos(x))
+    torch.testing.assert_close(led[:, :4], expected)
+    assert torch.equal(led[:, 4:], x), "the covariance is the model's"
+    three = autoguided(model, guide, 2.5, channels=3)(x, 0.5)
+    assert torch.equal(three[:, :3], led[:, :3])
+    assert torch.equal(three[:, 3:], model(x, 0.5)[:, 3:])
+
+
+def test_autoguidance_at_scale_one_and_outside_the_interval_is_the_plain_model():
+    x = randn(2, 4, 4, 4)
+
+    def nobody(x, t):
+        raise AssertionError("the guide is not computed")
+
+    assert torch.equal(autoguided(lambda x, t: torch.sin(x), nobody, 1.0)(x, 5), torch.sin(x))
+    led = autoguided(lambda x, t: torch.sin(x), nobody, 3.0, interval=(100, 200))
+    assert torch.equal(led(x, 300), torch.sin(x))
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0, 7.5])
+def test_a_model_that_guides_itself_draws_the_same_at_every_scale(scale):
+    x = randn(2, 4, 4, 4)
+    led = autoguided(gaussian_denoiser, gaussian_denoiser, scale)(x, 300)
+    assert torch.equal(led, gaussian_denoiser(x, 300))
 
 
 def test_clipping_bounds_the_predicted_image():
