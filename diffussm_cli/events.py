@@ -33,14 +33,14 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class Message(Event):
-    """A line for the user."""
+    """A line that is printed as it is."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Warned(Event):
-    """A line that the user should not miss."""
+    """A line that is printed in bold, as a warning."""
 
     text: str
 

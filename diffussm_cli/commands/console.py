@@ -160,8 +160,8 @@ class _Shown:
         self._status = self._advance = self._steps = None
 
 
-def _moving(console, what: str):
-    """A progress bar: how many of `what` are done, the remaining time, and the `news` of its
+def _progress_bar(console, unit: str):
+    """A progress bar: how many units are done, the remaining time, and the `news` of its
     task.
     """
     from rich.progress import (
@@ -173,7 +173,7 @@ def _moving(console, what: str):
     )
 
     columns = (
-        TextColumn(what, markup=False),
+        TextColumn(unit, markup=False),
         MofNCompleteColumn(),
         BarColumn(),
         TimeRemainingColumn(),
@@ -191,7 +191,7 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
     shows no bar.
     """
     start, done = time.perf_counter(), 0
-    with _moving(console, what) as progress:
+    with _progress_bar(console, what) as progress:
         task = progress.add_task("", total=total, news="")
 
         def advance(n: int, news: str = "") -> None:
@@ -214,7 +214,7 @@ def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], N
     """A bar on stderr with the loss, rate and remaining time of training; without a terminal, one
     line per record.
     """
-    with _moving(console, "step") as progress:
+    with _progress_bar(console, "step") as progress:
         task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
         start, begun, announced = time.perf_counter(), first.record["step"], False
 

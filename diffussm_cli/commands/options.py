@@ -56,9 +56,7 @@ Prompts = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn."),
 ]
-Negative = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="What guidance leads away from.")
-]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt for guidance.")]
 SamplerName = Annotated[
     Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None,
     typer.Option(help="Default: the run's."),

@@ -41,9 +41,7 @@ class ModelConfig:
     hidden_size: int = _option(1152, "D", least=4, most=2**14)
     depth: int = _option(29, "number of blocks", least=1, most=1000)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
-    compression: int = _option(
-        2, "M, tokens that each position becomes inside a block", least=1, most=256
-    )
+    compression: int = _option(2, "M, hourglass ratio: tokens per position", least=1, most=256)
     d_state: int = _option(
         64, "N, state size of s4d and axial (16 is enough for axial)", least=2, most=4096
     )
@@ -121,7 +119,7 @@ class DataConfig:
     )
     held_out: float | str = _option(
         "",
-        "never trained on: a share, or a folder; empty: a built-in set's own part",
+        "held-out images: a fraction of data.path, or a folder; empty: the built-in set's own",
         least=0,
         below=1,
     )
@@ -255,7 +253,7 @@ class TrainConfig:
         10, "non-finite steps in a row after which training ends", least=1, most=MANY
     )
     parallel: Literal["ddp", "fsdp"] = _option(
-        "ddp", "several processes: each holds the model, or a part of it"
+        "ddp", "several processes; ddp: replicate the model, fsdp: shard it"
     )
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)

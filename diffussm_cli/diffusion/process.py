@@ -16,8 +16,7 @@ and the flow of SiT.
 
 Equations: DDPM = Ho et al. 2020 (arXiv 2006.11239), IDDPM = Nichol and Dhariwal 2021 (arXiv
 2102.09672). Velocity: arXiv 2202.00512, section 4 and appendix D. Flow: the linear path of SiT,
-arXiv 2401.08740, section 2. Predicting the
-image of a flow: JiT, arXiv 2511.13720.
+arXiv 2401.08740, section 2. Predicting the image of a flow: JiT, arXiv 2511.13720.
 """
 
 import math
@@ -41,11 +40,11 @@ class Prediction(NamedTuple):
 
 
 class Objective(ABC):
-    """A row of the table, all that losses and samplers know. t is (B,); images and outputs (without
-    v) are (B, C, ...).
+    """How x_0 is noised and what the model predicts: a row of the table. Losses and samplers use
+    only this interface. t is (B,); images and outputs (without v) are (B, C, ...).
 
-    `name` is that of the configuration. `schedule` says the same to diffusers' schedulers.
-    `continuous`: t is anywhere in 0..T, not one of 0..T-1.
+    `name` is that of the configuration. `schedule`: the equivalent keyword arguments of a diffusers
+    scheduler. `continuous`: t is anywhere in 0..T, not one of 0..T-1.
     """
 
     name: str
@@ -98,7 +97,7 @@ class Objective(ABC):
         return f * x_t - g * output
 
     def output_for(self, x_t: Tensor, t: Tensor, x_0: Tensor) -> Tensor:
-        """The inverse of `predict_x_0`."""
+        """The output from which `predict_x_0` gives this x_0."""
         _, _, f, g = self.factors(t, x_t)
         return (f * x_t - x_0) / g
 
@@ -204,8 +203,8 @@ class Objective(ABC):
         return sample_by_name(sampler, denoise, self, x, steps, generators, covariance).float()
 
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
-        """The weight (B,) of the target's MSE that weights the MSE of x_0 by min(SNR, gamma), arXiv
-        2303.09556, 3.4.
+        """Min-SNR weight w (B,): w * MSE(target) = min(SNR, gamma) * MSE(x_0), arXiv 2303.09556,
+        section 3.4.
         """
         a, s, _, g = self.factors(t, t.float())
         return (a / s).square().clamp(max=gamma) * g.square()
@@ -372,7 +371,7 @@ class LinearFlow(Objective):
         return t / self.T
 
     def timesteps(self, steps: int) -> list[float]:
-        """T, ..., 2T/steps, T/steps."""
+        """`steps` times, evenly spaced from T down to T/steps."""
         self.check_steps(steps)
         return [self.T * (1 - i / steps) for i in range(steps)]
 

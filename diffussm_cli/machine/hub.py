@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 
 def root_cause(e: BaseException) -> BaseException:
-    """The first error of a chain: diffusers reports a missing network as a missing file."""
+    """The error that caused this one: diffusers reports a missing network as a missing file."""
     while cause := e.__cause__ or e.__context__:
         e = cause
     return e

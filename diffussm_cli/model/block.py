@@ -45,8 +45,8 @@ class ChannelsFirstLinear(nn.Linear):
 
 
 class HourglassLinear(nn.Module):
-    """M independent Linears, one per place m of a token within its position: weight (M, out, in),
-    bias (M, out).
+    """M independent Linears, one per slot m (0..M-1) of a position: weight (M, out, in), bias (M,
+    out).
     """
 
     def __init__(self, M: int, d_in: int, d_out: int):
@@ -79,7 +79,7 @@ class HourglassLinear(nn.Module):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """F.gelu in the order of memory: on a CPU, this is twice as fast as on a permuted tensor."""
+    """F.gelu applied in memory order; on a CPU it takes twice as long on a permuted tensor."""
     if torch.compiler.is_compiling():  # the compiler chooses the order of loops itself
         return F.gelu(x)
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
@@ -139,7 +139,5 @@ class DiffuSSMBlock(nn.Module):
         return x + self.scan.undo(o, grid)
 
     def gate(self, o: Tensor, h: Tensor) -> Tensor:
-        """What the tokens gave, o (B, J, 2D), times the gate of the block's input, h (B, J, D) ->
-        (B, J, 2D).
-        """
+        """Gate the mixed features: o * gelu(W1 h), o (B, J, 2D) and h (B, J, D) -> (B, J, 2D)."""
         return o * gelu(self.W1(h))

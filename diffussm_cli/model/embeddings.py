@@ -48,12 +48,12 @@ def position_table(H: int, W: int, M: int, D: int) -> Tensor:
 
 
 class TextEmbedding(nn.Module):
-    """A caption -> what joins the conditioning, (B, D), and its tokens, (B, K, D).
+    """Embeds captions: a pooled vector (B, D), added to the conditioning, and token vectors (B, K,
+    D).
 
     A caption is one tensor, (B, 1 + K, E): its pooled vector, then K token vectors. Rows of zeros
-    stand for what is
-    missing: the padding of a short caption, or a whole caption. A learned vector, one per row,
-    takes their place.
+    stand for what is missing: the padding of a short caption, or all of it. A learned vector, one
+    per row, takes their place.
     """
 
     def __init__(self, E: int, D: int, K: int):

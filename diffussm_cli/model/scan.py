@@ -16,8 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scan:
-    """An order of positions: row by row, or with `columns` column by column; `turning` reverses
-    every second line.
+    """An order of positions: row by row, or with `columns` column by column; with `snake` every
+    second line runs backwards.
 
     In all methods `grid` is (H, W/M), and `dim` is the dimension of x that holds the J positions.
     `apply` and `undo` leave text positions, which stand in equal number before and behind those of
@@ -25,7 +25,7 @@ class Scan:
     """
 
     columns: bool = False
-    turning: bool = False
+    snake: bool = False
 
     def apply(self, x: Tensor, grid: tuple[int, int] | None, dim: int = 1) -> Tensor:
         """Raster order -> this order, (..., J, ...)."""
@@ -45,10 +45,10 @@ class Scan:
 
     def _apply(self, x: Tensor, grid, dim: int) -> Tensor:
         x = _transposed(x, grid, dim) if self.columns else x
-        return _turned(x, self._lines(grid), dim) if self.turning else x
+        return _snaked(x, self._lines(grid), dim) if self.snake else x
 
     def _undo(self, x: Tensor, grid, dim: int) -> Tensor:
-        x = _turned(x, self._lines(grid), dim) if self.turning else x
+        x = _snaked(x, self._lines(grid), dim) if self.snake else x
         return _transposed(x, self._lines(grid), dim) if self.columns else x
 
     def _of_image(self, reorder, x: Tensor, grid, dim: int) -> Tensor:
@@ -66,7 +66,7 @@ def _transposed(x: Tensor, grid, dim: int) -> Tensor:
     return x.unflatten(dim, grid).transpose(dim, dim + 1).flatten(dim, dim + 1)  # (..., W/M H, ...)
 
 
-def _turned(x: Tensor, grid, dim: int) -> Tensor:
+def _snaked(x: Tensor, grid, dim: int) -> Tensor:
     """Every second line reversed, which is its own inverse."""
     lines = x.unflatten(dim, grid)  # (..., lines, positions, ...)
     odd = torch.arange(grid[0], device=x.device).view(-1, *[1] * (x.ndim - dim)) % 2 == 1
@@ -81,5 +81,5 @@ RASTER = Scan()
 SCANS = {
     "raster": (RASTER,),
     "alternate": (RASTER, Scan(columns=True)),
-    "four": (RASTER, Scan(columns=True), Scan(turning=True), Scan(columns=True, turning=True)),
+    "four": (RASTER, Scan(columns=True), Scan(snake=True), Scan(columns=True, snake=True)),
 }

@@ -36,8 +36,8 @@ BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, DATA, REPORT, "wandb
 
 
 def ema_file(decay: float | str) -> str:
-    """The file of a further average (`*`: a pattern for all); the first is ema.safetensors, in
-    `final/` MODEL.
+    """File of the average with this decay (`*`: a pattern for all). The first average has a name of
+    its own: EMA in checkpoints, MODEL in `final/`.
     """
     return f"ema-{decay}.safetensors"
 

@@ -26,9 +26,8 @@ except ModuleNotFoundError as e:
 '''  # noqa: E501
 HUB_DATA = {"builtin:mnist": "ylecun/mnist"}
 UNKNOWN = (
-    "Nobody has written down the licence of the training data, the purpose of this model and what "
-    "it cannot do. Do so before you publish it, and choose a licence in the first lines of this "
-    "file."
+    "Not filled in: licence of the training data, intended use, limitations. Complete this before "
+    "you publish it, and choose a licence in the first lines of this file."
 )
 USE = """## Use
 
@@ -42,7 +41,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)  # a folder works too
-# The image of --seed 0 --precision fp32.
+# the same image as `diffussm sample --seed 0 --precision fp32`
 image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 images = pipe({argument}batch_size=8, num_inference_steps=20).images

@@ -187,8 +187,7 @@ def make_denoiser(
     """Wrap the model with its labels, captions, guidance and clipping as `sampling` specifies; a
     guide gets the same labels and captions.
     """
-    # The first half are the conditions of the images, the second half those that guidance leads
-    # away from.
+    # first half: conditional; second half: unconditional or negative
     labels = None if y is None else torch.cat([y, torch.full_like(y, model.null_class)])
     captions = None
     if text is not None:

@@ -26,9 +26,7 @@ from diffussm_cli.sampling.precision import cast_products
 
 
 class PromptEncoder:
-    """Prompts as vectors, for a model with text. The encoder of the run is loaded when the first
-    ones come.
-    """
+    """Prompts as vectors, for a model with text. Loads the run's encoder on first use."""
 
     def __init__(self, config: Config):
         self.config = config

@@ -35,7 +35,7 @@ class Batch:
     text: Tensor | None = None  # (B, 1 + K, E), captions, some replaced by zeros; None without text
 
     def part(self, start: int, stop: int, device: torch.device) -> "Batch":
-        """Images start to stop, moved to a device."""
+        """Images start to stop on a device, which need not wait for them if they are pinned."""
         return self.each(lambda tensor: tensor[start:stop].to(device, non_blocking=True))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":

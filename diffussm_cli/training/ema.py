@@ -1,4 +1,4 @@
-"""Averaged weights."""
+"""The exponential moving average of a model's parameters, on which images are drawn."""
 
 import copy
 
@@ -26,5 +26,6 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: Backbone, step: int) -> None:
+        """Move the average towards the parameters after optimiser step `step` (1, 2, ...)."""
         averaged, current = local_shards(self.model.parameters()), local_shards(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))

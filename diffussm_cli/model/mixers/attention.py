@@ -43,9 +43,9 @@ class Heads(Mixer):
 class Attention(Heads):
     """u (B, D, J, M) -> concat(attention, u) (B, 2D, J, M).
 
-    Attention has one result, not one per direction. U takes the other place and does what D_skip
-    does in S4D: with M > 1 no residual connection around a mixer keeps the tokens of a position
-    apart.
+    Attention has one result, not one per direction. The second half of the output is u itself, in
+    the role of S4D's skip: with M > 1 no residual connection around a mixer keeps the tokens of a
+    position apart.
     """
 
     def __init__(

@@ -89,7 +89,8 @@ def convolve_slices(
         spectra: returns the spectra of a slice of the channels, (2, d, F).
         dtype: real dtype of the transforms.
         share: as in `slices`.
-        kept: takes the spectra of u, (B, d, F) per slice.
+        kept: if it is a list, the spectra of u, (B, d, F) per slice, are appended to it, for the
+            backward pass.
 
     Returns:
         y (B, 2D, J, M) in the dtype of u, with the memory layout (M, 2D, B, J).

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffussm_cli.errors import ConfigError, install
 from diffussm_cli.machine.device import full_float32
 
-SLICE = {True: 1 << 19, False: 1 << 28}  # numbers in a slice of u, by whether the device is a CPU
+SLICE = {True: 1 << 19, False: 1 << 28}  # elements in a slice of u: {is_cpu: count}
 KEPT_NUMBERS = 1 << 21  # 16 MiB
 CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or triton
 # beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
@@ -37,9 +37,7 @@ def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
 
 
 def worth_keeping(numbers: int) -> bool:
-    """Whether a layer keeps that many complex numbers for its backward pass, which then need not be
-    computed again.
-    """
+    """Whether to keep so many complex numbers for the backward pass, or to compute them again."""
     return numbers <= KEPT_NUMBERS and not torch.compiler.is_compiling()
 
 
