@@ -15,6 +15,7 @@ from diffussm_cli.config import (
     MAX_SEED,
     Config,
     SampleConfig,
+    SamplerName,
     check_text,
     config_from_dict,
     nearest,
@@ -57,8 +58,8 @@ Prompts = Annotated[
     typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn."),
 ]
 Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt for guidance.")]
-SamplerName = Annotated[
-    Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] | None,
+Sampler = Annotated[
+    SamplerName | None,
     typer.Option(help="Default: the run's."),
 ]
 Guidance = Annotated[

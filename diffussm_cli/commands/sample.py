@@ -45,7 +45,7 @@ def sample(
     negative: options.Negative = None,
     seed: options.Seed = 0,
     steps: options.Steps = None,
-    sampler: options.SamplerName = None,
+    sampler: options.Sampler = None,
     guidance: options.Guidance = None,
     guidance_channels: options.GuidanceChannels = None,
     guidance_interval: options.GuidanceInterval = None,

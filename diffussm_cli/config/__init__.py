@@ -24,6 +24,7 @@ from diffussm_cli.config.fields import (
     EvalConfig,
     ModelConfig,
     SampleConfig,
+    SamplerName,
     TrainConfig,
     field_names,
     mixer_names,

@@ -18,8 +18,9 @@ MAX_BATCH = 2**16
 MAX_CLASSES = 10**6
 
 MIXERS = ("s4d", "axial", "linear", "conv", "attention")
+SamplerName = Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"]
 # The samplers that fit each objective; the first one draws the previews during training.
-SAMPLERS: dict[str, Any] = {
+SAMPLERS: dict[str, tuple[SamplerName, ...]] = {
     "noise": ("ddim", "ddpm", "dpmpp", "unipc", "euler", "heun"),
     "velocity": ("euler", "ddim", "ddpm", "dpmpp", "unipc", "heun"),
     "flow": ("euler", "heun", "sde", "dpmpp", "unipc"),
@@ -273,7 +274,7 @@ class SampleConfig:
     run.
     """
 
-    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"] = _option(
+    sampler: SamplerName = _option(  # noqa: RUF009 (a field)
         "ddpm", "sampling method; see diffusion/samplers.py"
     )
     steps: int = _option(

@@ -3,17 +3,20 @@ clipping by hand.
 """
 
 import math
+import re
+import typing
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
 
-from diffussm_cli.config import SAMPLERS
+from diffussm_cli.config import SAMPLERS, SamplerName
 from diffussm_cli.diffusion.denoiser import autoguided, clipped, guided, keeping
-from diffussm_cli.diffusion.integrators import integrate
+from diffussm_cli.diffusion.integrators import INTEGRATORS, integrate
 from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow, timestep_batch
 from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name, steps_of
-from diffussm_cli.diffusion.schedulers import sample
+from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample
 from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
 
@@ -30,6 +33,15 @@ def gaussian_denoiser(x, t):
     abar = PROCESS.alpha_bar64[t]
     s = (1 - abar).sqrt()
     return torch.cat([x * s / (VARIANCE * abar + s**2), 0.5 * torch.tanh(x)], dim=1)
+
+
+def test_every_list_of_samplers_has_the_same_names():
+    names = set(typing.get_args(SamplerName))
+    page = (Path(__file__).parents[2] / "docs" / "get-started.md").read_text("utf-8")
+    table = page.partition("| Sampler | Method |")[2].partition("\n\n")[0]
+    assert names == {*SCHEDULERS, *INTEGRATORS}
+    assert names == {name for fitting in SAMPLERS.values() for name in fitting}
+    assert names == set(re.findall(r"^\| `(\w+)` \|", table, re.M))
 
 
 @pytest.mark.parametrize("steps", [250, 50])

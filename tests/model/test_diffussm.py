@@ -1,14 +1,16 @@
 """The network: published size, block by formula, shapes, gradients everywhere, checkpointing."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import ModelConfig, load_config
 from diffussm_cli.model import DiffuSSM, DiT, build_model
 from diffussm_cli.model.embeddings import patchify
 from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.model.sizes import SIZES
 from tests.conftest import device, fill, randn
 
 
@@ -29,6 +31,21 @@ def inputs(B=2, C=2, H=8, W=8, dtype=torch.float32):
     x = torch.randn(B, C, H, W, generator=generator, dtype=dtype)
     t, y = (torch.randint(high, (B,), generator=generator) for high in (1000, 3))
     return x.to(device()), t.to(device()), y.to(device())
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [(DiffuSSM, ModelConfig()), (DiT, SIZES["dit-xl"])],
+    ids=["diffussm", "dit"],
+)
+def test_defaults_of_network_are_those_of_a_configuration(network, sizes):
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(network).parameters.items()
+        if hasattr(sizes, name)
+    }
+    assert len(defaults) > 10
+    assert defaults == {name: getattr(sizes, name) for name in defaults}
 
 
 def test_xl_256_has_the_published_size_part_by_part():
