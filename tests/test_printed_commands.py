@@ -9,6 +9,7 @@ import ast
 import builtins
 import re
 import shlex
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from diffussm_cli.cli import EXAMPLES
 from tests.conftest import save_vae
+from tests.data.test_array_files import write_cifar
 from tests.helpers import SETTINGS, run
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +80,14 @@ TRAINED, ENCODED = (
     "diffussm encode imagenet/train latents/imagenet-256",
 )
 INPUTS = {
+    "data.md": [
+        "faces",
+        "animals",
+        "digits.npz",
+        "cifar-10-batches-bin",
+        "shards/train-0.tar",
+        "parquet/0.parquet",
+    ],
     "encode.md": ["imagenet/train"],
     "evaluation.md": [
         TRAINED,
@@ -142,20 +152,40 @@ def save_images(folder, count=12, side=28, mode="L"):
         Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
+def write_parquet(path, files):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir()
+    breeds = ["cat" if i % 2 else "dog" for i in range(len(files))]
+    pq.write_table(pa.table({"photo": files, "breed": breeds}), path)
+
+
 def prepare(name, root):
     """One thing of INPUTS; a command is run."""
     if name.startswith("diffussm"):
         result = run(*at_toy_size(words_of(name)))
         assert result.exit_code == 0, result.output
     elif name.endswith(".npz"):
-        np.savez(
-            root / name, np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8)
-        )
+        images = np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8)
+        if name == "digits.npz":
+            np.savez(root / name, images=images, labels=np.arange(12) % 3)
+        else:
+            np.savez(root / name, images)
+    elif name == "cifar-10-batches-bin":
+        write_cifar(root / name)
+    elif name.endswith(".tar"):
+        save_images(root / "loose", side=16, mode="RGB")
+        (root / name).parent.mkdir()
+        with tarfile.open(root / name, "w") as tar:
+            tar.add(root / "loose", "")
+    elif name.endswith(".parquet"):
+        write_parquet(root / name, [p.read_bytes() for p in (root / "loose").glob("*.png")])
     elif name.endswith(".png"):
         Image.fromarray((np.arange(28) >= 14)[None].repeat(28, 0)).save(root / name)
     elif name.endswith(".txt"):
         (root / name).write_text("red heart\nsmiling cat\n")
-    elif name == "imagenet/train":
+    elif name in ("imagenet/train", "animals"):
         for label in ("a", "b"):
             save_images(root / name / label, 8, 32, "RGB")
     else:

@@ -2,7 +2,9 @@
 whole arrays.
 """
 
+import functools
 import math
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +20,8 @@ from diffussm_cli.machine.files import whole_file
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 # up to SMALL bytes any compression ratio is accepted, above it 200:1
 SMALL, MOST_PACKED = 1 << 26, 200
+MOST_UNPACKED = 1 << 31  # bytes of compressed images that are kept in memory
+LOCAL_HEADER = struct.Struct("<26x2H")  # of a member of a zip file: lengths of its name and extra
 DAMAGED = (
     OSError,
     ValueError,
@@ -61,6 +65,38 @@ class Rows(NamedTuple):
             [np.empty((0, *self.shape[1:]), self.dtype), *self.read(0, self.shape[0])]
         )
 
+    def is_stored(self) -> bool:
+        """Whether the file holds the array as it is, not compressed. Raises DataError."""
+        return self._place() is not None
+
+    def mapped(self) -> np.ndarray:
+        """The array, mapped if it is stored as it is, otherwise read completely. Raises
+        DataError.
+        """
+        place = self._place()
+        if place is None:
+            return self.whole()
+        try:
+            return np.memmap(self.path, self.dtype, "r", place, self.shape)
+        except (OSError, ValueError) as e:
+            raise DataError(f"{self.path}: {self.name} cannot be read: {reason(e)}") from e
+
+    def _place(self) -> int | None:
+        """Where in the file the values begin, in bytes; None if they are compressed."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as raw:
+                info = archive.getinfo(f"{self.name}.npy")
+                if info.compress_type != zipfile.ZIP_STORED:
+                    return None
+                with archive.open(info) as file:
+                    _header(file)
+                    header = file.tell()
+                raw.seek(info.header_offset)
+                lengths = LOCAL_HEADER.unpack(raw.read(LOCAL_HEADER.size))
+                return info.header_offset + LOCAL_HEADER.size + sum(lengths) + header
+        except (*DAMAGED, struct.error) as e:
+            raise DataError(f"{self.path}: {self.name} cannot be read: {reason(e)}") from e
+
 
 def open_npz(path: Path) -> dict[str, Rows]:
     """List the arrays of a .npz file by name, without reading them. Declared sizes are checked
@@ -103,6 +139,42 @@ def open_npz(path: Path) -> dict[str, Rows]:
     except DAMAGED as e:
         raise DataError(f"{path}: cannot be read as .npz: {reason(e)}") from e
     return arrays
+
+
+@functools.lru_cache(64)
+def mapped(path: Path, name: str) -> np.ndarray:
+    """The images in an array of a .npz file, uint8 (n, H, W, 1 or 3), kept for the next call.
+
+    Raises DataError.
+    """
+    return image_rows(open_npz(path)[name]).mapped()
+
+
+def forget() -> None:
+    """Read all files again, which may have changed."""
+    mapped.cache_clear()
+
+
+def image_rows(rows: Rows) -> Rows:
+    """An array of images, checked to be uint8 (n, H, W, C) or (n, H, W), as (n, H, W, 1 or 3).
+
+    Raises DataError.
+    """
+    if rows.dtype.kind == "f":
+        raise DataError(
+            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: "
+            "save floor(clamp(127.5 x + 128, 0, 255))"
+        )
+    if len(rows.shape) == 3:
+        rows = rows._replace(shape=(*rows.shape, 1))
+
+    fits = len(rows.shape) == 4 and rows.shape[3] in (1, 3) and math.prod(rows.shape)
+    if rows.dtype.str != "|u1" or not fits:
+        raise DataError(
+            f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, "
+            "not uint8 (n, H, W, 3)"
+        )
+    return rows
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -45,6 +45,8 @@ def read_captions(
     texts_of: dict[str, list[str]] = defaultdict(list)
     unused: list[LeftOut] = []
     archives = dict.fromkeys(e.archive for e in listing.entries if e.archive)
+    if any(name.lower().endswith((".npz", ".bin")) for name in archives):
+        return {}  # arrays have none
     parts = (
         [_in_folders(listing.root, [e.name for e in listing.entries], unused)]
         if not archives

@@ -81,9 +81,21 @@ def read_image(
         DataError: if it cannot be decoded.
     """
     with open_image(path, content) as image:
-        upright = flatten(image, channels)
-        cropped = upright if size is None else centre_crop(upright, size)
-        return np.asarray(cropped).reshape(cropped.height, cropped.width, channels)
+        return _cropped(image, size, channels)
+
+
+def fit_array(pixels: np.ndarray, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """Pixels, uint8 (height, width, 1 or 3), as `read_image` gives those of a file."""
+    image = Image.fromarray(
+        np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    )
+    return _cropped(image, size, channels)
+
+
+def _cropped(image: Image.Image, size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    upright = flatten(image, channels)
+    cropped = upright if size is None else centre_crop(upright, size)
+    return np.asarray(cropped).reshape(cropped.height, cropped.width, channels)
 
 
 def flatten(image: Image.Image, channels: int) -> Image.Image:

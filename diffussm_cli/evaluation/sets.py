@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from diffussm_cli.config import BUILTIN
 from diffussm_cli.data import builtin
-from diffussm_cli.data.arrays import Rows, open_npz
+from diffussm_cli.data.arrays import image_rows, open_npz
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.images import GRID, is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST
@@ -239,30 +238,6 @@ def _refuse_colour(image: np.ndarray, name: str) -> None:
     """Raises DataError for a colour image."""
     if not is_grey(image):
         raise DataError(f"{name} is {IN_COLOUR}")
-
-
-def image_rows(rows: Rows) -> Rows:
-    """Return an array of images, checked to be uint8 NHWC. Raises DataError."""
-    _, *shape = rows.shape
-
-    if rows.dtype.kind == "f":
-        raise DataError(
-            f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: "
-            "save floor(clamp(127.5 x + 128, 0, 255))"
-        )
-
-    if (
-        rows.dtype.str != "|u1"
-        or len(shape) != 3
-        or shape[2] not in (1, 3)
-        or not math.prod(rows.shape)
-    ):
-        raise DataError(
-            f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, "
-            "not uint8 (n, H, W, 3)"
-        )
-
-    return rows
 
 
 class _Builtin:

@@ -282,7 +282,7 @@ LEFT_OUT = {  # files; how many images are used; what is left out
             (
                 1,
                 "file",
-                "a format that is not read; save the images as files, or in tar or parquet shards",
+                "arrays beside images or shards, which are read instead",
                 "x.npz",
             ),
         ],
@@ -512,11 +512,11 @@ REFUSED = {  # files, what is given, the line
         "x.tar.gz",
         "is a compressed archive, which is not read; unpack it first",
     ),
-    "arrays": ({"x.npz": b""}, "x.npz", "is a format that is not read; save the images as files"),
+    "arrays": ({"x.h5": b""}, "x.h5", "is a format that is not read; save the images as files"),
     "an image": (
         {"x.png": None},
         "x.png",
-        "ROOT/x.png' is a file; give a folder, or a .tar or .parquet file",
+        "ROOT/x.png' is a file; give a folder, or a .tar, .parquet or .npz file",
     ),
     "a pattern with two stars": ({"ab.txt": b""}, "x**b", "the pattern fits no name in 'ROOT'"),
     "a pattern that ends in two stars": (

@@ -84,7 +84,7 @@ def test_bad_folder_is_named(tmp_path):
     refused(tmp_path / "none", "data.path: cannot read .*No such file")
     refused(tmp_path, "data.path: no images in")
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "file' is a file; give a folder, or a .tar or .parquet file")
+    refused(tmp_path / "file", "file' is a file; give a folder, or a .tar, .parquet or .npz file")
     (tmp_path / "class").mkdir()
     refused(tmp_path, "class folder .* holds no image")
 

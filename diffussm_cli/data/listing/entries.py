@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffussm_cli.data import parquet
-from diffussm_cli.data.images import open_image, read_image
+from diffussm_cli.data import arrays, cifar, parquet
+from diffussm_cli.data.images import fit_array, open_image, read_image
 from diffussm_cli.data.listing.left_out import CAPTIONS, JSON, LeftOut, kind_of
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import open_regular
@@ -27,10 +28,11 @@ class Entry(NamedTuple):
     # path relative to the source, with forward slashes; ARCHIVE/MEMBER or ARCHIVE/ROW in a shard
     name: str
     label: int
-    size: int  # in bytes; -1 if unknown; of its row group in a parquet shard
+    # in bytes; -1 if unknown; of its row group in a parquet shard, of its pixels in an array
+    size: int
     archive: str = ""  # the shard that holds it; empty if it is a separate file
-    offset: int = 0  # of the content in a tar file, in bytes; the row in a parquet shard
-    column: str = ""  # of a parquet shard
+    offset: int = 0  # of the content in a tar file, in bytes; the row of a table or array
+    column: str = ""  # of a parquet shard; the array of an .npz file
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Listing:
     entries: list[Entry]
     class_names: tuple[str, ...]
     ignored: list[tuple[str, str]]  # name and reason of every file that is not used
-    # of parquet shards: those that the user has named
+    # of parquet shards or .npz files: those that the user has named
     columns: Mapping[str, str] = field(default_factory=dict)
     # what else is not used, which is counted only: there may be one for every image
     unread: tuple[LeftOut, ...] = ()
@@ -87,6 +89,9 @@ def read_entry(
         DataError: with a message that begins with the name of the entry.
     """
     name = Path(entry.name)
+    pixels = _pixels(root, entry)
+    if pixels is not None:
+        return fit_array(pixels, size, channels)
     content = read_content(root, entry)
     with warnings.catch_warnings():
         # Pillow warns about large and odd files; real problems raise errors
@@ -100,8 +105,31 @@ def entry_size(root: Path, entry: Entry) -> tuple[int, int]:
     Raises:
         DataError: with a message that begins with the name of the entry.
     """
-    with open_image(Path(entry.name), io.BytesIO(read_content(root, entry))) as image:
-        return image.height, image.width
+    pixels = _pixels(root, entry)
+    if pixels is not None:
+        return pixels.shape[0], pixels.shape[1]
+    content = io.BytesIO(read_content(root, entry))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        with open_image(Path(entry.name), content) as image:
+            return image.height, image.width
+
+
+def _pixels(root: Path, entry: Entry) -> np.ndarray | None:
+    """The pixels of an image in a file of arrays, uint8 (height, width, 1 or 3); None of another.
+
+    Raises DataError.
+    """
+    suffix = os.path.splitext(entry.archive)[1].lower()
+    if suffix not in (".npz", ".bin"):
+        return None
+    path = root / entry.archive
+    try:
+        if suffix == ".npz":
+            return arrays.mapped(path, entry.column)[entry.offset]
+        return cifar.read_image(path, entry.offset)
+    except DataError as e:
+        raise DataError(f"{entry.name}: {e}") from e
 
 
 def read_content(root: Path, entry: Entry) -> bytes:

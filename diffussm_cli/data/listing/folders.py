@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from diffussm_cli.data.cifar import PICKLED, is_pickle
 from diffussm_cli.data.images import SUFFIXES
+from diffussm_cli.data.listing.arrays import array_files, list_arrays
 from diffussm_cli.data.listing.beside import without_overviews
 from diffussm_cli.data.listing.entries import Entry, Listing
 from diffussm_cli.data.listing.left_out import (
@@ -63,6 +65,11 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
 
     # No folder holds images, but perhaps one holds shards, as in a repository of the hub.
     flat = [] if shards else _entries(root, files, ignored, unread)
+    stacks = [] if shards or flat else array_files(root, files)
+    if stacks:
+        ignored = [(name, reason) for name, reason in ignored if name not in stacks]
+        ignored += [(name, "a folder without images") for name in folders]
+        return list_arrays(root, stacks, ignored, columns)
     if folders and not shards and not flat:
         shards = _shards_below(root, ignored)
         if not shards:
@@ -203,6 +210,8 @@ def _entries(
             unread[CAPTIONS] += 1
         elif leaf in BESIDE and folder in samples:
             ignored.append((name, OURS))
+        elif is_pickle(root / name):
+            ignored.append((name, PICKLED))
         else:
             ignored.append((name, reason_for(name, NO_IMAGE)))
     return entries

@@ -32,7 +32,6 @@ TABLES = (
 TABLE = f"labels or captions that are not read: classes are folders, captions stand in {METADATA}"
 COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 FOREIGN = (
-    ".npz",
     ".npy",
     ".h5",
     ".hdf5",
@@ -46,6 +45,7 @@ FOREIGN = (
 )
 KINDS = {  # of files, by their ends
     COMPRESSED: "a compressed archive, which is not read; unpack it first",
+    (".npz",): "arrays beside images or shards, which are read instead",
     FOREIGN: "a format that is not read; save the images as files, or in tar or parquet shards",
 }
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffussm_cli.data.cifar import kind_of_file
 from diffussm_cli.data.images import SUFFIXES
 from diffussm_cli.data.listing.entries import Listing
 from diffussm_cli.data.listing.folders import list_folder
@@ -16,12 +17,12 @@ BRACES = r"\{.*?\}"  # as webdataset writes a series of shards: {000..010}
 
 
 def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
-    """List a folder, one .tar or .parquet file, or a pattern of names in a folder. No image is
+    """List a folder, one file of images, or a pattern of names in a folder. No image is
     decoded.
 
     Args:
-        columns: names of columns of parquet shards, from `named_columns`; the others are found by
-            their usual names.
+        columns: names of columns of parquet shards, or of arrays of .npz files, from
+            `named_columns`; the others are found by their usual names.
 
     Raises:
         DataError: if the source is missing, unreadable, holds several splits of a data set, or no
@@ -34,16 +35,17 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
         raise DataError(f"{option}: {e}") from e
 
     if not listing.entries:
-        looked_for = ", ".join((*SUFFIXES, *SHARDS))
+        looked_for = ", ".join((*SUFFIXES, *SHARDS, ".npz"))
         rest = left_out_line(source, listing.left_out())
         raise DataError(
             f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}"
         )
 
-    if columns and not listing.entries[0].column:
+    if columns and not listing.columns:
         named = ", ".join(columns.values())
         raise DataError(
-            f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards"
+            f"{option}: the columns {named} are named, but {str(source)!r} holds no parquet shards "
+            "or .npz files"
         )
     return listing
 
@@ -78,12 +80,15 @@ def _names_in(source: Path) -> tuple[Path, list[str]]:
 
 
 def _single_file(source: Path) -> str:
-    """The name of a file that is a shard. Raises DataError for any other."""
-    if source.suffix.lower() not in SHARDS:
+    """The name of a file that holds images. Raises DataError for any other."""
+    is_known = source.suffix.lower() in (*SHARDS, ".npz") or kind_of_file(source) is not None
+    if not is_known:
         what = next(
             (why for ends, why in KINDS.items() if source.name.lower().endswith(ends)), "a file"
         )
-        raise DataError(f"{str(source)!r} is {what}; give a folder, or a .tar or .parquet file")
+        raise DataError(
+            f"{str(source)!r} is {what}; give a folder, or a .tar, .parquet or .npz file"
+        )
     if not os.path.isfile(source):
         raise DataError(f"{str(source)!r} is not a regular file")
     return source.name
