@@ -150,6 +150,7 @@ def load(
     run: Name | None = None,
     *,
     ema: float | None = None,
+    objective: str | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Run:
@@ -160,13 +161,15 @@ def load(
             package ("mnist", "emoji"), or OWNER/NAME[@REVISION] on the hub; by default the newest
             run in runs/.
         ema: the decay of the average, if the run has several.
+        objective: what a published .pt file predicts: noise, as DiT's, or flow, as SiT's.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto, fp32, bf16.
 
     Raises:
         DiffussmError: if there is no such run, or it is damaged.
     """
-    return Run(find_run(None if run is None else Path(run), ema), device, precision)
+    trained = find_run(None if run is None else Path(run), ema, objective)
+    return Run(trained, device, precision)
 
 
 def train(

@@ -20,6 +20,7 @@ from diffussm_cli.errors import ConfigError
 # Parameters that have a meaning only for images that are drawn from a run.
 OF_RUN: tuple[str, ...] = (
     "ema",
+    "objective",
     "num",
     "classes",
     "balanced",
@@ -85,6 +86,7 @@ def evaluate(
         ),
     ] = None,
     ema: options.Average = None,
+    objective: options.Objective = None,
     num: Annotated[
         int,
         typer.Option(
@@ -183,7 +185,7 @@ def evaluate(
 
     # Samples are measured.
     warn_unused(OF_REFERENCE, "there is no --make-ref")
-    trained = find_run_at(samples, ema)
+    trained = find_run_at(samples, ema, objective)
     drawn: dict[str, Any] = {}
     if trained is None:
         warn_unused((*OF_RUN, "seed"), "SAMPLES are images, not a run")

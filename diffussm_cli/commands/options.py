@@ -93,6 +93,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Average = Annotated[
     float | None, typer.Option(help="Which averaged weights, by decay. Default: the run's first.")
 ]
+Objective = Annotated[
+    Literal["noise", "flow"] | None,
+    typer.Option(help="What a published .pt file predicts; flow: SiT's. Default: noise, DiT's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

@@ -28,6 +28,7 @@ def sample(
         ),
     ] = None,
     ema: options.Average = None,
+    objective: options.Objective = None,
     num: Annotated[
         int,
         typer.Option(
@@ -101,7 +102,7 @@ def sample(
     from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 
-    console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema)
+    console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema, objective)
     if run is None:
         console.print(f"the newest run: {trained.label}")
     if interpolate and (line := unused(ctx, ("seed",), "--interpolate names the seeds")):

@@ -25,7 +25,9 @@ class UnsavedResult(RunError):
         self.result = result
 
 
-def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRun | None:
+def find_run_at(
+    samples: str | Path, ema: float | None = None, objective: str | None = None
+) -> runs.TrainedRun | None:
     """The trained run at a path, as in `find_run`, or None if there is no run and the path should
     hold images.
     """
@@ -33,7 +35,8 @@ def find_run_at(samples: str | Path, ema: float | None = None) -> runs.TrainedRu
     known = any(
         os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL)
     ) or runs.is_elsewhere(path)
-    return runs.find_run(path, ema) if known or path.suffix == dit_checkpoint.SUFFIX else None
+    known |= path.suffix == dit_checkpoint.SUFFIX
+    return runs.find_run(path, ema, objective) if known else None
 
 
 def read_facts(samples: str | Path) -> dict[str, Any]:

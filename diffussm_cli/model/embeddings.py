@@ -13,15 +13,21 @@ from torch import Tensor, nn
 
 
 class TimestepEmbedding(nn.Module):
-    """t (B,), whole or fractional -> (B, D): 256 sinusoids, then an MLP (as in ADM and DiT)."""
+    """t (B,), whole or fractional -> (B, D): 256 sinusoids, then an MLP (as in ADM and DiT).
+
+    The sinusoids are of start + scale t, which is t except for weights of others.
+    """
 
     frequencies = 256
+    start, scale = 0.0, 1.0
 
     def __init__(self, D: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(self.frequencies, D), nn.SiLU(), nn.Linear(D, D))
 
     def forward(self, t: Tensor) -> Tensor:
+        if self.scale != 1:
+            t = self.start + self.scale * t
         return self.mlp(sinusoids(t, self.frequencies).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 

@@ -1,5 +1,9 @@
 """Read DiT's published checkpoints (a state dict in a .pt file) as one of our models with a
-configuration.
+configuration; also those of SiT, which have the same names.
+
+SiT (arXiv 2401.08740) predicts the velocity x_0 - noise of a flow, at times s from 0 for noise to 1
+for the image. Ours is noise - x_0 at t = T (1 - s). So the last layer changes its sign and loses
+the channels of the covariance, which SiT's sampling does not use, and the embedding sees s.
 
 The names and shapes are those of the files DiT-XL-2-256x256.pt and DiT-XL-2-512x512.pt. Training
 checkpoints, with the averaged weights under `ema`, can be read too.
@@ -17,11 +21,13 @@ from torch import Tensor
 
 from diffussm_cli.config import DEFAULT_VAE, Config, config_from_dict
 from diffussm_cli.errors import ConfigError, RunError, reason
-from diffussm_cli.model import build_model
+from diffussm_cli.model import Backbone, build_model
 
 SUFFIX = ".pt"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: S, B, L, XL
 DOWNSAMPLE = 8
+# Settings of sampling by what a file predicts; DiT's own are the default ones.
+SAMPLERS_OF: dict[str, dict[str, Any]] = {"noise": {}, "flow": {"sampler": "heun", "steps": 50}}
 NAMES = {
     r"x_embedder\.proj\.(\w+)": r"patch_in.\1",
     r"t_embedder\.mlp\.(\d)\.(\w+)": r"t_embed.mlp.\1.\2",
@@ -35,9 +41,16 @@ NAMES = {
 }
 
 
-def published_config(path: Path) -> Config:
-    """The configuration that the shapes in a published checkpoint imply. Raises RunError."""
+def published_config(path: Path, objective: str = "noise") -> Config:
+    """The configuration that the shapes in a published checkpoint imply. Raises RunError.
+
+    Args:
+        objective: what the model predicts, which nothing in the file tells: noise or flow.
+    """
     state = _read(path)
+    if objective not in SAMPLERS_OF:
+        raise ConfigError(f"--objective: {objective!r} must be one of {', '.join(SAMPLERS_OF)}")
+    sampling = SAMPLERS_OF[objective]
     try:
         D, C, P, _ = state["x_embedder.proj.weight"].shape
         values = {
@@ -58,24 +71,43 @@ def published_config(path: Path) -> Config:
             "downsample": DOWNSAMPLE,
             "vae": DEFAULT_VAE,
         }
-        return config_from_dict({"model": values, "data": data}, str(path), name=path.stem)
+        values["learn_sigma"] &= objective != "flow"
+        sections = {"model": values, "data": data, "sample": sampling}
+        sections["diffusion"] = {"objective": objective}
+        return config_from_dict(sections, str(path), name=path.stem)
     except (LookupError, ValueError, AttributeError, TypeError, ConfigError) as e:
         raise RunError(f"RUN: {path} is not a DiT checkpoint: {reason(e)} does not fit") from e
 
 
-def assumption(path: Path) -> str:
+def assumption(path: Path, config: Config) -> str:
     """One line that says what is assumed of a file, because neither its names nor its shapes tell
     it.
     """
+    unknown = f"{path} does not say how it was trained: it is read as"
+    if config.diffusion.objective == "flow":
+        return (
+            f"{unknown} a SiT, which predicts the velocity from noise to image at times in [0, 1]"
+        )
     return (
-        f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; "
-        "the files of SiT and of other flows have the same names, and would give images of noise"
+        f"{unknown} a DiT, which predicts noise; the files of SiT have the same names, and would "
+        "give images of noise: read them with --objective flow"
     )
 
 
-def published_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a published checkpoint under the names of `model.DiT`. Raises RunError."""
-    config, state = published_config(path), _read(path)
+def adapt(model: Backbone, config: Config) -> None:
+    """Let a model of the weights of a SiT see the times that it was trained with."""
+    if config.diffusion.objective == "flow":
+        model.t_embed.start = 1.0
+        model.t_embed.scale = -1 / config.diffusion.timesteps
+
+
+def published_weights(path: Path, config: Config) -> dict[str, Tensor]:
+    """The weights of a published checkpoint under the names of `model.DiT`. Raises RunError.
+
+    Args:
+        config: from `published_config`.
+    """
+    state = _read(path)
     with torch.device("meta"):
         model = build_model(config)
 
@@ -89,7 +121,18 @@ def published_weights(path: Path) -> dict[str, Tensor]:
     for name in weights:
         if ".attention.proj." in name:
             weights[name] = weights[name][None]  # our weight has a leading dimension M = 1
+    if config.diffusion.objective == "flow":
+        for name in ("patch_out.weight", "patch_out.bias"):
+            weights[name] = _reversed_velocity(weights[name], config)
     return weights
+
+
+def _reversed_velocity(last: Tensor, config: Config) -> Tensor:
+    """The rows of the last layer, (P P C, ...) or (P P 2C, ...), of the velocity with our sign, (P
+    P C, ...).
+    """
+    C, taps = config.data.channels, config.model.patch_size**2
+    return -last.unflatten(0, (taps, -1))[:, :C].flatten(0, 1)
 
 
 def _our_name(name: str, path: Path) -> str:

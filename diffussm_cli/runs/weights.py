@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffussm_cli.config import Config
-from diffussm_cli.errors import RunError, reason
+from diffussm_cli.errors import ConfigError, RunError, reason
 from diffussm_cli.machine.files import PARTIAL, whole_file, write_text
 from diffussm_cli.machine.tensors import write as write_file
 from diffussm_cli.model import Backbone, build_model
@@ -75,7 +75,7 @@ class TrainedRun:
         program.
         """
         return (
-            dit_checkpoint.assumption(self.weights)
+            dit_checkpoint.assumption(self.weights, self.config)
             if self.weights.suffix == dit_checkpoint.SUFFIX
             else ""
         )
@@ -86,7 +86,9 @@ class TrainedRun:
 
 
 # ------------------------------------------------------------------------------------------ reading
-def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
+def find_run(
+    path: Path | None, ema: float | None = None, objective: str | None = None
+) -> TrainedRun:
     """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a
     published DiT's .pt file.
 
@@ -94,10 +96,23 @@ def find_run(path: Path | None, ema: float | None = None) -> TrainedRun:
     OWNER/NAME@REVISION. Without a path, take the newest run in runs/. Without `ema`, a decay, take
     the first average of the run.
 
+    Args:
+        objective: what a published .pt file predicts: noise, as DiT's, or flow, as SiT's.
+
     Raises:
         RunError: if there are none, or they are damaged.
+        ConfigError: for an objective of a run that has its own.
     """
     trained = _find_weights(path or newest_run(RUNS))
+    is_foreign = trained.weights.suffix == dit_checkpoint.SUFFIX
+    if objective is not None and not is_foreign:
+        raise ConfigError(
+            f"--objective: {objective!r} is for a published .pt file; "
+            f"{trained.root} has its own, {trained.config.diffusion.objective}"
+        )
+    if objective is not None:
+        config = dit_checkpoint.published_config(trained.weights, objective)
+        trained = dataclasses.replace(trained, config=config)
 
     # The average that was asked for.
     averages = trained.averages
@@ -164,7 +179,12 @@ def load_model(trained: TrainedRun) -> Backbone:
     """
     with torch.device("meta"):
         model = build_model(trained.config)
-    weights = read_tensors(trained.weights)
+    is_foreign = trained.weights.suffix == dit_checkpoint.SUFFIX
+    if is_foreign:
+        weights = dit_checkpoint.published_weights(trained.weights, trained.config)
+        dit_checkpoint.adapt(model, trained.config)
+    else:
+        weights = read_tensors(trained.weights)
     check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is allocated
     model.materialize("cpu")
     model.load_state_dict(weights)
@@ -194,12 +214,7 @@ def check_weights_match(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a safetensors file, or of a published DiT, on the CPU.
-
-    Raises RunError.
-    """
-    if path.suffix == dit_checkpoint.SUFFIX:
-        return dit_checkpoint.published_weights(path)
+    """Read all tensors of a safetensors file, on the CPU. Raises RunError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as e:

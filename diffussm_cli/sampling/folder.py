@@ -39,7 +39,7 @@ CHOICES = ("random", "balanced", "given")  # of labels
 READ = 256  # images read back at a time
 # The facts of meta.json that must not change when more images are drawn into a folder.
 SETTINGS = tuple(f.name for f in dataclasses.fields(SampleConfig))
-FIXED: tuple[str, ...] = ("weights_sha256", *SETTINGS)
+FIXED: tuple[str, ...] = ("weights_sha256", "objective", *SETTINGS)
 FIXED += ("first_seed", "classes", "negative", "text_encoder", "vae", "decoded_by", "precision")
 FIXED += ("guide_sha256", *FIXED_FACTS)
 
@@ -66,6 +66,7 @@ def sample_facts(
         "run": str(trained.root),
         "weights": trained.weights.name,
         "weights_sha256": sha256(trained.weights),
+        "objective": config.diffusion.objective if foreign else None,  # as the file was read
         "step": finished if trained.step is None else trained.step,
         "ema": trained.ema,
         **dataclasses.asdict(sampler.sampling),
@@ -318,7 +319,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("run", "weights", "weights_sha256", "negative", "reference", "extractor", "image", "mask"),
         (_is_text, "text"),
     ),
-    "grid": (_is_text, "text"),
+    **dict.fromkeys(("grid", "objective"), (_is_text, "text")),
     **dict.fromkeys(
         ("step", "first_seed", "num", "null_class"), (_is_whole, "a whole number from 0")
     ),

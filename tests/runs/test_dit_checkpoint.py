@@ -2,12 +2,15 @@
 
 import argparse
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffussm_cli import runs
-from diffussm_cli.errors import RunError
+from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.samplers import sample_by_name
+from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.events import Message, Stage
 from diffussm_cli.model import DiT
@@ -95,7 +98,8 @@ def test_sample_and_eval_state_assumptions_about_dit_file_first(tmp_path, model)
     torch.save(official(model), path)
     line = (
         f"{path} does not say how it was trained: it is read as a DiT, which predicts noise; the "
-        "files of SiT"
+        "files of SiT have the same names, and would give images of noise: read them with "
+        "--objective flow"
     )
     for events in (
         sample(path, tmp_path / "out", 1),
@@ -105,6 +109,49 @@ def test_sample_and_eval_state_assumptions_about_dit_file_first(tmp_path, model)
         assert isinstance(first, Message)
         assert first.text.startswith(line)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_sit_file_is_read_as_the_flow_that_it_is(tmp_path, learn_sigma):
+    """SiT's network gives v(x, s) = x_0 - noise at times s from 0 for noise to 1 for the image, in
+    the first C of its channels; its images are Euler's steps from s = 0 to 1.
+    """
+    sit = fill(DiT(8, 4, 2, 384, depth=2, heads=6, num_classes=7, learn_sigma=learn_sigma)).cpu()
+    path = tmp_path / "SiT-S-2.pt"
+    torch.save(official(sit), path)
+    trained = runs.find_run(path, objective="flow")
+    assert "it is read as a SiT" in trained.assumption
+    ours = runs.load_model(trained)
+    assert ours.learn_sigma is False
+
+    # The network.
+    x, y = torch.randn(3, 4, 8, 8), torch.tensor([3, 7, 0])
+    s = torch.tensor([0.0, 0.3, 0.999])
+    velocity = sit(x, s, y)[:, :4]
+    torch.testing.assert_close(ours(x, 1000 * (1 - s), y), -velocity, rtol=1e-4, atol=1e-5)
+
+    # Five steps of Euler.
+    expected = x.double()
+    for i in range(5):
+        s = torch.full((3,), i / 5)
+        expected = expected + sit(expected.float(), s, y)[:, :4].double() / 5
+    flow = make_objective(trained.config.diffusion)
+    images = sample_by_name("euler", lambda x, t: predict(ours, x, t, y), flow, x.double(), 5)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+
+
+def predict(model, x, t, y):
+    return model(x.float(), torch.full((len(x),), t), y).double()
+
+
+def test_an_objective_is_for_published_files_alone(tmp_path, model):
+    path = tmp_path / "DiT-S-2.pt"
+    torch.save(official(model), path)
+    assert runs.find_run(path, objective="noise").config == runs.find_run(path).config
+    with pytest.raises(ConfigError, match="--objective: 'flow' is for a published .pt file; "):
+        runs.find_run(Path("mnist"), objective="flow")
+    with pytest.raises(ConfigError, match="--objective: 'image' must be one of noise, flow"):
+        runs.find_run(path, objective="image")
 
 
 def broken(state, how):
