@@ -105,9 +105,9 @@ def train(
     if dry_run:
         show_plan(console, config)
         named = set_fields(overrides, fields)
-        given = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
+        named_by_user = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
         for problem in follow(console, session.check(config, out, resume)):
-            if str(problem).partition(":")[0] in given:
+            if str(problem).partition(":")[0] in named_by_user:
                 raise problem
             warn(console, f"the run would stop: {problem}")
         return

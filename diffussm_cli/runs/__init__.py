@@ -45,7 +45,6 @@ from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_fil
 from diffussm_cli.runs.weights import (
     TrainedRun,
     check_weights_match,
-    fill_folder,
     find_run,
     load_model,
     read_tensors,

@@ -2,6 +2,7 @@
 files.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -251,34 +252,30 @@ def write_weights(
     metrics: Mapping[str, Any] | None = None,
     further: Mapping[str, Mapping[str, Tensor]] | None = None,
     others: Mapping[str, bytes] | None = None,
+    beside: bool = False,
 ) -> None:
     """Write `final/` or `best/`: weights, `further` averages by file, configuration, metrics, and
     `others` by file.
 
+    Args:
+        beside: write into a folder that exists and keep what else it holds. By default the folder
+            is replaced in one piece, once everything is written.
+
     Raises:
         RunError: if the folder cannot be written.
+        OSError: the same with `beside`.
     """
-    with whole_folder(path) as folder:
-        fill_folder(folder, config, weights, step, metrics, further, others)
+    with contextlib.nullcontext(path) if beside else whole_folder(path) as folder:
+        files = {MODEL: weights, **(further or {})}
+        hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
+        write_config(folder, config)
+        if metrics is not None:
+            write_text(folder / METRICS, json.dumps(metrics) + "\n")
 
+        for name, content in (others or {}).items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            with whole_file(folder / name) as file:
+                file.write(content)
 
-def fill_folder(
-    folder: Path,
-    config: Config,
-    weights: Mapping[str, Tensor],
-    step: int,
-    metrics: Mapping[str, Any] | None = None,
-    further: Mapping[str, Mapping[str, Tensor]] | None = None,
-    others: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write the same files into a folder that exists, beside what it holds. Raises OSError."""
-    files = {MODEL: weights, **(further or {})}
-    hashes = {name: write_tensors(content, folder / name) for name, content in files.items()}
-    write_config(folder, config)
-    if metrics is not None:
-        write_text(folder / METRICS, json.dumps(metrics) + "\n")
-    for name, content in (others or {}).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        with whole_file(folder / name) as file:
-            file.write(content)
-    write_state(folder, {"step": step, "sha256": hashes})
+        # the hashes come last: with them, the folder is complete
+        write_state(folder, {"step": step, "sha256": hashes})

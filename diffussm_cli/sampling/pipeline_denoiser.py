@@ -15,10 +15,10 @@ from diffussm_cli.runs import (
     CONFIG,
     FILES_TO_SAMPLE,
     TrainedRun,
-    fill_folder,
     find_run,
     load_model,
     pipeline_files,
+    write_weights,
 )
 from diffussm_cli.sampling.precision import cast_products
 
@@ -78,12 +78,13 @@ class Denoiser(ModelMixin, ConfigMixin):
         folder, finished = Path(save_directory), config.train.steps
 
         folder.mkdir(parents=True, exist_ok=True)
-        fill_folder(
+        write_weights(
             folder,
             config,
             weights,
             finished if step is None else step,
             others=pipeline_files(config),
+            beside=True,
         )
 
     def forward(

@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data.images import to_uint8
+from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import comparison as ev
 from diffussm_cli.evaluation.sets import DrawnImages, open_images
@@ -34,6 +36,19 @@ def test_folder_and_npz_of_the_same_images_are_one_set(pictures, tmp_path):
     assert torch.equal(next(in_colour.read(range(2), 2)), stack[:2].expand(-1, 3, -1, -1))
     opened = [open_images(str(path), 3) for path in (pictures, tmp_path / "s.npz")]
     assert [(images.size, images.grey) for images in opened] == [((28, 28), True)] * 2
+
+
+def test_evaluation_and_training_read_the_same_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (height, width) in enumerate([(40, 60), (33, 21), (16, 16)]):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # stored on its side
+        Image.fromarray(pixels).save(tmp_path / f"{i}.jpg", exif=exif)
+    generators = [torch.Generator()] * 3
+    trained, _ = ImageFolder(tmp_path, (16, 16), 3).read(range(3), generators)
+    measured = torch.cat(list(open_images(str(tmp_path), 3, (16, 16)).read(range(3), 2)))
+    assert torch.equal(to_uint8(trained), measured)
 
 
 def test_grid_is_not_a_sample(tmp_path):
