@@ -151,6 +151,7 @@ def load(
     *,
     ema: float | None = None,
     objective: str | None = None,
+    ema_width: float | None = None,
     device: str = "auto",
     precision: str = "auto",
 ) -> Run:
@@ -162,13 +163,14 @@ def load(
             run in runs/.
         ema: the decay of the average, if the run has several.
         objective: what a published .pt file predicts: noise, as DiT's, or flow, as SiT's.
+        ema_width: the width of an average that the snapshots of the run give, such as 0.1.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: auto, fp32, bf16.
 
     Raises:
         DiffussmError: if there is no such run, or it is damaged.
     """
-    trained = find_run(None if run is None else Path(run), ema, objective)
+    trained = find_run(None if run is None else Path(run), ema, objective, ema_width)
     return Run(trained, device, precision)
 
 

@@ -21,6 +21,7 @@ from diffussm_cli.errors import ConfigError
 OF_RUN: tuple[str, ...] = (
     "ema",
     "objective",
+    "ema_width",
     "num",
     "classes",
     "balanced",
@@ -43,7 +44,7 @@ REQUEST = (
     "num",
     "first_seed",
 )
-META_SHOWN = ("run", "step", "ema", *REQUEST, "label_choice")
+META_SHOWN = ("run", "step", "ema", "ema_width", *REQUEST, "label_choice")
 
 
 def evaluate(
@@ -87,6 +88,7 @@ def evaluate(
     ] = None,
     ema: options.Average = None,
     objective: options.Objective = None,
+    ema_width: options.AverageWidth = None,
     num: Annotated[
         int,
         typer.Option(
@@ -185,7 +187,7 @@ def evaluate(
 
     # Samples are measured.
     warn_unused(OF_REFERENCE, "there is no --make-ref")
-    trained = find_run_at(samples, ema, objective)
+    trained = find_run_at(samples, ema, objective, ema_width)
     drawn: dict[str, Any] = {}
     if trained is None:
         warn_unused((*OF_RUN, "seed"), "SAMPLES are images, not a run")

@@ -97,6 +97,13 @@ Objective = Annotated[
     Literal["noise", "flow"] | None,
     typer.Option(help="What a published .pt file predicts; flow: SiT's. Default: noise, DiT's."),
 ]
+AverageWidth = Annotated[
+    float | None,
+    typer.Option(
+        help="Averaged weights of any width, such as 0.1: the standard deviation of their profile "
+        "as a share of training. Needs the snapshots of train.snapshot_every."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

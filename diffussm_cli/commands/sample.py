@@ -29,6 +29,7 @@ def sample(
     ] = None,
     ema: options.Average = None,
     objective: options.Objective = None,
+    ema_width: options.AverageWidth = None,
     num: Annotated[
         int,
         typer.Option(
@@ -102,7 +103,8 @@ def sample(
     from diffussm_cli.runs import find_run
     from diffussm_cli.sampling import sample as draw
 
-    console, trained = make_console(quiet=read_world().rank > 0), find_run(run, ema, objective)
+    console = make_console(quiet=read_world().rank > 0)
+    trained = find_run(run, ema, objective, ema_width)
     if run is None:
         console.print(f"the newest run: {trained.label}")
     if interpolate and (line := unused(ctx, ("seed",), "--interpolate names the seeds")):

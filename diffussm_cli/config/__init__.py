@@ -18,6 +18,7 @@ from diffussm_cli.config.fields import (
     PYTHON,
     SAMPLERS,
     SECTIONS,
+    WIDTHS,
     Config,
     DataConfig,
     DiffusionConfig,

@@ -17,6 +17,8 @@ MAX_SEED = 2**62
 MAX_BATCH = 2**16
 MAX_CLASSES = 10**6
 
+# Widths of the averages of which snapshots are made: those of EDM2, arXiv 2312.02696.
+WIDTHS = (0.05, 0.1)
 MIXERS = ("s4d", "axial", "linear", "conv", "attention")
 SamplerName = Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"]
 # The samplers that fit each objective; the first one draws the previews during training.
@@ -222,6 +224,13 @@ class TrainConfig:
         least=0,
         below=1,
     )
+    snapshot_every: int = _option(
+        0,
+        "steps between snapshots of two more averages, from which sample --ema-width makes one of "
+        "any width; 0: none",
+        least=0,
+        most=MANY,
+    )
     mse_weight_cap: float = _option(
         1.0,
         "cap on the weight 1 + 1/SNR(t) of the noise MSE; 1: the paper's loss",
@@ -266,6 +275,11 @@ class TrainConfig:
         "tensorboard",
         "wandb, trackio: send the log there too; TensorBoard's files are always written",
     )
+
+    @property
+    def averages(self) -> int:
+        """How many averages of the weights are in memory."""
+        return len(self.ema) + (len(WIDTHS) if self.snapshot_every else 0)
 
 
 @dataclass(frozen=True)

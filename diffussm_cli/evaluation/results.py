@@ -26,7 +26,10 @@ class UnsavedResult(RunError):
 
 
 def find_run_at(
-    samples: str | Path, ema: float | None = None, objective: str | None = None
+    samples: str | Path,
+    ema: float | None = None,
+    objective: str | None = None,
+    ema_width: float | None = None,
 ) -> runs.TrainedRun | None:
     """The trained run at a path, as in `find_run`, or None if there is no run and the path should
     hold images.
@@ -36,7 +39,7 @@ def find_run_at(
         os.path.exists(path / name) for name in (runs.CONFIG, runs.EMA, runs.MODEL)
     ) or runs.is_elsewhere(path)
     known |= path.suffix == dit_checkpoint.SUFFIX
-    return runs.find_run(path, ema, objective) if known else None
+    return runs.find_run(path, ema, objective, ema_width) if known else None
 
 
 def read_facts(samples: str | Path) -> dict[str, Any]:

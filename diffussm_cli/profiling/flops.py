@@ -224,7 +224,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     # the stem's convolutions, before and after GELU
     stem = B * math.prod(config.data.grid) * 4 * m.stem * narrow
 
-    state: float = parameters * (4 + len(t.ema)) * 4
+    state: float = parameters * (4 + t.averages) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
     return int(state + stem + blocks + 2 * most)

@@ -194,7 +194,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     for name, work in part:
         spent[name] += t.accumulate * work.seconds(gpu)
         launches += t.accumulate * work.kernels
-    update = _update(parameters, len(t.ema))
+    update = _update(parameters, t.averages)
     spent["optimiser, averages and norm"] += update.seconds(gpu)
     launches += update.kernels
 

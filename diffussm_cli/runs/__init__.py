@@ -22,12 +22,15 @@ from diffussm_cli.runs.layout import (
     RUNS,
     SAMPLES,
     SKIPPED,
+    SNAPSHOTS,
     STATE,
     checkpoint_name,
     ema_file,
     list_checkpoints,
+    list_snapshots,
     newest_run,
     step_of,
+    width_file,
 )
 from diffussm_cli.runs.metadata import (
     check_config,

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from diffussm_cli.errors import DiffussmError, RunError
 from diffussm_cli.machine.files import PARTIAL, sha256, sync
-from diffussm_cli.runs.layout import EMA, FINAL, MODEL, OPTIMIZER, STATE, ema_file, list_checkpoints
+from diffussm_cli.runs.layout import (
+    EMA,
+    FINAL,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    ema_file,
+    list_checkpoints,
+    width_file,
+)
 from diffussm_cli.runs.metadata import read_config, read_state
 
 
@@ -44,7 +53,8 @@ def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> st
     """
     try:
         hashes = read_state(checkpoint)["sha256"]
-        further = fnmatch.filter(hashes, ema_file("*")) if averages else ()
+        patterns = (ema_file("*"), width_file("*")) if averages else ()
+        further = [name for pattern in patterns for name in fnmatch.filter(hashes, pattern)]
         for name in (*files, *further):
             if sha256(checkpoint / name) != hashes[name]:
                 return f"{checkpoint / name} has changed since it was written"

@@ -14,6 +14,8 @@ RUN/final/                           model.safetensors (averaged weights) and co
                                      sampling needs; and a model card and a pipeline of diffusers,
                                      see publish.py
 .../ema-DECAY.safetensors            in both: each further average, if train.ema lists several
+RUN/snapshots/step-*/                width-WIDTH.safetensors, for --ema-width, and state.json
+.../width-WIDTH.safetensors          in checkpoints too: averages with a power-function profile
 RUN/best/                            the same at the lowest FID, with metrics.json
 
 state.json holds the step and the hashes of the weights beside it.
@@ -26,6 +28,7 @@ RUNS = Path("runs")
 CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
+SNAPSHOTS = "snapshots"
 LOG, SKIPPED, DATA = "metrics.jsonl", "skipped.jsonl", "data.json"
 REPORT, RESULTS = "report.html", "results.json"
 CARD, IMAGE = "README.md", "samples.png"
@@ -33,6 +36,7 @@ CARD, IMAGE = "README.md", "samples.png"
 FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]
 # All that a run may hold before its first checkpoint.
 BEFORE_CHECKPOINTS = {CONFIG, LOG, BOARD, SAMPLES, SKIPPED, DATA, REPORT, "wandb", CHECKPOINTS}
+BEFORE_CHECKPOINTS |= {SNAPSHOTS}
 
 
 def ema_file(decay: float | str) -> str:
@@ -40,6 +44,11 @@ def ema_file(decay: float | str) -> str:
     its own: EMA in checkpoints, MODEL in `final/`.
     """
     return f"ema-{decay}.safetensors"
+
+
+def width_file(width: float | str) -> str:
+    """The file of an average with a power-function profile (`*`: a pattern for all)."""
+    return f"width-{width}.safetensors"
 
 
 def newest_run(folder: Path, name: str | None = None) -> Path | None:
@@ -57,11 +66,16 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def list_checkpoints(root: Path) -> list[Path]:
+def list_snapshots(root: Path) -> list[Path]:
+    """The complete snapshots of a run, oldest first."""
+    return list_checkpoints(root, SNAPSHOTS)
+
+
+def list_checkpoints(root: Path, folder: str = CHECKPOINTS) -> list[Path]:
     """The complete checkpoints of a run, oldest first; a folder counts only under its final
     name.
     """
-    named = (p for p in (root / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    named = (p for p in (root / folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
     return sorted((p for p in named if (p / STATE).is_file()), key=step_of)
 
 

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import WIDTHS, Config
 from diffussm_cli.errors import ConfigError, RunError, reason
-from diffussm_cli.machine.files import PARTIAL, whole_file, write_text
+from diffussm_cli.machine.files import PARTIAL, sha256, whole_file, write_text
 from diffussm_cli.machine.tensors import write as write_file
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.runs import dit_checkpoint, hub
@@ -31,7 +31,10 @@ from diffussm_cli.runs.layout import (
     RUNS,
     STATE,
     ema_file,
+    list_snapshots,
     newest_run,
+    step_of,
+    width_file,
 )
 from diffussm_cli.runs.metadata import (
     read_config,
@@ -40,6 +43,7 @@ from diffussm_cli.runs.metadata import (
     write_config,
     write_state,
 )
+from diffussm_cli.runs.power import Mixture, mixture_of
 
 DTYPES = {  # of weights, with their names in safetensors
     torch.float64: "F64",
@@ -58,6 +62,12 @@ class TrainedRun:
     weights: Path
     step: int | None  # None when training has finished
     ema: float | None = None  # the decay of the averaged weights; None for a published DiT
+    mixture: Mixture | None = None  # in place of `weights`, an average of a chosen width
+
+    @property
+    def weights_sha256(self) -> str:
+        """A hash that identifies the weights."""
+        return self.mixture.sha256 if self.mixture else sha256(self.weights)
 
     @property
     def averages(self) -> dict[float, Path]:
@@ -88,14 +98,17 @@ class TrainedRun:
 
 # ------------------------------------------------------------------------------------------ reading
 def find_run(
-    path: Path | None, ema: float | None = None, objective: str | None = None
+    path: Path | None,
+    ema: float | None = None,
+    objective: str | None = None,
+    ema_width: float | None = None,
 ) -> TrainedRun:
     """Find the averaged weights of a run folder, its `final/` or `best/`, a checkpoint, or a
     published DiT's .pt file.
 
     A path that does not exist may name a model of the package, or one on the hub as OWNER/NAME or
-    OWNER/NAME@REVISION. Without a path, take the newest run in runs/. Without `ema`, a decay, take
-    the first average of the run.
+    OWNER/NAME@REVISION. Without a path, take the newest run in runs/. Without `ema`, a decay, or
+    `ema_width`, a width that its snapshots give, take the first average of the run.
 
     Args:
         objective: what a published .pt file predicts: noise, as DiT's, or flow, as SiT's.
@@ -114,6 +127,10 @@ def find_run(
     if objective is not None:
         config = dit_checkpoint.published_config(trained.weights, objective)
         trained = dataclasses.replace(trained, config=config)
+    if ema_width is not None:
+        if ema is not None:
+            raise RunError("--ema-width: cannot be given with --ema; leave one of them out")
+        return _mixed(trained, ema_width)
 
     # The average that was asked for.
     averages = trained.averages
@@ -129,6 +146,29 @@ def find_run(
     if file != trained.weights:
         _refuse_damage(file.parent, file.name, "omit --ema to use the first average")
     return dataclasses.replace(trained, weights=file, ema=decay)
+
+
+def _mixed(trained: TrainedRun, width: float) -> TrainedRun:
+    """The same run with an average of a width, at its newest snapshot. Raises RunError."""
+    root = trained.root
+    last = trained.config.train.steps if trained.step is None else trained.step
+    snapshots = [path for path in list_snapshots(root) if step_of(path) <= last]
+    if trained.weights.suffix == dit_checkpoint.SUFFIX:
+        snapshots = []
+    step = step_of(snapshots[-1]) if snapshots else last
+    files = [
+        (snapshot / width_file(tracked), step_of(snapshot), tracked)
+        for snapshot in snapshots
+        for tracked in WIDTHS
+    ]
+    mixture = mixture_of(files, step, width, root)
+    for path, _, _ in files:
+        _refuse_damage(path.parent, path.name, "delete the folder to do without it")
+
+    is_last = trained.step is None and step == last
+    return dataclasses.replace(
+        trained, weights=files[-1][0], step=None if is_last else step, mixture=mixture
+    )
 
 
 def _find_weights(path: Path | None) -> TrainedRun:
@@ -184,12 +224,29 @@ def load_model(trained: TrainedRun) -> Backbone:
     if is_foreign:
         weights = dit_checkpoint.published_weights(trained.weights, trained.config)
         dit_checkpoint.adapt(model, trained.config)
+        check_weights_match(model.state_dict(), weights, trained.weights)
+    elif trained.mixture is not None:
+        weights = _sum_of(trained.mixture, model.state_dict())
     else:
         weights = read_tensors(trained.weights)
-    check_weights_match(model.state_dict(), weights, trained.weights)  # before memory is allocated
+        check_weights_match(model.state_dict(), weights, trained.weights)
+
+    # Memory is allocated once the weights are known to fit.
     model.materialize("cpu")
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
+
+
+def _sum_of(mixture: Mixture, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a sum of files, computed in float64. Raises RunError."""
+    total: dict[str, Tensor] = {}
+    for path, coefficient in mixture.parts:
+        weights = read_tensors(path)
+        check_weights_match(own, weights, path)
+        for name, tensor in weights.items():
+            part = tensor.double() * coefficient
+            total[name] = total[name].add_(part) if name in total else part
+    return {name: tensor.float() for name, tensor in total.items()}
 
 
 def check_weights_match(

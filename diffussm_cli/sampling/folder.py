@@ -26,7 +26,7 @@ from diffussm_cli.data.images import read_image, save_grid, save_png
 from diffussm_cli.data.samples import META, NPZ, file_name
 from diffussm_cli.data.text import check_prompts
 from diffussm_cli.errors import ConfigError, RunError, reading
-from diffussm_cli.machine.files import sha256, whole_file, write_text
+from diffussm_cli.machine.files import whole_file, write_text
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.runs import TrainedRun, dit_checkpoint
 from diffussm_cli.sampling.beginning import FACTS, FIXED_FACTS
@@ -65,10 +65,11 @@ def sample_facts(
     return {
         "run": str(trained.root),
         "weights": trained.weights.name,
-        "weights_sha256": sha256(trained.weights),
+        "weights_sha256": trained.weights_sha256,
         "objective": config.diffusion.objective if foreign else None,  # as the file was read
         "step": finished if trained.step is None else trained.step,
         "ema": trained.ema,
+        "ema_width": trained.mixture and trained.mixture.width,
         **dataclasses.asdict(sampler.sampling),
         "guidance_interval": list(sampler.sampling.guidance_interval) or None,
         **(sampler.guide.record if sampler.guide else {"guide": None, "guide_sha256": None}),
@@ -325,7 +326,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     **dict.fromkeys(("prompts", "class_names"), (_are_texts, "a list of texts")),
     **dict.fromkeys(("labels", "classes"), (_are_whole, "a list of labels")),
-    "ema": (_is_number, "a number"),
+    **dict.fromkeys(("ema", "ema_width"), (_is_number, "a number")),
     "complete": (lambda value: isinstance(value, bool), "true or false"),
     "label_choice": (lambda value: value in CHOICES, " or ".join(CHOICES)),
 }

@@ -17,7 +17,6 @@ from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
-from diffussm_cli.machine.files import sha256
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, find_run, load_model
 from diffussm_cli.sampling.beginning import Beginning
@@ -212,4 +211,4 @@ def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dty
             )
     model = load_model(trained).to(device)
     cast_products(model, dtype)
-    return Guide(model, {"guide": name, "guide_sha256": sha256(trained.weights)})
+    return Guide(model, {"guide": name, "guide_sha256": trained.weights_sha256})

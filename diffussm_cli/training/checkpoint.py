@@ -5,6 +5,7 @@ A checkpoint gets its final name once it is complete and on disk. The hashes rev
 and then the previous checkpoint is used.
 """
 
+import fnmatch
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,7 +24,7 @@ from diffussm_cli.training.muon import MOMENT
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
-Averages = Mapping[float, nn.Module]  # by decay
+Averages = Mapping[str, nn.Module]  # by file
 KINDS = ("step", "exp_avg", "exp_avg_sq")  # the state that AdamW keeps of a parameter
 
 
@@ -69,14 +70,9 @@ class CheckpointWriter:
             running.result()
 
     def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
-        path = self.root / runs.CHECKPOINTS / runs.checkpoint_name(state["step"])
-        with runs.whole_folder(path) as folder:
-            hashes = {
-                name: runs.write_tensors(content, folder / name)
-                for name, content in tensors.items()
-            }
-            runs.write_state(folder, state | {"sha256": hashes})
-        self._remove_old(path.parent)
+        folder = self.root / runs.CHECKPOINTS
+        write_tensor_folder(folder, tensors, state)
+        self._remove_old(folder)
 
     def _remove_old(self, folder: Path) -> None:
         every = self.config.keep_every
@@ -87,6 +83,19 @@ class CheckpointWriter:
                 runs.remove(old)
         for debris in folder.glob(f"{PARTIAL}step-*"):
             runs.remove(debris)
+
+
+def write_tensor_folder(parent: Path, tensors: Tensors, state: dict[str, Any]) -> None:
+    """Write PARENT/step-N with tensors by file, and the state of step N with their hashes.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    with runs.whole_folder(parent / runs.checkpoint_name(state["step"])) as folder:
+        hashes = {
+            name: runs.write_tensors(content, folder / name) for name, content in tensors.items()
+        }
+        runs.write_state(folder, state | {"sha256": hashes})
 
 
 def collect(
@@ -160,8 +169,8 @@ def _difference(path: Path, state: dict[str, Any]) -> str | None:
 def load_checkpoint(
     path: Path, model: nn.Module, averages: Averages, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Load model, averages and optimiser; an average that the checkpoint lacks starts as a copy of
-    the first.
+    """Load model, averages and optimiser; a further average that the checkpoint lacks starts as a
+    copy of the first.
 
     Returns:
         The state: step, counts and hashes.
@@ -171,9 +180,10 @@ def load_checkpoint(
     """
     state = runs.read_state(path)
     networks = [(model, runs.MODEL)]
-    for decay, average in averages.items():
-        file = runs.ema_file(decay)
-        networks.append((average, file if (path / file).is_file() else runs.EMA))
+    for file, average in averages.items():
+        is_by_decay = fnmatch.fnmatch(file, runs.ema_file("*"))
+        is_new = is_by_decay and not (path / file).is_file()
+        networks.append((average, runs.EMA if is_new else file))
 
     for network, name in networks:
         weights = runs.read_tensors(path / name)

@@ -5,6 +5,7 @@ import copy
 import torch
 
 from diffussm_cli.model import Backbone
+from diffussm_cli.runs import power
 from diffussm_cli.training.parallel import local_shards
 
 
@@ -29,3 +30,20 @@ class EMA:
         """Move the average towards the parameters after optimiser step `step` (1, 2, ...)."""
         averaged, current = local_shards(self.model.parameters()), local_shards(model.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.decay_at(step))
+
+
+class PowerEMA(EMA):
+    """An average with a power-function profile, see `runs/power.py`.
+
+    Args:
+        width: the standard deviation of the profile, as a share of the steps so far.
+    """
+
+    def __init__(self, model: Backbone, width: float):
+        self.width = width
+        self.exponent = power.exponent_of(width)
+        super().__init__(model, decay=1)
+
+    def decay_at(self, step: int) -> float:
+        """The decay used by the update after optimiser step `step` (1, 2, ...)."""
+        return power.decay_at(step, self.exponent)

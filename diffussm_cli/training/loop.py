@@ -20,7 +20,7 @@ from diffussm_cli.machine.device import facts_of_machine, is_out_of_memory, pick
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
 from diffussm_cli.model import count_parameters
 from diffussm_cli.training.batches import Batch, batches
-from diffussm_cli.training.checkpoint import CheckpointWriter, full_tensors
+from diffussm_cli.training.checkpoint import CheckpointWriter, full_tensors, write_tensor_folder
 from diffussm_cli.training.health import diagnosis
 from diffussm_cli.training.measure import Measures
 from diffussm_cli.training.optimizer import lr_factor
@@ -127,11 +127,14 @@ class Trainer:
 
             # Draw and save.
             draws = due(number, t.sample_every, last)
+            keeps = due(number, t.snapshot_every, last)
             saves = due(number, t.checkpoint_every, ends)
-            if draws or saves:
+            if draws or keeps or saves:
                 with self._interrupted():
                     if draws:
                         self.preview(last)
+                    if keeps:  # before a checkpoint of this step, from which training may go on
+                        self.keep_snapshot()
                     if saves:
                         self.save()
 
@@ -226,6 +229,17 @@ class Trainer:
             except NotFiniteError as e:
                 self.notes.append(f"no preview of step {self.step.number}: {e}")
             self.after_preview()
+
+    def keep_snapshot(self) -> None:
+        """Write a snapshot of the averages from which others are put together.
+
+        If the model is sharded, every process must call this. Raises RunError.
+        """
+        is_first = self.world.rank == 0
+        tensors = full_tensors(self.step.snapshot(), keep=is_first)
+        if is_first:
+            folder = self.root / runs.SNAPSHOTS
+            write_tensor_folder(folder, tensors, {"step": self.step.number})
 
     def save(self) -> None:
         """Write a checkpoint of this step, or start to write it in a thread. Raises RunError."""

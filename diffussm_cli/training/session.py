@@ -328,6 +328,9 @@ def _prepare(
     if checkpoint is not None:
         trainer.step.load(checkpoint)
     if world.rank == 0:
+        for snapshot in runs.list_snapshots(root):  # of steps that are made again
+            if runs.step_of(snapshot) > trainer.step.number:
+                runs.remove(snapshot)
         try:
             runs.write_config(root, config)
             runs.write_data(root, {**facts, "checked": True})
@@ -367,6 +370,11 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
                 "omit --preset and --set to keep the run's own values, "
                 "or choose another --out to begin a new run"
             )
+    if config.train.snapshot_every and not saved.train.snapshot_every:
+        raise ConfigError(
+            f"--resume: train.snapshot_every was 0 and is now {config.train.snapshot_every}; its "
+            "averages are of all steps, so choose another --out to begin a new run"
+        )
     free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
     values = [(s, f, old[s][f], new[s][f]) for s, f in free]
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]

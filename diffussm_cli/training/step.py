@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffussm_cli import runs
-from diffussm_cli.config import Config
+from diffussm_cli.config import WIDTHS, Config
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.machine.device import pick_dtype
@@ -22,7 +22,7 @@ from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.training.batches import Batch
 from diffussm_cli.training.checkpoint import collect, load_checkpoint
-from diffussm_cli.training.ema import EMA
+from diffussm_cli.training.ema import EMA, PowerEMA
 from diffussm_cli.training.health import BadSteps
 from diffussm_cli.training.optimizer import lr_factor, make_optimizer, set_lr
 from diffussm_cli.training.parallel import (
@@ -47,6 +47,7 @@ class Step:
         model: the network in training.
         averages: the moving averages of its weights; `ema`, the first of them, is the one that
             draws.
+        power_averages: those of which snapshots are made.
         meter: means of what was measured since they were last read.
         bad_steps: which steps were skipped since they were last read.
     """
@@ -64,6 +65,8 @@ class Step:
         self.model = build_model(config, t.gradient_checkpointing).to(device)
         self.averages = [EMA(self.model, decay) for decay in t.ema]
         self.ema = self.averages[0]
+        widths = WIDTHS if t.snapshot_every else ()
+        self.power_averages = [PowerEMA(self.model, width) for width in widths]
         if t.compile:
             compile_model(self.model)
         self.forward = self._distribute()
@@ -79,7 +82,8 @@ class Step:
             return self.model
         if self.config.train.parallel == "ddp":
             return replicate(self.model, self.device)
-        for model in (self.model, *(ema.model for ema in self.averages)):
+        averages = (ema.model for ema in (*self.averages, *self.power_averages))
+        for model in (self.model, *averages):
             shard(model, self.world, self.device, self.dtype)
         return self.model
 
@@ -126,7 +130,7 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.number += 1
-        for ema in self.averages:
+        for ema in (*self.averages, *self.power_averages):
             ema.update(self.model, self.number)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
@@ -185,17 +189,23 @@ class Step:
             files[name] = ema.model.state_dict()
         return files
 
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """The averages of which snapshots are made, by file. Sharded if the model is."""
+        return {runs.width_file(ema.width): ema.model.state_dict() for ema in self.power_averages}
+
     def state(self, keep: bool = True) -> dict[str, dict[str, Tensor]]:
         """The full tensors of a checkpoint by file and name, if `keep`.
 
         If the model is sharded, every process must call this.
         """
-        return collect(self.model, self.averages_by_file(runs.EMA), self.optimizer, keep)
+        averages = self.averages_by_file(runs.EMA) | self.snapshot()
+        return collect(self.model, averages, self.optimizer, keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint folder.
 
         Raises RunError if it is damaged or of another model.
         """
-        averages = {ema.decay: ema.model for ema in self.averages}
+        averages = {runs.ema_file(ema.decay): ema.model for ema in self.averages}
+        averages |= {runs.width_file(ema.width): ema.model for ema in self.power_averages}
         self.number = load_checkpoint(checkpoint, self.model, averages, self.optimizer)["step"]
