@@ -162,6 +162,42 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+SLIPS = {  # a command, and the line
+    "images into a run": ("sample RUN -n 1 --out RUN", "--out: 'RUN' is a folder of a run; name"),
+    "images into weights": ("sample RUN -n 1 --out RUN/final", "--out: 'RUN/final' is a folder of"),
+    "images into checkpoints": ("sample RUN -n 1 --out RUN/checkpoints", "is a folder of a run"),
+    "a new folder of previews": ("sample RUN -n 1 --out RUN/samples", "is a folder of a run"),
+    "a file": ("sample notes", "RUN: 'notes' is no folder of a run and no .pt file of a published"),
+    "a pipe": ("sample pipe", "RUN: 'pipe' is no folder of a run"),
+    "no value": ("train --set train.lr=", "train.lr: has no value; write train.lr=VALUE, or leave"),
+    "no choice": ("train --set train.optimizer=", "train.optimizer: has no value; write"),
+    "no base": ("train --preset empty.yaml", "empty.yaml: base: is empty; it must be the name of"),
+    "no text of a base": ("train --preset text.yaml", "text.yaml: base: is empty; it must be"),
+    "other data": (
+        "train --out RUN --resume --data other",
+        "--resume: data.path was 'builtin:digits' and is now 'other'; omit --data to keep the",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLIPS)
+def test_a_slip_is_one_line_with_the_remedy(case, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, line = SLIPS[case]
+    (tmp_path / "notes").write_text("text")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty.yaml").write_text("base:\ntrain: {lr: 1.0e-3}")
+    (tmp_path / "text.yaml").write_text("base: ''")
+    if "RUN" in command:
+        list(train(tiny(), tmp_path / "RUN"))
+    if "other" in command:
+        for i in range(1621):
+            path = tmp_path / "other" / str(i % 10) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    assert line in line_of(run(*command.split()))
+
+
 DRY = ("train", "--preset", "digits", "--dry-run")
 STOPS = {  # what is wrong with a run, and the line
     "data": (["--data", "nope"], "data.path: cannot read the folder 'nope'"),

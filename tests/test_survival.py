@@ -595,6 +595,8 @@ def test_changed_images_are_reported_and_checked_before_resume(pictures, tmp_pat
     root, more = tmp_path / "run", ("--resume", "--set", "train.steps=6")
     mend(pictures)
     assert train_on(pictures, root).exit_code == 0
+    before = json.loads((root / "data.json").read_text())["first"]
+    assert before["images"] == 12
     (pictures / "99.png").write_bytes(b"no image")
     result = train_on(pictures, root, *more)
     assert (
@@ -612,6 +614,12 @@ def test_changed_images_are_reported_and_checked_before_resume(pictures, tmp_pat
     assert (
         "are not those" not in train_on(pictures, root, "--resume", "--set", "train.steps=8").stderr
     )
+    (pictures / "11.png").unlink()
+    more = ("--resume", "--set", "train.steps=10", "--set", "train.batch_size=8")
+    said = train_on(pictures, root, *more).stderr
+    assert f"not those that {root} was trained on last (12 then, 11 now)" in said
+    after = json.loads((root / "data.json").read_text())
+    assert (after["images"], after["first"]) == (11, before)
 
 
 def comment(text):

@@ -112,14 +112,15 @@ def _preset_values(
     """
     where = f"preset {preset}"
     values = dict(check_mapping(parse_yaml(preset_text(preset, option), where), where))
-    base = values.pop("base", None)
-    if base is None:
+    if "base" not in values:
         return values
+    base = values.pop("base")
 
     # A file is looked for beside the one that names it.
     option = f"{where}: base"
-    if not isinstance(base, str):
-        raise ConfigError(f"{option}: {base!r} must be the name of a preset or a YAML file")
+    if not isinstance(base, str) or not base:
+        given = "is empty; it" if base in (None, "") else repr(base)
+        raise ConfigError(f"{option}: {given} must be the name of a preset or a YAML file")
     if Path(base).suffix in YAML_SUFFIXES:
         base = os.path.realpath(Path(preset).parent / base)
     chain = (*chain, preset if preset in preset_names() else os.path.realpath(preset))

@@ -139,6 +139,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     `plain_yaml`).
     """
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if value is None and (origin is Literal or hint in (int, float, bool)):
+        raise ConfigError(f"{name}: has no value; write {name}=VALUE, or leave the field out")
     if origin is Literal:
         choices = {str(option): option for option in options}
         if str(value) not in choices:

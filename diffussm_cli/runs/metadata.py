@@ -91,7 +91,8 @@ def write_data(root: Path, facts: Mapping[str, Any]) -> None:
     """Write where the images of a run are (`path`, absolute), their number `images` and the hash of
     their list.
 
-    `checked` is whether all of them could be read, or are skipped. Raises OSError.
+    `checked` is whether all of them could be read, or are skipped; `first` are the same facts of
+    the images that the run began with. Raises OSError.
     """
     write_text(root / DATA, json.dumps(dict(facts)) + "\n")
 
@@ -105,7 +106,13 @@ def read_data(root: Path) -> dict[str, Any] | None:
     except RunError:
         return None
     kinds = {"path": str, "images": int, "sha256": str, "checked": bool}
-    return facts if all(type(facts.get(name)) is kind for name, kind in kinds.items()) else None
+    if not all(type(facts.get(name)) is kind for name, kind in kinds.items()):
+        return None
+    first = facts.get("first")  # missing in runs of earlier versions
+    is_right = isinstance(first, dict) and all(
+        type(first.get(name)) is kind for name, kind in kinds.items() if name != "checked"
+    )
+    return facts if is_right else {name: facts[name] for name in kinds}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

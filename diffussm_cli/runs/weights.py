@@ -5,6 +5,7 @@ files.
 import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,6 +180,11 @@ def _find_weights(path: Path | None) -> TrainedRun:
         return dataclasses.replace(_find_weights(folder), root=root)
     if path.suffix == dit_checkpoint.SUFFIX and path.is_file():
         return TrainedRun(path.with_suffix(""), dit_checkpoint.published_config(path), path, None)
+    if not path.is_dir() and os.path.lexists(path):
+        raise RunError(
+            f"RUN: {str(path)!r} is no folder of a run and no .pt file of a published DiT; "
+            "give the run folder"
+        )
     if not path.is_dir():
         raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
     # final/ or best/ itself, perhaps copied elsewhere

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig, unused_of_request
 from diffussm_cli.data.images import GRID
 from diffussm_cli.data.samples import META, is_image_name
@@ -97,6 +98,8 @@ def sample(
     facts = sample_facts(trained, sampler, seeds, classes, prompts, negative)
     sampler.text(prompts[:1])  # a missing text encoder is an error before anything is written
 
+    if out is not None:
+        check_folder(Path(out))
     path = Path(out) if out is not None else free_folder(trained.root, facts)
     if out is None and path.name != IMAGES:
         yield Message(
@@ -132,6 +135,18 @@ def sample(
         yield Message(f"film: {film}")
     yield Message(f"{num} images of {trained.label} in {shlex.quote(str(path))}")
     return grid
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ConfigError for a folder that belongs to a run, in which images have no place."""
+    kept = {runs.CHECKPOINTS, runs.FINAL, runs.BEST, runs.SAMPLES, runs.BOARD}
+    inside = {runs.CONFIG, runs.STATE} & set(os.listdir(folder)) if folder.is_dir() else set()
+    path = folder.absolute()
+    if inside or (path.name in kept and (path.parent / runs.CONFIG).is_file()):
+        raise ConfigError(
+            f"--out: {str(folder)!r} is a folder of a run; "
+            "name one of its own for the images, such as RUN/images"
+        )
 
 
 def check_grid(grid: Path, folder: Path) -> Path:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World, gather
 from diffussm_cli.training.measure import HELD_OUT
 
+FIRST = ("path", "images", "sha256")  # facts of the images that a run began with
 NAMED = 5  # number of unreadable images that an error lists
 
 
@@ -52,7 +53,8 @@ def compare_data(
 ) -> Generator[Event, None, dict[str, Any]]:
     """The facts of the images for RUN/data.json.
 
-    `before` is what the file says when a run continues. The facts are `checked` if all images were
+    `before` is what the file says when a run continues; `first` keeps what the run began with. The
+    facts are `checked` if all images were
     decoded before, and are still the same.
     """
     images = undivided(source)
@@ -63,18 +65,21 @@ def compare_data(
         identity = sha256(images.root / MANIFEST)
     facts = {"path": data_place(config), "images": len(images), "sha256": identity, "checked": True}
     if before is None:
-        return facts
+        return facts | {"first": {name: facts[name] for name in FIRST}}
 
+    # Those of the last session, which may not be those of the beginning.
+    first = before.get("first") or {name: before[name] for name in FIRST}
     is_same = before["sha256"] == identity
     if not is_same:
+        began = "began with" if before["sha256"] == first["sha256"] else "was trained on last"
         number = f"{before['images']:,} then, {len(images):,} now"
         if before["images"] == len(images):
             number = f"{len(images):,} as before, with other names, labels or sizes"
         yield Warned(
-            f"data.path: the images in {config.data.path!r} are not those that {root} began with "
+            f"data.path: the images in {config.data.path!r} are not those that {root} {began} "
             f"({number}); from here on they come in another order"
         )
-    return facts | {"checked": before["checked"] and is_same}
+    return facts | {"checked": before["checked"] and is_same, "first": first}
 
 
 def leave_out_unreadable(
@@ -99,7 +104,7 @@ def leave_out_unreadable(
     if fresh or gather(was_not_set, world)[0]:
         skipped = yield from unreadable_images(images, world)
         if skipped and not skips:
-            some = "; ".join(f"{name}: {reason}" for _, name, reason in skipped[:NAMED])
+            some = reasons_in_words([(name, reason) for _, name, reason in skipped[:NAMED]])
             more = "; ..." if len(skipped) > NAMED else ""
             raise DataError(
                 f"data.path: {len(skipped)} of {len(images)} images in {config.data.path!r} cannot "
@@ -117,6 +122,15 @@ def leave_out_unreadable(
     else:
         return
     images.leave_out({i: name for i, name, _ in skipped if i is not None})
+
+
+def reasons_in_words(reasons: Sequence[tuple[str, str]]) -> str:
+    """Names with their reasons, in one line; a remedy that all of them share stands once."""
+    remedies = {reason.partition("; ")[2] for _, reason in reasons}
+    if len(remedies) > 1 or remedies == {""}:
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons)
+    without = (f"{name}: {reason.partition('; ')[0]}" for name, reason in reasons)
+    return "; ".join([*without, *remedies])
 
 
 @contextlib.contextmanager

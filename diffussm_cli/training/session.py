@@ -23,6 +23,7 @@ from diffussm_cli.errors import ConfigError, DiffussmError, RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.machine.processes import (
+    ALONE,
     World,
     any_of,
     first_works,
@@ -133,12 +134,14 @@ def _train_in(
         yield Message(f"no checkpoint in {root} yet; training begins")
     before = gather(runs.read_data(root) if checkpoint is not None else None, world)[0]
     facts = yield from compare_data(source, config, root, before)
+    config = completed(config, source)
+    yield from _compare_config(config, root, checkpoint, world, facts)
     is_unchecked = checkpoint is None or not facts["checked"]
     yield from leave_out_unreadable(source, config, root, world, fresh=is_unchecked)
 
     # The model.
     yield Stage("loading")
-    trainer = yield from _prepare(config, source, root, checkpoint, world, facts)
+    trainer = _prepare(config, source, root, checkpoint, world, facts)
     first = trainer.step.number
     steps = config.train.steps
     is_complete = first >= steps and is_first and runs.has_final(root, first)
@@ -184,6 +187,41 @@ def _list_images(
     return source
 
 
+def completed(config: Config, source: Source) -> Config:
+    """The configuration with what is found in the data.
+
+    Raises ConfigError if it cannot be saved.
+    """
+    data = dataclasses.replace(
+        config.data,
+        class_names=source.class_names,
+        text_sha256=text_hash(config, source),
+        vae_sha256=vae_hash(source),
+    )
+    config = dataclasses.replace(config, data=data)
+    runs.check_config(config)
+    return config
+
+
+def _compare_config(
+    config: Config, root: Path, checkpoint: Path | None, world: World, facts: Mapping[str, Any]
+) -> Generator[Event, None, None]:
+    """Tell what a resume changes. Raises ConfigError, RunError, in all processes."""
+    with first_works(world):
+        if checkpoint is None or world.rank:
+            return
+        runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
+        if not (root / runs.CONFIG).exists():
+            yield Message(
+                f"{root / runs.CONFIG} was missing; it will be written again from this command line"
+            )
+            return
+        before = runs.read_data(root)
+        moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
+        changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
+        yield from (Message(f"changed: {change}") for change in changes)
+
+
 def check(
     config: Config, out: Path | str | None = None, resume: bool = False
 ) -> Generator[Event, None, list[DiffussmError]]:
@@ -205,14 +243,15 @@ def check(
         if root is not None:
             runs.check_run_folder(root, resume)
     with _collected(problems):
-        if root is not None and resume and runs.list_checkpoints(root):
-            check_unchanged(runs.read_config(root, "--resume"), config)
-    with _collected(problems):
         check_batch(config, world)
     with _collected(problems):
         pick_device(config.train.device)
     with _collected(problems):
-        yield from _list_images(root, config, world)
+        source = yield from _list_images(root, config, world)
+        config = completed(config, source)
+        if root is not None and resume and (newest := runs.list_checkpoints(root)):
+            facts = yield from compare_data(source, config, root, runs.read_data(root))
+            yield from _compare_config(config, root, newest[-1], ALONE, facts)
     return problems
 
 
@@ -289,41 +328,13 @@ def _prepare(
     checkpoint: Path | None,
     world: World,
     facts: Mapping[str, Any],
-) -> Generator[Event, None, Trainer]:
+) -> Trainer:
     """Create a Trainer that is ready to run, and write its configuration and `facts` to `root`.
 
     Raises:
         DiffussmError: for anything that does not fit; before the model is built where possible.
     """
     keep_freed_memory()
-    data = dataclasses.replace(
-        config.data,
-        class_names=source.class_names,
-        text_sha256=text_hash(config, source),
-        vae_sha256=vae_hash(source),
-    )
-    config = dataclasses.replace(config, data=data)
-    runs.check_config(config)
-
-    # What a resume changes.
-    with first_works(world):
-        if checkpoint is not None and world.rank == 0:
-            if (root / runs.CONFIG).exists():
-                before = runs.read_data(root)
-                moved = (
-                    before is not None
-                    and bool(facts["sha256"])
-                    and before["sha256"] == facts["sha256"]
-                )
-                changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
-                yield from (Message(f"changed: {change}") for change in changes)
-            else:
-                yield Message(
-                    f"{root / runs.CONFIG} was missing; it will be written again from this command "
-                    "line"
-                )
-            runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
-
     trainer = Trainer(config, source, root, world)
     if checkpoint is not None:
         trainer.step.load(checkpoint)
@@ -365,9 +376,10 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     for section, name in fixed:
         was, now = old[section][name], new[section][name]
         if was != now:
+            given = "--preset and --set" if (section, name) != ("data", "path") else "--data"
             raise ConfigError(
                 f"--resume: {section}.{name} was {was!r} and is now {now!r}; "
-                "omit --preset and --set to keep the run's own values, "
+                f"omit {given} to keep the run's own values, "
                 "or choose another --out to begin a new run"
             )
     if config.train.snapshot_every and not saved.train.snapshot_every:
