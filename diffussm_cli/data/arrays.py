@@ -75,7 +75,7 @@ class Rows(NamedTuple):
         """
         place = self._place()
         if place is None:
-            return self.whole()
+            return self.read_all()
         try:
             return np.memmap(self.path, self.dtype, "r", place, self.shape)
         except (OSError, ValueError) as e:

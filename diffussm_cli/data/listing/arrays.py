@@ -56,14 +56,14 @@ def _list_npz(
     others: list[str] = []
     packed = 0
     for name in names:
-        held = arrays.open_npz(root / name)
-        image, label = _chosen(root / name, held, columns)
-        rows = arrays.image_rows(held[image])
+        rows_by_name = arrays.open_npz(root / name)
+        image, label = _chosen(root / name, rows_by_name, columns)
+        rows = arrays.image_rows(rows_by_name[image])
         size = math.prod(rows.shape[1:])
         packed += 0 if rows.is_stored() else size * rows.shape[0]
         entries += (Entry(f"{name}/{i:07d}", 0, size, name, i, image) for i in range(rows.shape[0]))
-        labels += _labels(held[label], rows.shape[0]) if label else []
-        others += sorted(held.keys() - {image, label})
+        labels += _labels(rows_by_name[label], rows.shape[0]) if label else []
+        others += sorted(rows_by_name.keys() - {image, label})
 
     if packed > arrays.MOST_UNPACKED:
         raise DataError(
@@ -81,23 +81,23 @@ def _list_npz(
 
 
 def _chosen(
-    path: Path, held: Mapping[str, arrays.Rows], columns: Mapping[str, str]
+    path: Path, rows_by_name: Mapping[str, arrays.Rows], columns: Mapping[str, str]
 ) -> tuple[str, str | None]:
     """The names of the array of images, and of that of the labels if there is one.
 
     Raises DataError.
     """
-    wrong = [name for kind, name in columns.items() if name not in held or kind == "text"]
-    usual = next(((x, y) for x, y in USUAL if x in held), None)
+    wrong = [name for kind, name in columns.items() if name not in rows_by_name or kind == "text"]
+    usual = next(((x, y) for x, y in USUAL if x in rows_by_name), None)
     image = columns.get("image", usual[0] if usual else None)
     if wrong or image is None:
-        wanted = wrong[0] if wrong else ", ".join(x for x, _ in USUAL)
-        has = ", ".join(sorted(held)) or "nothing"
+        missing = wrong[0] if wrong else ", ".join(x for x, _ in USUAL)
+        has = ", ".join(sorted(rows_by_name)) or "nothing"
         raise DataError(
-            f"{path}: holds {has:.200}, not {wanted}; name the arrays by image=NAME,label=NAME "
+            f"{path}: holds {has:.200}, not {missing}; name the arrays by image=NAME,label=NAME "
             "(data.columns, or --columns of encode)"
         )
-    partner = next((y for x, y in USUAL if x == image and y in held), None)
+    partner = next((y for x, y in USUAL if x == image and y in rows_by_name), None)
     return image, columns.get("label", partner)
 
 
@@ -107,7 +107,7 @@ def _labels(rows: arrays.Rows, images: int) -> list[int] | list[str]:
     is_number = rows.dtype.kind in "iu"
     if rows.shape not in ((images,), (images, 1)) or not (is_number or rows.dtype.kind == "U"):
         raise DataError(f"{what}, not one integer or name for each of {images} images")
-    values = rows.whole().reshape(-1)
+    values = rows.read_all().reshape(-1)
     if is_number and values.size and not 0 <= int(values.min()) <= int(values.max()) < MAX_CLASS:
         raise DataError(f"{what} from {values.min()} to {values.max()}; labels begin at 0")
     return values.tolist()
