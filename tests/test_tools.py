@@ -51,7 +51,7 @@ def test_quick_gpu_check_completes_at_toy_sizes(tmp_path):
     assert text.count("\npassed, ") == 10
     figures = (
         "ceilings/copy_gb_per_second",
-        "convolutions/64/fft_dK_error",
+        "convolutions/64/chunk_dC_error",
         "top/ms",
         "first_step_seconds",
     )

@@ -134,8 +134,8 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
     compiled = ["--set", "train.compile=true"]
     planned = [
         Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
-        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=140),
-        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=50),
+        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=120),
+        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=70),
         *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
         Part("Kernels of a step of XL", [*core, "top"], seconds=45),
         *(_step(f"{title}, compiled", STEPS[title], device, toy, 75, compiled) for title in STEPS),

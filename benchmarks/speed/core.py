@@ -20,7 +20,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from unittest.mock import patch
 
 import torch
@@ -35,6 +34,7 @@ from diffussm_cli.config import Config, config_from_dict, load_config, to_dict
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.s4d import numerics
+from diffussm_cli.model.s4d.chunks import chunk_convolution
 from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra
 from diffussm_cli.model.s4d.kernel import Modes, s4d_kernel
 from diffussm_cli.model.s4d.layer import S4D
@@ -56,6 +56,7 @@ IMAGES = 32  # of a batch, in the rows `convolutions` and `top`
 SIDE = 8192  # of the matrices in the row `ceilings`
 NO_DEVICE_TIMES = "the profiler saw no times of the device; it may need another permission (CUPTI)"
 SMALLER: list[str] = []  # settings that make models of presets small; with --toy
+BACKEND = "inductor"  # of torch.compile
 
 
 class TextbookS4D(nn.Module):
@@ -445,63 +446,66 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
 
 
 def convolutions(device: torch.device) -> dict:
-    """The convolution of XL at a batch of 32 in bfloat16: by FFT and, on CUDA, by Triton; forward
-    and backward apart.
+    """The convolution of XL at a batch of 32 in bfloat16, its kernels included: by chunks, eager
+    and compiled, and by FFT; forward and backward apart.
 
-    Beside the milliseconds stand the relative errors of y, du and dK in a few channels, against
-    float64.
+    Beside the milliseconds stand the relative errors of y, du and the gradient of C in a few
+    channels, against float64. `first` is the seconds of the first call, in which it is compiled.
     """
-    ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    if device.type == "cuda" and find_spec("triton") is not None:
-        from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
 
-        ways["triton"] = ToeplitzConvolution.apply
-    ways["fft"] = lambda u, K: Convolution.apply(u, KernelSpectra.apply(K))
+    def by_fft(s4d: S4D, u: Tensor) -> Tensor:
+        return Convolution.apply(u, KernelSpectra.apply(s4d.taps(u.shape[2] * u.shape[3])))
+
+    def by_chunks(s4d: S4D, u: Tensor) -> Tensor:
+        return chunk_convolution(u, s4d.chunked(u.shape[2] * u.shape[3]))
 
     results = {}
     for L in (SHORT, LONG):
+        compiled = torch.compile(by_chunks, dynamic=False, backend=BACKEND)
+        ways = {"chunk": by_chunks, "chunk_compiled": compiled, "fft": by_fft}
+
         # The layouts of the block, and a gradient of y that is not one number expanded, which the
         # cache would hold.
         B, J = IMAGES, L // M
-        u = (
-            torch.randn(M, D, B, J, device=device, dtype=torch.bfloat16)
-            .permute(2, 1, 3, 0)
-            .requires_grad_()
-        )
-        K = S4D(D, N).to(device).taps(L).detach().requires_grad_()
+        s4d = S4D(D, N).to(device)
+        u = torch.randn(M, D, B, J, device=device, dtype=torch.bfloat16)
+        u = u.permute(2, 1, 3, 0).requires_grad_()
         dy = torch.randn(M, 2 * D, B, J, device=device, dtype=torch.bfloat16).permute(2, 1, 3, 0)
 
-        calls, errors = {}, {}
-        exact = _first_channels(ways["fft"], u, K, dy, torch.float64)
+        calls, facts = {}, {}
+        exact = _first_channels(by_fft, s4d.double(), u, dy, torch.float64)
+        s4d.float()
         for name, convolution in ways.items():
-            y = convolution(u, K)
-            calls[f"{name}_forward"] = lambda f=convolution, u=u, K=K: f(u, K)
-            calls[f"{name}_backward"] = lambda y=y, u=u, K=K, dy=dy: torch.autograd.grad(
-                y, (u, K), dy, True
+            start = time.perf_counter()
+            y = convolution(s4d, u)
+            facts[f"{name}_first"] = time.perf_counter() - start
+            inputs = (u, *s4d.parameters())
+            calls[f"{name}_forward"] = lambda f=convolution, s4d=s4d, u=u: f(s4d, u)
+            calls[f"{name}_backward"] = lambda y=y, inputs=inputs, dy=dy: torch.autograd.grad(
+                y, inputs, dy, retain_graph=True
             )
-            ours = _first_channels(convolution, u, K, dy, torch.bfloat16)
-            for what, value, expected in zip(("y", "du", "dK"), ours, exact):
-                errors[f"{name}_{what}_error"] = (
-                    (value - expected).norm() / expected.norm()
-                ).item()
-        results[L] = in_turn(calls, device, 5) | errors
+            if name != "chunk_compiled":  # of few channels it would be another program
+                ours = _first_channels(convolution, s4d, u, dy, torch.bfloat16)
+                for what, value, wanted in zip(("y", "du", "dC"), ours, exact):
+                    error = (value - wanted).norm() / wanted.norm()
+                    facts[f"{name}_{what}_error"] = error.item()
+        results[L] = in_turn(calls, device, 5) | facts
     return results
 
 
 def _first_channels(
-    convolution: Callable, u: Tensor, K: Tensor, dy: Tensor, dtype: torch.dtype
+    convolution: Callable, s4d: S4D, u: Tensor, dy: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """y, du and dK of the first channels in float64, computed from u and dy in `dtype`."""
+    """y, du and the gradient of C of the first channels in float64, computed from u and dy in
+    `dtype`.
+    """
     d = min(16, u.shape[1])
+    narrow = S4D(d, N).to(s4d.C)
+    narrow.load_state_dict({name: p[:, :d] for name, p in s4d.state_dict().items()})
     u = u.detach()[:, :d].to(dtype).requires_grad_()
-    K = (
-        K.detach()[:, :d]
-        .to(torch.float64 if dtype == torch.float64 else torch.float32)
-        .requires_grad_()
-    )
-    y = convolution(u, K)
+    y = convolution(narrow, u)
     dy = dy.unflatten(1, (2, -1))[:, :, :d].flatten(1, 2).to(dtype)
-    return [t.detach().double() for t in (y, *torch.autograd.grad(y, (u, K), dy))]
+    return [t.detach().double() for t in (y, *torch.autograd.grad(y, (u, narrow.C), dy))]
 
 
 def ceilings(device: torch.device) -> dict:
@@ -694,12 +698,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.toy:
-        global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, IMAGES, SIDE, SMALLER
+        global D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE, IMAGES, SIDE, SMALLER, BACKEND
         D, SHORT, LONG, SIDES, RESOLUTIONS, LARGE = 32, 64, 128, (8, 16), (64,), 64
         IMAGES, SIDE = 2, 64
         SMALLER = ["model.hidden_size=32", "model.depth=1"]
         # Graphs are traced; generating code for them takes minutes at any size.
-        nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+        BACKEND = "aot_eager"
+        nn.Module.compile = functools.partialmethod(nn.Module.compile, backend=BACKEND)
     keep_freed_memory()
     torch.manual_seed(0)
     for name in arguments.rows or ROWS:

@@ -38,8 +38,8 @@ from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter, open_tracker, quiet_threads
 
 COMPILING = (
-    "compiling: the first step takes minutes and shows no progress "
-    "(mnist on two CPU cores: about four)"
+    "compiling: the first step takes a minute or more and shows no progress "
+    "(a block of XL: 44 s of a CPU core)"
 )
 
 

@@ -4,8 +4,9 @@ Read this file first.
     B batch   D channels   J positions   M tokens per position   L = J M tokens
     N state size: N/2 complex modes
 
-`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them, and
-`reference.py` computes the same slowly from the definitions.
+`kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them by
+FFT and `chunks.py` chunk by chunk, and `reference.py` computes the same slowly from the
+definitions.
 
 Everything in this package is float32 whatever the rest of the model is (float64 in tests): rounding
 log_dt alone to bfloat16 changes the kernel by 35%. The first dimension of a parameter is the
@@ -18,6 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from diffussm_cli.model.mixer import COMPLEX_PRODUCT, Sizes, StateSpace, fft_macs
+from diffussm_cli.model.s4d.chunks import (
+    Chunked,
+    chunk_convolution,
+    chunk_length,
+    chunked_kernel,
+)
 from diffussm_cli.model.s4d.convolution import (
     Convolution,
     KernelSpectra,
@@ -26,7 +33,7 @@ from diffussm_cli.model.s4d.convolution import (
     kernel_spectra,
 )
 from diffussm_cli.model.s4d.kernel import kernel_macs, s4d_kernel
-from diffussm_cli.model.s4d.numerics import no_autocast, wants_toeplitz
+from diffussm_cli.model.s4d.numerics import no_autocast, wants_chunks
 
 KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
@@ -41,6 +48,8 @@ class S4D(StateSpace):
     There are 194 parameters per channel and direction at N = 64, at least in float32. They are
     initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log
     dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
+
+    The environment variable DIFFUSSM_CONVOLUTION chooses how training convolves: `fft`, or `chunk`.
 
     Inside `kept_kernels` the spectra are computed once. They take 16 D (L + 1) bytes or slightly
     more per layer and length. Beyond KEEP_BYTES they are computed slice by slice instead, so that
@@ -81,10 +90,8 @@ class S4D(StateSpace):
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with no_autocast(u.device):
             if torch.is_grad_enabled():
-                if wants_toeplitz(u):
-                    from diffussm_cli.model.s4d.toeplitz import ToeplitzConvolution
-
-                    return ToeplitzConvolution.apply(u, self.taps(L))
+                if wants_chunks():
+                    return chunk_convolution(u, self.chunked(L))
                 return Convolution.apply(u, KernelSpectra.apply(self.taps(L)))
             if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(
@@ -100,6 +107,12 @@ class S4D(StateSpace):
         log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
         with no_autocast(log_dt.device):
             return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L, D_skip)
+
+    def chunked(self, L: int) -> Chunked:
+        """What the convolution of L tokens by chunks needs of the parameters."""
+        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
+        with no_autocast(self.log_dt.device):
+            return chunked_kernel(*parameters, chunk_length(L))
 
     def spectra(self, L: int) -> Tensor:
         """Spectra for length L without gradients, (2, D, F), kept inside `kept_kernels`."""

@@ -5,19 +5,15 @@ float32.
 import contextlib
 import math
 import os
-from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
-from diffussm_cli.errors import ConfigError, install
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 28}  # elements in a slice of u: {is_cpu: count}
 KEPT_NUMBERS = 1 << 21  # 16 MiB
-CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or triton
-# beyond, Toeplitz products cost more than half as many multiply-adds as the rest of XL's block
-TOEPLITZ_TOKENS = 4096
+CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or chunk
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
@@ -50,18 +46,12 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def wants_toeplitz(u: Tensor) -> bool:
-    """Whether training uses Triton's convolution: if the user asks for it, for u (B, D, J, M) on a
-    CUDA device.
-    """
-    choice = os.environ.get(CONVOLUTION, "fft")
-    if choice not in ("fft", "triton"):
-        raise ConfigError(f"{CONVOLUTION}: {choice!r} must be fft or triton")
-    if choice == "triton" and find_spec("triton") is None:
-        raise ConfigError(f"{CONVOLUTION}: triton is not installed: {install('triton')}")
-    # offsets are of 32 bits
-    fits = u.shape[2] * u.shape[3] <= TOEPLITZ_TOKENS and 2 * u.numel() < 1 << 31
-    return choice == "triton" and u.is_cuda and fits and not torch.compiler.is_compiling()
+def wants_chunks() -> bool:
+    """Whether training convolves chunk by chunk instead of by FFT, which the user chooses."""
+    wanted = os.environ.get(CONVOLUTION, "fft")
+    if wanted not in ("fft", "chunk"):
+        raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or chunk")
+    return wanted == "chunk"
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
