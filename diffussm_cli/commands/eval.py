@@ -72,13 +72,16 @@ def evaluate(
     extractor: Annotated[
         str,
         typer.Option(
-            help="inception, digits, efficientnet, a .pt2 or .pt file, module:factory, "
+            help="inception, digits, efficientnet, dinov2, a .pt2 or .pt file, module:factory, "
             "or CLIP by folder or name."
         ),
     ] = "auto",
     extractor_weights: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Weights of inception, instead of a download."),
+        typer.Option(
+            metavar="PATH",
+            help="Weights in place of a download: the file of inception, the folder of dinov2.",
+        ),
     ] = None,
     resolution: Annotated[
         str | None,

@@ -328,7 +328,7 @@ class EvalConfig:
         50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000
     )
     reference: str = _option("", "an .npz or images; empty: the run's own built-in data set")
-    extractor: Literal["auto", "inception", "digits", "efficientnet"] = _option(
+    extractor: Literal["auto", "inception", "digits", "efficientnet", "dinov2"] = _option(
         "auto", "features that scores compare; auto: digits for grey 28x28, else inception"
     )
 

@@ -24,11 +24,12 @@ from diffussm_cli.data.images import to_model_space
 from diffussm_cli.errors import ConfigError, DataError, install, reason
 from diffussm_cli.evaluation.text import load_clip
 from diffussm_cli.machine.files import sha256
-from diffussm_cli.machine.hub import HUB_NAME, weights_sha256
+from diffussm_cli.machine.hub import HUB_NAME, load_pretrained, weights_sha256
 
 AUTO = "auto"
 NAMES: tuple[str, ...] = get_args(get_type_hints(EvalConfig)["extractor"])[1:]
 DIGITS = "digits.safetensors"
+DINOV2 = "facebook/dinov2-large"  # on the hub
 
 
 class Features(NamedTuple):
@@ -64,15 +65,19 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
     """A name of NAMES, a file of torch.jit.save or torch.export (.pt, .pt2),
     `package.module:factory`, or a CLIP model.
 
-    Files and factories run the code they name. FD-DINOv2 is FID with a factory that returns
-    torch.hub's dinov2_vitl14 after its own resize and normalisation.
+    Files and factories run the code they name. FD-DINOv2 is FID with `dinov2`.
+
+    Args:
+        weights: in place of a download, the file of `inception`, or the folder of `dinov2`.
 
     Raises:
         ConfigError, DataError: if it cannot be loaded; the message names what is missing and where
             to put it.
     """
-    if weights is not None and name != "inception":
-        raise ConfigError(f"extractor_weights: {name} does not take them; only inception does")
+    if weights is not None and name not in ("inception", "dinov2"):
+        raise ConfigError(
+            f"extractor_weights: {name} does not take them; only inception and dinov2 do"
+        )
 
     # Names.
     if name == "inception":
@@ -81,6 +86,8 @@ def load_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         return Extractor(*load_digits(), device)
     if name == "efficientnet":
         return Extractor(*load_efficientnet(), device)
+    if name == "dinov2":
+        return Extractor(*load_dinov2(weights), device)
 
     # Files and code.
     if name.endswith((".pt", ".pt2")):
@@ -337,3 +344,54 @@ def load_efficientnet() -> tuple[EfficientNet, str]:
     network = Lite.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, "cpu", weights_only=True))
     return EfficientNet(network).eval(), f"efficientnet-{sha256(path)[:16]}"
+
+
+# ------------------------------------------------------------------------------------------- dinov2
+class Dinov2(nn.Module):
+    """DINOv2 of transformers: images uint8 (B, 3, H, W) -> its class token (B, d), after the last
+    norm.
+
+    Images are resized to 224 bicubically and scaled by the mean and standard deviation of ImageNet,
+    as for FD-DINOv2 (Stein et al., arXiv 2306.04675).
+    """
+
+    SIDE = 224
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(self.MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(self.STD).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        resized = F.interpolate(
+            images.float(), (self.SIDE, self.SIDE), mode="bicubic", antialias=True
+        )
+        pixels = (resized.clamp(0, 255) / 255 - self.mean) / self.std
+        return self.model(pixel_values=pixels).last_hidden_state[:, 0]
+
+
+def load_dinov2(folder: Path | None = None) -> tuple[Dinov2, str]:
+    """DINOv2 from the hub or from a folder in transformers' format, and its identity with the hash
+    of its weights. Raises DataError.
+    """
+    name = DINOV2 if folder is None else str(folder)
+    option = "extractor" if folder is None else "extractor_weights"
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{option}: {name!r} must be a folder with config.json and weights")
+    try:
+        (model,) = load_pretrained(name, option, {})
+    except DataError as e:
+        if folder is not None:
+            raise
+        raise DataError(
+            f"{e}; without a network, put config.json and model.safetensors of it into a folder "
+            "and name that as extractor_weights"
+        ) from e
+    if model.config.model_type != "dinov2":
+        raise DataError(
+            f"{option}: {name!r} holds a model of the type {model.config.model_type!r}, "
+            "not 'dinov2'"
+        )
+    return Dinov2(model), f"dinov2-{weights_sha256(model)[:16]}"

