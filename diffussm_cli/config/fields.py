@@ -57,6 +57,10 @@ class ModelConfig:
         "a list such as conv,axial repeats along the blocks; not used by DiT",
     )
     kernel: Literal[3, 5, 7] = _option(3, "side of the convolution of the mixer conv, in tokens")
+    conv_gate: Literal["attention", "grn"] = _option(
+        "attention",
+        "how the mixer conv weighs channels: channel attention, or global response normalisation",
+    )
     scan: Literal["raster", "alternate", "four"] = _option(
         "raster", "orders of tokens by block; not used by DiT"
     )

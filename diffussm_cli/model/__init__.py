@@ -12,7 +12,7 @@ from diffussm_cli.model.diffussm import DiffuSSM
 from diffussm_cli.model.dit import DiT
 
 __all__ = ["Backbone", "DiT", "DiffuSSM", "build_model", "count_parameters"]
-NOT_OF_DIT = ("d_state", "mixer", "kernel", "scan", "local")  # fields of ModelConfig
+NOT_OF_DIT = ("d_state", "mixer", "kernel", "conv_gate", "scan", "local")  # fields of ModelConfig
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -30,6 +30,7 @@ class DiffuSSM(Backbone):
         qk_norm, rope: of the mixer "attention"; see `AttentionOfHeads`.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
         kernel: side of the convolution of the mixer "conv", odd.
+        conv_gate: how the mixer "conv" weighs channels, "attention" or "grn".
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
 
     Raises:
@@ -50,6 +51,7 @@ class DiffuSSM(Backbone):
         mixer: str = "s4d",
         heads: int = 16,
         kernel: int = 3,
+        conv_gate: str = "attention",
         scan: str = "raster",
         local: int = 0,
         qk_norm: bool = False,
@@ -83,7 +85,7 @@ class DiffuSSM(Backbone):
         tokens = (H // patch_size, W // patch_size)
         orders = itertools.cycle(SCANS[scan])
         names = itertools.cycle(mixers)
-        options = {"kernel": kernel, "qk_norm": qk_norm, "rope": rope}
+        options = {"kernel": kernel, "conv_gate": conv_gate, "qk_norm": qk_norm, "rope": rope}
         blocks = [
             DiffuSSMBlock(
                 hidden_size, compression, d_state, name, heads, order, local, tokens, **options

@@ -32,7 +32,8 @@ class Sizes:
 
     `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid`
     (H, W) the number of tokens that the model is built for (a mixer also accepts other grids), and
-    `kernel` the side of a convolution. `qk_norm` and `rope` are those of `AttentionOfHeads`.
+    `kernel` the side of a convolution. `conv_gate` is that of `Conv`, and `qk_norm` and `rope` are
+    those of `AttentionOfHeads`.
     """
 
     D: int
@@ -41,6 +42,7 @@ class Sizes:
     scan: Scan = RASTER
     grid: tuple[int, int] = (16, 16)
     kernel: int = 3
+    conv_gate: str = "attention"
     qk_norm: bool = False
     rope: bool = False
 

@@ -38,6 +38,7 @@ NOT_COUNTED |= {
     "triu",
     "unfold",
     "im2col",
+    "linalg_vector_norm",
 }
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real", "ne", "any"}
 

@@ -97,6 +97,12 @@ def test_published_weights_keep_their_names():
     }
 
 
+def test_conv_with_response_normalisation_learns_and_starts_at_zero():
+    model = DiffuSSM(**SIZES, mixer="conv", kernel=7, conv_gate="grn")
+    assert not any(p.any() for block in model.blocks for p in block.conv.gate.parameters())
+    assert dead(fill(model)) == []
+
+
 def test_list_of_mixers_repeats_along_the_blocks():
     model = tiny(mixer="conv, axial", depth=5)
     assert [block.mixer_name for block in model.blocks] == [

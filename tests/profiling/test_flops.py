@@ -5,7 +5,7 @@ import torch
 
 from diffussm_cli.config import load_config, preset_names
 from diffussm_cli.model import build_model
-from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.model.mixers import MIXERS, axial
 from diffussm_cli.profiling.count import count
 from diffussm_cli.profiling.flops import cost
 
@@ -93,6 +93,7 @@ def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
         ["model.backbone=dit", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
         ["model.mixer=attention,s4d", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
         ["model.stem=6", "model.patch_size=2", "model.compression=2"],
+        ["model.mixer=conv", "model.kernel=7", "model.conv_gate=grn"],
     ],
     ids=str,
 )
@@ -103,6 +104,22 @@ def test_formula_equals_trace_of_lists_skips_and_options(overrides):
     assert sum(counted.values()) == pytest.approx(c.gflops, rel=1e-9)
     with torch.device("meta"):
         assert c.parameters == sum(p.numel() for p in build_model(config).parameters())
+
+
+def test_formula_equals_trace_of_axial_by_ffts(monkeypatch):
+    """A grid of 8 x 12 tokens, as if that were many."""
+    chosen = ["model.mixer=axial", "data.resolution=8x12", "data.path=folder", "model.depth=3"]
+    config = load_config("digits", chosen)
+    products, by_products = cost(config), count(config)
+    monkeypatch.setattr(axial, "LONGEST", 8)
+    counted, c = count(config), cost(config)
+    assert counted["FFT"] == pytest.approx(c.parts["FFT"], rel=1e-9)
+    assert counted["spectra"] == pytest.approx(c.parts["spectra"], rel=1e-9)
+    assert counted["kernels"] == pytest.approx(c.kernel_gflops, rel=1e-9)
+    del counted["kernels"], by_products["kernels"]
+    assert sum(counted.values()) == pytest.approx(c.gflops, rel=1e-9)
+    assert sum(by_products.values()) == pytest.approx(products.gflops, rel=1e-9)
+    assert set(c.parts) - set(products.parts) == {"FFT", "spectra"}
 
 
 def test_memory_of_list_of_mixers_lies_between_those_of_its_mixers():

@@ -21,6 +21,16 @@ WAYS = {
     "accumulated": ["train.accumulate=4"],
     "all": ["train.parallel=fsdp", "train.accumulate=2", "train.gradient_checkpointing=true"],
 }
+NETWORKS = {  # others than S4D's, held in parts by two processes
+    "mixers": ["model.mixer=axial,conv", "model.skips=true"],
+    "dit": [
+        "model.backbone=dit",
+        "model.heads=2",
+        "model.qk_norm=true",
+        "model.rope=true",
+        "model.stem=4",
+    ],
+}
 
 
 def outcome(folder):
@@ -63,6 +73,7 @@ def together(tmp_path_factory):
     by_one(begun, "train.steps=4")
 
     jobs = {name: ("none", overrides) for name, overrides in WAYS.items()}
+    jobs |= {name: ("none", [*network, *WAYS["all"]]) for name, network in NETWORKS.items()}
     for name in ("ddp", "fsdp"):
         for fault in ("stop", "nan"):
             jobs[f"{fault}-{name}"] = (fault, WAYS[name])
@@ -94,6 +105,11 @@ def test_two_processes_train_as_one(alone, together, way):
     and the averaged weights.
     """
     same_course(outcome(together / way), alone)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_train_other_networks_as_one(name, together, tmp_path):
+    same_course(outcome(together / name), by_one(tmp_path / "alone", *NETWORKS[name]))
 
 
 def test_one_process_in_eight_parts_trains_as_one(alone, tmp_path):

@@ -1,4 +1,5 @@
-"""State spaces along the rows and along the columns of an image, as matrix products.
+"""State spaces along the rows and along the columns of an image, as matrix products, or along
+many tokens as FFTs.
 
 B batch   D channels   J positions   M tokens per position   H x W grid of tokens
 V = W/M   N state size: N/2 modes   S side: W along a row, H along a column
@@ -13,13 +14,17 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffussm_cli.model.mixer import Sizes, StateSpace
+from diffussm_cli.model.mixer import COMPLEX_PRODUCT, Sizes, StateSpace, fft_macs
+from diffussm_cli.model.s4d.convolution import fft_length
 from diffussm_cli.model.s4d.kernel import kernel_macs, s4d_kernel
-from diffussm_cli.model.s4d.numerics import no_autocast
+from diffussm_cli.model.s4d.numerics import in_forward_mode, no_autocast
 from diffussm_cli.model.s4d.reference import s4d_recurrence
 from diffussm_cli.model.scan import RASTER, Scan
 
 ONE_LEVEL = 64  # tokens a side up to which the kernels' exponentials are computed one by one
+# Tokens a side up to which products are used. On one thread of an EPYC they take 0.9 of the FFTs'
+# time at 256, 1.2 at 512, and 2 at 1024.
+LONGEST = 256
 
 
 class Axial(StateSpace):
@@ -29,8 +34,8 @@ class Axial(StateSpace):
     the image. The kernel is the sum of the kernels of two S4D state spaces, one for each direction,
     and of one skip at lag 0.
 
-    The products take L (H + W) D multiply-adds for L = H W tokens. Beyond about 256 tokens a side,
-    FFTs along the lines would take fewer; nobody has needed them.
+    The products take L (H + W) D multiply-adds for L = H W tokens. Beyond LONGEST tokens a side,
+    FFTs along the lines take their place.
 
     A step of the state space is exp(log_dt) / S: time counts in units of the image's side. So the
     same weights on a finer grid compute the same operator on functions, more exactly.
@@ -101,12 +106,17 @@ class Axial(StateSpace):
     def forward(self, u: Tensor, grid: tuple[int, int]) -> Tensor:
         H, W = grid[0], grid[1] * u.shape[3]
         with no_autocast(u.device):
-            rows, columns = self.keep(
-                (int(H), int(W), u.dtype), lambda: self.matrices(H, W, u.dtype)
-            )
             image = self.scan.undo(u, grid, dim=2)  # (B, D, J, M) in raster order
-            products = AxialProducts.apply if torch.is_grad_enabled() else axial_products
-            y = products(image, rows, columns)
+            if max(H, W) > LONGEST:
+                rows, columns = self.keep((int(H), int(W)), lambda: self.spectra(H, W))
+                y = axial_ffts(image, rows, columns, H)
+            else:
+                rows, columns = self.keep(
+                    (int(H), int(W), u.dtype), lambda: self.matrices(H, W, u.dtype)
+                )
+                by_hand = torch.is_grad_enabled() and not in_forward_mode()  # the backward pass
+                products = AxialProducts.apply if by_hand else axial_products
+                y = products(image, rows, columns)
         return self.scan.apply(y, grid, dim=2)
 
     def taps(self, H: int, W: int) -> Tensor:
@@ -127,24 +137,46 @@ class Axial(StateSpace):
         """The products along rows and columns as matrices, (D, W, W) and (D, H, H): [d, i, j]
         weighs input j in i.
         """
-        taps = self.taps(H, W).to(dtype)
+        rows, columns = (toeplitz(k.to(dtype)) for k in self._taps_of_axes(H, W))
+        return rows, columns
+
+    def spectra(self, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """The kernels along rows and columns for `axial_ffts`, (D, F) each, complex."""
+        rows, columns = (
+            torch.fft.rfft(k, n=fft_length(S)) for k, S in zip(self._taps_of_axes(H, W), (W, H))
+        )
+        return rows, columns
+
+    def _taps_of_axes(self, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """The kernels of both axes at the lags of their own side, (D, 2W - 1) and (D, 2H - 1)."""
         middle = max(H, W) - 1
-        rows, columns = (toeplitz(k[:, middle + 1 - S : middle + S]) for k, S in zip(taps, (W, H)))
+        rows, columns = (k[:, middle + 1 - S : middle + S] for k, S in zip(self.taps(H, W), (W, H)))
         return rows, columns
 
     def macs(self, L: int, grid: tuple[int, int]) -> dict[str, float]:
-        return {"mixer": self.log_dt.shape[-1] * L * sum(grid)}
+        D, (H, W) = self.log_dt.shape[-1], grid
+        if max(grid) <= LONGEST:
+            return {"mixer": D * L * (H + W)}
+        n = {S: fft_length(S) for S in grid}
+        lines = ((H, W), (W, H))  # how many, and how long they are
+        return {
+            "FFT": D * sum(count * 2 * fft_macs(n[S]) for count, S in lines),
+            "spectra": D * sum(count * (n[S] // 2 + 1) for count, S in lines) * COMPLEX_PRODUCT,
+        }
 
     def kernel_macs(self, _L: int, grid: tuple[int, int]) -> float:
         D, half_N = self.A_imag.shape[-2:]
         L = max(grid)
-        return 4 * D * (2 * half_N * L if L <= ONE_LEVEL else kernel_macs(L, 2 * half_N))
+        taps = 4 * D * (2 * half_N * L if L <= ONE_LEVEL else kernel_macs(L, 2 * half_N))
+        return taps + D * sum(fft_macs(fft_length(S)) for S in grid) * (L > LONGEST)
 
     def saved(self) -> float:
-        return self.log_dt.shape[-1]  # u
+        # u, or its spectra along both axes
+        return self.log_dt.shape[-1] * (4 if max(self.grid) > LONGEST else 1)
 
     def saved_kernels(self, _L: int, grid: tuple[int, int]) -> float:
-        return self.log_dt.shape[-1] * (grid[0] ** 2 + grid[1] ** 2)
+        each = fft_length if max(grid) > LONGEST else (lambda S: S**2)
+        return self.log_dt.shape[-1] * sum(map(each, grid))
 
 
 def toeplitz(taps: Tensor) -> Tensor:
@@ -191,6 +223,26 @@ class AxialProducts(torch.autograd.Function):
             _write_rows(torch.bmm(by_row, rows), du)
             du += _as_planes(torch.bmm(columns.mT, by_column), planes)
         return du.view(M, D, B, H * V).permute(2, 1, 3, 0), d_rows, d_columns
+
+
+def axial_ffts(u: Tensor, rows: Tensor, columns: Tensor, H: int) -> Tensor:
+    """`axial_products` by FFTs: u (B, D, J, M) in raster order, spectra (D, F) -> (B, 2D, J, M).
+
+    The transforms have the precision of the spectra; the result is in the dtype of u.
+    """
+    image = u.unflatten(2, (H, -1)).flatten(3).to(rows.real.dtype)  # (B, D, H, W)
+    both = [_convolve_lines(image, rows), _convolve_lines(image.mT, columns).mT]
+    y = torch.cat(both, dim=1).to(u.dtype)  # (B, 2D, H, W)
+    return y.unflatten(3, (-1, u.shape[3])).flatten(2, 3)
+
+
+def _convolve_lines(lines: Tensor, spectra: Tensor) -> Tensor:
+    """lines (B, D, n, S) with the kernels of spectra (D, F), whose first lag is 1 - S -> (B, D, n,
+    S).
+    """
+    S, n = lines.shape[-1], fft_length(lines.shape[-1])
+    y = torch.fft.irfft(torch.fft.rfft(lines, n=n) * spectra[:, None], n=n)
+    return y[..., S - 1 : 2 * S - 1]
 
 
 def _planes(u: Tensor, H: int) -> Tensor:

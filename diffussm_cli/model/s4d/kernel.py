@@ -13,6 +13,7 @@ from torch import Tensor
 from diffussm_cli.model.mixer import COMPLEX_PRODUCT
 from diffussm_cli.model.s4d.numerics import (
     full_float32_products,
+    in_forward_mode,
     no_autocast,
     slices_of,
     worth_keeping,
@@ -53,17 +54,16 @@ def s4d_kernel(
     # (R, N/2): one row per channel and direction
     modes = [t.flatten(0, -2) for t in (re, im, x, y)]
 
+    by_hand = torch.is_grad_enabled() and not in_forward_mode()  # the backward pass
     if one_level:
-        one: Callable[..., Tensor] = (
-            ModesInOneLevel.apply if torch.is_grad_enabled() else _sum_in_one_level
-        )
+        one: Callable[..., Tensor] = ModesInOneLevel.apply if by_hand else _sum_in_one_level
         K = one(*modes, L).unflatten(0, dt.shape)
         if D_skip is None:
             return K
         return torch.cat([K[..., :1] + D_skip[..., None], K[..., 1:]], dim=-1)
 
     skip = torch.zeros_like(dt) if D_skip is None else D_skip
-    sum_of_modes: Callable[..., Tensor] = Modes.apply if torch.is_grad_enabled() else _sum_of_modes
+    sum_of_modes: Callable[..., Tensor] = Modes.apply if by_hand else _sum_of_modes
     return sum_of_modes(*modes, skip.flatten(), L).unflatten(0, dt.shape)
 
 
@@ -90,8 +90,12 @@ def _sum_of_modes(
         # 2 C_bar exp(dt A aT)
         weighted = torch.complex(2 * re[rows], 2 * im[rows])[:, None] * outer
         # Re(v w) is the inner product of v and conj(w) as pairs of numbers
+        factors = _pairs(weighted), _pairs(inner.conj_physical()).mT
         with full_float32_products():
-            torch.bmm(_pairs(weighted), _pairs(inner.conj_physical()).mT, out=K[rows])
+            if in_forward_mode():  # autograd sees these operators, and has no rule for `out`
+                K[rows] = torch.bmm(*factors)
+            else:
+                torch.bmm(*factors, out=K[rows])
         if kept is not None:
             kept += [outer, inner]
 

@@ -28,12 +28,13 @@ from diffussm_cli.model.s4d.chunks import (
 from diffussm_cli.model.s4d.convolution import (
     Convolution,
     KernelSpectra,
+    convolve,
     convolve_slices,
     fft_length,
     kernel_spectra,
 )
 from diffussm_cli.model.s4d.kernel import kernel_macs, s4d_kernel
-from diffussm_cli.model.s4d.numerics import no_autocast, wants_chunks
+from diffussm_cli.model.s4d.numerics import in_forward_mode, no_autocast, wants_chunks
 
 KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
@@ -89,6 +90,10 @@ class S4D(StateSpace):
             return torch.cat([u, u], dim=1)
         L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
         with no_autocast(u.device):
+            if in_forward_mode():
+                S = kernel_spectra(self.taps(L)) if torch.is_grad_enabled() else self.spectra(L)
+                y = convolve(u.flatten(2).to(dtype), S)  # (B, 2D, L)
+                return y.unflatten(2, u.shape[2:]).to(u.dtype)
             if torch.is_grad_enabled():
                 if wants_chunks():
                     return chunk_convolution(u, self.chunked(L))

@@ -13,7 +13,7 @@ from diffussm_cli.model.mixers.axial import Axial, axial_recurrence, toeplitz
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.model.s4d.reference import s4d_kernel_naive
 from diffussm_cli.model.scan import RASTER, SCANS
-from tests.conftest import device, randn, relative
+from tests.conftest import device, golden, randn, relative
 
 H, W, M, D = 4, 6, 2, 3
 
@@ -31,7 +31,11 @@ def apply(layer, image, M=M):
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3])
-def test_layer_equals_the_recurrences_along_every_line_with_gradients(scan, M):
+@pytest.mark.parametrize("longest", [6, 5], ids=["products", "FFTs"])
+def test_layer_equals_the_recurrences_along_every_line_with_gradients(
+    scan, M, longest, monkeypatch
+):
+    monkeypatch.setattr(axial, "LONGEST", longest)
     layer, image = made(scan), randn(2, D, H, W, dtype=torch.float64).requires_grad_()
     weight = randn(2, 2 * D, H, W, seed=1, dtype=torch.float64)
     fast, slow = apply(layer, image, M), axial_recurrence(layer, image)
@@ -41,6 +45,25 @@ def test_layer_equals_the_recurrences_along_every_line_with_gradients(scan, M):
         *(torch.autograd.grad((y * weight).sum(), inputs) for y in (fast, slow))
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "columns"])
+def test_one_line_gives_golden_values_of_both_directions(axis):
+    """An image that is one row, or one column, of S4D's reference: the sum of its directions."""
+    g = golden("s4d_kernel")
+    channels, L = g["kernel"].shape
+    layer = made(grid=(1, L) if axis == 0 else (L, 1), N=2 * g["A"].shape[1], D=channels)
+    with torch.no_grad():
+        layer.log_dt.copy_((L * g["dt"]).log())
+        layer.log_A_real.copy_((-g["A"].real).log())
+        layer.A_imag.copy_(g["A"].imag)
+        layer.B.copy_(torch.view_as_real(g["B"]))
+        layer.C.copy_(torch.view_as_real(g["C"]))
+        layer.D_skip.zero_()
+        image = g["u"][:, :, None] if axis == 0 else g["u"][..., None]
+        y = apply(layer, image, 1)[:, axis * channels : (axis + 1) * channels]
+    expected = g["y_causal"] + g["y_anticausal"]
+    assert relative(y.reshape(expected.shape), expected) < 1e-9
 
 
 def test_long_sides_take_the_kernel_in_two_levels_with_the_same_values(monkeypatch):
@@ -166,6 +189,16 @@ def test_taps_are_float32_and_products_have_the_dtype_of_the_input_under_autocas
     assert relative(low, exact) < 0.01
     gradients = torch.autograd.grad(low.float().square().sum(), list(layer.parameters()))
     assert all(relative(ours, theirs) < 0.05 for ours, theirs in zip(gradients, expected))
+
+
+def test_ffts_are_float32_in_low_precision(monkeypatch):
+    layer, image = made(dtype=torch.float32), randn(2, D, H, W)
+    exact = apply(layer, image)
+    monkeypatch.setattr(axial, "LONGEST", 5)
+    with torch.autocast(device().type, torch.bfloat16):
+        low = apply(layer, image.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert relative(low, exact) < 0.005
 
 
 def test_odd_state_size_is_rejected():

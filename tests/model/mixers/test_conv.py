@@ -21,6 +21,26 @@ def test_conv_mixer_equals_formula(kernel):
     assert torch.equal(rest.reshape(image.shape), image)
 
 
+def test_response_normalisation_equals_formula():
+    layer = fill(Conv(D, kernel=7, conv_gate="grn"), 0.5).double()
+    image = randn(2, D, H, W, dtype=torch.double)
+    v = F.gelu(layer.depthwise.convolve_naive(image))
+    norms = v.square().sum((2, 3)).sqrt()  # (B, D)
+    n = (norms / norms.mean(1, keepdim=True))[..., None, None]
+    scale, shift = layer.gate.scale[:, None, None], layer.gate.shift[:, None, None]
+    y, rest = layer(image.view(2, D, H * W // M, M), (H, W // M)).chunk(2, dim=1)
+    torch.testing.assert_close(y.reshape(image.shape), v + scale * n * v + shift, rtol=1e-5, atol=0)
+    assert torch.equal(rest.reshape(image.shape), image)
+
+
+def test_response_normalisation_starts_as_identity_and_takes_empty_images():
+    gate, v = Conv(D, conv_gate="grn").gate, randn(2, D, H, W).requires_grad_()
+    assert torch.equal(gate(v), v)
+    black = torch.zeros(2, D, H, W, requires_grad=True)
+    gate(black).sum().backward()
+    assert all(p.grad.isfinite().all() for p in (black, *gate.parameters()))
+
+
 @pytest.mark.parametrize("kernel", [5, 7])
 def test_kernel_is_the_square_of_tokens_that_a_token_sees(kernel):
     layer, image = Conv(1, kernel=kernel).double(), torch.zeros(1, 1, 9, 9, dtype=torch.double)
