@@ -1,5 +1,12 @@
 """How the tests run the program, and how they read what it says."""
 
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
 from typer.testing import CliRunner
 
 from diffussm_cli.cli import app
@@ -15,6 +22,64 @@ class Killed(BaseException):
 def run(*arguments):
     """A command of the program, in this process."""
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+# What the commands import when they run. Modules of tests/ may be out of reach there.
+IMPORTED = ["pytest", "typer.testing", "sklearn.datasets", "diffussm_cli.cli"]
+IMPORTED += ["diffussm_cli.data.latents.encoding", "diffussm_cli.training", "diffussm_cli.sampling"]
+IMPORTED += ["diffusers.models.autoencoders.autoencoder_kl", "torch.utils.tensorboard"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(IMPORTED)
+
+
+class Background:
+    """A command of the program in a process of its own, which a test watches, stops or kills.
+
+    It is forked from a process that has imported torch, once for all tests. What it prints is in
+    the file `log`; `environment` is added to the environment.
+    """
+
+    def __init__(self, *arguments, log: Path, **environment: str):
+        self.log = log
+        words = [str(a) for a in arguments]
+        self.process = FORKS.Process(target=_run_forked, args=(words, log, environment))
+        self.process.daemon = True  # it ends with the tests at the latest
+        self.process.start()
+
+    def wait_until(self, condition, pause=0.001):
+        """Wait for a condition that becomes true while the command is at work."""
+        deadline = time.monotonic() + 120
+        while True:
+            at_work = self.process.exitcode is None  # asked first: it may end between the two
+            if condition():
+                return
+            assert at_work, self.log.read_text(encoding="utf-8")
+            assert time.monotonic() < deadline
+            time.sleep(pause)
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def kill(self):
+        """SIGKILL; gives the exit code, -SIGKILL if the process was still at work."""
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+    def wait(self, timeout=120):
+        """The exit code and what was printed."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} seconds"
+        return self.process.exitcode, self.log.read_text(encoding="utf-8")
+
+
+def _run_forked(arguments, log, environment):
+    sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
+    os.dup2(sys.stderr.fileno(), 1)
+    os.dup2(sys.stderr.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    app(arguments)
 
 
 def line_of(result):

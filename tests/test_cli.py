@@ -23,7 +23,7 @@ from diffussm_cli.machine import device
 from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
-from tests.helpers import SETTINGS, line_of, run
+from tests.helpers import SETTINGS, Background, line_of, run
 
 pytest.importorskip("sklearn")
 
@@ -611,54 +611,42 @@ def test_damaged_picture_in_training_is_named(tmp_path):
     assert "3.png: not a PNG" in line_of(result)
 
 
-def start(root, *settings):
-    command = [
-        sys.executable,
-        "-m",
-        "diffussm_cli",
-        "train",
-        "--preset",
-        "digits",
-        "--out",
-        str(root),
-        *SETTINGS,
-    ]
-    command += [part for s in settings for part in ("--set", s)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_checkpoint(root, process):
-    deadline = time.time() + 120
-    while not runs.list_checkpoints(root):
-        assert process.poll() is None, process.stderr.read()
-        assert time.time() < deadline
-        time.sleep(0.02)
+LONG = [*SETTINGS, "--set", "train.steps=100000"]
 
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
-    process = start(tmp_path / "run", "train.steps=100000", "train.checkpoint_every=20")
-    wait_for_checkpoint(tmp_path / "run", process)
+    """In an interpreter of its own, as a user starts it."""
+    root = tmp_path / "run"
+    command = ["-m", "diffussm_cli", "train", "--preset", "digits", "--out", str(root), *LONG]
+    every = ["--set", "train.checkpoint_every=20"]
+    process = subprocess.Popen(
+        [sys.executable, *command, *every], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not runs.list_checkpoints(root):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"diffussm train --resume --out {tmp_path / 'run'}" in messages
+    assert f"diffussm train --resume --out {root}" in messages
     assert "Traceback" not in messages
-    step = runs.read_state(runs.newest_good(tmp_path / "run")[0])["step"]
+    step = runs.read_state(runs.newest_good(root)[0])["step"]
     assert f"stopped at step {step} of 100000" in messages
 
 
-@pytest.mark.slow
-def test_kill_inside_a_checkpoint_write_leaves_the_one_before(tmp_path):
+def test_kill_inside_checkpoint_write_leaves_the_one_before(tmp_path):
     """SIGKILL as soon as an unfinished checkpoint is seen, until one is caught in the act."""
     for attempt in range(10):
         root = tmp_path / str(attempt)
-        process = start(root, "train.steps=100000", "train.checkpoint_every=1")
-        wait_for_checkpoint(root, process)
-        while not any((root / "checkpoints").glob(f"{PARTIAL}*")):
-            assert process.poll() is None
-        process.kill()
-        process.communicate()
+        command = ["train", "--preset", "digits", "--out", root, *LONG]
+        every = ["--set", "train.checkpoint_every=1"]
+        job = Background(*command, *every, log=tmp_path / f"{attempt}.log")
+        job.wait_until(lambda root=root: runs.list_checkpoints(root))
+        job.wait_until(lambda root=root: any((root / "checkpoints").glob(f"{PARTIAL}*")), pause=0)
+        job.kill()
         if any((root / "checkpoints").glob(f"{PARTIAL}*")):
             break
     else:

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.processes import ALONE
 from tests.conftest import TINY, device, relative, save_vae
-from tests.helpers import line_of, run
+from tests.helpers import Background, line_of, run
 
 N = 12
 OPTIONS = ["--resolution", "16", "--shard-size", "5", "--batch-size", "2", "--workers", "0"]
@@ -80,9 +79,8 @@ def files(store):
     return {p.name: p.read_bytes() for p in store.iterdir() if not p.name.startswith(".lock")}
 
 
-def command(images, target, vae, *options):
-    arguments = [images, target, "--vae", vae, *OPTIONS, *options]
-    return [sys.executable, "-m", "diffussm_cli", "encode", *map(str, arguments)]
+def command(images, target, vae):
+    return ["encode", images, target, "--vae", vae, *OPTIONS]
 
 
 def size_of(path):
@@ -269,51 +267,35 @@ def test_interruption_at_any_shard_ends_with_the_same_bytes(
     assert sorted(set(finished)) == [0, 1, 2]
 
 
-@pytest.mark.slow
 def test_kill_and_restart_end_with_the_same_bytes(images, vae, store, tmp_path):
     target = tmp_path / "store"
     for wanted in (1, 2):
-        process = subprocess.Popen(
-            command(images, target, vae),
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stderr=subprocess.DEVNULL,
+        job = Background(*command(images, target, vae), log=tmp_path / "log")
+        job.wait_until(
+            lambda wanted=wanted: len(list(target.glob("shard-*.safetensors"))) >= wanted
         )
-        deadline = time.time() + 120
-        while len(list(target.glob("shard-*.safetensors"))) < wanted and process.poll() is None:
-            assert time.time() < deadline
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
+        job.kill()
     assert run("encode", images, target, "--vae", vae, *OPTIONS).exit_code == 0
     assert files(target) == files(store)
 
 
-@pytest.mark.slow
 def test_two_ranks_write_what_one_writes(images, vae, store, tmp_path):
     target = tmp_path / "store"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
-        subprocess.Popen(
-            command(images, target, vae),
-            env=os.environ | group | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
+        Background(
+            *command(images, target, vae), log=tmp_path / f"log{rank}", RANK=str(rank), **group
         )
         for rank in (1, 0)
     ]
-    messages = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], messages
+    (code_1, messages_1), (code_0, messages_0) = [rank.wait() for rank in ranks]
+    assert (code_0, code_1) == (0, 0), messages_0 + messages_1
     assert files(target) == files(store)
-    assert "11 images of 2 classes" in messages[1]
-    assert "images of" not in messages[0]
+    assert "11 images of 2 classes" in messages_0
+    assert "images of" not in messages_1
 
 
 def test_flipped_byte_is_named_and_mended_by_the_printed_command(images, vae, store, tmp_path):

@@ -30,7 +30,7 @@ from diffussm_cli.machine.files import locked, sha256
 from diffussm_cli.training import session
 from diffussm_cli.training.record import RecordWriter
 from tests.conftest import TINY
-from tests.helpers import SETTINGS, line_of, run
+from tests.helpers import SETTINGS, Background, line_of, run
 
 pytest.importorskip("sklearn")
 
@@ -445,36 +445,19 @@ def test_second_job_in_folder_is_rejected(trained):
 
 # ----------------------------------------------------------------------------------- signals, disks
 def start(root, *settings):
-    command = [
-        sys.executable,
-        "-m",
-        "diffussm_cli",
-        "train",
-        "--preset",
-        "digits",
-        "--out",
-        str(root),
-    ]
-    command += [*SETTINGS, *(part for s in settings for part in ("--set", s)), "--resume"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    """`train --resume` in a process of its own."""
+    more = [*SETTINGS, *(part for s in settings for part in ("--set", s)), "--resume"]
+    log = root.with_suffix(".log")
+    return Background("train", "--preset", "digits", "--out", root, *more, log=log)
 
 
-def wait_for(condition, process):
-    deadline = time.time() + 120
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.time() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_its_own_code(tmp_path):
     root = tmp_path / "run"
-    process = start(root, "train.steps=100000", "train.checkpoint_every=20")
-    wait_for(lambda: runs.list_checkpoints(root), process)
-    process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=60)
-    assert process.returncode == PREEMPTED
+    job = start(root, "train.steps=100000", "train.checkpoint_every=20")
+    job.wait_until(lambda: runs.list_checkpoints(root))
+    job.send_signal(signal.SIGTERM)
+    code, messages = job.wait()
+    assert code == PREEMPTED
     newest, damaged = runs.newest_good(root)
     assert damaged == []
     assert (
@@ -716,7 +699,6 @@ def test_full_disk_ends_training_with_one_line_error_and_keeps_last_checkpoint(t
     assert train(trained, *longer).exit_code == 0
 
 
-@pytest.mark.slow
 def test_run_killed_at_random_and_restarted_equals_undisturbed_run(tmp_path):
     """The same command after each SIGKILL; the weights in the end are those of a run that nobody
     disturbed, bitwise.
@@ -726,12 +708,10 @@ def test_run_killed_at_random_and_restarted_equals_undisturbed_run(tmp_path):
     assert train(tmp_path / "calm", *options).exit_code == 0
     root = tmp_path / "killed"
     for delay in (0.05, 0.3, 0.1, 0.2):
-        process = start(root, *settings)
-        wait_for(functools.partial(grown, root, len(steps(root))), process)
+        job = start(root, *settings)
+        job.wait_until(functools.partial(grown, root, len(steps(root))))
         time.sleep(delay)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL  # it was still at work
+        assert job.kill() == -signal.SIGKILL  # it was still at work
     assert train(root, *options, "--resume").exit_code == 0
     assert (root / "final" / runs.MODEL).read_bytes() == (
         tmp_path / "calm" / "final" / runs.MODEL

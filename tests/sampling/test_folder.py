@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
 from diffussm_cli.training.loop import Trainer
 from tests.conftest import TINY, fill
+from tests.helpers import Background, run
 
 
 @pytest.fixture(scope="module")
@@ -189,22 +189,16 @@ def command(trained, out, *more):
         out,
         *more,
     ]
-    return ["-m", "diffussm_cli", *map(str, arguments)]
+    return arguments
 
 
 @pytest.mark.slow
 def test_torchrun_draws_the_same_images(trained, whole, tmp_path):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29513",
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2"]
+    arguments = command(trained, tmp_path / "two", "-n", 7, "--device", "cpu", "--npz")
     done = subprocess.run(
-        [*torchrun, *command(trained, tmp_path / "two", "-n", 7, "--device", "cpu"), "--npz"],
+        [*torchrun, "-m", "diffussm_cli", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -216,29 +210,19 @@ def test_torchrun_draws_the_same_images(trained, whole, tmp_path):
         assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
 
 
-@pytest.mark.slow
 def test_killed_sampling_continues(trained, tmp_path):
     """SIGKILL while images are being written; what is there is whole, and the rest follows."""
     out = tmp_path / "killed"
-    process = subprocess.Popen(
-        [sys.executable, *command(trained, out, "-n", 400)], stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while len(contents(out)) < 20:
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    job = Background(*command(trained, out, "-n", 400), log=tmp_path / "log")
+    job.wait_until(lambda: len(contents(out)) >= 20)
+    assert job.kill() == -signal.SIGKILL  # it was still at work
     before = contents(out)
     assert len(before) < 400
     assert json.loads((out / META).read_text())["complete"] is False
     for name in before:
         with Image.open(out / name) as image:
             image.load()
-    subprocess.run(
-        [sys.executable, *command(trained, out, "-n", 400)], check=True, capture_output=True
-    )
+    assert run(*command(trained, out, "-n", 400)).exit_code == 0
     after = contents(out)
     assert len(after) == 400
     assert {name: after[name] for name in before} == before
