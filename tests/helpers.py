@@ -48,7 +48,7 @@ class Background:
 
     def wait_until(self, condition, pause=0.001):
         """Wait for a condition that becomes true while the command is at work."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             at_work = self.process.exitcode is None  # asked first: it may end between the two
             if condition():
@@ -66,7 +66,7 @@ class Background:
         self.process.join()
         return self.process.exitcode
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """The exit code and what was printed."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} seconds"

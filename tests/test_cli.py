@@ -623,7 +623,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     process = subprocess.Popen(
         [sys.executable, *command, *every], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not runs.list_checkpoints(root):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
