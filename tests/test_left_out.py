@@ -26,8 +26,8 @@ def faces(tmp_path):
 def line(root):
     return (
         f"left out of {str(root)!r}: 60 images (not in a class folder, such as '00.png'), 1 file "
-        "(labels or captions that are not read: classes are folders, captions stand in "
-        "metadata.jsonl: 'dataset.json')"
+        "(labels or captions that are not read: classes are folders, or stand beside captions in "
+        "metadata.jsonl or metadata.csv: 'dataset.json')"
     )
 
 

@@ -83,6 +83,8 @@ INPUTS = {
     "data.md": [
         "faces",
         "animals",
+        "described",
+        "imagenet/val",
         "digits.npz",
         "cifar-10-batches-bin",
         "shards/train-0.tar",
@@ -172,6 +174,13 @@ def prepare(name, root):
             np.savez(root / name, images=images, labels=np.arange(12) % 3)
         else:
             np.savez(root / name, images)
+    elif name == "described":
+        save_images(root / name, side=16, mode="RGB")
+        rows = "".join(f"{i}.png,{'cat' if i % 2 else 'dog'}\n" for i in range(12))
+        (root / name / "metadata.csv").write_text("file_name,label\n" + rows)
+    elif name == "imagenet/val":
+        save_images(root / name, side=16, mode="RGB")
+        (root / name / "val_map.txt").write_text("".join(f"{i}.png {i % 3}\n" for i in range(12)))
     elif name == "cifar-10-batches-bin":
         write_cifar(root / name)
     elif name.endswith(".tar"):

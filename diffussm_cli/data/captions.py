@@ -2,8 +2,9 @@
 
 metadata.jsonl     in the folder of an image, or above it: one object per line, `text`, a string or
                    a list, and `file_name` relative to the folder of this file (as Hugging Face's)
-NAME.txt           beside NAME.png, if no metadata.jsonl lies in its folder or above: one caption
-                   per line
+metadata.csv       the same as a table
+NAME.txt           beside NAME.png, if no captions lie in such a file in its folder or above: one
+                   caption per line
 KEY.txt, KEY.json  in a WebDataset shard: one caption per line, and the fields `text` or `caption`
 text, caption      columns of a parquet shard: a string or a list
 """
@@ -12,14 +13,14 @@ import contextlib
 import itertools
 import json
 import os
-import posixpath
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffussm_cli.data import parquet
-from diffussm_cli.data.listing import MAX_FILE_BYTES, METADATA, LeftOut, Listing
+from diffussm_cli.data.listing import LeftOut, Listing
+from diffussm_cli.data.metadata import captions_in, read_metadata
 from diffussm_cli.data.tar import Damaged, key_of, members
 from diffussm_cli.data.text import plain
 from diffussm_cli.errors import DataError, reading
@@ -80,14 +81,14 @@ def read_captions(
 def _in_folders(
     root: Path, names: Sequence[str], unused: list[LeftOut]
 ) -> Iterator[tuple[str, list[str]]]:
-    """Captions of image files: from metadata.jsonl in a folder that contains them, or else from
-    their own .txt.
+    """Captions of image files: from a file of metadata in a folder that contains them, or else
+    from their own .txt.
     """
-    described: dict[str, bool] = {}  # folders, by whether they or one above have a metadata.jsonl
+    described: dict[str, bool] = {}  # folders, by whether they or one above have such a file
 
     def is_described(folder: str) -> bool:
         if folder not in described:
-            has_metadata = os.path.lexists(root / folder / METADATA)
+            has_metadata = captions_in(root / folder) is not None
             # asked in any case: the folders above are read too
             above = bool(folder) and is_described(folder.rpartition("/")[0])
             described[folder] = has_metadata or above
@@ -105,38 +106,26 @@ def _in_folders(
             with reading(f"data.text: {path}: cannot be read", DataError):
                 yield name, read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
     if passed_over:
-        unused.append(
-            LeftOut(
-                len(passed_over),
-                "file",
-                f"beside a {METADATA}, which is read instead",
-                passed_over[0],
-            )
-        )
+        metadata = next(path for f in described if (path := captions_in(root / f)))
+        why = f"beside a {metadata.name}, which is read instead"
+        unused.append(LeftOut(len(passed_over), "file", why, passed_over[0]))
 
     # ... or is one of those that a file describes.
     for folder in described:
-        if os.path.lexists(root / folder / METADATA):
-            yield from _in_metadata(root / folder / METADATA, folder)
+        metadata = captions_in(root / folder)
+        if metadata is not None:
+            yield from _in_metadata(metadata, folder)
 
 
 def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:
     """Names of images, relative to the root of the source, with their captions; `folder` is that of
     the file.
     """
-    with reading(f"data.text: {path}: cannot be read", DataError):
-        lines = read_regular(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
-
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with reading(f"data.text: {path}: line {number}", DataError):
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("file_name"), str):
-                    raise ValueError('is not an object with "file_name" and "text"')
-                yield (
-                    posixpath.normpath(posixpath.join(folder, record["file_name"])),
-                    _texts(record),
-                )
+    where = f"data.text: {path}"
+    for name, number, record in read_metadata(path, folder, where):
+        with reading(f"{where}: line {number}", DataError):
+            texts = _texts(record)
+        yield name, texts
 
 
 def _in_parquet(listing: Listing, shard: str, needed: bool) -> Iterator[tuple[str, list[str]]]:

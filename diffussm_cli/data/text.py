@@ -33,8 +33,8 @@ AT_ONCE = 256  # captions that an encoder gets at a time
 WORDLLAMA = "wordllama"
 CPU = torch.device("cpu")
 PLACES = (
-    "captions stand in metadata.jsonl or NAME.txt beside NAME.png, in KEY.txt of tar shards, "
-    "or in a column text"
+    "captions stand in metadata.jsonl, metadata.csv or NAME.txt beside NAME.png, in KEY.txt of "
+    "tar shards, or in a column text"
 )
 
 

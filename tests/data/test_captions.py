@@ -8,7 +8,7 @@ import tarfile
 import pytest
 from PIL import Image
 
-from diffussm_cli.data.captions import MAX_TEXT_BYTES, METADATA, read_captions
+from diffussm_cli.data.captions import MAX_TEXT_BYTES, read_captions
 from diffussm_cli.data.listing import list_source
 from diffussm_cli.errors import DataError
 
@@ -47,7 +47,7 @@ def test_metadata_replaces_text_files(tmp_path):
     lines = [{"file_name": "1.png", "text": ["one", "uno"]}, {"file_name": "1.png", "text": "ein"}]
     lines += [{"file_name": "gone.png", "text": "gone"}, {"file_name": "2.png", "text": None}]
     content = "\n".join(json.dumps(line) for line in lines).encode()
-    write(tmp_path, {"1.png": None, "2.png": None, "2.txt": b"two", METADATA: content})
+    write(tmp_path, {"1.png": None, "2.png": None, "2.txt": b"two", "metadata.jsonl": content})
     left_out = []
     assert read_captions(list_source(tmp_path), left_out=left_out) == {
         "1.png": ("one", "uno", "ein")
@@ -84,15 +84,15 @@ def test_captions_of_shards_come_from_text_and_json(tmp_path):
             b"x" * (MAX_TEXT_BYTES + 1),
             f"1.txt: cannot be read: it has more than {MAX_TEXT_BYTES} bytes",
         ),
-        (METADATA, b"\xff", f"{METADATA}: cannot be read: it is not UTF-8 text"),
-        (METADATA, b'\n{"file_name": 3}', f"{METADATA}: line 2: is not an object with"),
-        (METADATA, b"{", f"{METADATA}: line 1: Expecting"),
+        ("metadata.jsonl", b"\xff", "metadata.jsonl: cannot be read: it is not UTF-8 text"),
+        ("metadata.jsonl", b'\n{"file_name": 3}', "metadata.jsonl: line 2: is not an object with"),
+        ("metadata.jsonl", b"{", "metadata.jsonl: line 1: Expecting"),
         (
-            METADATA,
+            "metadata.jsonl",
             b'{"file_name": "1.png", "text": [4]}',
-            f"{METADATA}: line 1: a caption must be text, not 4",
+            "metadata.jsonl: line 1: a caption must be text, not 4",
         ),
-        (METADATA, b"[" * 100_000, f"{METADATA}: line 1: it is nested too deeply"),
+        ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl: line 1: it is nested too deeply"),
     ],
 )
 def test_damaged_file_is_named(tmp_path, name, content, problem):
@@ -112,7 +112,12 @@ def test_metadata_of_subfolder_names_images_beside_it(tmp_path):
     images = dict.fromkeys(["cat/1.png", "cat/sub/2.png", "dog/1.png"])
     write(
         tmp_path,
-        {**images, f"cat/{METADATA}": content, "cat/1.txt": b"not this", "dog/1.txt": b"a dog"},
+        {
+            **images,
+            "cat/metadata.jsonl": content,
+            "cat/1.txt": b"not this",
+            "dog/1.txt": b"a dog",
+        },
     )
     found, left_out = list_source(tmp_path), []
     expected = {"cat/1.png": ("a cat",), "cat/sub/2.png": ("another",), "dog/1.png": ("a dog",)}
@@ -135,7 +140,7 @@ def test_byte_order_mark_is_no_part_of_caption(tmp_path):
     write(tmp_path / "flat", {"1.png": None, "1.txt": mark + b"one"})
     write(
         tmp_path / "described",
-        {"2.png": None, METADATA: mark + b'{"file_name": "2.png", "text": "two"}'},
+        {"2.png": None, "metadata.jsonl": mark + b'{"file_name": "2.png", "text": "two"}'},
     )
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, content in members.items():
@@ -156,7 +161,7 @@ def test_two_images_of_one_key_share_their_caption(tmp_path):
     assert captions(tmp_path / "0.tar") == {"0.tar/1.png": ("one",), "0.tar/1.jpg": ("one",)}
 
 
-@pytest.mark.parametrize("name", ["1.txt", METADATA])
+@pytest.mark.parametrize("name", ["1.txt", "metadata.jsonl"])
 def test_pipe_in_place_of_captions_is_rejected_without_waiting(tmp_path, name):
     write(tmp_path, {"1.png": None})
     os.mkfifo(tmp_path / name)

@@ -4,6 +4,10 @@ import errno
 import io
 import json
 import os
+import re
+import shlex
+import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -230,11 +234,12 @@ def shard(**members):
 
 CAPTION = "captions, which only a run with text reads"
 NOT_READ = (
-    "labels or captions that are not read: classes are folders, captions stand in metadata.jsonl"
+    "labels or captions that are not read: classes are folders, or stand beside captions in "
+    "metadata.jsonl or metadata.csv"
 )
 OURS = "beside samples of diffussm, and none of them"
 META = json.dumps({"weights_sha256": "ab", "first_seed": 0, "pixel_rule": ""}).encode()
-FIELDS = "of metadata.jsonl, only file_name and captions are read; classes are folders"
+FIELDS = "of metadata files, only file_name, captions and label are read"
 PER_CLASS = "no class; unpack each shard into a folder of its name, or add KEY.cls"
 PACKED = "a compressed archive, which is not read; unpack it first"
 LEFT_OUT = {  # files; how many images are used; what is left out
@@ -265,9 +270,9 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         [(3, "file", "a folder that the system made", "@eaDir")],
     ),
     "other forms of labels": (
-        {"a/1.png": None, "dataset.json": b"{}", "a/metadata.csv": b""},
+        {"a/1.png": None, "dataset.json": b"{}", "a/labels.csv": b""},
         1,
-        [(2, "file", NOT_READ, "a/metadata.csv")],
+        [(2, "file", NOT_READ, "a/labels.csv")],
     ),
     "a table of captions in parquet": (
         {"1.png": None, "metadata.parquet": b""},
@@ -353,10 +358,24 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         3,
         [(1, "file", "not an image by its name or first bytes", "meta.json")],
     ),
-    "labels in metadata.jsonl": (
-        {"1.png": None, "metadata.jsonl": b'{"file_name": "1.png", "label": 3}\n'},
+    "other fields of metadata": (
+        {"1.png": None, "metadata.jsonl": b'{"file_name": "1.png", "text": "a", "boxes": []}\n'},
         1,
         [(1, "file", CAPTION, ""), (1, "file", FIELDS, "")],
+    ),
+    "two files of metadata": (
+        {
+            "1.png": None,
+            "metadata.jsonl": b'{"file_name": "1.png", "label": 3}\n',
+            "metadata.csv": b"file_name,label\n1.png,2\n",
+        },
+        1,
+        [(1, "file", "beside a metadata.jsonl, which is read instead", "metadata.csv")],
+    ),
+    "labels of no image": (
+        {"1.png": None, "metadata.csv": b"file_name,label\n1.png,2\n2.png,0\n"},
+        1,
+        [(1, "label", "of metadata.csv, of no image in the source", "2.png")],
     ),
     "a shard for each class": (
         {f"{name}.tar": shard(**{"1.png": None}) for name in ("n01440764", "n01443537")},
@@ -505,12 +524,23 @@ REFUSED = {  # files, what is given, the line
     "an archive": (
         {"x.zip": b""},
         "x.zip",
-        "ROOT/x.zip' is a compressed archive, which is not read; unpack it first; give a",
+        "ROOT/x.zip' is a compressed archive, which is not read; unpack it first: "
+        "unzip -q ROOT/x.zip -d ROOT/x; give a",
     ),
     "a compressed shard": (
-        {"x.tar.gz": b""},
-        "x.tar.gz",
-        "is a compressed archive, which is not read; unpack it first",
+        {"x y.tar.gz": b""},
+        "x y.tar.gz",
+        "is a compressed archive, which is not read; unpack it first: gunzip -k 'ROOT/x y.tar.gz'",
+    ),
+    "an archive without a known command": (
+        {"x.rar": b""},
+        "x.rar",
+        "is a compressed archive, which is not read; unpack it first; give a folder",
+    ),
+    "a folder of compressed shards": (
+        {"0.tar.xz": b"", "1.tar.xz": b""},
+        "",
+        "such as '0.tar.xz'); unpack: unxz -k ROOT/0.tar.xz",
     ),
     "arrays": ({"x.h5": b""}, "x.h5", "is a format that is not read; save the images as files"),
     "an image": (
@@ -662,3 +692,29 @@ def test_animation_gives_its_first_frame(tmp_path):
 def test_cmyk_becomes_rgb(tmp_path):
     pixels = read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "x.tiff")
     assert pixels[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "program"),
+    [
+        ("my set.tar.gz", "w:gz", "gunzip"),
+        ("my set.tgz", "w:gz", "gunzip"),
+        ("my set.tar.bz2", "w:bz2", "bunzip2"),
+        ("my set.tar.xz", "w:xz", "unxz"),
+    ],
+)
+def test_compressed_tar_is_read_after_the_command_that_is_printed(tmp_path, name, mode, program):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    image = write(tmp_path, **{"1.png": None}) / "1.png"
+    with tarfile.open(tmp_path / name, mode) as tar:
+        tar.add(image, "1.png")
+    with pytest.raises(DataError, match="unpack it first: ") as refused:
+        list_source(tmp_path / name)
+    command = re.search("unpack it first: (.*); give a folder", str(refused.value))[1]
+    subprocess.run(shlex.split(command), check=True, timeout=30)
+    listing = list_source(tmp_path / "my set.tar")
+    assert np.array_equal(
+        read_entry(tmp_path, listing.entries[0], None), np.asarray(Image.open(image))
+    )
+    assert (tmp_path / name).is_file()

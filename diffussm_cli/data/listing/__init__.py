@@ -21,7 +21,6 @@ from diffussm_cli.data.listing.entries import (
     read_entry,
 )
 from diffussm_cli.data.listing.left_out import (
-    METADATA,
     UNREADABLE,
     LeftOut,
     left_out_line,

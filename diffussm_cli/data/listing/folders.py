@@ -1,6 +1,5 @@
 """Lists the images of a folder: one folder per class, or without classes, or its shards."""
 
-import json
 import os
 import stat
 from collections import Counter
@@ -12,11 +11,11 @@ from diffussm_cli.data.images import SUFFIXES
 from diffussm_cli.data.listing.arrays import array_files, list_arrays
 from diffussm_cli.data.listing.beside import without_overviews
 from diffussm_cli.data.listing.entries import Entry, Listing
+from diffussm_cli.data.listing.labels import Labels, labels_beside
 from diffussm_cli.data.listing.left_out import (
     CAPTIONS,
     FIELDS,
     HIDDEN,
-    METADATA,
     NO_IMAGE,
     OURS,
     TABLES,
@@ -28,12 +27,13 @@ from diffussm_cli.data.listing.left_out import (
 )
 from diffussm_cli.data.listing.shards import list_archives, list_parquet
 from diffussm_cli.data.listing.splits import one_split, refuse_splits
+from diffussm_cli.data.metadata import LABEL, TEXTS, fields_of, metadata_in
+from diffussm_cli.data.metadata import NAMES as METADATA
 from diffussm_cli.data.samples import BESIDE, holds_samples
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import open_regular
 
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
-MAX_LINE_BYTES = 1 << 16
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
@@ -55,10 +55,16 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
         name: _entries(root, _files_below(root, name, ignored), ignored, unread) for name in folders
     }
     if any(classes.values()):
+        entries = [e for images in classes.values() for e in images]
+        labels = labels_beside(root, entries, ())
+        if labels:
+            refuse_splits(root, (), entries)
+            entries = _entries(root, files, ignored, unread) + entries
+            return _with_labels(root, entries, labels, ignored, unread)
         entries = _labelled(root, classes, ignored)
         for name in files:
-            if name == METADATA:
-                _count_metadata(root / name, unread)
+            if name in METADATA:
+                _count_metadata(root / name, unread, ignored)
             else:
                 ignored.append((name, reason_for(name, "not in a class folder")))
         return Listing(root, entries, tuple(classes), ignored, unread=counted(unread))
@@ -87,6 +93,9 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
 
     # Shards, or images without classes.
     if not shards:
+        labels = labels_beside(root, flat, files) if flat else None
+        if labels:
+            return _with_labels(root, flat, labels, ignored, unread)
         return Listing(root, flat, (), ignored, unread=counted(unread))
     tars = [name for name in shards if name.lower().endswith(".tar")]
     kind = "tar" if tars else "parquet"
@@ -97,6 +106,20 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
     return (
         list_archives(root, used, ignored) if tars else list_parquet(root, used, ignored, columns)
     )
+
+
+def _with_labels(
+    root: Path,
+    entries: Sequence[Entry],
+    labels: Labels,
+    ignored: list[tuple[str, str]],
+    unread: Counter[str],
+) -> Listing:
+    """The listing of images whose labels stand in a file. Raises DataError."""
+    ignored = [(name, why) for name, why in ignored if str(root / name) != labels.file]
+    labelled, class_names = labels.of(entries)
+    parts = (*labels.unused(entries), *counted(unread))
+    return Listing(root, labelled, class_names, ignored, unread=parts)
 
 
 def _is_passed_over(folder: Path, root: Path, ignored: list[tuple[str, str]]) -> bool:
@@ -204,8 +227,8 @@ def _entries(
     for name in others:
         stem, suffix = os.path.splitext(name)
         folder, _, leaf = name.rpartition("/")
-        if leaf == METADATA:
-            _count_metadata(root / name, unread)
+        if leaf in METADATA:
+            _count_metadata(root / name, unread, ignored)
         elif suffix == ".txt" and stem in stems:
             unread[CAPTIONS] += 1
         elif leaf in BESIDE and folder in samples:
@@ -217,17 +240,16 @@ def _entries(
     return entries
 
 
-def _count_metadata(path: Path, unread: Counter[str]) -> None:
-    """Count a metadata.jsonl as captions, and also what else its first line holds, such as a
-    label.
-    """
-    unread[CAPTIONS] += 1
-    try:
-        with open_regular(path) as file:
-            first = json.loads(file.readline(MAX_LINE_BYTES).decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return  # a run with text says what is wrong
-    if isinstance(first, dict) and first.keys() - {"file_name", "text", "caption"}:
+def _count_metadata(path: Path, unread: Counter[str], ignored: list[tuple[str, str]]) -> None:
+    """Count a file of metadata by what of it may not be used: captions, and other fields."""
+    first = metadata_in(path.parent)
+    if first is not None and first.name != path.name:
+        ignored.append((path.name, f"beside a {first.name}, which is read instead"))
+        return
+    fields = fields_of(path)
+    if not fields or fields & set(TEXTS):
+        unread[CAPTIONS] += 1
+    if fields - {"file_name", LABEL, *TEXTS}:
         unread[FIELDS] += 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +10,12 @@ from typing import NamedTuple
 from diffussm_cli.data.images import SUFFIXES
 
 UNREADABLE = "cannot be read"
-METADATA = "metadata.jsonl"
 SHARDS = (".tar", ".parquet")
 
 # Names that say what a file or folder is, and reasons why it is not used.
 CAPTIONS = "captions, which only a run with text reads"
 JSON = "of a .json file, only captions are read, by a run with text"
-FIELDS = f"of {METADATA}, only file_name and captions are read; classes are folders"
+FIELDS = "of metadata files, only file_name, captions and label are read"
 NESTED = "a shard in a shard, which is not read; unpack the outer one"
 PER_CLASS = "no class; unpack each shard into a folder of its name, or add KEY.cls"
 OURS = "beside samples of diffussm, and none of them"
@@ -23,14 +23,24 @@ HIDDEN = "a hidden file"
 NO_IMAGE = "not an image by its name or first bytes"
 TABLES = (
     "dataset.json",
-    "metadata.csv",
     "metadata.parquet",
     "labels.csv",
     "labels.json",
     "labels.txt",
 )
-TABLE = f"labels or captions that are not read: classes are folders, captions stand in {METADATA}"
+TABLE = (
+    "labels or captions that are not read: classes are folders, or stand beside captions in "
+    "metadata.jsonl or metadata.csv"
+)
 COMPRESSED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+UNPACKING = {  # commands that keep the archive; a tar file that they leave is read in place
+    ".zip": "unzip -q {file} -d {stem}",
+    ".gz": "gunzip -k {file}",
+    ".tgz": "gunzip -k {file}",
+    ".bz2": "bunzip2 -k {file}",
+    ".xz": "unxz -k {file}",
+    ".zst": "unzstd {file}",
+}
 FOREIGN = (
     ".npy",
     ".h5",
@@ -78,6 +88,15 @@ def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
     return "".join(
         json.dumps({"index": i, "file": name, "reason": why}) + "\n" for i, name, why in skipped
     )
+
+
+def unpacking(path: str | Path) -> str:
+    """How to unpack an archive: what follows "unpack it first", a command if one is known."""
+    stem, suffix = os.path.splitext(path)
+    command = UNPACKING.get(suffix.lower())
+    if command is None:
+        return ""
+    return ": " + command.format(file=shlex.quote(str(path)), stem=shlex.quote(stem))
 
 
 def kind_of(name: str) -> str:

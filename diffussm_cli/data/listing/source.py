@@ -10,7 +10,7 @@ from diffussm_cli.data.cifar import kind_of_file
 from diffussm_cli.data.images import SUFFIXES
 from diffussm_cli.data.listing.entries import Listing
 from diffussm_cli.data.listing.folders import list_folder
-from diffussm_cli.data.listing.left_out import KINDS, SHARDS, left_out_line
+from diffussm_cli.data.listing.left_out import COMPRESSED, KINDS, SHARDS, left_out_line, unpacking
 from diffussm_cli.errors import DataError
 
 BRACES = r"\{.*?\}"  # as webdataset writes a series of shards: {000..010}
@@ -37,8 +37,11 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
     if not listing.entries:
         looked_for = ", ".join((*SUFFIXES, *SHARDS, ".npz"))
         rest = left_out_line(source, listing.left_out())
+        packed = [name for name, _ in listing.ignored if name.lower().endswith(COMPRESSED)]
+        remedy = unpacking(listing.root / packed[0]) if packed else ""
         raise DataError(
             f"{option}: no images in {str(source)!r} (looked for {looked_for}){rest and '; '}{rest}"
+            f"{remedy and f'; unpack{remedy}'}"
         )
 
     if columns and not listing.columns:
@@ -86,8 +89,9 @@ def _single_file(source: Path) -> str:
         what = next(
             (why for ends, why in KINDS.items() if source.name.lower().endswith(ends)), "a file"
         )
+        how = unpacking(source)
         raise DataError(
-            f"{str(source)!r} is {what}; give a folder, or a .tar, .parquet or .npz file"
+            f"{str(source)!r} is {what}{how}; give a folder, or a .tar, .parquet or .npz file"
         )
     if not os.path.isfile(source):
         raise DataError(f"{str(source)!r} is not a regular file")
