@@ -23,6 +23,7 @@ from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.machine.hub import load_pretrained
 from diffussm_cli.model import build_model
+from diffussm_cli.profiling.roofline import part_of_step
 from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.step import Step
@@ -153,3 +154,15 @@ def test_captions_are_encoded_on_the_device_and_come_back_to_the_cpu(
             encoded = encoder.encode(["red heart", "blue"])
     assert torch.float32 in seen.on_device
     assert {t.device.type for t in encoded} == {"cpu"}
+
+
+def launches(batch_size):
+    """Kernels of a training step of XL with one block, counted on the meta device."""
+    settings = ["model.depth=1", "train.precision=bf16", "train.accumulate=1"]
+    config = load_config("xl-256", [*settings, f"train.batch_size={batch_size}"])
+    return sum(work.kernels for _, work in part_of_step(config)[1])
+
+
+def test_block_of_xl_launches_as_many_kernels_at_any_batch():
+    """The host launches them one by one, so a GPU waits for it if there are many small ones."""
+    assert launches(2) == launches(64) <= 470

@@ -186,7 +186,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
         five largest by operator, in seconds of a step; and `assumptions`.
     """
     gpu, t = GPUS[device], config.train
-    parameters, part = _part_of_step(config)
+    parameters, part = part_of_step(config)
 
     # The parts of a batch, and one update of the weights.
     spent: Counter[str] = Counter()
@@ -211,7 +211,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     }
 
 
-def _part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
+def part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
     """The number of parameters, and the work of a forward and backward pass of one part of the
     batch.
     """

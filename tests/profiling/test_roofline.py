@@ -109,7 +109,7 @@ def test_attention_is_two_products_and_its_gradient_five():
 
 def test_a_step_of_dit_makes_three_times_the_products_of_a_forward_pass():
     config = load_config("dit-xl-256", ["model.depth=2", "train.batch_size=4"])
-    _, part = roofline._part_of_step(config)
+    _, part = roofline.part_of_step(config)
     operations = sum(w.operations for name, w in part if "mm" in name)
     forward = cost(config).gflops - cost(config).parts["attention"]
     assert operations == pytest.approx(3 * 2e9 * 4 * forward, rel=0.01)
@@ -133,7 +133,7 @@ def test_an_update_moves_eight_numbers_of_a_parameter_and_three_of_each_average(
 def test_a_step_is_its_parts_and_an_update(full_reach, monkeypatch):
     monkeypatch.setitem(GPUS, "round", ROUND)
     part = [("mm", Work(1, 1.0, 2e12, "products")), ("add", Work(1, 3e12))]
-    monkeypatch.setattr(roofline, "_part_of_step", lambda config: (10**10, part))
+    monkeypatch.setattr(roofline, "part_of_step", lambda config: (10**10, part))
     recipe = ["train.batch_size=32", "train.accumulate=4", "train.steps=50"]
     found = predict(load_config("digits", recipe), "round")
     # 4 parts of 2 + 3 s; 44 bytes of each parameter
