@@ -486,8 +486,8 @@ def convolutions(device: torch.device) -> dict:
             )
             if name != "chunk_compiled":  # of few channels it would be another program
                 ours = _first_channels(convolution, s4d, u, dy, torch.bfloat16)
-                for what, value, wanted in zip(("y", "du", "dC"), ours, exact):
-                    error = (value - wanted).norm() / wanted.norm()
+                for what, value, reference in zip(("y", "du", "dC"), ours, exact):
+                    error = (value - reference).norm() / reference.norm()
                     facts[f"{name}_{what}_error"] = error.item()
         results[L] = in_turn(calls, device, 5) | facts
     return results

@@ -119,8 +119,8 @@ def _preset_values(
     # A file is looked for beside the one that names it.
     option = f"{where}: base"
     if not isinstance(base, str) or not base:
-        given = "is empty; it" if base in (None, "") else repr(base)
-        raise ConfigError(f"{option}: {given} must be the name of a preset or a YAML file")
+        shown = "is empty; it" if base in (None, "") else repr(base)
+        raise ConfigError(f"{option}: {shown} must be the name of a preset or a YAML file")
     if Path(base).suffix in YAML_SUFFIXES:
         base = os.path.realpath(Path(preset).parent / base)
     chain = (*chain, preset if preset in preset_names() else os.path.realpath(preset))

@@ -102,11 +102,11 @@ def mixture_of(
             "they are made in training, by --set train.snapshot_every=STEPS"
         )
     paths, steps, widths = zip(*files)
-    found, error = coefficients(steps, widths, step, width)
+    shares, error = coefficients(steps, widths, step, width)
     if error > MOST_ERROR:
         raise RunError(
             f"--ema-width: {width} cannot be put together from the {len(set(steps))} snapshots of "
             f"{str(where)!r}, whose nearest profile is {error:.0%} off; take a width nearer to "
             f"{min(widths)} or {max(widths)}, or train with a smaller train.snapshot_every"
         )
-    return Mixture(width, tuple(zip(paths, found)))
+    return Mixture(width, tuple(zip(paths, shares)))

@@ -243,12 +243,12 @@ def load_model(trained: TrainedRun) -> Backbone:
     return model.eval().requires_grad_(False)
 
 
-def _sum_of(mixture: Mixture, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sum_of(mixture: Mixture, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights as a sum of files, computed in float64. Raises RunError."""
     total: dict[str, Tensor] = {}
     for path, coefficient in mixture.parts:
         weights = read_tensors(path)
-        check_weights_match(own, weights, path)
+        check_weights_match(expected, weights, path)
         for name, tensor in weights.items():
             part = tensor.double() * coefficient
             total[name] = total[name].add_(part) if name in total else part

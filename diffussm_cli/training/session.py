@@ -376,10 +376,10 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     for section, name in fixed:
         was, now = old[section][name], new[section][name]
         if was != now:
-            given = "--preset and --set" if (section, name) != ("data", "path") else "--data"
+            options = "--preset and --set" if (section, name) != ("data", "path") else "--data"
             raise ConfigError(
                 f"--resume: {section}.{name} was {was!r} and is now {now!r}; "
-                f"omit {given} to keep the run's own values, "
+                f"omit {options} to keep the run's own values, "
                 "or choose another --out to begin a new run"
             )
     if config.train.snapshot_every and not saved.train.snapshot_every:

@@ -48,10 +48,10 @@ def in_forward_mode() -> bool:
 
 def wants_chunks() -> bool:
     """Whether training convolves chunk by chunk instead of by FFT, which the user chooses."""
-    wanted = os.environ.get(CONVOLUTION, "fft")
-    if wanted not in ("fft", "chunk"):
-        raise ConfigError(f"{CONVOLUTION}: {wanted!r} must be fft or chunk")
-    return wanted == "chunk"
+    choice = os.environ.get(CONVOLUTION, "fft")
+    if choice not in ("fft", "chunk"):
+        raise ConfigError(f"{CONVOLUTION}: {choice!r} must be fft or chunk")
+    return choice == "chunk"
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:
