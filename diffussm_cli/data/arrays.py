@@ -168,7 +168,7 @@ def image_rows(rows: Rows) -> Rows:
     if len(rows.shape) == 3:
         rows = rows._replace(shape=(*rows.shape, 1))
 
-    fits = len(rows.shape) == 4 and rows.shape[3] in (1, 3) and math.prod(rows.shape)
+    fits = len(rows.shape) == 4 and rows.shape[3] in (1, 3) and 0 not in rows.shape
     if rows.dtype.str != "|u1" or not fits:
         raise DataError(
             f"{rows.path}: {rows.name} is {rows.dtype} of shape {rows.shape}, "

@@ -189,8 +189,9 @@ def _pixels(source: Picture, option: str, config: Config, channels: int) -> Tens
     try:
         if isinstance(source, Path | str):
             with open_image(Path(source)) as file:
-                if getattr(file, "n_frames", 1) > 1:
-                    raise DataError(f"{source}: is a film of {file.n_frames} frames, not an image")
+                frames = getattr(file, "n_frames", 1)
+                if frames > 1:
+                    raise DataError(f"{source}: is a film of {frames} frames, not an image")
                 image = flatten(file, channels)
         else:
             image = flatten(_as_image(source, option), channels)
