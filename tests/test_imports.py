@@ -148,11 +148,9 @@ def test_scripts_are_found_in_every_folder():
     assert {p.parent for p in SCRIPTS} == {ROOT.parent / folder for folder in FOLDERS}
 
 
-@pytest.fixture(scope="module")
-def help_of_scripts(tmp_path_factory):
-    """Runs all scripts with --help in one child process and in another folder; gives the exit code
-    of each.
-    """
+@pytest.mark.slow
+def test_scripts_show_help_from_any_folder(tmp_path):
+    """All scripts with --help, in one child process and in another folder."""
     code = (
         "import json, runpy, sys\n"
         "usual, ends = list(sys.path), {}\n"
@@ -168,20 +166,10 @@ def help_of_scripts(tmp_path_factory):
         "print(json.dumps(ends))\n"
     )
     command = [sys.executable, "-c", code, *map(str, WITH_HELP)]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path_factory.mktemp("elsewhere"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", WITH_HELP, ids=lambda p: p.name)
-def test_scripts_show_help_from_any_folder(path, help_of_scripts):
-    assert help_of_scripts[str(path)] == 0
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(ends) == sorted(map(str, WITH_HELP))
+    assert {path: end for path, end in ends.items() if end != 0} == {}
 
 
 def missing(tree):
@@ -212,9 +200,12 @@ def missing(tree):
             yield ast.unparse(node)
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts_use_only_names_of_the_package(path):
-    assert list(missing(ast.parse(path.read_text(encoding="utf-8")))) == []
+def test_scripts_use_only_names_of_the_package():
+    assert [
+        f"{path.name}: {name}"
+        for path in SCRIPTS
+        for name in missing(ast.parse(path.read_text(encoding="utf-8")))
+    ] == []
 
 
 def test_missing_names_are_found():
