@@ -15,6 +15,7 @@ Exit code 1 if a part failed or found no time.
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import math
 import os
@@ -26,8 +27,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "xl,dit-xl/2,dit-xl/1"
@@ -312,11 +311,13 @@ def machine(device: str) -> list[str]:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": importlib.metadata.version("torch"),
         "system": platform.platform(),
         "cpu cores": str(os.cpu_count()),
     }
     if device.startswith("cuda"):
+        import torch
+
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
             facts[f"GPU {i}"] = (
@@ -333,6 +334,8 @@ def machine(device: str) -> list[str]:
 
 def _cudnn() -> str:
     """The version of cuDNN, or what is wrong with it."""
+    import torch
+
     try:
         return str(torch.backends.cudnn.version())
     except RuntimeError as e:
@@ -349,6 +352,7 @@ def _output(*command: str) -> str:
 
 
 def main() -> int:
+    start = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -369,6 +373,8 @@ def main() -> int:
     )
     a = parser.parse_args()
     device = a.device or ("cpu" if a.toy else "cuda")
+    import torch  # it may take a part of the time, which has begun
+
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --toy runs at toy sizes on the CPU")
     name = f"{datetime.date.today()}-gpu{'-quick' if a.quick else ''}{'-toy' if a.toy else ''}.md"
@@ -383,7 +389,7 @@ def main() -> int:
         chosen = toy_parts(device) if a.toy else parts(device, torch.cuda.device_count())
     if a.quick and not a.toy:
         chosen = shared(chosen, a.seconds or QUICK)
-    end = time.monotonic() + (a.seconds or (QUICK if a.quick and not a.toy else math.inf))
+    end = start + (a.seconds or (QUICK if a.quick and not a.toy else math.inf))
     for part in chosen:
         seconds = min(part.seconds, end - time.monotonic())
         if seconds < 1:
