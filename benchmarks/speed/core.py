@@ -4,7 +4,7 @@ textbook form.
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
 Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions, top,
-length, beside_dit, memory, options, compiled; by default all.
+length, beside_dit, memory, options, axial, compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON
 object a line.
@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from diffussm_cli.config import Config, config_from_dict, load_config, to_dict
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.model.block import DiffuSSMBlock
+from diffussm_cli.model.mixers import axial as axial_mixer
+from diffussm_cli.model.mixers.axial import Axial
 from diffussm_cli.model.s4d import numerics
 from diffussm_cli.model.s4d.chunks import chunk_convolution
 from diffussm_cli.model.s4d.convolution import Convolution, KernelSpectra
@@ -51,6 +53,7 @@ D, N, M = 1152, 64, 2  # of XL
 SHORT, LONG = 1024, 4096  # tokens of a 256 and of a 512 image
 SIDES = (32, 64, 128, 256)  # of latents, in the row `length`
 RESOLUTIONS = (256, 512, 1024)  # of images, in the row `beside_dit`
+AXIAL_SIDES = {64: 64, 128: 32, 256: 16, 512: 4, 1024: 2}  # tokens a side: channels
 LARGE = 2048  # pixels of an image's side, in the row `memory`
 IMAGES = 32  # of a batch, in the rows `convolutions` and `top`
 SIDE = 8192  # of the matrices in the row `ceilings`
@@ -590,6 +593,10 @@ OPTIONS = {  # what may be changed in the recipe of `mnist-noise`, and itself at
     "local": ("model.local=3",),
     "linear": ("model.mixer=linear", "model.heads=4"),
     "conv": ("model.mixer=conv",),
+    "conv, grn": ("model.mixer=conv", "model.conv_gate=grn"),
+    "conv, 7x7": ("model.mixer=conv", "model.kernel=7"),
+    "conv, 7x7, grn": ("model.mixer=conv", "model.kernel=7", "model.conv_gate=grn"),
+    "axial": ("model.mixer=axial", "model.d_state=16"),
     "attention": ("model.mixer=attention", "model.heads=4"),
     "mnist-noise": (),
 }
@@ -609,6 +616,24 @@ def options(device: torch.device) -> dict:
         }
         for name, (config, _) in made.items()
     }
+
+
+def axial(device: torch.device) -> dict:
+    """The mixer axial by products over the same by FFTs, by tokens a side: a forward and backward
+    pass.
+    """
+    ratios = {}
+    for side, channels in AXIAL_SIDES.items():
+        layer = Axial(channels, 16, grid=(side, side)).to(device)
+        u = torch.randn(1, channels, side**2, 1, device=device, requires_grad=True)
+
+        def pass_of(longest: int, layer=layer, u=u, side=side) -> None:
+            with patch.object(axial_mixer, "LONGEST", longest):
+                layer(u, (side, side)).square().sum().backward()
+
+        calls = {"products": lambda: pass_of(side), "ffts": lambda: pass_of(0)}  # noqa: B023
+        ratios[side] = in_turn(calls, device, 7)["products_ratio"]
+    return {"products_over_ffts": ratios}
 
 
 def _first_call(call: Callable[[], object]) -> dict[str, float]:
@@ -682,6 +707,7 @@ ROWS = {
         beside_dit,
         memory,
         options,
+        axial,
         compiled,
     )
 }
