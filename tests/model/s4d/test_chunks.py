@@ -149,6 +149,14 @@ def test_nothing_waits_for_a_copy_from_the_host():
         s4d(u).sum().backward()
 
 
+def test_chunks_compile_into_one_graph_with_equal_gradients():
+    s4d, u, dy = layer(), randn(2, 3, 150, 2), randn(2, 6, 150, 2, seed=1)
+    eager = results(s4d, u.double(), dy.double())
+    s4d.compile(fullgraph=True, backend="aot_eager")
+    compiled = results(s4d, u.double(), dy.double())
+    assert [relative(a, b) for a, b in zip(compiled, eager)] == pytest.approx([0] * 8, abs=1e-12)
+
+
 def test_ffts_are_the_default_to_the_last_bit(monkeypatch):
     s4d, u, dy = layer(torch.float32), randn(2, 3, 50, 2), randn(2, 6, 50, 2, seed=1)
     by_chunks = results(s4d, u, dy)
