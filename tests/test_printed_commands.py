@@ -39,6 +39,7 @@ CANNOT = {
     "python benchmarks/quality/text_retrieval.py": "needs the real emoji",
     "hf upload": "needs an account of the hub",
     "diffussm sample OWNER/NAME": "downloads from the hub",
+    "diffussm train --data hub:OWNER/NAME": "downloads from the hub",
     "diffussm eval OWNER/NAME": "downloads from the hub",
     "diffussm sample DiT-XL-2-256x256.pt": "a file of 2.7 GB",
 }

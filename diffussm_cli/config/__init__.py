@@ -11,6 +11,7 @@ plain_yaml.py  YAML that cannot do harm
 from diffussm_cli.config.fields import (
     BUILTIN,
     DEFAULT_VAE,
+    HUB,
     MANY,
     MAX_CLASSES,
     MAX_SEED,

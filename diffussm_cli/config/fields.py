@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
+HUB = "hub:"  # prefix for a data set of the hub by name
 PYTHON = "python:"  # prefix for a data set that was an object; the name of its class follows
 BUILTIN = "builtin:"  # prefix of `data.path` for a data set that a Python package ships
 
@@ -109,7 +110,7 @@ class DataConfig:
     """
 
     path: str = _option(
-        "", "builtin:mnist, :digits or :emoji, a folder of images, or a folder of encoded latents"
+        "", "builtin:mnist, :digits or :emoji, images or latents in files, or hub:OWNER/NAME"
     )
     resolution: int | str = _option(256, "N or HxW, in pixels")
     channels: int = _option(4, "C: 1 or 3 for pixels, the VAE's for latents", least=1, most=1024)

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import DEFAULT_PRESET, Config, first_reading, load_config, set_fields
+from diffussm_cli.config import DEFAULT_PRESET, HUB, Config, first_reading, load_config, set_fields
 from diffussm_cli.data.fitting import fit_to_data
+from diffussm_cli.data.listing.hub import fetch_shards
+from diffussm_cli.errors import DataError
 
 
 class Request(NamedTuple):
@@ -46,14 +48,37 @@ def configure(
     if continues:
         option = "--out" if out else "--resume"
         out = out or runs.newest_run(runs.RUNS, preset or DEFAULT_PRESET)
+        if out is not None:
+            fields = {**fields, **_pinned_before(out, fields)}
         saved = runs.resumed_config(out, overrides, fields, option) if out else None
         if saved is not None:
             return Request(saved, out, [])
 
     named = set_fields(overrides, fields) | ({"data.path"} if dataset is not None else set())
     config = first_reading(preset, named, overrides, fields)
+    if config.data.path.startswith(HUB):
+        fields = {**fields, "data.path": _pinned(config.data.path)}
+        config = first_reading(preset, named, overrides, fields)
     is_own = preset is None and "data.path" in named
     fitted, lines = fit_to_data(config, named, is_own, dataset)
     return Request(
         load_config(preset or DEFAULT_PRESET, overrides, {**fields, **fitted}), out, lines
     )
+
+
+def _pinned(path: str) -> str:
+    """The name of a data set of the hub with its revision. Raises DataError."""
+    try:
+        return fetch_shards(path).name
+    except DataError as e:
+        raise DataError(f"data.path: {e}") from e
+
+
+def _pinned_before(out: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The data set of a run that continues, at the revision that the run began with, if the user
+    names the set without a revision.
+    """
+    path = str(fields.get("data.path", ""))
+    before = runs.read_data(out) if path.startswith(HUB) else None
+    is_same = before is not None and str(before["path"]).startswith(f"{path}@")
+    return {"data.path": before["path"]} if before is not None and is_same else {}

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import BUILTIN, PYTHON, Config
+from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.source import ImageFolder, Source, open_source, undivided, unreadable_images
@@ -41,9 +41,9 @@ def open_data(root: Path | None, config: Config, dataset: Dataset | None = None)
 
 
 def data_place(config: Config) -> str:
-    """`data.path` as an absolute path; names of built-in sets and objects as they are."""
+    """`data.path` as an absolute path; names of sets and objects as they are."""
     path = config.data.path
-    if not path or path.startswith((BUILTIN, PYTHON)):
+    if not path or path.startswith((BUILTIN, HUB, PYTHON)):
         return path
     return os.path.abspath(path)
 

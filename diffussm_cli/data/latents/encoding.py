@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config import DEFAULT_VAE, check_whole, named_columns
+from diffussm_cli.config import DEFAULT_VAE, HUB, check_whole, named_columns
 from diffussm_cli.data.latents.convert import convert_if_earlier
 from diffussm_cli.data.latents.encoder import Encoder, open_captions
 from diffussm_cli.data.latents.manifest import StoreSettings
@@ -21,6 +21,7 @@ from diffussm_cli.data.latents.store import (
     remove_if_unreadable,
 )
 from diffussm_cli.data.listing import LeftOut, Listing, left_out_line, list_source
+from diffussm_cli.data.listing.hub import fetch_shards
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Stage
@@ -83,6 +84,9 @@ def encode_images(
     check_whole("shard_size", shard_size, least=1)
     source, target, world = Path(source), Path(target), read_world()
     yield Stage("listing")
+    if str(source).startswith(HUB):
+        source, name = fetch_shards(str(source))
+        yield Message(f"read from {name}")
     listing = list_source(source, columns=named_columns(columns, "--columns"))
     if strict and listing.ignored:
         raise DataError(f"--strict: {listing.ignored[0][0]}: {listing.ignored[0][1]}")

@@ -1,15 +1,17 @@
-"""List the images of a folder or archive in a fixed order, and all else in it with the reason why
-it is not used.
+"""List the images of a folder, file or data set of the hub in a fixed order, and all else in it
+with the reason why it is not used.
 
-Four layouts: one folder per class; a flat folder (no classes); WebDataset shards (*.tar), where
-KEY.cls holds the label of KEY.jpg as an integer; parquet shards (../parquet.py). Shards are read in
+Layouts: one folder per class; a flat folder (no classes); labels in a file beside the images;
+WebDataset shards (*.tar), where KEY.cls holds the label of KEY.jpg as an integer; parquet shards
+(../parquet.py); .npz files (../arrays.py); CIFAR's binary batches (../cifar.py). Shards are read in
 place.
 
-source.py    list_source: a folder, a shard or a pattern
-folders.py   one folder per class, or a flat folder; shards.py: tar and parquet shards
-beside.py    what `diffussm sample` writes beside images
+source.py    list_source: a folder, a file, a pattern, or hub:OWNER/NAME (hub.py)
+folders.py   one folder per class, or a flat folder; labels.py: labels in files beside the images
+shards.py    tar and parquet shards; arrays.py: .npz files and CIFAR
 splits.py    names that tell a split of a data set
 entries.py   an image of a source, and how it is read
+beside.py    what `diffussm sample` writes beside images
 left_out.py  what is not used, and why
 """
 

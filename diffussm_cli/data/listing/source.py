@@ -6,10 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from diffussm_cli.config import HUB
 from diffussm_cli.data.cifar import kind_of_file
 from diffussm_cli.data.images import SUFFIXES
 from diffussm_cli.data.listing.entries import Listing
 from diffussm_cli.data.listing.folders import list_folder
+from diffussm_cli.data.listing.hub import fetch_shards
 from diffussm_cli.data.listing.left_out import COMPRESSED, KINDS, SHARDS, left_out_line, unpacking
 from diffussm_cli.errors import DataError
 
@@ -17,8 +19,8 @@ BRACES = r"\{.*?\}"  # as webdataset writes a series of shards: {000..010}
 
 
 def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str] = {}) -> Listing:
-    """List a folder, one file of images, or a pattern of names in a folder. No image is
-    decoded.
+    """List a folder, one file of images, a pattern of names in a folder, or a data set of the hub.
+    No image is decoded.
 
     Args:
         columns: names of columns of parquet shards, or of arrays of .npz files, from
@@ -29,6 +31,8 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
             images.
     """
     try:
+        if str(source).startswith(HUB):
+            source = fetch_shards(str(source)).pattern
         root, names = _names_in(source)
         listing = list_folder(root, names, columns)
     except DataError as e:

@@ -24,7 +24,7 @@ SPLIT_FOLDER = re.compile(
 )
 
 
-def _split_of(shard: str) -> tuple[str, str]:
+def split_of(shard: str) -> tuple[str, str]:
     """The split that the name of a shard tells, if any, and a pattern for the shards of this
     split.
     """
@@ -40,9 +40,15 @@ def _split_of(shard: str) -> tuple[str, str]:
     return "", ""
 
 
+def split_folder(name: str) -> str:
+    """The split that the name of a folder tells; empty if it tells none."""
+    match = SPLIT_FOLDER.fullmatch(name)
+    return SPLITS[match[1].lower()] if match else ""
+
+
 def one_split(shards: Sequence[str]) -> list[str]:
     """The shards themselves. Raises DataError if their names tell several splits of a data set."""
-    splits = dict(sorted(filter(lambda split: split[0], map(_split_of, shards))))
+    splits = dict(sorted(filter(lambda split: split[0], map(split_of, shards))))
     if len(splits) > 1:
         chosen = splits.get("train") or next(iter(splits.values()))
         raise DataError(f"the shards are of {', '.join(splits)}; choose one: {chosen!r}")
