@@ -7,6 +7,24 @@ import errno
 import re
 from collections.abc import Iterator
 
+# What a caller of the library gives where it has another name than the option or argument.
+PARAMETERS = {
+    "--no-flip": "flip=False",
+    "--preset": "config",
+    "--prompt": "prompts",
+    "RUN": "run",
+    "SAMPLES": "samples",
+    "SOURCE": "source",
+    "TARGET": "target",
+}
+# Commands to type and texts in quotes, which stay; then options with their values, and arguments.
+NAMES = re.compile(
+    r"""\b(?:diffussm|torchrun)[ ][^;]* | (?<!\w)'[^']*'
+    | (?<!\S)--set[ ](?P<field>[a-z_]+\.[a-z_]+)=(?P<text>[^\s,;:)]+)
+    | (?<![\w'"-])(?P<option>--[a-z][a-z-]*)(?:[ ](?P<value>[A-Z]{2,}|\d[\d.]*|"[^"]*"))?
+    | \b(?P<argument>RUN|SAMPLES|SOURCE|TARGET)\b(?!/)""",
+    re.VERBOSE,
+)
 # write() reports these without a file
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -50,6 +68,50 @@ def reason(error: BaseException) -> str:
     """
     message = getattr(error, "strerror", None) or str(error).strip().replace(":\n", ":")
     return f"{' '.join((message.splitlines() or [type(error).__name__])[0].split()):.200}"
+
+
+def in_python(line: str) -> str:
+    """An error for a caller of the library: it names parameters where a command names options.
+
+    `--batch-size: 0` becomes `batch_size: 0`, and `--set data.flip=false` becomes
+    `set={'data.flip': False}`.
+    """
+
+    def parameter(match: re.Match[str]) -> str:
+        if match["field"]:
+            return f"set={{{match['field']!r}: {_literal(match['text'])}}}"
+        name = match["option"] or match["argument"]
+        if not name:
+            return match[0]
+
+        plain = PARAMETERS.get(name, name.removeprefix("--").replace("-", "_"))
+        if plain == "resume" and line[match.end() :][:1] != ":":
+            return "resume=True"
+        if not match["value"]:
+            return plain
+        return f"{plain}=[{match['value']}]" if plain == "prompts" else f"{plain}={match['value']}"
+
+    return NAMES.sub(parameter, line)
+
+
+def _literal(text: str) -> str:
+    """The value of a field as Python writes it; a word in capitals stands for any value."""
+    if text in ("true", "false"):
+        return text.capitalize()
+    is_plain = text.isupper() or re.fullmatch(r"-?\d[\d.e+-]*", text)
+    return text if is_plain else repr(text.strip("'\""))
+
+
+@contextlib.contextmanager
+def naming_parameters() -> Iterator[None]:
+    """Let errors in the block, or in a function that this decorates, name parameters in place of
+    options.
+    """
+    try:
+        yield
+    except DiffussmError as e:
+        e.args = (in_python(str(e)), *e.args[1:])
+        raise
 
 
 def install(extra: str) -> str:

@@ -33,7 +33,7 @@ from diffussm_cli.config import (
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
 from diffussm_cli.data.images import image_grid
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, naming_parameters
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.events import Event, finish
 from diffussm_cli.machine.files import default_cache
@@ -71,12 +71,14 @@ class Run:
         return self.trained.config
 
     @property
+    @naming_parameters()
     def model(self) -> Backbone:
         """The network with averaged weights, in eval mode: (x_t, t, y) -> what its objective
         predicts.
         """
         return self._sampler().model
 
+    @naming_parameters()
     def sample(
         self,
         num: int = 40,
@@ -146,6 +148,7 @@ class Run:
         return open_sampler(self.trained, sampling, batch_size, *where, beginning)
 
 
+@naming_parameters()
 def load(
     run: Name | None = None,
     *,
@@ -174,6 +177,7 @@ def load(
     return Run(trained, device, precision)
 
 
+@naming_parameters()
 def train(
     config: Config | Name | None = None,
     out: Name | None = None,
@@ -230,6 +234,7 @@ def train(
     return load(_run(events, show).root)
 
 
+@naming_parameters()
 def sample(
     run: Run | Name, out: Name | None = None, num: int = 40, *, show: bool = True, **request: Any
 ) -> Path:
@@ -260,6 +265,7 @@ def sample(
     )
 
 
+@naming_parameters()
 def evaluate(
     samples: Run | Name,
     reference: Name | Dataset | None = None,
@@ -307,6 +313,7 @@ def evaluate(
     return {} if result is None else result["metrics"]
 
 
+@naming_parameters()
 def encode(
     source: Name,
     target: Name,
@@ -339,6 +346,7 @@ def encode(
     return Path(target)
 
 
+@naming_parameters()
 def cost(config: Config | Name = DEFAULT_PRESET, set: Mapping[str, Any] | None = None) -> Cost:
     """Parameters, tokens, Gflops and training memory of a configuration, by formula.
 

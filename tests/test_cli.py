@@ -177,6 +177,14 @@ SLIPS = {  # a command, and the line
         "train --out RUN --resume --data other",
         "--resume: data.path was 'builtin:digits' and is now 'other'; omit --data to keep the",
     ),
+    "other data without classes": (
+        "train --out RUN --resume --data flat",
+        "--resume: data.path was 'builtin:digits' and is now 'flat'; omit --data to keep the",
+    ),
+    "other data and a preset": (
+        "train --out RUN --resume --preset digits --data flat",
+        "omit --preset and --set to keep the run's own values, or choose another --out",
+    ),
 }
 
 
@@ -190,6 +198,9 @@ def test_a_slip_is_one_line_with_the_remedy(case, tiny, tmp_path, monkeypatch):
     (tmp_path / "text.yaml").write_text("base: ''")
     if "RUN" in command:
         list(train(tiny(), tmp_path / "RUN"))
+    if "flat" in command:
+        (tmp_path / "flat").mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / "flat" / "a.png")
     if "other" in command:
         for i in range(1621):
             path = tmp_path / "other" / str(i % 10) / f"{i}.png"

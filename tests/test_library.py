@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import inspect
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,11 @@ import torch
 from PIL import Image
 
 import diffussm as ds
+from diffussm_cli.config.presets import BUNDLED
 from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.errors import ConfigError, DataError
 from tests.conftest import randn
+from tests.helpers import line_of, run
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"model.hidden_size": 16, "model.depth": 2, "model.d_state": 4, "sample.steps": 4}
@@ -215,6 +219,108 @@ def test_numbers_of_encoding_are_checked_before_anything_is_written(wrong, tmp_p
     with pytest.raises(ConfigError, match=f"^{wrong}: 0 must be a whole number of at least 1$"):
         ds.encode(source, tmp_path / "store", vae=tmp_path, show=False, **{wrong: 0})
     assert list(tmp_path.iterdir()) == [source]
+
+
+# A mistake in Python and on the command line, and the same line about it.
+MISTAKES = {
+    "average": (
+        lambda: ds.load("mnist", ema=0.5),
+        "sample mnist --ema 0.5",
+        "{--ema}: 'PACKAGE' holds no average with decay 0.5; it holds 0.995",
+    ),
+    "two averages": (
+        lambda: ds.load("mnist", ema=0.5, ema_width=0.1),
+        "sample mnist --ema 0.5 --ema-width 0.1",
+        "{--ema-width}: cannot be given with {--ema}; leave one of them out",
+    ),
+    "a run": (
+        lambda: ds.load("a/b/c"),
+        "sample a/b/c",
+        "{RUN}: no folder 'a/b/c'; train one with: diffussm train --out a/b/c",
+    ),
+    "one image between two": (
+        lambda: ds.load("mnist").sample(1, interpolate=(3, 4)),
+        "sample mnist --num 1 --interpolate 3 4",
+        "{--interpolate}: needs at least 2 images, not {--num 1}",
+    ),
+    "a mask of nothing": (
+        lambda: ds.load("mnist").sample(1, mask="nope.png"),
+        "sample mnist -n 1 --mask nope.png",
+        "{--mask}: needs {--image}, the image to begin with",
+    ),
+    "a film of another kind": (
+        lambda: ds.sample("mnist", "images", 1, film=Path("film--out.png"), show=False),
+        "sample mnist --out images -n 1 --film film--out.png",
+        "{--film}: 'film--out.png' must end in .gif or .webp",
+    ),
+    "a folder of something else": (
+        lambda: ds.train("digits", "full", show=False),
+        "train --preset digits --out full",
+        "{--out}: 'full' is not empty; add {--resume} to continue it, or choose another folder",
+    ),
+    "a field": (
+        lambda: ds.train("digits", set={"train.depth": 4}, show=False),
+        "train --preset digits --set train.depth=4",
+        "unknown field train.depth",
+    ),
+    "classes": (
+        lambda: ds.train("digits", set={"model.num_classes": 3}, show=False),
+        "train --preset digits --set model.num_classes=3",
+        "model.num_classes: 3, but builtin:digits has 10 classes; {--set model.num_classes=10}",
+    ),
+    "a preset": (
+        lambda: ds.cost("digit"),
+        "train --preset digit --dry-run",
+        "{--preset}: there is no preset 'digit'; did you mean 'digits'?",
+    ),
+    "columns": (
+        lambda: ds.encode("full", "store", columns=("colour=a",), show=False),
+        "encode full store --columns colour=a",
+        "{--columns}: 'colour=a' must read image=NAME, label=NAME, text=NAME",
+    ),
+    "the place of a store": (
+        lambda: ds.encode("full", "full/store", show=False),
+        "encode full full/store",
+        "{TARGET}: 'full/store' lies inside {SOURCE}; choose a folder outside it",
+    ),
+    "prompts": (
+        lambda: ds.evaluate("emoji", "full", num=16, show=False),
+        "eval emoji --reference full -n 16",
+        '{--prompt}: the run draws what a text says; give {--prompt "red heart"}',
+    ),
+}
+IN_PYTHON = {
+    "--ema-width": "ema_width",
+    "--num 1": "num=1",
+    "--preset": "config",
+    "--prompt": "prompts",
+    "--resume": "resume=True",
+    '--prompt "red heart"': 'prompts=["red heart"]',
+    "--set model.num_classes=10": "set={'model.num_classes': 10}",
+    "RUN": "run",
+    "SOURCE": "source",
+    "TARGET": "target",
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_an_error_names_parameters_in_python_and_options_on_the_command_line(
+    case, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "full" / "a.png")
+    call, command, line = MISTAKES[case]
+    line = line.replace("PACKAGE", str(BUNDLED / "mnist"))
+    names = re.findall(r"\{(.+?)\}", line)
+    plain = line
+    for name in names:
+        plain = plain.replace(f"{{{name}}}", IN_PYTHON.get(name, name.removeprefix("--")))
+
+    with pytest.raises(ds.DiffussmError) as error:
+        call()
+    assert plain in str(error.value)
+    assert re.sub(r"[{}]", "", line) in line_of(run(*shlex.split(command)))
 
 
 def test_costs_equal_those_of_the_command():

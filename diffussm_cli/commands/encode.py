@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from diffussm_cli.commands import options
-from diffussm_cli.commands.console import follow, make_console, say
-from diffussm_cli.commands.options import parse_size
+from diffussm_cli.commands.console import follow, make_console, say, warn
+from diffussm_cli.commands.options import others, parse_size, unused
 from diffussm_cli.config import DEFAULT_VAE
 from diffussm_cli.errors import ConfigError
 
@@ -16,6 +16,7 @@ MULTIPLE = 8
 
 
 def encode(
+    ctx: typer.Context,
     source: Annotated[
         Path | None,
         typer.Argument(
@@ -96,6 +97,12 @@ def encode(
     from diffussm_cli.data import latents
 
     console = make_console()
+    if verify or target is None:
+        because = "--verify encodes nothing" if verify else "a store is converted, not encoded"
+        if line := unused(ctx, others(ctx, "source", "verify"), because):
+            warn(console, line)
+    elif text is None and (line := unused(ctx, ("text_tokens",), "there is no --text")):
+        warn(console, line)
     if verify:
         files = follow(console, latents.verify_store(source))
         say(f"{files} files of {source} match their hashes")

@@ -167,8 +167,17 @@ def unused(ctx: Any, names: Collection[str], because: str) -> str:
     Args:
         because: why, such as `SAMPLES is a folder of images`.
     """
-    options = [option_name(parameter) for parameter in ctx.obj if parameter.name in names]
+    options = []
+    for parameter in ctx.obj:
+        if parameter.name in names:
+            is_negated = parameter.secondary_opts and not ctx.params[parameter.name]
+            options.append(parameter.secondary_opts[0] if is_negated else option_name(parameter))
     return f"{', '.join(options)}: not used, because {because}" if options else ""
+
+
+def others(ctx: Any, *names: str) -> set[str]:
+    """The names of the given parameters but for these, for `unused`."""
+    return {parameter.name for parameter in ctx.obj} - set(names)
 
 
 # ----------------------------------------------------------------------------------------- requests

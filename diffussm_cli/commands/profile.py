@@ -7,7 +7,7 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, print_json, warn
-from diffussm_cli.commands.options import unused
+from diffussm_cli.commands.options import others, unused
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.gpus import GPUS
 
@@ -124,11 +124,13 @@ def profile(
     )
     if figure:
         figures.check_figure(figure)
+    console = make_console()
     if paper:
+        if line := unused(ctx, others(ctx, "paper", "as_json"), "--paper only prints"):
+            warn(console, line)
         paper_tables(as_json)
         return
 
-    console = make_console()
     setting = None
     without_latency = [name for name in OF_LATENCY if not (predicted and name == "device")]
     if not latency and (line := unused(ctx, without_latency, "there is no --latency")):

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from diffussm_cli.commands.console import follow, leave, make_console, warn
+from diffussm_cli.commands.options import others, unused
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import (
     DEFAULT_PRESET,
@@ -19,6 +20,7 @@ from diffussm_cli.errors import ConfigError
 
 
 def train(
+    ctx: typer.Context,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -82,6 +84,8 @@ def train(
         from diffussm_cli.commands.tables import presets_table
         from diffussm_cli.profiling.report import preset_rows
 
+        if line := unused(ctx, others(ctx, "list_presets"), "--list only prints the presets"):
+            warn(make_console(), line)
         presets_table(preset_rows())
         return
     overrides = overrides or []

@@ -12,6 +12,7 @@ from diffussm_cli.machine.files import open_regular
 MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes, which tarfile reads at once
 # bytes after the end mark in which content is looked for; they are usually a few zeros
 AFTER_END = 1 << 20
+CUT = f"it ends within a block of {tarfile.BLOCKSIZE} bytes, as a file does that is cut off"
 PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 EXTENDED = (*PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 
@@ -30,7 +31,9 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf, encoding, errors):
         try:
             member = super().frombuf(buf, encoding, errors)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as e:
+        except tarfile.TruncatedHeaderError as e:
+            raise tarfile.ReadError(CUT) from e
+        except tarfile.InvalidHeaderError as e:
             # tarfile itself would take it for the end of the archive
             raise tarfile.ReadError(str(e)) from e
         if member.size < 0:
@@ -56,7 +59,8 @@ def members(path: str | os.PathLike) -> Iterator[tuple[tarfile.TarInfo, Read]]:
                 length = member.size if member.isreg() else 0
                 # extended attributes may hold another size
                 if not 0 <= length <= size - member.offset_data:
-                    raise tarfile.ReadError("unexpected end of data")
+                    is_cut = size % tarfile.BLOCKSIZE
+                    raise tarfile.ReadError(CUT if is_cut else "unexpected end of data")
                 yield member, functools.partial(_read, tar, member)
             file.seek(min(tar.offset, size))
             if file.read(AFTER_END).strip(b"\0"):

@@ -271,9 +271,7 @@ def check_prompts(
         return
 
     if not prompts:
-        raise ConfigError(
-            '--prompt: the run draws what a text says; give --prompt "red heart", or --prompts FILE'
-        )
+        raise ConfigError('--prompt: the run draws what a text says; give --prompt "red heart"')
 
     for prompt in prompts:
         check_prompt(prompt, "--prompt")

@@ -42,6 +42,7 @@ def check_output(
     suffixes: Sequence[str] = (),
     reads: Iterable[str | os.PathLike | None] = (),
     replaces: Collection[str] = (),
+    makes: Path | None = None,
 ) -> None:
     """Check a file that a command is going to write, so that no work is lost and nothing is
     overwritten by mistake.
@@ -53,6 +54,7 @@ def check_output(
             passed over.
         replaces: names of files that the command may overwrite in a folder that it reads, because
             it wrote them itself.
+        makes: a folder that the command makes if it is missing; the file may lie in it.
 
     Raises:
         ConfigError: if the file has another ending, its folder is missing or cannot be written, it
@@ -61,6 +63,8 @@ def check_output(
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{option}: {str(path)!r} must end in {' or '.join(suffixes)}")
     folder = path.parent
+    if makes is not None and not makes.exists() and folder.resolve() == makes.resolve():
+        return
     if not os.path.isdir(folder):  # unlike Path.is_dir, False for a name that is too long
         raise ConfigError(f"{option}: there is no folder {str(folder)!r}")
     if path.is_symlink():

@@ -83,7 +83,7 @@ def _refuse_guide(config: Config) -> None:
     if config.sample.guide:
         raise ConfigError(
             f"sample.guide: {config.sample.guide!r} is no part of a run; name it where images are "
-            "drawn, by sample --guide-with or eval --set"
+            "drawn, as by diffussm sample --guide-with"
         )
 
 

@@ -87,7 +87,8 @@ def sample(
     if grid and grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
     if film:
-        check_output(film, "--film", SUFFIXES)
+        folder = Path(out) if out is not None else trained.root / IMAGES
+        check_output(film, "--film", SUFFIXES, makes=folder)
     if trained.assumption:
         yield Message(trained.assumption)
 

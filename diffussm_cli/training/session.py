@@ -177,7 +177,11 @@ def _list_images(
     if line := unused_fields(config, world.size):
         yield Warned(line)
     yield Stage("listing")
-    source = open_data(root, config, dataset)
+    try:
+        source = open_data(root, config, dataset)
+    except ConfigError:
+        _refuse_other_data(root, config)
+        raise
     if isinstance(config.data.held_out, str) and config.data.held_out:
         open_held_out(config, source)  # a mistake shows now, even if nothing is measured
     if source.left_out:
@@ -185,6 +189,17 @@ def _list_images(
     if warning := getattr(undivided(source), "warning", ""):
         yield Warned(warning)
     return source
+
+
+def _refuse_other_data(root: Path | None, config: Config) -> None:
+    """Raises ConfigError if a run that continues in `root` has read data at another place, to which
+    its configuration fits.
+    """
+    if root is None or not runs.list_checkpoints(root) or not (root / runs.CONFIG).exists():
+        return
+    saved = runs.read_config(root, "--resume")
+    if saved.data.path != config.data.path:
+        check_unchanged(saved, config, moved=False)
 
 
 def completed(config: Config, source: Source) -> Config:

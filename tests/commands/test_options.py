@@ -13,6 +13,7 @@ from diffussm_cli.commands.options import (
 )
 from diffussm_cli.config import config_from_dict, load_config
 from diffussm_cli.errors import ConfigError
+from tests.helpers import run
 
 
 @pytest.mark.parametrize(
@@ -111,3 +112,43 @@ def test_byte_order_mark_is_no_part_of_prompt(tmp_path):
     """Notepad writes one; a prompt with it draws another image from the same seed."""
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred heart\r\nsun\r\n")
     assert parse_prompts(None, tmp_path / "prompts.txt") == ("red heart", "sun")
+
+
+# A command, and the warning about what it does not use.
+UNUSED = {
+    "a check": (
+        "encode --verify store --batch-size 3 --no-flip --vae nope",
+        "--vae, --no-flip, --batch-size: not used, because --verify encodes nothing",
+    ),
+    "a conversion": (
+        "encode store --text wordllama --strict",
+        "--text, --strict: not used, because a store is converted, not encoded",
+    ),
+    "tokens without a text encoder": (
+        "encode pictures new --text-tokens 8 --vae nope",
+        "--text-tokens: not used, because there is no --text",
+    ),
+    "the list of presets": (
+        "train --list --preset mnist --out run --set train.lr=1 --dry-run",
+        "--preset, --out, --set, --dry-run: not used, because --list only prints the presets",
+    ),
+    "the published figures": (
+        "profile --paper --json --preset mnist --no-count --latency",
+        "--preset, --no-count, --latency: not used, because --paper only prints",
+    ),
+    "an estimate": (
+        "profile --preset digits --estimate --device 4090 --no-count --repeats 3 --resolution 512",
+        "--repeats: not used, because there is no --latency\n"
+        "warning: --resolution: not used, because a preset has its own data.resolution",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSED)
+def test_options_that_a_command_does_not_use_are_one_line(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    (tmp_path / "pictures").mkdir()
+    command, line = UNUSED[case]
+    assert f"warning: {line}\n" in run(*command.split()).stderr

@@ -96,6 +96,14 @@ def test_damaged_header_is_not_taken_for_the_end(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kept", [1024 + 100, 1024 + 512 + 2], ids=["in a header", "in a content"])
+def test_cut_file_is_said_to_be_cut_off(tmp_path, kept):
+    (tmp_path / "0.tar").write_bytes(archive(GOOD, LATER)[:kept])
+    names, why = read(tmp_path / "0.tar")
+    assert names == [("a.txt", b"good")]
+    assert why.endswith("it ends within a block of 512 bytes, as a file does that is cut off")
+
+
 def test_joined_archives_are_not_cut_silently(tmp_path):
     (tmp_path / "0.tar").write_bytes(archive(GOOD) + archive(LATER))
     names, why = read(tmp_path / "0.tar")

@@ -1,6 +1,7 @@
 """A film begins at the noise of its seeds and ends with the images that the same request draws."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+import diffussm
 from diffussm_cli.cli import app
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import ConfigError, NotFiniteError
@@ -88,6 +90,16 @@ def test_frame_that_is_not_finite_is_named_and_writes_no_film(sampler, tmp_path)
 def test_bad_film_path_is_rejected_before_sampling(tmp_path, name, line):
     with pytest.raises(ConfigError, match=f"^--film: .*{line}"):
         check_output(tmp_path / name, "--film", SUFFIXES)
+
+
+def test_film_may_lie_in_the_folder_that_the_request_makes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    request = {"num": 1, "show": False, "steps": 1}
+    diffussm.sample("mnist", "images", film=Path("images/film.gif"), **request)
+    assert (tmp_path / "images" / "film.gif").is_file()
+    with pytest.raises(ConfigError, match="film: there is no folder 'more/films'"):
+        diffussm.sample("mnist", "more", film=Path("more/films/film.gif"), **request)
+    assert not (tmp_path / "more").exists()
 
 
 def test_film_is_written_by_the_command(tiny, tmp_path):
