@@ -183,6 +183,7 @@ def train(
     out: Name | None = None,
     *,
     data: Dataset | Name | None = None,
+    init: Name | None = None,
     resume: bool = False,
     set: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
@@ -199,6 +200,7 @@ def train(
         data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs
             (image, label): uint8, or floats in [-1, 1]. Classes are its `classes`, or the numbers
             up to the largest label. To resume such a run, give the data again.
+        init: begin with the weights of another model, as far as they fit: what `load` takes.
         resume: continue the run in `out`, or the newest run of the preset, from its newest
             checkpoint.
         set: fields by their whole name, such as {"model.depth": 4}.
@@ -217,6 +219,8 @@ def train(
     changes = dict(set or {}) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
+    if init is not None:
+        changes["train.init"] = str(init)
     where = None if out is None else Path(out)
     dataset = None if isinstance(data, str | Path) else data
     if isinstance(config, Config):

@@ -34,6 +34,14 @@ def train(
             "channels and classes are read from them."
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Begin with the weights of a run, of OWNER/NAME on the hub, or of a DiT's .pt "
+            "file, as far as they fit.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
     ] = None,
@@ -89,9 +97,8 @@ def train(
         presets_table(preset_rows())
         return
     overrides = overrides or []
-    fields = {
-        k: v for k, v in {"data.path": data, "eval.every": eval_every}.items() if v is not None
-    }
+    options = {"data.path": data, "train.init": init, "eval.every": eval_every}
+    fields = {name: value for name, value in options.items() if value is not None}
     if preset is not None or not resume:  # report mistakes before torch is imported
         first_reading(preset, set_fields(overrides, fields), overrides, fields)
     from diffussm_cli.machine.processes import read_world

@@ -209,6 +209,11 @@ class TrainConfig:
     accumulate: int = _option(
         1, "number of parts that the batch is computed in", least=1, most=MAX_BATCH
     )
+    init: str = _option(
+        "",
+        "begin with the weights of another model, as far as they fit: a run, OWNER/NAME on the "
+        "hub, a published DiT's .pt file; empty: random weights",
+    )
     lr: float = _option(1e-4, "learning rate", above=0, most=10)
     optimizer: Literal["adamw", "muon"] = _option(
         "adamw", "muon: for the matrices of the blocks, adamw for all others"

@@ -41,17 +41,29 @@ def due(step: int, every: int, at_end: bool = False) -> bool:
 class Trainer:
     """A run in training: its steps, and what is measured, drawn and saved between them.
 
+    Args:
+        initial: the weights that training begins with in place of random ones.
+
     Attributes:
         step: the model in training, with everything that a checkpoint holds.
         after_preview: called when a preview has been written.
     """
 
-    def __init__(self, config: Config, source: Source, root: Path, world: World = ALONE):
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        root: Path,
+        world: World = ALONE,
+        initial: runs.InitialWeights | None = None,
+    ):
         self.config = config
         self.source = source
         self.root = root
         self.world = world
-        self.step = Step(config, pick_device(config.train.device), world)
+        self.initial = initial
+        tensors = initial.tensors if initial else None
+        self.step = Step(config, pick_device(config.train.device), world, tensors)
 
         # Previews and scores share what decodes latents; it is opened once, if at all.
         decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
@@ -93,6 +105,7 @@ class Trainer:
             "precision": str(self.step.dtype).removeprefix("torch."),
             "parameters": count_parameters(self.step.model),
             **facts_of_machine(self.step.device),
+            **({"init": self.initial.facts} if self.initial else {}),
         }
 
     # ------------------------------------------------------------------------------------- the loop

@@ -141,7 +141,11 @@ def _train_in(
 
     # The model.
     yield Stage("loading")
-    trainer = _prepare(config, source, root, checkpoint, world, facts)
+    initial = None
+    if config.train.init and checkpoint is None:
+        initial = runs.initial_weights(config)
+        yield Message(initial.line)
+    trainer = _prepare(config, source, root, checkpoint, world, facts, initial)
     first = trainer.step.number
     steps = config.train.steps
     is_complete = first >= steps and is_first and runs.has_final(root, first)
@@ -267,6 +271,10 @@ def check(
         if root is not None and resume and (newest := runs.list_checkpoints(root)):
             facts = yield from compare_data(source, config, root, runs.read_data(root))
             yield from _compare_config(config, root, newest[-1], ALONE, facts)
+    with _collected(problems):
+        begins = root is None or not (resume and runs.list_checkpoints(root))
+        if config.train.init and begins:
+            yield Message(runs.initial_weights(config).line)
     return problems
 
 
@@ -343,6 +351,7 @@ def _prepare(
     checkpoint: Path | None,
     world: World,
     facts: Mapping[str, Any],
+    initial: runs.InitialWeights | None,
 ) -> Trainer:
     """Create a Trainer that is ready to run, and write its configuration and `facts` to `root`.
 
@@ -350,7 +359,7 @@ def _prepare(
         DiffussmError: for anything that does not fit; before the model is built where possible.
     """
     keep_freed_memory()
-    trainer = Trainer(config, source, root, world)
+    trainer = Trainer(config, source, root, world, initial)
     if checkpoint is not None:
         trainer.step.load(checkpoint)
     if world.rank == 0:
@@ -375,8 +384,8 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
         The harmless changes, one per line.
 
     Raises:
-        ConfigError: naming the first difference in model, data, diffusion, batch, seed or
-            optimizer.
+        ConfigError: naming the first difference in model, data, diffusion, batch, seed,
+            optimizer or initial weights.
     """
     old, new = to_dict(saved), to_dict(config)
     for values in (old["data"], new["data"]):
@@ -387,11 +396,11 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     fixed = [
         (s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless
     ]
-    fixed += [("train", name) for name in ("batch_size", "seed", "optimizer")]
+    fixed += [("train", name) for name in ("batch_size", "seed", "optimizer", "init")]
     for section, name in fixed:
         was, now = old[section][name], new[section][name]
         if was != now:
-            options = "--preset and --set" if (section, name) != ("data", "path") else "--data"
+            options = {"path": "--data", "init": "--init"}.get(name, "--preset and --set")
             raise ConfigError(
                 f"--resume: {section}.{name} was {was!r} and is now {now!r}; "
                 f"omit {options} to keep the run's own values, "

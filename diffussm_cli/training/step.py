@@ -6,7 +6,7 @@ B batch, of which each process takes its part   C channels   T timesteps
 x_0 (B, C, H, W) images   t (B,) timesteps   y (B,) labels
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -42,6 +42,9 @@ class Step:
     `update` makes a step. Each process has a Step of its own, with the same model (or its shard of
     it) and its part of every batch.
 
+    Args:
+        initial: weights that the model begins with in place of random ones, by name.
+
     Attributes:
         number: optimiser steps done so far.
         model: the network in training.
@@ -52,7 +55,13 @@ class Step:
         bad_steps: which steps were skipped since they were last read.
     """
 
-    def __init__(self, config: Config, device: torch.device, world: World = ALONE):
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        world: World = ALONE,
+        initial: Mapping[str, Tensor] | None = None,
+    ):
         t = config.train
         self.config = config
         self.device = device
@@ -63,6 +72,7 @@ class Step:
         # The network and its averages, copied before the original is compiled or sharded.
         torch.manual_seed(t.seed)
         self.model = build_model(config, t.gradient_checkpointing).to(device)
+        self.model.load_state_dict(initial or {}, strict=False)
         self.averages = [EMA(self.model, decay) for decay in t.ema]
         self.ema = self.averages[0]
         widths = WIDTHS if t.snapshot_every else ()
