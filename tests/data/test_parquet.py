@@ -194,7 +194,7 @@ def test_named_columns_are_read(named, both):
         read_entry(named, found.entries[1], None), read_entry(both[0], dog, None)
     )
     with pytest.raises(
-        DataError, match="^SOURCE: the columns photo are named, but '.*' holds no parquet shards$"
+        DataError, match=r"columns photo are named, but .* holds no parquet shards or \.npz files$"
     ):
         list_source(both[0], columns={"image": "photo"})
 
