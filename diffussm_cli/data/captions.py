@@ -106,15 +106,15 @@ def _in_folders(
             with reading(f"data.text: {path}: cannot be read", DataError):
                 yield name, read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
     if passed_over:
-        metadata = next(path for f in described if (path := captions_in(root / f)))
+        metadata = next(file for f in described if (file := captions_in(root / f)))
         why = f"beside a {metadata.name}, which is read instead"
         unused.append(LeftOut(len(passed_over), "file", why, passed_over[0]))
 
     # ... or is one of those that a file describes.
     for folder in described:
-        metadata = captions_in(root / folder)
-        if metadata is not None:
-            yield from _in_metadata(metadata, folder)
+        description = captions_in(root / folder)
+        if description is not None:
+            yield from _in_metadata(description, folder)
 
 
 def _in_metadata(path: Path, folder: str) -> Iterator[tuple[str, list[str]]]:

@@ -357,6 +357,8 @@ class Dinov2(nn.Module):
 
     SIDE = 224
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, model: Any):
         super().__init__()

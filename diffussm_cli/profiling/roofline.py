@@ -8,7 +8,7 @@ step on the meta device, which computes nothing. Nothing of this has been compar
 
 import contextlib
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,7 +189,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     parameters, part = part_of_step(config)
 
     # The parts of a batch, and one update of the weights.
-    spent: Counter[str] = Counter()
+    spent: defaultdict[str, float] = defaultdict(float)
     launches = 0
     for name, work in part:
         spent[name] += t.accumulate * work.seconds(gpu)
@@ -198,7 +198,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     spent["optimiser, averages and norm"] += update.seconds(gpu)
     launches += update.kernels
 
-    step = max(spent.total(), launches * LAUNCH_SECONDS)
+    step = max(sum(spent.values()), launches * LAUNCH_SECONDS)
     return {
         "gpu": gpu.title,
         "step_seconds": step,
@@ -206,7 +206,7 @@ def predict(config: Config, device: str) -> dict[str, Any]:
         "seconds": step * t.steps,
         "launches": launches,
         "memory_bytes": gpu.memory,
-        "costs": dict(spent.most_common(5)),
+        "costs": dict(sorted(spent.items(), key=lambda item: -item[1])[:5]),
         "assumptions": ASSUMPTIONS,
     }
 

@@ -53,6 +53,7 @@ def published_config(path: Path, objective: str = "noise") -> Config:
     sampling = SAMPLERS_OF[objective]
     try:
         D, C, P, _ = state["x_embedder.proj.weight"].shape
+        has_sigma = len(state["final_layer.linear.bias"]) == 2 * C * P * P
         values = {
             "backbone": "dit",
             "hidden_size": D,
@@ -61,7 +62,7 @@ def published_config(path: Path, objective: str = "noise") -> Config:
             "patch_size": P,
             "compression": 1,
             "num_classes": len(state["y_embedder.embedding_table.weight"]) - 1,
-            "learn_sigma": len(state["final_layer.linear.bias"]) == 2 * C * P * P,
+            "learn_sigma": objective != "flow" and has_sigma,
         }
 
         side = math.isqrt(state["pos_embed"].shape[1]) * P
@@ -71,7 +72,6 @@ def published_config(path: Path, objective: str = "noise") -> Config:
             "downsample": DOWNSAMPLE,
             "vae": DEFAULT_VAE,
         }
-        values["learn_sigma"] &= objective != "flow"
         sections = {"model": values, "data": data, "sample": sampling}
         sections["diffusion"] = {"objective": objective}
         return config_from_dict(sections, str(path), name=path.stem)

@@ -87,8 +87,8 @@ def sample(
     if grid and grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
     if film:
-        folder = Path(out) if out is not None else trained.root / IMAGES
-        check_output(film, "--film", SUFFIXES, makes=folder)
+        made = Path(out) if out is not None else trained.root / IMAGES
+        check_output(film, "--film", SUFFIXES, makes=made)
     if trained.assumption:
         yield Message(trained.assumption)
 
