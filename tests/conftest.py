@@ -26,6 +26,7 @@ TINY = [
     "train.checkpoint_every=2",
     "train.sample_every=0",
     "sample.steps=4",
+    "eval.held_out_every=0",
 ]
 
 

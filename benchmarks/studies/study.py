@@ -132,6 +132,7 @@ class Study:
         steps = self.steps(run, load_config(preset, overrides), share)
         every = math.ceil(steps / self.evaluations)
         overrides += [f"train.steps={steps}", f"eval.every={every}", "eval.images=0"]
+        overrides += ["eval.held_out_every=0"]
         if self.warmup is not None and not any(
             o.startswith("train.warmup_steps=") for o in overrides
         ):

@@ -328,6 +328,13 @@ class EvalConfig:
     every: int = _option(
         0, "training steps between evaluations of the averaged weights; 0: none", least=0, most=MANY
     )
+    held_out_every: int = _option(
+        0,
+        "training steps between held-out losses, also without drawn images; 0: only with "
+        "eval.every",
+        least=0,
+        most=MANY,
+    )
     held_out_images: int = _option(
         2000, "maximum held-out images for the held-out loss", least=1, most=10**6
     )

@@ -134,7 +134,8 @@ def _of_data(config: Config) -> Mapping[str, str]:
 
     is_folder = isinstance(d.held_out, str) and bool(d.held_out)
     is_for_eval = config.model.text_width > 0 and d.vae is None  # of runs with text
-    if is_folder and not config.eval.every and not is_for_eval:
+    measures = config.eval.every or config.eval.held_out_every
+    if is_folder and not measures and not is_for_eval:
         reasons |= _all_of("eval.every is 0", "data", "held_out")
     return reasons
 
@@ -170,11 +171,20 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
 def _of_measuring(config: Config) -> Mapping[str, str]:
     """Fields of `eval` without a use, with the reasons."""
     e = config.eval
+    reasons: dict[str, str] = {}
+    held_out = config.data.held_out
+    has_images = bool(held_out) or (held_out == "" and config.data.path.startswith(BUILTIN))
+    if not has_images:
+        reasons |= _all_of("there are no held-out images", "eval", "held_out_every")
     if not e.every:
-        return _all_of("eval.every is 0", "eval", "held_out_images", "images", "steps")
-    if not config.reference and e.images:
-        return _all_of("there is no eval.reference", "eval", "images", "steps")
-    return _all_of("eval.images is 0", "eval", "steps") if not e.images else {}
+        reasons |= _all_of("eval.every is 0", "eval", "images", "steps")
+        if not e.held_out_every:
+            reasons |= _all_of("eval.every is 0", "eval", "held_out_images")
+    elif not config.reference and e.images:
+        reasons |= _all_of("there is no eval.reference", "eval", "images", "steps")
+    elif not e.images:
+        reasons |= _all_of("eval.images is 0", "eval", "steps")
+    return reasons
 
 
 def _of_sampling(config: Config) -> dict[str, str]:

@@ -67,7 +67,8 @@ class Trainer:
 
         # Previews and scores share what decodes latents; it is opened once, if at all.
         decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
-        self.measures = Measures(self.step, source, root, decoding) if config.eval.every else None
+        measures = config.eval.every or config.eval.held_out_every
+        self.measures = Measures(self.step, source, root, decoding) if measures else None
         self.previews = (
             Previews(self.step, source, root, decoding) if config.train.sample_every else None
         )
@@ -120,7 +121,7 @@ class Trainer:
                 the job is lost, or a checkpoint cannot be written.
             DataError: if an image cannot be read; a checkpoint is written first.
         """
-        t = self.config.train
+        t, e = self.config.train, self.config.eval
         for batch in self._batches():
             self._update(batch)
             self.writer.check()
@@ -130,12 +131,13 @@ class Trainer:
             ends = last or stopped
 
             # Log and measure.
-            measures = due(number, self.config.eval.every, last)
+            scores = due(number, e.every, last)
+            measures = scores or due(number, e.held_out_every, last)
             if measures or due(number, t.log_every, ends):
                 record = self._record()
                 with self._interrupted():
                     if measures and self.measures:
-                        record |= self.measures.measure()
+                        record |= self.measures.measure(scores)
                     yield record
 
             # Draw and save.

@@ -1,4 +1,5 @@
-"""What `eval.every` measures of averaged weights: held-out loss, and scores of drawn images.
+"""What is measured of averaged weights: held-out loss every `eval.held_out_every` steps, and with
+scores of drawn images every `eval.every`.
 
 n images   Q = 4 quarters of the timesteps   B = nQ, each image once per quarter
 C channels   H x W grid
@@ -56,7 +57,8 @@ class Measures:
 
         images = open_held_out(config, source)
         self.held_out = HeldOut(images, config, step.device, step.world) if images else None
-        if not config.eval.images and not images:
+        scores = config.eval.every > 0
+        if scores and not config.eval.images and not images:
             raise ConfigError(
                 "eval.images: 0 needs held-out images; set data.held_out, or eval.images to at "
                 "least 16"
@@ -64,7 +66,7 @@ class Measures:
 
         # Without a reference there are no scores; an error if there is no held-out loss either.
         self.scoring = None
-        if config.eval.images and (config.reference or not images):
+        if scores and config.eval.images and (config.reference or not images):
             self.scoring = Scoring(step, source, root, decoding())
 
     @property
@@ -75,10 +77,13 @@ class Measures:
         is_news = left_out not in ("", self.source.left_out, *of_scoring)
         return [*of_scoring, left_out] if is_news else of_scoring
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self, scores: bool = True) -> dict[str, Any]:
         """Held-out loss and metrics by name; names end in @DECAY except for the first average.
 
         Every process must call this.
+
+        Args:
+            scores: whether images are drawn, not only the loss computed.
         """
         step = self.step
         values: dict[str, Any] = {}
@@ -90,7 +95,7 @@ class Measures:
             with kept_kernels(model):
                 if self.held_out:
                     of_average |= self.held_out.measure(functools.partial(step.losses, model=model))
-                if self.scoring:
+                if self.scoring and scores:
                     of_average |= self.scoring.score(model, keep=is_first)
 
             for name, value in of_average.items():

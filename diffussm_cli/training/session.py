@@ -34,7 +34,7 @@ from diffussm_cli.machine.processes import (
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
 from diffussm_cli.training.data import compare_data, leave_out_unreadable, open_data, remedies
-from diffussm_cli.training.loop import Trainer
+from diffussm_cli.training.loop import Trainer, due
 from diffussm_cli.training.record import RecordWriter, open_tracker, quiet_threads
 
 COMPILING = (
@@ -292,6 +292,7 @@ def _steps(
     """Run the loop. The first process, which has the writer, writes the log and the report."""
     config = trainer.config
     first = trainer.step.number
+    measured = config.eval.every, config.eval.held_out_every
     news = {"session": trainer.facts()}  # in the first record of the log
     if writer:
         trainer.after_preview = functools.partial(renew_report, trainer.root, config)
@@ -301,7 +302,7 @@ def _steps(
         if writer:
             writer.write(record | news)
             news = {}
-            if config.eval.every and trainer.step.number % config.eval.every == 0:
+            if any(due(trainer.step.number, every) for every in measured):
                 renew_report(trainer.root, config)
         skipped += len(record.get("left_out", ()))
         yield TrainingRecord(record, config.train.steps)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.config import MANY, load_config
+from diffussm_cli.config import MANY, load_config, unused_fields
 from diffussm_cli.data.source import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.errors import ConfigError, DataError
@@ -275,3 +275,30 @@ def test_held_out_loss_can_be_the_only_measure(tiny, tmp_path):
     assert not any(name.startswith("eval/") for r in records for name in r)
     with pytest.raises(ConfigError, match="eval.images: 15 must be 0 or at least 16"):
         tiny("eval.images=15")
+
+
+def test_held_out_loss_is_measured_without_and_beside_scores(tiny, tmp_path):
+    """Of two trainings that differ by it, the losses are the same."""
+    fields = ["eval.held_out_images=4", "train.steps=5", "train.log_every=1"]
+    alone = tiny(*fields, "eval.held_out_every=2")
+    both = tiny(*fields, "eval.held_out_every=2", "eval.every=3", "eval.images=0")
+    logs = []
+    for i, config in enumerate([tiny(*fields), alone, both]):
+        records = [e.record for e in train(config, tmp_path / str(i)) if hasattr(e, "record")]
+        logs.append({record["step"]: record for record in records})
+    measured = [[n for n, record in log.items() if "held_out" in record] for log in logs]
+    assert measured == [[], [2, 4, 5], [2, 3, 4, 5]]
+    assert len({tuple(record["loss"] for record in log.values()) for log in logs}) == 1
+    assert logs[1][4]["held_out"] == logs[2][4]["held_out"]
+
+
+def test_default_preset_measures_all_digits_that_it_holds_out():
+    """And nothing is said where data have none to measure."""
+    config = load_config("mnist")
+    source = open_source(config)
+    assert (len(source), len(open_held_out(config, source))) == (4500, 500)
+    assert config.eval.held_out_images >= 500
+    assert config.train.steps // config.eval.held_out_every == 4
+    assert unused_fields(load_config("mnist", ["data.path=faces"])) == ""
+    line = unused_fields(load_config("mnist", ["data.path=faces", "eval.held_out_every=9"]))
+    assert line == "not used: eval.held_out_every=9 (there are no held-out images)"
