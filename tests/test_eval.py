@@ -310,20 +310,20 @@ def test_names_are_printed_verbatim(digits, tmp_path, monkeypatch):
 LONG = "x" * 250  # a name that is allowed, but not with what an unfinished file has before it
 MISTAKES = {
     "nothing": ([], "eval: give SAMPLES"),
-    "no reference": (["PICTURES"], "reference: name a reference file, such as one of ADM's"),
-    "missing samples": (["none", *REFERENCE], "samples: cannot read the folder 'none'"),
-    "empty folder": (["EMPTY", *REFERENCE], "samples: no images in"),
+    "no reference": (["PICTURES"], "--reference: name a reference file, such as one of ADM's"),
+    "missing samples": (["none", *REFERENCE], "SAMPLES: cannot read the folder 'none'"),
+    "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no images in"),
     "missing reference": (
         ["PICTURES", "--reference", "none"],
-        "reference: cannot read the folder 'none'",
+        "--reference: cannot read the folder 'none'",
     ),
     "metric": (
         ["PICTURES", *REFERENCE, "--metrics", "fdi"],
-        "metrics: 'fdi' is not one of fid, sfid",
+        "--metrics: 'fdi' is not one of fid, sfid",
     ),
-    "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "extractor: 'vgg' must be"),
+    "extractor": (["PICTURES", *REFERENCE, "--extractor", "vgg"], "--extractor: 'vgg' must be"),
     "mixed sizes": (["MIXED", *REFERENCE], "is 20x20, the first image is 28x28"),
-    "corrupt": (["CORRUPT", *REFERENCE], "1.png: not a PNG"),
+    "corrupt": (["CORRUPT", *REFERENCE], "CORRUPT: 1.png: not a PNG"),
     "float": (["FLOAT", *REFERENCE], "arr_0 holds float64, not uint8"),
     "labels only": (["LABELS", *REFERENCE], "holds no arr_0, only y"),
     "no npz": (["TEXT", *REFERENCE], "cannot be read as .npz"),
@@ -335,11 +335,11 @@ MISTAKES = {
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "out": (
         ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"],
-        "out: there is no folder '/dev/null'",
+        "--out: there is no folder '/dev/null'",
     ),
-    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "target: there is no folder 'none'"),
-    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "out: cannot write 'xxx"),
-    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "target: cannot write 'xxx"),
+    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "REF.npz: there is no folder 'none'"),
+    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "--out: cannot write 'xxx"),
+    "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "REF.npz: cannot write 'xxx"),
     "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
     "resolution": (
@@ -363,7 +363,7 @@ MISTAKES = {
     "one image": (["ONE", *REFERENCE], "ONE holds 1 image, but fid needs at least 2"),
     "against one": (
         ["PICTURES", "--reference", "ONE"],
-        "reference: {ONE} holds 1 image, but fid needs at least 2",
+        "--reference: {ONE} holds 1 image, but fid needs at least 2",
     ),
     "kid of one": (
         ["ONE", *REFERENCE, "--metrics", "kid"],
@@ -387,7 +387,7 @@ MISTAKES = {
     ),
     "no images": (
         ["FIVE", "--reference", "STATISTICS"],
-        "holds no images (arr_0), which precision, recall, kid need",
+        "holds no images (arr_0) for precision, recall, kid; give one that does, or other metrics",
     ),
     "no covariance": (
         ["FIVE", "--reference", "NEGATIVE_SIGMA"],

@@ -283,6 +283,21 @@ MISTAKES = {
         "encode full full/store",
         "{TARGET}: 'full/store' lies inside {SOURCE}; choose a folder outside it",
     ),
+    "a reference": (
+        lambda: ds.evaluate("mnist", "none", num=16, show=False),
+        "eval mnist --reference none -n 16",
+        "{--reference}: cannot read the folder 'none'",
+    ),
+    "samples": (
+        lambda: ds.evaluate("none", show=False),
+        "eval none",
+        "{SAMPLES}: cannot read the folder 'none'",
+    ),
+    "a device": (
+        lambda: ds.load("mnist", device="mars").sample(1),
+        "sample mnist -n 1 --device mars",
+        "{--device}: 'mars'",
+    ),
     "prompts": (
         lambda: ds.evaluate("emoji", "full", num=16, show=False),
         "eval emoji --reference full -n 16",
@@ -298,6 +313,7 @@ IN_PYTHON = {
     '--prompt "red heart"': 'prompts=["red heart"]',
     "--set model.num_classes=10": "set={'model.num_classes': 10}",
     "RUN": "run",
+    "SAMPLES": "samples",
     "SOURCE": "source",
     "TARGET": "target",
 }

@@ -22,7 +22,7 @@ from diffussm_cli.config import (
     read_text,
     to_dict,
 )
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, DiffussmError
 
 MAX_IMAGES = 10**6  # images in one request
 # parameters of text that name files or folders, or the hub
@@ -142,14 +142,23 @@ class Command(WithExamples, TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """As in the parent class. Raises ConfigError for text that cannot name a file."""
+        """As in the parent class. Raises ConfigError for text that cannot name a file.
+
+        An error about a parameter names its option.
+        """
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
             for text in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(text, str | os.PathLike):
                     check_text(text, option_name(parameter))
         ctx.obj = [p for p in self.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"]
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except DiffussmError as e:
+            name, colon, line = str(e).partition(":")
+            options = {parameter.name: option_name(parameter) for parameter in self.params}
+            e.args = (options.get(name, name) + colon + line, *e.args[1:])
+            raise
 
 
 def option_name(parameter: Any) -> str:
@@ -157,7 +166,7 @@ def option_name(parameter: Any) -> str:
     argument.
     """
     option = max(parameter.opts, key=len)
-    return option if option.startswith("-") else parameter.metavar or option
+    return option if option.startswith("-") else (parameter.metavar or option).strip("[]")
 
 
 def unused(ctx: Any, names: Collection[str], because: str) -> str:

@@ -12,6 +12,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.features import Gathered
 from diffussm_cli.evaluation.metrics import (
     EXTRAPOLATED_FROM,
+    KID_SIZE,
     NEIGHBOURS,
     SPLIT,
     fid_infinity,
@@ -104,6 +105,13 @@ def _other_number_of_references(_: ImageSet, __: Gathered, reference: Reference)
     return [f"recall uses {n:,} reference images; published recall uses {RECALL_IMAGES:,}"]
 
 
+def _same_subsets(_: ImageSet, samples: Gathered, reference: Reference) -> list[str]:
+    n = len(samples.pool)
+    if reference.gathered is None or n != len(reference.gathered.pool) or n > KID_SIZE:
+        return []
+    return [f"kid: each of its subsets is all {n:,} images, so that its error is not known"]
+
+
 def in_order(labels: Sequence[int] | None) -> bool:
     """Whether samples are sorted by class: there are several classes, each in one or two runs."""
     if labels is None:
@@ -160,7 +168,7 @@ TABLE = {
     "recall": Metric(
         "pool", "gathered", NEIGHBOURS + 1, _precision_recall, _other_number_of_references
     ),
-    "kid": Metric("pool", "gathered", 2, _kid),
+    "kid": Metric("pool", "gathered", 2, _kid, _same_subsets),
     "fid_infinity": Metric("pool", "pool", EXTRAPOLATED_FROM + 1, _fid_infinity),
 }
 METRICS = tuple(TABLE)
@@ -221,8 +229,8 @@ def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference
     reading = [name for name in metrics if TABLE[name].reads_images(reference)]
     if reading and reference.images is None and reference.gathered is None:
         raise DataError(
-            f"reference: {reference.name} holds no images (arr_0), which {', '.join(reading)} "
-            "need; leave them out of the metrics"
+            f"reference: {reference.name} holds no images (arr_0) for {', '.join(reading)}; "
+            "give one that does, or other metrics"
         )
 
     for name in metrics:

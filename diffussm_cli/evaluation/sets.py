@@ -144,7 +144,10 @@ class _Folder:
 
     def _read_one(self, i: int) -> Tensor:
         entry = self.listing.entries[i]
-        array = read_entry(self.listing.root, entry, self.size if self.cropped else None)
+        try:
+            array = read_entry(self.listing.root, entry, self.size if self.cropped else None)
+        except DataError as e:
+            raise DataError(f"{self.name}: {e}") from e
 
         if self.channels == 1:
             _refuse_colour(array, self.image_name(i))
@@ -154,7 +157,7 @@ class _Folder:
             first = "{}x{}".format(*self.size)
             raise DataError(
                 f"{self.image_name(i)} is {has}, the first image is {first}; "
-                "give images of one size (resolution crops those of a reference)"
+                "give images of one size (--resolution crops those of a reference)"
             )
 
         return torch.from_numpy(array[..., : self.channels].copy()).permute(2, 0, 1)

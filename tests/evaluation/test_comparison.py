@@ -75,6 +75,16 @@ def test_kid_comes_with_its_error_and_recall_can_come_alone():
     }
 
 
+@pytest.mark.parametrize(("n", "is_known"), [(5, False), (6, True), (1001, True)])
+def test_kid_of_all_images_in_each_subset_has_no_error(n, is_known):
+    """As many samples as reference images, at most 1,000: the subsets do not differ."""
+    samples = Gathered(torch.rand(n, 2), None, None)
+    real = Gathered(torch.rand(n if n > 1000 else 5, 2), None, None)
+    remarks = ev.TABLE["kid"].remarks(None, samples, Reference("r", None, gathered=real))
+    line = "kid: each of its subsets is all 5 images, so that its error is not known"
+    assert remarks == ([] if is_known else [line])
+
+
 @pytest.mark.parametrize(
     "metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"]
 )
