@@ -98,8 +98,7 @@ threes/
     "profile": """
   diffussm profile --resolution 256,512            DiffuSSM-XL beside DiT-XL
   diffussm profile --models s/2 --sweep M=1,2,4 --sweep P=1,2
-  diffussm profile --preset mnist --estimate       how long a training takes here
-  diffussm profile --preset xl-256 --estimate --device h200   and on a GPU (a prediction)
+  diffussm profile --preset xl-256 --estimate --device h200   days on a GPU; without it, here
   diffussm profile --latency --figure costs.png    figure 3, time and memory as a picture
 """,
 }
