@@ -48,11 +48,12 @@ class Warned(Event):
 @dataclass(frozen=True)
 class TrainingRecord(Event):
     """Measurements of training since the last record; `steps` is the total number of training
-    steps.
+    steps, and `begun` the one that this session began after.
     """
 
     record: dict[str, Any]
     steps: int
+    begun: int = 0
 
 
 def finish(session: Generator[Event, None, T]) -> T:

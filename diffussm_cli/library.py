@@ -213,6 +213,7 @@ def train(
     Raises:
         DiffussmError: for anything that can be mended; before training where possible.
     """
+    from diffussm_cli.profiling import flops
     from diffussm_cli.training import session
     from diffussm_cli.training.configure import configure
 
@@ -234,7 +235,8 @@ def train(
         for line in lines if show else ():
             make_console().print(line)
 
-    events = session.train(config, where, resume=resume, dataset=dataset, stop=stop)
+    options: dict[str, Any] = {"dataset": dataset, "operations": flops.training_operations}
+    events = session.train(config, where, resume=resume, stop=stop, **options)
     return load(_run(events, show).root)
 
 

@@ -122,8 +122,10 @@ class _Shown:
         self.console, self._open = console, contextlib.ExitStack()
         self._status = self._advance = self._steps = None
         self._unit, self._done = "", 0
+        self._since = time.perf_counter()  # of the last stage
 
     def stage(self, text: str) -> None:
+        self._since = time.perf_counter()
         if self._status is None:
             self.close()
             self._status = self._open.enter_context(self.console.status(""))
@@ -147,7 +149,8 @@ class _Shown:
 
         if self._steps is None:
             self.close()
-            self._steps = self._open.enter_context(_step_bar(self.console, event))
+            bar_of_steps = _step_bar(self.console, event, self._since)
+            self._steps = self._open.enter_context(bar_of_steps)
 
         if "left_out" in record:
             self.console.print(
@@ -161,25 +164,47 @@ class _Shown:
 
 
 def _progress_bar(console, unit: str):
-    """A progress bar: how many units are done, the remaining time, and the `news` of its
-    task.
+    """A progress bar: how many units are done, the elapsed and the remaining time, and the `news`
+    of its task.
+
+    Fields of its task: `done` units took `after` seconds, and the work began `before` seconds
+    before the bar.
     """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
         TextColumn,
-        TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Times(ProgressColumn):
+        """The time since the work began and the time that is left, from the first advance on."""
+
+        def render(self, task):
+            done, after, before = (task.fields[name] for name in ("done", "after", "before"))
+            spent = before + (task.elapsed or 0.0)
+            words = clock(spent)
+            if done:
+                left = after / done * (task.total - task.completed) - (spent - after)
+                words += f", {clock(max(0.0, left))} left"
+            return Text(words, style="progress.remaining")
 
     columns = (
         TextColumn(unit, markup=False),
         MofNCompleteColumn(),
         BarColumn(),
-        TimeRemainingColumn(),
+        Times(),
     )
     news = TextColumn("{task.fields[news]}", markup=False)
-    return Progress(*columns, news, console=console, speed_estimate_period=600)
+    return Progress(*columns, news, console=console)
+
+
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss or m:ss."""
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{s:02}" if minutes >= 60 else f"{minutes}:{s:02}"
 
 
 @contextlib.contextmanager
@@ -192,42 +217,46 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
     """
     start, done = time.perf_counter(), 0
     with _progress_bar(console, what) as progress:
-        task = progress.add_task("", total=total, news="")
+        task = progress.add_task("", total=total, news="", before=0.0, after=0.0, done=0)
 
         def advance(n: int, news: str = "") -> None:
             nonlocal start, done
             if n == 0 and done == 0:  # the work begins now
                 start = time.perf_counter()
+                progress.reset(task)
                 return
             first, done = done == 0, done + n
             elapsed = time.perf_counter() - start
             rest = elapsed / done * (total - done) if done else 0.0
             if first and rest > LONG:
                 console.print(f"{what}: {total - done:,} more will take about {duration(rest)}")
-            progress.update(task, advance=n, news=f"{done / elapsed:.1f}/s  {news}")
+            news = f"{done / elapsed:.1f}/s  {news}"
+            progress.update(task, advance=n, news=news, after=elapsed, done=done)
 
         yield advance
 
 
 @contextlib.contextmanager
-def _step_bar(console, first: TrainingRecord) -> Iterator[Callable[[int, str], None]]:
-    """A bar on stderr with the loss, rate and remaining time of training; without a terminal, one
-    line per record.
+def _step_bar(console, first: TrainingRecord, start: float) -> Iterator[Callable[[int, str], None]]:
+    """A bar on stderr with the loss, rate and remaining time of training, which began at `start`;
+    without a terminal, one line per record.
     """
     with _progress_bar(console, "step") as progress:
-        task = progress.add_task("", total=first.steps, completed=first.record["step"], news="")
-        start, begun, announced = time.perf_counter(), first.record["step"], False
+        begun, announced = first.begun, False
+        times = {"before": time.perf_counter() - start, "after": 0.0, "done": 0}
+        task = progress.add_task("", total=first.steps, completed=begun, news="", **times)
 
         def show(step: int, news: str) -> None:
             nonlocal announced
-            progress.update(task, completed=step, news=news)
+            spent, done = time.perf_counter() - start, step - begun
+            progress.update(task, completed=step, news=news, after=spent, done=done)
             if console.is_terminal:
                 return
-            console.print(f"step {step}/{first.steps}  {news}")
+            console.print(f"step {step}/{first.steps}  {clock(spent)}  {news}")
 
-            if not announced and step > begun:
+            if not announced and done:
                 announced = True
-                rest = (time.perf_counter() - start) / (step - begun) * (first.steps - step)
+                rest = spent / done * (first.steps - step)
                 if rest > LONG:
                     console.print(
                         f"{first.steps - step:,} more steps will take about {duration(rest)}"

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from diffussm_cli.commands.console import follow, leave, make_console, warn
+from diffussm_cli.commands.console import duration, follow, leave, make_console, warn
 from diffussm_cli.commands.options import others, unused
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import (
@@ -102,6 +102,7 @@ def train(
     if preset is not None or not resume:  # report mistakes before torch is imported
         first_reading(preset, set_fields(overrides, fields), overrides, fields)
     from diffussm_cli.machine.processes import read_world
+    from diffussm_cli.profiling.flops import training_operations
     from diffussm_cli.training import session
     from diffussm_cli.training.configure import configure
 
@@ -123,7 +124,10 @@ def train(
             warn(console, f"the run would stop: {problem}")
         return
     with stopping() as stop:
-        result = follow(console, session.train(config, out, resume=resume, stop=stop))
+        events = session.train(
+            config, out, resume=resume, stop=stop, operations=training_operations
+        )
+        result = follow(console, events)
     code = report(console, result, stop.code)
     if result.processes > 1:
         leave(code)
@@ -147,6 +151,9 @@ def report(console, result, code: int | None) -> int:
     folder = shlex.quote(str(result.root))
     if not result.was_finished:
         console.print(f"report: {result.root / runs.REPORT}")
+    if result.seconds:
+        parts = ", ".join(f"{what} {duration(s)}" for what, s in result.seconds.items())
+        console.print(f"time: {duration(sum(result.seconds.values()))} ({parts})")
     if not result.finished:
         console.print(
             f"stopped at step {result.step} of {result.steps}, checkpoint saved; continue with:"

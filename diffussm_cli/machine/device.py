@@ -4,9 +4,12 @@ import contextlib
 import ctypes
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +127,44 @@ def facts_of_machine(device: torch.device) -> dict[str, str]:
         "platform": platform.platform(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
+
+
+def facts_of_program() -> dict[str, str]:
+    """The command as it was typed, and the commit of the code if it lies in a git checkout of its
+    own; `-dirty` behind it stands for changes.
+    """
+    program, *arguments = sys.argv
+    if Path(program).name in ("diffussm", "__main__.py"):
+        program = "diffussm"
+    facts = {"command": shlex.join([program, *arguments])}
+
+    checkout = Path(__file__).parents[2]
+    if (checkout / ".git").exists():  # and not only in a project whose environment holds this one
+        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            git = subprocess.run(  # noqa: S603 (a fixed command)
+                ["git", "-C", checkout, *describe],  # noqa: S607 (the user's git)
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
+            facts["commit"] = git.stdout.strip()
+    return facts
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory, in bytes, that torch has had on a CUDA device, or that this process has had
+    elsewhere; 0 if the system does not say it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @contextlib.contextmanager

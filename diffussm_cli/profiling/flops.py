@@ -95,6 +95,15 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
     )
 
 
+def training_operations(config: Config) -> float:
+    """Operations per image of a training step, two per multiply-add: the backward pass takes twice
+    as many as the forward pass; what gradient checkpointing computes again does not count.
+    """
+    model = cost(config)
+    kernels = model.kernel_gflops / config.train.batch_size
+    return 6e9 * (model.gflops + kernels)
+
+
 def _add(parts: dict[str, float], more: dict[str, float], times: int = 1) -> None:
     for part, macs in more.items():
         parts[part] = parts.get(part, 0) + times * macs

@@ -7,16 +7,27 @@ import contextlib
 import datetime
 import functools
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.errors import DataError, NotFiniteError, RunError
-from diffussm_cli.machine.device import facts_of_machine, is_out_of_memory, pick_device
+from diffussm_cli.machine.device import (
+    facts_of_machine,
+    is_out_of_memory,
+    peak_memory,
+    pick_device,
+    processor_name,
+)
+from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
 from diffussm_cli.model import count_parameters
 from diffussm_cli.training.batches import Batch, batches
@@ -47,6 +58,9 @@ class Trainer:
     Attributes:
         step: the model in training, with everything that a checkpoint holds.
         after_preview: called when a preview has been written.
+        peak: operations a second of all devices by their data sheet; 0 if it is not known.
+        operations: operations per image of a training step; if it is set, records hold their share
+            of the peak as `mfu`.
     """
 
     def __init__(
@@ -65,6 +79,12 @@ class Trainer:
         tensors = initial.tensors if initial else None
         self.step = Step(config, pick_device(config.train.device), world, tensors)
 
+        # What the data sheet promises.
+        bf16 = self.step.dtype == torch.bfloat16
+        gpu = gpu_named(processor_name(self.step.device))
+        self.peak = world.size * (gpu.bf16 if bf16 else gpu.fp32) if gpu else 0.0
+        self.operations = 0.0
+
         # Previews and scores share what decodes latents; it is opened once, if at all.
         decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
         measures = config.eval.every or config.eval.held_out_every
@@ -77,6 +97,8 @@ class Trainer:
         # what the user should know of the last steps; a session shows and clears it
         self.notes: list[str] = []
         self._any_finite = False  # whether a record had a finite loss
+        self._begun = time.perf_counter()
+        self._spent: Counter[str] = Counter()  # seconds by kind of work between two steps
 
     @property
     def warnings(self) -> list[str]:
@@ -122,6 +144,7 @@ class Trainer:
             DataError: if an image cannot be read; a checkpoint is written first.
         """
         t, e = self.config.train, self.config.eval
+        self._begun = time.perf_counter()
         for batch in self._batches():
             self._update(batch)
             self.writer.check()
@@ -137,7 +160,8 @@ class Trainer:
                 record = self._record()
                 with self._interrupted():
                     if measures and self.measures:
-                        record |= self.measures.measure(scores)
+                        with self._timed("evaluation"):
+                            record |= self.measures.measure(scores)
                     yield record
 
             # Draw and save.
@@ -147,19 +171,35 @@ class Trainer:
             if draws or keeps or saves:
                 with self._interrupted():
                     if draws:
-                        self.preview(last)
-                    if keeps:  # before a checkpoint of this step, from which training may go on
-                        self.keep_snapshot()
-                    if saves:
-                        self.save()
+                        with self._timed("previews"):
+                            self.preview(last)
+                    with self._timed("checkpoints"):
+                        if keeps:  # before a checkpoint of this step, from which training may go on
+                            self.keep_snapshot()
+                        if saves:
+                            self.save()
 
             if stopped and not last:
                 self.writer.finish()
                 return
 
-        with first_works(self.world):
+        with first_works(self.world), self._timed("checkpoints"):
             self.writer.finish()
             self._write_final()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of this session so far: steps with their data, evaluation, previews, and waiting
+        for checkpoints.
+        """
+        total = time.perf_counter() - self._begun
+        return {"steps": total - self._spent.total(), **self._spent}
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Count the time of a piece of work between two steps."""
+        start = time.perf_counter()
+        yield
+        self._spent[what] += time.perf_counter() - start
 
     @contextlib.contextmanager
     def _interrupted(self) -> Iterator[None]:
@@ -220,6 +260,10 @@ class Trainer:
             record["left_out"] = skipped
             # where their batches begin in the endless sequence of images
             record["left_out_images"] = [(number - 1) * t.batch_size for number in skipped]
+
+        record["peak_memory_gib"] = peak_memory(step.device) / 2**30
+        if self.operations and self.peak:
+            record["mfu"] = record["images_per_second"] * self.operations / self.peak
 
         self._any_finite |= math.isfinite(record["loss"])
         never_finite = step.number == t.steps and not self._any_finite

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from diffussm_cli.data.source import Source, open_held_out, text_hash, undivided
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import ConfigError, DiffussmError, RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import keep_freed_memory, pick_device
+from diffussm_cli.machine.device import facts_of_program, keep_freed_memory, pick_device
 from diffussm_cli.machine.processes import (
     ALONE,
     World,
@@ -52,6 +52,7 @@ class TrainingResult:
     steps: int
     was_finished: bool = False  # before this call
     processes: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)  # by kind of work
 
     @property
     def finished(self) -> bool:
@@ -66,6 +67,7 @@ def train(
     resume: bool = False,
     dataset: Dataset | None = None,
     stop: Callable[[], bool] = lambda: False,
+    operations: Callable[[Config], float] | None = None,
 ) -> Generator[Event, None, TrainingResult]:
     """Train a model and write a self-describing run folder; under torchrun, in all processes.
 
@@ -80,6 +82,7 @@ def train(
             may hold.
         stop: called before the first step and after every step; if it returns true, a checkpoint of
             the steps so far is written and training ends.
+        operations: counts the operations per image of a training step, for `mfu` in the log.
 
     Yields:
         events, a TrainingRecord every `train.log_every` steps.
@@ -110,7 +113,7 @@ def train(
 
         check_batch(config, world)
         pick_device(config.train.device)  # a wrong one is an error before images are read
-        return (yield from _train_in(root, config, resume, world, dataset, stop))
+        return (yield from _train_in(root, config, resume, world, dataset, stop, operations))
 
 
 def _train_in(
@@ -120,6 +123,7 @@ def _train_in(
     world: World,
     dataset: Dataset | None,
     stop: Callable[[], bool],
+    operations: Callable[[Config], float] | None,
 ) -> Generator[Event, None, TrainingResult]:
     is_first = world.rank == 0
 
@@ -146,6 +150,7 @@ def _train_in(
         initial = runs.initial_weights(config)
         yield Message(initial.line)
     trainer = _prepare(config, source, root, checkpoint, world, facts, initial)
+    trainer.operations = operations(config) if operations and trainer.peak else 0.0
     first = trainer.step.number
     steps = config.train.steps
     is_complete = first >= steps and is_first and runs.has_final(root, first)
@@ -167,8 +172,9 @@ def _train_in(
         yield Stage("training")
         if not any_of(stop(), world):
             stack.enter_context(remedies(source, root, facts, world))
-            yield from _steps(trainer, writer, stop)
-    return TrainingResult(root, trainer.step.number, steps, processes=world.size)
+            yield from _steps(trainer, writer, stop, facts)
+    spent = trainer.seconds()
+    return TrainingResult(root, trainer.step.number, steps, processes=world.size, seconds=spent)
 
 
 def _list_images(
@@ -287,25 +293,30 @@ def _collected(problems: list[DiffussmError]) -> Iterator[None]:
 
 
 def _steps(
-    trainer: Trainer, writer: RecordWriter | None, stop: Callable[[], bool]
+    trainer: Trainer,
+    writer: RecordWriter | None,
+    stop: Callable[[], bool],
+    facts: Mapping[str, Any],
 ) -> Generator[Event, None, None]:
     """Run the loop. The first process, which has the writer, writes the log and the report."""
     config = trainer.config
     first = trainer.step.number
     measured = config.eval.every, config.eval.held_out_every
-    news = {"session": trainer.facts()}  # in the first record of the log
+    news = {}  # in the first record of the log
     if writer:
+        data = {"data_sha256": facts["sha256"]}
+        news = {"session": {**trainer.facts(), **data, **facts_of_program()}}
         trainer.after_preview = functools.partial(renew_report, trainer.root, config)
 
     skipped = 0
     for record in trainer.run(stop):
         if writer:
-            writer.write(record | news)
+            writer.write(record | news | {"seconds": trainer.seconds()})
             news = {}
             if any(due(trainer.step.number, every) for every in measured):
                 renew_report(trainer.root, config)
         skipped += len(record.get("left_out", ()))
-        yield TrainingRecord(record, config.train.steps)
+        yield TrainingRecord(record, config.train.steps, first)
         yield from _notes(trainer)
 
     yield from _notes(trainer)

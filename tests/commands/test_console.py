@@ -61,8 +61,8 @@ def test_record_is_one_line_with_its_metrics():
     more = record | {"step": 4, "held_out": 0.25, "eval/fid": 3.0}
     _, lines = followed([TrainingRecord(record, 4), TrainingRecord(more, 4)])
     shown = [line for line in lines if line.startswith("step ")]
-    assert shown[0] == "step 2/4  loss 0.5000  9.0 images/s"
-    assert shown[1] == "step 4/4  loss 0.5000  9.0 images/s  held-out 0.2500  FID 3"
+    assert shown[0] == "step 2/4  0:00  loss 0.5000  9.0 images/s"
+    assert shown[1] == "step 4/4  0:00  loss 0.5000  9.0 images/s  held-out 0.2500  FID 3"
 
 
 def test_record_without_terminal_follows_warning_of_skipped_steps():
@@ -70,7 +70,7 @@ def test_record_without_terminal_follows_warning_of_skipped_steps():
     _, lines = followed([TrainingRecord(record | {"left_out": [1]}, 4)])
     warning, last = [line for line in lines if line.startswith("warning") or "  loss " in line][:2]
     assert warning.rpartition(": ")[2] == "[1]"
-    assert last == "step 2/4  loss 0.1235  10.0 images/s  FID 3"
+    assert last == "step 2/4  0:00  loss 0.1235  10.0 images/s  FID 3"
 
 
 def test_control_characters_alone_are_escaped():
@@ -114,3 +114,29 @@ def test_json_with_values_that_are_not_finite_is_valid(capsys):
 
     assert json.loads(said.out, parse_constant=refuse) == {"a": [1.0, None, [None, 2]], "b": "NaN"}
     assert said.err == "warning: 2 numbers are not finite; they are null in the JSON\n"
+
+
+def test_bar_shows_elapsed_and_remaining_time_from_the_first_advance(monkeypatch):
+    """10 of 40 steps took 20 seconds, 5 of them before there was a bar, so 60 are left; and ten
+    seconds later 50.
+    """
+    at = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: at[0])
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(terminal, "get_time", lambda: at[0])
+    at[0] = 105.0
+    seen = []
+    record = {"step": 30, "loss": 0.5, "images_per_second": 9.0}
+    with console._step_bar(terminal, TrainingRecord(record, 60, 20), start=100.0) as show:
+        bars = terminal._live_stack[-1].get_renderable
+        for now, step in ((105.0, None), (120.0, 30), (130.0, None), (3720.0, 40)):
+            at[0] = now
+            if step:
+                show(step, "news")
+            text = io.StringIO()
+            rich.console.Console(file=text, width=120).print(bars())
+            seen.append(text.getvalue())
+    assert [line.split("/60")[0].split()[-1] for line in seen] == ["20", "30", "30", "40"]
+    times = ["0:05", "0:20, 1:00 left", "0:30, 0:50 left", "1:00:20, 1:00:20 left"]
+    assert all(time in line for time, line in zip(times, seen)), seen
+    assert "left" not in seen[0]

@@ -3,6 +3,8 @@ share.
 """
 
 import itertools
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ import pytest
 from diffussm_cli import runs
 from diffussm_cli.errors import ConfigError, NotFiniteError
 from diffussm_cli.events import Message, Stage, TrainingRecord, Warned, finish
+from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import World
+from diffussm_cli.profiling.flops import cost, training_operations
+from diffussm_cli.training import loop
 from diffussm_cli.training.session import TrainingResult, check_batch, train
 
 
@@ -89,3 +94,40 @@ def test_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_pat
     assert "the image of seed 3 has values that are not finite after step 2 of 4" in warnings[0]
     assert result.finished
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+def test_log_tells_command_data_commit_memory_and_where_the_time_went(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/diffussm", "train", "--out", "a b"])
+    events, result = told(train(tiny("train.sample_every=4"), tmp_path / "run"))
+    lines = (tmp_path / "run" / runs.LOG).read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+
+    # How the run began.
+    session = records[0]["session"]
+    assert session["command"] == "diffussm train --out 'a b'"
+    assert session["data_sha256"] == runs.read_data(tmp_path / "run")["sha256"]
+    code = Path(__file__).parents[2]
+    if (code / ".git").exists():
+        git = ["git", "-C", str(code), "rev-parse", "HEAD"]
+        head = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        assert session["commit"].removesuffix("-dirty") == head
+
+    # What it took.
+    assert set(result.seconds) == {"steps", "previews", "checkpoints"}
+    assert min(result.seconds.values()) > 0
+    assert all(result.seconds[k] >= v for k, v in records[-1]["seconds"].items())
+    assert 0.05 < records[0]["peak_memory_gib"] <= records[-1]["peak_memory_gib"] < 1000
+    assert all("mfu" not in record for record in records)  # a CPU has no data sheet here
+    printed = [e.record for e in events if isinstance(e, TrainingRecord)]
+    assert [record["step"] for record in printed] == [record["step"] for record in records]
+
+
+def test_share_of_the_peak_is_that_of_the_data_sheet(tiny, tmp_path, monkeypatch):
+    """Three times the multiply-adds of a forward pass, two operations each, on an H100."""
+    monkeypatch.setattr(loop, "processor_name", lambda device: "NVIDIA H100 80GB HBM3")
+    config = tiny("train.precision=fp32", "train.steps=2")
+    events, _ = told(train(config, tmp_path / "run", operations=training_operations))
+    record, model = events[-1].record, cost(config)
+    operations = 6e9 * (8 * model.gflops + model.kernel_gflops) / 8
+    assert record["mfu"] == pytest.approx(operations * record["images_per_second"] / 67e12)
+    assert gpu_named("NVIDIA H100 PCIe") is None
