@@ -107,6 +107,7 @@ app = typer.Typer(
     cls=ErrorBoundary,
     epilog=f"Examples:{EXAMPLES['diffussm']}",
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of every command
     pretty_exceptions_enable=False,
 )
 for name, cls, function in (

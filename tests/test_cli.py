@@ -589,6 +589,7 @@ def test_bug_of_ours_keeps_its_traceback(monkeypatch, error):
 def test_help_ends_with_examples(command):
     """Two to four a command, a line each, of options that there are."""
     shown = run(*command, "--help").stdout
+    assert run(*command, "-h").stdout == shown
     examples = shown.partition("Examples:\n")[2].splitlines()
     lines = [line.split("   ")[0].split() for line in (e.strip() for e in examples) if line]
     assert 2 <= len(lines) <= 4

@@ -15,7 +15,7 @@ import math
 import os
 import shlex
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,22 @@ NAMES = {
     "kid": "KID",
     "held_out": "Held-out loss",
 }
+COMPARED = {"loss": "Loss", "images_per_second": "Images per second"}  # beside the metrics
 # what a line that is no record raises
 DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 NAMED = 5  # damaged lines that are listed
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
 
 
-def write_report(root: Path | str) -> Path:
+def write_report(root: Path | str, against: Sequence[Path | str] = ()) -> Path:
     """Write RUN/report.html from the files of a run, finished or not, and return its path.
 
+    Args:
+        against: other runs, whose curves, configuration and last previews are shown beside those of
+            this one.
+
     Raises:
-        RunError: if the folder has no readable configuration.
+        RunError: if a folder has no readable configuration.
         OSError: if the file cannot be written.
     """
     root = Path(root)
@@ -84,6 +89,7 @@ def write_report(root: Path | str) -> Path:
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
+        compared=compare([root, *map(Path, against)]) if against else None,
         yaml=to_yaml(config),
         names=metric_name,
         charts_of=charts_of,
@@ -126,6 +132,45 @@ def evaluations(root: Path) -> Iterator[dict[str, Any]]:
                 "what": f"{result['num']} samples against {result['reference']}",
                 "warnings": list(map(str, result["warnings"])),
             }
+
+
+def compare(roots: Sequence[Path]) -> dict[str, Any]:
+    """Several runs side by side: their names, a chart for each curve of COMPARED and each metric,
+    rows of fields that differ, and the last previews at the newest step that all of them have.
+
+    Raises:
+        RunError: if a folder has no readable configuration.
+    """
+    names = [f"{i + 1} {root.resolve().name}" for i, root in enumerate(roots)]
+    logs = [Log(root / runs.LOG) for root in roots]
+    configs = [to_dict(runs.read_config(root)) for root in roots]
+
+    # The curves that at least two of them have.
+    titles = COMPARED | {n: metric_name(n) for log in logs for n in log.curves if is_metric(n)}
+    curves = {
+        title: {name: log.curves[n] for name, log in zip(names, logs) if n in log.curves}
+        for n, title in titles.items()
+    }
+
+    # The fields that differ.
+    rows = []
+    for section, fields in configs[0].items():
+        for field in fields if isinstance(fields, dict) else ():
+            values = [config[section][field] for config in configs]
+            if any(value != values[0] for value in values) and field != "class_names":
+                rows.append((f"{section}.{field}", values))
+
+    # Previews of a step have the same seeds in every run.
+    steps = [{path.stem for path in (root / runs.SAMPLES).glob("step-*.png")} for root in roots]
+    common = max(set.intersection(*steps), default="")
+    pictures = [list(frames(root / runs.SAMPLES, f"{common}.png")) for root in roots]
+    return {
+        "names": names,
+        "charts": [chart(title, lines) for title, lines in curves.items() if len(lines) > 1],
+        "rows": rows,
+        "step": int(common.removeprefix("step-")) if common else None,
+        "previews": [(name, found[0][1]) for name, found in zip(names, pictures) if found],
+    }
 
 
 class Log:
@@ -211,11 +256,11 @@ def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
                 yield f"{section}.{name}", value, usual[section][name]
 
 
-def frames(folder: Path) -> Iterator[tuple[int, str]]:
+def frames(folder: Path, pattern: str = "step-*.png") -> Iterator[tuple[int, str]]:
     """Step and data URL of previews at evenly spread steps. A large picture is shrunk, a damaged
     one left out.
     """
-    every = sorted(folder.glob("step-*.png"))
+    every = sorted(folder.glob(pattern))
     for i in np.unique(
         np.linspace(0, len(every) - 1, min(PICTURES, len(every))).round().astype(int)
     ):

@@ -13,7 +13,7 @@ from diffussm_cli.profiling.flops import cost
 from diffussm_cli.profiling.roofline import Autocast, Tally, Work, predict
 
 # A GPU on which everything reaches 1e12 a second, and where the shortest kernel takes 2.2 us.
-ROUND = GPU("round", 1e11, 1e12, 1e12, 1e11)
+ROUND = GPU("round", "round", 1e11, 1e12, 1e12, 1e11)
 BF16 = torch.bfloat16
 
 

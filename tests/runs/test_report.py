@@ -306,3 +306,29 @@ def test_report_is_shown_by_a_browser(run, tmp_path):
         pixels = read_image(tmp_path / f"{name}.png", None, 3)
         assert pixels.shape[1] == width
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_two_runs_on_one_page_share_curves_fields_and_previews(run, tmp_path):
+    """Each curve once per run; what is equal in both is not listed; the newest common preview."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("lr: 0.003", "lr: 0.007"))
+    (other / runs.SAMPLES / "step-00000004.png").unlink()
+    both = report.compare([run, other])
+    assert both["rows"] == [("train.lr", [0.003, 0.007])]
+    titles = [chart["title"] for chart in both["charts"]]
+    assert titles == ["Loss", "Images per second", "Held-out loss"]
+    for chart_of_both in both["charts"]:
+        names = [name for name, _ in chart_of_both["legend"]]
+        assert names == both["names"] == ["1 run & <b>", "2 other"]
+        assert chart_of_both["lines"][0] == chart_of_both["lines"][1]  # a copy lies on the first
+    assert both["step"] == 2
+    assert len(both["previews"]) == 2
+
+    text = write_report(run, [other]).read_text(encoding="utf-8")
+    assert "Fields that differ" in text
+    assert "2 other" in text
+    assert "Compared" not in page(run)
+    with pytest.raises(RunError, match="missing"):
+        write_report(run, [tmp_path / "missing"])
