@@ -143,7 +143,7 @@ def facts_of_program() -> dict[str, str]:
         describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             git = subprocess.run(  # noqa: S603 (a fixed command)
-                ["git", "-C", checkout, *describe],  # noqa: S607 (the user's git)
+                ["git", "-C", str(checkout), *describe],  # noqa: S607 (the user's git)
                 capture_output=True,
                 text=True,
                 timeout=10,

@@ -8,7 +8,6 @@ import datetime
 import functools
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ class Trainer:
         self.notes: list[str] = []
         self._any_finite = False  # whether a record had a finite loss
         self._begun = time.perf_counter()
-        self._spent: Counter[str] = Counter()  # seconds by kind of work between two steps
+        self._spent: dict[str, float] = {}  # seconds by kind of work between two steps
 
     @property
     def warnings(self) -> list[str]:
@@ -192,14 +191,14 @@ class Trainer:
         for checkpoints.
         """
         total = time.perf_counter() - self._begun
-        return {"steps": total - self._spent.total(), **self._spent}
+        return {"steps": total - sum(self._spent.values()), **self._spent}
 
     @contextlib.contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         """Count the time of a piece of work between two steps."""
         start = time.perf_counter()
         yield
-        self._spent[what] += time.perf_counter() - start
+        self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - start
 
     @contextlib.contextmanager
     def _interrupted(self) -> Iterator[None]:

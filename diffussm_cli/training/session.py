@@ -302,7 +302,7 @@ def _steps(
     config = trainer.config
     first = trainer.step.number
     measured = config.eval.every, config.eval.held_out_every
-    news = {}  # in the first record of the log
+    news: dict[str, Any] = {}  # in the first record of the log
     if writer:
         data = {"data_sha256": facts["sha256"]}
         news = {"session": {**trainer.facts(), **data, **facts_of_program()}}
