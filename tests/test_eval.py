@@ -116,6 +116,15 @@ def test_made_reference_gives_the_scores_of_its_images(digits, tmp_path):
         assert arrays["arr_0"].shape == (200, 28, 28, 1)
         assert (arrays["mu"].shape, arrays["sigma_s"].shape) == ((64,), (392, 392))
 
+    # its own file may be written again, another one of this name may not
+    assert run("eval", "--make-ref", samples, tmp_path / "ref.npz").exit_code == 0
+    np.savez(tmp_path / "downloaded.npz", mu=np.zeros(3), sigma=np.eye(3))
+    before = (tmp_path / "downloaded.npz").read_bytes()
+    refused = run("eval", "--make-ref", real, tmp_path / "downloaded.npz")
+    assert refused.exit_code == 1
+    assert "was not written by --make-ref" in refused.stderr
+    assert (tmp_path / "downloaded.npz").read_bytes() == before
+
 
 def test_run_is_sampled_and_measured_without_files(tmp_path):
     root = tmp_path / "run"

@@ -172,9 +172,9 @@ def main() -> None:
         folder = Path(name)
         hashes = {
             "digits": trained(folder, "digits", 20, "train.sample_every=10"),
-            "mnist": trained(
+            "mnist-s4d": trained(
                 folder,
-                "mnist",
+                "mnist-s4d",
                 3,
                 "train.sample_every=3",
                 "train.sample_images=10",

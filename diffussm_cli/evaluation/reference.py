@@ -76,6 +76,25 @@ def open_reference(
     return Reference(path, images, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
 
 
+def check_replaced(path: Path) -> None:
+    """Check that a reference may be written here: nothing, or what `write_reference` wrote.
+
+    Raises:
+        ConfigError: if another file has this name, such as a downloaded reference.
+    """
+    if not path.exists():
+        return
+    try:
+        is_ours = EXTRACTOR in open_npz(path)
+    except DataError:
+        is_ours = False
+    if not is_ours:
+        raise ConfigError(
+            f"target: {path} exists and was not written by --make-ref; move it, or choose another "
+            "name"
+        )
+
+
 def _made_with(arrays: dict[str, Rows]) -> str | None:
     """The identity of the extractor that a reference names, or None. Raises DataError."""
     name = arrays.get(EXTRACTOR)

@@ -11,7 +11,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import TABLE, USUAL, parse_metrics, warnings
 from diffussm_cli.evaluation.evaluator import Evaluator, Size
 from diffussm_cli.evaluation.extractors import AUTO, NAMES, doubts
-from diffussm_cli.evaluation.reference import write_reference
+from diffussm_cli.evaluation.reference import check_replaced, write_reference
 from diffussm_cli.evaluation.results import (
     doubtful_facts,
     find_run_at,
@@ -217,6 +217,7 @@ def make_reference(
         DiffussmError: if the images cannot be read or the file cannot be written.
     """
     check_output(target, "target", [".npz"], reads=[images])
+    check_replaced(target)
     world = read_world()
     evaluator = Evaluator(extractor, extractor_weights, device, batch_size, cache, world)
 
