@@ -1,6 +1,8 @@
 """Data sets of the Hugging Face hub by name: their parquet shards, in the hub's cache.
 
-hub:OWNER/NAME[@REVISION][:FILES]    FILES is a pattern of paths in the repository
+    hub:OWNER/NAME@REVISION:FILES
+
+where the revision and the files may be left out. FILES is a pattern of paths in the repository.
 """
 
 import fnmatch
