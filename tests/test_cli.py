@@ -254,7 +254,7 @@ def test_list_shows_every_preset_with_its_purpose(monkeypatch):
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     shown = {row[0]: " ".join(row[1:]) for row in rows}
     assert sorted(shown) == preset_names()
-    assert shown["mnist"].startswith("0.6 M DiffuSSM on 4,500 of MNIST's 28x28 digits")
+    assert shown["mnist"].startswith("0.5 M DiffuSSM on 4,500 of MNIST's 28x28 digits")
     assert shown["xl-256"].startswith("673.1 M DiffuSSM-XL on ImageNet 256x256")
     assert next(iter(shown)) == "digits"  # the cheapest first
     assert "diffussm profile --preset NAME --estimate" in result.stderr

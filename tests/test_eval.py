@@ -267,7 +267,7 @@ def test_result_that_cannot_be_written_is_shown(digits, tmp_path, monkeypatch):
     asked = run("eval", samples, *REFERENCE, "--metrics", "is", "--json", "--out", out)
     assert json.loads(asked.stdout) == json.loads(result.stdout)
     assert line_of(asked).startswith(
-        f"diffussm: error: out: cannot write {str(out)!r}: Read-only file system"
+        f"diffussm: error: --out: cannot write {str(out)!r}: Read-only file system"
     )
 
 
@@ -530,17 +530,17 @@ def test_drawn_images_are_compared_with_reference_of_their_run(tmp_path):
     assert "reference: builtin:mnist, as meta.json says" in shown.stderr
 
 
-@pytest.mark.parametrize("parameter", ["out", "target"])
-def test_input_is_never_replaced_by_output(parameter, digits, tmp_path):
+@pytest.mark.parametrize("option", ["--out", "REF.npz"])
+def test_input_is_never_replaced_by_output(option, digits, tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, digits[0][:20, :, :, None])
     before = path.read_bytes()
     command = {
-        "out": [path, *REFERENCE, "--metrics", "is", "--out", path],
-        "target": ["--make-ref", path, path],
+        "--out": [path, *REFERENCE, "--metrics", "is", "--out", path],
+        "REF.npz": ["--make-ref", path, path],
     }
-    assert f"{parameter}: {str(path)!r} is read by this command" in line_of(
-        run("eval", *command[parameter])
+    assert f"error: {option}: {str(path)!r} is read by this command" in line_of(
+        run("eval", *command[option])
     )
     assert path.read_bytes() == before
 

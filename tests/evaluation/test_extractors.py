@@ -497,7 +497,7 @@ def test_dinov2_that_cannot_be_had_is_one_line_with_the_remedy(tmp_path, monkeyp
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: 1 / 0)
     monkeypatch.setattr("diffussm_cli.machine.hub.reach_hub", lambda name: None)
-    with pytest.raises(DataError, match="cannot load 'facebook/dinov2-large': .* as extractor_w"):
+    with pytest.raises(DataError, match="cannot load 'facebook/dinov2-large': .* by --extractor-w"):
         load_extractor("dinov2", None, CPU)
     with pytest.raises(DataError, match="extractor_weights: .* must be a folder with config.json"):
         load_extractor("dinov2", tmp_path / "none", CPU)

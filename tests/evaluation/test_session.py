@@ -73,7 +73,7 @@ def test_metrics_without_reference_images_are_rejected_before_features_are_compu
         images, Reference("r.npz", None, pool=statistics), ["fid", "recall", "kid"]
     )
     with pytest.raises(
-        DataError, match=r"^reference: r.npz holds no images \(arr_0\), which recall, kid need"
+        DataError, match=r"^reference: r.npz holds no images \(arr_0\) for recall, kid; give one"
     ):
         next(comparison)
 

@@ -286,7 +286,7 @@ def test_a_beginning_that_cannot_be_is_one_line_before_anything_is_drawn(
 
 @pytest.mark.parametrize("image", [3, torch.zeros(1, 8, 8), torch.zeros(2, 8, 8).byte()])
 def test_what_is_no_picture_is_one_line(trained, image):
-    with pytest.raises(DiffussmError, match="--image: .* must be a file, an image of Pillow, or a"):
+    with pytest.raises(DiffussmError, match="^image: .* must be a file, an image of Pillow, or a"):
         trained.sample(1, image=image)
 
 
@@ -295,5 +295,5 @@ def test_an_image_needs_the_vae_of_the_run(of_latents, tmp_path):
         to_dict(of_latents.config), "", fields={"data.vae": str(tmp_path / "gone")}
     )
     runs.write_weights(tmp_path / "final", config, of_latents.model.state_dict(), 0)
-    with pytest.raises(DiffussmError, match="--image: needs the VAE of the run"):
+    with pytest.raises(DiffussmError, match="^image: needs the VAE of the run"):
         ds.load(tmp_path / "final").sample(1, image=torch.zeros(3, 16, 16, dtype=torch.uint8))
