@@ -5,6 +5,7 @@ The events of a session are shown as the commands show them, on stderr, unless `
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffussm_cli.commands.console import follow, make_console
+from diffussm_cli.commands.console import follow, make_console, warn
 from diffussm_cli.config import (
     DEFAULT_PRESET,
     DEFAULT_VAE,
@@ -28,6 +29,7 @@ from diffussm_cli.config import (
     load_config,
     preset_names,
     to_dict,
+    unused_of_request,
     whole_number,
 )
 from diffussm_cli.data.arrays import write_npz
@@ -116,6 +118,9 @@ class Run:
 
         Raises:
             DiffussmError: for a request that the model does not support.
+
+        Warns:
+            UserWarning: about the parts of the request that nothing uses.
         """
         from diffussm_cli.data.text import check_prompts
 
@@ -124,6 +129,10 @@ class Run:
         request = with_fields(self.config, sampling, "sample").sample
         beginning = read_beginning(self.config, request, num, image, mask, strength, interpolate)
         sampler = self._sampler(request, batch_size, beginning)
+        lines = [unused_of_request(self.config, request, num, labels, prompts)]
+        lines += [unused_seed(seed, interpolate)]
+        for line in filter(None, lines):
+            warnings.warn(line, stacklevel=3)
         prompts = prompts or self.config.sample.prompts
         check_prompts(prompts, negative, self.config, sampler.sampling)
         seeds = range(num) if interpolate else range(seed, seed + num)
@@ -262,6 +271,9 @@ def sample(
     from diffussm_cli.sampling import session
 
     run = run if isinstance(run, Run) else load(run)
+    line = unused_seed(request.get("seed", 0), request.get("interpolate"))
+    if line and show:
+        warn(make_console(), line)
     sampling, request = split_fields(run.config, request)
     check_numbers(request | {"num": num})
     request["classes"] = check_labels(request.get("classes", ()), run.config)
@@ -425,6 +437,11 @@ def check_numbers(request: Mapping[str, Any]) -> None:
     for name in ("num", "batch_size"):
         check_whole(name, request.get(name, 1), least=1)
     check_whole("seed", request.get("seed", 0), least=0, most=MAX_SEED)
+
+
+def unused_seed(seed: int, interpolate: Sequence[int] | None) -> str:
+    """A line about a seed, other than by default, that nothing uses; empty if there is none."""
+    return f"not used: seed={seed} (interpolate names the seeds)" if interpolate and seed else ""
 
 
 def check_labels(classes: Sequence[int], config: Config) -> list[int]:

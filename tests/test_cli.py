@@ -510,6 +510,32 @@ def test_grid_never_replaces_other_file(trained, tmp_path):
     assert "exists and would be replaced" in line_of(run(*other))
 
 
+def test_film_never_replaces_other_file(trained, tmp_path):
+    film = tmp_path / "mine.gif"
+    arguments = ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path / "o")
+    film.write_bytes(b"mine")
+    line = line_of(run(*arguments, "--film", film))
+    assert "--film:" in line
+    assert "mine.gif' exists and would be replaced" in line
+    assert film.read_bytes() == b"mine"
+    assert not (tmp_path / "o").exists()
+    film.unlink()
+    # The same command again replaces its own film, also after one without a film.
+    for options in (["--film", film], ["--film", film], [], ["--film", film]):
+        assert run(*arguments, *options).exit_code == 0
+    other = ("sample", trained, "--num", 1, "--steps", 2, "--out", tmp_path / "o2", "--film", film)
+    assert "exists and would be replaced" in line_of(run(*other))
+
+
+@pytest.mark.parametrize("content", ['{"name": "mine"}', '{"step": "one"}', "[1]", "{"])
+def test_folder_with_meta_of_another_program_is_not_to_be_deleted(trained, tmp_path, content):
+    (tmp_path / "meta.json").write_text(content)
+    line = line_of(run("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path))
+    assert "is not a folder of samples, as its meta.json shows; name another folder" in line
+    assert "delete" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
+
+
 def test_empty_image_is_drawn_again(trained, tmp_path):
     """As a power failure may leave it; the grid does not show it."""
     arguments = (

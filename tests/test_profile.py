@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.machine.gpus import GPUS
 from diffussm_cli.profiling import plan as planning
 from diffussm_cli.profiling import timing
 from tests.helpers import line_of, run
@@ -200,6 +201,11 @@ def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
         ),
         (["--figure", "x.gif"], "must end in .png or .svg or .pdf"),
         (["--figure", "nowhere/x.png"], "there is no folder 'nowhere'"),
+        (["--device", "h300"], "--device: 'h300' must be one of auto, cpu, cuda, cuda:1, mps, or"),
+        (
+            ["--preset", "mnist", "--estimate", "--device", "h300"],
+            "or a GPU to predict for: " + ", ".join(GPUS),
+        ),
         (["--latency", "--device", "cuda:9"], "device: 'cuda:9' is not available"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """`diffussm profile`."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.gpus import GPUS
 
 DEFAULT_MODELS = "xl,dit-xl/2,dit-xl/1"
+DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 WORK = "forward,forward+backward,guided step"
 OF_LATENCY = ("work", "compiled", "batch_size", "repeats", "precision", "device")
 OF_FILES = ("figure",)
@@ -113,6 +115,11 @@ def profile(
     if predicted and (latency or not estimate):
         raise ConfigError(
             f"--device: {device} is a GPU to predict for, with --estimate and without --latency"
+        )
+    if not predicted and not latency and not re.fullmatch(DEVICES, device):
+        raise ConfigError(
+            f"--device: {device!r} must be one of auto, cpu, cuda, cuda:1, mps, "
+            f"or a GPU to predict for: {', '.join(GPUS)}"
         )
     kinds = parse_work(work) if latency else []
 

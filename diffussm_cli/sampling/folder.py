@@ -320,7 +320,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ("run", "weights", "weights_sha256", "negative", "reference", "extractor", "image", "mask"),
         (_is_text, "text"),
     ),
-    **dict.fromkeys(("grid", "objective"), (_is_text, "text")),
+    **dict.fromkeys(("grid", "film", "objective"), (_is_text, "text")),
     **dict.fromkeys(
         ("step", "first_seed", "num", "null_class"), (_is_whole, "a whole number from 0")
     ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig, unused_of_request
 from diffussm_cli.data.images import GRID
-from diffussm_cli.data.samples import META, is_image_name
+from diffussm_cli.data.samples import META, holds_samples, is_image_name
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
@@ -63,7 +63,8 @@ def sample(
         sampling: sampler, steps and guidance; the run's own by default.
         grid: the file of the grid; OUT/grid.png by default.
         npz: also write samples.npz.
-        film: also write the denoising of the first images into this .gif or .webp.
+        film: also write the denoising of the first images into this .gif or .webp. It replaces
+            nothing but the film that was last written for the same folder.
         image, mask, strength, interpolate: what images begin with; see `read_beginning`.
             `interpolate` names its seeds itself, so that `seed` has no effect.
 
@@ -109,7 +110,14 @@ def sample(
     if sampler.decoding.warning:
         yield Warned(sampler.decoding.warning)
     grid = check_grid(grid, path) if grid else path / GRID
-    folder = SampleFolder(path, sampler, seeds, {**facts, "grid": os.path.relpath(grid, path)})
+    before = recorded(path, "film")
+    if film:
+        check_replaced(film, path, "film", [before])
+    beside = {
+        "grid": os.path.relpath(grid, path),
+        "film": os.path.relpath(film, path) if film else before,
+    }
+    folder = SampleFolder(path, sampler, seeds, facts | beside)
 
     with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
         if world.rank == 0:
@@ -139,7 +147,9 @@ def sample(
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ConfigError for a folder that belongs to a run, in which images have no place."""
+    """Raises ConfigError for a folder that belongs to a run, in which images have no place, or to
+    another program that has a meta.json.
+    """
     kept = {runs.CHECKPOINTS, runs.FINAL, runs.BEST, runs.SAMPLES, runs.BOARD}
     inside = {runs.CONFIG, runs.STATE} & set(os.listdir(folder)) if folder.is_dir() else set()
     path = folder.absolute()
@@ -147,6 +157,15 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(
             f"--out: {str(folder)!r} is a folder of a run; "
             "name one of its own for the images, such as RUN/images"
+        )
+    if not (folder / META).is_file() or holds_samples(folder):
+        return
+
+    # A damaged meta.json of ours lies beside images with the names of samples.
+    if not any(map(is_image_name, os.listdir(folder))):
+        raise ConfigError(
+            f"--out: {str(folder)!r} is not a folder of samples, as its {META} shows; "
+            "name another folder"
         )
 
 
@@ -161,7 +180,22 @@ def check_grid(grid: Path, folder: Path) -> Path:
         check_output(grid, "--grid")
     if grid.resolve().parent == folder.resolve() and is_image_name(grid.name):
         raise ConfigError(f"--grid: {str(grid)!r} is the name of an image; name another file")
-    before = read_meta(folder).get("grid") if (folder / META).is_file() else None
-    if grid.exists() and os.path.relpath(grid, folder) not in (before, GRID):
-        raise ConfigError(f"--grid: {str(grid)!r} exists and would be replaced; name another file")
+    check_replaced(grid, folder, "grid", [recorded(folder, "grid"), GRID])
     return grid
+
+
+def check_replaced(path: Path, folder: Path, kind: str, ours: Sequence[str | None]) -> None:
+    """Raises ConfigError if the grid or film of a folder of images, as `kind` says, would replace
+    a file that is none of `ours`, named relative to the folder.
+    """
+    if path.exists() and os.path.relpath(path, folder) not in ours:
+        raise ConfigError(
+            f"--{kind}: {str(path)!r} exists and would be replaced; name another file"
+        )
+
+
+def recorded(folder: Path, kind: str) -> str | None:
+    """The grid or film that was written for a folder of images, relative to it, as its meta.json
+    says.
+    """
+    return read_meta(folder).get(kind) if (folder / META).is_file() else None

@@ -191,6 +191,31 @@ def test_images_between_two_seeds_have_the_label_of_the_first(trained):
     )
 
 
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (
+            {"interpolate": (1, 2), "sampler": "dpmpp", "seed": 9},
+            r"^not used: seed=9 \(interpolate names the seeds\)$",
+        ),
+        (
+            {"guidance": 2.0, "guidance_interval": (2000, 3000)},
+            r"^not used: sample.guidance_interval=2000,3000 \(the last timestep is",
+        ),
+        (
+            {"guidance": 1.0, "guidance_interval": (2, 3)},
+            r"^not used: sample.guidance_interval=2,3 \(guidance is 1\)$",
+        ),
+        ({"classes": [1, 2, 3]}, r"^not used: 1 of 3 classes \(num is 2\)$"),
+    ],
+)
+def test_what_a_request_in_python_does_not_use_is_a_warning(trained, request_, line):
+    with pytest.warns(UserWarning, match=line) as warnings:
+        trained.sample(2, **request_)
+    ours = [warning for warning in warnings if "not used" in str(warning.message)]
+    assert [warning.filename for warning in ours] == [__file__]
+
+
 # ------------------------------------------------------------------------------------- the command
 @pytest.fixture
 def files(tmp_path, picture):
