@@ -6,7 +6,7 @@ The events of a session are shown as the commands show them, on stderr, unless `
 
 import tempfile
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from diffussm_cli.config import (
     check_whole,
     config_from_dict,
     load_config,
+    nearest,
     preset_names,
     to_dict,
     unused_of_request,
@@ -85,7 +86,7 @@ class Run:
         self,
         num: int = 40,
         *,
-        classes: Sequence[int] = (),
+        classes: Sequence[int | str] = (),
         prompts: Sequence[str] = (),
         negative: str | None = None,
         seed: int = 0,
@@ -100,7 +101,7 @@ class Run:
         """Draw images of the seeds seed, seed + 1, ...: uint8 (num, C, H, W).
 
         Args:
-            classes: labels, used in turn; if empty, each seed draws its own.
+            classes: labels or names of classes, used in turn; if empty, each seed draws its own.
             prompts: captions, used in turn, for a model with text; by default the run's
                 `sample.prompts`.
             negative: a prompt that guidance leads away from.
@@ -126,6 +127,8 @@ class Run:
 
         check_numbers({"num": num, "seed": seed, "batch_size": batch_size})
         labels = check_labels(classes, self.config)
+        if callback is not None and not callable(callback):
+            raise ConfigError(f"callback: {callback!r:.80} must be a function of step and x_t")
         request = with_fields(self.config, sampling, "sample").sample
         beginning = read_beginning(self.config, request, num, image, mask, strength, interpolate)
         sampler = self._sampler(request, batch_size, beginning)
@@ -444,15 +447,26 @@ def unused_seed(seed: int, interpolate: Sequence[int] | None) -> str:
     return f"not used: seed={seed} (interpolate names the seeds)" if interpolate and seed else ""
 
 
-def check_labels(classes: Sequence[int], config: Config) -> list[int]:
-    """The labels as whole numbers. Raises ConfigError for those that the model does not have."""
-    n = config.model.num_classes
+def check_labels(classes: Sequence[int | str], config: Config) -> list[int]:
+    """Labels, or names of classes, as whole numbers. Raises ConfigError for those that the model
+    does not have.
+    """
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise ConfigError(
+            f"classes: {classes!r:.80} must be a list of labels or class names, such as [0]"
+        )
+
+    n, names = config.model.num_classes, config.data.class_names
     labels = []
-    for number in classes:
-        label = whole_number(number)
+    for value in classes:
+        is_name = isinstance(value, str) and value in names
+        label = names.index(value) if is_name else whole_number(value)
         if label is None or not 0 <= label < n:
             has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
-            raise ConfigError(f"classes: {number!r} is not a class of this model; it has {has}")
+            near = nearest(value, names) if names and isinstance(value, str) else ""
+            raise ConfigError(
+                f"classes: {value!r:.80} is not a class of this model; it has {has}{near}"
+            )
         labels.append(label)
     return labels
 

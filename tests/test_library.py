@@ -19,6 +19,7 @@ import diffussm as ds
 from diffussm_cli.config.presets import BUNDLED
 from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.library import check_labels
 from tests.conftest import randn
 from tests.helpers import line_of, run
 
@@ -188,6 +189,9 @@ def test_wrong_request_is_one_line_error_naming_the_parameter():
     [
         ({"classes": [10]}, "^classes: 10 is not a class of this model; it has 0 to 9$"),
         ({"classes": [0.9]}, "^classes: 0.9 is not a class of this model"),
+        ({"classes": 1}, "^classes: 1 must be a list of labels or class names, such as"),
+        ({"classes": "cat"}, "^classes: 'cat' must be a list of labels or class names, such as"),
+        ({"classes": ["cat"]}, "^classes: 'cat' is not a class of this model; it has 0 to 9"),
         ({"num": 0}, "^num: 0 must be a whole number of at least 1$"),
         ({"num": -3}, "^num: -3 must be a whole number of at least 1$"),
         ({"num": 1.5}, "^num: 1.5 must be a whole number of at least 1$"),
@@ -209,6 +213,31 @@ def test_numbers_and_labels_of_request_are_checked(name, request_, line, tmp_pat
     with pytest.raises(ConfigError, match=line):
         draw(**({"num": 2, "steps": 1} | request_))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        ({"interpolate": 5}, "^interpolate: 5 must be two different seeds$"),
+        ({"interpolate": (1,)}, "^interpolate: 1 must be two different seeds$"),
+        ({"callback": "x"}, "^callback: 'x' must be a function of step and x_t$"),
+    ],
+)
+def test_seeds_and_callback_of_request_are_checked(request_, line):
+    with pytest.raises(ConfigError, match=line):
+        ds.load("mnist").sample(2, steps=1, **request_)
+
+
+def test_names_of_classes_are_labels_as_on_the_command_line():
+    config = ds.load_config(
+        "digits",
+        fields={"model.num_classes": 2, "data.class_names": ["dog", "cat"]},
+    )
+    assert check_labels(["cat", 0, "dog"], config) == [1, 0, 0]
+    line = "^classes: 'cta' is not a class of this model; it has 0 to 1; did you mean 'cat'"
+    with pytest.raises(ConfigError, match=line):
+        check_labels(["cta"], config)
+    assert check_labels([], config) == []
 
 
 @pytest.mark.parametrize("wrong", ["resolution", "batch_size", "shard_size"])
@@ -478,6 +507,17 @@ def test_classes_of_a_dataset_must_be_a_list_of_names(classes, tmp_path):
 def test_unfitting_items_are_named_before_training(tmp_path, item, line):
     with pytest.raises(DataError, match=line):
         train(tmp_path / "run", Odd(item))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 4), (28, 28, 3), (32, 32, 1)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_channels_of_items_must_come_first(shape, kind, tmp_path):
+    line = f"data: item 0 of the Odd has the shape {shape}; it must be (C, H, W), with 1 or 3 chan"
+    item = torch.zeros(shape, dtype=kind)
+    with pytest.raises(DataError, match=re.escape(line)):
+        ds.train(out=tmp_path / "run", data=Odd(item), steps=1, show=False)
+    with pytest.raises(DataError, match=re.escape(line)):
+        ds.evaluate("mnist", Odd(item), num=1, show=False)
 
 
 @pytest.mark.parametrize("image", [torch.full((1, 28, 28), 2.0), torch.ones(1, 28, 28).int()])

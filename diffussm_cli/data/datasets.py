@@ -116,8 +116,13 @@ def place(dataset: Dataset, i: int) -> str:
 
 def check_values(image: Tensor, where: str, of_pixels: bool) -> None:
     """Raises DataError for values that are neither bytes nor finite floats, or for pixels outside
-    [-1, 1].
+    [-1, 1] or of other than 1 or 3 channels.
     """
+    if of_pixels and len(image) not in (1, 3):
+        raise DataError(
+            f"{where} has the shape {tuple(image.shape)}; it must be (C, H, W), "
+            "with 1 or 3 channels first"
+        )
     is_float = image.is_floating_point()
     if is_float and not torch.isfinite(image).all():
         raise DataError(f"{where} holds a number that is not finite")

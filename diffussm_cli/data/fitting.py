@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data import builtin
-from diffussm_cli.data.datasets import class_names, split
+from diffussm_cli.data.datasets import check_values, class_names, place, split
 from diffussm_cli.data.images import is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST, read_settings
 from diffussm_cli.data.listing import Listing, entry_size, list_source, read_entry
@@ -59,7 +59,7 @@ def fit_to_data(
 
     # What the data say.
     if dataset is not None:
-        facts = _of_dataset(dataset)
+        facts = _of_dataset(dataset, config.data.vae is None)
     elif has_store:
         facts = _of_store(path)
     elif path.startswith(BUILTIN):
@@ -118,12 +118,15 @@ def _of_builtin(path: str) -> Facts:
     return Facts({"resolution": resolution, "channels": channels}, len(source.class_names))
 
 
-def _of_dataset(dataset: Dataset) -> Facts:
+def _of_dataset(dataset: Dataset, of_pixels: bool) -> Facts:
     """Of the first item, and of all labels, if the items are pairs."""
     if not len(cast(Sized, dataset)):
         raise DataError("data: the dataset is empty")
     item = dataset[0]
-    channels, height, width = split(item)[0].shape
+    image = split(item)[0]
+    check_values(image, place(dataset, 0), of_pixels)
+
+    channels, height, width = image.shape
     resolution = height if height == width else f"{height}x{width}"
     has_labels = isinstance(item, tuple | list)
     names = class_names(dataset) if has_labels else ()

@@ -17,6 +17,7 @@ from diffussm_cli.errors import DataError, reading
 from diffussm_cli.machine.files import open_regular, read_regular
 
 NAMES = ("metadata.jsonl", "metadata.csv")  # of several in a folder, the first is read
+FILE_NAME = "file_name"
 TEXTS, LABEL = ("text", "caption"), "label"
 MAX_BYTES, MAX_LINE_BYTES = 1 << 28, 1 << 16
 
@@ -46,6 +47,15 @@ def fields_of(path: Path) -> set[str]:
     return set(record) if isinstance(record, dict) else set()
 
 
+def may_hold_labels(path: Path) -> bool:
+    """Whether a file has a field of labels, or is a table of another separator, which
+    `read_metadata` refuses.
+    """
+    fields = fields_of(path)
+    is_split = path.suffix != ".csv" or FILE_NAME in fields
+    return LABEL in fields or not (is_split or all(FILE_NAME not in name for name in fields))
+
+
 def read_metadata(path: Path, folder: str, where: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """The name of each image relative to the root of a source, its line and its record.
 
@@ -54,13 +64,14 @@ def read_metadata(path: Path, folder: str, where: str) -> Iterator[tuple[str, in
         where: what errors call the file.
 
     Raises:
-        DataError: naming the line that is damaged or has no `file_name`.
+        DataError: naming the line that is damaged or has no `file_name`, or for a table without
+            this column.
     """
     with reading(f"{where}: cannot be read", DataError):
         text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
     records = _of_csv(text, where) if path.suffix == ".csv" else _of_lines(text, where)
     for number, record in records:
-        name = record.get("file_name") if isinstance(record, Mapping) else None
+        name = record.get(FILE_NAME) if isinstance(record, Mapping) else None
         if not isinstance(name, str):
             kind = "a row" if path.suffix == ".csv" else "an object"
             what = f'is not {kind} with "file_name", and "text" or "label"'
@@ -83,9 +94,13 @@ def _of_csv(text: str, where: str) -> Iterator[tuple[int, Any]]:
             row = next(rows, None)
         except csv.Error as e:
             raise DataError(f"{where}: line {rows.line_num}: {e}") from e
+        columns = rows.fieldnames or ()
+        if columns and FILE_NAME not in columns:
+            what = f"has no column {FILE_NAME}; its columns must be separated by commas"
+            raise DataError(f"{where}: {what}")
         if row is None:
             return
         if None in row or None in row.values():
-            columns = len(rows.fieldnames or ())
-            raise DataError(f"{where}: line {rows.line_num}: has not {columns} values, as line 1")
+            what = f"has not {len(columns)} values, as line 1"
+            raise DataError(f"{where}: line {rows.line_num}: {what}")
         yield rows.line_num, {name: value or None for name, value in row.items()}

@@ -7,7 +7,7 @@ C channels   H x W grid   f downsampling of the VAE, 1 for pixels
 import dataclasses
 import hashlib
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,8 @@ def _checked_strength(strength: float | None, has_mask: bool) -> float:
     return float(strength)
 
 
-def _checked_ends(seeds: Sequence[int], sampling: SampleConfig, num: int) -> tuple[int, int]:
+def _checked_ends(seeds: Any, sampling: SampleConfig, num: int) -> tuple[int, int]:
+    seeds = list(seeds) if isinstance(seeds, Iterable) else [seeds]
     if len(seeds) != 2 or seeds[0] == seeds[1]:
         raise ConfigError(f"--interpolate: {' '.join(map(str, seeds))} must be two different seeds")
     for seed in seeds:

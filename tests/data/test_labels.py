@@ -120,6 +120,13 @@ def test_one_file_holds_labels_and_captions(tmp_path):
     assert read_captions(listing) == {"1.png": ("red, round",)}
 
 
+def test_an_image_may_be_named_twice_with_one_label(tmp_path):
+    table = "file_name,label,text\n1.png,a,red\n2.png,b,blue\n1.png,a,round\n"
+    listing = list_source(write(tmp_path, ["1.png", "2.png"], {"metadata.csv": table}))
+    assert [e.label for e in listing.entries] == [0, 1]
+    assert read_captions(listing) == {"1.png": ("red", "round"), "2.png": ("blue",)}
+
+
 def test_captions_in_text_files_stay_beside_labels_in_metadata(tmp_path):
     files = {"metadata.csv": "file_name,label\n1.png,a\n", "1.txt": "red\n"}
     assert read_captions(list_source(write(tmp_path, ["1.png"], files))) == {"1.png": ("red",)}
@@ -154,7 +161,35 @@ WRONG = {
     "no file_name": (
         ["1.png"],
         {"metadata.csv": "file,label\n1.png,0\n"},
-        'metadata.csv: line 2: is not a row with "file_name", and "text" or "label"',
+        "metadata.csv: has no column file_name; its columns must be separated by commas",
+    ),
+    "columns separated by semicolons": (
+        ["1.png"],
+        {"metadata.csv": "file_name;label\n1.png;0\n"},
+        "ROOT/metadata.csv: has no column file_name; its columns must be separated by commas",
+    ),
+    "columns separated by tabs, and a comma in a caption": (
+        ["1.png"],
+        {"metadata.csv": "file_name\ttext\n1.png\tred, round\n"},
+        "ROOT/metadata.csv: has no column file_name; its columns must be separated by commas",
+    ),
+    "two labels of an image": (
+        ["1.png"],
+        {"metadata.jsonl": lines(*({"file_name": "1.png", "label": n} for n in (0, 2)))},
+        "ROOT/metadata.jsonl: line 2: 1.png has the label 2 here, but 0 before; give it one label",
+    ),
+    "two labels of an image, one in its folder and one above": (
+        ["x/1.png"],
+        {
+            "metadata.csv": "file_name,label\nx/1.png,a\n",
+            "x/metadata.csv": "file_name,label\n1.png,b\n",
+        },
+        "ROOT/x/metadata.csv: line 2: x/1.png has the label 'b' here, but 'a' before; give it one",
+    ),
+    "two labels of an image in a map": (
+        IMAGENET[:1],
+        {"val_map.txt": f"{IMAGENET[0]} 3\n{IMAGENET[0]} 4\n"},
+        "has the label '4' here, but '3' before; give it one label",
     ),
     "splits": (
         ["train/1.png", "test/1.png"],

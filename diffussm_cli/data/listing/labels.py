@@ -13,7 +13,7 @@ from diffussm_cli.data.listing.arrays import class_list
 from diffussm_cli.data.listing.entries import Entry
 from diffussm_cli.data.listing.left_out import LeftOut
 from diffussm_cli.data.listing.shards import MAX_CLASS
-from diffussm_cli.data.metadata import LABEL, fields_of, metadata_in, read_metadata
+from diffussm_cli.data.metadata import LABEL, may_hold_labels, metadata_in, read_metadata
 from diffussm_cli.errors import DataError, reading
 from diffussm_cli.machine.files import read_regular
 
@@ -72,18 +72,27 @@ def labels_beside(root: Path, entries: Sequence[Entry], files: Sequence[str]) ->
         parts = folder.split("/")
         folders |= {"/".join(parts[:i]) for i in range(1, len(parts) + 1)}
     described = [(f, path) for f in sorted(folders) if (path := metadata_in(root / f))]
-    paths = [(folder, path) for folder, path in described if LABEL in fields_of(path)]
+    paths = [(folder, path) for folder, path in described if may_hold_labels(path)]
     if paths:
         labels: dict[str, int | str] = {}
         for folder, path in paths:
             for name, number, record in read_metadata(path, folder, str(path)):
                 label = _label(record.get(LABEL), f"{path}: line {number}", path.suffix == ".csv")
                 if label is not None:
-                    labels[name] = label
+                    _add(labels, name, label, f"{path}: line {number}")
         return Labels(labels, str(paths[0][1]))
 
     lists = [name for name in files if LISTS.fullmatch(name)]
     return _of_list(root / lists[0], entries) if lists else None
+
+
+def _add(labels: dict[str, Any], name: str, label: int | str, where: str) -> None:
+    """Keep the label of an image. Raises DataError if it has another one already."""
+    if labels.setdefault(name, label) != label:
+        raise DataError(
+            f"{where}: {name} has the label {label!r:.40} here, but {labels[name]!r:.40} before; "
+            "give it one label"
+        )
 
 
 def _label(value: Any, where: str, is_text: bool) -> int | str | None:
@@ -119,7 +128,9 @@ def _of_list(path: Path, entries: Sequence[Entry]) -> Labels | None:
             )
         labels = {e.name: row[0] for e, row in zip(entries, rows)}
     else:
-        by_stem = {os.path.splitext(row[0])[0]: row[1] for row in rows}
+        by_stem: dict[str, str] = {}
+        for name, label in rows:
+            _add(by_stem, os.path.splitext(name)[0], label, str(path))
         stems = {e.name: os.path.splitext(e.name)[0] for e in entries}
         labels = {name: by_stem.pop(stem) for name, stem in stems.items() if stem in by_stem}
         labels |= by_stem
