@@ -89,13 +89,14 @@ def test_a_white_mask_draws_what_no_image_draws(trained, picture):
 def test_what_is_drawn_anew_depends_on_what_is_known():
     """The network sees the known pixels: a digit goes on in another way than an empty half."""
     run = ds.load("mnist")
-    digit = run.sample(1, classes=[0], steps=8)[0]
+    digit = run.sample(1, classes=[8], steps=8)[0]
     right = (torch.arange(28) >= 14).expand(28, 28)
     on_a_digit, on_nothing = (
-        run.sample(2, classes=[0], steps=8, image=image, mask=right)[..., 14:].float()
+        run.sample(6, classes=[8], steps=8, image=image, mask=right)[..., 14:].float()
         for image in (digit, torch.zeros_like(digit))
     )
-    assert (on_a_digit - on_nothing).abs().mean() > 10
+    # every one of them; if the network saw noise in place of the known pixels, they were the same
+    assert (on_a_digit - on_nothing).abs().mean((1, 2, 3)).min() > 2
 
 
 def test_a_picture_may_be_a_file_an_image_or_a_tensor(trained, picture, tmp_path):
