@@ -16,6 +16,15 @@ from diffussm_cli.data.text import Encoded
 from diffussm_cli.model.s4d import layer
 
 GOLDEN = Path(__file__).parent / "golden"
+# of a small network on a rectangular grid
+SIZES = {
+    "input_size": (4, 8),
+    "in_channels": 2,
+    "hidden_size": 16,
+    "depth": 4,
+    "d_state": 4,
+    "num_classes": 3,
+}
 TINY = [
     "model.hidden_size=16",
     "model.depth=2",

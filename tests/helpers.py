@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import torch
 from typer.testing import CliRunner
 
@@ -96,6 +97,17 @@ def _run_forked(arguments, log, environment):
     os.environ.update(environment)
     torch.set_num_threads(1)
     app(arguments)
+
+
+def only_cached(home, revisions, monkeypatch):
+    """Let the hub be the repository in a cache folder, with names of its revisions, and no
+    network.
+    """
+    (home / "refs").mkdir()
+    for name, revision in revisions.items():
+        (home / "refs" / name).write_text(revision)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home.parent))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 def line_of(result):

@@ -72,7 +72,8 @@ class Step:
         # The network and its averages, copied before the original is compiled or sharded.
         torch.manual_seed(t.seed)
         self.model = build_model(config, t.gradient_checkpointing).to(device)
-        self.model.load_state_dict(initial or {}, strict=False)
+        if initial:  # the tensors that fit; the others start anew
+            self.model.load_state_dict(initial, strict=False)
         self.averages = [EMA(self.model, decay) for decay in t.ema]
         self.ema = self.averages[0]
         widths = WIDTHS if t.snapshot_every else ()

@@ -14,7 +14,7 @@ from diffussm_cli.data.listing import list_source, read_entry
 from diffussm_cli.data.listing.hub import choose_shards
 from diffussm_cli.errors import DataError
 from tests.conftest import save_vae
-from tests.helpers import SETTINGS, line_of, run
+from tests.helpers import SETTINGS, line_of, only_cached, run
 
 HASH, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
@@ -42,11 +42,7 @@ def cache(tmp_path, monkeypatch):
     home = tmp_path / "cache" / "datasets--owner--pets"
     for revision, seed in {HASH: 1, NEWER: 2}.items():
         write_shard(home / "snapshots" / revision / "data" / "train-00000-of-00001.parquet", seed)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(NEWER)
-    (home / "refs" / "v1").write_text(HASH)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home.parent))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    only_cached(home, {"main": NEWER, "v1": HASH}, monkeypatch)
     monkeypatch.chdir(tmp_path)
     return home
 

@@ -6,16 +6,7 @@ import torch
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.model.local import Local
 from diffussm_cli.model.scan import SCANS
-from tests.conftest import device, fill, randn
-
-SIZES = {
-    "input_size": (4, 8),
-    "in_channels": 2,
-    "hidden_size": 16,
-    "depth": 4,
-    "d_state": 4,
-    "num_classes": 3,
-}
+from tests.conftest import SIZES, device, fill, randn
 
 
 @pytest.mark.parametrize("scan", SCANS["four"], ids=str)

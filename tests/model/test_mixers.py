@@ -18,16 +18,8 @@ from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.mixer import Mixer
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
-from tests.conftest import device, fill, randn
+from tests.conftest import SIZES, device, fill, randn
 
-SIZES = {
-    "input_size": (4, 8),
-    "in_channels": 2,
-    "hidden_size": 16,
-    "depth": 4,
-    "d_state": 4,
-    "num_classes": 3,
-}
 COMBINATIONS = list(itertools.product(sorted(MIXERS), sorted(SCANS), (0, 3)))
 
 

@@ -5,7 +5,6 @@ needs a network.
 import shutil
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 
@@ -14,7 +13,7 @@ from diffussm_cli.config import load_config, presets
 from diffussm_cli.errors import RunError
 from diffussm_cli.evaluation.results import find_run_at
 from diffussm_cli.runs import hub
-from tests.helpers import line_of, run
+from tests.helpers import line_of, only_cached, run
 
 HASH, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 WEIGHTS = {"a": torch.zeros(2, 3)}
@@ -27,11 +26,7 @@ def cache(tmp_path, monkeypatch):
     for revision, steps in {HASH: 4, NEWER: 6}.items():
         config = load_config("digits", [f"train.steps={steps}"])
         runs.write_weights(home / "snapshots" / revision, config, WEIGHTS, steps)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text(NEWER)
-    (home / "refs" / "v1").write_text(HASH)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home.parent))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    only_cached(home, {"main": NEWER, "v1": HASH}, monkeypatch)
     monkeypatch.chdir(tmp_path)
     return home
 

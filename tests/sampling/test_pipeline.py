@@ -482,18 +482,15 @@ def test_fitting_foreign_schedulers_draw(tiny, tmp_path, objective, kind):
     assert image.std() > 0.05
 
 
+def latents_of(vae):
+    """The overrides of a run on the latents of a VAE."""
+    sizes = ["data.resolution=32", "data.channels=4", "data.downsample=4"]
+    return [*sizes, f"data.vae={vae}", "data.path=latents"]
+
+
 def test_vae_of_run_is_a_component(tiny, tmp_path):
     vae = str(save_vae(tmp_path / "vae"))
-    names = {
-        "data.resolution": 32,
-        "data.channels": 4,
-        "data.downsample": 4,
-        "data.vae": vae,
-        "data.path": "latents",
-    }
-    pipe = load(
-        final_of(tmp_path, tiny("sample.clip=false", *(f"{k}={v}" for k, v in names.items())))
-    )
+    pipe = load(final_of(tmp_path, tiny("sample.clip=false", *latents_of(vae))))
     assert isinstance(pipe.vae, diffusers.AutoencoderKL)
     own = pipe(generator=seeded(0), output_type="np").images
     pipe.save_pretrained(tmp_path / "copy")
@@ -539,16 +536,7 @@ def test_prompts_may_be_empty_and_negative_prompts_a_list(captioned, tmp_path):
 
 def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
     vae = str(save_vae(tmp_path / "vae"))
-    names = {
-        "data.resolution": 32,
-        "data.channels": 4,
-        "data.downsample": 4,
-        "data.vae": vae,
-        "data.path": "latents",
-    }
-    config = tiny(
-        "sample.sampler=ddpm", "sample.clip=false", *(f"{k}={v}" for k, v in names.items())
-    )
+    config = tiny("sample.sampler=ddpm", "sample.clip=false", *latents_of(vae))
     pipe = load(final_of(tmp_path, config))
     pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     assert pipe().images[0].size == (32, 32)
