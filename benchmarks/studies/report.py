@@ -1,7 +1,7 @@
 """The tables and the figure of a study from its results, in seconds.
 
-    python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg] [--grid NAME.png
-    --work runs/studies]
+    python benchmarks/studies/report.py NAME [--against RUN] [--figure NAME.svg [--narrow]]
+    [--grid NAME.png --work runs/studies]
     python benchmarks/studies/report.py --csv docs/results/all.csv   # every training of every study
 
 Means over seeds with 95% t-intervals. Differences to one run (the first by default) are paired by
@@ -88,6 +88,9 @@ def main() -> None:
         "--against", help="the run that differences are taken to; by default the first"
     )
     parser.add_argument("--figure", type=Path)
+    parser.add_argument(
+        "--narrow", action="store_true", help="the figure has the seconds only, for a narrow page"
+    )
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--work", type=Path, default=Path("runs/studies"))
     arguments = parser.parse_args()
@@ -106,7 +109,7 @@ def main() -> None:
     floor = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     print("\n".join(page(study, results, arguments.against or study.compared(), floor)))
     if arguments.figure:
-        draw(study, results, arguments.figure)
+        draw(study, results, arguments.figure, arguments.narrow)
     if arguments.grid:
         grid(study, arguments.work, arguments.grid)
 
@@ -352,11 +355,12 @@ def write_csv(path: Path) -> None:
         writer.writerows(rows)
 
 
-def draw(study: Study, results: Sequence[dict], path: Path) -> None:
+def draw(study: Study, results: Sequence[dict], path: Path, narrow: bool = False) -> None:
     """Held-out loss against Gflops and seconds, a colour for each run, a line for each seed.
 
     If the rate of learning is constant, a third panel has the last loss against the memory of
-    training by formula.
+    training by formula. A narrow figure has the panel of the seconds only, which a telephone can
+    show, with its legend inside.
     """
     import matplotlib
     from matplotlib import pyplot, ticker
@@ -371,7 +375,13 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
     if any("at_gflops" in r for r in results):
         panels["memory"] = "MiB of training, by formula"
     size = (4 * len(panels) + 1, 3.6)  # with room for the legend
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    if narrow:
+        panels = {unit: label for unit, label in panels.items() if unit.endswith("seconds")}
+        size = (4.6, 3.4)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    axes = axes[0]
     colours = matplotlib.colormaps["tab10" if len(names(study)) <= 10 else "tab20"].colors
     for axis, (unit, label) in zip(axes, panels.items()):
         for i, run in enumerate(names(study)):
@@ -394,7 +404,11 @@ def draw(study: Study, results: Sequence[dict], path: Path) -> None:
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
     axes[0].set_ylabel("held-out loss")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    if narrow:
+        axes[0].legend(loc="upper right", frameon=False)
+    else:
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside right upper", frameon=False)
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 
