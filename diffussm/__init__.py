@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from diffussm_cli.diffusion.process import LinearFlow as LinearFlow
     from diffussm_cli.diffusion.process import VelocityDiffusion as VelocityDiffusion
     from diffussm_cli.errors import DiffussmError as DiffussmError
-    from diffussm_cli.library import Run as Run
-    from diffussm_cli.library import cost as cost
-    from diffussm_cli.library import encode as encode
-    from diffussm_cli.library import evaluate as evaluate
-    from diffussm_cli.library import grid as grid
-    from diffussm_cli.library import load as load
-    from diffussm_cli.library import sample as sample
-    from diffussm_cli.library import train as train
+    from diffussm_cli.library.functions import cost as cost
+    from diffussm_cli.library.functions import encode as encode
+    from diffussm_cli.library.functions import evaluate as evaluate
+    from diffussm_cli.library.functions import sample as sample
+    from diffussm_cli.library.functions import train as train
+    from diffussm_cli.library.run import Run as Run
+    from diffussm_cli.library.run import grid as grid
+    from diffussm_cli.library.run import load as load
     from diffussm_cli.model import DiffuSSM as DiffuSSM
     from diffussm_cli.model import DiT as DiT
     from diffussm_cli.model.s4d import S4D as S4D
@@ -45,16 +45,8 @@ PLACES = {
         "VelocityDiffusion",
     ),
     "diffussm_cli.errors": ("DiffussmError",),
-    "diffussm_cli.library": (
-        "Run",
-        "cost",
-        "encode",
-        "evaluate",
-        "grid",
-        "load",
-        "sample",
-        "train",
-    ),
+    "diffussm_cli.library.functions": ("cost", "encode", "evaluate", "sample", "train"),
+    "diffussm_cli.library.run": ("Run", "grid", "load"),
     "diffussm_cli.model": ("DiT", "DiffuSSM"),
     "diffussm_cli.model.s4d": ("S4D",),
     "diffussm_cli.training.ema": ("EMA",),

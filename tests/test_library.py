@@ -19,7 +19,7 @@ import diffussm as ds
 from diffussm_cli.config.presets import BUNDLED
 from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.library import check_labels
+from diffussm_cli.library.requests import check_labels
 from tests.conftest import randn
 from tests.helpers import line_of, run
 

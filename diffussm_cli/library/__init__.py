@@ -1,0 +1,1 @@
+"""What `import diffussm` offers beside the networks: runs, and the commands as functions."""

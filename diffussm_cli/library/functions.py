@@ -1,0 +1,241 @@
+"""The commands as functions: `train`, `sample`, `evaluate`, `encode` and `cost`, which return their
+value.
+
+The events of a session are shown as the commands show them, on stderr, unless `show` is false.
+"""
+
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.utils.data import Dataset
+
+from diffussm_cli.commands.console import follow, make_console, warn
+from diffussm_cli.config import DEFAULT_PRESET, DEFAULT_VAE, Config, load_config, preset_names
+from diffussm_cli.data.arrays import write_npz
+from diffussm_cli.data.datasets import images_of
+from diffussm_cli.errors import naming_parameters
+from diffussm_cli.evaluation.comparison import USUAL
+from diffussm_cli.events import Event, finish
+from diffussm_cli.library.requests import (
+    check_labels,
+    check_numbers,
+    split_fields,
+    unused_seed,
+    with_changes,
+)
+from diffussm_cli.library.run import Run, load
+from diffussm_cli.machine.files import default_cache
+from diffussm_cli.profiling.flops import Cost
+
+T = TypeVar("T")
+
+
+@naming_parameters()
+def train(
+    config: Config | Path | str | None = None,
+    out: Path | str | None = None,
+    *,
+    data: Dataset | Path | str | None = None,
+    init: Path | str | None = None,
+    resume: bool = False,
+    set: Mapping[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    show: bool = True,
+    **fields: Any,
+) -> Run:
+    """Train a model and write a self-describing run folder, as `diffussm train` does.
+
+    Args:
+        config: a preset's name, a YAML file, or a configuration; by default the preset "mnist",
+            with size, channels, classes and guidance read from `data`, if they are given. A run
+            that continues keeps its own configuration, unless this is one or a file.
+        out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
+        data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs
+            (image, label): uint8, or floats in [-1, 1]. Classes are its `classes`, or the numbers
+            up to the largest label. To resume such a run, give the data again.
+        init: begin with the weights of another model, as far as they fit: what `load` takes.
+        resume: continue the run in `out`, or the newest run of the preset, from its newest
+            checkpoint.
+        set: fields by their whole name, such as {"model.depth": 4}.
+        stop: asked after every step; if it returns true, a checkpoint is written and training ends.
+        fields: fields of the section `train` to change: lr=2e-3, steps=500, ...
+
+    Returns:
+        The trained run.
+
+    Raises:
+        DiffussmError: for anything that can be mended; before training where possible.
+    """
+    from diffussm_cli.profiling import flops
+    from diffussm_cli.training import session
+    from diffussm_cli.training.configure import configure
+
+    changes = dict(set or {}) | {f"train.{name}": value for name, value in fields.items()}
+    if isinstance(data, str | Path):
+        changes["data.path"] = str(data)
+    if init is not None:
+        changes["train.init"] = str(init)
+    where = None if out is None else Path(out)
+    dataset = None if isinstance(data, str | Path) else data
+    if isinstance(config, Config):
+        config = with_changes(config, changes)
+    else:
+        preset = None if config is None else str(config)
+        continues = resume and (preset is None or preset in preset_names())
+        config, where, lines = configure(
+            preset, where, fields=changes, continues=continues, dataset=dataset
+        )
+        for line in lines if show else ():
+            make_console().print(line)
+
+    options: dict[str, Any] = {"dataset": dataset, "operations": flops.training_operations}
+    events = session.train(config, where, resume=resume, stop=stop, **options)
+    return load(_run(events, show).root)
+
+
+@naming_parameters()
+def sample(
+    run: Run | Path | str,
+    out: Path | str | None = None,
+    num: int = 40,
+    *,
+    show: bool = True,
+    **request: Any,
+) -> Path:
+    """Draw images into a folder, as `diffussm sample` does: PNG files, a grid, and how they were
+    made.
+
+    Args:
+        run: from `load` or `train`, or what `load` takes.
+        out: the folder; by default RUN/images, or a numbered one.
+        request: classes, prompts, negative, seed, batch_size, npz, film, image, mask, strength,
+            interpolate, and fields of the section `sample`.
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        DiffussmError: where possible, before anything is drawn.
+    """
+    from diffussm_cli.sampling import session
+
+    run = run if isinstance(run, Run) else load(run)
+    line = unused_seed(request.get("seed", 0), request.get("interpolate"))
+    if line and show:
+        warn(make_console(), line)
+    sampling, request = split_fields(run.config, request)
+    check_numbers(request | {"num": num})
+    request["classes"] = check_labels(request.get("classes", ()), run.config)
+    request |= {"sampling": sampling, "precision": run.precision, "device": run.device}
+    return _run(
+        session.sample(run.trained, None if out is None else Path(out), num, **request), show
+    )
+
+
+@naming_parameters()
+def evaluate(
+    samples: Run | Path | str,
+    reference: Path | str | Dataset | None = None,
+    metrics: Sequence[str] = USUAL,
+    *,
+    show: bool = True,
+    **request: Any,
+) -> dict[str, float]:
+    """Measure images, or images drawn from a run, against a reference, as `diffussm eval` does.
+
+    Args:
+        samples: a folder of images, an .npz, a run from `load` or `train`, or what `load` takes.
+        reference: an .npz from ADM or `diffussm eval --make-ref`, images, or a torch Dataset as in
+            `train`; by default the run's own.
+        metrics: fid, sfid, is, precision, recall, kid, fid_infinity.
+        request: num, seed, classes, prompts, negative, extractor, resolution, batch_size, and
+            fields of the section `sample`.
+
+    Returns:
+        The metrics by name, such as {"fid": 0.5}.
+
+    Raises:
+        DiffussmError: before the long work starts, where possible.
+    """
+    from diffussm_cli.evaluation import session
+    from diffussm_cli.evaluation.results import find_run_at
+
+    check_numbers(request)
+    request = {"cache": default_cache()} | request
+    run = samples if isinstance(samples, Run) else None
+    trained = run.trained if run else find_run_at(Path(str(samples)))
+    if trained is not None:
+        request["sampling"], request = split_fields(trained.config, request)
+        request["classes"] = check_labels(request.get("classes", ()), trained.config)
+    if run is not None:
+        request |= {"precision": run.precision, "device": run.device}
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(reference, Dataset):
+            pixels = images_of(reference).permute(0, 2, 3, 1).numpy()
+            reference = Path(folder) / "reference.npz"
+            write_npz(reference, {"arr_0": (pixels.shape, pixels.dtype, [pixels])})
+        where = run.folder if run else str(samples)
+        against = None if reference is None else str(reference)
+        result = _run(session.evaluate(where, against, metrics, run=trained, **request), show)
+    return {} if result is None else result["metrics"]
+
+
+@naming_parameters()
+def encode(
+    source: Path | str,
+    target: Path | str,
+    resolution: int | tuple[int, int] = 256,
+    vae: Path | str = DEFAULT_VAE,
+    *,
+    show: bool = True,
+    **options: Any,
+) -> Path:
+    """Encode images as latents of a VAE, as `diffussm encode` does; the same call resumes after an
+    interruption.
+
+    Args:
+        source: one folder per class, a flat folder, tar or parquet shards.
+        target: the folder for the latents.
+        resolution: pixels, or (height, width).
+        vae: a hub name or a folder.
+        options: those of `diffussm_cli.data.latents.encode_images`.
+
+    Returns:
+        `target`, which `train(data=...)` takes.
+
+    Raises:
+        DiffussmError: for anything that can be mended.
+    """
+    from diffussm_cli.data.latents import encode_images
+
+    size = (resolution, resolution) if isinstance(resolution, int) else resolution
+    _run(encode_images(source, target, size, str(vae), **options), show)
+    return Path(target)
+
+
+@naming_parameters()
+def cost(
+    config: Config | Path | str = DEFAULT_PRESET, set: Mapping[str, Any] | None = None
+) -> Cost:
+    """Parameters, tokens, Gflops and training memory of a configuration, by formula.
+
+    Args:
+        config: a preset's name, a YAML file, or a configuration.
+        set: fields by their whole name, such as {"model.depth": 4}.
+
+    Raises:
+        ConfigError: for a wrong field.
+    """
+    from diffussm_cli.profiling import flops
+
+    if isinstance(config, Config):
+        config = with_changes(config, set or {})
+    return flops.cost(
+        config if isinstance(config, Config) else load_config(str(config), fields=set)
+    )
+
+
+def _run(session: Generator[Event, None, T], show: bool) -> T:
+    return follow(make_console(), session) if show else finish(session)

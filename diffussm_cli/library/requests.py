@@ -1,0 +1,76 @@
+"""Checks what a caller in Python asks for: fields of the configuration, numbers and classes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from diffussm_cli.config import (
+    MAX_SEED,
+    Config,
+    check_whole,
+    config_from_dict,
+    nearest,
+    to_dict,
+    whole_number,
+)
+from diffussm_cli.errors import ConfigError
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A configuration with other values of fields, given by their whole names; checked. Raises
+    ConfigError.
+    """
+    return config_from_dict(to_dict(config), "config", fields=changes, name=config.preset)
+
+
+def with_fields(config: Config, fields: Mapping[str, Any], section: str) -> Config:
+    """A configuration with other fields of a section, checked. Raises ConfigError."""
+    return with_changes(config, {f"{section}.{name}": value for name, value in fields.items()})
+
+
+def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The section `sample` with what a request changes of it, and the rest of the request. Raises
+    ConfigError.
+    """
+    fields = {
+        name: value
+        for name, value in request.items()
+        if hasattr(config.sample, name) and name != "prompts"
+    }
+    rest = {name: value for name, value in request.items() if name not in fields}
+    return with_fields(config, fields, "sample").sample, rest
+
+
+def check_numbers(request: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a wrong num, batch_size or seed of a request."""
+    for name in ("num", "batch_size"):
+        check_whole(name, request.get(name, 1), least=1)
+    check_whole("seed", request.get("seed", 0), least=0, most=MAX_SEED)
+
+
+def unused_seed(seed: int, interpolate: Sequence[int] | None) -> str:
+    """A line about a seed, other than by default, that nothing uses; empty if there is none."""
+    return f"not used: seed={seed} (interpolate names the seeds)" if interpolate and seed else ""
+
+
+def check_labels(classes: Sequence[int | str], config: Config) -> list[int]:
+    """Labels, or names of classes, as whole numbers. Raises ConfigError for those that the model
+    does not have.
+    """
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise ConfigError(
+            f"classes: {classes!r:.80} must be a list of labels or class names, such as [0]"
+        )
+
+    n, names = config.model.num_classes, config.data.class_names
+    labels = []
+    for value in classes:
+        is_name = isinstance(value, str) and value in names
+        label = names.index(value) if is_name else whole_number(value)
+        if label is None or not 0 <= label < n:
+            has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
+            near = nearest(value, names) if names and isinstance(value, str) else ""
+            raise ConfigError(
+                f"classes: {value!r:.80} is not a class of this model; it has {has}{near}"
+            )
+        labels.append(label)
+    return labels
