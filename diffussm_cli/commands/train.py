@@ -103,7 +103,7 @@ def train(
         first_reading(preset, set_fields(overrides, fields), overrides, fields)
     from diffussm_cli.machine.processes import read_world
     from diffussm_cli.profiling.flops import training_operations
-    from diffussm_cli.training import session
+    from diffussm_cli.training import checks, session
     from diffussm_cli.training.configure import configure
 
     # The configuration: a run that continues has its own, unless a preset is named.
@@ -118,7 +118,7 @@ def train(
         show_plan(console, config)
         named = set_fields(overrides, fields)
         named_by_user = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
-        for problem in follow(console, session.check(config, out, resume)):
+        for problem in follow(console, checks.check(config, out, resume)):
             if str(problem).partition(":")[0] in named_by_user:
                 raise problem
             warn(console, f"the run would stop: {problem}")

@@ -1,6 +1,7 @@
-"""The images of a run: opened, compared with those it began with, and decoded once before that."""
+"""The images of a run: listed, compared with those it began with, and decoded once before that."""
 
 import contextlib
+import dataclasses
 import os
 import shlex
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -10,18 +11,52 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config
+from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config, unused_fields
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
-from diffussm_cli.data.source import ImageFolder, Source, open_source, undivided, unreadable_images
-from diffussm_cli.errors import DataError
-from diffussm_cli.events import Event, Message, Warned
+from diffussm_cli.data.source import (
+    ImageFolder,
+    Source,
+    open_held_out,
+    open_source,
+    text_hash,
+    undivided,
+    unreadable_images,
+    vae_hash,
+)
+from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World, gather
 from diffussm_cli.training.measure import HELD_OUT
+from diffussm_cli.training.resuming import refuse_other_data
 
 FIRST = ("path", "images", "sha256")  # facts of the images that a run began with
 NAMED = 5  # number of unreadable images that an error lists
+
+
+def list_images(
+    root: Path | None, config: Config, world: World, dataset: Dataset | None = None
+) -> Generator[Event, None, Source]:
+    """Open the data of a run, and tell what is not used of them and of the configuration.
+
+    Raises DiffussmError.
+    """
+    if line := unused_fields(config, world.size):
+        yield Warned(line)
+    yield Stage("listing")
+    try:
+        source = open_data(root, config, dataset)
+    except ConfigError:
+        refuse_other_data(root, config)
+        raise
+    if isinstance(config.data.held_out, str) and config.data.held_out:
+        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
+    if source.left_out:
+        yield Message(source.left_out)
+    if warning := getattr(undivided(source), "warning", ""):
+        yield Warned(warning)
+    return source
 
 
 def open_data(root: Path | None, config: Config, dataset: Dataset | None = None) -> Source:
@@ -46,6 +81,22 @@ def data_place(config: Config) -> str:
     if not path or path.startswith((BUILTIN, HUB, PYTHON)):
         return path
     return os.path.abspath(path)
+
+
+def completed(config: Config, source: Source) -> Config:
+    """The configuration with what is found in the data.
+
+    Raises ConfigError if it cannot be saved.
+    """
+    data = dataclasses.replace(
+        config.data,
+        class_names=source.class_names,
+        text_sha256=text_hash(config, source),
+        vae_sha256=vae_hash(source),
+    )
+    config = dataclasses.replace(config, data=data)
+    runs.check_config(config)
+    return config
 
 
 def compare_data(

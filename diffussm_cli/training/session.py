@@ -16,26 +16,31 @@ import torch
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import PYTHON, Config, to_dict, unused_fields
-from diffussm_cli.data.source import Source, open_held_out, text_hash, undivided, vae_hash
-from diffussm_cli.data.vae import full_name
-from diffussm_cli.errors import ConfigError, DiffussmError, RunError
+from diffussm_cli.config import PYTHON, Config
+from diffussm_cli.data.source import Source
+from diffussm_cli.errors import RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_program, keep_freed_memory, pick_device
 from diffussm_cli.machine.processes import (
-    ALONE,
     World,
     any_of,
-    first_works,
     gather,
     process_group,
     read_world,
 )
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.data import compare_data, leave_out_unreadable, open_data, remedies
+from diffussm_cli.training.checks import check_batch
+from diffussm_cli.training.data import (
+    compare_data,
+    completed,
+    leave_out_unreadable,
+    list_images,
+    remedies,
+)
 from diffussm_cli.training.loop import Trainer, due
 from diffussm_cli.training.record import RecordWriter, open_tracker, quiet_threads
+from diffussm_cli.training.resuming import compare_config
 
 COMPILING = (
     "compiling: the first step takes a minute or more and shows no progress "
@@ -128,7 +133,7 @@ def _train_in(
     is_first = world.rank == 0
 
     # The images.
-    source = yield from _list_images(root, config, world, dataset)
+    source = yield from list_images(root, config, world, dataset)
 
     # Where the run stands, and whether its images are still the same.
     yield Stage("looking for checkpoints")
@@ -139,7 +144,7 @@ def _train_in(
     before = gather(runs.read_data(root) if checkpoint is not None else None, world)[0]
     facts = yield from compare_data(source, config, root, before)
     config = completed(config, source)
-    yield from _compare_config(config, root, checkpoint, world, facts)
+    yield from compare_config(config, root, checkpoint, world, facts)
     is_unchecked = checkpoint is None or not facts["checked"]
     yield from leave_out_unreadable(source, config, root, world, fresh=is_unchecked)
 
@@ -175,121 +180,6 @@ def _train_in(
             yield from _steps(trainer, writer, stop, facts)
     spent = trainer.seconds()
     return TrainingResult(root, trainer.step.number, steps, processes=world.size, seconds=spent)
-
-
-def _list_images(
-    root: Path | None, config: Config, world: World, dataset: Dataset | None = None
-) -> Generator[Event, None, Source]:
-    """Open the data of a run, and tell what is not used of them and of the configuration.
-
-    Raises DiffussmError.
-    """
-    if line := unused_fields(config, world.size):
-        yield Warned(line)
-    yield Stage("listing")
-    try:
-        source = open_data(root, config, dataset)
-    except ConfigError:
-        _refuse_other_data(root, config)
-        raise
-    if isinstance(config.data.held_out, str) and config.data.held_out:
-        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
-    if source.left_out:
-        yield Message(source.left_out)
-    if warning := getattr(undivided(source), "warning", ""):
-        yield Warned(warning)
-    return source
-
-
-def _refuse_other_data(root: Path | None, config: Config) -> None:
-    """Raises ConfigError if a run that continues in `root` has read data at another place, to which
-    its configuration fits.
-    """
-    if root is None or not runs.list_checkpoints(root) or not (root / runs.CONFIG).exists():
-        return
-    saved = runs.read_config(root, "--resume")
-    if saved.data.path != config.data.path:
-        check_unchanged(saved, config, moved=False)
-
-
-def completed(config: Config, source: Source) -> Config:
-    """The configuration with what is found in the data.
-
-    Raises ConfigError if it cannot be saved.
-    """
-    data = dataclasses.replace(
-        config.data,
-        class_names=source.class_names,
-        text_sha256=text_hash(config, source),
-        vae_sha256=vae_hash(source),
-    )
-    config = dataclasses.replace(config, data=data)
-    runs.check_config(config)
-    return config
-
-
-def _compare_config(
-    config: Config, root: Path, checkpoint: Path | None, world: World, facts: Mapping[str, Any]
-) -> Generator[Event, None, None]:
-    """Tell what a resume changes. Raises ConfigError, RunError, in all processes."""
-    with first_works(world):
-        if checkpoint is None or world.rank:
-            return
-        runs.read_metrics(root / runs.BEST)  # report damage now, not at the next evaluation
-        if not (root / runs.CONFIG).exists():
-            yield Message(
-                f"{root / runs.CONFIG} was missing; it will be written again from this command line"
-            )
-            return
-        before = runs.read_data(root)
-        moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
-        changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
-        yield from (Message(f"changed: {change}") for change in changes)
-
-
-def check(
-    config: Config, out: Path | str | None = None, resume: bool = False
-) -> Generator[Event, None, list[DiffussmError]]:
-    """What would stop `train` before its first step, without decoding an image or writing a file.
-
-    Yields:
-        the events of `train` about the data.
-
-    Returns:
-        The errors that `train` would raise. Of those of the data, the first one.
-    """
-    world = read_world()
-    root = Path(out) if out else None
-    if resume and root is None:
-        root = runs.newest_run(runs.RUNS, config.preset)
-
-    problems: list[DiffussmError] = []
-    with _collected(problems):
-        if root is not None:
-            runs.check_run_folder(root, resume)
-    with _collected(problems):
-        check_batch(config, world)
-    with _collected(problems):
-        pick_device(config.train.device)
-    with _collected(problems):
-        source = yield from _list_images(root, config, world)
-        config = completed(config, source)
-        if root is not None and resume and (newest := runs.list_checkpoints(root)):
-            facts = yield from compare_data(source, config, root, runs.read_data(root))
-            yield from _compare_config(config, root, newest[-1], ALONE, facts)
-    with _collected(problems):
-        begins = root is None or not (resume and runs.list_checkpoints(root))
-        if config.train.init and begins:
-            yield Message(runs.initial_weights(config).line)
-    return problems
-
-
-@contextlib.contextmanager
-def _collected(problems: list[DiffussmError]) -> Iterator[None]:
-    try:
-        yield
-    except DiffussmError as e:
-        problems.append(e)
 
 
 def _steps(
@@ -345,17 +235,6 @@ def renew_report(root: Path, config: Config) -> None:
     write_report(root)
 
 
-# ---------------------------------------------------------------------------------- before the loop
-def check_batch(config: Config, world: World) -> None:
-    """Raises ConfigError if the processes cannot share the batch equally."""
-    t = config.train
-    if t.batch_size % (world.size * t.accumulate):
-        raise ConfigError(
-            f"train.batch_size: {t.batch_size} cannot be shared by {world.size} processes in "
-            f"{t.accumulate} part(s) each; take a multiple of {world.size * t.accumulate}"
-        )
-
-
 def _prepare(
     config: Config,
     source: Source,
@@ -384,50 +263,3 @@ def _prepare(
         except OSError as e:
             raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer
-
-
-def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[str]:
-    """Check that resuming does not change the nature of the run.
-
-    Args:
-        moved: whether `data.path` may differ, because the same images are there.
-
-    Returns:
-        The harmless changes, one per line.
-
-    Raises:
-        ConfigError: naming the first difference in model, data, diffusion, batch, seed,
-            optimizer or initial weights.
-    """
-    old, new = to_dict(saved), to_dict(config)
-    for values in (old["data"], new["data"]):
-        values["vae"] = values["vae"] and full_name(values["vae"])
-    # not known to earlier versions
-    old["data"]["vae_sha256"] = old["data"]["vae_sha256"] or new["data"]["vae_sha256"]
-    harmless = [("data", "skip_unreadable"), *([("data", "path")] if moved else [])]
-    fixed = [
-        (s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless
-    ]
-    fixed += [("train", name) for name in ("batch_size", "seed", "optimizer", "init")]
-    for section, name in fixed:
-        was, now = old[section][name], new[section][name]
-        if was != now:
-            options = {"path": "--data", "init": "--init"}.get(name, "--preset and --set")
-            raise ConfigError(
-                f"--resume: {section}.{name} was {was!r} and is now {now!r}; "
-                f"omit {options} to keep the run's own values, "
-                "or choose another --out to begin a new run"
-            )
-    if config.train.snapshot_every and not saved.train.snapshot_every:
-        raise ConfigError(
-            f"--resume: train.snapshot_every was 0 and is now {config.train.snapshot_every}; its "
-            "averages are of all steps, so choose another --out to begin a new run"
-        )
-    free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
-    values = [(s, f, old[s][f], new[s][f]) for s, f in free]
-    changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
-    added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
-    return changes + [
-        f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}"
-        for decay in added
-    ]

@@ -16,7 +16,8 @@ from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import World
 from diffussm_cli.profiling.flops import cost, training_operations
 from diffussm_cli.training import loop
-from diffussm_cli.training.session import TrainingResult, check_batch, train
+from diffussm_cli.training.checks import check_batch
+from diffussm_cli.training.session import TrainingResult, train
 
 
 def told(session):
