@@ -108,7 +108,8 @@ def train(
 
     # The configuration: a run that continues has its own, unless a preset is named.
     continues = resume and preset is None
-    config, out, lines = configure(preset, out, overrides, fields, continues=continues)
+    request = configure(preset, out, overrides, fields, continues=continues)
+    config, out, lines, listing = request
 
     # The plan, or the run.
     console = make_console(quiet=read_world().rank > 0)
@@ -118,14 +119,19 @@ def train(
         show_plan(console, config)
         named = set_fields(overrides, fields)
         named_by_user = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
-        for problem in follow(console, checks.check(config, out, resume)):
+        for problem in follow(console, checks.check(config, out, resume, listing)):
             if str(problem).partition(":")[0] in named_by_user:
                 raise problem
             warn(console, f"the run would stop: {problem}")
         return
     with stopping() as stop:
         events = session.train(
-            config, out, resume=resume, stop=stop, operations=training_operations
+            config,
+            out,
+            resume=resume,
+            listing=listing,
+            stop=stop,
+            operations=training_operations,
         )
         result = follow(console, events)
     code = report(console, result, stop.code)

@@ -35,12 +35,23 @@ class Facts(NamedTuple):
     classes: int
     size: str = ""  # of most images, if the resolution is another
     offer: str = ""  # a line with commands, for images that are better encoded
+    listing: Listing | None = None  # of images, which were listed for it
+
+
+class Fitted(NamedTuple):
+    """The fields that a run takes from its data, and lines that say so; the listing of images, so
+    that nobody lists them again.
+    """
+
+    fields: dict[str, Any]
+    lines: list[str]
+    listing: Listing | None = None
 
 
 def fit_to_data(
     config: Config, named: Collection[str], is_own: bool, dataset: Dataset | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    """The fields that a run takes from its data, and lines that say so.
+) -> Fitted:
+    """What a run takes from its data.
 
     Args:
         config: whose `data.path` is read.
@@ -55,7 +66,7 @@ def fit_to_data(
     path = config.data.path
     has_store = dataset is None and (Path(path) / MANIFEST).is_file()
     if not (is_own or has_store):
-        return {}, []
+        return Fitted({}, [])
 
     # What the data say.
     if dataset is not None:
@@ -86,15 +97,17 @@ def fit_to_data(
             before["data.vae"] = full_name(before["data.vae"])
         changed = [(k, v, before[k]) for k, v in fields.items() if v != before[k]]
         line = ", ".join(f"{k}={v} instead of {was}" for k, v, was in changed)
-        return fields, [f"taken from the latents in {path!r}: {line}"] if line else []
+        return Fitted(fields, [f"taken from the latents in {path!r}: {line}"] if line else [])
     if not fields:
-        return {}, []
+        return Fitted({}, [], facts.listing)
     texts = {k: f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()}
     if facts.size and "data.resolution" in texts:
         texts["data.resolution"] += f" (most images: {facts.size})"
     where = "the dataset" if dataset is not None else repr(path)
     lines = [f"read from {where}: {', '.join(texts.values())}; --set changes each"]
-    return fields, lines + ([facts.offer] if facts.offer and "data.resolution" in fields else [])
+    if facts.offer and "data.resolution" in fields:
+        lines.append(facts.offer)
+    return Fitted(fields, lines, facts.listing)
 
 
 def _of_store(path: str) -> Facts:
@@ -158,7 +171,7 @@ def _of_images(config: Config) -> Facts:
             f"  diffussm train --data {store}"
         )
     data = {"resolution": resolution, "channels": 1 if in_grey else 3}
-    return Facts(data, _conditional(len(listing.class_names)), size, offer)
+    return Facts(data, _conditional(len(listing.class_names)), size, offer, listing)
 
 
 def _look_at(listing: Listing) -> tuple[list[tuple[int, int]], bool]:

@@ -19,7 +19,14 @@ from diffussm_cli.config import BUILTIN, PYTHON, Config, named_columns
 from diffussm_cli.data.captions import read_captions
 from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.data.images import coins, to_model_space
-from diffussm_cli.data.listing import UNREADABLE, LeftOut, left_out_line, list_source, read_entry
+from diffussm_cli.data.listing import (
+    UNREADABLE,
+    LeftOut,
+    Listing,
+    left_out_line,
+    list_source,
+    read_entry,
+)
 from diffussm_cli.data.text import Captioned, open_texts
 from diffussm_cli.data.vae import full_name, read_facts
 from diffussm_cli.errors import ConfigError, DataError
@@ -68,11 +75,12 @@ class ImageFolder(Captioned):
         channels: int,
         flip: bool = False,
         columns: Mapping[str, str] = {},
+        listing: Listing | None = None,
     ):
         if channels not in (1, 3):
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
         self.size, self.channels, self.flip = size, channels, flip
-        self.listing = list_source(root, "data.path", columns)
+        self.listing = listing or list_source(root, "data.path", columns)
         self.entries, self.class_names = self.listing.entries, self.listing.class_names
         self._pool = Helpers(min(8, own_cores()))
         self._unused_captions: list[LeftOut] = []
@@ -223,17 +231,20 @@ def _split(n: int, share: float) -> tuple[np.ndarray, np.ndarray]:
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def open_source(config: Config, dataset: Dataset | None = None) -> Source:
+def open_source(
+    config: Config, dataset: Dataset | None = None, listing: Listing | None = None
+) -> Source:
     """Open the data set of `data.path`, without the images that `data.held_out` excludes, and check
     it.
 
     Args:
         dataset: the data as an object, in place of those at `data.path`.
+        listing: of the images at `data.path`, if somebody has listed them.
 
     Raises:
         DataError, ConfigError: if the data set is missing, is empty or does not fit the model.
     """
-    source = _open(config) if dataset is None else DatasetSource(dataset, config)
+    source = _open(config, listing=listing) if dataset is None else DatasetSource(dataset, config)
     share = config.data.held_out
     _check_classes(config, source)
     return Part(source, share) if share and isinstance(share, float) else source
@@ -264,8 +275,8 @@ def open_held_out(config: Config, source: Source) -> Source | None:
     return held_out
 
 
-def _open(config: Config, held_out: bool = False) -> Source:
-    source = _open_images(config, held_out)
+def _open(config: Config, held_out: bool = False, listing: Listing | None = None) -> Source:
+    source = _open_images(config, held_out, listing)
     if config.data.text is not None and isinstance(source, Captioned):
         source.embed(open_texts(config), config.data.path)
     return source
@@ -289,7 +300,7 @@ def vae_hash(source: Source) -> str:
     return images.settings.vae_weights_sha256 if hasattr(images, "settings") else ""
 
 
-def _open_images(config: Config, held_out: bool) -> Source:
+def _open_images(config: Config, held_out: bool, listing: Listing | None) -> Source:
     from diffussm_cli.data import builtin
     from diffussm_cli.data.latents.manifest import MANIFEST
     from diffussm_cli.data.latents.reading import LatentStore
@@ -310,9 +321,8 @@ def _open_images(config: Config, held_out: bool) -> Source:
         source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
-    return ImageFolder(
-        Path(d.path), d.size, d.channels, d.flip, named_columns(d.columns, "data.columns")
-    )
+    columns = named_columns(d.columns, "data.columns")
+    return ImageFolder(Path(d.path), d.size, d.channels, d.flip, columns, listing)
 
 
 def _check_classes(config: Config, source: Source) -> None:

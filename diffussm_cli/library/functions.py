@@ -79,19 +79,27 @@ def train(
         changes["train.init"] = str(init)
     where = None if out is None else Path(out)
     dataset = None if isinstance(data, str | Path) else data
+    listing = None
     if isinstance(config, Config):
         config = with_changes(config, changes)
     else:
         preset = None if config is None else str(config)
         continues = resume and (preset is None or preset in preset_names())
-        config, where, lines = configure(
+        config, where, lines, listing = configure(
             preset, where, fields=changes, continues=continues, dataset=dataset
         )
         for line in lines if show else ():
             make_console().print(line)
 
-    options: dict[str, Any] = {"dataset": dataset, "operations": flops.training_operations}
-    events = session.train(config, where, resume=resume, stop=stop, **options)
+    events = session.train(
+        config,
+        where,
+        resume=resume,
+        dataset=dataset,
+        listing=listing,
+        stop=stop,
+        operations=flops.training_operations,
+    )
     return load(_run(events, show).root)
 
 

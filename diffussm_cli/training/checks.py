@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config
+from diffussm_cli.data.listing import Listing
 from diffussm_cli.errors import ConfigError, DiffussmError
 from diffussm_cli.events import Event, Message
 from diffussm_cli.machine.device import pick_device
@@ -25,7 +26,10 @@ def check_batch(config: Config, world: World) -> None:
 
 
 def check(
-    config: Config, out: Path | str | None = None, resume: bool = False
+    config: Config,
+    out: Path | str | None = None,
+    resume: bool = False,
+    listing: Listing | None = None,
 ) -> Generator[Event, None, list[DiffussmError]]:
     """What would stop `train` before its first step, without decoding an image or writing a file.
 
@@ -49,7 +53,7 @@ def check(
     with _collected(problems):
         pick_device(config.train.device)
     with _collected(problems):
-        source = yield from list_images(root, config, world)
+        source = yield from list_images(root, config, world, listing=listing)
         config = completed(config, source)
         if root is not None and resume and (newest := runs.list_checkpoints(root)):
             facts = yield from compare_data(source, config, root, runs.read_data(root))

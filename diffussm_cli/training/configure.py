@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from diffussm_cli import runs
 from diffussm_cli.config import DEFAULT_PRESET, HUB, Config, first_reading, load_config, set_fields
 from diffussm_cli.data.fitting import fit_to_data
+from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.listing.hub import fetch_shards
 from diffussm_cli.errors import DataError
 
@@ -19,6 +20,7 @@ class Request(NamedTuple):
     config: Config
     out: Path | None
     lines: list[str]
+    listing: Listing | None = None  # of the images, if their size and classes were read
 
 
 def configure(
@@ -60,10 +62,9 @@ def configure(
         fields = {**fields, "data.path": _pinned(config.data.path)}
         config = first_reading(preset, named, overrides, fields)
     is_own = preset is None and "data.path" in named
-    fitted, lines = fit_to_data(config, named, is_own, dataset)
-    return Request(
-        load_config(preset or DEFAULT_PRESET, overrides, {**fields, **fitted}), out, lines
-    )
+    fitted = fit_to_data(config, named, is_own, dataset)
+    config = load_config(preset or DEFAULT_PRESET, overrides, {**fields, **fitted.fields})
+    return Request(config, out, fitted.lines, fitted.listing)
 
 
 def _pinned(path: str) -> str:

@@ -14,6 +14,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config, unused_fields
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
+from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.source import (
     ImageFolder,
     Source,
@@ -36,9 +37,14 @@ NAMED = 5  # number of unreadable images that an error lists
 
 
 def list_images(
-    root: Path | None, config: Config, world: World, dataset: Dataset | None = None
+    root: Path | None,
+    config: Config,
+    world: World,
+    dataset: Dataset | None = None,
+    listing: Listing | None = None,
 ) -> Generator[Event, None, Source]:
-    """Open the data of a run, and tell what is not used of them and of the configuration.
+    """Open the data of a run, as `open_source` does, and tell what is not used of them and of the
+    configuration.
 
     Raises DiffussmError.
     """
@@ -46,7 +52,7 @@ def list_images(
         yield Warned(line)
     yield Stage("listing")
     try:
-        source = open_data(root, config, dataset)
+        source = open_data(root, config, dataset, listing)
     except ConfigError:
         refuse_other_data(root, config)
         raise
@@ -59,13 +65,18 @@ def list_images(
     return source
 
 
-def open_data(root: Path | None, config: Config, dataset: Dataset | None = None) -> Source:
+def open_data(
+    root: Path | None,
+    config: Config,
+    dataset: Dataset | None = None,
+    listing: Listing | None = None,
+) -> Source:
     """As `open_source`.
 
     Raises DataError, which also says where the images of this run were before.
     """
     try:
-        return open_source(config, dataset)
+        return open_source(config, dataset, listing)
     except DataError as e:
         before = None if root is None else runs.read_data(root)
         if before is None or before["path"] == data_place(config):

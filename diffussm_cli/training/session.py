@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from diffussm_cli import runs
 from diffussm_cli.config import PYTHON, Config
+from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.source import Source
 from diffussm_cli.errors import RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
@@ -71,6 +72,7 @@ def train(
     *,
     resume: bool = False,
     dataset: Dataset | None = None,
+    listing: Listing | None = None,
     stop: Callable[[], bool] = lambda: False,
     operations: Callable[[Config], float] | None = None,
 ) -> Generator[Event, None, TrainingResult]:
@@ -85,6 +87,7 @@ def train(
             run is not changed.
         dataset: data as an object, in place of those at `data.path`; `DatasetSource` says what it
             may hold.
+        listing: of the images at `data.path`, if `configure` has listed them.
         stop: called before the first step and after every step; if it returns true, a checkpoint of
             the steps so far is written and training ends.
         operations: counts the operations per image of a training step, for `mfu` in the log.
@@ -118,7 +121,8 @@ def train(
 
         check_batch(config, world)
         pick_device(config.train.device)  # a wrong one is an error before images are read
-        return (yield from _train_in(root, config, resume, world, dataset, stop, operations))
+        images = dataset, listing
+        return (yield from _train_in(root, config, resume, world, images, stop, operations))
 
 
 def _train_in(
@@ -126,14 +130,14 @@ def _train_in(
     config: Config,
     resume: bool,
     world: World,
-    dataset: Dataset | None,
+    images: tuple[Dataset | None, Listing | None],
     stop: Callable[[], bool],
     operations: Callable[[Config], float] | None,
 ) -> Generator[Event, None, TrainingResult]:
     is_first = world.rank == 0
 
     # The images.
-    source = yield from list_images(root, config, world, dataset)
+    source = yield from list_images(root, config, world, *images)
 
     # Where the run stands, and whether its images are still the same.
     yield Stage("looking for checkpoints")

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import diffussm as ds
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
+from diffussm_cli.data.listing import source as listing_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.training.configure import configure
 from tests.conftest import save_vae
@@ -95,7 +96,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_size_channels_classes_and_guidance_come_from_the_data(tmp_path, case):
     make, (resolution, channels, classes) = LAYOUTS[case]
-    config, _, lines = configure(None, fields={"data.path": str(make(tmp_path / "data"))})
+    config, _, lines, _ = configure(None, fields={"data.path": str(make(tmp_path / "data"))})
     d = config.data
     assert (d.resolution, d.channels, config.model.num_classes) == (resolution, channels, classes)
     assert config.sample.guidance == (2.0 if classes else 1.0)
@@ -111,7 +112,7 @@ def test_nothing_else_of_the_preset_changes(tmp_path):
     values = {"data.path": root, "data.resolution": 16, "data.channels": 3}
     values |= {"model.num_classes": 0, "sample.guidance": 1.0}
     assert found == load_config("mnist", fields=values)
-    assert configure(None) == (load_config("mnist"), None, [])
+    assert configure(None) == (load_config("mnist"), None, [], None)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_nothing_else_of_the_preset_changes(tmp_path):
 )
 def test_set_overrides_each(tmp_path, override, section, name, value):
     root = save(tmp_path / "data", [(32, 32)], classes="ab")
-    config, _, lines = configure(None, None, [override], {"data.path": str(root)})
+    config, _, lines, _ = configure(None, None, [override], {"data.path": str(root)})
     assert getattr(getattr(config, section), name) == value
     assert override.partition("=")[0] + "=" not in lines[0]
     if name == "num_classes":
@@ -144,7 +145,7 @@ def test_guidance_stays_with_text(tmp_path):
 
 def test_named_preset_keeps_its_values(tmp_path):
     root = str(save(tmp_path / "data", [(16, 16)], classes="ab"))
-    config, _, lines = configure("mnist", fields={"data.path": root})
+    config, _, lines, _ = configure("mnist", fields={"data.path": root})
     assert (config, lines) == (load_config("mnist", fields={"data.path": root}), [])
 
 
@@ -199,6 +200,21 @@ def test_wrong_data_is_one_line(tmp_path):
     (root / "a.png").write_bytes(b"text")
     with pytest.raises(DataError, match=r"none of 1 images in '.*data' can be read: a.png: not a"):
         configure(None, fields={"data.path": str(root)})
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], ["--set", "train.steps=1"]])
+def test_images_are_listed_once(tmp_path, monkeypatch, more):
+    root, folders = save(tmp_path / "data", [(16, 16)] * 8), []
+    list_folder = listing_source.list_folder
+
+    def counted(folder, *rest):
+        folders.append(folder)
+        return list_folder(folder, *rest)
+
+    monkeypatch.setattr(listing_source, "list_folder", counted)
+    done = run("train", "--data", root, "--out", tmp_path / "run", *SETTINGS, *more)
+    assert done.exit_code == 0
+    assert folders == [root]
 
 
 def test_a_dataset_is_looked_at_too(tmp_path):
