@@ -14,7 +14,8 @@ from diffussm_cli import __version__
 from diffussm_cli.commands.console import printable
 from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.eval import evaluate
-from diffussm_cli.commands.options import Command, WithExamples
+from diffussm_cli.commands.help import ReadableHelp
+from diffussm_cli.commands.options import Command
 from diffussm_cli.commands.profile import profile
 from diffussm_cli.commands.sample import sample
 from diffussm_cli.commands.train import train
@@ -23,7 +24,7 @@ from diffussm_cli.errors import DiffussmError, system_reason
 UsageError: Any = typer.BadParameter.__bases__[0]  # recent versions of Typer ship their own click
 
 
-class ErrorBoundary(WithExamples, TyperGroup):
+class ErrorBoundary(ReadableHelp, TyperGroup):
     """Errors that a user can fix become one line on stderr and exit code 1; others keep their
     traceback.
     """
@@ -66,47 +67,73 @@ def _one_line(message: str) -> str:
     return printable(" ".join(message.split()))
 
 
+# Lines of at most 58 columns, so that a narrow terminal breaks none.
 EXAMPLES = {
     "diffussm": """
-  diffussm train                                   digits on this machine, in minutes
-  diffussm train --list                            the presets and what they cost
-  diffussm sample --num 100 --classes 0-9          draw from the newest run
-  diffussm eval runs/mnist --num 5000              FID and more
+  # forty digits of a model of the package
+  diffussm sample mnist
+
+  # train such a model in minutes, and draw from it
+  diffussm train
+  diffussm sample --num 100 --classes 0-9
+
+  # FID and more
+  diffussm eval runs/mnist --num 5000
 """,
     "encode": """
   diffussm encode photos/ latents/photos --resolution 256
   diffussm encode --verify latents/photos
 """,
     "train": """
-  diffussm train                                   the preset mnist, without a download
-  diffussm train --list                            the presets and what they cost
-  diffussm train --data faces/                     own images: size and classes are read
-  torchrun --nproc-per-node 8 -m diffussm_cli train --preset xl-256 --out runs/xl --resume
+  # the preset mnist, without a download
+  diffussm train
+
+  # own images: size, channels and classes are read
+  diffussm train --data faces/
+
+  # the presets, by their cost
+  diffussm train --list
+
+  # eight GPUs; the same command continues the run
+  torchrun --nproc-per-node 8 -m diffussm_cli train \\
+      --preset xl-256 --out runs/xl --resume
 """,
     "sample": """
-  diffussm sample                                  40 images of the newest run
+  # forty digits of a model of the package
+  diffussm sample mnist
+
   diffussm sample runs/mnist --num 100 --classes 0-9
-  diffussm sample runs/mnist --num 20 --classes 3 --sampler dpmpp --steps 25 --guidance 2 --out \
-threes/
-  diffussm sample DiT-XL-2-256x256.pt --guidance 1.5 --guidance-channels 3
+  diffussm sample runs/mnist --num 20 --classes 3 \\
+      --sampler dpmpp --steps 25 --guidance 2 --out threes/
+  diffussm sample DiT-XL-2-256x256.pt --guidance 1.5 \\
+      --guidance-channels 3
 """,
     "eval": """
   diffussm eval runs/mnist --num 5000
-  diffussm eval images/ --reference VIRTUAL_imagenet256_labeled.npz
-  diffussm eval --make-ref church/ church.npz --resolution 256
+  diffussm eval images/ \\
+      --reference VIRTUAL_imagenet256_labeled.npz
+  diffussm eval --make-ref church/ church.npz \\
+      --resolution 256
 """,
     "profile": """
-  diffussm profile --resolution 256,512            DiffuSSM-XL beside DiT-XL
-  diffussm profile --models s/2 --sweep M=1,2,4 --sweep P=1,2
-  diffussm profile --preset xl-256 --estimate --device h200   days on a GPU; without it, here
-  diffussm profile --latency --figure costs.png    figure 3, time and memory as a picture
+  # DiffuSSM-XL beside DiT-XL
+  diffussm profile --resolution 256,512
+
+  diffussm profile --models s/2 --sweep M=1,2,4 \\
+      --sweep P=1,2
+
+  # days on a GPU; without --device, on this machine
+  diffussm profile --preset xl-256 --estimate \\
+      --device h200
+
+  # figure 3, time and memory as a picture
+  diffussm profile --latency --figure costs.png
 """,
 }
 
 app = typer.Typer(
     cls=ErrorBoundary,
-    epilog=f"Examples:{EXAMPLES['diffussm']}",
-    add_completion=False,
+    epilog=EXAMPLES["diffussm"],
     context_settings={"help_option_names": ["-h", "--help"]},  # of every command
     pretty_exceptions_enable=False,
 )
@@ -117,7 +144,7 @@ for name, cls, function in (
     ("eval", Command, evaluate),
     ("profile", Command, profile),
 ):
-    app.command(name, cls=cls, epilog=f"Examples:{EXAMPLES[name]}")(function)
+    app.command(name, cls=cls, epilog=EXAMPLES[name])(function)
 
 
 @app.callback(invoke_without_command=True)

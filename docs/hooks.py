@@ -144,7 +144,7 @@ def field_row(section: str, field: dataclasses.Field, hint: typing.Any) -> tuple
     facts = dict(field.metadata)
     meaning, _ = facts.pop("help"), facts.pop("commas")
     kind = ", ".join([code(type_name(hint)), *limits(facts)])
-    return f"`{section}.{field.name}`", kind, code(shown(field.default)), meaning
+    return f"`{section}.{field.name}`", kind, code(settings.shown(field.default)), meaning
 
 
 def limits(bounds: dict[str, float]) -> list[str]:
@@ -168,15 +168,6 @@ def type_name(hint: typing.Any) -> str:
     if options:
         return " or ".join(type_name(option) for option in options)
     return "null" if hint is type(None) else hint.__name__
-
-
-def shown(default: typing.Any) -> str:
-    """A default as YAML has it."""
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    if isinstance(default, tuple):
-        return ", ".join(map(str, default)) or "[]"
-    return repr(default) if default == "" else str(default)
 
 
 def presets_table() -> str:
@@ -234,7 +225,7 @@ def option_row(name: str, hint: typing.Any, default: typing.Any) -> tuple[str, .
         if value is not None
     }
     values = "" if kind is bool else ", ".join([code(values), *limits(bounds)])
-    default = "" if default is None or default is False else code(shown(default))
+    default = "" if default is None or default is False else code(settings.shown(default))
     return f"`{name}`", values, default, info.help
 
 

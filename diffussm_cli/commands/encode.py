@@ -14,6 +14,10 @@ from diffussm_cli.errors import ConfigError
 
 MULTIPLE = 8
 
+# Groups of options in `--help`.
+IMAGES = "Which images"
+NETWORKS = "What encodes them"
+
 
 def encode(
     ctx: typer.Context,
@@ -30,53 +34,101 @@ def encode(
         str,
         typer.Option(
             metavar="N|HxW",
+            rich_help_panel=IMAGES,
             help=f"In pixels, a multiple of {MULTIPLE}; images are cropped as in ADM.",
         ),
     ] = "256",
     vae: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FOLDER", help=f"Hub name or folder. Default: {DEFAULT_VAE}."),
+        typer.Option(
+            metavar="NAME|FOLDER",
+            rich_help_panel=NETWORKS,
+            help=f"Hub name or folder. Default: {DEFAULT_VAE}.",
+        ),
     ] = None,
     columns: Annotated[
         str,
         typer.Option(
             metavar="LIST",
+            rich_help_panel=IMAGES,
             help="Of parquet shards: image=NAME,label=NAME,text=NAME. Default: found.",
         ),
     ] = "",
     text: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FOLDER", help="Also store captions, by this text encoder."),
+        typer.Option(
+            metavar="NAME|FOLDER",
+            rich_help_panel=NETWORKS,
+            help="Also store captions, by this text encoder.",
+        ),
     ] = None,
     text_tokens: Annotated[
-        int, typer.Option(min=0, max=1024, help="Number of tokens stored of each caption.")
+        int,
+        typer.Option(
+            min=0,
+            max=1024,
+            metavar="N",
+            rich_help_panel=NETWORKS,
+            help="Number of tokens stored of each caption.",
+        ),
     ] = 0,
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="Precision of the VAE.")
+        Literal["fp32", "bf16"],
+        typer.Option(metavar="fp32|bf16", rich_help_panel=NETWORKS, help="Precision of the VAE."),
     ] = "fp32",
     flip: Annotated[
-        bool, typer.Option("--flip/--no-flip", help="Also encode each image flipped horizontally.")
+        bool,
+        typer.Option(
+            "--flip/--no-flip",
+            rich_help_panel=IMAGES,
+            help="Also encode each image flipped horizontally.",
+        ),
     ] = True,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=2**16, help="Number of images encoded at a time.")
+        int,
+        typer.Option(
+            min=1,
+            max=2**16,
+            metavar="N",
+            rich_help_panel=options.COMPUTER,
+            help="Number of images encoded at a time.",
+        ),
     ] = 64,
     shard_size: Annotated[
-        int, typer.Option(min=1, max=1 << 20, help="Number of images per file.")
+        int,
+        typer.Option(
+            min=1,
+            max=1 << 20,
+            metavar="N",
+            rich_help_panel=options.RESULT,
+            help="Number of images per file.",
+        ),
     ] = 4096,
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, max=1024, help="Processes that decode images. Default: one per core, at most 16."
+            min=0,
+            max=1024,
+            metavar="N",
+            rich_help_panel=options.COMPUTER,
+            help="Processes that decode images. Default: one per core, at most 16.",
         ),
     ] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Stop with an error instead of skipping a file.")
+        bool,
+        typer.Option(
+            "--strict",
+            rich_help_panel=IMAGES,
+            help="Stop with an error instead of skipping a file.",
+        ),
     ] = False,
     device: options.Device = "auto",
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Only check every file of the one folder given against its hash."
+            "--verify",
+            rich_help_panel=options.RESULT,
+            help="Only check every file of the one folder given against its hash.",
         ),
     ] = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffussm_cli.commands import options
+from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, print_json, say, warn
 from diffussm_cli.commands.options import (
     overridden_sampling,
@@ -16,6 +16,8 @@ from diffussm_cli.commands.options import (
 )
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.errors import ConfigError
+
+MADE = "A reference is made"  # a group of options in `--help`
 
 # Parameters that have a meaning only for images that are drawn from a run.
 OF_RUN: tuple[str, ...] = (
@@ -53,40 +55,53 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="SAMPLES",
+            autocompletion=completion.models,
             help="A folder of PNGs, an .npz (arr_0, uint8 NHWC), or a run to draw from, "
             "as in sample.",
         ),
     ] = None,
     target: Annotated[
-        Path | None, typer.Argument(metavar="[REF.npz]", help="The file that --make-ref writes.")
+        Path | None, typer.Argument(metavar="REF.npz", help="The file that --make-ref writes.")
     ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="REF", help="An .npz from ADM or --make-ref, or images. Default: the run's."
+            metavar="REF",
+            rich_help_panel=options.COMPARED,
+            help="An .npz from ADM or --make-ref, or images. Default: the run's.",
         ),
     ] = None,
     metrics: Annotated[
-        str, typer.Option(help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            rich_help_panel=options.COMPARED,
+            help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.",
+        ),
     ] = "fid,sfid,is,precision,recall,kid",
     extractor: Annotated[
         str,
         typer.Option(
+            metavar="NAME|FILE",
+            rich_help_panel=options.COMPARED,
             help="inception, digits, efficientnet, dinov2, a .pt2 or .pt file, module:factory, "
-            "or CLIP by folder or name."
+            "or CLIP by folder or name.",
         ),
     ] = "auto",
     extractor_weights: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
+            rich_help_panel=options.COMPARED,
             help="Weights in place of a download: the file of inception, the folder of dinov2.",
         ),
     ] = None,
     resolution: Annotated[
         str | None,
         typer.Option(
-            metavar="N|HxW", help="Crop reference images to it, as in ADM. Default: the run's."
+            metavar="N|HxW",
+            rich_help_panel=options.COMPARED,
+            help="Crop reference images to it, as in ADM. Default: the run's.",
         ),
     ] = None,
     ema: options.Average = None,
@@ -99,6 +114,8 @@ def evaluate(
             "-n",
             min=2,
             max=options.MAX_IMAGES,
+            metavar="N",
+            rich_help_panel=options.DRAWN,
             help="Number of images to draw from a run.",
         ),
     ] = 50_000,
@@ -112,6 +129,8 @@ def evaluate(
         typer.Option(
             "--set",
             metavar="sample.FIELD=VALUE",
+            rich_help_panel=options.HOW,
+            autocompletion=completion.sampling_fields,
             help="Change how a run draws, such as sample.steps=25 or sample.guidance=2. "
             "Repeatable.",
         ),
@@ -122,25 +141,45 @@ def evaluate(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the cache. Default: ~/.cache/diffussm.", envvar="DIFFUSSM_CACHE"
+            metavar="FOLDER",
+            rich_help_panel=options.COMPUTER,
+            help="Folder for the cache. Default: that of the variable DIFFUSSM_CACHE, or "
+            "~/.cache/diffussm.",
+            envvar="DIFFUSSM_CACHE",
         ),
     ] = None,
     keep: Annotated[
-        bool, typer.Option("--cache-features/--no-cache", help="Cache features for next time.")
+        bool,
+        typer.Option(
+            "--cache-features/--no-cache",
+            rich_help_panel=options.COMPUTER,
+            help="Cache features for next time.",
+        ),
     ] = True,
     make_ref: Annotated[
         bool,
         typer.Option(
             "--make-ref",
+            rich_help_panel=MADE,
             help="Make the reference file REF.npz from the images in SAMPLES and exit.",
         ),
     ] = False,
     ref_images: Annotated[
-        int, typer.Option(min=1, help="Number of images that --make-ref keeps for recall.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=MADE,
+            help="Number of images that --make-ref keeps for recall.",
+        ),
     ] = 10_000,
     out: Annotated[
         Path | None,
-        typer.Option(help="File for the result. Default: results.json beside the samples."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.RESULT,
+            help="File for the result. Default: results.json beside the samples.",
+        ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
+from diffussm_cli.commands import completion
+from diffussm_cli.commands.help import ReadableHelp
 from diffussm_cli.config import (
     MAX_SEED,
     Config,
@@ -28,101 +30,169 @@ MAX_IMAGES = 10**6  # images in one request
 # parameters of text that name files or folders, or the hub
 PLACES = ("samples", "reference", "data", "vae")
 
+# The groups of options in `--help`.
+DRAWN = "What is drawn"
+HOW = "How it is drawn"
+WEIGHTS = "Which weights"
+COMPARED = "What is compared"
+COMPUTER = "Computer"
+RESULT = "Result"
+RUN = "The run"
+ONLY_SHOWN = "Show, and train nothing"
+
 Classes = Annotated[
     str | None,
     typer.Option(
+        metavar="LIST",
+        rich_help_panel=DRAWN,
         help="Labels or class names, used in turn, such as 3,7 or 0-9 or cat,dog. "
         "Put a name with a comma in double quotes; for a name that looks like a number or a "
         "range, give its label. Default: random, from each seed.",
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; image i has seed + i.")
+    int,
+    typer.Option(
+        min=0,
+        max=MAX_SEED,
+        metavar="N",
+        rich_help_panel=DRAWN,
+        help="Seed of the first image; image i has seed + i.",
+    ),
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps. Default: the run's.")]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, metavar="N", rich_help_panel=HOW, help="Denoising steps. Default: the run's."
+    ),
+]
 Balanced = Annotated[
     bool,
     typer.Option(
         "--balanced",
+        rich_help_panel=DRAWN,
         help="All classes in turn, each equally often. Default: random, from each seed.",
     ),
 ]
 Prompt = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="TEXT", help="What to draw, for a run with text. Repeatable; used in turn."
+        metavar="TEXT",
+        rich_help_panel=DRAWN,
+        help="What to draw, for a run with text. Repeatable; used in turn.",
     ),
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A UTF-8 text file of prompts, one per line; used in turn."),
+    typer.Option(
+        metavar="FILE",
+        rich_help_panel=DRAWN,
+        help="A UTF-8 text file of prompts, one per line; used in turn.",
+    ),
 ]
-Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt for guidance.")]
+Negative = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", rich_help_panel=DRAWN, help="Negative prompt for guidance."),
+]
 Sampler = Annotated[
     SamplerName | None,
-    typer.Option(help="Default: the run's."),
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=HOW,
+        help=f"One of {', '.join(typing.get_args(SamplerName))}. Default: the run's.",
+    ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option(min=0, help="Classifier-free guidance scale; 1: none. Default: the run's."),
+    typer.Option(
+        min=0,
+        metavar="SCALE",
+        rich_help_panel=HOW,
+        help="Classifier-free guidance scale; 1: none. Default: the run's.",
+    ),
 ]
 GuidanceChannels = Annotated[
     Literal["all", "3"] | None,
-    typer.Option(help="Guide all channels, or the first three as in DiT's samples."),
+    typer.Option(
+        metavar="all|3",
+        rich_help_panel=HOW,
+        help="Guide all channels, or the first three as in DiT's samples. Default: the run's.",
+    ),
 ]
 GuidanceInterval = Annotated[
-    str | None, typer.Option(metavar="LO,HI", help="Guide only at timesteps LO <= t <= HI.")
+    str | None,
+    typer.Option(
+        metavar="LO,HI",
+        rich_help_panel=HOW,
+        help="Guide only at timesteps LO <= t <= HI. Default: the run's.",
+    ),
 ]
 GuideWith = Annotated[
     str | None,
     typer.Option(
         metavar="RUN",
+        rich_help_panel=HOW,
+        autocompletion=completion.models,
         help="Guide away from a weaker model in place of the null class: an earlier checkpoint, or "
         "a smaller run of the same data.",
     ),
 ]
 BatchSize = Annotated[
     int,
-    typer.Option(min=1, max=2**16, help="Batch size; it changes images by float rounding at most."),
+    typer.Option(
+        min=1,
+        max=2**16,
+        metavar="N",
+        rich_help_panel=COMPUTER,
+        help="Batch size; it changes images by float rounding at most.",
+    ),
 ]
 Precision = Annotated[
     Literal["auto", "fp32", "bf16"],
-    typer.Option(help="Of the network; auto: bf16 where the hardware supports it."),
+    typer.Option(
+        metavar="auto|fp32|bf16",
+        rich_help_panel=COMPUTER,
+        help="Of the network; auto: bf16 where the hardware supports it.",
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE", rich_help_panel=COMPUTER, help="auto, cpu, cuda, cuda:1 or mps."
+    ),
+]
 Average = Annotated[
-    float | None, typer.Option(help="Which averaged weights, by decay. Default: the run's first.")
+    float | None,
+    typer.Option(
+        metavar="DECAY",
+        rich_help_panel=WEIGHTS,
+        help="Which averaged weights, by decay. Default: the run's first.",
+    ),
 ]
 Objective = Annotated[
     Literal["noise", "flow"] | None,
-    typer.Option(help="What a published .pt file predicts; flow: SiT's. Default: noise, DiT's."),
+    typer.Option(
+        metavar="noise|flow",
+        rich_help_panel=WEIGHTS,
+        help="What a published .pt file predicts; flow: SiT's. Default: noise, DiT's.",
+    ),
 ]
 AverageWidth = Annotated[
     float | None,
     typer.Option(
+        metavar="SHARE",
+        rich_help_panel=WEIGHTS,
         help="Averaged weights of any width, such as 0.1: the standard deviation of their profile "
-        "as a share of training. Needs the snapshots of train.snapshot_every."
+        "as a share of training. Needs the snapshots of train.snapshot_every.",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=RESULT, help="Print one JSON object on stdout."),
+]
 
 
-class WithExamples:
-    """Prints the epilog of a command line by line after its help; some versions of Typer join the
-    lines.
-    """
-
-    def __init__(self, *args: Any, epilog: str | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.examples = epilog
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As in the parent class, followed by the examples."""
-        super().format_help(ctx, formatter)  # type: ignore[misc]
-        typer.echo((self.examples or "").strip("\n"))
-
-
-class Command(WithExamples, TyperCommand):
+class Command(ReadableHelp, TyperCommand):
     """A command that checks its text arguments before it runs."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

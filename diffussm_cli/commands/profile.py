@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from diffussm_cli.commands import options
+from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, print_json, warn
 from diffussm_cli.commands.options import others, unused
 from diffussm_cli.errors import ConfigError
@@ -18,6 +18,10 @@ WORK = "forward,forward+backward,guided step"
 OF_LATENCY = ("work", "compiled", "batch_size", "repeats", "precision", "device")
 OF_FILES = ("figure",)
 
+# Groups of options in `--help`.
+MODELS = "Which models"
+MEASURED = "What is measured"
+
 
 def profile(
     ctx: typer.Context,
@@ -25,77 +29,123 @@ def profile(
         str | None,
         typer.Option(
             metavar="NAMES",
+            rich_help_panel=MODELS,
             help=f"Such as s/2, xl/1-m1, dit-xl/1-m2. Default: {DEFAULT_MODELS}.",
         ),
     ] = None,
     resolution: Annotated[
         str,
-        typer.Option(metavar="LIST", help="For --models: 256,512 or HxW, in pixels."),
+        typer.Option(
+            metavar="LIST",
+            rich_help_panel=MODELS,
+            help="For --models: 256,512 or HxW, in pixels.",
+        ),
     ] = "256",
     sweep: Annotated[
         list[str] | None,
         typer.Option(
             metavar="LETTER=VALUES",
+            rich_help_panel=MODELS,
             help="Every value, such as M=1,2,4. Repeatable: every combination.",
         ),
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help="A preset or YAML file, instead of --models. Repeatable."),
+        typer.Option(
+            metavar="NAME|FILE",
+            rich_help_panel=MODELS,
+            autocompletion=completion.presets,
+            help="A preset or YAML file, instead of --models. Repeatable.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="SECTION.FIELD=VALUE",
+            rich_help_panel=MODELS,
+            autocompletion=completion.fields,
             help="Change a field of the presets.",
         ),
     ] = None,
     count: Annotated[
         bool,
-        typer.Option("--count/--no-count", help="Also count by a trace of each model."),
+        typer.Option(
+            "--count/--no-count",
+            rich_help_panel=MEASURED,
+            help="Also count by a trace of each model.",
+        ),
     ] = True,
     latency: Annotated[
         bool,
-        typer.Option("--latency", help="Measure time, and memory on CUDA, on this machine."),
+        typer.Option(
+            "--latency",
+            rich_help_panel=MEASURED,
+            help="Measure time, and memory on CUDA, on this machine.",
+        ),
     ] = False,
-    work: Annotated[str, typer.Option(metavar="LIST", help="What --latency measures.")] = WORK,
+    work: Annotated[
+        str,
+        typer.Option(metavar="LIST", rich_help_panel=MEASURED, help="What --latency measures."),
+    ] = WORK,
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Measure models compiled by torch.compile."),
+        typer.Option(
+            "--compile",
+            rich_help_panel=MEASURED,
+            help="Measure models compiled by torch.compile.",
+        ),
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch size for --latency.")] = 1,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", rich_help_panel=MEASURED, help="Batch size for --latency."
+        ),
+    ] = 1,
     repeats: Annotated[
         int,
-        typer.Option(min=1, help="Number of times each model is measured."),
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=MEASURED,
+            help="Number of times each model is measured.",
+        ),
     ] = 5,
     precision: Annotated[
         Literal["auto", "fp32", "bf16"],
-        typer.Option(help="For --latency."),
+        typer.Option(metavar="auto|fp32|bf16", rich_help_panel=MEASURED, help="For --latency."),
     ] = "auto",
     device: Annotated[
         str,
         typer.Option(
+            metavar="DEVICE",
+            rich_help_panel=MEASURED,
             help="auto, cpu, cuda, cuda:1, mps; with --estimate, a GPU to predict for: "
-            f"{', '.join(GPUS)}."
+            f"{', '.join(GPUS)}.",
         ),
     ] = "auto",
     estimate: Annotated[
         bool,
         typer.Option(
             "--estimate",
+            rich_help_panel=MEASURED,
             help="Measure one step of each preset; estimate memory and days. "
             "With --device h200 and the like, predict both without a GPU.",
         ),
     ] = False,
     paper: Annotated[
         bool,
-        typer.Option("--paper", help="Print published figures beside ours and exit."),
+        typer.Option(
+            "--paper",
+            rich_help_panel=options.RESULT,
+            help="Print published figures beside ours and exit.",
+        ),
     ] = False,
     figure: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
+            rich_help_panel=options.RESULT,
             help="Draw the paper's figure 3, and --latency, as png, svg or pdf.",
         ),
     ] = None,

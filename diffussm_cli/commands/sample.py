@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffussm_cli.commands import options
+from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, say, warn
 from diffussm_cli.commands.options import (
     parse_classes,
@@ -15,6 +15,8 @@ from diffussm_cli.commands.options import (
 )
 from diffussm_cli.config import bundled_names
 
+FROM_IMAGE = "From an image"  # a group of options in `--help`
+
 
 def sample(
     ctx: typer.Context,
@@ -22,6 +24,7 @@ def sample(
         Path | None,
         typer.Argument(
             metavar="RUN",
+            autocompletion=completion.models,
             help="Run folder, its final/, a checkpoint, a published DiT .pt, "
             f"a model of the package ({', '.join(bundled_names())}), "
             "or OWNER/NAME[@REVISION] on the hub. Default: the newest run.",
@@ -37,6 +40,8 @@ def sample(
             "-n",
             min=1,
             max=options.MAX_IMAGES,
+            metavar="N",
+            rich_help_panel=options.DRAWN,
             help="Number of images. Under torchrun, use -n.",
         ),
     ] = 40,
@@ -54,15 +59,25 @@ def sample(
     guide_with: options.GuideWith = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Begin with this image of the run's size, in place of noise."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=FROM_IMAGE,
+            help="Begin with this image of the run's size, in place of noise.",
+        ),
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option(help="Draw --image anew only where this picture is white; keep the rest."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=FROM_IMAGE,
+            help="Draw --image anew only where this picture is white; keep the rest.",
+        ),
     ] = None,
     strength: Annotated[
         float | None,
         typer.Option(
+            metavar="SHARE",
+            rich_help_panel=FROM_IMAGE,
             help="How much of --image is drawn again; 0: nothing. Default: 0.8; 1 with --mask.",
         ),
     ] = None,
@@ -70,24 +85,39 @@ def sample(
         tuple[int, int] | None,
         typer.Option(
             metavar="SEED SEED",
+            rich_help_panel=options.DRAWN,
             help="Draw --num images that go from that of one seed to that of another.",
         ),
     ] = None,
     batch_size: options.BatchSize = 64,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the images. Default: RUN/images, numbered if taken."),
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=options.RESULT,
+            help="Folder for the images. Default: RUN/images, numbered if taken.",
+        ),
     ] = None,
     npz: Annotated[
-        bool, typer.Option("--npz", help="Also write samples.npz, arr_0 in NHWC.")
+        bool,
+        typer.Option(
+            "--npz", rich_help_panel=options.RESULT, help="Also write samples.npz, arr_0 in NHWC."
+        ),
     ] = False,
     grid: Annotated[
-        Path | None, typer.Option(help="File for the grid. Default: OUT/grid.png.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=options.RESULT,
+            help="File for the grid. Default: OUT/grid.png.",
+        ),
     ] = None,
     film: Annotated[
         Path | None,
         typer.Option(
-            help="File (.gif, .webp) for a film of the denoising of the first ten images."
+            metavar="FILE",
+            rich_help_panel=options.RESULT,
+            help="File (.gif, .webp) for a film of the denoising of the first ten images.",
         ),
     ] = None,
     precision: options.Precision = "auto",

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import duration, follow, leave, make_console, warn
 from diffussm_cli.commands.options import others, unused
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
@@ -18,38 +19,55 @@ from diffussm_cli.config import (
 )
 from diffussm_cli.errors import ConfigError
 
+TRAINED = "What is trained"  # a group of options in `--help`
+
 
 def train(
     ctx: typer.Context,
     preset: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(preset_names())}, or a YAML file. Default: {DEFAULT_PRESET}."
+            metavar="NAME|FILE",
+            rich_help_panel=TRAINED,
+            autocompletion=completion.presets,
+            help=f"One of {', '.join(preset_names())}, or a YAML file. Default: {DEFAULT_PRESET}.",
         ),
     ] = None,
     data: Annotated[
         str | None,
         typer.Option(
+            metavar="DATA",
+            rich_help_panel=TRAINED,
             help="Images or latents, instead of the preset's. Without --preset, their size, "
-            "channels and classes are read from them."
+            "channels and classes are read from them.",
         ),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
+            rich_help_panel=TRAINED,
+            autocompletion=completion.models,
             help="Begin with the weights of a run, of OWNER/NAME on the hub, or of a DiT's .pt "
             "file, as far as they fit.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PRESET, numbered if taken.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=options.RUN,
+            autocompletion=completion.runs,
+            help="Run folder. Default: runs/PRESET, numbered if taken.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="SECTION.FIELD=VALUE",
+            rich_help_panel=TRAINED,
+            autocompletion=completion.fields,
             help="Change a field, such as train.lr=2e-4. Repeatable.",
         ),
     ] = None,
@@ -57,6 +75,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
+            rich_help_panel=options.RUN,
             help="Continue the run in --out, or the preset's newest run, "
             "from its newest good checkpoint; begin it if there is none; "
             "do nothing if it is finished.",
@@ -65,16 +84,25 @@ def train(
     eval_every: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="STEPS", help="Evaluate every STEPS steps; keep the best weights."
+            min=0,
+            metavar="STEPS",
+            rich_help_panel=options.RUN,
+            help="Evaluate every STEPS steps; keep the best weights.",
         ),
     ] = None,
     list_presets: Annotated[
-        bool, typer.Option("--list", help="Print the presets with their parameters, and exit.")
+        bool,
+        typer.Option(
+            "--list",
+            rich_help_panel=options.ONLY_SHOWN,
+            help="Print the presets with their parameters, and exit.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
             "--dry-run",
+            rich_help_panel=options.ONLY_SHOWN,
             help="Print configuration, parameters, tokens and memory, and what would stop the run; "
             "then exit.",
         ),
@@ -97,8 +125,8 @@ def train(
         presets_table(preset_rows())
         return
     overrides = overrides or []
-    options = {"data.path": data, "train.init": init, "eval.every": eval_every}
-    fields = {name: value for name, value in options.items() if value is not None}
+    named_fields = {"data.path": data, "train.init": init, "eval.every": eval_every}
+    fields = {name: value for name, value in named_fields.items() if value is not None}
     if preset is not None or not resume:  # report mistakes before torch is imported
         first_reading(preset, set_fields(overrides, fields), overrides, fields)
     from diffussm_cli.machine.processes import read_world

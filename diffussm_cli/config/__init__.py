@@ -34,14 +34,18 @@ from diffussm_cli.config.fields import (
 from diffussm_cli.config.plain_yaml import MAX_YAML_BYTES, parse_yaml, read_text
 from diffussm_cli.config.presets import (
     BUNDLED,
+    CONFIG,
     DEFAULT_PRESET,
+    RUNS,
     bundled_names,
     first_reading,
     load_config,
     preset_names,
     preset_text,
+    preset_title,
+    run_folders,
     set_fields,
 )
-from diffussm_cli.config.reading import config_from_dict, read_section, to_dict, to_yaml
+from diffussm_cli.config.reading import config_from_dict, read_section, shown, to_dict, to_yaml
 from diffussm_cli.config.unused import unused_fields, unused_of_request
 from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole_number

@@ -17,6 +17,7 @@ DEFAULT_PRESET = "mnist"
 # Values of the default preset that fit any data, until those of the data are known.
 STAND_INS = {"data.resolution": 64, "sample.guidance": 1.0}
 BUNDLED = Path(__file__).parents[1] / "bundled"
+RUNS, CONFIG = Path("runs"), "config.yaml"  # where runs go, and the configuration in each
 
 
 def preset_names() -> list[str]:
@@ -28,7 +29,12 @@ def preset_names() -> list[str]:
 
 def bundled_names() -> list[str]:
     """Names of the trained models that come with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob("*/config.yaml"))
+    return sorted(path.name for path in run_folders(BUNDLED))
+
+
+def run_folders(folder: Path = RUNS) -> list[Path]:
+    """The run folders in a folder, in no order."""
+    return [path.parent for path in folder.glob(f"*/{CONFIG}")]
 
 
 def _presets():
@@ -54,6 +60,11 @@ def preset_text(name: str, option: str = "--preset") -> str:
     if path.suffix in YAML_SUFFIXES:
         return read_text(path, option)
     raise ConfigError(f"{option}: there is no preset {name!r}{nearest(name, preset_names())}")
+
+
+def preset_title(name: str) -> str:
+    """What a preset is: the first line of its file."""
+    return preset_text(name).partition("\n")[0].removeprefix("#").strip()
 
 
 def load_config(

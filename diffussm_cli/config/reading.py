@@ -208,3 +208,12 @@ def to_dict(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML, which `config_from_dict` can read back."""
     return dump_yaml(to_dict(config))
+
+
+def shown(value: Any) -> str:
+    """A value of a field as `--set` takes it: on one line, in YAML's words."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "[]"
+    return repr(value) if value == "" else str(value)

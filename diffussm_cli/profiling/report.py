@@ -12,7 +12,7 @@ from diffussm_cli.config import (
     config_from_dict,
     load_config,
     preset_names,
-    preset_text,
+    preset_title,
     to_dict,
 )
 from diffussm_cli.errors import ConfigError
@@ -249,6 +249,5 @@ def preset_rows() -> list[PresetRow]:
     rows = []
     for name in preset_names():
         c = cost(load_config(name))
-        title = preset_text(name).partition("\n")[0].removeprefix("#").strip()
-        rows.append((c.training_gflops, PresetRow(name, c.parameters, title)))
+        rows.append((c.training_gflops, PresetRow(name, c.parameters, preset_title(name))))
     return [row for _, row in sorted(rows)]

@@ -1,6 +1,6 @@
 """Run folders: their contents, read and written so that a killed process leaves them intact."""
 
-from diffussm_cli.config import bundled_names
+from diffussm_cli.config import RUNS, bundled_names
 from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, remove, whole_folder
 from diffussm_cli.runs.folder import check_run_folder, locked_folder, resumed_config, run_folder
 from diffussm_cli.runs.hub import is_elsewhere
@@ -20,7 +20,6 @@ from diffussm_cli.runs.layout import (
     OPTIMIZER,
     REPORT,
     RESULTS,
-    RUNS,
     SAMPLES,
     SKIPPED,
     SNAPSHOTS,

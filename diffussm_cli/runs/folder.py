@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config import Config, config_from_dict, to_dict
+from diffussm_cli.config import RUNS, Config, config_from_dict, to_dict
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import content, held_folder
-from diffussm_cli.runs.layout import BEFORE_CHECKPOINTS, BEST, CONFIG, FINAL, RUNS, list_checkpoints
+from diffussm_cli.runs.layout import BEFORE_CHECKPOINTS, BEST, CONFIG, FINAL, list_checkpoints
 from diffussm_cli.runs.metadata import read_config
 
 MOST = 10_000  # runs of a preset in runs/

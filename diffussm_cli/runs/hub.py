@@ -5,9 +5,9 @@ Hugging Face hub.
 import os
 from pathlib import Path
 
-from diffussm_cli.config import BUNDLED, bundled_names
+from diffussm_cli.config import BUNDLED, RUNS, bundled_names
 from diffussm_cli.machine.hub import AT_REVISION, fetch
-from diffussm_cli.runs.layout import FILES_TO_SAMPLE, RUNS
+from diffussm_cli.runs.layout import FILES_TO_SAMPLE
 
 NOT_NAMES = (".npz", ".pt")
 

@@ -24,8 +24,9 @@ state.json holds the step and the hashes of the weights beside it.
 import re
 from pathlib import Path
 
-RUNS = Path("runs")
-CONFIG, STATE, MODEL, METRICS = "config.yaml", "state.json", "model.safetensors", "metrics.json"
+from diffussm_cli.config import CONFIG, run_folders
+
+STATE, MODEL, METRICS = "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 SNAPSHOTS = "snapshots"
@@ -55,7 +56,7 @@ def newest_run(folder: Path, name: str | None = None) -> Path | None:
     """The run in `folder` whose configuration was written last; with a name, only NAME, NAME-2,
     NAME-3, ... count.
     """
-    roots = [config.parent for config in folder.glob(f"*/{CONFIG}")]
+    roots = run_folders(folder)
     if name is not None:
         roots = [root for root in roots if re.fullmatch(re.escape(name) + r"(-\d+)?", root.name)]
     return max(roots, key=lambda root: (root / CONFIG).stat().st_mtime, default=None)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffussm_cli.config import WIDTHS, Config
+from diffussm_cli.config import RUNS, WIDTHS, Config
 from diffussm_cli.errors import ConfigError, RunError, reason
 from diffussm_cli.machine.files import PARTIAL, sha256, whole_file, write_text
 from diffussm_cli.machine.tensors import write as write_file
@@ -29,7 +29,6 @@ from diffussm_cli.runs.layout import (
     FINAL,
     METRICS,
     MODEL,
-    RUNS,
     STATE,
     ema_file,
     list_snapshots,
