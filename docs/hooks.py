@@ -21,6 +21,7 @@ from diffussm_cli.cli import EXAMPLES, app
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, RESULTS = ROOT / "diffussm_cli", ROOT / "benchmarks" / "results"
+RACE = ROOT / "benchmarks" / "speedrun" / "README.md"
 NOT_API = ("commands", "presets")  # the commands have a page of their own
 ROOT_PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 BOUNDS = {"least": "at least {}", "above": "above {}", "most": "at most {}", "below": "below {}"}
@@ -65,7 +66,7 @@ def on_files(files, config):
     for name, modules in api_pages():
         files.append(File.generated(config, f"api/{name}.md", content=api_text(name, modules)))
     pages = [ROOT / name for name in ROOT_PAGES]
-    for path in [*pages, *RESULTS.parent.glob("*.md"), *RESULTS.iterdir()]:
+    for path in [*pages, *RESULTS.parent.glob("*.md"), *RESULTS.iterdir(), RACE]:
         files.append(
             File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path))
         )

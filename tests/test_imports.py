@@ -134,7 +134,8 @@ def test_calls_without_encoding_are_found():
     assert [len(list(text_calls(ast.parse(code)))) for code in (wrong, right)] == [5, 0]
 
 
-FOLDERS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/studies", "tools", "examples")
+FOLDERS = ("benchmarks/speed", "benchmarks/quality", "benchmarks/studies", "benchmarks/speedrun")
+FOLDERS += ("tools", "examples")
 SCRIPTS = sorted(
     p
     for folder in ("benchmarks", "tools", "examples")

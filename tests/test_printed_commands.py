@@ -35,6 +35,7 @@ CANNOT = {
         "the tests have all packages; the extras of a page are compared with what it imports"
     ),
     "python tools/fetch_emoji.py": "downloads packages of npm; a made-up set takes its place",
+    "python benchmarks/speedrun/": "takes long; tests/test_speedrun.py has its rules",
     "python benchmarks/studies/": "takes hours; tests/test_studies.py runs a study at toy size",
     "python benchmarks/quality/text_retrieval.py": "needs the real emoji",
     "hf upload": "needs an account of the hub",
