@@ -71,7 +71,7 @@ def reason(error: BaseException) -> str:
 
 
 def in_python(line: str) -> str:
-    """An error for a caller of the library: it names parameters where a command names options.
+    """A line for a caller of the library: it names parameters where a command names options.
 
     `--batch-size: 0` becomes `batch_size: 0`, and `--set data.flip=false` becomes
     `set={'data.flip': False}`.

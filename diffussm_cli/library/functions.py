@@ -15,7 +15,7 @@ from diffussm_cli.commands.console import follow, make_console, warn
 from diffussm_cli.config import DEFAULT_PRESET, DEFAULT_VAE, Config, load_config, preset_names
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
-from diffussm_cli.errors import naming_parameters
+from diffussm_cli.errors import in_python, naming_parameters
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.events import Event, finish
 from diffussm_cli.library.requests import (
@@ -89,7 +89,7 @@ def train(
             preset, where, fields=changes, continues=continues, dataset=dataset
         )
         for line in lines if show else ():
-            make_console().print(line)
+            make_console().print(in_python(line))
 
     events = session.train(
         config,

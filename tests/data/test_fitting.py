@@ -217,11 +217,13 @@ def test_images_are_listed_once(tmp_path, monkeypatch, more):
     assert folders == [root]
 
 
-def test_a_dataset_is_looked_at_too(tmp_path):
+def test_a_dataset_is_looked_at_too(tmp_path, capsys):
     images = torch.zeros(6, 3, 16, 8, dtype=torch.uint8)
     data = TensorDataset(images, torch.tensor([0, 1, 2, 0, 1, 3]))
     values = dict(item.split("=") for item in SETTINGS[1::2])
-    made = ds.train(out=tmp_path / "run", data=data, set=values, show=False).config
+    made = ds.train(out=tmp_path / "run", data=data, set=values).config
+    said = "read from the dataset: data.resolution=16x8, data.channels=3, model.num_classes=4; set "
+    assert said in capsys.readouterr().err
     assert (made.data.size, made.data.channels) == ((16, 8), 3)
     assert (made.model.num_classes, made.sample.guidance) == (4, 2.0)
     config = configure(None, dataset=list(images)).config
