@@ -225,11 +225,14 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
                 start = time.perf_counter()
                 progress.reset(task)
                 return
-            first, done = done == 0, done + n
+
+            first = done == 0
+            done += n
             elapsed = time.perf_counter() - start
             rest = elapsed / done * (total - done) if done else 0.0
             if first and rest > LONG:
                 console.print(f"{what}: {total - done:,} more will take about {duration(rest)}")
+
             news = f"{done / elapsed:.1f}/s  {news}"
             progress.update(task, advance=n, news=news, after=elapsed, done=done)
 

@@ -221,6 +221,7 @@ class Command(ReadableHelp, TyperCommand):
             for text in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(text, str | os.PathLike):
                     check_text(text, option_name(parameter))
+
         ctx.obj = [p for p in self.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"]
         try:
             return super().invoke(ctx)

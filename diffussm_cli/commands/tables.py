@@ -45,10 +45,14 @@ def show_costs(result: dict[str, Any]) -> None:
     console = make_console(stderr=False)
     wide = MODEL_WIDTH + (16 if "setting" in result else 0)
     columns = max(1, (console.width - NAMES_WIDTH) // wide)
+
+    # As many models beside each other as fit, all of one resolution.
     for _, group in itertools.groupby(result["models"], key=lambda m: m["resolution"]):
         models = list(group)
         for start in range(0, len(models), columns):
             console.print(cost_table(models[start : start + columns], result.get("setting")))
+
+    # What holds for all of them.
     for name, fits in result.get("exponents", {}).items():
         for kind, slope in fits.items():
             console.print(f"{name}: {kind} grows with L to the power of {slope:.2f}")

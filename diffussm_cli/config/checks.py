@@ -79,6 +79,8 @@ def _check_tokens(m: ModelConfig, d: DataConfig) -> None:
             f"model.compression: {m.compression} must divide "
             f"the {W // m.patch_size} tokens of a row"
         )
+
+    # Channels.
     if m.hidden_size % 4:
         raise ConfigError(f"model.hidden_size: {m.hidden_size} must be a multiple of 4")
     wide = m.hidden_size if m.backbone == "dit" else 2 * m.hidden_size
@@ -94,6 +96,8 @@ def _check_mixers(m: ModelConfig) -> None:
     wrong = [name for name in m.mixers if name not in MIXERS]
     if wrong:
         raise ConfigError(f"model.mixer: {wrong[0]!r} is not a choice; valid: {', '.join(MIXERS)}")
+
+    # Heads, and what only attention has.
     with_heads = m.backbone == "dit" or {"linear", "attention"} & set(m.mixers)
     if with_heads and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
@@ -108,6 +112,7 @@ def _check_mixers(m: ModelConfig) -> None:
             f"model.rope: true needs heads of at least 4 channels; model.hidden_size "
             f"{m.hidden_size} with model.heads {m.heads} has {m.hidden_size // m.heads}"
         )
+
     if m.d_state % 2:
         raise ConfigError(f"model.d_state: {m.d_state} must be even")
 

@@ -193,6 +193,7 @@ def _as_number(value: Any, kind: type) -> int | float | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
+
     if not math.isfinite(number) or (kind is int and number != int(number)):
         return None
     return kind(value) if isinstance(value, kind) else kind(number)

@@ -33,6 +33,7 @@ def unused_fields(config: Config, processes: int = 1) -> str:
     usual = [Config()]
     if config.preset in preset_names():
         usual.append(load_config(config.preset))
+
     parts = []
     for name, why in reasons.items():
         value = _value(config, name)
@@ -55,10 +56,11 @@ def unused_of_request(
         sampling: how they are drawn; `config` is that of the run.
         classes, prompts: used in turn, as they were asked for.
     """
-    reasons = _of_sampling(dataclasses.replace(config, sample=sampling))
+    request = dataclasses.replace(config, sample=sampling)
+    reasons = _of_sampling(request)
     if sampling.guidance == 1:
         reasons |= dict.fromkeys((f"sample.{name}" for name in GUIDED), "guidance is 1")
-    request = dataclasses.replace(config, sample=sampling)
+
     parts = [
         (f"{name}={_text(_value(request, name))}", why)
         for name, why in reasons.items()
@@ -172,10 +174,14 @@ def _of_measuring(config: Config) -> Mapping[str, str]:
     """Fields of `eval` without a use, with the reasons."""
     e = config.eval
     reasons: dict[str, str] = {}
+
+    # The loss on held-out images.
     held_out = config.data.held_out
     has_images = bool(held_out) or (held_out == "" and config.data.path.startswith(BUILTIN))
     if not has_images:
         reasons |= _all_of("there are no held-out images", "eval", "held_out_every")
+
+    # The metrics of images that are drawn.
     if not e.every:
         reasons |= _all_of("eval.every is 0", "eval", "images", "steps")
         if not e.held_out_every:
@@ -192,6 +198,7 @@ def _of_sampling(config: Config) -> dict[str, str]:
     m, d, s = config.model, config.data, config.sample
     if not m.num_classes and not m.text_width and not s.guide:
         return _all_of("the model has neither classes nor text", "sample", *GUIDED)
+
     reasons: dict[str, str] = {}
     if d.channels <= 3:
         all_of_them = f"{d.channels} channel{'s' if d.channels > 1 else ''}"

@@ -88,6 +88,8 @@ class Rows(NamedTuple):
                 info = archive.getinfo(f"{self.name}.npy")
                 if info.compress_type != zipfile.ZIP_STORED:
                     return None
+
+                # The values stand after two headers: that of the member, and that of the array.
                 with archive.open(info) as file:
                     _header(file)
                     header = file.tell()

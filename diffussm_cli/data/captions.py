@@ -146,12 +146,14 @@ def _in_archive(root: Path, archive: str) -> Iterator[tuple[str, list[str]]]:
             name = f"{archive}/{member.name}"
             key = key_of(name)
             suffix = name.removeprefix(key).lower()
-            if member.isreg() and suffix in (".txt", ".json"):
-                with reading(f"data.text: {name}: cannot be read", DataError):
-                    if member.size > MAX_TEXT_BYTES:
-                        raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
-                    text = read(MAX_TEXT_BYTES).decode("utf-8-sig")
-                    yield key, text.splitlines() if suffix == ".txt" else _texts(json.loads(text))
+            if not member.isreg() or suffix not in (".txt", ".json"):
+                continue
+
+            with reading(f"data.text: {name}: cannot be read", DataError):
+                if member.size > MAX_TEXT_BYTES:
+                    raise ValueError(f"it has more than {MAX_TEXT_BYTES} bytes")
+                text = read(MAX_TEXT_BYTES).decode("utf-8-sig")
+                yield key, text.splitlines() if suffix == ".txt" else _texts(json.loads(text))
 
 
 def _texts(record: Any) -> list[str]:

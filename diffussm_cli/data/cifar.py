@@ -85,6 +85,7 @@ def class_names(root: Path, kind: Kind) -> tuple[str, ...]:
     path = root / kind.names
     if not os.path.lexists(path):
         return tuple(map(str, range(kind.classes)))
+
     with reading(f"{path}: cannot be read", DataError):
         text = read_regular(path, MAX_NAMES_BYTES).decode()
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
@@ -121,6 +122,7 @@ def records(path: Path) -> np.ndarray:
         kind = kind_of_file(path)
         if kind is None:
             raise ValueError("it is no longer a file of CIFAR")
+
         layout = np.dtype([("labels", np.uint8, (kind.labels,)), ("image", np.uint8, (PIXELS,))])
         size = path.stat().st_size
         if not size or size % layout.itemsize:

@@ -123,6 +123,7 @@ def check_values(image: Tensor, where: str, of_pixels: bool) -> None:
             f"{where} has the shape {tuple(image.shape)}; it must be (C, H, W), "
             "with 1 or 3 channels first"
         )
+
     is_float = image.is_floating_point()
     if is_float and not torch.isfinite(image).all():
         raise DataError(f"{where} holds a number that is not finite")

@@ -64,11 +64,15 @@ def split_emoji(emoji: Emoji) -> np.ndarray:
     some flags do, are never held out.
     """
     rng = np.random.default_rng(0)
+
+    # Names.
     pictures = [image.tobytes() for image in emoji.images]
     times = Counter(pictures)
     shared = {name for name, picture in zip(emoji.names, pictures) if times[picture] > 1}
     names = rng.permutation([name for name in np.unique(emoji.names) if name not in shared])
     part = np.where(np.isin(emoji.names, names[:HELD_OUT_NAMES]), NAME, TRAINING).astype("<U8")
+
+    # Styles of other names.
     pairs = round(HELD_OUT_PAIRS * np.sum(part == TRAINING))
     places = [np.flatnonzero(emoji.names == name) for name in names[HELD_OUT_NAMES:]]
     part[[rng.choice(styles) for styles in places if len(styles) > 1][:pairs]] = PAIR

@@ -69,6 +69,7 @@ def read_metadata(path: Path, folder: str, where: str) -> Iterator[tuple[str, in
     """
     with reading(f"{where}: cannot be read", DataError):
         text = read_regular(path, MAX_BYTES).decode("utf-8-sig")
+
     records = _of_csv(text, where) if path.suffix == ".csv" else _of_lines(text, where)
     for number, record in records:
         name = record.get(FILE_NAME) if isinstance(record, Mapping) else None
@@ -94,12 +95,16 @@ def _of_csv(text: str, where: str) -> Iterator[tuple[int, Any]]:
             row = next(rows, None)
         except csv.Error as e:
             raise DataError(f"{where}: line {rows.line_num}: {e}") from e
+
+        # The first line, which a file without rows has too.
         columns = rows.fieldnames or ()
         if columns and FILE_NAME not in columns:
             what = f"has no column {FILE_NAME}; its columns must be separated by commas"
             raise DataError(f"{where}: {what}")
         if row is None:
             return
+
+        # None stands for a value too many, and for one that is missing.
         if None in row or None in row.values():
             what = f"has not {len(columns)} values, as line 1"
             raise DataError(f"{where}: line {rows.line_num}: {what}")

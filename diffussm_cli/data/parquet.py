@@ -189,6 +189,7 @@ def _labels(path: Path, label: str, names: Sequence[str]) -> Iterator[int | str]
         if is_text and (not isinstance(value, str) or len(value) > MAX_NAME):
             limit = f"which must be a name of at most {MAX_NAME} characters"
             raise DataError(f"{path.name}: row {row} has {label} {value!r:.40}, {limit}")
+
         if not is_text and (type(value) is not int or not 0 <= value < (len(names) or MAX_CLASS)):
             classes = f"from 0 to {len(names) - 1}" if names else "of at least 0"
             raise DataError(

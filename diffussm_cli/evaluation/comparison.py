@@ -188,6 +188,8 @@ def evaluate_features(
         metric = TABLE[name]
         if lack := metric.lack(samples, reference):
             raise DataError(f"metrics: {name} {lack}")
+
+        # One computation may give several metrics.
         if metric.compute not in computed:
             computed[metric.compute] = metric.compute(samples, reference)
         values = computed[metric.compute]

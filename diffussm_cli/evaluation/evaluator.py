@@ -45,6 +45,7 @@ class Evaluator:
         world: World = ALONE,
     ):
         keep_freed_memory()
+
         self.requested = extractor
         self.name = extractor
         self.weights = weights

@@ -270,10 +270,12 @@ class DigitsNet(nn.Module):
             raise ConfigError(
                 f"extractor: digits takes 28x28 images, not {images.shape[2]}x{images.shape[3]}"
             )
+
         h = images.float() / 127.5 - 1
         h = F.max_pool2d(F.relu(self.conv1(h)), 2)  # (B, 16, 14, 14)
         h = F.max_pool2d(F.relu(self.conv2(h)), 2)  # (B, 32, 7, 7)
         h = F.relu(self.conv3(h))  # (B, 64, 7, 7)
+
         spatial = h[:, : self.SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 392)
         pool = self.features(F.max_pool2d(h, 2).flatten(1))  # (B, 64)
         return pool / self.POOL_SCALE, spatial, self.classify(F.relu(pool))
@@ -382,6 +384,7 @@ def load_dinov2(folder: Path | None = None) -> tuple[Dinov2, str]:
     option = "extractor" if folder is None else "extractor_weights"
     if folder is not None and not folder.is_dir():
         raise DataError(f"{option}: {name!r} must be a folder with config.json and weights")
+
     try:
         (model,) = load_pretrained(name, option, {})
     except DataError as e:
@@ -391,6 +394,7 @@ def load_dinov2(folder: Path | None = None) -> tuple[Dinov2, str]:
             f"{e}; without a network, put config.json and model.safetensors of it into a folder "
             "and name that by --extractor-weights"
         ) from e
+
     if model.config.model_type != "dinov2":
         raise DataError(
             f"{option}: {name!r} holds a model of the type {model.config.model_type!r}, "

@@ -212,9 +212,11 @@ class _Npz:
         first = places[0]  # of the block
         for block in self.rows.read(first, places[-1] + 1, batch_size):
             chosen = [i for i in range(len(block)) if first + i in requested]
+
             if self.channels == 1:
                 for i in chosen:
                     _refuse_colour(block[i], self.image_name(first + i))
+
             images = torch.from_numpy(block[chosen][..., : self.channels]).permute(0, 3, 1, 2)
             yield images.expand(-1, self.channels, -1, -1)
             first += len(block)

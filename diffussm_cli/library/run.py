@@ -175,6 +175,7 @@ def grid(images: Tensor, path: Path | str | None = None, columns: int = 10) -> I
         )
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
+
     pixels = np.asarray(image_grid(images, min(columns, len(images))).permute(1, 2, 0))
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     if path is not None:

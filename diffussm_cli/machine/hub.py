@@ -26,6 +26,7 @@ def quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -173,9 +173,11 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         D), if any.
         """
         c, words = self.t_embed(t), None
+
         if self.y_embed is not None:
             assert y is not None
             c = c + self.y_embed(y)
+
         if self.text_embed is not None:
             assert text is not None
             pooled, words = self.text_embed(text)

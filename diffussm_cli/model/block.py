@@ -110,6 +110,7 @@ class DiffuSSMBlock(nn.Module):
     ):
         super().__init__()
         self.mixer_name, self.scan = mixer, scan
+
         self.norm = ShiftScaleNorm(D)
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)

@@ -181,11 +181,15 @@ def _outside(config: Config, L: int) -> dict[str, float]:
         "conditioning": (256 + D) * D + 2 * D**2,
         "in and out": L * D * (taps + out),
     }
+
+    # What only some models have.
     if m.stem:
         parts["stem"] = 9 * L * area * m.stem * (C + m.stem)
     if m.skips:
         parts["skips"] = m.depth // 2 * in_sequence(m, L) / m.compression * D**2
-    return parts | ({"text": ((1 + m.text_tokens) * m.text_width + D) * D} if m.text_width else {})
+    if m.text_width:
+        parts["text"] = ((1 + m.text_tokens) * m.text_width + D) * D
+    return parts
 
 
 def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:

@@ -96,6 +96,7 @@ def step_seconds(config: Config, images: int, parts: int) -> float:
     small = _with_batch(config, images, parts)
     source = Noise(small)
     step = Step(small, pick_device(small.train.device))
+
     for number in range(2):
         batch = make_batch(source, small, number)
         start = time.perf_counter()

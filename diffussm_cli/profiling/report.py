@@ -129,6 +129,7 @@ def choose_models(
     """
     if overrides and not presets:
         raise ConfigError(f"--set: {overrides[0]!r} changes presets; name them with --preset")
+
     chosen = []
     for preset in presets:
         config = load_config(preset, overrides)
@@ -199,6 +200,7 @@ def _measure(
         places = [i for _, _, i in group]
         yield Stage(f"measuring {kind} at {height}x{width}")
         results = timing.measure([configs[i] for i in places], kind, setting)
+
         for i, measured in zip(places, results):
             if measured is not None:
                 entries[i].setdefault("measured", {})[kind] = measured

@@ -82,12 +82,15 @@ def work_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
     if name == "copy_":
         read = inputs[1:]
     moved = sum(_bytes(t) for t in [*read, *outputs])
+
     if name in PRODUCTS:
         return _product(name, inputs, outputs[0], moved)
     if name in ATTENTION:
         q, k = inputs[1:3] if "backward" in name else inputs[:2]
         once = 2.0 * q.numel() * k.shape[-2]
         return Work(1, moved, ATTENTION[name] * once, "products")
+
+    # The rest moves numbers and hardly computes.
     if name in TRANSFORMS:
         clone = _bytes(inputs[0]) if name == "_fft_c2r" else 0
         return Work(2 if clone else 1, moved + 2 * clone, 0.0, "transforms")
@@ -142,6 +145,7 @@ class Tally(TorchDispatchMode):
         name = operator.overloadpacket.__name__
         if operator.is_view or name in MOVES_NOTHING:
             return result
+
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.numel()]
         if outputs:
@@ -155,9 +159,13 @@ class Autocast(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         F = torch.nn.functional
+
+        # The attention that CUDA takes.
         if function is F.scaled_dot_product_attention:
             q, k, v = (t.to(torch.bfloat16) for t in args[:3])
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+        # The dtypes that autocast takes.
         narrow = (F.linear, F.conv2d, torch.addmm, torch.baddbmm, torch.bmm, torch.matmul)
         if function in (*narrow, Tensor.__matmul__, Tensor.matmul):
             args, kwargs = _cast((args, kwargs or {}), torch.bfloat16)
@@ -217,11 +225,15 @@ def part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
     """
     m, t = config.model, config.train
     B = t.batch_size // t.accumulate
+
+    # A model and a batch without numbers.
     with torch.device("meta"):
         model = build_model(config, t.gradient_checkpointing)
         x = torch.empty(B, config.data.channels, *config.data.grid)
         step = torch.zeros(B, dtype=torch.long)
         text = torch.empty(B, 1 + m.text_tokens, m.text_width) if m.text_width else None
+
+    # What a step does with them.
     autocast = contextlib.nullcontext() if t.precision == "fp32" else Autocast()
     with Tally() as tally:
         with autocast:

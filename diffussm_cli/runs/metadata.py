@@ -32,6 +32,7 @@ def read_config(folder: Path, option: str = "RUN") -> Config:
         values = _saved_values(read_text(path, option), f"{option}: {path}")
     except ConfigError as e:
         raise RunError(str(e)) from e
+
     try:
         config = config_from_dict(values, str(path))
         _refuse_guide(config)
@@ -108,6 +109,7 @@ def read_data(root: Path) -> dict[str, Any] | None:
     kinds = {"path": str, "images": int, "sha256": str, "checked": bool}
     if not all(type(facts.get(name)) is kind for name, kind in kinds.items()):
         return None
+
     first = facts.get("first")  # missing in runs of earlier versions
     is_right = isinstance(first, dict) and all(
         type(first.get(name)) is kind for name, kind in kinds.items() if name != "checked"
@@ -164,6 +166,7 @@ def read_skipped(root: Path) -> list[tuple[int | None, str, str]]:
     try:
         if not path.is_file():
             raise ValueError
+
         lines = path.read_text(encoding="utf-8").splitlines()
         skipped = [(s["index"], s["file"], s["reason"]) for s in map(json.loads, lines)]
         if not all(i is None or type(i) is int for i, _, _ in skipped):

@@ -101,6 +101,7 @@ def mixture_of(
             f"--ema-width: {str(where)!r} holds no snapshots of averages up to step {step}; "
             "they are made in training, by --set train.snapshot_every=STEPS"
         )
+
     paths, steps, widths = zip(*files)
     shares, error = coefficients(steps, widths, step, width)
     if error > MOST_ERROR:

@@ -165,6 +165,7 @@ def _checked_ends(seeds: Any, sampling: SampleConfig, num: int) -> tuple[int, in
         raise ConfigError(f"--interpolate: {' '.join(map(str, seeds))} must be two different seeds")
     for seed in seeds:
         check_whole("--interpolate", seed, 0, MAX_SEED)
+
     if num < 2:
         raise ConfigError(f"--interpolate: needs at least 2 images, not --num {num}")
     if sampling.sampler in STOCHASTIC:
@@ -211,6 +212,7 @@ def _pixels(source: Picture, option: str, config: Config, channels: int) -> Tens
 def _as_image(picture: Image.Image | Tensor, option: str) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.copy()
+
     is_tensor = isinstance(picture, Tensor) and picture.dtype in (torch.uint8, torch.bool)
     if not is_tensor or (picture.ndim, *picture.shape[:-2]) not in ((2,), (3, 1), (3, 3)):
         kind = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else picture
@@ -218,6 +220,7 @@ def _as_image(picture: Image.Image | Tensor, option: str) -> Image.Image:
             f"{option}: {kind!s:.60} must be a file, an image of Pillow, or a tensor uint8 "
             "(C, H, W) with 1 or 3 channels"
         )
+
     scale = 255 if picture.dtype == torch.bool else 1
     pixels = (picture.byte() * scale).cpu().numpy()
     if pixels.ndim == 3:

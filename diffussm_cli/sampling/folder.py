@@ -138,6 +138,7 @@ class SampleFolder:
         for batch in batches:
             batch_labels = labels and [labels[seed - self.seeds.start] for seed in batch]
             text = self.sampler.text(prompts_of(self.facts, batch), self.facts["negative"])
+
             for seeds, images in self.sampler.draw(batch, batch_labels, text):
                 for seed, image in zip(seeds, images):
                     if not self._is_drawn(seed):
@@ -153,14 +154,14 @@ class SampleFolder:
         """Write the grid of the first images, the .npz of all images if `npz`, and the final
         meta.json.
         """
-        shown = torch.cat(
-            [torch.from_numpy(b) for b in self.read(self.seeds[:GRID_IMAGES])]
-        ).permute(0, 3, 1, 2)
+        first = self.seeds[:GRID_IMAGES]
+        shown = torch.cat([torch.from_numpy(b) for b in self.read(first)]).permute(0, 3, 1, 2)
         grid.parent.mkdir(parents=True, exist_ok=True)
         columns = 10 if len(shown) >= 10 else int(np.ceil(len(shown) ** 0.5))
         if 1 < len(self.facts["prompts"] or ()) <= columns:
             columns = len(self.facts["prompts"])  # one prompt per column
-        save_grid(shown, grid, columns, prompts_of(self.facts, self.seeds[:GRID_IMAGES]))
+        save_grid(shown, grid, columns, prompts_of(self.facts, first))
+
         if npz:
             write_npz(self.path / NPZ, self._arrays(shown.permute(0, 2, 3, 1).shape[1:]))
         self._write_meta(complete=True)

@@ -235,10 +235,13 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return self._preview.decode(latents)
         if self.vae is None:
             return latents
-        facts, d = facts_of(self.vae, "vae", option="vae"), self.denoiser.run.config.data
+
+        facts = facts_of(self.vae, "vae", option="vae")
+        d = self.denoiser.run.config.data
         if (facts.channels, facts.downsample) != (d.channels, d.downsample):
             has = f"{facts.channels} channels and downsampling {facts.downsample}"
             raise ValueError(f"vae: it has {has}, but the run has {d.channels} and {d.downsample}")
+
         weight = next(self.vae.parameters())
         return VAE(self.vae, facts, weight.device, weight.dtype).decode(latents)
 

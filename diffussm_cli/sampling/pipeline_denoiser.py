@@ -118,6 +118,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **options)
         if dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: {dtype} must be one of {', '.join(map(str, DTYPES))}")
+
         if device is not None:
             super().to(device, non_blocking=non_blocking)  # type: ignore[arg-type]
         if dtype == torch.float32:

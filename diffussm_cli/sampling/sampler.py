@@ -183,11 +183,15 @@ def open_sampler(
     where = pick_device(device)
     dtype = pick_dtype(precision, where)
     sampling = sampling or trained.config.sample
+
+    # The networks: a guide is read only if it has an effect.
     guide = None
     if sampling.guide and sampling.guidance != 1:
         guide = open_guide(sampling.guide, trained.config, where, dtype)
     model = load_model(trained).to(where)
     cast_products(model, dtype)
+
+    # From latents to images, and back for an image to begin with.
     decoding = open_decoding(trained.config, where)
     beginning = beginning and beginning.encoded(decoding, trained.config.data.downsample)
     return Sampler(model, trained.config, sampling, decoding, batch_size, dtype, beginning, guide)
@@ -201,6 +205,8 @@ def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dty
         DiffussmError: if it cannot be read, or draws something else than the run.
     """
     trained = find_run(Path(name))
+
+    # Fields that must agree; of those that not every run has recorded, if both have.
     is_flow = config.diffusion.objective == "flow"
     for field in (*AGREE, *RECORDED, *(() if is_flow else SCHEDULE)):
         ours, theirs = (operator.attrgetter(field)(each) for each in (config, trained.config))
@@ -209,6 +215,7 @@ def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dty
                 f"sample.guide: {field} of {name!r} is {theirs!r:.80}, but the run has "
                 f"{ours!r:.80}; both must be trained alike"
             )
+
     model = load_model(trained).to(device)
     cast_products(model, dtype)
     return Guide(model, {"guide": name, "guide_sha256": trained.weights_sha256})

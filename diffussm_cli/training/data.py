@@ -50,12 +50,15 @@ def list_images(
     """
     if line := unused_fields(config, world.size):
         yield Warned(line)
+
     yield Stage("listing")
     try:
         source = open_data(root, config, dataset, listing)
     except ConfigError:
         refuse_other_data(root, config)
         raise
+
+    # What is wrong with them, and what is not used of them.
     if isinstance(config.data.held_out, str) and config.data.held_out:
         open_held_out(config, source)  # a mistake shows now, even if nothing is measured
     if source.left_out:

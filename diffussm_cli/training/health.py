@@ -50,6 +50,7 @@ def diagnosis(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) 
     for name, sums in update_ratios(optimizer).items():
         moved, size = reduced(sums, world).tolist()
         values[f"update/{name}"] = math.sqrt(moved / size) if size else 0.0
+
     for name, ends in time_scales(model).items():
         least, most = reduced(ends, world, "MIN").exp().tolist()
         values[f"ssm/{name}_min"] = least
@@ -99,6 +100,7 @@ def time_scales(model: nn.Module) -> dict[str, Tensor]:
         )
         if not parameters:
             continue
+
         values = torch.cat([p.reshape(-1) for p in parameters])
         none = torch.full((2,), math.inf, device=values.device)  # this process has no value
         scales[symbol] = torch.stack([values.min(), -values.max()]) if values.numel() else none

@@ -90,9 +90,9 @@ class Muon(torch.optim.Optimizer):
                 continue
             if not self.state[p]:
                 self.state[p][MOMENT] = torch.zeros_like(p)
-            pieces = tuple(
-                self._matrices(p, tensor) for tensor in (p, self.state[p][MOMENT], p.grad)
-            )
+
+            tensors = p, self.state[p][MOMENT], p.grad
+            pieces = tuple(self._matrices(p, tensor) for tensor in tensors)
             shapes[pieces[0].shape[1:]].append(pieces)
         yield from shapes.values()
 
@@ -112,6 +112,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         S = X @ X.mT

@@ -25,6 +25,7 @@ def compare_config(
                 f"{root / runs.CONFIG} was missing; it will be written again from this command line"
             )
             return
+
         before = runs.read_data(root)
         moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
         changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)

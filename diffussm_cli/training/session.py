@@ -257,13 +257,16 @@ def _prepare(
     trainer = Trainer(config, source, root, world, initial)
     if checkpoint is not None:
         trainer.step.load(checkpoint)
-    if world.rank == 0:
-        for snapshot in runs.list_snapshots(root):  # of steps that are made again
-            if runs.step_of(snapshot) > trainer.step.number:
-                runs.remove(snapshot)
-        try:
-            runs.write_config(root, config)
-            runs.write_data(root, {**facts, "checked": True})
-        except OSError as e:
-            raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
+    if world.rank:
+        return trainer
+
+    # The folder: without the snapshots of steps that are made again, with what the run is.
+    for snapshot in runs.list_snapshots(root):
+        if runs.step_of(snapshot) > trainer.step.number:
+            runs.remove(snapshot)
+    try:
+        runs.write_config(root, config)
+        runs.write_data(root, {**facts, "checked": True})
+    except OSError as e:
+        raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer

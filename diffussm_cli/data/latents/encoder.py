@@ -202,12 +202,15 @@ def open_captions(
     """
     if name is None:
         return None
+
+    # The captions, which no image may lack.
     known = read_captions(listing, left_out=unused)
     surplus = sum(max(0, len(texts) - MAX_CAPTIONS) for texts in known.values())
     if unused is not None and surplus:
         unused.append(LeftOut(surplus, "caption", f"after the first {MAX_CAPTIONS} of an image"))
     captions = [known.get(e.name, ())[:MAX_CAPTIONS] for e in listing.entries]
     check_complete(captions, lambda i: listing.entries[i].name, f"--text: {str(listing.root)!r}")
+
     encoder = open_encoder(name, device)
     sizes = ModelConfig(text_width=encoder.width, text_tokens=tokens)
     return StoredCaptions(Texts(encoder, sizes), captions)

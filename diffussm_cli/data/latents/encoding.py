@@ -159,6 +159,7 @@ def _summary(store: Store, source: Path, unused: Sequence[LeftOut]) -> Iterator[
     settings = store.settings
     classes = f" of {len(settings.class_names)} classes" if settings.class_names else ""
     yield Message(f"{settings.images - store.skipped} images{classes} in {store.root}")
+
     unread = []
     if store.skipped:
         reasons = store.root / "shard-*.json"

@@ -83,6 +83,8 @@ class StoreSettings:
         words = ["diffussm", "encode", "SOURCE", str(store), "--vae", self.vae]
         words += ["--resolution", f"{height}x{width}", "--precision", self.precision]
         words += ["--batch-size", str(self.batch_size), "--shard-size", str(self.shard_size)]
+
+        # What not every store has.
         if not self.flip:
             words += ["--no-flip"]
         if self.columns:
@@ -148,6 +150,7 @@ def read_manifest(store: Path, option: str) -> dict[str, Any]:
         DataError: if the manifest is missing or damaged.
     """
     path = store / MANIFEST
+
     try:
         values = json.loads(read_regular(path, MAX_JSON_BYTES))
         if values["format"] in (FORMAT, EARLIER_FORMAT):

@@ -99,13 +99,15 @@ class LatentStore:
             mirrored: (B,), true for images that are flipped horizontally.
         """
         places = self.places[np.asarray(indices)]
-        mean, std = (np.empty((len(places), *self.settings.latent), np.float16) for _ in range(2))
+        shards, rows = np.divmod(places, self.settings.shard_size)
         suffixes = ("", "_mirrored") if self.settings.flip else ("",)
         which = np.zeros(len(places), int) if mirrored is None else np.asarray(mirrored, int)
-        shards, rows = np.divmod(places, self.settings.shard_size)
+
+        mean, std = (np.empty((len(places), *self.settings.latent), np.float16) for _ in range(2))
         for k, (shard, row, m) in enumerate(zip(shards.tolist(), rows.tolist(), which.tolist())):
             tensors = self._shard(shard)
-            mean[k], std[k] = tensors["mean" + suffixes[m]][row], tensors["std" + suffixes[m]][row]
+            mean[k] = tensors["mean" + suffixes[m]][row]
+            std[k] = tensors["std" + suffixes[m]][row]
         return torch.from_numpy(mean), torch.from_numpy(std)
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:

@@ -135,6 +135,8 @@ def begin(root: Path, listing: Listing, settings: StoreSettings) -> None:
     exists = (root / MANIFEST).exists()
     if exists:
         check_same_request(root, listing, settings)
+
+    # The manifest comes last: a store that has one has been begun.
     with writing_to(root):
         if not (root / LISTING).exists():
             with whole_file(root / LISTING) as file:
@@ -162,6 +164,7 @@ def _first_change(root: Path, listing: Listing) -> str:
     try:
         with open_regular(root / LISTING) as old:
             lines = itertools.zip_longest(old, listing.text(), fillvalue=b"nothing")
+
             for place, (before, after) in enumerate(lines):
                 if before != after:
                     was, now = (x.decode(errors="replace").strip()[:120] for x in (before, after))

@@ -97,6 +97,7 @@ def _chosen(
             f"{path}: holds {has:.200}, not {missing}; name the arrays by image=NAME,label=NAME "
             "(data.columns, or --columns of encode)"
         )
+
     partner = next((y for x, y in USUAL if x == image and y in rows_by_name), None)
     return image, columns.get("label", partner)
 

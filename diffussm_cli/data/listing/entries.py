@@ -74,9 +74,9 @@ class Listing:
                 counts[group] += 1
                 examples.setdefault(group, name)
         files = [LeftOut(n, *group, examples[group]) for group, n in counts.items()]
-        return files + [
-            part for part in self.unread if not (with_text and part.reason in (CAPTIONS, JSON))
-        ]
+
+        used = (CAPTIONS, JSON) if with_text else ()
+        return files + [part for part in self.unread if part.reason not in used]
 
 
 def read_entry(
@@ -123,6 +123,7 @@ def _pixels(root: Path, entry: Entry) -> np.ndarray | None:
     suffix = os.path.splitext(entry.archive)[1].lower()
     if suffix not in (".npz", ".bin"):
         return None
+
     path = root / entry.archive
     try:
         if suffix == ".npz":

@@ -246,6 +246,7 @@ def _count_metadata(path: Path, unread: Counter[str], ignored: list[tuple[str, s
     if first is not None and first.name != path.name:
         ignored.append((path.name, f"beside a {first.name}, which is read instead"))
         return
+
     fields = fields_of(path)
     if not fields or fields & set(TEXTS):
         unread[CAPTIONS] += 1

@@ -44,9 +44,11 @@ class Labels(NamedTuple):
                 f"{without} has no label in {self.file}, but other images have one; label all of "
                 "them or none"
             )
+
         labels = [value for value in values if value is not None]
         if len({isinstance(label, str) for label in labels}) > 1:
             raise DataError(f"{self.file}: some labels are numbers and some are names")
+
         classes = class_list(labels)[self.first :]
         places = {name: place for place, name in enumerate(classes)}
         return [e._replace(label=places[str(v)]) for e, v in zip(entries, labels)], classes
@@ -150,6 +152,7 @@ def _rows(text: str, path: Path) -> Iterator[list[str]]:
                 raise DataError(f"{path}: {row} has no ImageId and PredictionString")
             yield [row["ImageId"], words[0]]
         return
+
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if len(words) not in (1, 2):

@@ -29,9 +29,13 @@ def split_of(shard: str) -> tuple[str, str]:
     split.
     """
     suffix = os.path.splitext(shard)[1]
+
+    # As the hub names shards: train-00000-of-00004.parquet.
     numbered = re.match(r"(.+)-\d+-of-\d+\.parquet$", shard)
     if numbered:
         return numbered[1], f"{numbered[1]}-*.parquet"
+
+    # Any other name, with a word such as train in it.
     for word in re.finditer(r"[a-z]+", shard.removesuffix(suffix), re.IGNORECASE):
         if word[0].lower() in SPLITS:
             rest = re.match(r"[^a-zA-Z0-9]?(.*)", shard[word.end() :].removesuffix(suffix))

@@ -107,6 +107,8 @@ class Axial(StateSpace):
         H, W = grid[0], grid[1] * u.shape[3]
         with no_autocast(u.device):
             image = self.scan.undo(u, grid, dim=2)  # (B, D, J, M) in raster order
+
+            # Long sides by FFTs, short ones as products with matrices.
             if max(H, W) > LONGEST:
                 rows, columns = self.keep((int(H), int(W)), lambda: self.spectra(H, W))
                 y = axial_ffts(image, rows, columns, H)
@@ -117,6 +119,7 @@ class Axial(StateSpace):
                 by_hand = torch.is_grad_enabled() and not in_forward_mode()  # the backward pass
                 products = AxialProducts.apply if by_hand else axial_products
                 y = products(image, rows, columns)
+
         return self.scan.apply(y, grid, dim=2)
 
     def taps(self, H: int, W: int) -> Tensor:
@@ -129,6 +132,8 @@ class Axial(StateSpace):
             dt = self.log_dt.exp() / sides
             ssm = (dt, -self.log_A_real.exp(), self.A_imag, self.B, self.C)
             K = s4d_kernel(*ssm, L, one_level=L <= ONE_LEVEL)  # (2, 2, D, L)
+
+            # Both directions side by side; at lag 0 they add up.
             ahead, back = K.unbind(1)
             middle = ahead[..., :1] + back[..., :1] + self.D_skip[..., None]
             return torch.cat([back[..., 1:].flip(-1), middle, ahead[..., 1:]], dim=-1)

@@ -147,6 +147,7 @@ def _scan(re: Tensor, im: Tensor, a: Tensor, b: Tensor, back: bool) -> tuple[Ten
             torch.addcmul(torch.addcmul(im[:, :, i], a, h_im), b, h_re),
         )
         states.append((h_re, h_im))
+
     if back:
         states.reverse()
     all_re, all_im = zip(*states)

@@ -62,12 +62,15 @@ class S4D(StateSpace):
         if N < 2 or N % 2:
             raise ValueError(f"d_state must be even and at least 2, got {N}")
         self.dt_min, self.dt_max = dt_min, dt_max
+
+        # The first axis: along the sequence, and against it.
         self.log_dt = nn.Parameter(torch.empty(2, D))
         self.log_A_real = nn.Parameter(torch.empty(2, D, N // 2))
         self.A_imag = nn.Parameter(torch.empty(2, D, N // 2))
         self.B = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.C = nn.Parameter(torch.empty(2, D, N // 2, 2))
         self.D_skip = nn.Parameter(torch.empty(2, D))
+
         self.reset_parameters()
 
     @classmethod
@@ -84,20 +87,28 @@ class S4D(StateSpace):
         self.D_skip.normal_()
 
     def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
+        """u (B, D, J, M) -> (B, 2D, J, M): forward beside backward, in the dtype of `u`."""
         if u.ndim == 3:
             return self(u[..., None])[..., 0]
         if not len(u):  # FFTs need an image
             return torch.cat([u, u], dim=1)
-        L, dtype = u.shape[2] * u.shape[3], self.log_dt.dtype
+
+        L = u.shape[2] * u.shape[3]
+        dtype = self.log_dt.dtype
         with no_autocast(u.device):
+            # Forward mode of autograd, which a backward pass by hand does not know.
             if in_forward_mode():
                 S = kernel_spectra(self.taps(L)) if torch.is_grad_enabled() else self.spectra(L)
                 y = convolve(u.flatten(2).to(dtype), S)  # (B, 2D, L)
                 return y.unflatten(2, u.shape[2:]).to(u.dtype)
+
+            # Training, by backward passes that are written by hand.
             if torch.is_grad_enabled():
                 if wants_chunks():
                     return chunk_convolution(u, self.chunked(L))
                 return Convolution.apply(u, KernelSpectra.apply(self.taps(L)))
+
+            # Inference: the kernels are kept if the memory allows, or else computed in slices.
             if torch.compiler.is_compiling() or 16 * u.shape[1] * (L + 1) > KEEP_BYTES:
                 return convolve_slices(
                     u, lambda channels: kernel_spectra(self.taps(L, channels)), dtype

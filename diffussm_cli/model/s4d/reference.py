@@ -33,6 +33,7 @@ def s4d_recurrence(
     A, B, C = torch.complex(A_real, A_imag), torch.view_as_complex(B), torch.view_as_complex(C)
     A_bar = torch.exp(dt[..., None] * A)
     B_bar = B * (A_bar - 1) / A
+
     x = torch.zeros(u.shape[0], *A_bar.shape, dtype=A_bar.dtype, device=u.device)  # (B, D, N/2)
     y = []
     for u_l in u.unbind(-1):
