@@ -159,7 +159,8 @@ def _check_size(config: Config) -> None:
     together.
     """
     m, d = config.model, config.data
-    D, taps = m.hidden_size, max(d.channels, m.stem) * m.patch_size**2
+    D = m.hidden_size
+    taps = max(d.channels, m.stem) * m.patch_size**2
     tokens = math.prod(d.grid) // m.patch_size**2
     block = (16 + m.compression) * D**2 + 8 * D * m.d_state
     parameters = (
@@ -229,7 +230,8 @@ def _check_schedule(d: DiffusionConfig) -> None:
 def _check_objective(config: Config) -> None:
     """Raises ConfigError for options that make no sense with the objective, or with each other."""
     d, t = config.diffusion, config.train
-    flow, min_snr = d.objective == "flow", t.loss_weight == "min_snr"
+    flow = d.objective == "flow"
+    min_snr = t.loss_weight == "min_snr"
 
     if d.predicts == "image" and not flow:
         raise ConfigError(

@@ -138,7 +138,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     """Convert a YAML value to the field's type. Numbers and truth values may be given as text (see
     `plain_yaml`).
     """
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    options = typing.get_args(hint)
     if value is None and (origin is Literal or hint in (int, float, bool)):
         raise ConfigError(f"{name}: has no value; write {name}=VALUE, or leave the field out")
     if origin is Literal:
@@ -201,7 +202,8 @@ def _as_number(value: Any, kind: type) -> int | float | None:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values, as `config_from_dict` reads them."""
-    values, ema = dataclasses.asdict(config), config.train.ema
+    values = dataclasses.asdict(config)
+    ema = config.train.ema
     values["train"]["ema"] = list(ema) if len(ema) > 1 else ema[0]
     return values
 

@@ -183,7 +183,8 @@ def _look_at(listing: Listing) -> tuple[list[tuple[int, int]], bool]:
     n = len(listing.entries)
     places = np.unique(np.linspace(0, n - 1, min(n, LOOKED_AT)).round().astype(int))
     sizes: list[tuple[int, int]] = []
-    in_grey, why = True, ""
+    in_grey = True
+    why = ""
     for entry in (listing.entries[i] for i in places):
         try:
             sizes.append(entry_size(listing.root, entry))

@@ -134,7 +134,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     above 255.
     """
     # What the values mean.
-    bits, inverted = 16, False
+    bits = 16
+    inverted = False
     if isinstance(image, TiffImageFile):
         tags = image.tag_v2
         bits = tags.get(BITSPERSAMPLE, (1,))[0]
@@ -294,8 +295,10 @@ def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tens
 
     Images under 56 pixels, or 112 pixels with a title, are enlarged by an integer.
     """
-    n, gap = len(pixels), 2
-    rows, times = -(-n // columns), max(1, (112 if titles else 56) // max(pixels.shape[2:]))
+    n = len(pixels)
+    gap = 2
+    rows = -(-n // columns)
+    times = max(1, (112 if titles else 56) // max(pixels.shape[2:]))
     pixels = pixels.repeat_interleave(times, 2).repeat_interleave(times, 3)
 
     if titles:
@@ -314,7 +317,8 @@ def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tens
 
 def _title(text: str, width: int) -> Tensor:
     """Text on two lines of 12 pixels, cut at the width: uint8 (26, width)."""
-    font, image = ImageFont.load_default(11), Image.new("L", (width, 26), 255)
+    font = ImageFont.load_default(11)
+    image = Image.new("L", (width, 26), 255)
     lines = textwrap.wrap(text, max(1, int(width / font.getlength("d")))) or [""]
     kept = [*lines[:1], lines[1] + ("..." if len(lines) > 2 else "")] if len(lines) > 1 else lines
     ImageDraw.Draw(image).multiline_text((2, 0), "\n".join(kept), fill=0, font=font, spacing=1)

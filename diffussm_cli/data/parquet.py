@@ -231,7 +231,8 @@ def _values(path: Path, column: str) -> Iterator[Any]:
     """The values of a column, row by row. Raises DataError, also for text that is not UTF-8, which
     it counts.
     """
-    row, wrong = 0, []
+    row = 0
+    wrong = []
     for group in range(len(_open(path)[1]) - 1):
         for part in _parts(path, group, column):
             try:
@@ -291,7 +292,8 @@ def _parts(path: Path, group: int, name: str) -> Iterator[Any]:
     MAX_GROUP_BYTES.
     """
     file, starts = _open(path)
-    claimed, decoded = file.metadata.row_group(group).total_byte_size, 0
+    claimed = file.metadata.row_group(group).total_byte_size
+    decoded = 0
     average = claimed // max(1, starts[group + 1] - starts[group])
     rows = max(1, min(PART_ROWS, PART_BYTES // max(1, average)))
 

@@ -81,7 +81,8 @@ class ImageFolder(Captioned):
             raise DataError(f"data.channels: {channels} must be 1 or 3 for a folder of images")
         self.size, self.channels, self.flip = size, channels, flip
         self.listing = listing or list_source(root, "data.path", columns)
-        self.entries, self.class_names = self.listing.entries, self.listing.class_names
+        self.entries = self.listing.entries
+        self.class_names = self.listing.class_names
         self._pool = Helpers(min(8, own_cores()))
         self._unused_captions: list[LeftOut] = []
 
@@ -333,7 +334,8 @@ def _check_classes(config: Config, source: Source) -> None:
             "remove the field, because the classes are read from the data"
         )
 
-    classes, in_data = config.model.num_classes, len(source.class_names)
+    classes = config.model.num_classes
+    in_data = len(source.class_names)
     if classes and classes != in_data:
         in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
         kind = "class folders" if in_folders else "classes"

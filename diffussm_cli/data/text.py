@@ -114,14 +114,16 @@ class Pretrained:
         self.model, self.tokenizer = load_pretrained(name, "data.text", classes, "AutoTokenizer")
 
         self.own_pooling = "clip" in self.model.config.model_type
-        self.name, self.width = name, self.model.config.hidden_size
+        self.name = name
+        self.width = self.model.config.hidden_size
         self.sha256 = weights_sha256(self.model)
         self.model.to(device)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Encoded:
         inputs = tokenize(self.tokenizer, captions).to(self.model.device)
-        output, mask = self.model(**inputs), inputs["attention_mask"].bool()
+        output = self.model(**inputs)
+        mask = inputs["attention_mask"].bool()
         tokens = output.last_hidden_state * mask[..., None]
         mean = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         pooled = output.pooler_output if self.own_pooling else mean
@@ -149,7 +151,8 @@ def open_texts(config: Config) -> "Texts":
     """The text encoder of a run, ready to use. Raises DataError, ConfigError if it is not the one
     of the run.
     """
-    name, recorded = config.data.text, config.data.text_sha256
+    name = config.data.text
+    recorded = config.data.text_sha256
     assert name is not None, "checked by the configuration"
     encoder = open_encoder(name)
     if recorded not in ("", encoder.sha256):
@@ -168,7 +171,8 @@ class Texts:
                 f"model.text_width: {model.text_width}, but the vectors of {encoder.name} have "
                 f"{encoder.width} numbers; --set model.text_width={encoder.width}"
             )
-        self.encoder, self.tokens = encoder, model.text_tokens
+        self.encoder = encoder
+        self.tokens = model.text_tokens
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:

@@ -151,7 +151,8 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
         DataError: if it is no VAE that maps between RGB images and latents; the line begins with
             `option`.
     """
-    kind, c = type(model).__name__, model.config
+    kind = type(model).__name__
+    c = model.config
     if kind not in KINDS:
         raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
 
@@ -225,7 +226,8 @@ def load_vae(
 
     _check_weight_files(facts, option)
     options = {"use_safetensors": True, "low_cpu_mem_usage": False, "output_loading_info": True}
-    cls, where = getattr(diffusers, facts.kind), _where(facts.name, option)
+    cls = getattr(diffusers, facts.kind)
+    where = _where(facts.name, option)
     model, info = _load(facts.name, option, lambda: cls.from_pretrained(**where, **options))
     if info["missing_keys"]:
         raise DataError(f"{option}: the weights of {facts.name!r} lack {info['missing_keys'][0]}")

@@ -111,7 +111,8 @@ def keeping(
     """
 
     def denoise_redrawn(x: Tensor, t: float) -> Tensor:
-        C, batch = x.shape[1], timestep_batch(t, x)
+        C = x.shape[1]
+        batch = timestep_batch(t, x)
         output = denoise(torch.where(redrawn, x, objective.q_sample(x_0, batch, noise)), t)
         known = objective.output_for(x, batch, x_0)
         return torch.cat([torch.where(redrawn, output[:, :C], known), output[:, C:]], dim=1)
@@ -123,7 +124,9 @@ def clipped(denoise: Denoiser, objective: Objective) -> Denoiser:
     """Clamp the x_0 that a denoiser predicts to [-1, 1] (ADM's clip_denoised; for pixels)."""
 
     def clamp(x: Tensor, t: float) -> Tensor:
-        output, C, batch = denoise(x, t), x.shape[1], timestep_batch(t, x)
+        output = denoise(x, t)
+        C = x.shape[1]
+        batch = timestep_batch(t, x)
         x_0 = objective.predict_x_0(x, batch, output[:, :C]).clamp(-1, 1)
         return torch.cat([objective.output_for(x, batch, x_0), output[:, C:]], dim=1)
 

@@ -42,12 +42,14 @@ def integrate(
     Raises:
         NotFiniteError: as `sample_by_name`.
     """
-    C, grid = x.shape[1], objective.timesteps(steps)
+    C = x.shape[1]
+    grid = objective.timesteps(steps)
     times = [*map(objective.time, grid), 0.0]
     checks = FiniteSteps(x)
 
     def slope(x: Tensor, t: float) -> Tensor:
-        output, batch = denoise(x, t)[:, :C], timestep_batch(t, x)
+        output = denoise(x, t)[:, :C]
+        batch = timestep_batch(t, x)
         velocity = objective.predict_velocity(x, batch, output)
         if noise is None:
             return velocity

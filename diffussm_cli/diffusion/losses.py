@@ -99,7 +99,8 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
 
     The normal CDF is ADM's tanh approximation, so that the losses agree with ADM's.
     """
-    centred, inverse = x - mean, torch.exp(-log_scale)
+    centred = x - mean
+    inverse = torch.exp(-log_scale)
     above = _normal_cdf(inverse * (centred + 1 / 255))
     below = _normal_cdf(inverse * (centred - 1 / 255))
     p = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))

@@ -52,7 +52,8 @@ def sample(
         NotFiniteError: if an image becomes NaN or infinite; it names its place in the batch and the
             step.
     """
-    C, scheduler = x.shape[1], copy.deepcopy(scheduler)
+    C = x.shape[1]
+    scheduler = copy.deepcopy(scheduler)
     is_ddpm = type(scheduler).__name__ == "DDPMScheduler"
     takes_covariance = is_ddpm and scheduler.config.variance_type == "learned_range"
     takes_generators = "generator" in inspect.signature(scheduler.step).parameters
@@ -145,7 +146,8 @@ def check_fit(scheduler, objective: Objective) -> None:
     """Raises ValueError if a scheduler of diffusers was made for another process or prediction than
     the objective.
     """
-    name, settings = type(scheduler).__name__, scheduler.config
+    name = type(scheduler).__name__
+    settings = scheduler.config
     expected = dict(objective.schedule)
 
     # The kinds of process.
@@ -181,7 +183,8 @@ def _check_timesteps(scheduler, objective: Objective, steps: int) -> None:
     """Raises ValueError for timesteps that repeat, that leave the path or that begin before the
     image is noise.
     """
-    name, first = type(scheduler).__name__, float(scheduler.timesteps.max())
+    name = type(scheduler).__name__
+    first = float(scheduler.timesteps.max())
 
     if "solver_order" in scheduler.config and _repeats(scheduler.sigmas):
         raise ValueError(
@@ -211,7 +214,8 @@ def _covers(scheduler, T: int) -> bool:
     """Whether DDIM's timesteps begin in the last tenth of T and lie at the stride at which its step
     takes them.
     """
-    n, t = scheduler.num_inference_steps, scheduler.timesteps
+    n = scheduler.num_inference_steps
+    t = scheduler.timesteps
     stride = T // n
     is_even = T % n == 0 and bool((t[:-1] - t[1:] == stride).all()) and int(t[-1]) < stride
     return is_even and int(t[0]) >= T - _tenth(T)
@@ -239,7 +243,9 @@ class Respaced:
             num_train_timesteps=n, timestep_spacing="leading", steps_offset=0
         )
         scheduler.set_timesteps(n)
-        self.scheduler, self.timesteps, self._done = scheduler, torch.tensor(timesteps), 0
+        self.scheduler = scheduler
+        self.timesteps = torch.tensor(timesteps)
+        self._done = 0
 
     def set_begin_index(self, start: int) -> None:
         """Leave out the timesteps before this place."""

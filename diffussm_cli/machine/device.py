@@ -211,13 +211,15 @@ class Helpers:
     """
 
     def __init__(self, count: int):
-        self.count, self._process = count, 0
+        self.count = count
+        self._process = 0
         self._threads: ThreadPoolExecutor | None = None
 
     def map(self, function: Callable[[A], B], values: Iterable[A]) -> Iterator[B]:
         """As ThreadPoolExecutor.map."""
         if self._threads is None or self._process != os.getpid():  # threads do not survive a fork
-            self._threads, self._process = helpers(self.count), os.getpid()
+            self._threads = helpers(self.count)
+            self._process = os.getpid()
         return self._threads.map(function, values)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
         BlockingIOError: if another process holds it.
         OSError: if the folder cannot be written.
     """
-    lock, made = folder / f"{LOCK}-{rank}", [p for p in (folder, *folder.parents) if not p.exists()]
+    lock = folder / f"{LOCK}-{rank}"
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
 
     with contextlib.ExitStack() as stack:
         try:

@@ -50,7 +50,8 @@ def reach_hub(pretrained_model_name_or_path: str, subfolder: str = "") -> None:
     """
     import huggingface_hub as hub
 
-    repository, file = pretrained_model_name_or_path, f"{subfolder}/config.json".lstrip("/")
+    repository = pretrained_model_name_or_path
+    file = f"{subfolder}/config.json".lstrip("/")
     if os.path.isdir(repository) or isinstance(hub.try_to_load_from_cache(repository, file), str):
         return
     # the hub answers; diffusers reports its errors

@@ -172,7 +172,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         """Timestep, label and caption -> c (B, D), which is their sum, and the text tokens (B, K,
         D), if any.
         """
-        c, words = self.t_embed(t), None
+        c = self.t_embed(t)
+        words = None
 
         if self.y_embed is not None:
             assert y is not None

@@ -109,7 +109,8 @@ class DiffuSSMBlock(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        self.mixer_name, self.scan = mixer, scan
+        self.mixer_name = mixer
+        self.scan = scan
 
         self.norm = ShiftScaleNorm(D)
         self.W0 = nn.Linear(D, D)

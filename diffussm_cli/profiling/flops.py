@@ -208,7 +208,8 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     model, missing = shortened(config)
     L = in_sequence(m, math.prod(token_grid(config)))
     B, D, M = max(1, t.batch_size // t.accumulate // processes), m.hidden_size, m.compression
-    wide, narrow = 4, 2 if t.precision == "bf16" else 4
+    wide = 4
+    narrow = 2 if t.precision == "bf16" else 4
 
     # What each block saves, as often as there are such blocks.
     saved: list[tuple[float, float, int]] = []

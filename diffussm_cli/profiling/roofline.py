@@ -193,7 +193,8 @@ def predict(config: Config, device: str) -> dict[str, Any]:
         `seconds` of the training; `launches` of a step; `memory_bytes` of the GPU; `costs`: the
         five largest by operator, in seconds of a step; and `assumptions`.
     """
-    gpu, t = GPUS[device], config.train
+    gpu = GPUS[device]
+    t = config.train
     parameters, part = part_of_step(config)
 
     # The parts of a batch, and one update of the weights.

@@ -112,7 +112,8 @@ def published_weights(path: Path, config: Config) -> dict[str, Tensor]:
         model = build_model(config)
 
     # The positions are computed, not stored.
-    expected, stored = model.positions(*model.input_size), state.pop("pos_embed")[0]
+    expected = model.positions(*model.input_size)
+    stored = state.pop("pos_embed")[0]
     if stored.shape != expected.shape or (stored - expected).abs().max() > 1e-5:
         raise RunError(f"{path}: its position embedding is not DiT's sines and cosines")
 

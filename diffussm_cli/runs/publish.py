@@ -55,9 +55,11 @@ def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> 
     """
     preview = root / SAMPLES / f"step-{step:08d}.png"
     images = {IMAGE: preview.read_bytes()} if preview.is_file() else {}
-    scores, measured = last_scores(root, step), ""
+    scores = last_scores(root, step)
+    measured = ""
     if scores:
-        steps, e = min(config.sample.steps, config.eval.steps), config.eval
+        steps = min(config.sample.steps, config.eval.steps)
+        e = config.eval
         measured = f"Of {e.images:,} images in {steps} steps, by `diffussm train --eval-every`.\n"
     card = model_card(config, step, parameters, scores, measured, image=bool(images))
     return {CARD: card.encode(), **images, **pipeline_files(config)}
@@ -65,8 +67,10 @@ def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> 
 
 def pipeline_files(config: Config) -> dict[str, bytes]:
     """The files that diffusers reads, by name."""
-    sampler, made_by = config.sample.sampler, {"_diffusers_version": version("diffusers")}
-    objective, learned = make_objective(config.diffusion), config.model.learn_sigma
+    sampler = config.sample.sampler
+    made_by = {"_diffusers_version": version("diffusers")}
+    objective = make_objective(config.diffusion)
+    learned = config.model.learn_sigma
     sampler = "dpmpp" if sampler in INTEGRATORS else sampler  # diffusers has none of those
 
     kind, options = scheduler_settings(sampler, objective, learned)

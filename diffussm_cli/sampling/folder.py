@@ -57,7 +57,8 @@ def sample_facts(
     """
     check_prompts(prompts, negative, trained.config, sampler.sampling)
 
-    config, foreign = trained.config, trained.weights.suffix == dit_checkpoint.SUFFIX
+    config = trained.config
+    foreign = trained.weights.suffix == dit_checkpoint.SUFFIX
     in_turn = "balanced" if sorted(classes) == list(range(config.model.num_classes)) else "given"
     finished = None if foreign else config.train.steps
     text_encoder = {"name": config.data.text, "sha256": config.data.text_sha256}
@@ -246,7 +247,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """meta.json of a folder of samples, which may come from a stranger. Raises RunError for values
     without sense.
     """
-    path, remedy = folder / META, "; delete the folder to draw its images again"
+    path = folder / META
+    remedy = "; delete the folder to draw its images again"
     with reading(f"{path}: cannot be read", RunError, remedy):
         text = path.read_text(encoding="utf-8")
         facts = json.loads(text, parse_float=_finite, parse_constant=_finite)

@@ -34,7 +34,8 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     def __init__(self, run: TrainedRun):
         super().__init__()
-        self.run, self.model = run, load_model(run)
+        self.run = run
+        self.model = load_model(run)
         sizes = {"in_channels": self.model.in_channels, "sample_size": list(self.model.input_size)}
         self.register_to_config(**sizes, **dataclasses.asdict(run.config.model))
 
@@ -73,9 +74,11 @@ class Denoiser(ModelMixin, ConfigMixin):
                 "precision"
             )
 
-        config, step = self.run.config, self.run.step
+        config = self.run.config
+        step = self.run.step
         weights = {name: tensor.float().cpu() for name, tensor in self.model.state_dict().items()}
-        folder, finished = Path(save_directory), config.train.steps
+        folder = Path(save_directory)
+        finished = config.train.steps
 
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(

@@ -83,7 +83,8 @@ def sample(
         yield Warned(line)
     prompts = prompts or trained.config.sample.prompts
     # images between two seeds are numbered from 0
-    world, seeds = read_world(), range(num) if interpolate else range(seed, seed + num)
+    world = read_world()
+    seeds = range(num) if interpolate else range(seed, seed + num)
 
     if grid and grid.suffix.lower() != ".png":
         raise ConfigError(f"--grid: {str(grid)!r} must end in .png")
@@ -125,7 +126,8 @@ def sample(
         gather(None, world)
 
         yield Stage("looking for finished images")
-        batches, done = folder.missing(world), 0
+        batches = folder.missing(world)
+        done = 0
         gather(None, world)  # every process looks before any of them draws
 
         total = sum(map(len, batches))

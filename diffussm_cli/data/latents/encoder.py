@@ -141,7 +141,8 @@ class Encoder:
         except RuntimeError as e:
             if not is_out_of_memory(e):
                 raise
-            size, device = self.settings.batch_size, self.vae.device
+            size = self.settings.batch_size
+            device = self.vae.device
             line = f"--batch-size: {size} does not fit into the memory of {device}; reduce it"
             raise DataError(line) from e
 

@@ -82,7 +82,9 @@ def encode_images(
         check_whole("resolution", side, least=1)
     check_whole("batch_size", batch_size, least=1)
     check_whole("shard_size", shard_size, least=1)
-    source, target, world = Path(source), Path(target), read_world()
+    source = Path(source)
+    target = Path(target)
+    world = read_world()
     yield Stage("listing")
     if str(source).startswith(HUB):
         source, name = fetch_shards(str(source))
@@ -126,7 +128,9 @@ def encode(encoder: Encoder, world: World) -> Iterator[Event]:
             removed.
         RunError: if another process is lost.
     """
-    root, settings, listing = encoder.store, encoder.settings, encoder.listing
+    root = encoder.store
+    settings = encoder.settings
+    listing = encoder.listing
 
     # The first process begins the store, and says which shards are missing.
     missing: list[int] = []

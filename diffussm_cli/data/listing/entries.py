@@ -137,7 +137,8 @@ def read_content(root: Path, entry: Entry) -> bytes:
     """Read the bytes of an image file. Raises DataError with a message that begins with the name of
     the entry.
     """
-    path, name = root / (entry.archive or entry.name), Path(entry.name)
+    path = root / (entry.archive or entry.name)
+    name = Path(entry.name)
     if entry.column:
         try:
             return parquet.read_row(path, entry.offset, entry.column)

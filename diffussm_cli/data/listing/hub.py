@@ -47,7 +47,8 @@ def fetch_shards(path: str) -> Shards:
     try:
         with quiet():
             info = hub.HfApi().dataset_info(repository, revision=revision)
-        commit, names = info.sha or "", [s.rfilename for s in info.siblings or ()]
+        commit = info.sha or ""
+        names = [s.rfilename for s in info.siblings or ()]
     except Exception as e:  # the hub's client raises errors of several HTTP libraries
         try:
             folder = Path(

@@ -80,7 +80,8 @@ def refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry]) 
 
     # The first of them is named.
     parent, splits = next(iter(several.items()))
-    where, names = root / parent, sorted(splits.values())
+    where = root / parent
+    names = sorted(splits.values())
     others = ", and other folders in it do too" if len(several) > 1 else ""
     kind = "the splits" if len(names) > 1 else "only the split"
     raise DataError(

@@ -77,7 +77,8 @@ def gated_linear_attention(
     decay = (since[..., None] - since[..., None, :]).masked_fill(future, -torch.inf).exp()
     within = (q @ k.mT * decay.to(q.dtype)) @ v  # (..., n, T, d)
     to_end = (since[..., -1:] - since).exp().to(k.dtype)[..., None]  # (..., n, T, 1)
-    S, states = torch.zeros_like(since[..., 0, 0, None, None]), []
+    S = torch.zeros_like(since[..., 0, 0, None, None])
+    states = []
     for added, kept in zip(((k * to_end).mT @ v).unbind(-3), since[..., -1].exp().unbind(-1)):
         states.append(S.expand(added.shape))  # (..., d, d)
         S = kept[..., None, None] * S + added

@@ -130,7 +130,8 @@ def copy_into_padded(u: Tensor, padded: Tensor) -> Tensor:
 
 def copy_back(v: Tensor, y: Tensor) -> None:
     """The inverse: copy v (B, d, L) into y (B, d, J, M), in the dtype of y."""
-    v, M = v.to(y.dtype), y.shape[-1]
+    v = v.to(y.dtype)
+    M = y.shape[-1]
     for m in range(M):
         y[..., m].copy_(v[..., m::M])
 

@@ -136,7 +136,8 @@ class S4D(StateSpace):
         return self.keep(int(L), lambda: kernel_spectra(self.taps(L)))
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
-        D, n = self.log_dt.shape[-1], fft_length(L)
+        D = self.log_dt.shape[-1]
+        n = fft_length(L)
         return {
             "FFT": 3 * D * fft_macs(n),  # one forward transform, two inverse
             "spectra": 2 * D * (n // 2 + 1) * COMPLEX_PRODUCT,
