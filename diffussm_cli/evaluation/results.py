@@ -14,7 +14,7 @@ from diffussm_cli.events import Event, Warned
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.report import write_report
-from diffussm_cli.sampling.folder import read_meta
+from diffussm_cli.sampling.request import read_meta
 
 
 class UnsavedResult(RunError):

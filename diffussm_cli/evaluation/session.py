@@ -26,7 +26,7 @@ from diffussm_cli.evaluation.text import names_in
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import process_group, read_world
-from diffussm_cli.sampling.folder import prompts_of, sample_facts
+from diffussm_cli.sampling.request import prompts_of, sample_facts
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 

@@ -31,8 +31,8 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import own_cores
-from diffussm_cli.sampling.folder import FIXED
 from diffussm_cli.sampling.generate import Text
+from diffussm_cli.sampling.request import FIXED
 from diffussm_cli.sampling.sampler import Sampler
 
 IMAGES, LABELS = "arr_0", "arr_1"  # in a .npz

@@ -45,11 +45,9 @@ from diffussm_cli.runs.metadata import (
     write_state,
 )
 from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_files
+from diffussm_cli.runs.trained import TrainedRun, find_run, load_model
 from diffussm_cli.runs.weights import (
-    TrainedRun,
     check_weights_match,
-    find_run,
-    load_model,
     read_tensors,
     write_tensors,
     write_weights,

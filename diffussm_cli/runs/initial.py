@@ -13,7 +13,7 @@ from torch import Tensor
 from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError
 from diffussm_cli.model import build_model
-from diffussm_cli.runs.weights import TrainedRun, find_run, load_model
+from diffussm_cli.runs.trained import TrainedRun, find_run, load_model
 
 SHOWN = 4  # kinds of tensors that a line names
 

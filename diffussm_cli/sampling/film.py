@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffussm_cli.data.images import save_grid, to_uint8
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
-from diffussm_cli.sampling.folder import prompts_of
 from diffussm_cli.sampling.generate import Text, name_of
+from diffussm_cli.sampling.request import prompts_of
 from diffussm_cli.sampling.sampler import Sampler
 
 SUFFIXES = (".gif", ".webp")

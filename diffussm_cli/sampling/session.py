@@ -16,13 +16,8 @@ from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
 from diffussm_cli.sampling.beginning import Picture, read_beginning
 from diffussm_cli.sampling.film import SUFFIXES, write_film
-from diffussm_cli.sampling.folder import (
-    IMAGES,
-    SampleFolder,
-    free_folder,
-    read_meta,
-    sample_facts,
-)
+from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder
+from diffussm_cli.sampling.request import read_meta, sample_facts
 from diffussm_cli.sampling.sampler import open_sampler
 
 

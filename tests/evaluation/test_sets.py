@@ -13,8 +13,8 @@ from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import comparison as ev
 from diffussm_cli.evaluation.sets import DrawnImages, open_images
-from diffussm_cli.sampling.folder import FIXED
 from diffussm_cli.sampling.generate import Text
+from diffussm_cli.sampling.request import FIXED
 from tests.evaluation.conftest import folder
 
 

@@ -19,7 +19,8 @@ from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World
 from diffussm_cli.sampling import open_sampler
 from diffussm_cli.sampling import sampler as sampler_module
-from diffussm_cli.sampling.folder import META, SampleFolder, free_folder, sample_facts
+from diffussm_cli.sampling.folder import META, SampleFolder, free_folder
+from diffussm_cli.sampling.request import sample_facts
 from diffussm_cli.training.loop import Trainer
 from tests.conftest import TINY, fill
 from tests.helpers import Background, run
