@@ -19,12 +19,13 @@ from diffussm_cli.data import text
 from diffussm_cli.data import vae as vae_module
 from diffussm_cli.data.source import open_source
 from diffussm_cli.data.vae import read_facts
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.process import GaussianDiffusion, make_objective
 from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.machine.hub import load_pretrained
 from diffussm_cli.model import build_model
-from diffussm_cli.profiling.roofline import part_of_step
-from diffussm_cli.sampling.generate import make_denoiser
+from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.profiling.roofline import MOVES_NOTHING, part_of_step
+from diffussm_cli.sampling.generate import generate, make_denoiser
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.step import Step
 from tests.conftest import save_vae
@@ -62,6 +63,36 @@ class Dtypes(TorchDispatchMode):
         return found
 
 
+class Counted(TorchDispatchMode):
+    """How many operators give something on the pretended device, and how often the host waits for
+    it: for a value, or for a copy that is not asynchronous.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.launches = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        named = named or {}
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.waits += arguments[0].device == CUDA
+            # more than any count of finite steps, or a variance
+            return 0.5 if arguments[0].is_floating_point() else 1000
+        result = function(*arguments, **named)
+        name = function.overloadpacket.__name__
+        given, made = ([t.device for t in tensors_of(tree)] for tree in (arguments, result))
+        if name in ("_to_copy", "copy_") and len({*given, *made}) == 2:
+            is_asynchronous = named.get("non_blocking") or any(a is True for a in arguments)
+            self.waits += not is_asynchronous
+        if CUDA in made and not function.is_view and name not in MOVES_NOTHING:
+            self.launches += 1
+        return result
+
+
+def tensors_of(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """A mode in which CUDA devices are pretended."""
@@ -85,8 +116,14 @@ def test_forward_runs_on_pretended_gpu(pretended, preset, grad):
     assert output.device == CUDA
 
 
-def test_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, monkeypatch):
-    config = tiny("train.precision=fp32", "train.accumulate=2", "train.grad_clip=1")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_update_neither_mixes_devices_nor_waits_for_the_host(
+    pretended, tiny, monkeypatch, mixer, optimizer
+):
+    settings = ["train.precision=fp32", "train.accumulate=2", "train.grad_clip=1"]
+    settings += [f"model.mixer={mixer}", "model.heads=2", f"train.optimizer={optimizer}"]
+    config = tiny(*settings)
     batch = make_batch(open_source(config), config, 0)
 
     def backward(loss):  # the engine wants a real device
@@ -96,8 +133,9 @@ def test_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, mo
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     with pretended:
         step = Step(config, CUDA)
-        with Dtypes() as seen:
+        with Dtypes() as seen, Counted() as counted:
             step.update(batch)
+        assert counted.waits == 0
         assert torch.float64 not in seen.on_device  # 64 times slower than float32 on many GPUs
         assert torch.float32 in seen.on_device
         assert {p.device for p in step.ema.model.parameters()} == {CUDA}
@@ -119,6 +157,32 @@ def test_guided_and_clipped_denoiser_runs_on_pretended_gpu(pretended):
         assert (
             denoise(torch.randn(2, 1, 8, 8, device=CUDA, dtype=torch.float64), 500).device == CUDA
         )
+
+
+@pytest.mark.parametrize(
+    ("preset", "sampler", "waits"),
+    [
+        ("mnist", "euler", 0),
+        ("mnist", "heun", 0),
+        ("mnist", "sde", 1),  # its noise is drawn on the CPU, so that it is that of the seed
+        ("digits", "euler", 0),
+        ("digits", "heun", 0),
+    ],
+)
+def test_step_of_a_sampler_waits_for_its_noise_alone(pretended, preset, sampler, waits):
+    """Counted as the difference between six steps and three; the end of a batch waits too."""
+    config = load_config(preset, ["model.depth=1", "model.hidden_size=16"])
+    counts = {}
+    with pretended:
+        model = build_model(config).to(CUDA).eval()
+        objective = make_objective(config.diffusion, CUDA)
+        for steps in (3, 6):
+            request = SampleConfig(sampler=sampler, steps=steps, guidance=2.0, clip=True)
+            with Counted() as counts[steps]:
+                for _, images in generate(model, objective, request, range(2)):
+                    assert images.device.type == "cpu"
+    assert counts[6].waits - counts[3].waits == 3 * waits
+    assert counts[3].waits > 3 * waits, "the pretence sees the end of a batch"
 
 
 def test_digits_extractor_runs_on_pretended_gpu(pretended):

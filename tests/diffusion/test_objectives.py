@@ -282,7 +282,7 @@ def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
     and divide by zero.
     """
     betas = {} if objective.continuous else {"beta_start": 0.1 / T, "beta_end": min(0.9, 20 / T)}
-    process = type(objective)(T, **betas)
+    process = type(objective)(T, **betas, device=device())
     for name in SAMPLERS[process.name]:
         if name in ("ddpm", "sde"):
             continue

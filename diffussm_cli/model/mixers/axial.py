@@ -85,7 +85,7 @@ class Axial(StateSpace):
         """
         device = self.log_dt.device
         H, W = self.grid
-        sides = torch.tensor([W, H], device=device)[:, None, None]
+        sides = sides_of_axes(H, W, device)
 
         self.log_dt.uniform_(math.log(self.dt_min), math.log(self.dt_max)).add_(sides.log())
         self.log_A_real.fill_(math.log(0.5))
@@ -128,8 +128,7 @@ class Axial(StateSpace):
         """
         L = max(H, W)
         with no_autocast(self.log_dt.device):
-            sides = torch.tensor([W, H], device=self.log_dt.device)[:, None, None]
-            dt = self.log_dt.exp() / sides
+            dt = self.log_dt.exp() / sides_of_axes(H, W, self.log_dt.device)
             ssm = (dt, -self.log_A_real.exp(), self.A_imag, self.B, self.C)
             K = s4d_kernel(*ssm, L, one_level=L <= ONE_LEVEL)  # (2, 2, D, L)
 
@@ -182,6 +181,17 @@ class Axial(StateSpace):
     def saved_kernels(self, _L: int, grid: tuple[int, int]) -> float:
         each = fft_length if max(grid) > LONGEST else (lambda S: S**2)
         return self.log_dt.shape[-1] * sum(map(each, grid))
+
+
+def sides_of_axes(H: int, W: int, device: torch.device) -> Tensor:
+    """The tokens along a row and along a column, W and H, (2, 1, 1).
+
+    They are written on the device. A list would be copied there, and a GPU copies it only when it
+    has done all before it, for which the host would wait in every block of every step.
+    """
+    sides = torch.full((2, 1, 1), W, device=device)
+    sides[1].fill_(H)
+    return sides
 
 
 def toeplitz(taps: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from diffussm_cli.model.mixers.conv import Conv
 from diffussm_cli.model.scan import SCANS
-from tests.conftest import fill, randn
+from tests.conftest import device, fill, randn
 
 H, W, M, D = 4, 6, 2, 3
 
@@ -34,9 +34,10 @@ def test_response_normalisation_equals_formula():
 
 
 def test_response_normalisation_starts_as_identity_and_takes_empty_images():
-    gate, v = Conv(D, conv_gate="grn").gate, randn(2, D, H, W).requires_grad_()
+    gate = Conv(D, conv_gate="grn").gate.to(device())
+    v = randn(2, D, H, W).requires_grad_()
     assert torch.equal(gate(v), v)
-    black = torch.zeros(2, D, H, W, requires_grad=True)
+    black = torch.zeros(2, D, H, W, device=device(), requires_grad=True)
     gate(black).sum().backward()
     assert all(p.grad.isfinite().all() for p in (black, *gate.parameters()))
 
