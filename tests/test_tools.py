@@ -17,6 +17,8 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
 from diffussm_cli.model import build_model
+from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.roofline import predict
 from tests.conftest import fill
 
 ROOT = Path(__file__).parents[1]
@@ -48,14 +50,18 @@ def test_quick_gpu_check_completes_at_toy_sizes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     text = report.read_text(encoding="utf-8")
     assert done.returncode == 0, text
-    assert text.count("\npassed, ") == 10
+    assert text.count("\npassed, ") == 11
     figures = (
         "ceilings/copy_gb_per_second",
         "convolutions/64/chunk_dC_error",
         "top/ms",
         "first_step_seconds",
+        "beside/Ceilings: copy and product/copy, GB/s/ratio",
+        "beside/Step of axial XL/ms/ratio",
     )
     assert all(f"| {figure} |" in text for figure in figures)
+    kept = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    assert kept["Step of XL"][0]["step_seconds"] > 0
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def gpu_check(monkeypatch):
 
 def test_part_of_gpu_check_imports_package_of_its_checkout(gpu_check):
     command = ["-c", "import os; print(os.environ['PYTHONPATH'].split(os.pathsep)[0])"]
-    succeeded, section = gpu_check.run(gpu_check.Part("Path", command), 60)
+    succeeded, section, _ = gpu_check.run(gpu_check.Part("Path", command), 60)
     assert succeeded
     assert f"\n{ROOT}\n" in section
 
@@ -80,8 +86,9 @@ def test_part_that_does_not_end_keeps_its_output(gpu_check):
         "import time; print('{\"speed\": 5}', flush=True); print('{\"half', end='', "
         "flush=True); time.sleep(60)"
     )
-    succeeded, section = gpu_check.run(gpu_check.Part("Slow", ["-c", code]), 5)
+    succeeded, section, objects = gpu_check.run(gpu_check.Part("Slow", ["-c", code]), 5)
     assert not succeeded
+    assert objects == [{"speed": 5}]
     assert "STOPPED after its 5 s" in section
     assert "| speed | 5 |" in section
 
@@ -98,12 +105,58 @@ def test_parts_without_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
     assert "STOPPED after its" in (tmp_path / "r.md").read_text()
     assert "## Second\n\nNOT RUN: no time was left" in (tmp_path / "r.md").read_text()
     assert "failed: First, Second" in capsys.readouterr().out
+    # the comparison that follows says that they have no figures
+    assert json.loads((tmp_path / "r.json").read_text()) == {"First": [], "Second": []}
 
 
 @pytest.mark.parametrize("seconds", [590, 1180])
 def test_quick_parts_share_their_time(gpu_check, seconds):
-    parts = gpu_check.shared(gpu_check.quick_parts("cuda", toy=False), seconds)
+    planned = gpu_check.quick_parts("cuda", toy=False, figures=Path("figures.json"))
+    parts = gpu_check.shared(planned, seconds)
     assert 0.95 * seconds < sum(part.seconds for part in parts) <= seconds
+
+
+def test_what_was_measured_stands_beside_what_was_predicted(tmp_path, monkeypatch, capsys):
+    """Of an H200, whose ceilings and steps were three times and half as much as predicted."""
+    sizes = ["model.hidden_size=32", "model.depth=1", "train.batch_size=2"]
+    config = load_config("xl-256", sizes)
+    seconds, bytes_ = predict(config, "h200")["step_seconds"], cost(config).training_bytes
+    eager = {"preset": "xl-256", "step_seconds": seconds / 2, "peak_bytes": bytes_ / 2}
+    rates = {
+        "copy_gb_per_second": 3 * 0.83 * 4800,
+        "product_bfloat16_tflops": 3 * 0.65 * 989,
+    }
+    parts = {
+        "Ceilings": [{"ceilings": rates}],
+        "Tests": [],
+        "Step": [eager],
+        "Compiled": [eager | {"compiled": True}],
+    }
+    figures = tmp_path / "figures.json"
+    figures.write_text(json.dumps(parts))
+
+    words = [str(figures), "--gpu", "h200", *(w for s in sizes for w in ("--set", s))]
+    monkeypatch.setattr(sys, "argv", ["beside.py", *words])
+    runpy.run_path(str(ROOT / "benchmarks" / "speed" / "beside.py"), run_name="__main__")
+    result = json.loads(capsys.readouterr().out)
+    assert result["gpu"] == "H200 SXM"
+    rows = result["beside"]
+    assert {what: row["ratio"] for what, row in rows["Ceilings"].items()} == {
+        "copy, GB/s": pytest.approx(3),
+        "product in bfloat16, TFLOP/s": pytest.approx(3),
+    }
+    assert {what: row["ratio"] for what, row in rows["Step"].items()} == {
+        "ms": pytest.approx(0.5),
+        "GiB": pytest.approx(0.5),
+    }
+    assert rows["Tests"] == "left out: it printed no figures"
+    assert rows["Compiled"] == "left out: predictions are of eager code"
+
+
+def test_machine_without_data_sheet_has_no_predictions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["beside.py", str(tmp_path / "none.json"), "--device", "cpu"])
+    runpy.run_path(str(ROOT / "benchmarks" / "speed" / "beside.py"), run_name="__main__")
+    assert "is not in machine/gpus.py" in json.loads(capsys.readouterr().out)["left out"]
 
 
 def test_gpu_check_without_gpu_says_so():

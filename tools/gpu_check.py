@@ -8,8 +8,8 @@ markdown file.
 
 Each part is a command of its own with its own time, so that one that fails or does not end leaves
 time for the others. What a part printed is in the report as soon as it ends, also if it was
-stopped, and so are every command, the hardware and the versions. The package need not be installed.
-Exit code 1 if a part failed or found no time.
+stopped, and so are every command, the hardware and the versions; a JSON file beside the report
+holds the figures. The package need not be installed. Exit code 1 if a part failed or found no time.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "xl,dit-xl/2,dit-xl/1"
@@ -114,11 +115,12 @@ QUICK = 590  # seconds of all quick parts together
 STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}
 
 
-def quick_parts(device: str, toy: bool) -> list[Part]:
+def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
     """What is run in ten minutes: the first parts are worth most.
 
     Together they may take QUICK seconds, so that each finds its time even if all before it were
-    stopped at theirs.
+    stopped at theirs. The last one compares what those before it left in `figures` with what was
+    predicted.
     """
     core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
     tests = [
@@ -127,17 +129,21 @@ def quick_parts(device: str, toy: bool) -> list[Part]:
         "tests/training/test_step.py",
         "tests/test_cuda.py",
         "-n",
-        "8",
+        # each imports torch first
+        str(min(8, os.cpu_count() or 1)),
     ]
     tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
     compiled = ["--set", "train.compile=true"]
+    beside = ["benchmarks/speed/beside.py", str(figures), "--device", device]
+    beside += [*(["--gpu", "h200"] if toy else []), *_settings(toy)]
     planned = [
         Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
-        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=120),
-        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=70),
+        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=105),
+        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=65),
         *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
         Part("Kernels of a step of XL", [*core, "top"], seconds=45),
-        *(_step(f"{title}, compiled", STEPS[title], device, toy, 75, compiled) for title in STEPS),
+        *(_step(f"{title}, compiled", STEPS[title], device, toy, 70, compiled) for title in STEPS),
+        Part("Measured beside predicted", beside, seconds=35),
     ]
     # At toy sizes only the path counts, on machines of any speed.
     return [dataclasses.replace(part, seconds=600) for part in planned] if toy else planned
@@ -155,14 +161,17 @@ def _step(
     """Training steps at a batch of 32 in bfloat16; the first step, which compiles,
     is timed apart.
     """
+    words = [*_settings(toy), "--set", f"train.device={device}", *more]
+    steps = "2" if toy else "20"
+    command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", steps, *words]
+    return Part(f"Step of {title}", command, seconds=seconds)
+
+
+def _settings(toy: bool) -> list[str]:
+    """Of the steps that are measured, and of their predictions."""
     small = ["model.hidden_size=32", "model.depth=1", "train.batch_size=2"]
     settings = small if toy else ["train.batch_size=32", "train.precision=bf16"]
-    words = [
-        word for setting in [*settings, f"train.device={device}"] for word in ("--set", setting)
-    ]
-    steps = "2" if toy else "20"
-    command = ["benchmarks/speed/throughput.py", "train", preset, "--steps", steps, *words, *more]
-    return Part(f"Step of {title}", command, seconds=seconds)
+    return [word for setting in settings for word in ("--set", setting)]
 
 
 def toy_parts(device: str) -> list[Part]:
@@ -224,10 +233,16 @@ def _parallel(
 
 
 # ------------------------------------------------------------------------------------------ running
-def run(part: Part, seconds: float) -> tuple[bool, str]:
-    """Run a part for so many seconds at most; whether it succeeded,
-    and its section of the report.
-    """
+class Outcome(NamedTuple):
+    """Whether a part succeeded, its section of the report, and the JSON objects that it printed."""
+
+    succeeded: bool
+    section: str
+    objects: list[object]
+
+
+def run(part: Part, seconds: float) -> Outcome:
+    """Run a part for so many seconds at most."""
     start = time.perf_counter()
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
@@ -258,19 +273,24 @@ def run(part: Part, seconds: float) -> tuple[bool, str]:
         f"{end}, {time.perf_counter() - start:.0f} s",
         "",
     ]
+    objects = printed(output)
     if succeeded or "{" in output:
-        lines += shown(output)
+        lines += shown(output, objects)
     if not succeeded:
         lines += ["", "```", *(output + errors).splitlines()[-40:], "```"]
-    return succeeded, "\n".join(lines) + "\n"
+    return Outcome(succeeded, "\n".join(lines) + "\n", objects)
 
 
-def shown(output: str) -> list[str]:
-    """What a part printed: JSON objects as tables, other text as its last lines."""
+def printed(output: str) -> list[object]:
+    """The JSON objects that a part printed: one in all, or one a line."""
     try:
-        objects = [json.loads(output)]
+        return [json.loads(output)]
     except ValueError:
-        objects = [object for line in output.splitlines() if (object := _parsed(line)) is not None]
+        return [object for line in output.splitlines() if (object := _parsed(line)) is not None]
+
+
+def shown(output: str, objects: Sequence[object]) -> list[str]:
+    """What a part printed: JSON objects as tables, other text as its last lines."""
     if not objects:
         return ["```", *output.splitlines()[-5:], "```"]
     return [
@@ -383,8 +403,10 @@ def main() -> int:
         ", toy sizes: it says that the check runs, and nothing about speed" if a.toy else ""
     )
     report, failed = "\n".join([title, "", *machine(device), "", ""]), []
+    figures: dict[str, list[object]] = {}
     if a.quick:
-        chosen = quick_parts(device, a.toy)
+        path = os.path.relpath(out.with_suffix(".json"), ROOT)  # parts run there
+        chosen = quick_parts(device, a.toy, Path(path))
     else:
         chosen = toy_parts(device) if a.toy else parts(device, torch.cuda.device_count())
     if a.quick and not a.toy:
@@ -393,14 +415,17 @@ def main() -> int:
     for part in chosen:
         seconds = min(part.seconds, end - time.monotonic())
         if seconds < 1:
-            succeeded, section = False, f"## {part.title}\n\nNOT RUN: no time was left\n"
+            done = Outcome(False, f"## {part.title}\n\nNOT RUN: no time was left\n", [])
         else:
-            succeeded, section = run(part, seconds)
-        print(f"{'passed' if succeeded else 'failed'}: {part.title}", flush=True)
-        report += section + "\n"
+            done = run(part, seconds)
+        print(f"{'passed' if done.succeeded else 'failed'}: {part.title}", flush=True)
+        report += done.section + "\n"
+        if done.objects or not done.succeeded:
+            figures[part.title] = done.objects
         # after each part, so that an end in between loses nothing
         out.write_text(report, encoding="utf-8")
-        if not succeeded:
+        out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if not done.succeeded:
             failed.append(part.title)
     print(f"{'failed: ' + ', '.join(failed) if failed else 'all parts passed'}; report in {out}")
     return 1 if failed else 0

@@ -57,6 +57,7 @@ def train(config: Config, steps: int, world: World = ALONE) -> dict:
         "images_per_second": steps * config.train.batch_size / seconds,
         "loss": step.meter.flush()["loss"],
         "precision": str(step.dtype).removeprefix("torch."),
+        "compiled": config.train.compile,
     }
 
 
