@@ -14,6 +14,7 @@ import numpy as np
 
 POINTS = 500  # most points of a curve
 LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
+LEAST = 1e-300  # what stands for zero on a log scale
 
 
 class Curve(NamedTuple):
@@ -41,17 +42,28 @@ def chart(
     title: str,
     curves: Mapping[str, Curve],
     best: tuple[float, float] | None = None,
+    *,
+    early: float = 0.0,
+    linear: bool = False,
 ) -> dict[str, Any]:
     """What the page draws: lines, ticks and the best point (step, value), placed in the picture.
 
     The axis of steps begins at 0. Positive values that differ by more than 30 times get a log
     scale.
+
+    Args:
+        early: the share at the beginning of each curve that does not count for the range of the
+            values. What lies outside of the range is cut off, and the legend says where a curve
+            begins.
+        linear: never a log scale.
     """
     thinned = [thin(curve) for curve in curves.values()]
 
     # The range of the values, with a margin.
-    values = np.concatenate([y for _, y in thinned])
-    log = values.min() > 0 and values.max() > 30 * values.min()
+    values = np.concatenate([_late(curve, early) for curve in thinned])
+    if best:
+        values = np.append(values, best[1])
+    log = not linear and values.min() > 0 and values.max() > 30 * values.min()
     low = math.log10(values.min()) if log else float(values.min())
     high = math.log10(values.max()) if log else float(values.max())
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
@@ -66,20 +78,38 @@ def chart(
         return LEFT + (RIGHT - LEFT) * (np.asarray(x) - start) / (end - start)
 
     def down(y: Any) -> Any:
-        y = np.log10(y) if log else y
+        y = np.log10(np.maximum(y, LEAST)) if log else y
         return BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
+
+    def is_outside(y: float) -> bool:
+        return not TOP <= down(y) <= BOTTOM
 
     ticks = [10.0**tick if log else tick for tick in round_values(low, high, integers=bool(log))]
     steps = (start, (start + end) / 2, end)
     return {
         "title": title,
         "lines": [_points(across(x), down(y)) for x, y in thinned],
+        "runs": [0] * len(thinned),  # of several runs on a page, those of the lines
+        "data": [(_numbers(x, 7), _numbers(y, 4)) for x, y in thinned],
         "legend": [(name, curve.y[-1]) for name, curve in curves.items()],
+        "begins": [y[0] if is_outside(y[0]) else None for _, y in thinned],
         "rows": [(down(y), number(y) if abs(y) < 1e5 else f"{y:.0e}") for y in ticks],
         "columns": [(across(x), f"{x:,.0f}") for x in steps],
         "best": best
         and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
+
+
+def _late(curve: Curve, early: float) -> Any:
+    """The values of a curve after a share of its steps; all, if there are none."""
+    x, y = curve
+    late = y[x > early * x[-1]]
+    return late if early and len(late) else y
+
+
+def _numbers(values: Any, digits: int) -> str:
+    """Numbers with some digits, as the script of a page reads them."""
+    return " ".join(f"{value:.{digits}g}" for value in values)
 
 
 def _points(x: Any, y: Any) -> str:

@@ -21,6 +21,38 @@ def test_chart_points_lie_at_their_values():
     ]
 
 
+def test_range_of_values_is_that_of_the_late_steps():
+    """A loss from 1.7 to 0.19: the first tenth is cut off above, and told in the legend."""
+    x = list(range(1, 101))
+    y = [1.7, 1.0] + [0.25 - 0.06 * i / 97 for i in range(98)]
+    cut, full = (chart("", {"": Curve(x, y)}, early=early) for early in (0.1, 0.0))
+    assert {label for _, label in cut["rows"]} == {"0.2", "0.22", "0.24"}
+    assert cut["begins"] == [1.7]
+    assert full["begins"] == [None]
+    assert {label for _, label in full["rows"]} == {"0.5", "1", "1.5"}
+    heights = [float(point.split(",")[1]) for point in cut["lines"][0].split()]
+    assert heights[0] < 0  # above the picture
+    assert max(heights[10:]) - min(heights[10:]) > 120  # of 138
+
+
+def test_best_point_lies_in_the_picture_even_if_it_is_early():
+    drawn = chart("", {"": Curve([1, 50, 100], [0.1, 5.0, 6.0])}, (1, 0.1), early=0.1)
+    assert 12 < drawn["best"]["y"] < 150
+
+
+def test_linear_chart_has_no_log_scale():
+    rate = {"": Curve([0, 10, 100], [1e-6, 1e-3, 1e-3])}
+    assert "1e-06" not in [label for _, label in chart("", rate, linear=True)["rows"]]
+    assert "1e-05" in [label for _, label in chart("", rate)["rows"]]
+
+
+def test_zero_before_the_range_of_a_log_scale_is_cut_off():
+    values = {"": Curve([1, 50, 100], [0.0, 1.0, 100.0])}
+    drawn = chart("", values, early=0.1)
+    assert float(drawn["lines"][0].split(",")[1].split()[0]) > 1000
+    assert drawn["begins"] == [0.0]
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)]
 )

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import re
 
 import pytest
 import torch
 from PIL import Image
 
-from diffussm_cli.config import load_config
+from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.machine.gpus import GPUS
 from diffussm_cli.profiling import plan as planning
 from diffussm_cli.profiling import timing
@@ -229,3 +230,52 @@ def test_estimate_of_impossible_size_is_one_line_error(monkeypatch):
     )
     assert "one image of xl-256 takes about" in line
     assert "gradient_checkpointing" in line
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """Runs of a network that was never trained, with logs."""
+    for name, lr, loss in (("one", 0.003, 0.5), ("two", 0.007, 0.25)):
+        root = tmp_path / name
+        root.mkdir()
+        config = load_config("digits", [f"train.lr={lr}", "train.steps=9"])
+        (root / "config.yaml").write_text(to_yaml(config))
+        record = {"step": 9, "loss": loss, "images_per_second": 8.0, "seconds": {"steps": 90}}
+        (root / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    return tmp_path / "one", tmp_path / "two"
+
+
+def test_runs_are_compared_in_a_table_and_on_a_page(two_runs, tmp_path):
+    one, two = two_runs
+    out = profile(one, two)
+    for expected in ("1 one", "2 two", "0.25", "Seconds"):
+        assert expected in out
+    assert "Fields that differ" in (one / "report.html").read_text(encoding="utf-8")
+    assert not (two / "report.html").exists()
+
+    given = json.loads(profile(one, two, "--json", "--page", tmp_path / "page.html"))
+    assert given["report"] == str(tmp_path / "page.html")
+    assert [row["run"] for row in given["runs"]] == [str(one), str(two)]
+    assert given["runs"][1] == {
+        **{"run": str(two), "step": 9, "seconds": 90.0, "images_per_second": 8.0, "loss": 0.25}
+    }
+    assert "2 two" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_page_of_runs_replaces_nothing_and_tells_what_is_not_used(two_runs, tmp_path):
+    one, _ = two_runs
+    wrong = {
+        "RUN: 'xl-256' is no folder of a run; .* diffussm profile --preset NAME": ("xl-256",),
+        "--page: .* is read by this command": (one, "--page", one / "config.html"),
+        "--page: .* must end in .html": (one, "--page", tmp_path / "page.png"),
+        "--page: needs the folders of runs": ("--page", tmp_path / "page.html"),
+        "--page: there is no folder": (one, "--page", tmp_path / "no" / "page.html"),
+    }
+    (one / "config.html").write_text("of a user")
+    for words, arguments in wrong.items():
+        result = run("profile", *arguments)
+        assert result.exit_code == 1
+        assert re.search(words, line_of(result)), result.output
+    assert (one / "config.html").read_text() == "of a user"
+    result = run("profile", one, "--repeats", 3)
+    assert "--repeats: not used, because runs have been trained" in result.output

@@ -9,7 +9,8 @@ import typer
 from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, print_json, warn
 from diffussm_cli.commands.options import others, unused
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, writing
+from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.gpus import GPUS
 
 DEFAULT_MODELS = "xl,dit-xl/2,dit-xl/1"
@@ -17,6 +18,7 @@ DEVICES = r"auto|cpu|mps|cuda(:\d+)?"
 WORK = "forward,forward+backward,guided step"
 OF_LATENCY = ("work", "compiled", "batch_size", "repeats", "precision", "device")
 OF_FILES = ("figure",)
+PAGE = ".html"
 
 # Groups of options in `--help`.
 MODELS = "Which models"
@@ -25,6 +27,13 @@ MEASURED = "What is measured"
 
 def profile(
     ctx: typer.Context,
+    trained: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Folders of runs: what they have cost and reached, side by side, also as a page.",
+        ),
+    ] = None,
     models: Annotated[
         str | None,
         typer.Option(
@@ -149,11 +158,23 @@ def profile(
             help="Draw the paper's figure 3, and --latency, as png, svg or pdf.",
         ),
     ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For RUN: the page, as html. Default: report.html in the first run.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Show what models cost, DiffuSSM beside DiT: parameters, Gflops by part, training compute,
-    time and memory.
+    time and memory. With RUN, show what runs have cost and reached, and write a page that compares
+    them.
     """
+    if trained:
+        _compare_runs(ctx, trained, page, as_json)
+        return
+
     # Mistakes first, before torch is imported.
     if estimate and not preset:
         raise ConfigError("--estimate: choose what to measure with --preset")
@@ -172,6 +193,8 @@ def profile(
             f"or a GPU to predict for: {', '.join(GPUS)}"
         )
     kinds = parse_work(work) if latency else []
+    if page:
+        raise ConfigError("--page: needs the folders of runs, as: diffussm profile RUN RUN")
 
     from diffussm_cli.commands.tables import paper_tables, show_costs
     from diffussm_cli.profiling import figures, report
@@ -215,6 +238,39 @@ def profile(
     if figure:
         figures.draw(figures.panels(result, [config for _, config in chosen]), figure)
         console.print(f"figure written to {figure}")
+
+
+def _compare_runs(ctx: typer.Context, roots: list[Path], page: Path | None, as_json: bool) -> None:
+    """Print what runs have cost and reached, and write the page of the first, with the others.
+
+    Raises:
+        DiffussmError: if a folder is no run, or the page cannot be written.
+    """
+    from diffussm_cli import runs
+    from diffussm_cli.commands.tables import runs_table
+    from diffussm_cli.runs.report import compare, write_report
+
+    # Mistakes first.
+    console = make_console()
+    if line := unused(ctx, others(ctx, "trained", "page", "as_json"), "runs have been trained"):
+        warn(console, line)
+    for root in roots:
+        if not (root / runs.CONFIG).is_file():
+            what = f"{str(root)!r} is no folder of a run"
+            raise ConfigError(f"RUN: {what}; to profile a preset: diffussm profile --preset NAME")
+    page = page or roots[0] / runs.REPORT
+    check_output(page, "--page", (PAGE,), roots, {runs.REPORT})
+
+    compared = compare(roots)
+    with writing(f"--page: cannot write {str(page)!r}", ConfigError):
+        write_report(roots[0], roots[1:], page)
+
+    if as_json:
+        rows = [{"run": str(r)} | values for r, values in zip(roots, compared["summaries"])]
+        print_json({"runs": rows, "report": str(page)}, console)
+    else:
+        runs_table(compared["names"], compared["facts"])
+    console.print(f"report: {page}")
 
 
 def parse_work(text: str) -> list[str]:

@@ -23,6 +23,20 @@ def metrics_table(result: dict[str, Any]) -> None:
     stdout.print(table)
 
 
+def runs_table(names: Sequence[str], facts: Sequence[tuple[str, Sequence[float | None]]]) -> None:
+    """What runs have cost and reached, side by side."""
+    from rich.table import Table
+
+    from diffussm_cli.pages import number
+
+    table = Table("", *names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in facts:
+        table.add_row(name, *("" if value is None else number(value) for value in values))
+    make_console(stderr=False).print(table)
+
+
 def presets_table(rows: Sequence) -> None:
     """Print the presets, one per row, and on stderr how to learn more."""
     from rich.table import Table

@@ -17,6 +17,8 @@ from diffussm_cli.runs.layout import (
     LOG,
     METRICS,
     MODEL,
+    NEAREST,
+    NEAREST_FACTS,
     OPTIMIZER,
     REPORT,
     RESULTS,

@@ -3,6 +3,8 @@
 RUN/config.yaml                      the resolved configuration
 RUN/metrics.jsonl, RUN/tensorboard/  records of training
 RUN/samples/step-*.png               previews
+RUN/nearest.png, RUN/nearest.json    the last preview with the nearest training image beside each
+                                     sample, and how far they are
 RUN/report.html                      all of this on a page
 RUN/results.json                     what `diffussm eval RUN` measured last; in RUN/images, of those
                                      images
@@ -32,6 +34,7 @@ CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samp
 SNAPSHOTS = "snapshots"
 LOG, SKIPPED, DATA = "metrics.jsonl", "skipped.jsonl", "data.json"
 REPORT, RESULTS = "report.html", "results.json"
+NEAREST, NEAREST_FACTS = "nearest.png", "nearest.json"
 CARD, IMAGE = "README.md", "samples.png"
 # of a model on the hub; code is not among them
 FILES_TO_SAMPLE = [CONFIG, STATE, METRICS, MODEL, "ema-*.safetensors"]

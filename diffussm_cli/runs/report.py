@@ -1,5 +1,7 @@
-"""RUN/report.html: what a run is and how it goes, in one file that needs no network, and a script
-only for a slider.
+"""RUN/report.html: what a run is and how it goes, in one file that needs no network.
+
+Without scripts it shows the same; its script adds a slider, values under the pointer and a choice
+of axis.
 
 It is made from the files of the run alone, so it can be written at any time, also long after
 training. This module gathers the content; report.html beside it, a template of Jinja, is the page
@@ -14,7 +16,6 @@ import json
 import math
 import os
 import shlex
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffussm_cli import runs
-from diffussm_cli.config import MANY, Config, load_config, preset_names, to_dict, to_yaml
+from diffussm_cli.config import Config, load_config, preset_names, to_dict, to_yaml
 from diffussm_cli.data.images import open_image
 from diffussm_cli.errors import DataError, RunError
-from diffussm_cli.machine.files import write_text
+from diffussm_cli.machine.files import read_regular, write_text
 from diffussm_cli.model.s4d.kernel import s4d_kernel
 from diffussm_cli.pages import Curve, chart, render
+from diffussm_cli.runs.log import Log, is_metric
 
 # previews; larger files (bytes) are shrunk to this width (pixels)
 PICTURES, LARGE, WIDTH = 24, 1 << 18, 1280
@@ -43,7 +45,6 @@ DRAWN = (
     "guide",
     "label_choice",
 )  # settings of samples
-HIGHER_IS_BETTER = ("is", "precision", "recall")
 NAMES = {
     "fid": "FID",
     "sfid": "sFID",
@@ -51,25 +52,38 @@ NAMES = {
     "kid": "KID",
     "held_out": "Held-out loss",
 }
+FACTS = {
+    "step": "Steps",
+    "seconds": "Seconds",
+    "images_per_second": "Images per second, median",
+    "peak_memory_gib": "Peak memory, GiB",
+    "loss": "Loss, last",
+}
 COMPARED = {"loss": "Loss", "images_per_second": "Images per second"}  # beside the metrics
-# what a line that is no record raises
-DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
-NAMED = 5  # damaged lines that are listed
+EARLY = 0.1  # the share of training that does not count for the range of a chart
+TICKS = 200  # most points of a run's clock
+MAX_FACTS = 1 << 20  # bytes of the file about nearest images
+REFRESH = 60  # seconds after which a page of an unfinished run is loaded again
 PARAMETERS = ("log_dt", "log_A_real", "A_imag", "B", "C")
 
 
-def write_report(root: Path | str, against: Sequence[Path | str] = ()) -> Path:
-    """Write RUN/report.html from the files of a run, finished or not, and return its path.
+def write_report(
+    root: Path | str, against: Sequence[Path | str] = (), path: Path | str | None = None
+) -> Path:
+    """Write the page of a run from its files, finished or not, and return the path of the page.
 
     Args:
         against: other runs, whose curves, configuration and last previews are shown beside those of
             this one.
+        path: the page; by default RUN/report.html.
 
     Raises:
         RunError: if a folder has no readable configuration.
         OSError: if the file cannot be written.
     """
     root = Path(root)
+    every = [root, *map(Path, against)]
+    path = root / runs.REPORT if path is None else Path(path)
     config, log = runs.read_config(root), Log(root / runs.LOG)
 
     text = render(
@@ -89,15 +103,62 @@ def write_report(root: Path | str, against: Sequence[Path | str] = ()) -> Path:
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
-        compared=compare([root, *map(Path, against)]) if against else None,
+        compared=compare(every) if against else None,
+        axes=[axes_of(each) for each in every],
+        refresh=REFRESH if log.step < config.train.steps else 0,
+        summary=log.summary(),
+        nearest=nearest(root),
+        environment=[(k, v) for k, v in log.sessions[-1].items() if v not in ("", {})]
+        if log.sessions
+        else [],
         yaml=to_yaml(config),
         names=metric_name,
         charts_of=charts_of,
         timedelta=datetime.timedelta,
     )
 
-    write_text(root / runs.REPORT, text)
-    return root / runs.REPORT
+    write_text(path, text)
+    return path
+
+
+def axes_of(root: Path) -> dict[str, Any]:
+    """How steps of a run become images and hours: its batch size, and its clock as two lists.
+
+    Raises:
+        RunError: if the folder has no readable configuration.
+    """
+    clock = Log(root / runs.LOG).clock
+    some = np.unique(np.linspace(0, len(clock.x) - 1, TICKS).round().astype(int))
+    places = some if clock.x else []
+    return {
+        "batch": runs.read_config(root).train.batch_size,
+        "steps": [0, *(clock.x[i] for i in places)] if clock.x else [],
+        "hours": [0, *(round(clock.y[i], 5) for i in places)] if clock.x else [],
+    }
+
+
+def nearest(root: Path) -> dict[str, Any] | None:
+    """The last preview with the nearest training image beside each sample, and how far they are;
+    None if training did not compare them, or the files are damaged.
+    """
+    with contextlib.suppress(
+        OSError, DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError
+    ):
+        facts = json.loads(read_regular(root / runs.NEAREST_FACTS, MAX_FACTS))
+        distances = [float(value) for value in facts["distances"]]
+        if not all(map(math.isfinite, distances)):
+            return None
+
+        place = int(np.argmin(distances))
+        return {
+            "step": int(facts["step"]),
+            "images": int(facts["images"]),
+            "median": float(np.median(distances)),
+            "least": distances[place],
+            "place": place + 1,
+            "url": picture_url(root / runs.NEAREST),
+        }
+    return None
 
 
 def evaluations(root: Path) -> Iterator[dict[str, Any]]:
@@ -135,22 +196,31 @@ def evaluations(root: Path) -> Iterator[dict[str, Any]]:
 
 
 def compare(roots: Sequence[Path]) -> dict[str, Any]:
-    """Several runs side by side: their names, a chart for each curve of COMPARED and each metric,
-    rows of fields that differ, and the last previews at the newest step that all of them have.
+    """Several runs side by side.
+
+    Returns:
+        `names` of the runs; `summaries`, the `Log.summary` of each, and the same by rows for people
+        as `facts`; `charts` for each curve of COMPARED and each metric, in which `runs` are the
+        places of the runs of the lines; `rows` of fields that differ; the last `previews` at the
+        newest `step` that all of them have.
 
     Raises:
         RunError: if a folder has no readable configuration.
     """
     names = [f"{i + 1} {root.resolve().name}" for i, root in enumerate(roots)]
-    logs = [Log(root / runs.LOG) for root in roots]
     configs = [to_dict(runs.read_config(root)) for root in roots]
+    logs = [Log(root / runs.LOG) for root in roots]
+    summaries = [log.summary() for log in logs]
+    kinds = dict.fromkeys(name for summary in summaries for name in summary)
 
     # The curves that at least two of them have.
+    charts = []
     titles = COMPARED | {n: metric_name(n) for log in logs for n in log.curves if is_metric(n)}
-    curves = {
-        title: {name: log.curves[n] for name, log in zip(names, logs) if n in log.curves}
-        for n, title in titles.items()
-    }
+    for name, title in titles.items():
+        places = [i for i, log in enumerate(logs) if name in log.curves]
+        curves = {names[i]: logs[i].curves[name] for i in places}
+        if len(places) > 1:
+            charts.append(chart(title, curves, early=EARLY) | {"runs": places})
 
     # The fields that differ.
     rows = []
@@ -166,83 +236,13 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
     pictures = [list(frames(root / runs.SAMPLES, f"{common}.png")) for root in roots]
     return {
         "names": names,
-        "charts": [chart(title, lines) for title, lines in curves.items() if len(lines) > 1],
+        "summaries": summaries,
+        "facts": [(fact_name(k), [summary.get(k) for summary in summaries]) for k in kinds],
+        "charts": charts,
         "rows": rows,
         "step": int(common.removeprefix("step-")) if common else None,
         "previews": [(name, found[0][1]) for name, found in zip(names, pictures) if found],
     }
-
-
-class Log:
-    """The records of a run: curves by name, events in order, the facts of each session, and the
-    last step.
-    """
-
-    def __init__(self, path: Path):
-        self.curves: dict[str, Curve] = {}
-        self.events: list[tuple[Any, str]] = []  # step and text
-        self.sessions: list[dict[str, Any]] = []
-        self.step = 0
-        self.damaged: list[int] = []  # numbers of lines that are passed over, from 1
-
-        if path.is_file():
-            with path.open(encoding="utf-8", errors="replace") as lines:
-                for number, line in enumerate(lines, 1):
-                    try:
-                        self._add(json.loads(line))
-                    except DAMAGE:
-                        if line.endswith("\n"):  # otherwise it is only unfinished
-                            self.damaged.append(number)
-
-        if self.damaged:
-            some = ", ".join(map(str, self.damaged[:NAMED])) + (
-                ", ..." if len(self.damaged) > NAMED else ""
-            )
-            self.events.append(
-                (self.step, f"{path.name}: lines passed over, because they are damaged: {some}")
-            )
-
-    def _add(self, record: dict[str, Any]) -> None:
-        step = step_in(record)
-        self.step = step
-
-        for name, value in record.items():
-            if name == "session":
-                what = "training continued" if value["from_step"] else "training began"
-                self.events.append(
-                    (value["from_step"], f"{what} at {value['time']} on {value['processor']}")
-                )
-                self.sessions.append(value)
-            elif name == "left_out":
-                self.events.append(
-                    (step, f"not finite, left out: steps {', '.join(map(str, value))}")
-                )
-            elif isinstance(value, (int, float)) and math.isfinite(float(value)):
-                x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
-                x.append(step)
-                y.append(value)
-
-    def best(self, name: str) -> int:
-        """The place of the best value of a metric in its curve."""
-        higher = name.removeprefix("eval/").partition("@")[0] in HIGHER_IS_BETTER
-        return int(np.argmax(self.curves[name].y) if higher else np.argmin(self.curves[name].y))
-
-
-def step_in(record: Mapping[str, Any]) -> int:
-    """The step of a record. Raises ValueError, KeyError or TypeError if it is missing or cannot be
-    one.
-    """
-    step = record["step"]
-    if type(step) is not int or not 0 <= step <= MANY:
-        raise ValueError(f"{step!r:.40} is no step")
-    return step
-
-
-def is_metric(name: str) -> bool:
-    """Whether a curve measures the averaged weights, so that its best point is worth a mark."""
-    return (
-        name.startswith(("eval/", "held_out")) and "/q" not in name and not name.endswith("_error")
-    )
 
 
 def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
@@ -264,17 +264,22 @@ def frames(folder: Path, pattern: str = "step-*.png") -> Iterator[tuple[int, str
     for i in np.unique(
         np.linspace(0, len(every) - 1, min(PICTURES, len(every))).round().astype(int)
     ):
-        with contextlib.suppress(OSError, DataError, ValueError), open_image(every[i]) as image:
-            kind, content = "png", every[i].read_bytes()
+        with contextlib.suppress(OSError, DataError, ValueError):
+            yield int(every[i].stem.removeprefix("step-")), picture_url(every[i])
 
-            if len(content) > LARGE:
-                image.thumbnail((WIDTH, 10 * WIDTH))
-                shrunk = io.BytesIO()
-                image.convert("RGB").save(shrunk, "WEBP", quality=85)
-                kind, content = "webp", shrunk.getvalue()
 
-            url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-            yield int(every[i].stem.removeprefix("step-")), url
+def picture_url(path: Path) -> str:
+    """The data URL of a picture; a large one is shrunk. Raises OSError, DataError, ValueError."""
+    with open_image(path) as image:
+        kind, content = "png", path.read_bytes()
+
+        if len(content) > LARGE:
+            image.thumbnail((WIDTH, 10 * WIDTH))
+            shrunk = io.BytesIO()
+            image.convert("RGB").save(shrunk, "WEBP", quality=85)
+            kind, content = "webp", shrunk.getvalue()
+
+        return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 # ------------------------------------------------------------------------------------------- curves
@@ -291,16 +296,25 @@ def charts_of(log: Log, chosen: Mapping[str, Mapping[str, str]]) -> Iterator[dic
             if n.partition("@")[0] == name
         }
         curve, place = log.curves[name], log.best(name)
-        yield chart(metric_name(name), averages, (curve.x[place], curve.y[place]))
+        best = curve.x[place], curve.y[place]
+        yield chart(metric_name(name), averages, best, early=EARLY)
+
     for title, labels in chosen.items():
         if curves := {label: log.curves[n] for n, label in labels.items() if n in log.curves}:
-            yield chart(title, curves)
+            is_plan = "lr" in labels  # all of it is shown, its warm-up too
+            yield chart(title, curves, early=0 if is_plan else EARLY, linear=is_plan)
 
 
 def metric_name(name: str) -> str:
     """A metric's name for people; the decay of a further average stays behind it."""
     short, at, decay = name.removeprefix("eval/").partition("@")
     return NAMES.get(short, short.replace("_", " ").capitalize()) + at + decay
+
+
+def fact_name(name: str) -> str:
+    """The name of a value of `Log.summary` for people."""
+    best, _, metric = name.partition(" ")
+    return f"{metric_name(metric)}, best" if metric else FACTS.get(best, best)
 
 
 # ------------------------------------------------------------------------------------------ kernels

@@ -286,6 +286,8 @@ class Trainer:
                 self.previews.draw(model, last)
             except NotFiniteError as e:
                 self.notes.append(f"no preview of step {self.step.number}: {e}")
+            except DataError as e:
+                self.notes.append(f"the nearest training images are not shown: {e}")
             self.after_preview()
 
     def keep_snapshot(self) -> None:

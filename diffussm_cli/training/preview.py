@@ -17,6 +17,7 @@ from diffussm_cli.machine.files import whole_file
 from diffussm_cli.model import Backbone
 from diffussm_cli.sampling.sampler import Sampler
 from diffussm_cli.training.batches import captions_of
+from diffussm_cli.training.nearest import is_small, write_nearest
 from diffussm_cli.training.step import Step
 
 COLUMNS = 10  # at most
@@ -35,7 +36,7 @@ class Previews:
     def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
         self.step = step
         self.source = source
-        self.folder = root / runs.SAMPLES
+        self.root = root
         self.decoding = decoding()
 
         prompts = step.config.sample.prompts
@@ -52,7 +53,12 @@ class Previews:
     def draw(self, model: Backbone, last: bool) -> Path:
         """Draw a grid with a model in eval mode.
 
-        The last one of a run looks as `diffussm sample` draws it.
+        The last one of a run looks as `diffussm sample` draws it, and the nearest training image of
+        each sample is written too, if the data are a small set of pixels.
+
+        Raises:
+            NotFiniteError: if an image holds NaN or infinite values.
+            DataError: if a training image cannot be read any more; the preview is there.
         """
         config = self.step.config
         n = config.train.sample_images
@@ -78,8 +84,11 @@ class Previews:
             text = captions_of(self.source, n)
 
         images = torch.cat([images for _, images in sampler.draw(range(n), labels, text)])
-        path = self.folder / f"step-{self.step.number:08d}.png"
+        path = self.root / runs.SAMPLES / f"step-{self.step.number:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             save_grid(images, file, columns, titles)
+
+        if last and config.data.vae is None and is_small(self.source, images[0].numel()):
+            write_nearest(self.root, self.step.number, images, self.source, flip=config.data.flip)
         return path

@@ -5,6 +5,7 @@ shows it.
 import errno
 import json
 import os
+import re
 import shutil
 import time
 
@@ -61,7 +62,7 @@ def test_report_is_written_by_training(once):
         "preview at step 4",
     ):
         assert expected in text
-    assert text.count("<img") == 2  # previews at steps 2 and 4
+    assert text.count("<img") == 3  # previews at steps 2 and 4, and the nearest training images
     assert text.count("<polyline") == 32  # 20 curves, and both directions of six kernels
 
 
@@ -124,6 +125,105 @@ def test_report_of_long_log_is_small_and_keeps_the_spike(run):
     assert x[y.argmax()] == 54_321
     assert len(log.curves["grad_norm"].x) == 99_999
     assert log.events == [(54_321, "not finite, left out: steps 54321")]
+
+
+def log_of(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Log(path)
+
+
+def session(step, **facts):
+    return {"from_step": step, "time": "noon", "processor": "abacus"} | facts
+
+
+def test_time_of_a_run_is_the_sum_of_its_sessions(tmp_path):
+    log = log_of(
+        tmp_path / "log",
+        {"step": 10, "session": session(0), "seconds": {"steps": 1800}, "images_per_second": 4.0},
+        {"step": 20, "seconds": {"steps": 3600, "previews": 1800}, "images_per_second": 9.0},
+        {"step": 30, "session": session(20), "seconds": {"steps": 900}, "images_per_second": 5.0},
+        {"step": 40, "seconds": {"steps": -1}},  # damaged
+        {"step": 50, "seconds": "noon", "loss": 0.5, "peak_memory_gib": 3.0, "held_out": 2.0},
+        {"step": 60, "loss": 0.75, "peak_memory_gib": 2.5, "held_out": 2.5},
+    )
+    assert log.seconds == {"steps": 4500, "previews": 1800}
+    assert list(log.clock.x) == [10, 20, 30]
+    assert list(log.clock.y) == [0.5, 1.5, 1.75]
+    assert log.damaged == [4]
+    assert log.summary() == {
+        "step": 60,
+        "seconds": 6300,
+        "images_per_second": 5.0,
+        "peak_memory_gib": 3.0,
+        "loss": 0.75,
+        "best held_out": 2.0,
+    }
+    assert log_of(tmp_path / "log", {"step": 1}).summary() == {"step": 1}
+
+
+def test_page_tells_time_median_rate_command_commit_and_hash(run):
+    facts = session(0, command="diffussm train --x", commit="abc1234", data_sha256="feed" * 16)
+    log_of(
+        run / "metrics.jsonl",
+        {"step": 1, "session": facts, "seconds": {"steps": 3000}, "images_per_second": 4.25},
+        {"step": 2, "seconds": {"steps": 6000, "previews": 2000}, "images_per_second": 9.25},
+        {"step": 4, "seconds": {"steps": 6000, "previews": 2000}, "images_per_second": 5.25},
+    )
+    text = page(run)
+    for expected in ("2:13:20", "5.25 ", "last 5.25", "steps 75.0%, previews 25.0%"):
+        assert expected in text
+    for expected in ("diffussm train --x", "abc1234", "feed" * 16):
+        assert f"<td>{expected}</td>" in text
+
+
+def test_page_loads_itself_again_until_the_run_is_finished(run):
+    assert "refresh" not in page(run)
+    log_of(run / "metrics.jsonl", {"step": 3, "loss": 1.0})
+    assert '<meta http-equiv="refresh" content="60">' in page(run)
+
+
+def axes_in(text):
+    return json.loads(re.search(r"data-runs='(.*?)'", text)[1])
+
+
+def test_steps_of_a_run_become_images_and_hours(run):
+    """By its batch size and its clock, which starts at 0; without times there is no such axis."""
+    log_of(
+        run / "metrics.jsonl",
+        {"step": 2, "session": session(0), "loss": 2.0, "seconds": {"steps": 3600}},
+        {"step": 4, "loss": 1.0, "seconds": {"steps": 5400}},
+    )
+    text = page(run)
+    assert axes_in(text) == [{"batch": 8, "steps": [0, 2, 4], "hours": [0, 1.0, 1.5]}]
+    assert re.findall(r'name="unit" value="(\w+)"', text) == ["steps", "images", "hours"]
+    log_of(run / "metrics.jsonl", {"step": 2, "loss": 2.0})
+    assert re.findall(r'name="unit" value="(\w+)"', page(run)) == ["steps", "images"]
+
+
+def test_values_of_a_line_are_on_the_page_as_they_were_logged(run):
+    log_of(run / "metrics.jsonl", *({"step": 10 * i, "loss": i / 8} for i in range(1, 5)))
+    line = re.search(r'<polyline[^>]*data-run="(\d)" data-x="([^"]*)" data-y="([^"]*)"', page(run))
+    assert line.groups() == ("0", "10 20 30 40", "0.125 0.25 0.375 0.5")
+
+
+def test_nearest_training_images_are_shown_with_their_distances(run):
+    facts = {"step": 4, "images": 1617, "distances": [30.0, 10.5, 40.0]}
+    (run / "nearest.json").write_text(json.dumps(facts))
+    text = " ".join(page(run).split())
+    assert "a sample of step 4" in text
+    assert "of 1,617" in text
+    assert "differ by 30 of 255" in text
+    assert "least in pair 2: 10.5" in text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["[]", "{", '{"step": 4, "images": 9, "distances": [NaN]}', '{"distances": []}', "[" * 10**5],
+)
+def test_damaged_facts_of_nearest_images_leave_them_out(run, damage):
+    assert "Nearest training images" in page(run)
+    (run / "nearest.json").write_text(damage)
+    assert "Nearest training images" not in page(run)
 
 
 def test_previews_are_thinned_and_shrunk(run):
@@ -272,6 +372,20 @@ def test_best_point_of_metric_follows_its_direction(tmp_path):
     assert [label for label, _ in fid["legend"]] == ["", "0.9"]
 
 
+FIRST_COLUMNS = (
+    "[...document.querySelector('svg.chart').querySelectorAll('.column')].map(t => t.textContent)"
+)
+# What the figure of the first chart says while the pointer is in its middle, and afterwards.
+POINTED = """(() => {
+    const chart = document.querySelector('svg.chart'), box = chart.getBoundingClientRect();
+    const middle = { clientX: box.left + 199 / 360 * box.width, clientY: box.top + 20 };
+    chart.dispatchEvent(new PointerEvent('pointermove', middle));
+    const pointed = chart.parentElement.innerText;
+    chart.dispatchEvent(new PointerEvent('pointerleave'));
+    return [pointed, chart.parentElement.innerText];
+})()"""
+
+
 @pytest.mark.slow
 def test_report_is_shown_by_a_browser(run, tmp_path):
     from tests.browser import CHROMIUM, browser
@@ -292,6 +406,12 @@ def test_report_is_shown_by_a_browser(run, tmp_path):
         assert tab.ask("[...document.images].every(i => i.naturalWidth > 20)")
         assert tab.ask(colour) == "rgb(255, 255, 255)"
         tab.screenshot(tmp_path / "wide.png")
+        assert tab.ask(FIRST_COLUMNS) == ["0", "2", "4"]
+        tab.ask("document.querySelector('input[value=images]').click()")
+        assert tab.ask(FIRST_COLUMNS) == ["0", "16", "32"]
+        pointed, left = tab.ask(POINTED)
+        assert re.match(r"Held-out loss at 16 images\n0\.\d+\nbest", pointed)
+        assert re.match(r"Held-out loss *\nlast 0\.\d+\nbest", left)
         tab.call("Emulation.setEmulatedMedia", media="print")
         assert tab.ask(shown) == ["step 2", "step 4"]
         tab.open(path, width=390, dark=True)
@@ -330,5 +450,10 @@ def test_two_runs_on_one_page_share_curves_fields_and_previews(run, tmp_path):
     assert "Fields that differ" in text
     assert "2 other" in text
     assert "Compared" not in page(run)
+    assert [facts["batch"] for facts in axes_in(text)] == [8, 8]
+    assert {'data-run="0"', 'data-run="1"'} <= set(re.findall(r'data-run="\d"', text))
+    elsewhere = write_report(run, [other], tmp_path / "both.html")
+    assert elsewhere == tmp_path / "both.html"
+    assert "2 other" in elsewhere.read_text(encoding="utf-8")
     with pytest.raises(RunError, match="missing"):
         write_report(run, [tmp_path / "missing"])
