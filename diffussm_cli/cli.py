@@ -128,6 +128,9 @@ EXAMPLES = {
 
   # figure 3, time and memory as a picture
   diffussm profile --latency --figure costs.png
+
+  # what two runs have cost and reached, also as a page
+  diffussm profile runs/mnist runs/mnist-2
 """,
 }
 

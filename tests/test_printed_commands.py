@@ -73,11 +73,12 @@ SIZES = {
         "forward",
     ],
     "profile --estimate": SETTINGS,
+    "profile runs/mnist": [],
     "train --list": [],
     "profile --paper": [],
 }
 # These take none of the sizes of their command.
-EXACT = ("encode --verify", "train --list", "profile --paper")
+EXACT = ("encode --verify", "train --list", "profile --paper", "profile runs/mnist")
 
 # What lies in the folder of a page before its first command.
 TRAINED, ENCODED = (
@@ -111,6 +112,7 @@ INPUTS = {
     "diffussm --help": [],
     "encode --help": ["photos"],
     "eval --help": [TRAINED, "images", "church", "VIRTUAL_imagenet256_labeled.npz"],
+    "profile --help": [TRAINED, TRAINED + " --out runs/mnist-2"],
     "sample --help": [TRAINED],
     "train --help": ["faces", "imagenet/train", ENCODED],
 }

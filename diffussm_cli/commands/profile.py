@@ -31,6 +31,7 @@ def profile(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN]...",
+            autocompletion=completion.runs,
             help="Folders of runs: what they have cost and reached, side by side, also as a page.",
         ),
     ] = None,
@@ -162,6 +163,7 @@ def profile(
         Path | None,
         typer.Option(
             metavar="FILE",
+            rich_help_panel=options.RESULT,
             help="For RUN: the page, as html. Default: report.html in the first run.",
         ),
     ] = None,
