@@ -123,6 +123,43 @@ def test_tar_shards_are_read_in_place(tmp_path):
     assert (names(single), single.class_names) == (["1.tar/3.webp"], ("0", "1"))
 
 
+IN_FOLDERS = {  # members of two shards; classes; labels
+    "class folders": (
+        ["cat/1.png", "dog/1.png"],
+        ["dog/2.png", "ant/1.png"],
+        "ant cat dog",
+        "1220",
+    ),
+    "below the folder that was packed": (
+        ["./x/b/1.png"],
+        ["./x/a/1.png", "x/a/c/2.png"],
+        "a b",
+        "100",
+    ),
+    "one folder": (["faces/1.png"], ["faces/2.png"], "", "00"),
+    "one split": (["train/a/1.png"], ["train/b/1.png"], "a b", "01"),
+    "classes beside files of other kinds": (
+        ["b/1.png", "readme"],
+        ["a/1.png", "a.csv"],
+        "a b",
+        "10",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_FOLDERS)
+def test_class_folders_in_tar_shards_are_classes(tmp_path, case):
+    *shards, classes, labels = IN_FOLDERS[case]
+    for i, members in enumerate(shards):
+        write_tar(tmp_path / f"{i}.tar", dict.fromkeys(members, content()))
+    found = list_source(tmp_path)
+    assert names(found) == [
+        f"{i}.tar/{m}" for i, members in enumerate(shards) for m in members if m.endswith(".png")
+    ]
+    assert found.class_names == tuple(classes.split())
+    assert [e.label for e in found.entries] == list(map(int, labels))
+
+
 def test_damaged_tar_keeps_images_before_the_damage(tmp_path):
     whole = write_tar(tmp_path / "0.tar", {"1.png": content(), "2.png": bytes(5000)}).read_bytes()
     (tmp_path / "0.tar").write_bytes(whole[:3000])
@@ -255,6 +292,11 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         {"0.tar": shard(**{"1.png": None}), "2.png": None, "3.png": None},
         1,
         [(2, "image", "a file next to tar shards", "2.png")],
+    ),
+    "images beside class folders in a shard": (
+        {"0.tar": shard(**{"1.png": None, "2.png": None, "a/3.png": None})},
+        3,
+        [(1, "folder", "no class, as 2 images lie in none", "a")],
     ),
     "images beside folders without any": (
         {"1.png": None, "2.png": None, "notes/a.md": b""},
@@ -507,6 +549,12 @@ REFUSED = {  # files, what is given, the line
             "ROOT/bottle' holds the splits test, train of a data set, not classes, and other "
             "folders in it do too"
         ),
+    ),
+    "splits in shards": (
+        {"0.tar": shard(**{"x/train/1.png": None}), "1.tar": shard(**{"x/val/1.png": None})},
+        "",
+        "ROOT/0.tar' holds the splits train, val of a data set, not classes; unpack the shards and "
+        "give one of them",
     ),
     "shards in several folders": (
         {"a/0.tar": b"", "b/0.tar": b""},

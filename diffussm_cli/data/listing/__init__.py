@@ -2,9 +2,9 @@
 with the reason why it is not used.
 
 Layouts: one folder per class; a flat folder (no classes); labels in a file beside the images;
-WebDataset shards (*.tar), where KEY.cls holds the label of KEY.jpg as an integer; parquet shards
-(../parquet.py); .npz files (../arrays.py); CIFAR's binary batches (../cifar.py). Shards are read in
-place.
+WebDataset shards (*.tar), where KEY.cls holds the label of KEY.jpg as an integer, or with one
+folder per class; parquet shards (../parquet.py); .npz files (../arrays.py); CIFAR's binary batches
+(../cifar.py). Shards are read in place.
 
 source.py    list_source: a folder, a file, a pattern, or hub:OWNER/NAME (hub.py)
 folders.py   one folder per class, or a flat folder; labels.py: labels in files beside the images

@@ -58,7 +58,7 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
         entries = [e for images in classes.values() for e in images]
         labels = labels_beside(root, entries, ())
         if labels:
-            refuse_splits(root, (), entries)
+            refuse_splits(root, (), map(_folder_of, entries))
             entries = _entries(root, files, ignored, unread) + entries
             return _with_labels(root, entries, labels, ignored, unread)
         entries = _labelled(root, classes, ignored)
@@ -141,7 +141,8 @@ def _labelled(
     without images.
     """
     entries = [e._replace(label=i) for i, images in enumerate(classes.values()) for e in images]
-    refuse_splits(root, [name for name, images in classes.items() if images], entries)
+    with_images = [name for name, images in classes.items() if images]
+    refuse_splits(root, with_images, map(_folder_of, entries))
 
     for name, images in classes.items():
         if not images:
@@ -154,6 +155,10 @@ def _labelled(
             )
             raise DataError(f"the class folder {str(root / name)!r} {why}{hint}")
     return entries
+
+
+def _folder_of(entry: Entry) -> str:
+    return entry.name.rpartition("/")[0]
 
 
 def _shards_below(root: Path, ignored: list[tuple[str, str]]) -> list[str]:
@@ -219,7 +224,7 @@ def _entries(
             others.append(name)
 
     # What diffussm wrote beside images.
-    samples = {f for f in {e.name.rpartition("/")[0] for e in entries} if holds_samples(root / f)}
+    samples = {f for f in set(map(_folder_of, entries)) if holds_samples(root / f)}
     entries = without_overviews(entries, ignored, samples)
 
     # Captions are used by runs with text.

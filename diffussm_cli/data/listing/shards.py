@@ -21,6 +21,7 @@ from diffussm_cli.data.listing.left_out import (
     kind_of,
     reason_for,
 )
+from diffussm_cli.data.listing.splits import refuse_splits
 from diffussm_cli.data.tar import Damaged, key_of, members
 from diffussm_cli.errors import DataError
 
@@ -41,8 +42,10 @@ def list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str]
     entries = without_overviews(entries, ignored)
 
     if not labels:
-        parts = _classes_in_names(archives)
-        return Listing(root, entries, (), ignored, unread=(*parts, *counted(unread)))
+        entries, names, parts = _classes_in_folders(root, entries)
+        if not names:
+            parts += _classes_in_names(archives)
+        return Listing(root, entries, names, ignored, unread=(*parts, *counted(unread)))
     entries = [e._replace(label=labels.get(key_of(e.name), -1)) for e in entries]
     without = next((e.name for e in entries if e.label < 0), None)
     if without is not None:
@@ -103,6 +106,38 @@ def _class_of(name: str, content: bytes) -> int:
             f"{name} must hold an integer from 0 to {MAX_CLASS - 1}, not {content!r:.40}"
         )
     return label
+
+
+def _classes_in_folders(
+    root: Path, entries: Sequence[Entry]
+) -> tuple[list[Entry], tuple[str, ...], list[LeftOut]]:
+    """The entries with the labels of the folders in which they lie, and the names of these classes;
+    what is not used of the folders.
+
+    Folders that hold all images, as of a packed data set, are no classes. Raises DataError for
+    splits.
+    """
+    # The folders of each image, without those that all images share.
+    paths = [[p for p in e.name.split("/")[1:-1] if p != "."] for e in entries]
+    shared = 0
+    for parts in zip(*paths):
+        if len(set(parts)) > 1:
+            break
+        shared += 1
+    paths = [path[shared:] for path in paths]
+    names = tuple(sorted({path[0] for path in paths if path}))
+    if not names:
+        return list(entries), (), []
+    unpacked = "unpack the shards and give one of them"
+    refuse_splits(root / entries[0].archive, (), map("/".join, paths), unpacked)
+
+    # Classes, if each image lies in one.
+    outside = sum(not path for path in paths)
+    if outside:
+        why = f"no class, as {outside:,} images lie in none"
+        return list(entries), (), [LeftOut(len(names), "folder", why, names[0])]
+    places = {name: place for place, name in enumerate(names)}
+    return [e._replace(label=places[path[0]]) for e, path in zip(entries, paths)], names, []
 
 
 def _classes_in_names(archives: Sequence[str]) -> list[LeftOut]:

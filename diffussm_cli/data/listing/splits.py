@@ -2,10 +2,9 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffussm_cli.data.listing.entries import Entry
 from diffussm_cli.errors import DataError
 
 SPLITS = {  # words that name a split of a data set
@@ -59,13 +58,19 @@ def one_split(shards: Sequence[str]) -> list[str]:
     return list(shards)
 
 
-def refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry]) -> None:
+def refuse_splits(
+    root: Path, classes: Sequence[str], folders: Iterable[str], remedy: str = ""
+) -> None:
     """Raises DataError if folders that would become classes, or parts of one, are splits of a data
     set.
+
+    Args:
+        folders: those of the images, relative to the root.
+        remedy: by default, to give the path of one of them.
     """
     # The splits below each folder that holds some.
     below: dict[str, dict[str, str]] = {}
-    for folder in dict.fromkeys(e.name.rpartition("/")[0] for e in entries):
+    for folder in dict.fromkeys(folders):
         parts = folder.split("/")
         for i, part in enumerate(parts):
             named = SPLIT_FOLDER.fullmatch(part)
@@ -84,7 +89,8 @@ def refuse_splits(root: Path, classes: Sequence[str], entries: Sequence[Entry]) 
     names = sorted(splits.values())
     others = ", and other folders in it do too" if len(several) > 1 else ""
     kind = "the splits" if len(names) > 1 else "only the split"
+    remedy = remedy or f"give one: {str(where / splits.get('train', names[0]))!r}"
     raise DataError(
         f"{str(where)!r} holds {kind} {', '.join(names)} of a data set, not classes{others}; "
-        f"give one: {str(where / splits.get('train', names[0]))!r}"
+        f"{remedy}"
     )
