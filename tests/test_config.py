@@ -311,8 +311,27 @@ def test_retired_field_is_accepted_only_at_its_old_value():
             config_from_dict(saved, "x")
 
 
+@pytest.mark.parametrize("name", ["train.learning_rate", "train.foo", "epochs", "model.layers"])
+def test_fields_that_are_far_from_a_name_are_not_suggested(name):
+    with pytest.raises(ConfigError) as error:
+        load_config("digits", [f"{name}=1"])
+    quoted = name if "." in name else repr(name)
+    assert str(error.value).endswith(f"unknown field {quoted}")
+
+
+def test_the_fields_of_a_small_section_are_listed_if_none_is_near():
+    with pytest.raises(
+        ConfigError, match=r"unknown field eval.metric; valid: eval.every, (eval.*)+"
+    ):
+        load_config("digits", ["eval.metric=fid"])
+
+
 WRONG = {
-    "train.learning_rate=1": "unknown field train.learning_rate",
+    "model.width=8": "did you mean 'model.text_width'?",
+    "train.batch=8": "did you mean 'train.batch_size'?",
+    "model.channels=3": "did you mean 'data.channels'?",
+    "sample.seed=3": "did you mean 'train.seed'?",
+    "model.patch=3": "did you mean 'model.patch_size'?",
     "model.lr=1": "unknown field model.lr; did you mean 'train.lr'?",
     "model.hiden_size=8": "did you mean 'model.hidden_size'?",
     "lr=1": "unknown field 'lr'; did you mean 'train.lr'?",

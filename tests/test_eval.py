@@ -343,13 +343,17 @@ MISTAKES = {
     "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "out": (
-        ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x"],
+        ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x.json"],
         "--out: there is no folder '/dev/null'",
     ),
     "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "REF.npz: there is no folder 'none'"),
-    "long out": (["PICTURES", *REFERENCE, "--out", LONG], "--out: cannot write 'xxx"),
+    "long out": (["PICTURES", *REFERENCE, "--out", f"{LONG}.json"], "--out: cannot write 'xxx"),
+    "out of another kind": (
+        ["PICTURES", *REFERENCE, "--out", "r.png"],
+        "'r.png' must end in .json",
+    ),
     "long target": (["--make-ref", "PICTURES", f"{LONG}.npz"], "REF.npz: cannot write 'xxx"),
-    "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "is a folder"),
+    "out is a folder": (["PICTURES", *REFERENCE, "--out", "EMPTY"], "EMPTY' must end in .json"),
     "pipe": (["PIPE", *REFERENCE], "cannot be read as .npz: not a regular file"),
     "resolution": (
         ["PICTURES", *REFERENCE, "--resolution", "99999"],
@@ -545,11 +549,50 @@ def test_input_is_never_replaced_by_output(option, digits, tmp_path):
     assert path.read_bytes() == before
 
 
-def test_distances_of_set_from_itself_are_zero(digits, tmp_path):
+FOREIGN_RESULTS = {"text": "text", "list": "[1]", "package": '{"name": "metrics"}', "empty": ""}
+
+
+@pytest.mark.parametrize("case", FOREIGN_RESULTS)
+def test_result_replaces_no_other_file(case, digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:10])
+    for path in (tmp_path / "r.json", folder / "results.json"):
+        path.write_text(FOREIGN_RESULTS[case])
+    command = ("eval", folder, *REFERENCE, "--metrics", "is")
+    line = line_of(run(*command, "--out", tmp_path / "r.json"))
+    assert f"--out: '{tmp_path}/r.json' exists and is no result of eval; name another file" in line
+
+    shown = run(*command)
+    assert shown.exit_code == 0, shown.output
+    assert f"the result is not saved: '{folder}/results.json' exists and is no" in shown.stderr
+    for path in (tmp_path / "r.json", folder / "results.json"):
+        assert path.read_text() == FOREIGN_RESULTS[case]
+
+
+def test_result_replaces_an_earlier_result(digits, tmp_path):
+    folder = save(tmp_path / "s", digits[0][:10])
+    command = ("eval", folder, *REFERENCE, "--metrics", "is", "--out", tmp_path / "r.json")
+    for _ in range(2):
+        shown = run(*command)
+        assert shown.exit_code == 0, shown.output
+
+
+def test_distances_of_set_from_itself_are_zero_and_warned_of(digits, tmp_path):
     folder = save(tmp_path / "s", digits[0][:40])
-    found = measure(folder, "--reference", folder, "--metrics", "fid,sfid")["metrics"]
-    assert 0 <= found["fid"] < 1e-6
-    assert 0 <= found["sfid"] < 1e-6
+    words = "the reference has the same features as the samples, as of the same images"
+    result = measure(folder, "--reference", folder, "--metrics", "fid,sfid")
+    assert 0 <= result["metrics"]["fid"] < 1e-6
+    assert 0 <= result["metrics"]["sfid"] < 1e-6
+    assert [words in line for line in result["warnings"]].count(True) == 1
+
+    assert run("eval", "--make-ref", folder, tmp_path / "r.npz").exit_code == 0
+    others = save(tmp_path / "o", digits[0][1:41])
+    for samples, reference, is_same in (
+        (folder, tmp_path / "r.npz", True),
+        (save(tmp_path / "turned", digits[0][:40][::-1]), folder, True),
+        (others, folder, False),
+    ):
+        lines = measure(samples, "--reference", reference, "--metrics", "fid")["warnings"]
+        assert any(words in line for line in lines) == is_same
 
 
 def test_unused_options_are_named(digits, tmp_path):

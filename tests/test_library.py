@@ -178,10 +178,47 @@ def test_wrong_request_is_one_line_error_naming_the_parameter():
         run.sample(1, classes=[99])
     with pytest.raises(ConfigError, match="unknown field sample.step"):
         run.sample(1, step=4)
-    with pytest.raises(ValueError, match="images must be uint8"):
-        ds.grid(torch.zeros(2, 1, 4, 4))
-    with pytest.raises(ValueError, match="columns must be at least 1, not 0"):
-        ds.grid(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), columns=0)
+
+
+PIXELS = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+NO_GRID = {
+    "floats": (
+        (torch.zeros(2, 1, 4, 4),),
+        r"^images: torch.float32 \(2, 1, 4, 4\) must be uint8 \(n,",
+    ),
+    "one image": ((PIXELS[0],), r"^images: torch.uint8 \(1, 4, 4\) must be uint8"),
+    "no image": ((PIXELS[:0],), r"^images: torch.uint8 \(0, 1, 4, 4\) must be uint8"),
+    "two channels": ((PIXELS.view(1, 2, 4, 4),), r"^images: torch.uint8 \(1, 2, 4, 4\) must be"),
+    "an array": ((PIXELS.numpy(),), "^images: ndarray must be uint8"),
+    "no columns": ((PIXELS, None, 0), "^columns: 0 must be a whole number of at least 1$"),
+    "half a column": ((PIXELS, None, 1.5), "^columns: 1.5 must be a whole number of at least 1$"),
+    "another kind": ((PIXELS, "g.jpg"), "^path: 'g.jpg' must end in .png$"),
+    "no folder": ((PIXELS, "none/g.png"), "^path: there is no folder 'none'$"),
+    "a folder": ((PIXELS, "folder.png"), "^path: cannot write 'folder.png': it is a folder"),
+    "a picture": ((PIXELS, "mine.png"), "^path: 'mine.png' exists and would be replaced; name"),
+    "a text": ((PIXELS, "text.png"), "^path: 'text.png' exists and would be replaced; name"),
+}
+
+
+@pytest.mark.parametrize(("request_", "line"), NO_GRID.values(), ids=NO_GRID)
+def test_wrong_grid_is_one_line_error_and_replaces_nothing(request_, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("mine.png")
+    Path("text.png").write_text("text")
+    Path("folder.png").mkdir()
+    before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=line):
+        ds.grid(*request_)
+    after = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
+    assert after == before
+
+
+def test_grid_replaces_its_earlier_self(tmp_path):
+    ds.grid(PIXELS, tmp_path / "g.png")
+    picture = ds.grid(PIXELS + 9, str(tmp_path / "g.png"))
+    with Image.open(tmp_path / "g.png") as stored:
+        assert np.array_equal(np.asarray(stored), np.asarray(picture))
+    assert [path.name for path in tmp_path.iterdir()] == ["g.png"]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +226,9 @@ def test_wrong_request_is_one_line_error_naming_the_parameter():
     [
         ({"classes": [10]}, "^classes: 10 is not a class of this model; it has 0 to 9$"),
         ({"classes": [0.9]}, "^classes: 0.9 is not a class of this model"),
+        ({"classes": [True]}, "^classes: True is not a class of this model"),
+        ({"classes": [torch.tensor(True)]}, r"^classes: tensor\(True\) is not a class of this"),
+        ({"num": True}, "^num: True must be a whole number of at least 1$"),
         ({"classes": 1}, "^classes: 1 must be a list of labels or class names, such as"),
         ({"classes": "cat"}, "^classes: 'cat' must be a list of labels or class names, such as"),
         ({"classes": ["cat"]}, "^classes: 'cat' is not a class of this model; it has 0 to 9"),
@@ -524,6 +564,34 @@ def test_channels_of_items_must_come_first(shape, kind, tmp_path):
 def test_reference_images_are_checked_too(image):
     with pytest.raises(DataError, match="data: item 0 of the Odd is .*; give uint8, or floats"):
         ds.evaluate("mnist", Odd(image), num=1, show=False)
+
+
+class ToTensor(Squares):
+    """Pixels in [0, 1], a mistake; `low` is that of the last image."""
+
+    def __init__(self, low=0.0):
+        super().__init__()
+        self.low = low
+
+    def __getitem__(self, i):
+        low = self.low if i == len(self) - 1 else 0.0
+        return torch.linspace(low, 1, 64).view(1, 8, 8), 10 * (i % 3)
+
+
+def test_dataset_of_pixels_from_0_to_1_and_labels_with_gaps_is_told(tmp_path, capsys):
+    settings = {**SMALL, "model.num_classes": 21}
+    ds.train("digits", tmp_path / "run", data=ToTensor(), set=settings, **SHORT | {"steps": 1})
+    shown = " ".join(capsys.readouterr().err.split())
+    assert shown.count("lie in [0, 1], as ToTensor makes them, but floats are taken to lie in") == 1
+    assert shown.count("18 of 21 classes have no image: 1, 2, 3, 4, 5, 6, 7, 8, 9, 11,") == 1
+
+
+def test_dataset_of_model_space_is_not_doubted():
+    config = ds.load_config("digits", fields={"model.num_classes": 0, "sample.guidance": 1})
+    unscaled = [ToTensor(), Odd(torch.ones(1, 8, 8))]
+    assert all(DatasetSource(data, config).warning for data in unscaled)
+    right = [ToTensor(-0.1), Squares(), Squares(kind=torch.float32), Odd(torch.zeros(1, 8, 8))]
+    assert not any(DatasetSource(data, config).warning for data in right)
 
 
 def test_harmless_differences_are_accepted():

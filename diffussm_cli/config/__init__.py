@@ -48,4 +48,11 @@ from diffussm_cli.config.presets import (
 )
 from diffussm_cli.config.reading import config_from_dict, read_section, shown, to_dict, to_yaml
 from diffussm_cli.config.unused import unused_fields, unused_of_request
-from diffussm_cli.config.values import check_text, check_whole, named_columns, nearest, whole_number
+from diffussm_cli.config.values import (
+    check_text,
+    check_whole,
+    is_truth_value,
+    named_columns,
+    nearest,
+    whole_number,
+)

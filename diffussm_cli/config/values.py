@@ -9,6 +9,8 @@ from diffussm_cli.errors import ConfigError
 
 SMALLEST = 1e-9  # smallest magnitude of a nonzero number
 MAX_NAME = 255  # bytes in a file name
+# least likeness, from 0 to 1, of a name to one that was perhaps meant; in another section
+NEAR, NEARER = 0.65, 0.75
 COLUMNS = ("image", "label", "text")  # what columns of parquet shards hold
 
 
@@ -43,9 +45,15 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+def is_truth_value(value: Any) -> bool:
+    """Whether a value is true or false, which Python, numpy and torch take as 1 and 0."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
     """Raises ConfigError, naming the parameter, for what is not an int within bounds."""
-    is_int = hasattr(value, "__index__") and whole_number(value) is not None
+    is_number = hasattr(value, "__index__") and not is_truth_value(value)
+    is_int = is_number and whole_number(value) is not None
     if not is_int or value < least or (most is not None and value > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ConfigError(f"{name}: {value!r:.80} must be a whole number {bounds}")
@@ -82,11 +90,17 @@ def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error line: the closest valid name, or all valid names if there are few."""
+    """The end of an error line: the closest valid name, or all valid names if there are few.
+
+    Names of fields are looked for in their section, and then in others, which one may mistake.
+    """
     valid = [str(v) for v in valid]
-    leaf = name.rpartition(".")[-1]  # `lr` or `model.lr` for train.lr
-    close = [v for v in valid if v.rpartition(".")[-1] == leaf]
-    close = close or difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(valid)}" if len(valid) <= 16 else ""
+    section, dot, leaf = name.rpartition(".")
+    in_section = [v for v in valid if dot and v.startswith(f"{section}.")]
+    for names, cutoff in ((in_section, NEAR), (valid, NEARER if dot else NEAR)):
+        leaves = {v.rpartition(".")[-1]: v for v in reversed(names)}
+        close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
+        if close:
+            return f"; did you mean {leaves[close[0]]!r}?"
+    names = in_section or valid
+    return f"; valid: {', '.join(names)}" if len(names) <= 16 else ""

@@ -15,6 +15,7 @@ from diffussm_cli.data.images import coins, to_model_space, to_uint8
 from diffussm_cli.errors import DataError
 
 LARGEST = 1.001  # of pixels in model space: 1 and a rounding error
+LOOKED_AT = 16  # items, at equal distances, by which values of the wrong scale are noticed
 
 
 class DatasetSource:
@@ -47,9 +48,10 @@ class DatasetSource:
         if not len(self):
             raise DataError("data: the dataset is empty")
         self._image(0)
-        self.class_names = class_names(dataset) if self.has_labels else ()
+        self.class_names, self.labels = classes_of(dataset) if self.has_labels else ((), [])
         if self.class_names:
             self._item(0)
+        self.warning = self._doubt()
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -71,6 +73,14 @@ class DatasetSource:
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:  # noqa: ARG002
         raise AssertionError("refused above")
 
+    def _doubt(self) -> str:
+        """`scale_doubt` of items at equal distances; empty for latents, which have no scale."""
+        if not self.of_pixels:
+            return ""
+        last = len(self) - 1
+        places = sorted({i * last // (LOOKED_AT - 1) for i in range(LOOKED_AT)})
+        return scale_doubt([self._image(i)[0] for i in places])
+
     def _item(self, i: int) -> tuple[Tensor, int]:
         """Image and label of an item, checked."""
         image, label = self._image(i)
@@ -90,9 +100,9 @@ class DatasetSource:
         return image, label
 
 
-def class_names(dataset: Dataset) -> tuple[str, ...]:
+def classes_of(dataset: Dataset) -> tuple[tuple[str, ...], list[int]]:
     """The Dataset's `classes`, or else the numbers up to its largest label, for which all items are
-    read. Raises DataError.
+    read; and the labels, if they are read. Raises DataError.
     """
     names = getattr(dataset, "classes", None)
     if names is not None:
@@ -101,12 +111,12 @@ def class_names(dataset: Dataset) -> tuple[str, ...]:
                 f"data: the classes of the {type(dataset).__name__} are {names!r:.80}; "
                 "they must be a list of names"
             )
-        return tuple(map(str, names))
+        return tuple(map(str, names)), []
     labels = [
         check_label(split(dataset[i])[1], place(dataset, i))
         for i in range(len(cast(Sized, dataset)))
     ]
-    return tuple(str(label) for label in range(max(labels) + 1))
+    return tuple(str(label) for label in range(max(labels) + 1)), labels
 
 
 def place(dataset: Dataset, i: int) -> str:
@@ -132,6 +142,23 @@ def check_values(image: Tensor, where: str, of_pixels: bool) -> None:
         kind = str(image.dtype).removeprefix("torch.")
         span = f"{image.min().item():g} to {image.max().item():g}"
         raise DataError(f"{where} is {kind} from {span}; give uint8, or floats in [-1, 1]")
+
+
+def scale_doubt(images: Sequence[Tensor]) -> str:
+    """A line if pixels seem to lie in [0, 1], where torchvision's ToTensor puts them; else empty.
+
+    Args:
+        images: uint8, or floats in [-1, 1]; at least one.
+    """
+    floats = [image for image in images if image.is_floating_point()]
+    if len(floats) < len(images) or min(image.min() for image in floats) < 0:
+        return ""
+    if not any(image.max() > 0 for image in floats):
+        return ""
+    return (
+        f"data: the pixels of {len(images)} items lie in [0, 1], as ToTensor makes them, "
+        "but floats are taken to lie in [-1, 1]; give 2 * x - 1 or uint8"
+    )
 
 
 def check_label(label: Any, where: str, classes: int = MAX_CLASSES) -> int:
@@ -163,12 +190,12 @@ def split(item: Any) -> tuple[Tensor, Any]:
     return image, label
 
 
-def images_of(dataset: Dataset) -> Tensor:
-    """All images of a Dataset, uint8 (n, C, H, W). Raises DataError."""
+def images_of(dataset: Dataset) -> tuple[Tensor, str]:
+    """All images of a Dataset, uint8 (n, C, H, W), and their `scale_doubt`. Raises DataError."""
     items = [split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))]
     for i, image in enumerate(items):
         check_values(image, place(dataset, i), of_pixels=True)
     images = torch.stack(items)
     if images.dtype == torch.uint8:
-        return images
-    return to_uint8(images)
+        return images, ""
+    return to_uint8(images), scale_doubt(items)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data import builtin
-from diffussm_cli.data.datasets import check_values, class_names, place, split
+from diffussm_cli.data.datasets import check_values, classes_of, place, split
 from diffussm_cli.data.images import is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST, read_settings
 from diffussm_cli.data.listing import Listing, entry_size, list_source, read_entry
@@ -142,7 +142,7 @@ def _of_dataset(dataset: Dataset, of_pixels: bool) -> Facts:
     channels, height, width = image.shape
     resolution = height if height == width else f"{height}x{width}"
     has_labels = isinstance(item, tuple | list)
-    names = class_names(dataset) if has_labels else ()
+    names = classes_of(dataset)[0] if has_labels else ()
     return Facts({"resolution": resolution, "channels": channels}, _conditional(len(names)))
 
 

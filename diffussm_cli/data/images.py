@@ -31,6 +31,7 @@ from diffussm_cli.machine.files import open_regular
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MAX_PIXELS = 1 << 26  # of a file, and of an image that is enlarged before it is cropped
+GRID_MARK = ("Software", "diffussm")  # of a grid that a program of Python has written
 GRID = "grid.png"  # the overview beside a set of images; not one of the set
 ORIENTATION = 0x0112  # of EXIF
 WHITE_IS_ZERO, UNSIGNED = 0, 1  # values of two TIFF tags
@@ -313,6 +314,22 @@ def image_grid(pixels: Tensor, columns: int, titles: Sequence[str] = ()) -> Tens
         top, left = gap + (i // columns) * (H + gap), gap + (i % columns) * (W + gap)
         canvas[:, top : top + H, left : left + W] = image
     return canvas
+
+
+def grid_mark() -> PngInfo:
+    """The mark in a PNG file by which `is_grid` knows it."""
+    chunks = PngInfo()
+    chunks.add_text(*GRID_MARK)
+    return chunks
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a file is a PNG with the mark of a grid."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get(GRID_MARK[0]) == GRID_MARK[1]
+    except (OSError, ValueError, SyntaxError):
+        return False
 
 
 def _title(text: str, width: int) -> Tensor:

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def fields_of(path: Path) -> set[str]:
         with open_regular(path) as file:
             first = file.readline(MAX_LINE_BYTES).decode("utf-8-sig")
         if path.suffix == ".csv":
-            return set(next(csv.reader([first]), []))
+            return set(_names(next(csv.reader([first], skipinitialspace=True), [])))
         record = json.loads(first)
     except (OSError, ValueError, RecursionError, csv.Error):
         return set()
@@ -88,10 +88,18 @@ def _of_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
             yield number, record
 
 
+def _names(columns: Sequence[str]) -> list[str]:
+    """The names of columns without spaces at their ends."""
+    return [name.strip() for name in columns]
+
+
 def _of_csv(text: str, where: str) -> Iterator[tuple[int, Any]]:
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    # As spreadsheets and people write tables, with spaces after their commas.
+    file = io.StringIO(text, newline="")
+    rows = csv.DictReader(file, strict=True, skipinitialspace=True)
     while True:
         try:
+            rows.fieldnames = _names(rows.fieldnames or [])
             row = next(rows, None)
         except csv.Error as e:
             raise DataError(f"{where}: line {rows.line_num}: {e}") from e

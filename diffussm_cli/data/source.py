@@ -23,6 +23,7 @@ from diffussm_cli.data.listing import (
     UNREADABLE,
     LeftOut,
     Listing,
+    empty_classes,
     left_out_line,
     list_source,
     read_entry,
@@ -43,6 +44,10 @@ class Source(Protocol):
     """
 
     class_names: tuple[str, ...]
+
+    @property
+    def labels(self) -> Sequence[int] | Tensor:
+        """The label of each image; empty if they are not known before the images are read."""
 
     @property
     def left_out(self) -> str:
@@ -93,6 +98,11 @@ class ImageFolder(Captioned):
         """
         parts = self.listing.left_out(with_text=self.texts is not None)
         return left_out_line(self.listing.root, [*parts, *self._unused_captions])
+
+    @property
+    def labels(self) -> list[int]:
+        """The label of each image."""
+        return [e.label for e in self.entries]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -171,6 +181,11 @@ class Part:
         self.class_names = source.class_names
 
     @property
+    def labels(self) -> Sequence[int] | Tensor:
+        """Those of the undivided source."""
+        return self.source.labels
+
+    @property
     def left_out(self) -> str:
         """As that of the undivided source."""
         return self.source.left_out
@@ -195,6 +210,15 @@ class Part:
 def undivided(source: Source) -> Source:
     """The source itself, or the one that it is a Part of."""
     return source.source if isinstance(source, Part) else source
+
+
+def doubts(source: Source, config: Config) -> list[str]:
+    """Lines about data that can be used, but may not be what was meant: their scale, and classes
+    without images.
+    """
+    scale = getattr(undivided(source), "warning", "")
+    empty = empty_classes(source.class_names, source.labels) if config.model.num_classes else ""
+    return [line for line in (scale, empty) if line]
 
 
 def unreadable_images(

@@ -25,6 +25,7 @@ from diffussm_cli.evaluation.reference import RECALL_IMAGES, Reference
 from diffussm_cli.evaluation.sets import ImageSet
 
 PUBLISHED_SAMPLES = 50_000
+SAME = 1e-5  # of a deviation, by which means of features of the same images may differ by rounding
 # of `Gathered`
 LAYERS = {"spatial": "spatial features", "classes": "the class probabilities of a classifier"}
 
@@ -110,6 +111,17 @@ def _same_subsets(_: ImageSet, samples: Gathered, reference: Reference) -> list[
     if reference.gathered is None or n != len(reference.gathered.pool) or n > KID_SIZE:
         return []
     return [f"kid: each of its subsets is all {n:,} images, so that its error is not known"]
+
+
+def _same_images(samples: Gathered, reference: Reference) -> bool:
+    """Whether samples and reference are the same images, in any order, by the means of their
+    features; those of two sets of n images differ by about a deviation / sqrt(n).
+    """
+    if reference.pool is None:
+        return False
+    mean, covariance = reference.pool
+    apart = (samples.pool.double().mean(0) - mean).abs()
+    return bool((apart <= SAME * covariance.diagonal().sqrt()).all())
 
 
 def in_order(labels: Sequence[int] | None) -> bool:
@@ -260,6 +272,11 @@ def warnings(
         remarks.append(
             f"reference images are {theirs}, samples {ours}: "
             "scores at two resolutions cannot be compared"
+        )
+    if _same_images(samples, reference):
+        remarks.append(
+            "the reference has the same features as the samples, as of the same images: "
+            "distances between them say nothing"
         )
     if images.lossy:
         remarks.append("samples are JPEG or WebP: lossy compression alone moves FID; write PNG")

@@ -3,18 +3,22 @@
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffussm_cli import runs
 from diffussm_cli.data.samples import META
-from diffussm_cli.errors import RunError, reason
+from diffussm_cli.errors import ConfigError, RunError, reason
 from diffussm_cli.events import Event, Warned
-from diffussm_cli.machine.files import write_text
+from diffussm_cli.machine.files import check_output, read_regular, write_text
 from diffussm_cli.runs import dit_checkpoint
 from diffussm_cli.runs.report import write_report
 from diffussm_cli.sampling.request import read_meta
+
+MAX_RESULT_BYTES = 1 << 26
+OF_RESULT = {"metrics", "num", "meta"}  # keys of a result of any version
+FOREIGN = "exists and is no result of eval"
 
 
 class UnsavedResult(RunError):
@@ -91,10 +95,37 @@ def results_path(samples: Path) -> Path:
     return samples.with_suffix(f".{runs.RESULTS}") if samples.exists() else Path(runs.RESULTS)
 
 
+def check_result(out: Path, reads: Sequence[str | Path | None]) -> None:
+    """Check the file for a result: it ends in .json, and replaces nothing but an earlier result.
+
+    Raises ConfigError.
+    """
+    earlier = [out.name] if out.name.endswith(runs.RESULTS) else []
+    check_output(out, "out", [".json"], reads=reads, replaces=earlier)
+    if is_foreign(out):
+        raise ConfigError(f"out: {str(out)!r} {FOREIGN}; name another file")
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is there that holds no result of a measurement."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        values = json.loads(read_regular(path, MAX_RESULT_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(values, dict) or not values.keys() >= OF_RESULT
+
+
 def save_result(result: dict[str, Any], out: Path | None, usual: Path) -> Iterator[Event]:
     """Write a result to `out`, or else to `usual`, where a failure is only a warning. Raises
     UnsavedResult.
     """
+    if out is None and is_foreign(usual):
+        yield Warned(
+            f"the result is not saved: {str(usual)!r} {FOREIGN}; name another file with out"
+        )
+        return
     try:
         usual.parent.mkdir(parents=True, exist_ok=True)  # of a model that has no run folder here
         write_text(out or usual, json.dumps(result, indent=1) + "\n")

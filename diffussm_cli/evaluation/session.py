@@ -13,6 +13,7 @@ from diffussm_cli.evaluation.evaluator import Evaluator, Size
 from diffussm_cli.evaluation.extractors import AUTO, NAMES, doubts
 from diffussm_cli.evaluation.reference import check_replaced, write_reference
 from diffussm_cli.evaluation.results import (
+    check_result,
     doubtful_facts,
     find_run_at,
     read_facts,
@@ -80,8 +81,7 @@ def evaluate(
     """
     metrics = parse_metrics(metrics)
     if out is not None:
-        earlier = [out.name] if out.name.endswith(runs.RESULTS) else []
-        check_output(out, "out", reads=[samples, reference], replaces=earlier)
+        check_result(out, [samples, reference])
 
     # What the samples say of themselves: a run by its configuration, other images by the meta.json
     # beside them.

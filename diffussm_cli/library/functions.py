@@ -181,7 +181,10 @@ def evaluate(
         request |= {"precision": run.precision, "device": run.device}
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(reference, Dataset):
-            pixels = images_of(reference).permute(0, 2, 3, 1).numpy()
+            images, doubt = images_of(reference)
+            if doubt and show:
+                warn(make_console(), doubt)
+            pixels = images.permute(0, 2, 3, 1).numpy()
             reference = Path(folder) / "reference.npz"
             write_npz(reference, {"arr_0": (pixels.shape, pixels.dtype, [pixels])})
         where = run.folder if run else str(samples)

@@ -8,6 +8,7 @@ from diffussm_cli.config import (
     Config,
     check_whole,
     config_from_dict,
+    is_truth_value,
     nearest,
     to_dict,
     whole_number,
@@ -65,7 +66,8 @@ def check_labels(classes: Sequence[int | str], config: Config) -> list[int]:
     labels = []
     for value in classes:
         is_name = isinstance(value, str) and value in names
-        label = names.index(value) if is_name else whole_number(value)
+        number = None if is_truth_value(value) else whole_number(value)
+        label = names.index(value) if is_name else number
         if label is None or not 0 <= label < n:
             has = f"0 to {n - 1}" if n else "none, as it was trained without classes"
             near = nearest(value, names) if names and isinstance(value, str) else ""

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffussm_cli.config import Config, SampleConfig, unused_of_request
-from diffussm_cli.data.images import image_grid
-from diffussm_cli.errors import ConfigError, naming_parameters
+from diffussm_cli.config import Config, SampleConfig, check_whole, unused_of_request
+from diffussm_cli.data.images import grid_mark, image_grid, is_grid
+from diffussm_cli.errors import ConfigError, naming_parameters, writing
 from diffussm_cli.library.requests import check_labels, check_numbers, unused_seed, with_fields
+from diffussm_cli.machine.files import check_output, whole_file
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, find_run
-from diffussm_cli.sampling.beginning import Beginning, Picture, read_beginning
+from diffussm_cli.sampling.beginning import Beginning, Picture, read_beginning, unused_of_beginning
 from diffussm_cli.sampling.sampler import Sampler, open_sampler
 
 
@@ -104,7 +105,7 @@ class Run:
         beginning = read_beginning(self.config, request, num, image, mask, strength, interpolate)
         sampler = self._sampler(request, batch_size, beginning)
         lines = [unused_of_request(self.config, request, num, labels, prompts)]
-        lines += [unused_seed(seed, interpolate)]
+        lines += [unused_seed(seed, interpolate), unused_of_beginning(beginning, request)]
         for line in filter(None, lines):
             warnings.warn(line, stacklevel=3)
         prompts = prompts or self.config.sample.prompts
@@ -160,24 +161,39 @@ def load(
     return Run(trained, device, precision)
 
 
+@naming_parameters()
 def grid(images: Tensor, path: Path | str | None = None, columns: int = 10) -> Image.Image:
     """Images in rows as one picture; small ones are enlarged.
 
     Args:
         images: uint8 (n, 1 or 3, H, W), n at least 1.
-        path: also write it there.
+        path: also write it there, as .png. It replaces nothing but an earlier grid.
         columns: images in a row, at least 1.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-        raise ValueError(
-            "images must be uint8 (n, C, H, W), n at least 1, "
-            f"not {images.dtype} {tuple(images.shape)}"
-        )
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, not {columns}")
 
-    pixels = np.asarray(image_grid(images, min(columns, len(images))).permute(1, 2, 0))
-    picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    if path is not None:
-        picture.save(path)
+    Raises:
+        DiffussmError: for images or columns that make no grid, and for a path that cannot be
+            written.
+    """
+    # The request.
+    is_tensor = isinstance(images, Tensor)
+    shape = tuple(images.shape) if is_tensor else ()
+    is_pixels = is_tensor and images.dtype == torch.uint8 and len(shape) == 4 and 0 not in shape
+    if not is_pixels or shape[1] not in (1, 3):
+        kind = f"{images.dtype} {shape}" if is_tensor else type(images).__name__
+        raise ConfigError(f"images: {kind} must be uint8 (n, 1 or 3, H, W), n at least 1")
+    check_whole("columns", columns, least=1)
+    target = None if path is None else Path(path)
+    if target is not None:
+        check_output(target, "path", [".png"])
+        if target.exists() and not is_grid(target):
+            raise ConfigError(
+                f"path: {str(target)!r} exists and would be replaced; name another file"
+            )
+
+    # The picture.
+    pixels = np.asarray(image_grid(images.cpu(), min(columns, len(images))).permute(1, 2, 0))
+    picture = Image.fromarray(pixels[..., 0] if shape[1] == 1 else pixels)
+    if target is not None:
+        with writing(f"path: cannot write {str(target)!r}"), whole_file(target) as file:
+            picture.save(file, "PNG", pnginfo=grid_mark())
     return picture

@@ -21,7 +21,7 @@ from torch import Tensor
 from diffussm_cli.config import MAX_SEED, Config, SampleConfig, check_whole
 from diffussm_cli.data.images import flatten, open_image, to_model_space
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.diffusion.samplers import STOCHASTIC
+from diffussm_cli.diffusion.samplers import STOCHASTIC, steps_of
 from diffussm_cli.errors import ConfigError, DataError
 
 STRENGTH = 0.8  # of an image without a mask, as in diffusers; with a mask, 1
@@ -144,6 +144,26 @@ def read_beginning(
         parts["images"] = num
         facts["interpolate"] = {"seeds": list(interpolate), "images": num}
     return Beginning(**parts, facts=facts)
+
+
+def unused_of_beginning(beginning: Beginning, sampling: SampleConfig) -> str:
+    """One line about the parts of a request that its strength leaves without a use; empty if there
+    are none.
+    """
+    if beginning.image is None:
+        return ""
+    steps = steps_of(beginning.strength, sampling.steps)
+    is_kept = beginning.mask is not None and not beginning.mask.all()
+    if not steps:
+        mask = "the mask, " if beginning.mask is not None else ""
+        return (
+            f"not used: {mask}the seeds and how to draw (strength is 0, so that nothing of the "
+            "image is drawn again)"
+        )
+    if steps == sampling.steps and not is_kept:
+        share = f"strength {beginning.strength:g} is all of {sampling.steps} steps"
+        return f"not used: the image ({share}, so that nothing of it is kept)"
+    return ""
 
 
 # The facts in meta.json that must not change when more images are drawn into a folder, and others.

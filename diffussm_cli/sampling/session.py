@@ -14,7 +14,7 @@ from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
 from diffussm_cli.machine.processes import gather, process_group, read_world
 from diffussm_cli.runs import TrainedRun, find_run
-from diffussm_cli.sampling.beginning import Picture, read_beginning
+from diffussm_cli.sampling.beginning import Picture, read_beginning, unused_of_beginning
 from diffussm_cli.sampling.film import SUFFIXES, write_film
 from diffussm_cli.sampling.folder import IMAGES, SampleFolder, free_folder
 from diffussm_cli.sampling.request import read_meta, sample_facts
@@ -90,6 +90,8 @@ def sample(
         yield Message(trained.assumption)
 
     beginning = read_beginning(trained.config, sampling, num, image, mask, strength, interpolate)
+    if line := unused_of_beginning(beginning, sampling):
+        yield Warned(line)
 
     yield Stage("loading")
     sampler = open_sampler(trained, sampling, batch_size, precision, device, beginning)

@@ -18,6 +18,7 @@ from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.source import (
     ImageFolder,
     Source,
+    doubts,
     open_held_out,
     open_source,
     text_hash,
@@ -63,8 +64,7 @@ def list_images(
         open_held_out(config, source)  # a mistake shows now, even if nothing is measured
     if source.left_out:
         yield Message(source.left_out)
-    if warning := getattr(undivided(source), "warning", ""):
-        yield Warned(warning)
+    yield from map(Warned, doubts(source, config))
     return source
 
 

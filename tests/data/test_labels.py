@@ -51,6 +51,21 @@ LABELLED = {  # images; files; labels in the order of the listing; class names
         [1, 0],
         "01",
     ),
+    "spaces after commas and at ends": (
+        ["1.png", "2.png", "3.png"],
+        {
+            "metadata.csv": 'file_name , label, text\n1.png, cat , red\n2.png,dog,"a, b"\n'
+            '3.png, "cat", "red, round"\n'
+        },
+        [0, 1, 0],
+        ("cat", "dog"),
+    ),
+    "spaces before numbers": (
+        ["1.png", "2.png"],
+        {"metadata.csv": "file_name, label\n1.png, 1\n2.png, 0\n"},
+        [1, 0],
+        "01",
+    ),
     "images in a folder below": (
         ["images/1.png", "images/2.png"],
         {"metadata.csv": "file_name,label\nimages/1.png,b\nimages/2.png,a\n"},
@@ -118,6 +133,12 @@ def test_one_file_holds_labels_and_captions(tmp_path):
     listing = list_source(write(tmp_path, ["1.png", "2.png"], {"metadata.csv": table}))
     assert listing.class_names == ("a", "b")
     assert read_captions(listing) == {"1.png": ("red, round",)}
+
+
+def test_captions_of_a_table_with_spaces_after_commas_are_read(tmp_path):
+    table = 'file_name, text\n1.png, "red, round"\n2.png, blue\n'
+    listing = list_source(write(tmp_path, ["1.png", "2.png"], {"metadata.csv": table}))
+    assert read_captions(listing) == {"1.png": ("red, round",), "2.png": ("blue",)}
 
 
 def test_an_image_may_be_named_twice_with_one_label(tmp_path):

@@ -1,5 +1,6 @@
 """Built-in sets, and how a configuration is matched with its data."""
 
+import io
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ from PIL import Image
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.source import ImageFolder, open_source
+from diffussm_cli.data.source import ImageFolder, doubts, open_source
 from diffussm_cli.errors import ConfigError, DataError
 
 
@@ -33,6 +34,40 @@ def test_wrong_number_of_classes_is_rejected(tmp_path):
         open_source(folder_config(tmp_path, 10))
     with pytest.raises(ConfigError, match="has no class folders; --set model.num_classes=0"):
         open_source(folder_config(tmp_path / "cat", 10))
+
+
+EMPTY = {  # labels; the line about classes without an image
+    "gaps": ((0, 10, 20), "18 of 21 classes have no image: 1, 2, 3, "),
+    "one": ((0, 2), "1 of 3 classes has no image: 1"),
+    "many": (
+        (0, 30),
+        f"29 of 31 classes have no image: {', '.join(map(str, range(1, 21)))} and 9 more",
+    ),
+    "none": ((2, 0, 1), ""),
+}
+
+
+@pytest.mark.parametrize("case", EMPTY)
+def test_classes_without_an_image_are_named(case, tmp_path):
+    labels, line = EMPTY[case]
+    write_tar(tmp_path / "0.tar", {f"{i}.cls": str(n).encode() for i, n in enumerate(labels)})
+    config = folder_config(tmp_path, max(labels) + 1)
+    told = doubts(open_source(config), config)
+    assert [text[: len(line)] for text in told] == ([line] if line else [])
+    without = folder_config(tmp_path, 0)
+    assert doubts(open_source(without), without) == []
+
+
+def write_tar(path, members):
+    """A shard of these members, with a picture for each."""
+    picture = io.BytesIO()
+    Image.new("L", (8, 8)).save(picture, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            for leaf, content in ((name, data), (f"{name[:-4]}.png", picture.getvalue())):
+                member = tarfile.TarInfo(leaf)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def test_missing_data_error_says_the_remedy():

@@ -53,7 +53,14 @@ def half():
     return (torch.arange(8) >= 4).expand(8, 8)
 
 
+GREY = torch.full((1, 8, 8), 99, dtype=torch.uint8)
+
+
 # ---------------------------------------------------------------------------------- from an image
+UNUSED = pytest.mark.filterwarnings("ignore:not used")  # the image, or the seeds
+
+
+@UNUSED
 def test_strength_one_draws_what_no_image_draws_and_strength_zero_the_image(trained, picture):
     plain = trained.sample(4, seed=5)
     assert torch.equal(trained.sample(4, seed=5, image=picture, strength=1), plain)
@@ -61,6 +68,7 @@ def test_strength_one_draws_what_no_image_draws_and_strength_zero_the_image(trai
     assert torch.equal(same, picture.expand_as(same))
 
 
+@UNUSED
 def test_the_less_strength_the_nearer_the_image(trained, picture):
     far = [
         (trained.sample(8, image=picture, strength=s, steps=20).float() - picture).abs().mean()
@@ -80,6 +88,7 @@ def test_known_pixels_are_kept_exactly_by_every_sampler(trained, picture, sample
     assert not torch.equal(drawn[0, ..., 4:], drawn[1, ..., 4:])
 
 
+@UNUSED
 def test_a_white_mask_draws_what_no_image_draws(trained, picture):
     plain = trained.sample(3)
     white = torch.ones(8, 8, dtype=torch.bool)
@@ -133,6 +142,7 @@ def of_latents(tmp_path_factory):
     return ds.load(root / "run")
 
 
+@UNUSED
 def test_the_vae_encodes_the_image_and_known_pixels_are_kept(of_latents):
     """Strength 0 gives what the VAE makes of the image; a mask that takes one pixel of a place of
     the grid takes the place, and pixels beyond it are as they were.
@@ -208,6 +218,26 @@ def test_images_between_two_seeds_have_the_label_of_the_first(trained):
             r"^not used: sample.guidance_interval=2,3 \(guidance is 1\)$",
         ),
         ({"classes": [1, 2, 3]}, r"^not used: 1 of 3 classes \(num is 2\)$"),
+        (
+            {"image": GREY, "strength": 0},
+            r"^not used: the seeds and how to draw \(strength is 0, so that nothing of",
+        ),
+        (
+            {"image": GREY, "strength": 0, "mask": half()},
+            r"^not used: the mask, the seeds and how to draw \(strength is 0",
+        ),
+        (
+            {"image": GREY, "strength": 1, "interpolate": (1, 2), "sampler": "dpmpp"},
+            r"^not used: the image \(strength 1 is all of 4 steps, so that nothing of it",
+        ),
+        (
+            {"image": GREY, "steps": 2},
+            r"^not used: the image \(strength 0.8 is all of 2 steps, so that nothing of it is kept",
+        ),
+        (
+            {"image": GREY, "mask": torch.ones(8, 8, dtype=torch.bool)},
+            r"^not used: the image \(strength 1 is all of 4 steps",
+        ),
     ],
 )
 def test_what_a_request_in_python_does_not_use_is_a_warning(trained, request_, line):
@@ -244,6 +274,13 @@ def test_sample_writes_what_it_began_with_and_draws_on(trained, files):
     assert run(*arguments, "-n", 3, *begin).exit_code == 0, "the same request, continued"
     line = line_of(run(*arguments, "-n", 3, *begin[:-1], 0.6))
     assert "strength was 0.5 and is now 0.6" in line
+
+
+def test_sample_names_what_a_strength_leaves_unused(trained, files):
+    begin = ["--image", files / "image.png", "--strength", 0]
+    drawn = run("sample", trained.folder, "--out", files / "out", "-n", 1, *begin)
+    assert drawn.exit_code == 0, drawn.output
+    assert drawn.stderr.count("not used: the seeds and how to draw (strength is 0") == 1
 
 
 def test_sample_draws_between_two_seeds(trained, files):

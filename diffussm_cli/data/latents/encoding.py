@@ -20,11 +20,11 @@ from diffussm_cli.data.latents.store import (
     read_store,
     remove_if_unreadable,
 )
-from diffussm_cli.data.listing import LeftOut, Listing, left_out_line, list_source
+from diffussm_cli.data.listing import LeftOut, Listing, empty_classes, left_out_line, list_source
 from diffussm_cli.data.listing.hub import fetch_shards
 from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.events import Event, Message, Stage
+from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.machine.processes import (
     World,
@@ -114,6 +114,8 @@ def encode_images(
         return None
     store = read_store(target, "TARGET")
     yield from _summary(store, source, [*listing.left_out(with_text=captions is not None), *unused])
+    if line := empty_classes(listing.class_names, [e.label for e in listing.entries]):
+        yield Warned(line)
     return store
 
 

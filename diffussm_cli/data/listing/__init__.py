@@ -25,6 +25,7 @@ from diffussm_cli.data.listing.entries import (
 from diffussm_cli.data.listing.left_out import (
     UNREADABLE,
     LeftOut,
+    empty_classes,
     left_out_line,
     skipped_text,
 )

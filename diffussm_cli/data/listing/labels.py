@@ -103,6 +103,8 @@ def _label(value: Any, where: str, is_text: bool) -> int | str | None:
     Args:
         is_text: whether numbers are written as text.
     """
+    if is_text and isinstance(value, str):
+        value = value.strip()
     if is_text and isinstance(value, str) and re.fullmatch(r"\d{1,9}", value):
         value = int(value)
     is_class = isinstance(value, str) or (type(value) is int and 0 <= value < MAX_CLASS)

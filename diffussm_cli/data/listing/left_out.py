@@ -3,14 +3,18 @@
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
 
 from diffussm_cli.data.images import SUFFIXES
 
 UNREADABLE = "cannot be read"
 SHARDS = (".tar", ".parquet")
+NAMED = 20  # number of classes that a line lists
 
 # Names that say what a file or folder is, and reasons why it is not used.
 CAPTIONS = "captions, which only a run with text reads"
@@ -79,6 +83,20 @@ def left_out_line(source: str | Path, parts: Iterable[LeftOut]) -> str:
         named = f", such as {example!r:.120}" if number > 1 else f": {example!r:.120}"
         texts.append(f"{things} ({reason}{named if example else ''})")
     return f"left out of {str(source)!r}: {', '.join(texts)}" if texts else ""
+
+
+def empty_classes(names: Sequence[str], labels: Sequence[int] | Tensor) -> str:
+    """One line about the classes of which there is no image, as between the labels 0, 10 and 20;
+    empty if there are none, or no labels are known.
+    """
+    numbers = set(np.unique(np.asarray(labels)).tolist())
+    empty = [name for place, name in enumerate(names) if place not in numbers]
+    if not empty or not numbers:
+        return ""
+    some = ", ".join(empty[:NAMED])
+    more = f" and {len(empty) - NAMED:,} more" if len(empty) > NAMED else ""
+    have = "has" if len(empty) == 1 else "have"
+    return f"{len(empty):,} of {len(names):,} classes {have} no image: {some}{more}"
 
 
 def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
