@@ -28,9 +28,12 @@ class ReadableHelp:
         width = min(shutil.get_terminal_size().columns, WIDEST)
         parts = [wrapped(self_.get_usage(ctx), width, then=INDENT)]
         parts += [wrapped(paragraph, width) for paragraph in (self_.help or "").split("\n\n")]
+
+        # Groups of options, their names in columns of one width.
         sections = dict(groups(self_, ctx))
         names = max(len(name) for rows in sections.values() for name, _ in rows)
         parts += [section(*item, min(names, NAMES), width) for item in sections.items()]
+
         parts += [title("Examples") + "\n" + self.examples]
         formatter.write("\n\n".join(parts) + "\n")
 
@@ -93,6 +96,7 @@ def section(heading: str, rows: list[tuple[str, str]], names: int, width: int) -
             lines.append(INDENT + name)
             beside = under
         lines.append(wrapped(text, width, first=beside, then=under))
+
     return "\n".join(lines)
 
 

@@ -97,10 +97,12 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     valid = [str(v) for v in valid]
     section, dot, leaf = name.rpartition(".")
     in_section = [v for v in valid if dot and v.startswith(f"{section}.")]
+
     for names, cutoff in ((in_section, NEAR), (valid, NEARER if dot else NEAR)):
         leaves = {v.rpartition(".")[-1]: v for v in reversed(names)}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
         if close:
             return f"; did you mean {leaves[close[0]]!r}?"
+
     names = in_section or valid
     return f"; valid: {', '.join(names)}" if len(names) <= 16 else ""

@@ -273,6 +273,7 @@ def warnings(
             f"reference images are {theirs}, samples {ours}: "
             "scores at two resolutions cannot be compared"
         )
+
     if _same_images(samples, reference):
         remarks.append(
             "the reference has the same features as the samples, as of the same images: "

@@ -126,6 +126,7 @@ def save_result(result: dict[str, Any], out: Path | None, usual: Path) -> Iterat
             f"the result is not saved: {str(usual)!r} {FOREIGN}; name another file with out"
         )
         return
+
     try:
         usual.parent.mkdir(parents=True, exist_ok=True)  # of a model that has no run folder here
         write_text(out or usual, json.dumps(result, indent=1) + "\n")

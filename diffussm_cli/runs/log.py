@@ -101,12 +101,16 @@ class Log:
         loss, and the best value of each metric.
         """
         values: dict[str, float] = {"step": self.step}
+
+        # What it has cost.
         if self.seconds:
             values["seconds"] = sum(self.seconds.values())
         if rates := self.curves.get("images_per_second"):
             values["images_per_second"] = float(np.median(rates.y))
         if memory := self.curves.get("peak_memory_gib"):
             values["peak_memory_gib"] = max(memory.y)
+
+        # What it has reached.
         if loss := self.curves.get("loss"):
             values["loss"] = loss.y[-1]
         for name in filter(is_metric, self.curves):

@@ -55,6 +55,8 @@ def files_to_publish(root: Path, config: Config, step: int, parameters: int) -> 
     """
     preview = root / SAMPLES / f"step-{step:08d}.png"
     images = {IMAGE: preview.read_bytes()} if preview.is_file() else {}
+
+    # The card, with the scores of this step if it was evaluated.
     scores = last_scores(root, step)
     measured = ""
     if scores:
