@@ -536,6 +536,18 @@ def test_folder_with_meta_of_another_program_is_not_to_be_deleted(trained, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["meta.json"]
 
 
+@pytest.mark.parametrize("name", ["grid.png", "samples.npz"])
+def test_files_beside_samples_replace_none_of_another_program(trained, tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    command = ("sample", trained, "--num", 1, "--steps", 1, "--out", tmp_path, "--npz")
+    line = line_of(run(*command))
+    assert f"--out: '{tmp_path / name}' is not of samples and would be replaced" in line
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    (tmp_path / name).unlink()
+    for _ in range(2):  # their own are written again
+        assert run(*command).exit_code == 0
+
+
 def test_empty_image_is_drawn_again(trained, tmp_path):
     """As a power failure may leave it; the grid does not show it."""
     arguments = (

@@ -364,9 +364,10 @@ def _check_classes(config: Config, source: Source) -> None:
         in_folders = isinstance(source, ImageFolder) and not source.entries[0].archive
         kind = "class folders" if in_folders else "classes"
         has = f"has {in_data or 'no'} {kind}"
+        unread = "" if in_data or not source.left_out else f"; {source.left_out}"  # labels, perhaps
         raise ConfigError(
             f"model.num_classes: {classes}, but {config.data.path} {has}; "
-            f"--set model.num_classes={in_data}"
+            f"--set model.num_classes={in_data}{unread}"
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from diffussm_cli import runs
 from diffussm_cli.config import SampleConfig, unused_of_request
 from diffussm_cli.data.images import GRID
-from diffussm_cli.data.samples import META, holds_samples, is_image_name
+from diffussm_cli.data.samples import META, NPZ, holds_samples, is_image_name
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.events import Event, Message, Progress, Stage, Warned
 from diffussm_cli.machine.files import check_output
@@ -115,6 +115,8 @@ def sample(
         "grid": os.path.relpath(grid, path),
         "film": os.path.relpath(film, path) if film else before,
     }
+    written = [name for name, is_ours in ((GRID, grid == path / GRID), (NPZ, npz)) if is_ours]
+    check_foreign(path, written)
     folder = SampleFolder(path, sampler, seeds, facts | beside)
 
     with writing(f"--out: cannot write to {str(path)!r}"), process_group(world):
@@ -165,6 +167,18 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(
             f"--out: {str(folder)!r} is not a folder of samples, as its {META} shows; "
             "name another folder"
+        )
+
+
+def check_foreign(folder: Path, names: Sequence[str]) -> None:
+    """Raises ConfigError if files of these names, which samples have beside them, lie in a folder
+    that holds no samples.
+    """
+    foreign = [name for name in names if os.path.lexists(folder / name)]
+    if foreign and not holds_samples(folder):
+        raise ConfigError(
+            f"--out: {str(folder / foreign[0])!r} is not of samples and would be replaced; name "
+            "another folder"
         )
 
 

@@ -269,6 +269,14 @@ def shard(**members):
     return file.getvalue()
 
 
+def film(kind):
+    """A file of three frames or pages."""
+    file = io.BytesIO()
+    frames = [Image.new("L", (8, 8), value) for value in (0, 99, 200)]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    return file.getvalue()
+
+
 CAPTION = "captions, which only a run with text reads"
 NOT_READ = (
     "labels or captions that are not read: classes are folders, or stand beside captions in "
@@ -292,6 +300,26 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         {"0.tar": shard(**{"1.png": None}), "2.png": None, "3.png": None},
         1,
         [(2, "image", "a file next to tar shards", "2.png")],
+    ),
+    "frames and pages": (
+        {
+            "a.gif": film("GIF"),
+            "b.TIFF": film("TIFF"),
+            "c.webp": film("WEBP"),
+            "d.gif": content("GIF"),
+        },
+        4,
+        [(3, "film", "all frames or pages but the first", "a.gif")],
+    ),
+    "frames in a shard, and a damaged file": (
+        {"0.tar": shard(**{"a.gif": film("GIF"), "b.gif": b"GIF8"})},
+        2,
+        [(1, "film", "all frames or pages but the first", "0.tar/a.gif")],
+    ),
+    "labels of no image in shards": (
+        {"0.tar": shard(**{"1.png": None, "1.cls": b"0", "2.cls": b"1", "3.cls": b"1"})},
+        1,
+        [(2, "label", "of shards, of no image", "0.tar/2.cls")],
     ),
     "images beside class folders in a shard": (
         {"0.tar": shard(**{"1.png": None, "2.png": None, "a/3.png": None})},

@@ -70,6 +70,15 @@ def write_tar(path, members):
                 tar.addfile(member, io.BytesIO(content))
 
 
+def test_line_about_missing_classes_names_labels_that_are_not_read(tmp_path):
+    write(tmp_path / "1.png")
+    (tmp_path / "labels.csv").write_text("1.png,0\n")
+    with pytest.raises(
+        ConfigError, match=r"has no class folders; .*; left out of .*'labels.csv'\)$"
+    ):
+        open_source(folder_config(tmp_path, 2))
+
+
 def test_missing_data_error_says_the_remedy():
     with pytest.raises(
         DataError, match="diffussm encode IMAGES latents/imagenet-256 --resolution 256"

@@ -115,6 +115,18 @@ def entry_size(root: Path, entry: Entry) -> tuple[int, int]:
             return image.height, image.width
 
 
+def has_frames(root: Path, entry: Entry) -> bool:
+    """Whether a file holds more than one image, as a film or a document does; the first is read."""
+    try:
+        content = io.BytesIO(read_content(root, entry))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            with open_image(Path(entry.name), content) as image:
+                return getattr(image, "is_animated", False)
+    except DataError:  # it is named when it is read
+        return False
+
+
 def _pixels(root: Path, entry: Entry) -> np.ndarray | None:
     """The pixels of an image in a file of arrays, uint8 (height, width, 1 or 3); None of another.
 

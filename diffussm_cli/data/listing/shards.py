@@ -14,6 +14,7 @@ from diffussm_cli.data.listing.entries import Entry, Listing
 from diffussm_cli.data.listing.left_out import (
     CAPTIONS,
     JSON,
+    LABEL_ALONE,
     NESTED,
     PER_CLASS,
     LeftOut,
@@ -54,7 +55,9 @@ def list_archives(root: Path, archives: list[str], ignored: list[tuple[str, str]
         )
 
     names = tuple(str(i) for i in range(max(labels.values()) + 1))
-    return Listing(root, entries, names, ignored, unread=counted(unread))
+    strange = sorted(labels.keys() - {key_of(e.name) for e in entries})
+    parts = [LeftOut(len(strange), "label", LABEL_ALONE, f"{strange[0]}.cls")] if strange else []
+    return Listing(root, entries, names, ignored, unread=(*parts, *counted(unread)))
 
 
 def _list_members(
