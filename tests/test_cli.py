@@ -5,6 +5,7 @@ mistake.
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from diffussm_cli.cli import app
 from diffussm_cli.config import preset_names
 from diffussm_cli.machine import device
 from diffussm_cli.machine.files import PARTIAL, sha256
+from diffussm_cli.profiling import plan
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
 from tests.helpers import SETTINGS, Background, line_of, run
@@ -155,11 +157,31 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("train", "--preset", "xl-256", "--dry-run", "--set", "train.lr=2e-4")
     assert result.exit_code == 0
-    assert yaml.safe_load(result.stdout)["train"]["lr"] == 2e-4
-    assert "673,088,272" in result.stderr
-    assert "1,024" in result.stderr
-    assert "GiB" in result.stderr
+    memory, time, *cost = result.stdout.splitlines()
+    assert re.match(r"memory: [\d.]+ GiB by formula; [\d.]+ GiB free here \(cpu\)", memory)
+    assert time.startswith("time: not measured, because ")
+    assert "673,088,272" in "".join(cost)
+    assert "1,024" in "".join(cost)
+    assert "the same command with --yaml in place of --dry-run" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypatch):
+    monkeypatch.setattr(plan, "step_seconds", lambda config, images, parts: 2.0)
+    result = run(*DRY, *SETTINGS, "--set", "train.steps=90")
+    assert "time: about 3.0 min on cpu for 90 steps, and more for previews" in result.stdout
+    assert "data: builtin:digits, 1,621 images of 10 classes" in result.stderr
+
+
+def test_yaml_is_the_whole_configuration_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", "--preset", "xl-256", "--yaml", "--dry-run", "--set", "train.lr=2e-4")
+    assert yaml.safe_load(result.stdout)["train"]["lr"] == 2e-4
+    assert result.stderr == (
+        "warning: --dry-run: not used, because --yaml only prints the configuration\n"
+    )
+    (tmp_path / "xl-256.yaml").write_text(result.stdout)
+    assert run("train", "--preset", "xl-256.yaml", "--yaml").stdout == result.stdout
 
 
 SLIPS = {  # a command, and the line
@@ -238,7 +260,7 @@ def test_dry_run_ends_with_what_would_stop_the_run(case, tiny, tmp_path, monkeyp
     for start in (DRY, DRY[:-1]):
         done = run(*start, *options)
         assert line_of(done).startswith(f"diffussm: error: {line}")
-    assert yaml.safe_load(run(*DRY, *options).stdout)["model"]["hidden_size"] == 32
+    assert "memory to train" in run(*DRY, *options).stdout
 
 
 def test_dry_run_of_a_preset_without_its_data_is_a_plan_with_a_warning(tmp_path, monkeypatch):

@@ -161,9 +161,9 @@ def test_prediction_says_if_memory_is_too_small():
 
 def test_estimate_of_job_is_per_process(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    alone = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
+    alone = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stdout
     monkeypatch.setenv("WORLD_SIZE", "8")
-    shared = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stderr
+    shared = run("train", "--preset", "xl-256", "--set", "train.parallel=fsdp", "--dry-run").stdout
     assert "memory to train, by formula" in alone
     assert "memory of each of 8 processes" in shared
     assert alone != shared

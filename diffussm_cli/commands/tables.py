@@ -1,10 +1,10 @@
 """Tables that the commands print on stdout."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffussm_cli.commands.console import make_console, print_json
+from diffussm_cli.commands.console import duration, make_console, print_json
 
 NAMES_WIDTH, MODEL_WIDTH = 32, 16  # column widths of a cost table, in characters
 
@@ -52,6 +52,23 @@ def presets_table(rows: Sequence) -> None:
         "configuration and memory: diffussm train --preset NAME --dry-run\n"
         "time on this machine: diffussm profile --preset NAME --estimate"
     )
+
+
+def forecast_lines(ahead, steps: int) -> Iterator[str]:
+    """The memory and the time that a `profiling.plan.Forecast` tells, a line each."""
+    memory = f"memory: {_gib(ahead.needed)} by formula"
+    if ahead.free is not None:
+        lack = ", which is too little" if ahead.needed > ahead.free else ""
+        memory += f"; {_gib(ahead.free)} free here ({ahead.device}){lack}"
+    yield memory
+
+    if ahead.seconds is None:
+        yield f"time: {ahead.unmeasured}; diffussm profile --estimate predicts it, also for a GPU"
+    else:
+        yield (
+            f"time: about {duration(ahead.seconds)} on {ahead.device} for {steps:,} steps, "
+            "and more for previews, checkpoints and evaluation"
+        )
 
 
 def show_costs(result: dict[str, Any]) -> None:
@@ -134,7 +151,7 @@ def _training_rows(row) -> None:
         "  images per second",
         cell(lambda v: f"{v['images_per_second']:.3g}", "images_per_second"),
     )
-    row("to train", cell(lambda v: f"{v['seconds'] / 86400:,.3g} days"))
+    row("to train", cell(lambda v: duration(v["seconds"])))
     row("  hours of the GPU", cell(lambda v: f"{v['seconds'] / 3600:,.1f}", "gpu"))
     row("memory of the GPU", cell(lambda v: _gib(v["memory_bytes"]), "gpu"))
 

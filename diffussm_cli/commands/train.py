@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffussm_cli.commands import completion, options
-from diffussm_cli.commands.console import duration, follow, leave, make_console, warn
+from diffussm_cli.commands.console import duration, follow, leave, make_console, say, warn
 from diffussm_cli.commands.options import others, unused
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import (
@@ -48,8 +48,8 @@ def train(
             metavar="RUN",
             rich_help_panel=TRAINED,
             autocompletion=completion.models,
-            help="Begin with the weights of a run, of OWNER/NAME on the hub, or of a DiT's .pt "
-            "file, as far as they fit.",
+            help="Begin with the weights of a run, of OWNER/NAME on the hub, or of a DiT's or "
+            "SiT's .pt file, as far as they fit.",
         ),
     ] = None,
     out: Annotated[
@@ -103,8 +103,16 @@ def train(
         typer.Option(
             "--dry-run",
             rich_help_panel=options.ONLY_SHOWN,
-            help="Print configuration, parameters, tokens and memory, and what would stop the run; "
-            "then exit.",
+            help="Print the memory and time that the run takes on this machine, its cost, whether "
+            "its data are there, and what would stop it; then exit.",
+        ),
+    ] = False,
+    as_yaml: Annotated[
+        bool,
+        typer.Option(
+            "--yaml",
+            rich_help_panel=options.ONLY_SHOWN,
+            help="Print all fields of the configuration as YAML, and exit.",
         ),
     ] = False,
 ) -> None:
@@ -143,6 +151,11 @@ def train(
     console = make_console(quiet=read_world().rank > 0)
     for line in lines:
         console.print(line)
+    if as_yaml:
+        if line := unused(ctx, ("dry_run",), "--yaml only prints the configuration"):
+            warn(console, line)
+        typer.echo(to_yaml(config), nl=False)
+        return
     if dry_run:
         show_plan(console, config)
         named = set_fields(overrides, fields)
@@ -151,6 +164,7 @@ def train(
             if str(problem).partition(":")[0] in named_by_user:
                 raise problem
             warn(console, f"the run would stop: {problem}")
+        console.print("all fields: the same command with --yaml in place of --dry-run")
         return
     with stopping() as stop:
         events = session.train(
@@ -170,12 +184,15 @@ def train(
 
 
 def show_plan(console, config) -> None:
-    """Print the resolved configuration on stdout and its cost on stderr."""
-    from diffussm_cli.commands.tables import cost_table
+    """Print on stdout what a run takes on this machine, and its cost."""
+    from diffussm_cli.commands.tables import cost_table, forecast_lines
+    from diffussm_cli.profiling.plan import forecast
     from diffussm_cli.profiling.report import cost_entry
 
-    typer.echo(to_yaml(config), nl=False)
-    console.print(cost_table([cost_entry(config)], memory=True))
+    ahead = follow(console, forecast(config))
+    for line in forecast_lines(ahead, config.train.steps) if ahead else []:
+        say(line)
+    make_console(stderr=False).print(cost_table([cost_entry(config)], memory=True))
 
 
 def report(console, result, code: int | None) -> int:

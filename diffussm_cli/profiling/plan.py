@@ -1,19 +1,28 @@
-"""How long a run will take on this machine, from measured optimiser steps."""
+"""What a run will take on this machine: memory by formula, and time from measured optimiser
+steps.
+"""
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import ConfigError, RunError
+from diffussm_cli.events import Event, Stage
 from diffussm_cli.machine.device import pick_device
+from diffussm_cli.machine.processes import read_world
 from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.timing import available_bytes
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.step import Step
+
+# Gflops of training that a look ahead may measure on a CPU: some seconds, half a minute at most.
+QUICK = 1000
+MEASURED_BATCHES = 6  # by `plan`: two steps of one part of the batch, and two of two parts
 
 
 class Plan(NamedTuple):
@@ -22,6 +31,49 @@ class Plan(NamedTuple):
     step_seconds: float
     seconds: float
     measured_images: int
+
+
+class Forecast(NamedTuple):
+    """What a run needs here: bytes of memory of each process, and what is free of them, if the
+    system tells it; seconds of training without previews and the like, or why none were measured.
+    """
+
+    device: str
+    needed: int
+    free: int | None
+    seconds: float | None
+    unmeasured: str = ""
+
+
+def forecast(config: Config) -> Generator[Event, None, Forecast | None]:
+    """What a run will take on this machine, in seconds if a step can be measured in a few.
+
+    Returns:
+        The forecast, or None if the device of `train.device` is not available here.
+    """
+    try:
+        device = pick_device(config.train.device)
+    except ConfigError:  # `training.checks.check` tells it
+        return None
+    world = read_world()
+    costs = cost(config, processes=world.size)
+    free = available_bytes(device)
+
+    # What cannot be measured, or not soon.
+    batch_gflops = costs.training_gflops / config.train.steps
+    unmeasured = ""
+    if world.size > 1:
+        unmeasured = "not measured with several processes"
+    elif free is not None and costs.training_bytes > free:
+        unmeasured = "not measured, because it does not fit into memory"
+    elif device.type == "cpu" and MEASURED_BATCHES * batch_gflops > QUICK:
+        unmeasured = "not measured, because a step is long here"
+    if unmeasured:
+        return Forecast(str(device), costs.training_bytes, free, None, unmeasured)
+
+    yield Stage("measuring a step")
+    seconds = plan(config, free).seconds
+    return Forecast(str(device), costs.training_bytes, free, seconds)
 
 
 class Noise:

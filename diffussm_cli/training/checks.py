@@ -34,7 +34,7 @@ def check(
     """What would stop `train` before its first step, without decoding an image or writing a file.
 
     Yields:
-        the events of `train` about the data.
+        the events of `train` about the data, and how many images there are.
 
     Returns:
         The errors that `train` would raise. Of those of the data, the first one.
@@ -55,6 +55,9 @@ def check(
     with _collected(problems):
         source = yield from list_images(root, config, world, listing=listing)
         config = completed(config, source)
+        classes = config.model.num_classes
+        of_classes = f" of {classes:,} classes" if classes else ""
+        yield Message(f"data: {config.data.path}, {len(source):,} images{of_classes}")
         if root is not None and resume and (newest := runs.list_checkpoints(root)):
             facts = yield from compare_data(source, config, root, runs.read_data(root))
             yield from compare_config(config, root, newest[-1], ALONE, facts)

@@ -179,7 +179,7 @@ def test_large_images_get_the_commands_that_encode_them(tmp_path, monkeypatch):
         ["encode", "my faces", "latents/my faces", "--resolution", "128"],
         ["train", "--data", "latents/my faces"],
     ]
-    assert "resolution: 64" in result.stdout
+    assert "resolution: 64" in run("train", "--data", "my faces", "--yaml").stdout
 
     encoded = run(*printed[0], "--vae", vae, "--workers", 0)
     assert encoded.exit_code == 0, encoded.output
