@@ -72,14 +72,9 @@ def sample_by_name(
         scheduler = make_scheduler(name, objective, steps, learned_covariance)
         grid = scheduler.timesteps.tolist()
 
-    # The steps of a strength begin at the image, noised to the level of the first of them.
-    start = len(grid) - steps_of(strength, len(grid))
-    if start:
-        if image is None:
-            raise ValueError(f"strength: {strength:g} needs an image to begin with")
-        if start == len(grid):
-            return image
-        x = objective.q_sample(image.to(x), timestep_batch(grid[start], x), x)
+    x, start = begin_at(image, strength, objective, x, grid)
+    if start == len(grid):
+        return x
 
     if scheduler is not None:
         return sample(denoise, scheduler, x, generators, after_step, start)
@@ -87,6 +82,33 @@ def sample_by_name(
     return integrate(
         denoise, objective, x, steps, name == "heun", noise, after_step=after_step, start=start
     )
+
+
+def begin_at(
+    image: Tensor | None, strength: float, objective: Objective, x: Tensor, grid: Sequence[float]
+) -> tuple[Tensor, int]:
+    """Where the steps of a strength begin.
+
+    Args:
+        image, strength: as in `sample_by_name`.
+        x: noise, (B, C, H, W).
+        grid: the timesteps of all steps, the noisiest first.
+
+    Returns:
+        The image, noised by x to the level of the first step that is taken, or x itself at strength
+        1; and the number of the steps that are left out.
+
+    Raises:
+        ValueError: if the strength does not lie in 0..1 or needs an image.
+    """
+    start = len(grid) - steps_of(strength, len(grid))
+    if not start:
+        return x, 0
+    if image is None:
+        raise ValueError(f"strength: {strength:g} needs an image to begin with")
+    if start == len(grid):
+        return image.to(x), start
+    return objective.q_sample(image.to(x), timestep_batch(grid[start], x), x), start
 
 
 def steps_of(strength: float, steps: int) -> int:

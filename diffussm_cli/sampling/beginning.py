@@ -93,11 +93,20 @@ class Beginning:
             ]
         )
 
+    def keep(self, latents: Tensor) -> Tensor:
+        """Images in model space, (B, C, H, W), with what is known of them as it was."""
+        if self.redrawn is None or self.x_0 is None:
+            return latents
+        return torch.where(self.redrawn.to(latents.device), latents, self.x_0.to(latents))
+
     def paste(self, images: Tensor) -> Tensor:
-        """Images uint8 (B, C, fH, fW) with the pixels that are known as they were."""
+        """Images (B, C, fH, fW), uint8 or in [-1, 1], with the pixels that are known as they
+        were.
+        """
         if self.mask is None or self.image is None:
             return images
-        return torch.where(self.mask, images, self.image)
+        known = self.image if images.dtype == torch.uint8 else to_model_space(self.image[None])
+        return torch.where(self.mask, images, known)
 
 
 def read_beginning(

@@ -118,9 +118,7 @@ def generate(
             except NotFiniteError as e:
                 raise NotFiniteError(name_of(seeds[start + e.index]), e.index, e.where) from None
 
-            if x_0 is not None and redrawn is not None:
-                images = torch.where(redrawn, images, x_0)
-            yield list(seeds[chosen]), images.float().cpu()
+            yield list(seeds[chosen]), beginning.keep(images).float().cpu()
 
 
 def _between(model: Backbone, beginning: Beginning, places: Sequence[int]) -> Tensor:

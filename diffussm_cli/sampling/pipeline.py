@@ -17,12 +17,19 @@ from torch import Tensor
 
 from diffussm_cli.data.images import check_finite, to_uint8
 from diffussm_cli.data.vae import VAE, Decoding, facts_of, open_decoding
+from diffussm_cli.diffusion.denoiser import keeping
 from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.samplers import begin_at
 from diffussm_cli.diffusion.schedulers import sample, set_steps
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.sampling.generate import begin, make_denoiser
 from diffussm_cli.sampling.pipeline_denoiser import Denoiser, Network
-from diffussm_cli.sampling.pipeline_request import checked_guidance, checked_steps, read_request
+from diffussm_cli.sampling.pipeline_request import (
+    checked_guidance,
+    checked_steps,
+    read_image,
+    read_request,
+)
 from diffussm_cli.sampling.precision import autocast
 from diffussm_cli.sampling.sampler import PromptEncoder
 
@@ -97,8 +104,11 @@ class DiffuSSMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        image: Any = None,
+        mask_image: Any = None,
+        strength: float | None = None,
     ) -> Any:
-        """Draw images.
+        """Draw images: of noise, from an image, or where a mask is white.
 
         Args:
             prompt: for a model with text, one for all images, or a list with one per image; "" says
@@ -118,6 +128,12 @@ class DiffuSSMPipeline(DiffusionPipeline):
             callback_on_step_end: is called as (pipeline, step, timestep, tensors) after each step;
                 what it returns as `latents` takes the place of x.
             callback_on_step_end_tensor_inputs: the tensors that it gets; there is `latents`.
+            image: what all images begin with in place of noise, of the size of the run's: an image
+                of Pillow, an array (H, W, C), or a tensor (C, H, W); of floats, in [0, 1].
+            mask_image: of the same kinds; `image` is drawn anew where it is white, and kept where
+                it is black.
+            strength: the share of the steps that is taken, from 0, which returns the image, to 1;
+                by default 0.8, and 1 with a mask.
 
         Raises:
             ValueError: if an argument is not as above, the numbers of prompts, labels, latents and
@@ -149,18 +165,28 @@ class DiffuSSMPipeline(DiffusionPipeline):
         )
         self._guidance_scale = checked_guidance(guidance_scale, config)
         steps = checked_steps(num_inference_steps, config)
+        beginning = read_image(config, self._decoding(), image, mask_image, strength)
         text = self._encode(request.prompts, request.negatives)
 
         # the process
         objective = make_objective(config.diffusion, device)
         scheduler = set_steps(self._scheduler(), objective, steps)
         y, x = begin(model, device, request.generators, request.labels, latents)
-        self._num_timesteps, self._interrupt = len(scheduler.timesteps), False
         network = Network(self.denoiser)
 
         def denoise(x: Tensor, t: float) -> Tensor:
             sampling = dataclasses.replace(config.sample, guidance=self._guidance_scale)
             return make_denoiser(network, objective, sampling, y, text)(x, t)
+
+        # what the images begin with
+        x_0, kept = beginning.x_0, denoise
+        if x_0 is not None:
+            x_0 = x_0.to(x).expand_as(x)
+            if beginning.redrawn is not None:
+                kept = keeping(denoise, objective, x_0, x, beginning.redrawn.to(device))
+        grid = scheduler.timesteps.tolist()
+        x, start = begin_at(x_0, beginning.strength, objective, x, grid)
+        self._num_timesteps, self._interrupt = len(grid) - start, False
 
         # the steps
         bar = self.progress_bar(total=self._num_timesteps)
@@ -174,14 +200,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
                     x = changed.get("latents", x).to(x)
                 return None if self._interrupt else x
 
-            x = sample(denoise, scheduler, x, request.generators, after_step)
+            if start < len(grid):
+                x = sample(kept, scheduler, x, request.generators, after_step, start)
 
         # the images
-        final = x.float().cpu()
+        final = beginning.keep(x).float().cpu()
         check_finite(final)
-        images: Any = (
-            final if output_type == "latent" else _as_output(self._decode(final), output_type)
-        )
+        images: Any = final
+        if output_type != "latent":
+            images = _as_output(beginning.paste(self._decode(final)), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -230,11 +257,15 @@ class DiffuSSMPipeline(DiffusionPipeline):
         return scheduler
 
     def _decode(self, latents: Tensor) -> Tensor:
-        if self._preview is not None and self.vae is None:
-            warnings.warn(str(self._preview.warning), stacklevel=3)
-            return self._preview.decode(latents)
+        decoding = self._decoding()
+        if decoding.warning:
+            warnings.warn(decoding.warning, stacklevel=3)
+        return decoding.decode(latents)
+
+    def _decoding(self) -> Decoding:
+        """How latents become images: by the VAE of the pipeline, as a preview, or not at all."""
         if self.vae is None:
-            return latents
+            return self._preview or Decoding(lambda x: x, {})
 
         facts = facts_of(self.vae, "vae", option="vae")
         d = self.denoiser.run.config.data
@@ -243,7 +274,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"vae: it has {has}, but the run has {d.channels} and {d.downsample}")
 
         weight = next(self.vae.parameters())
-        return VAE(self.vae, facts, weight.device, weight.dtype).decode(latents)
+        vae = VAE(self.vae, facts, weight.device, weight.dtype)
+        return Decoding(vae.decode, {}, vae=vae)
 
 
 def _as_output(images: Tensor, output_type: str) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.images import check_finite
+from diffussm_cli.data.vae import Decoding
+from diffussm_cli.errors import DiffussmError
+from diffussm_cli.sampling.beginning import Beginning, read_beginning
 from diffussm_cli.sampling.pipeline_denoiser import Denoiser
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -84,6 +88,41 @@ def read_request(
         [] if prompt is None else per_image(prompt),
         None if negative is None else per_image(negative),
     )
+
+
+def read_image(
+    config: Config, decoding: Decoding, image: Any, mask: Any, strength: float | None
+) -> Beginning:
+    """What images begin with, from the arguments of a call; an image also in model space.
+
+    Raises ValueError.
+    """
+    names = {"--image": "image", "--mask": "mask_image", "--strength": "strength"}
+    pictures = {"image": _picture("image", image), "mask": _picture("mask_image", mask)}
+    try:
+        beginning = read_beginning(config, config.sample, 1, **pictures, strength=strength)
+        return beginning.encoded(decoding, config.data.downsample)
+    except DiffussmError as e:
+        line = re.sub("--(image|mask|strength)", lambda option: names[option[0]], str(e))
+        raise ValueError(line) from e
+
+
+def _picture(name: str, value: Any) -> Any:
+    """A picture as `read_beginning` takes it: floats in [0, 1] and arrays, as the pipelines of
+    diffusers take and return them, become uint8 (C, H, W).
+    """
+    if isinstance(value, np.ndarray):
+        value = torch.tensor(value)
+        value = value.movedim(-1, -3) if value.ndim > 2 else value
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim == 4 and len(value) == 1:
+        value = value[0]
+    if value.is_floating_point():
+        if not (value.min() >= 0 and value.max() <= 1):  # NaN does not compare
+            raise ValueError(f"{name}: floats must lie in [0, 1]")
+        value = (255 * value).round().to(torch.uint8)
+    return value
 
 
 def checked_guidance(guidance: float | None, config: Config) -> float:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import diffussm as ds
 from diffussm_cli import runs
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.model import build_model
@@ -80,6 +81,68 @@ def test_pipeline_draws_the_images_of_sample(tiny, tmp_path, overrides):
         assert np.abs(own - np.asarray(image)).max() <= 1
     alone = np.asarray(pipe(generator=seeded(2)[0]).images[0]).astype(int)
     assert np.abs(alone - np.asarray(drawn[2])).max() <= 1
+
+
+RAMP = torch.arange(64, dtype=torch.uint8).view(1, 8, 8) * 4
+RIGHT = (torch.arange(8) >= 4).expand(8, 8)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sample.sampler=ddim"],
+        ["sample.sampler=ddpm", "sample.guidance=2"],
+        ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=unipc"],
+    ],
+    ids=["ddim", "ddpm", "flow"],
+)
+@pytest.mark.parametrize(
+    ("mask", "strength"), [(None, 0.5), (None, None), (None, 0), (RIGHT, None), (RIGHT, 0.6)]
+)
+def test_pipeline_draws_from_image_as_library_does(tiny, tmp_path, overrides, mask, strength):
+    """The same pixels as `run.sample`, and other than without the image."""
+    folder = final_of(tmp_path, tiny(*overrides, "sample.steps=10"))
+    expected = ds.load(folder, precision="fp32").sample(2, image=RAMP, mask=mask, strength=strength)
+
+    scheduler = load(folder).scheduler
+    pipe = module.DiffuSSMPipeline(module.Denoiser.from_pretrained(folder), scheduler)
+    request = {"image": RAMP, "mask_image": mask, "strength": strength, "generator": seeded(0, 1)}
+    drawn = pipe(**request, output_type="pt").images
+    assert torch.equal((255 * drawn + 0.5).floor().byte(), expected)
+    if strength != 0:
+        assert pipe.num_timesteps == round(10 * (strength or (0.8 if mask is None else 1)))
+        assert not torch.equal(drawn, pipe(generator=seeded(0, 1), output_type="pt").images)
+
+
+def test_image_may_be_of_pillow_array_or_tensor_as_pipelines_return_them(pipeline):
+    (drawn,) = pipeline(generator=seeded(3)).images
+    forms = {kind: pipeline(generator=seeded(3), output_type=kind).images for kind in ("np", "pt")}
+    pixels = np.asarray(drawn)
+    forms |= {"pil": drawn, "bytes": torch.tensor(pixels)[None], "array": pixels}
+    again = [
+        pipeline(image=form, strength=0.5, generator=seeded(4), output_type="np").images
+        for form in forms.values()
+    ]
+    for images in again[1:]:
+        np.testing.assert_allclose(images, again[0], atol=2 / 255)
+
+
+def test_image_is_encoded_by_vae_of_pipeline(tiny, tmp_path):
+    vae = str(save_vae(tmp_path / "vae"))
+    pipe = load(final_of(tmp_path, tiny("sample.clip=false", *latents_of(vae))))
+    picture = (torch.arange(3 * 1024) % 256).byte().view(3, 32, 32)
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[5, 6] = True
+    expected = ds.load(tmp_path / "final", precision="fp32").sample(
+        2, image=picture, mask=mask, strength=0.5
+    )
+    request = {"image": picture, "mask_image": mask, "strength": 0.5, "generator": seeded(0, 1)}
+    drawn = pipe(**request, output_type="pt").images
+    assert ((255 * drawn).round() - expected).abs().max() <= 1
+    assert torch.equal((255 * drawn).round().byte()[:, :, ~mask], expected[:, :, ~mask])
+    shutil.rmtree(vae)
+    with pytest.raises(ValueError, match="^image: needs the VAE of the run; the images are only"):
+        load(tmp_path / "final")(image=picture)
 
 
 def test_pipeline_draws_prompts_as_sample(tiny, tmp_path):
@@ -212,6 +275,17 @@ def test_impossible_request_is_rejected(tiny, tmp_path):
         ),
         ({"negative_prompt": ["a"]}, "prompt: this model was trained without text"),
         ({"prompt": 3}, "prompt: 3 must be a text or a list of texts"),
+        ({"strength": 0.5}, "^strength: needs image, the image to begin with"),
+        ({"mask_image": torch.ones(8, 8)}, "^mask_image: needs image"),
+        ({"image": torch.zeros(1, 4, 4)}, "^image: has 4x4 pixels .* but the run draws 8x8"),
+        ({"image": torch.zeros(1, 8, 8), "strength": 2}, "^strength: 2 must be a number from 0 to"),
+        ({"image": torch.full((1, 8, 8), math.nan)}, r"^image: floats must lie in \[0, 1\]"),
+        ({"image": np.full((8, 8, 1), 3.0)}, r"^image: floats must lie in \[0, 1\]"),
+        ({"image": [1, 2]}, r"^image: \[1, 2\] must be a file, an image of Pillow, or a tensor"),
+        (
+            {"image": torch.zeros(1, 8, 8), "mask_image": torch.zeros(8, 8)},
+            "^mask_image: is black everywhere",
+        ),
     ],
 )
 def test_bad_argument_is_rejected_by_name(pipeline, arguments, line):
