@@ -212,7 +212,7 @@ class TrainConfig:
     init: str = _option(
         "",
         "begin with the weights of another model, as far as they fit: a run, OWNER/NAME on the "
-        "hub, a published DiT's .pt file; empty: random weights",
+        "hub, a published DiT's or SiT's .pt file; empty: random weights",
     )
     lr: float = _option(1e-4, "learning rate", above=0, most=10)
     optimizer: Literal["adamw", "muon"] = _option(

@@ -61,7 +61,10 @@ class InitialWeights:
     @property
     def _label(self) -> str:
         source = self.source
-        return f"{source.weights}, read as a DiT" if source.assumption else source.label
+        if not source.assumption:
+            return source.label
+        kind = "SiT, because diffusion.objective is flow" if source.is_sit else "DiT"
+        return f"{source.weights}, read as a {kind}"
 
     def _described(self, name: str) -> str:
         shapes = f"{self.anew[name]}, there {self.unused[name]}" if name in self.unused else ""
@@ -72,7 +75,8 @@ def initial_weights(config: Config) -> InitialWeights:
     """The weights of `train.init` that fit the model of a configuration: those of the same name and
     shape, from the averaged weights of the other model.
 
-    Tables of positions are computed from the size of the images, so they fit any.
+    Tables of positions are computed from the size of the images, so they fit any. A .pt file does
+    not tell whether it is a DiT or a SiT; it is read as the one that predicts what this run does.
 
     Raises:
         RunError: if there is no such model, if it is damaged, or if nothing of it fits.
@@ -80,6 +84,8 @@ def initial_weights(config: Config) -> InitialWeights:
     name = config.train.init
     try:
         source = find_run(Path(name))
+        if source.assumption and config.diffusion.objective == "flow":
+            source = find_run(Path(name), objective="flow")
         theirs = load_model(source).state_dict()
     except RunError as e:
         raise RunError(f"train.init: {str(e).removeprefix('RUN: ')}") from e
@@ -87,6 +93,8 @@ def initial_weights(config: Config) -> InitialWeights:
         ours = build_model(config).state_dict()
 
     taken = {k: theirs[k] for k in ours if k in theirs and theirs[k].shape == ours[k].shape}
+    if source.is_sit:  # it knows times from 0 to 1, and ours are timesteps
+        taken = {k: tensor for k, tensor in taken.items() if not k.startswith("t_embed.")}
     if not any(tensor.ndim > 1 for tensor in taken.values()):  # a bias may fit by chance
         other = source.config.model
         raise RunError(

@@ -71,6 +71,11 @@ class TrainedRun:
         )
 
     @property
+    def is_sit(self) -> bool:
+        """Whether the weights are those of a published file that is read as a SiT."""
+        return bool(self.assumption) and self.config.diffusion.objective == "flow"
+
+    @property
     def label(self) -> str:
         return f"{self.root} (finished)" if self.step is None else f"{self.root} (step {self.step})"
 

@@ -22,6 +22,7 @@ from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.samplers import begin_at
 from diffussm_cli.diffusion.schedulers import sample, set_steps
 from diffussm_cli.model.mixer import kept_kernels
+from diffussm_cli.sampling.beginning import unused_of_beginning
 from diffussm_cli.sampling.generate import begin, make_denoiser
 from diffussm_cli.sampling.pipeline_denoiser import Denoiser, Network
 from diffussm_cli.sampling.pipeline_request import (
@@ -166,6 +167,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
         self._guidance_scale = checked_guidance(guidance_scale, config)
         steps = checked_steps(num_inference_steps, config)
         beginning = read_image(config, self._decoding(), image, mask_image, strength)
+        if line := unused_of_beginning(beginning, dataclasses.replace(config.sample, steps=steps)):
+            warnings.warn(line, stacklevel=2)
         text = self._encode(request.prompts, request.negatives)
 
         # the process

@@ -142,6 +142,29 @@ def test_published_dit_begins_a_training(tmp_path):
     assert f"{tmp_path / 'DiT-S-2.pt'}, read as a DiT" in initial.line
 
 
+@pytest.mark.parametrize("has_sigma", [True, False])
+def test_published_sit_begins_the_training_of_a_flow(tmp_path, has_sigma):
+    """SiT predicts x_0 - noise, with a covariance that nothing uses, at times from 0 to 1; a flow
+    of ours predicts noise - x_0 at timesteps.
+    """
+    sit = fill(DiT(8, 4, 2, 384, depth=2, heads=6, num_classes=7, learn_sigma=has_sigma)).cpu()
+    file = tmp_path / "SiT-S-2.pt"
+    torch.save(official(sit), file)
+    fields = ["model.hidden_size=384", "model.depth=2", "data.channels=4", "data.downsample=8"]
+    fields += ["data.resolution=64", "model.num_classes=7", "data.vae=x", "data.path=latents"]
+    fields += ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=heun"]
+    initial = runs.initial_weights(load_config("dit-s-256", [*fields, f"train.init={file}"]))
+
+    assert f"{file}, read as a SiT, because diffusion.objective is flow" in initial.line
+    assert "; 4 start anew: t_embed." in initial.line
+    expected = {k: v for k, v in sit.state_dict().items() if not k.startswith("t_embed.")}
+    for name in ("patch_out.weight", "patch_out.bias"):  # rows: 4 pixels of 4 or 8 channels
+        rows = expected[name].unflatten(0, (4, -1))[:, :4]
+        expected[name] = -rows.reshape(16, *rows.shape[2:])
+    assert initial.tensors.keys() == expected.keys()
+    assert all(same(initial.tensors[k], v) for k, v in expected.items())
+
+
 def test_resume_does_not_need_the_initial_model(tiny, tmp_path):
     """And it goes on bit by bit."""
     publish(tmp_path / "a", tiny())

@@ -97,7 +97,7 @@ RIGHT = (torch.arange(8) >= 4).expand(8, 8)
     ids=["ddim", "ddpm", "flow"],
 )
 @pytest.mark.parametrize(
-    ("mask", "strength"), [(None, 0.5), (None, None), (None, 0), (RIGHT, None), (RIGHT, 0.6)]
+    ("mask", "strength"), [(None, 0.5), (None, None), (RIGHT, None), (RIGHT, 0.6)]
 )
 def test_pipeline_draws_from_image_as_library_does(tiny, tmp_path, overrides, mask, strength):
     """The same pixels as `run.sample`, and other than without the image."""
@@ -109,9 +109,14 @@ def test_pipeline_draws_from_image_as_library_does(tiny, tmp_path, overrides, ma
     request = {"image": RAMP, "mask_image": mask, "strength": strength, "generator": seeded(0, 1)}
     drawn = pipe(**request, output_type="pt").images
     assert torch.equal((255 * drawn + 0.5).floor().byte(), expected)
-    if strength != 0:
-        assert pipe.num_timesteps == round(10 * (strength or (0.8 if mask is None else 1)))
-        assert not torch.equal(drawn, pipe(generator=seeded(0, 1), output_type="pt").images)
+    assert pipe.num_timesteps == round(10 * (strength or (0.8 if mask is None else 1)))
+    assert not torch.equal(drawn, pipe(generator=seeded(0, 1), output_type="pt").images)
+
+
+def test_pipeline_returns_image_at_strength_zero_and_says_so(pipeline):
+    with pytest.warns(UserWarning, match="not used: the seeds and how to draw .strength is 0"):
+        drawn = pipeline(image=RAMP, strength=0, output_type="pt").images
+    assert torch.equal((255 * drawn[0]).round().byte(), RAMP)
 
 
 def test_image_may_be_of_pillow_array_or_tensor_as_pipelines_return_them(pipeline):
