@@ -198,8 +198,8 @@ def helpers(count: int = 1) -> ThreadPoolExecutor:
     """Threads for background work, in each of which torch runs on one core, without OpenMP workers.
 
     Once the OpenMP workers of all threads outnumber the cores, they sleep, and waking them costs
-    the main thread a
-    tenth of a millisecond per operator: `mnist` trained half as fast on two cores.
+    the main thread a tenth of a millisecond per operator: `mnist` trained half as fast on two
+    cores.
     """
     torch.get_num_threads()  # otherwise this thread would take the number that another one set last
     return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))

@@ -212,8 +212,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         """Let torch.compile, with these options, translate the blocks when they are first called.
 
         Blocks of one kind share their code, so it takes as long for 29 blocks as for one. The
-        layers around the blocks
-        stay as they are: they take little of the time.
+        layers around the blocks stay as they are: they take little of the time.
         """
         dynamo = torch._dynamo.config
         # kinds of blocks, training or not

@@ -119,8 +119,7 @@ def compare_data(
     """The facts of the images for RUN/data.json.
 
     `before` is what the file says when a run continues; `first` keeps what the run began with. The
-    facts are `checked` if all images were
-    decoded before, and are still the same.
+    facts are `checked` if all images were decoded before, and are still the same.
     """
     images = undivided(source)
     identity = ""

@@ -77,9 +77,8 @@ class Meter:
         self.pause += time.perf_counter() - start
 
     def flush(self) -> dict[str, float]:
-        """Means by name: losses, `mse_q1` (smallest t) ..
-
-        `mse_q4`, grad_norm, images_per_second. Resets the meter.
+        """Means by name: losses, `mse_q1` (smallest t) to `mse_q4`, grad_norm, images_per_second.
+        Resets the meter.
         """
         # Sums over all processes, in one message.
         together = reduced(torch.cat([v.reshape(-1) for v in self._sums.values()]), self.world)

@@ -85,6 +85,8 @@ def encode_images(
     source = Path(source)
     target = Path(target)
     world = read_world()
+
+    # The images.
     yield Stage("listing")
     if str(source).startswith(HUB):
         source, name = fetch_shards(str(source))
@@ -100,9 +102,12 @@ def encode_images(
         facts = read_facts(vae)
         check_resolution(resolution, facts)
         loaded = load_vae_on(facts, precision, device)
+
+        # The captions, if a text encoder is named.
         unused: list[LeftOut] = []
         captions = open_captions(listing, text, text_tokens, loaded.device, unused)
 
+        # The store.
         options: dict[str, Any] = {"precision": precision, "flip": flip}
         options |= {"batch_size": batch_size, "shard_size": shard_size, "columns": tuple(columns)}
         options |= captions.settings if captions else {}
@@ -110,6 +115,8 @@ def encode_images(
         processes = decoding_processes(workers)
         encoder = Encoder(listing, settings, target, loaded, processes, strict, captions)
         yield from encode(encoder, world)
+
+    # What is in it, and what is not.
     if world.rank:
         return None
     store = read_store(target, "TARGET")
@@ -143,6 +150,7 @@ def encode(encoder: Encoder, world: World) -> Iterator[Event]:
             missing = missing_shards(root, settings)
     if world.rank:
         check_same_request(root, listing, settings)
+
     missing = gather(missing, world)[0]
     there = settings.shards - len(missing)
     if not missing:
@@ -152,6 +160,7 @@ def encode(encoder: Encoder, world: World) -> Iterator[Event]:
         of_all = f"{there} of {settings.shards} shards of {root}"
         yield Message(f"{of_all} are there; the others are encoded")
 
+    # Each process writes its share.
     yield from encoder.write(missing[world.rank :: world.size])
     if world.size > 1:
         yield Stage("waiting for the other processes")
