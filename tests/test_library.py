@@ -408,6 +408,60 @@ def test_an_error_names_parameters_in_python_and_options_on_the_command_line(
     assert re.sub(r"[{}]", "", line) in line_of(run(*shlex.split(command)))
 
 
+WRONG_KINDS = {  # calls that the command line does not know, and the lines about them
+    "precision": (
+        lambda: ds.load("mnist", precision="fp64").sample(1, steps=1),
+        "precision: 'fp64' is not a choice; valid: auto, fp32, bf16",
+    ),
+    "three sides": (
+        lambda: ds.encode("full", "store", (16, 16, 3), show=False),
+        "resolution: (16, 16, 3) must be pixels, or (height, width)",
+    ),
+    "a text of sides": (
+        lambda: ds.encode("full", "store", "16x16", show=False),
+        "resolution: '16x16' must be pixels, or (height, width)",
+    ),
+    "no sides": (
+        lambda: ds.evaluate("full", "full", resolution=0, show=False),
+        "resolution: 0 must be a whole number of at least 1",
+    ),
+    "a list of fields": (
+        lambda: ds.train("digits", set=["train.steps=1"], show=False),
+        "set: ['train.steps=1'] must be fields by their whole name, such as {'model.depth': 4}",
+    ),
+    "a list of fields to cost": (
+        lambda: ds.cost("digits", ["train.steps=1"]),
+        "set: ['train.steps=1'] must be fields by their whole name",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_values_of_another_kind_are_one_line_before_anything_is_written(
+    case, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "full" / "a.png")
+    call, line = WRONG_KINDS[case]
+    with pytest.raises(ConfigError) as error:
+        call()
+    assert str(error.value).startswith(line)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_paths_may_be_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {"grid": "g.png", "film": "f.gif"}
+    grid = ds.sample("mnist", "images", 5, steps=1, show=False, **files)
+    assert grid == Path("g.png")
+    options = {"metrics": ("is",), "out": "r.json", "cache": "cache", "resolution": 28}
+    ds.evaluate("images", "builtin:mnist", show=False, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("images", "g.png", "f.gif", "r.json", "cache")
+    }
+
+
 def test_costs_equal_those_of_the_command():
     assert ds.cost("xl-256").parameters == 673_088_272
     assert ds.cost(ds.load_config("xl-256"), {"model.depth": 1}).gflops < 12

@@ -38,20 +38,20 @@ class Evaluator:
     def __init__(
         self,
         extractor: str = AUTO,
-        weights: Path | None = None,
+        weights: Path | str | None = None,
         device: str = "auto",
         batch_size: int = 64,
-        cache: Path | None = None,
+        cache: Path | str | None = None,
         world: World = ALONE,
     ):
         keep_freed_memory()
 
         self.requested = extractor
         self.name = extractor
-        self.weights = weights
+        self.weights = None if weights is None else Path(weights)
         self.device = pick_device(device)
         self.batch_size = batch_size
-        self.cache = cache
+        self.cache = None if cache is None else Path(cache)
         self.world = world
         self._extractor: Extractor | None = None
 

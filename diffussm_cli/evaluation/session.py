@@ -37,7 +37,7 @@ def evaluate(
     metrics: str | Sequence[str] = USUAL,
     *,
     extractor: str = AUTO,
-    extractor_weights: Path | None = None,
+    extractor_weights: Path | str | None = None,
     resolution: Size | None = None,
     num: int = 50_000,
     seed: int = 0,
@@ -48,8 +48,8 @@ def evaluate(
     precision: str = "auto",
     batch_size: int = 64,
     device: str = "auto",
-    cache: Path | None = None,
-    out: Path | None = None,
+    cache: Path | str | None = None,
+    out: Path | str | None = None,
     run: runs.TrainedRun | None = None,
 ) -> Generator[Event, None, dict[str, Any] | None]:
     """Measure samples, or images drawn from a run, by ADM's protocol.
@@ -80,6 +80,7 @@ def evaluate(
         UnsavedResult: if the result cannot be written to `out`; the error holds it.
     """
     metrics = parse_metrics(metrics)
+    out = None if out is None else Path(out)
     if out is not None:
         check_result(out, [samples, reference])
 
@@ -196,13 +197,13 @@ def make_reference(
     target: Path,
     *,
     extractor: str = AUTO,
-    extractor_weights: Path | None = None,
+    extractor_weights: Path | str | None = None,
     resolution: Size | None = None,
     count: int = 10_000,
     seed: int = 0,
     batch_size: int = 64,
     device: str = "auto",
-    cache: Path | None = None,
+    cache: Path | str | None = None,
 ) -> Generator[Event, None, Path | None]:
     """Write a reference file for a set of images, with `count` of them for recall; ADM's evaluator
     can read it too.

@@ -21,6 +21,8 @@ from diffussm_cli.events import Event, finish
 from diffussm_cli.library.requests import (
     check_labels,
     check_numbers,
+    checked_fields,
+    checked_size,
     split_fields,
     unused_seed,
     with_changes,
@@ -72,7 +74,7 @@ def train(
     from diffussm_cli.training import session
     from diffussm_cli.training.configure import configure
 
-    changes = dict(set or {}) | {f"train.{name}": value for name, value in fields.items()}
+    changes = checked_fields(set) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
     if init is not None:
@@ -172,6 +174,8 @@ def evaluate(
 
     check_numbers(request)
     request = {"cache": default_cache()} | request
+    if request.get("resolution") is not None:
+        request["resolution"] = checked_size(request["resolution"])
     run = samples if isinstance(samples, Run) else None
     trained = run.trained if run else find_run_at(Path(str(samples)))
     if trained is not None:
@@ -221,8 +225,7 @@ def encode(
     """
     from diffussm_cli.data.latents import encode_images
 
-    size = (resolution, resolution) if isinstance(resolution, int) else resolution
-    _run(encode_images(source, target, size, str(vae), **options), show)
+    _run(encode_images(source, target, checked_size(resolution), str(vae), **options), show)
     return Path(target)
 
 
@@ -241,10 +244,11 @@ def cost(
     """
     from diffussm_cli.profiling import flops
 
+    fields = checked_fields(set)
     if isinstance(config, Config):
-        config = with_changes(config, set or {})
+        config = with_changes(config, fields)
     return flops.cost(
-        config if isinstance(config, Config) else load_config(str(config), fields=set)
+        config if isinstance(config, Config) else load_config(str(config), fields=fields)
     )
 
 

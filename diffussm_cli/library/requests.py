@@ -41,6 +41,25 @@ def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[
     return with_fields(config, fields, "sample").sample, rest
 
 
+def checked_fields(fields: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Fields by their whole name. Raises ConfigError for what is no mapping."""
+    if fields is not None and not isinstance(fields, Mapping):
+        raise ConfigError(
+            f"set: {fields!r:.80} must be fields by their whole name, such as {{'model.depth': 4}}"
+        )
+    return dict(fields or {})
+
+
+def checked_size(resolution: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of images. Raises ConfigError for what is neither that nor one number."""
+    sides = [resolution, resolution] if isinstance(resolution, int) else resolution
+    if isinstance(sides, str) or not isinstance(sides, Sequence) or len(sides) != 2:
+        raise ConfigError(f"resolution: {resolution!r:.80} must be pixels, or (height, width)")
+    for side in sides:
+        check_whole("resolution", side, least=1)
+    return sides[0], sides[1]
+
+
 def check_numbers(request: Mapping[str, Any]) -> None:
     """Raises ConfigError for a wrong num, batch_size or seed of a request."""
     for name in ("num", "batch_size"):

@@ -19,6 +19,7 @@ from diffussm_cli.errors import ConfigError
 
 A = TypeVar("A")
 B = TypeVar("B")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def pick_device(name: str) -> torch.device:
@@ -79,9 +80,13 @@ def _check_not_shared(chosen: str) -> None:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for bf16 without hardware
-    for it.
+    """The autocast dtype of `auto`, `fp32` or `bf16`. Raises ConfigError for any other, and for
+    bf16 without hardware for it.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"precision: {precision!r:.80} is not a choice; valid: {', '.join(PRECISIONS)}"
+        )
     fast = has_bf16(device)
     if precision == "bf16" and not fast:
         raise ConfigError(

@@ -34,9 +34,9 @@ def sample(
     batch_size: int = 64,
     precision: str = "auto",
     device: str = "auto",
-    grid: Path | None = None,
+    grid: Path | str | None = None,
     npz: bool = False,
-    film: Path | None = None,
+    film: Path | str | None = None,
     image: Picture | None = None,
     mask: Picture | None = None,
     strength: float | None = None,
@@ -73,6 +73,7 @@ def sample(
         DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
+    grid, film = (None if path is None else Path(path) for path in (grid, film))
     sampling = sampling or trained.config.sample
     if line := unused_of_request(trained.config, sampling, num, classes, prompts):
         yield Warned(line)
