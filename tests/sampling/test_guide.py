@@ -13,7 +13,7 @@ from diffussm_cli.events import finish
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.training.session import train
-from tests.conftest import TINY, fill
+from tests.conftest import TINY, device, fill
 from tests.helpers import line_of, run
 
 FREE = ("model.num_classes=0", "sample.guidance=1")
@@ -71,9 +71,9 @@ def test_the_guide_sees_the_label_of_each_image(folder):
         return torch.zeros_like(x)
 
     request = SampleConfig(guidance=2.0)
-    labels = torch.tensor([3, 7])
+    labels = torch.tensor([3, 7], device=device())
     denoise = make_denoiser(sampler.model, sampler.objective, request, labels, None, record)
-    denoise(torch.zeros(2, 1, 8, 8), 10)
+    denoise(torch.zeros(2, 1, 8, 8, device=device()), 10)
     assert seen == [[3, 7]]
 
 
