@@ -54,6 +54,7 @@ def test_quick_gpu_check_completes_at_toy_sizes(tmp_path):
     figures = (
         "ceilings/copy_gb_per_second",
         "convolutions/64/chunk_dC_error",
+        "convolutions_compiled/64/chunk_compiled_forward_ratio",
         "top/ms",
         "first_step_seconds",
         "beside/Ceilings: copy and product/copy, GB/s/ratio",

@@ -139,7 +139,11 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
     planned = [
         Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
         Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=105),
-        Part("Convolutions, forward and backward", [*core, "convolutions"], seconds=65),
+        Part(
+            "Convolutions, forward and backward",
+            [*core, "convolutions", "convolutions_compiled"],
+            seconds=65,
+        ),
         *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
         Part("Kernels of a step of XL", [*core, "top"], seconds=45),
         *(_step(f"{title}, compiled", STEPS[title], device, toy, 70, compiled) for title in STEPS),

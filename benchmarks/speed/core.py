@@ -3,8 +3,8 @@ textbook form.
 
     python benchmarks/speed/core.py [ROW ...] [--device cuda] [--toy]
 
-Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions, top,
-length, beside_dit, memory, options, axial, compiled; by default all.
+Rows: kernel, step, block, block_bf16, parts, public, saved, traffic, ceilings, convolutions,
+convolutions_compiled, top, length, beside_dit, memory, options, axial, compiled; by default all.
 
 Everything is measured in turn in one process; ratios of medians are what counts. Prints one JSON
 object a line.
@@ -449,13 +449,23 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
 
 
 def convolutions(device: torch.device) -> dict:
-    """The convolution of XL at a batch of 32 in bfloat16, its kernels included: by chunks, eager
-    and compiled, and by FFT; forward and backward apart.
+    """The convolution of XL at a batch of 32 in bfloat16, its kernels included: by chunks and by
+    FFT; forward and backward apart.
 
     Beside the milliseconds stand the relative errors of y, du and the gradient of C in a few
-    channels, against float64. `first` is the seconds of the first call, in which it is compiled.
+    channels, against float64. `first` is the seconds of the first call.
     """
+    return _convolutions(device, "chunk")
 
+
+def convolutions_compiled(device: torch.device) -> dict:
+    """The same by compiled chunks and by FFT; the first call compiles, so that this row comes
+    after the other.
+    """
+    return _convolutions(device, "chunk_compiled")
+
+
+def _convolutions(device: torch.device, way: str) -> dict:
     def by_fft(s4d: S4D, u: Tensor) -> Tensor:
         return Convolution.apply(u, KernelSpectra.apply(s4d.taps(u.shape[2] * u.shape[3])))
 
@@ -465,7 +475,8 @@ def convolutions(device: torch.device) -> dict:
     results = {}
     for L in (SHORT, LONG):
         compiled = torch.compile(by_chunks, dynamic=False, backend=BACKEND)
-        ways = {"chunk": by_chunks, "chunk_compiled": compiled, "fft": by_fft}
+        chunks = {"chunk": by_chunks, "chunk_compiled": compiled}
+        ways = {way: chunks[way], "fft": by_fft}
 
         # The layouts of the block, and a gradient of y that is not one number expanded, which the
         # cache would hold.
@@ -702,6 +713,7 @@ ROWS = {
         traffic,
         ceilings,
         convolutions,
+        convolutions_compiled,
         top,
         length,
         beside_dit,
