@@ -7,7 +7,10 @@ import warnings
 import pytest
 import torch
 
+from diffussm_cli.config import load_config
 from diffussm_cli.data.source import open_source
+from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.samplers import sample_by_name
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.batches import make_batch
 from diffussm_cli.training.loop import Trainer
@@ -38,13 +41,34 @@ def test_update_does_not_wait_for_the_device(tiny):
     config = tiny(*SETTINGS)
     step, batch = Step(config, device()), make_batch(open_source(config), config, 0)
     step.update(batch)  # the first one makes the optimiser's state
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        forbid_waits()
         step.update(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "euler", "heun"])
+def test_steps_of_a_sampler_do_not_wait_for_the_device(sampler):
+    """The noise of `ddpm` and `sde` is drawn on the CPU, and UniPC solves a system at each step."""
+    objective = make_objective(load_config("digits").diffusion, device())
+
+    def after_step(i, t, x):  # the end waits, to see that all images are finite
+        forbid_waits() if i < 3 else torch.cuda.set_sync_debug_mode("default")
+        return x
+
+    x = randn(2, 1, 8, 8, dtype=torch.float64)
+    try:
+        sample_by_name(sampler, lambda x, t: x, objective, x, 5, after_step=after_step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def forbid_waits() -> None:
+    """Whatever makes the host wait for the device is an error from here on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
 
 
 def test_previews_leave_nothing_on_the_device(tiny, tmp_path):
