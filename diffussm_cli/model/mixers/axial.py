@@ -189,9 +189,7 @@ def sides_of_axes(H: int, W: int, device: torch.device) -> Tensor:
     They are written on the device. A list would be copied there, and a GPU copies it only when it
     has done all before it, for which the host would wait in every block of every step.
     """
-    sides = torch.full((2, 1, 1), W, device=device)
-    sides[1].fill_(H)
-    return sides
+    return torch.cat([torch.full((1, 1, 1), S, device=device) for S in (W, H)])
 
 
 def toeplitz(taps: Tensor) -> Tensor:
