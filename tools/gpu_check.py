@@ -118,9 +118,9 @@ STEPS = {"XL": "xl-256", "DiT-XL/2": "dit-xl-256", "axial XL": "axial-xl-256"}
 def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
     """What is run in ten minutes: the first parts are worth most.
 
-    Together they may take QUICK seconds, so that each finds its time even if all before it were
-    stopped at theirs. The last one compares what those before it left in `figures` with what was
-    predicted.
+    Together they may take QUICK seconds, less a few in which parts end, so that each finds its time
+    even if all before it were stopped at theirs. The last one compares what those before it left in
+    `figures` with what was predicted.
     """
     core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
     tests = [
@@ -138,7 +138,7 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
     beside += [*(["--gpu", "h200"] if toy else []), *_settings(toy)]
     planned = [
         Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
-        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=105),
+        Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=95),
         Part(
             "Convolutions, forward and backward",
             [*core, "convolutions", "convolutions_compiled"],
