@@ -161,6 +161,8 @@ def unused_of_beginning(beginning: Beginning, sampling: SampleConfig) -> str:
     """
     if beginning.image is None:
         return ""
+
+    # Everything is kept, or nothing is.
     steps = steps_of(beginning.strength, sampling.steps)
     is_kept = beginning.mask is not None and not beginning.mask.all()
     if not steps:

@@ -116,6 +116,7 @@ def _picture(name: str, value: Any) -> Any:
         value = value.movedim(-1, -3) if value.ndim > 2 else value
     if not isinstance(value, Tensor):
         return value
+
     if value.ndim == 4 and len(value) == 1:
         value = value[0]
     if value.is_floating_point():
