@@ -111,11 +111,13 @@ def _of_model(config: Config) -> Mapping[str, str]:
             reasons |= _all_of("no mixer has heads", "model", "heads")
         if "conv" not in in_turn:
             reasons |= _all_of("no mixer is conv", "model", "kernel")
+
         turned = [mixer for i, mixer in enumerate(in_turn) if i % ORDERS[m.scan]]
         if not IN_ORDER & set(turned):
             why = "no block whose mixer reads a sequence has another order than raster"
             reasons |= _all_of(why, "model", "scan")
 
+    # Skips and labels.
     if m.depth == 1:
         reasons |= _all_of("one block has no mirror image", "model", "skips")
     if not m.num_classes:

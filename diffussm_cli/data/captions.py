@@ -105,6 +105,7 @@ def _in_folders(
         else:
             with reading(f"data.text: {path}: cannot be read", DataError):
                 yield name, read_regular(path, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
+
     if passed_over:
         metadata = next(file for f in described if (file := captions_in(root / f)))
         why = f"beside a {metadata.name}, which is read instead"

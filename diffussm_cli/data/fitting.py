@@ -85,6 +85,8 @@ def fit_to_data(
     fields = {name: value for name, value in values.items() if name not in named}
     if has_store and "data.vae" in named and config.data.vae is not None:
         fields["data.vae"] = full_name(config.data.vae)  # a folder may be relative
+
+    # Without a condition there is nothing to guide.
     classes = fields.get("model.num_classes", config.model.num_classes)
     has_text = config.data.text is not None
     if is_own and not classes and not has_text and "sample.guidance" not in named:
@@ -100,6 +102,7 @@ def fit_to_data(
         return Fitted(fields, [f"taken from the latents in {path!r}: {line}"] if line else [])
     if not fields:
         return Fitted({}, [], facts.listing)
+
     texts = {k: f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()}
     if facts.size and "data.resolution" in texts:
         texts["data.resolution"] += f" (most images: {facts.size})"

@@ -123,10 +123,12 @@ def list_rows(
         image = find_column(path, "image", named)
         label = find_column(path, "label", named, needed=False)
         assert image is not None, "it is needed"
+
         kind = _classes(path, label)
         labels += _labels(path, label, kind[1]) if label else []
         kinds.add(kind)
         rows += (Row(name, row, image, 0, size) for row, size in enumerate(_sizes(path)))
+
     if len(kinds) > 1:
         raise DataError(
             f"the parquet shards of {str(root)!r} have different classes; "
@@ -146,6 +148,7 @@ def list_rows(
         labels = [places[label] for label in labels]
     elif what and not names and labels:
         names = tuple(map(str, range(1 + max(labels))))
+
     if labels:
         rows = [row._replace(label=label) for row, label in zip(rows, labels)]
     return rows, names

@@ -331,6 +331,8 @@ def _open_images(config: Config, held_out: bool, listing: Listing | None) -> Sou
     from diffussm_cli.data.latents.reading import LatentStore
 
     d = config.data
+
+    # No folder.
     if d.path.startswith(BUILTIN):
         return builtin.load(d.path.removeprefix(BUILTIN), d.size, d.channels, d.flip, held_out)
     if d.path.startswith(PYTHON):
@@ -340,12 +342,15 @@ def _open_images(config: Config, held_out: bool, listing: Listing | None) -> Sou
         )
     if not d.path:
         raise ConfigError("data.path: no data set given; pass --data FOLDER")
+
+    # Latents, or images.
     if d.vae is not None:
         if not (Path(d.path) / MANIFEST).is_file():
             raise DataError(_latents_missing(config))
         source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
         return source
+
     columns = named_columns(d.columns, "data.columns")
     return ImageFolder(Path(d.path), d.size, d.channels, d.flip, columns, listing)
 

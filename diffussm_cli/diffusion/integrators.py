@@ -73,6 +73,7 @@ def integrate(
         x = x + (end - now) * velocity
         if noise is not None and end > 0:
             x = x + math.sqrt(now * (now - end)) * noise(x)
+
         checks.count(x)
         changed = x if after_step is None else after_step(i, t, x)
         if changed is None:

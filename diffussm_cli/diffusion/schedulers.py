@@ -63,10 +63,12 @@ def sample(
     if start and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     checks = FiniteSteps(x)
+
     for i, t in enumerate(timesteps):
         output = denoise(x, t.item())
         output = output if takes_covariance else output[:, :C]
         x = scheduler.step(output, t, x, return_dict=False, **options)[0]
+
         checks.count(x)
         changed = x if after_step is None else after_step(i, t, x)
         if changed is None:

@@ -185,6 +185,7 @@ class Evaluator:
                 "images"
             )
             return values
+
         pool = (yield from self.features(real, "captioned images")).pool
         if self.world.rank == 0:
             captioned = [i for i, captions in enumerate(real.captions) if captions]

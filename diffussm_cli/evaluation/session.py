@@ -111,6 +111,7 @@ def evaluate(
             yield Message(f"reference: {reference}, as {META} says")
             if facts.get("prompts") and reference.startswith(BUILTIN):
                 captioned = evaluator.open(f"{reference}{HELD_OUT}")
+
         if reference is None:
             raise ConfigError(
                 "reference: name a reference file, such as one of ADM's, or a folder of real images"
@@ -125,6 +126,7 @@ def evaluate(
             request = sampling or trained.config.sample, num, classes, prompts
             if line := unused_of_request(trained.config, *request):
                 yield Warned(line)
+
             yield Stage("loading the run")
             if not prompts and trained.config.model.text_width and captioned:
                 prompts = names_in(captioned.captions)

@@ -74,11 +74,14 @@ def train(
     from diffussm_cli.training import session
     from diffussm_cli.training.configure import configure
 
+    # What changes of the configuration.
     changes = checked_fields(set) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
     if init is not None:
         changes["train.init"] = str(init)
+
+    # The configuration: as it is given, or fitted to the data or to the run that continues.
     where = None if out is None else Path(out)
     dataset = None if isinstance(data, str | Path) else data
     listing = None
@@ -176,6 +179,8 @@ def evaluate(
     request = {"cache": default_cache()} | request
     if request.get("resolution") is not None:
         request["resolution"] = checked_size(request["resolution"])
+
+    # Images of a run, or images that are there.
     run = samples if isinstance(samples, Run) else None
     trained = run.trained if run else find_run_at(Path(str(samples)))
     if trained is not None:
@@ -183,6 +188,8 @@ def evaluate(
         request["classes"] = check_labels(request.get("classes", ()), trained.config)
     if run is not None:
         request |= {"precision": run.precision, "device": run.device}
+
+    # A dataset becomes a file, as the session reads one.
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(reference, Dataset):
             images, doubt = images_of(reference)
@@ -191,6 +198,7 @@ def evaluate(
             pixels = images.permute(0, 2, 3, 1).numpy()
             reference = Path(folder) / "reference.npz"
             write_npz(reference, {"arr_0": (pixels.shape, pixels.dtype, [pixels])})
+
         where = run.folder if run else str(samples)
         against = None if reference is None else str(reference)
         result = _run(session.evaluate(where, against, metrics, run=trained, **request), show)

@@ -101,6 +101,8 @@ class Run:
         labels = check_labels(classes, self.config)
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback: {callback!r:.80} must be a function of step and x_t")
+
+        # How to draw, and what of the request has no effect.
         request = with_fields(self.config, sampling, "sample").sample
         beginning = read_beginning(self.config, request, num, image, mask, strength, interpolate)
         sampler = self._sampler(request, batch_size, beginning)
@@ -108,6 +110,8 @@ class Run:
         lines += [unused_seed(seed, interpolate), unused_of_beginning(beginning, request)]
         for line in filter(None, lines):
             warnings.warn(line, stacklevel=3)
+
+        # The seeds and captions of the images.
         prompts = prompts or self.config.sample.prompts
         check_prompts(prompts, negative, self.config, sampler.sampling)
         seeds = range(num) if interpolate else range(seed, seed + num)

@@ -62,6 +62,8 @@ def check_output(
     """
     if suffixes and path.suffix not in suffixes:
         raise ConfigError(f"{option}: {str(path)!r} must end in {' or '.join(suffixes)}")
+
+    # The place.
     folder = path.parent
     if makes is not None and not makes.exists() and folder.resolve() == makes.resolve():
         return
@@ -219,6 +221,8 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             # not of another file, as NAME.gz
             if old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():
                 old.unlink(missing_ok=True)
+
+    # Written beside it, and put in its place once it is complete.
     temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)
@@ -227,6 +231,7 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+
         temporary.replace(path)
         if durable:
             sync(path.parent)

@@ -84,6 +84,7 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
     if world.size == 1:
         yield
         return
+
     import torch.distributed as dist
 
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -94,6 +95,7 @@ def process_group(world: World, cuda: bool = False) -> Iterator[None]:
         raise ConfigError(
             f"WORLD_SIZE: {world.size} processes cannot connect: {e}; start them with torchrun"
         ) from e
+
     try:
         with peer_errors():
             yield

@@ -108,6 +108,8 @@ def model_card(
 
     d, m, t, s = config.data, config.model, config.train, config.sample
     preset = config.preset or "diffussm"
+
+    # The header, which the hub reads.
     data = d.path if d.path.startswith(BUILTIN) else Path(d.path).name
     measured_on = HUB_DATA.get(d.path, data.removeprefix(BUILTIN)), data.removeprefix(BUILTIN)
     task = "text-to-image" if m.text_width else "unconditional-image-generation"
@@ -131,6 +133,8 @@ def model_card(
         model_name=preset,
         eval_results=results or None,
     )
+
+    # What it is, and how it was trained.
     kind = "DiT" if m.backbone == "dit" else "[DiffuSSM](https://arxiv.org/abs/2311.18257)"
     facts = {
         "Data": f"{plain(data)}, {d.size[0]}x{d.size[1]} pixels"
@@ -142,6 +146,7 @@ def model_card(
         "Drawn with": f"{s.sampler}, {s.steps} steps, guidance {s.guidance:g}",
         "Made by": f"diffussm {__version__}, preset {plain(config.preset) or 'none'}",
     }
+
     parts = [f"---\n{header.to_yaml()}\n---\n\n# {plain(preset)}\n"]
     parts += [f"![Images that the model drew]({IMAGE})\n"] if image else []
     parts += [
@@ -149,6 +154,8 @@ def model_card(
         f"with {parameters:,} parameters.\n"
     ]
     parts += [table({"": "", **facts}) + f"\n`{CONFIG}` holds the whole configuration.\n"]
+
+    # How to use it, and what it reached.
     option, argument = (
         (' --prompt "red heart"', 'prompt="red heart", ') if m.text_width else ("", "")
     )

@@ -330,6 +330,7 @@ def kernels(root: Path, config: Config) -> Iterator[dict[str, Any]]:
         files.append((runs.read_state(root / runs.FINAL)["step"], root / runs.FINAL / runs.MODEL))
     H, W = config.data.grid
     H, W = H // config.model.patch_size, W // config.model.patch_size
+
     with (
         contextlib.suppress(OSError, SafetensorError, ValueError),
         safe_open(max(files)[1], "pt") as weights,

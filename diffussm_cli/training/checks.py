@@ -44,6 +44,7 @@ def check(
     if resume and root is None:
         root = runs.newest_run(runs.RUNS, config.preset)
 
+    # The folder, the batch and the device.
     problems: list[DiffussmError] = []
     with _collected(problems):
         if root is not None:
@@ -52,6 +53,8 @@ def check(
         check_batch(config, world)
     with _collected(problems):
         pick_device(config.train.device)
+
+    # The data, and what a run that continues may not change.
     with _collected(problems):
         source = yield from list_images(root, config, world, listing=listing)
         config = completed(config, source)
@@ -61,6 +64,8 @@ def check(
         if root is not None and resume and (newest := runs.list_checkpoints(root)):
             facts = yield from compare_data(source, config, root, runs.read_data(root))
             yield from compare_config(config, root, newest[-1], ALONE, facts)
+
+    # The weights that it begins with.
     with _collected(problems):
         begins = root is None or not (resume and runs.list_checkpoints(root))
         if config.train.init and begins:

@@ -165,6 +165,8 @@ def leave_out_unreadable(
 
     skips = config.data.skip_unreadable
     was_not_set = skips and not (root / runs.SKIPPED).exists()  # when the run began
+
+    # Decode them all, or read what the run has recorded.
     if fresh or gather(was_not_set, world)[0]:
         skipped = yield from unreadable_images(images, world)
         if skipped and not skips:
@@ -174,6 +176,7 @@ def leave_out_unreadable(
                 f"data.path: {len(skipped)} of {len(images)} images in {config.data.path!r} cannot "
                 f"be read: {some}{more}; skip them: --set data.skip_unreadable=true"
             )
+
         if skips and world.rank == 0:
             runs.write_skipped(root, skipped)
         if skipped:
@@ -185,6 +188,7 @@ def leave_out_unreadable(
         skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
     else:
         return
+
     images.leave_out({i: name for i, name, _ in skipped if i is not None})
 
 

@@ -74,12 +74,12 @@ def write_nearest(root: Path, step: int, samples: Tensor, source: Source, flip: 
         DataError: if an image cannot be read.
         OSError: if a file cannot be written.
     """
-    found = nearest_images(samples, source, flip)
-    pairs = torch.stack([samples, found.images], 1).flatten(0, 1)
+    neighbours = nearest_images(samples, source, flip)
+    pairs = torch.stack([samples, neighbours.images], 1).flatten(0, 1)
     facts = {
         "step": step,
         "images": len(source),
-        "distances": [round(value, 3) for value in found.distances.tolist()],
+        "distances": [round(value, 3) for value in neighbours.distances.tolist()],
     }
 
     with whole_file(root / runs.NEAREST) as file:

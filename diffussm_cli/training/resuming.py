@@ -61,6 +61,8 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
         values["vae"] = values["vae"] and full_name(values["vae"])
     # not known to earlier versions
     old["data"]["vae_sha256"] = old["data"]["vae_sha256"] or new["data"]["vae_sha256"]
+
+    # What makes it another run.
     harmless = [("data", "skip_unreadable"), *([("data", "path")] if moved else [])]
     fixed = [
         (s, f) for s in ("model", "data", "diffusion") for f in new[s] if (s, f) not in harmless
@@ -80,6 +82,8 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
             f"--resume: train.snapshot_every was 0 and is now {config.train.snapshot_every}; its "
             "averages are of all steps, so choose another --out to begin a new run"
         )
+
+    # What may change.
     free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
     values = [(s, f, old[s][f], new[s][f]) for s, f in free]
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]

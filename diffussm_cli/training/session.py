@@ -160,12 +160,15 @@ def _train_in(
         yield Message(initial.line)
     trainer = _prepare(config, source, root, checkpoint, world, facts, initial)
     trainer.operations = operations(config) if operations and trainer.peak else 0.0
+
+    # A run that is finished already.
     first = trainer.step.number
     steps = config.train.steps
     is_complete = first >= steps and is_first and runs.has_final(root, first)
     if gather(is_complete, world)[0]:
         yield Message(f"{root} is at step {first} and train.steps is {steps}; nothing to do")
         return TrainingResult(root, first, steps, was_finished=True, processes=world.size)
+
     yield Message(f"{root}  {trainer.summary()}")
     if config.train.compile:
         yield Message(COMPILING)

@@ -79,6 +79,7 @@ class Encoder:
                     done += len(span)
                     missed += len(unreadable)
                     yield Progress(done, total, news=f"{missed} skipped")
+
                 if written:
                     written.result()
                 written = writer.submit(self._save, shard, arrays, skipped)

@@ -32,6 +32,7 @@ class LatentStore:
         self.root = root
         self.flip = flip
         self.text_tokens = text_tokens
+
         store = read_store(root, "data.path")
         self.settings = store.settings
         self.warning = scale_warning(store)
@@ -42,12 +43,14 @@ class LatentStore:
         self.class_names = self.settings.class_names
         self._shards: dict[int, dict[str, np.ndarray]] = {}
 
-        # Labels and places of the readable images
+        # Labels and places of the readable images.
         shards = [self._shard(i) for i in range(self.settings.shards)]
         self.places = np.flatnonzero(np.concatenate([s["readable"] for s in shards]))
         self.labels = torch.from_numpy(np.concatenate([s["label"] for s in shards])[self.places])
         if not len(self.places):
             raise DataError(f"data.path: {str(root)!r} holds no readable images")
+
+        # A damaged store: images without captions, or labels without a class.
         if self.settings.text:
             captions = np.concatenate([s["captions"] for s in shards])[self.places]
             if not 1 <= int(captions.min()) <= int(captions.max()) <= self.settings.captions:
@@ -65,6 +68,7 @@ class LatentStore:
                 f"data.path: {str(root)!r} holds labels without a class; "
                 "run diffussm encode --verify"
             )
+
         self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
 

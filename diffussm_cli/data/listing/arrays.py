@@ -58,6 +58,7 @@ def _list_npz(
     for name in names:
         rows_by_name = arrays.open_npz(root / name)
         image, label = _chosen(root / name, rows_by_name, columns)
+
         rows = arrays.image_rows(rows_by_name[image])
         size = math.prod(rows.shape[1:])
         packed += 0 if rows.is_stored() else size * rows.shape[0]
@@ -73,6 +74,7 @@ def _list_npz(
         )
     if labels and len(labels) != len(entries):
         raise DataError(f"of the .npz files in {str(root)!r}, some have labels and others none")
+
     classes = class_list(labels)
     places = {name: place for place, name in enumerate(classes)}
     entries = [e._replace(label=places[str(label)]) for e, label in zip(entries, labels)] or entries

@@ -41,6 +41,8 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
     """List the files and folders with these names."""
     ignored: list[tuple[str, str]] = []
     unread: Counter[str] = Counter()
+
+    # What lies at the top.
     inner = [n for n in names if not n.startswith(".") and os.path.isdir(root / n)]
     folders = [n for n in inner if not _is_passed_over(root / n, root, ignored)]
     files = [n for n in names if n not in set(inner)]
@@ -61,6 +63,7 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
             refuse_splits(root, (), map(_folder_of, entries))
             entries = _entries(root, files, ignored, unread) + entries
             return _with_labels(root, entries, labels, ignored, unread)
+
         entries = _labelled(root, classes, ignored)
         for name in files:
             if name in METADATA:
@@ -76,6 +79,7 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
         ignored = [(name, reason) for name, reason in ignored if name not in stacks]
         ignored += [(name, "a folder without images") for name in folders]
         return list_arrays(root, stacks, ignored, columns)
+
     if folders and not shards and not flat:
         shards = _shards_below(root, ignored)
         if not shards:
@@ -97,6 +101,7 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
         if labels:
             return _with_labels(root, flat, labels, ignored, unread)
         return Listing(root, flat, (), ignored, unread=counted(unread))
+
     tars = [name for name in shards if name.lower().endswith(".tar")]
     kind = "tar" if tars else "parquet"
     used = one_split(tars or shards)
@@ -212,10 +217,12 @@ def _entries(
         if path.name.startswith("."):
             ignored.append((name, HIDDEN))
             continue
+
         try:
             status = path.stat()
         except OSError:
             status = None  # a broken link counts as an unreadable image if it has the suffix of one
+
         if status and not stat.S_ISREG(status.st_mode):
             ignored.append((name, "not a regular file"))
         elif path.suffix.lower() in SUFFIXES or (status and _begins_as_image(path)):

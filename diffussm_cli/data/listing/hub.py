@@ -99,6 +99,7 @@ def choose_shards(names: Sequence[str], files: str | None, begin: str) -> str:
             has = ", ".join(shards[:3]) or "none"
             raise DataError(f"'{begin}:{files}' fits no parquet file of the set; it has {has:.200}")
         return files
+
     if not shards:
         name = begin.partition("@")[0]
         raise DataError(
@@ -115,6 +116,7 @@ def choose_shards(names: Sequence[str], files: str | None, begin: str) -> str:
             split = split_folder(folder.rpartition("/")[2])
         prefix = f"{folder}/" if folder else ""
         splits.setdefault(split, set()).add(prefix + (pattern or "*.parquet"))
+
     chosen = (
         splits.get("train") or splits.get("", set()) if len(splits) > 1 else splits[min(splits)]
     )

@@ -73,6 +73,8 @@ def labels_beside(root: Path, entries: Sequence[Entry], files: Sequence[str]) ->
     for folder in {e.name.rpartition("/")[0] for e in entries}:
         parts = folder.split("/")
         folders |= {"/".join(parts[:i]) for i in range(1, len(parts) + 1)}
+
+    # Files of metadata, in any of the folders.
     described = [(f, path) for f in sorted(folders) if (path := metadata_in(root / f))]
     paths = [(folder, path) for folder, path in described if may_hold_labels(path)]
     if paths:
@@ -84,6 +86,7 @@ def labels_beside(root: Path, entries: Sequence[Entry], files: Sequence[str]) ->
                     _add(labels, name, label, f"{path}: line {number}")
         return Labels(labels, str(paths[0][1]))
 
+    # Lists of labels, beside the images.
     lists = [name for name in files if LISTS.fullmatch(name)]
     return _of_list(root / lists[0], entries) if lists else None
 

@@ -98,6 +98,7 @@ def _names_in(source: Path) -> tuple[Path, list[str]]:
         raise DataError(
             f"cannot read the folder {str(root if pattern else source)!r}: {e.strerror}{hint}"
         ) from e
+
     if pattern:
         names = fnmatch.filter(names, source.name)
         if not names:

@@ -77,6 +77,7 @@ def refuse_splits(
             if named:
                 splits = below.setdefault("/".join(parts[:i]), {})
                 splits.setdefault(SPLITS[named[1].lower()], part)
+
     several = {parent: splits for parent, splits in below.items() if len(splits) > 1}
     if len(classes) == 1 and SPLIT_FOLDER.fullmatch(classes[0]):
         several |= {"": below[""]}
