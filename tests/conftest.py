@@ -185,6 +185,37 @@ def save_vae(folder: Path, seed: int = 0, **changes) -> Path:
     return folder
 
 
+def save_vae_of(kind: str, folder: Path, seed: int = 0, **changes) -> Path:
+    """As `save_vae`, of another class of diffusers: AutoencoderDC or AutoencoderKLFlux2."""
+    import diffusers
+
+    sizes = {
+        "AutoencoderDC": {
+            "latent_channels": 4,
+            "scaling_factor": 0.4,
+            **dict.fromkeys(("encoder_layers_per_block", "decoder_layers_per_block"), (1, 1, 1)),
+            **dict.fromkeys(("encoder_qkv_multiscales", "decoder_qkv_multiscales"), ((), (), ())),
+            **dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (8,) * 3),
+        },
+        "AutoencoderKLFlux2": {
+            "latent_channels": 4,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        },
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(diffusers, kind)(**{**sizes[kind], **changes})
+        if kind == "AutoencoderKLFlux2":
+            model.bn.running_mean.normal_()
+            model.bn.running_var.uniform_(0.5, 4)
+        model.save_pretrained(folder)
+    return folder
+
+
 class Letters:
     """A text encoder for tests: each word has a vector of its own, and padding holds numbers that
     must not matter.

@@ -1,9 +1,12 @@
 """The autoencoder between pixels and latents, loaded through diffusers by hub name or from a
 folder.
 
-Nothing about it is hard-coded: channels, downsampling, scale and shift come from its config.
+Nothing about it is hard-coded: channels, downsampling, scale and shift come from its config; those
+of AutoencoderKLFlux2 are statistics among its weights, of latents whose 2 x 2 neighbours are folded
+into channels.
 
 B batch   C latent channels   H x W grid   images (B, 3, fH, fW) in [-1, 1]   latents (B, C, H, W)
+P side of the neighbours that are folded; 1 but for AutoencoderKLFlux2
 Latents are in the VAE's own units or in model space, (z - shift) * scale, where they have about
 unit variance.
 """
@@ -12,11 +15,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffussm_cli.config import DEFAULT_VAE, Config, DataConfig
@@ -25,7 +29,9 @@ from diffussm_cli.machine.device import full_float32
 from diffussm_cli.machine.files import read_regular
 from diffussm_cli.machine.hub import HUB_NAME, quiet, reach_hub, root_cause, weights_sha256
 
-KINDS = ("AutoencoderKL", "AutoencoderTiny")
+KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2")
+MAX_FOLDED = 8  # P
+OVERLAP = 8  # tiles of AutoencoderDC share an eighth of their side
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
 MAX_CONFIG_BYTES = 1 << 20
 # in a config; the largest VAEs in use have 3e8 parameters
@@ -45,6 +51,7 @@ class VAEFacts(NamedTuple):
     shift: tuple[float, ...]
     config_sha256: str
     parameters: int  # their number
+    folded: int = 1  # P
 
 
 class VAE:
@@ -77,11 +84,14 @@ class VAE:
         x = images.to(self.device, self.dtype)
         with full_float32():
             output = self.model.encode(x)
-        if self.facts.kind == "AutoencoderTiny":
-            mean = output.latents.float()
+        if self.facts.kind in ("AutoencoderTiny", "AutoencoderDC"):
+            mean = output[0].float()
             return mean, torch.zeros_like(mean)
+
         mean, logvar = output.latent_dist.parameters.float().chunk(2, dim=1)
-        return mean, torch.exp(0.5 * logvar.clamp(-30, 20))
+        std = torch.exp(0.5 * logvar.clamp(-30, 20))
+        P = self.facts.folded
+        return F.pixel_unshuffle(mean, P), F.pixel_unshuffle(std, P)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -93,18 +103,28 @@ class VAE:
         height, width = (side * f for side in z.shape[2:])
 
         if max(height, width) > TILE:
-            self.model.enable_tiling()
-            self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
-            self.model.spatial_scale_factor = f  # AutoencoderTiny assumes 8
+            self._enable_tiling()
         else:
             self.model.disable_tiling()
 
+        z = F.pixel_shuffle(z, self.facts.folded)
         size = max(1, DECODE_PIXELS // (min(height, TILE) * min(width, TILE)))
         with full_float32():
             parts = [
                 self.model.decode(part.to(self.device, self.dtype)).sample for part in z.split(size)
             ]
         return torch.cat([part.float().cpu() for part in parts])
+
+    def _enable_tiling(self) -> None:
+        """Let the network decode in tiles of TILE pixels; each class has its own attributes."""
+        f = self.facts.downsample // self.facts.folded
+        if self.facts.kind == "AutoencoderDC":
+            self.model.enable_tiling(TILE, TILE, *[TILE - TILE // OVERLAP] * 2)
+            return
+
+        self.model.enable_tiling()
+        self.model.tile_sample_min_size, self.model.tile_latent_min_size = TILE, TILE // f
+        self.model.spatial_scale_factor = f  # AutoencoderTiny assumes 8
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -131,7 +151,7 @@ def read_facts(name: str, option: str = "--vae") -> VAEFacts:
     values = _load(name, option, load)
     kind = values.get("_class_name")
     if kind not in KINDS:
-        raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+        raise DataError(_other_kind(option, name, kind))
     plain = {k: v for k, v in values.items() if not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     try:
@@ -154,14 +174,19 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
     kind = type(model).__name__
     c = model.config
     if kind not in KINDS:
-        raise DataError(f"{option}: {name!r} holds {kind}, not {' or '.join(KINDS)}")
+        raise DataError(_other_kind(option, name, kind))
 
     try:
-        C = int(c.latent_channels)
-        blocks = c.block_out_channels if kind == "AutoencoderKL" else c.encoder_block_out_channels
-        means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
-        scale = tuple(float(c.scaling_factor / std) for std in stds)
-        shift = tuple(float(mean + (c.shift_factor or 0)) for mean in means)
+        P = _folded(c)
+        C = P * P * int(c.latent_channels)
+        in_pairs = kind in ("AutoencoderTiny", "AutoencoderDC")  # blocks of encoder and decoder
+        blocks = c.encoder_block_out_channels if in_pairs else c.block_out_channels
+        if kind == "AutoencoderKLFlux2":
+            scale, shift = _of_batch_norm(model)
+        else:
+            means, stds = c.get("latents_mean") or [0.0] * C, c.get("latents_std") or [1.0] * C
+            scale = tuple(float(c.scaling_factor / std) for std in stds)
+            shift = tuple(float(mean + (c.get("shift_factor") or 0)) for mean in means)
         parameters = sum(p.numel() for p in model.parameters())
 
         if parameters > MAX_PARAMETERS:
@@ -173,9 +198,34 @@ def facts_of(model: Any, name: str, config_sha256: str = "", option: str = "--va
     except Exception as e:  # values of any type may stand there
         raise DataError(f"{option}: the config of {name!r} is damaged: {reason(e)}") from e
 
-    if len(scale) != C or len(shift) != C or c.in_channels != 3 or c.out_channels != 3:
+    images = {c.in_channels, c.get("out_channels", c.in_channels)}
+    if len(scale) != C or len(shift) != C or images != {3}:
         raise DataError(f"{option}: {name!r} does not map between RGB images and {C} channels")
-    return VAEFacts(name, kind, C, 2 ** (len(blocks) - 1), scale, shift, config_sha256, parameters)
+    f = P * 2 ** (len(blocks) - 1)
+    return VAEFacts(name, kind, C, f, scale, shift, config_sha256, parameters, P)
+
+
+def _other_kind(option: str, name: str, kind: Any) -> str:
+    return f"{option}: {name!r} holds {kind}, not {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+
+
+def _folded(config: Mapping[str, Any]) -> int:
+    """P of a VAE. Raises ValueError for neighbours that are no small square."""
+    height, width = config.get("patch_size") or (1, 1)
+    if height != width or not 1 <= height <= MAX_FOLDED:
+        raise ValueError(f"patch_size is {height} x {width}, and not a square of up to {MAX_FOLDED}")
+    return int(height)
+
+
+def _of_batch_norm(model: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and shift by which AutoencoderKLFlux2 normalises latents; 1 and 0 before its weights
+    are loaded.
+    """
+    bn = model.bn
+    if bn.running_mean.is_meta:
+        return (1.0,) * bn.num_features, (0.0,) * bn.num_features
+    std = (bn.running_var.double() + bn.eps).sqrt()
+    return tuple((1 / std).tolist()), tuple(bn.running_mean.double().tolist())
 
 
 def usable_scale(scale: Sequence[float], shift: Sequence[float]) -> bool:
@@ -203,7 +253,7 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
     take for ever.
     """
     for field, value in values.items():
-        parts = value if isinstance(value, list) else [value]
+        parts = list(_flat(value))
         counts = "layers" in field or field.startswith("num_")
         for part in parts:
             if isinstance(part, int) and part > (MAX_LAYERS if counts else MAX_WIDTH):
@@ -212,6 +262,12 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
                 )
         if len(parts) > (MAX_LAYERS if "block" in field else MAX_WIDTH):
             raise ValueError(f"{field} has {len(parts)} parts")
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """The parts of a value of a config, which may be a list of lists."""
+    for part in value if isinstance(value, list) else [value]:
+        yield from part if isinstance(part, list) else [part]
 
 
 def load_vae(
@@ -231,6 +287,7 @@ def load_vae(
     model, info = _load(facts.name, option, lambda: cls.from_pretrained(**where, **options))
     if info["missing_keys"]:
         raise DataError(f"{option}: the weights of {facts.name!r} lack {info['missing_keys'][0]}")
+    facts = facts_of(model, facts.name, facts.config_sha256, option)  # some stand in the weights
     return VAE(model.float(), facts, device, dtype)
 
 

@@ -17,7 +17,7 @@ from diffussm_cli.config import load_config
 from diffussm_cli.data import vae
 from diffussm_cli.data.vae import load_vae, open_decoding, preview, read_facts
 from diffussm_cli.errors import DataError
-from tests.conftest import float32_arithmetic, save_vae
+from tests.conftest import float32_arithmetic, save_vae, save_vae_of
 
 CPU = torch.device("cpu")
 
@@ -158,6 +158,88 @@ def test_tiny_autoencoder_has_no_deviation(tmp_path, monkeypatch):
     assert v.decode(torch.randn(1, 4, 8, 12)).shape == (1, 3, 32, 48)  # in tiles
 
 
+def test_vae_of_deep_compression_equals_diffusers(tmp_path, monkeypatch):
+    """It gives no deviation, and one scale; large images are decoded in tiles."""
+    v = loaded(save_vae_of("AutoencoderDC", tmp_path))
+    assert (v.facts.kind, v.facts.channels, v.facts.downsample) == ("AutoencoderDC", 4, 4)
+    assert (v.facts.scale, v.facts.shift) == ((0.4,) * 4, (0.0,) * 4)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    mean, std = v.encode(images)
+    with torch.no_grad():
+        torch.testing.assert_close(mean, v.model.encode(images).latent)
+        expected = v.model.decode(mean).sample
+    assert mean.shape == (2, 4, 4, 6)
+    assert not std.any()
+    torch.testing.assert_close(v.decode(0.4 * mean), expected, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(vae, "TILE", 32)
+    tiled = v.decode(torch.randn(1, 4, 12, 20))
+    assert tiled.shape == (1, 3, 48, 80)
+
+
+def test_vae_of_flux_2_folds_neighbours_and_uses_its_statistics(tmp_path, monkeypatch):
+    """As diffusers' pipeline of FLUX.2 does it, in the words of torch: rearranged and normalised."""
+    v = loaded(save_vae_of("AutoencoderKLFlux2", tmp_path))
+    assert (v.facts.channels, v.facts.downsample, v.facts.folded) == (16, 4, 2)
+    before = read_facts(str(tmp_path))  # before its weights are loaded
+    assert (before.channels, before.downsample) == (16, 4)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    mean, std = v.encode(images)
+
+    def folded(z):  # (B, C, H, W) to (B, 4C, H/2, W/2): each channel's four neighbours in a row
+        parts = [z[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+        return torch.stack(parts, 2).flatten(1, 2)
+
+    with torch.no_grad():
+        posterior = v.model.encode(images).latent_dist
+        expected = v.model.decode(posterior.mean).sample
+    torch.testing.assert_close(mean, folded(posterior.mean))
+    torch.testing.assert_close(std, folded(posterior.std))
+
+    bn = v.model.bn
+    spread = (bn.running_var + v.model.config.batch_norm_eps).sqrt()
+    normalised = (mean - bn.running_mean.view(1, -1, 1, 1)) / spread.view(1, -1, 1, 1)
+    torch.testing.assert_close((mean - v.shift) * v.scale, normalised)
+    torch.testing.assert_close(v.decode(normalised), expected, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setattr(vae, "TILE", 16)
+    assert v.decode(torch.randn(1, 16, 8, 12)).shape == (1, 3, 32, 48)  # in tiles
+
+
+REFUSED = {
+    "holds VQModel, not AutoencoderKL, .* or AutoencoderKLFlux2": {"_class_name": "VQModel"},
+    "patch_size is 2 x 3, and not a square": {"patch_size": [2, 3]},
+    "patch_size is 64 x 64, and not a square of up to 8": {"patch_size": [64, 64]},
+    "patch_size is 0 x 0": {"patch_size": [0, 0]},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_vae_that_cannot_be_used_is_refused_by_its_config(tmp_path, words):
+    path = save_vae_of("AutoencoderKLFlux2", tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | REFUSED[words]))
+    with pytest.raises(DataError, match=f"^--vae: .*{words}"):
+        read_facts(str(tmp_path))
+
+
+def test_absurd_lists_in_lists_are_rejected(tmp_path):
+    path = save_vae_of("AutoencoderDC", tmp_path) / "config.json"
+    values = json.loads(path.read_text())
+    values["encoder_qkv_multiscales"] = [[], [], [1 << 20]]
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="encoder_qkv_multiscales is 1048576, more than 16384"):
+        read_facts(str(tmp_path))
+
+
+def test_statistics_among_weights_must_be_finite(tmp_path):
+    weights = save_vae_of("AutoencoderKLFlux2", tmp_path) / "diffusion_pytorch_model.safetensors"
+    kept = load_file(weights)
+    kept["bn.running_var"][3] = float("nan")
+    save_file(kept, weights)
+    with pytest.raises(DataError, match="its scale or shift is not a finite number"):
+        loaded(tmp_path)
+
+
 def test_decoding_is_bounded_and_tiled(tmp_path, monkeypatch):
     v = loaded(save_vae(tmp_path))
     z, sizes = torch.randn(5, 4, 8, 8), []
@@ -191,7 +273,7 @@ def test_bad_folder_is_named(tmp_path):
 
     refused("--vae: cannot load the folder .*config.json")
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    refused("holds UNet2DModel, not AutoencoderKL or AutoencoderTiny")
+    refused("holds UNet2DModel, not AutoencoderKL, AutoencoderTiny, AutoencoderDC or")
     save_vae(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
