@@ -152,6 +152,25 @@ def _check_data(d: DataConfig) -> None:
         )
     if d.path.startswith(BUILTIN) and d.vae is not None:
         raise ConfigError(f"data.vae: {d.vae!r} given, but {d.path} holds pixels; leave it out")
+    _check_statistics(d)
+
+
+def _check_statistics(d: DataConfig) -> None:
+    """Raises ConfigError for statistics of latents without a use, or of another number of
+    channels.
+    """
+    if d.normalize == "measured" and d.vae is None:
+        raise ConfigError("data.normalize: measured needs latents (data.vae); these are pixels")
+
+    for name in ("latents_mean", "latents_std"):
+        n = len(getattr(d, name))
+        if n and d.normalize != "measured":
+            raise ConfigError(f"data.{name}: needs data.normalize=measured")
+        if n not in (0, d.channels) or n != len(d.latents_mean):
+            raise ConfigError(
+                f"data.{name}: {n} numbers given; data.latents_mean and data.latents_std need one "
+                f"for each of the {d.channels} channels, or none"
+            )
 
 
 def _check_size(config: Config) -> None:

@@ -121,6 +121,16 @@ class DataConfig:
     vae_sha256: str = _option(
         "", "hash of the VAE's weights, found in the latents and recorded with the run"
     )
+    normalize: Literal["vae", "measured"] = _option(
+        "vae",
+        "scale of latents: the VAE's, or the mean and deviation of each channel in the encoded set",
+    )
+    latents_mean: tuple[float, ...] = _option(
+        (), "measured means by channel, found in the latents and recorded with the run"
+    )
+    latents_std: tuple[float, ...] = _option(
+        (), "measured deviations by channel, as latents_mean", least=1e-6
+    )
     flip: bool = _option(False, "random horizontal flips")
     skip_unreadable: bool = _option(
         False, "leave out images that cannot be read at the start of a run"

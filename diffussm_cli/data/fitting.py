@@ -18,7 +18,9 @@ from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data import builtin
 from diffussm_cli.data.datasets import check_values, classes_of, place, split
 from diffussm_cli.data.images import is_grey
-from diffussm_cli.data.latents.manifest import MANIFEST, read_settings
+from diffussm_cli.data.latents.manifest import MANIFEST
+from diffussm_cli.data.latents.reading import scale_warning
+from diffussm_cli.data.latents.store import read_store
 from diffussm_cli.data.listing import Listing, entry_size, list_source, read_entry
 from diffussm_cli.data.vae import full_name
 from diffussm_cli.errors import DataError
@@ -114,14 +116,18 @@ def fit_to_data(
 
 
 def _of_store(path: str) -> Facts:
-    s = read_settings(Path(path), "data.path")
+    store = read_store(Path(path), "data.path")
+    s = store.settings
     height, width = s.resolution
+    has_no_scale = set(s.scale) == {1.0} and set(s.shift) == {0.0}
+    is_far = has_no_scale and bool(scale_warning(store))
     return Facts(
         {
             "resolution": height if height == width else f"{height}x{width}",
             "channels": s.channels,
             "downsample": s.downsample,
             "vae": full_name(s.vae),
+            **({"normalize": "measured"} if is_far else {}),
         },
         _conditional(len(s.class_names)),
     )

@@ -269,6 +269,12 @@ def open_source(
     Raises:
         DataError, ConfigError: if the data set is missing, is empty or does not fit the model.
     """
+    d = config.data
+    if dataset is not None and d.normalize == "measured" and not d.latents_std:
+        raise ConfigError(
+            "data.normalize: measured needs a store of latents; of a Dataset, name its statistics "
+            "as data.latents_mean and data.latents_std"
+        )
     source = _open(config, listing=listing) if dataset is None else DatasetSource(dataset, config)
     share = config.data.held_out
     _check_classes(config, source)
@@ -317,6 +323,14 @@ def text_hash(config: Config, source: Source) -> str:
     )
 
 
+def latent_statistics(source: Source) -> dict[str, tuple[float, ...]]:
+    """The fields of `data` with the statistics by which a source from `open_source` normalises its
+    latents; none if it does not.
+    """
+    images: Any = undivided(source)
+    return getattr(images, "statistics", {})
+
+
 def vae_hash(source: Source) -> str:
     """The hash of the VAE that made the latents of a source from `open_source`; empty for
     pixels.
@@ -349,6 +363,8 @@ def _open_images(config: Config, held_out: bool, listing: Listing | None) -> Sou
             raise DataError(_latents_missing(config))
         source = LatentStore(Path(d.path), d.flip, config.model.text_tokens)
         _check_latents(config, source.settings)
+        if d.normalize == "measured":
+            source.normalize(d)
         return source
 
     columns = named_columns(d.columns, "data.columns")

@@ -66,6 +66,12 @@ class VAE:
             torch.tensor(v).view(1, -1, 1, 1) for v in (facts.scale, facts.shift)
         )
 
+    def in_space_of(self, data: DataConfig) -> "VAE":
+        """The same, and from here on latents in model space are those of a run."""
+        scale, shift = space_of(self.facts.scale, self.facts.shift, data)
+        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (scale, shift))
+        return self
+
     @property
     def identity(self) -> dict[str, str]:
         """Name and hashes, for manifests and meta.json."""
@@ -213,7 +219,8 @@ def _folded(config: Mapping[str, Any]) -> int:
     """P of a VAE. Raises ValueError for neighbours that are no small square."""
     height, width = config.get("patch_size") or (1, 1)
     if height != width or not 1 <= height <= MAX_FOLDED:
-        raise ValueError(f"patch_size is {height} x {width}, and not a square of up to {MAX_FOLDED}")
+        size = f"{height} x {width}"
+        raise ValueError(f"patch_size is {size}, and not a square of up to {MAX_FOLDED}")
     return int(height)
 
 
@@ -232,6 +239,21 @@ def usable_scale(scale: Sequence[float], shift: Sequence[float]) -> bool:
     """Whether latents can be scaled and scaled back in float32."""
     numbers = torch.tensor([*scale, *shift], dtype=torch.float32)
     return bool(numbers.isfinite().all() and numbers[: len(scale)].all())
+
+
+def space_of(
+    scale: Sequence[float], shift: Sequence[float], data: DataConfig
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Scale and shift that lead to the model space of a run: those of its VAE, and then the
+    statistics of its latents if it has any.
+    """
+    if not data.latents_std:
+        return tuple(scale), tuple(shift)
+    pairs = zip(scale, shift, data.latents_mean)
+    return (
+        tuple(s / std for s, std in zip(scale, data.latents_std)),
+        tuple(offset + mean / s for s, offset, mean in pairs),
+    )
 
 
 def full_name(name: str) -> str:
@@ -379,7 +401,7 @@ def open_decoding(config: Config, device: torch.device) -> Decoding:
             raise DataError(
                 f"data.vae: {d.vae!r} has {has}, but the run has {d.channels} and {d.downsample}"
             )
-        vae = load_vae(facts, device, option="data.vae")
+        vae = load_vae(facts, device, option="data.vae").in_space_of(d)
     except DataError as e:
         warning = (
             f"the images are only previews of the latents, because the VAE cannot be used: {e}"

@@ -61,6 +61,7 @@ FACTS = {
 }
 COMPARED = {"loss": "Loss", "images_per_second": "Images per second"}  # beside the metrics
 EARLY = 0.1  # the share of training that does not count for the range of a chart
+FOUND = ("class_names", "latents_mean", "latents_std")  # fields with long values of the data
 TICKS = 200  # most points of a run's clock
 MAX_FACTS = 1 << 20  # bytes of the file about nearest images
 REFRESH = 60  # seconds after which a page of an unfinished run is loaded again
@@ -227,7 +228,7 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
     for section, fields in configs[0].items():
         for field in fields if isinstance(fields, dict) else ():
             values = [config[section][field] for config in configs]
-            if any(value != values[0] for value in values) and field != "class_names":
+            if any(value != values[0] for value in values) and field not in FOUND:
                 rows.append((f"{section}.{field}", values))
 
     # Previews of a step have the same seeds in every run.
@@ -252,7 +253,7 @@ def differences(config: Config) -> Iterator[tuple[str, Any, Any]]:
     usual = to_dict(load_config(config.preset) if config.preset in preset_names() else Config())
     for section, fields in to_dict(config).items():
         for name, value in fields.items() if isinstance(fields, dict) else ():
-            if value != usual[section][name] and name != "class_names":
+            if value != usual[section][name] and name not in FOUND:
                 yield f"{section}.{name}", value, usual[section][name]
 
 

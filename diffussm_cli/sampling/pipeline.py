@@ -277,7 +277,7 @@ class DiffuSSMPipeline(DiffusionPipeline):
             raise ValueError(f"vae: it has {has}, but the run has {d.channels} and {d.downsample}")
 
         weight = next(self.vae.parameters())
-        vae = VAE(self.vae, facts, weight.device, weight.dtype)
+        vae = VAE(self.vae, facts, weight.device, weight.dtype).in_space_of(d)
         return Decoding(vae.decode, {}, vae=vae)
 
 

@@ -52,6 +52,7 @@ class PromptEncoder:
 # What must agree in a run and its guide: always; if both have recorded it, which earlier versions
 # did not; and if the process has a schedule.
 AGREE: tuple[str, ...] = ("data.size", "data.channels", "data.downsample", "data.text")
+AGREE += ("data.normalize", "data.latents_mean", "data.latents_std")
 AGREE += ("model.num_classes", "model.text_width", "model.text_tokens")
 AGREE += ("diffusion.objective", "diffusion.predicts", "diffusion.timesteps")
 RECORDED = ("data.vae_sha256", "data.text_sha256", "data.class_names")

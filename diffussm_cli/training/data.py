@@ -19,6 +19,7 @@ from diffussm_cli.data.source import (
     ImageFolder,
     Source,
     doubts,
+    latent_statistics,
     open_held_out,
     open_source,
     text_hash,
@@ -107,6 +108,7 @@ def completed(config: Config, source: Source) -> Config:
         class_names=source.class_names,
         text_sha256=text_hash(config, source),
         vae_sha256=vae_hash(source),
+        **latent_statistics(source),
     )
     config = dataclasses.replace(config, data=data)
     runs.check_config(config)

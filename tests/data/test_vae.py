@@ -178,7 +178,7 @@ def test_vae_of_deep_compression_equals_diffusers(tmp_path, monkeypatch):
 
 
 def test_vae_of_flux_2_folds_neighbours_and_uses_its_statistics(tmp_path, monkeypatch):
-    """As diffusers' pipeline of FLUX.2 does it, in the words of torch: rearranged and normalised."""
+    """As diffusers' pipeline of FLUX.2 does it: rearranged, then normalised."""
     v = loaded(save_vae_of("AutoencoderKLFlux2", tmp_path))
     assert (v.facts.channels, v.facts.downsample, v.facts.folded) == (16, 4, 2)
     before = read_facts(str(tmp_path))  # before its weights are loaded

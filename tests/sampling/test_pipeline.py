@@ -592,6 +592,18 @@ def test_vae_of_run_is_a_component(tiny, tmp_path):
         again()
 
 
+def test_vae_of_normalised_run_gets_latents_in_its_units(tiny, tmp_path):
+    vae = str(save_vae(tmp_path / "vae"))
+    statistics = ["data.latents_mean=[1,2,3,4]", "data.latents_std=[2,2,4,4]"]
+    measured = ["data.normalize=measured", *statistics, "sample.clip=false"]
+    pipe = load(final_of(tmp_path, tiny(*latents_of(vae), *measured)))
+    shown = pipe(generator=seeded(0), output_type="np").images
+    latents = pipe(generator=seeded(0), output_type="latent").images
+    mean, std = (torch.tensor(v).view(1, 4, 1, 1) for v in ([1.0, 2, 3, 4], [2.0, 2, 4, 4]))
+    by_hand = pipe.vae.decode((latents * std + mean) / 0.3 + 0.1).sample / 2 + 0.5
+    np.testing.assert_allclose(shown, by_hand.detach().clamp(0, 1).permute(0, 2, 3, 1), atol=1e-5)
+
+
 def test_prompts_may_be_empty_and_negative_prompts_a_list(captioned, tmp_path):
     pipe = load(final_of(tmp_path, captioned("sample.guidance=3")))
 

@@ -3,6 +3,7 @@
 B batch   C channels   H x W grid
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import DataConfig
 from diffussm_cli.data.images import coins
 from diffussm_cli.data.latents.shard import map_shard, shard_name
 from diffussm_cli.data.latents.store import Store, read_store
 from diffussm_cli.data.listing import LeftOut, left_out_line
+from diffussm_cli.data.vae import space_of
 from diffussm_cli.errors import DataError
 
 # Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE
 # lie well inside.
 MOST_MEAN, LEAST_STD, MOST_STD = 1.5, 0.4, 2.5
+LEAST_VARYING = 1e-6  # the least deviation of a channel by which it can be divided
 
 
 class LatentStore:
@@ -71,6 +75,44 @@ class LatentStore:
 
         self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
+        self.statistics: dict[str, tuple[float, ...]] = {}  # fields of `data`, if they are used
+        self._measured = store.statistics
+
+    def normalize(self, data: DataConfig) -> None:
+        """From here on, read latents with mean 0 and deviation 1 in each channel: by the statistics
+        in `data`, or by those of this store if there are none.
+
+        Raises:
+            DataError: if the store has none, or a channel does not vary.
+        """
+        if data.latents_std:
+            self.statistics = {"latents_mean": data.latents_mean, "latents_std": data.latents_std}
+        else:
+            self.statistics = self._statistics()
+        data = dataclasses.replace(data, **self.statistics)
+        scale, shift = space_of(self.settings.scale, self.settings.shift, data)
+        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (scale, shift))
+        self.warning = ""
+
+    def _statistics(self) -> dict[str, tuple[float, ...]]:
+        """Means and deviations of the channels, in six digits. Raises DataError."""
+        where = f"data.normalize: measured, but {str(self.root)!r}"
+        if self._measured is None:
+            raise DataError(
+                f"{where} was made by an earlier version, which measured nothing; "
+                "encode the images again, or --set data.normalize=vae"
+            )
+
+        mean, std = self._measured
+        if (std < LEAST_VARYING).any():
+            channel = int(np.argmin(std))
+            raise DataError(
+                f"{where} has a channel that does not vary, {channel}; --set data.normalize=vae"
+            )
+        return {
+            "latents_mean": tuple(round(float(m), 6) for m in mean),
+            "latents_std": tuple(float(f"{s:.6g}") for s in std),
+        }
 
     def __len__(self) -> int:
         return len(self.places)
@@ -173,5 +215,6 @@ def scale_warning(store: Store) -> str:
     return (
         f"the latents in {str(store.root)!r} have channels with {has}, "
         "but training assumes about 0 and 1: check scaling_factor and shift_factor, "
-        f"or latents_mean and latents_std, in the config of {store.settings.vae}"
+        f"or latents_mean and latents_std, in the config of {store.settings.vae}; or "
+        "--set data.normalize=measured"
     )
