@@ -1,15 +1,20 @@
 """Errors of the system become lines: which do, and what they say."""
 
+import ast
 import errno
 import importlib.metadata
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+import diffussm_cli
 from diffussm_cli.errors import (
     ConfigError,
     DataError,
     RunError,
+    in_python,
     install,
     reading,
     reason,
@@ -108,3 +113,31 @@ def test_checkout_without_metadata_counts_as_a_clone(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "requires", missing)
     assert install("text") == "pip install '.[text]' in a clone"
+
+
+COMMAND = re.compile(r"\b(?:diffussm|torchrun) [^;]*")  # to type, in a message
+OPTION = re.compile(r"(?<![\w-])--[a-z]")
+
+
+def texts_with_options():
+    """Place and text of every string of the library that names an option; values stand as x."""
+    root = Path(diffussm_cli.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] in ("cli.py", "commands", "errors.py"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        formatted = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+        parts = {id(part) for node in formatted for part in node.values}
+        plain = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in parts]
+        for node in [*formatted, *plain]:
+            pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+            words = [str(p.value) if isinstance(p, ast.Constant) else "x" for p in pieces]
+            text = COMMAND.sub("", "".join(words))
+            if OPTION.search(text):
+                yield f"{path.relative_to(root)}:{node.lineno}", text
+
+
+def test_every_option_in_a_message_has_a_name_in_python():
+    texts = dict(texts_with_options())
+    assert len(texts) > 100
+    assert {place: text for place, text in texts.items() if OPTION.search(in_python(text))} == {}
