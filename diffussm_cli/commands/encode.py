@@ -137,6 +137,7 @@ def encode(
 
     With one folder that holds latents of an earlier version, convert them; no image is encoded.
     """
+    # Mistakes first, before torch is imported.
     if verify and (source is None or target is not None):
         raise ConfigError("encode: give --verify LATENTS, and no other folder")
     if source is None or (target is None and not (verify or (source / "manifest.json").is_file())):
@@ -146,8 +147,10 @@ def encode(
     size = parse_size(resolution)
     if size[0] % MULTIPLE or size[1] % MULTIPLE:
         raise ConfigError(f"--resolution: {resolution} must be a multiple of {MULTIPLE}")
+
     from diffussm_cli.data import latents
 
+    # What is not used.
     console = make_console()
     if verify or target is None:
         because = "--verify encodes nothing" if verify else "a store is converted, not encoded"
@@ -155,6 +158,8 @@ def encode(
             warn(console, line)
     elif text is None and (line := unused(ctx, ("text_tokens",), "there is no --text")):
         warn(console, line)
+
+    # A store that is there: checked, or converted.
     if verify:
         files = follow(console, latents.verify_store(source))
         say(f"{files} files of {source} match their hashes")
@@ -162,6 +167,8 @@ def encode(
     if target is None:
         follow(console, latents.convert_store(source))
         return
+
+    # Images.
     settings: dict[str, Any] = {
         "precision": precision,
         "flip": flip,
@@ -183,5 +190,6 @@ def encode(
             "interrupted; finished shards are kept, and the same command continues from there"
         )
         raise
+
     if done:
         console.print(f"check them: diffussm encode --verify {shlex.quote(str(target))}")

@@ -48,6 +48,7 @@ def groups(command: Any, ctx: Any) -> Iterator[tuple[str, list[tuple[str, str]]]
         record = parameter.get_help_record(ctx)
         if record is None:  # hidden
             continue
+
         row = (record[0], described(parameter))
         panel = getattr(parameter, "rich_help_panel", None)
         if parameter.param_type_name == "argument":

@@ -108,6 +108,7 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
         if any(cells):
             grid.add_row(name, *cells)
 
+    # Sizes, and Gflops by part.
     row("parameters", lambda m: f"{m['parameters']:,}")
     row("tokens L", lambda m: f"{m['tokens']:,}")
     row("positions J", lambda m: f"{m['positions']:,}")
@@ -122,11 +123,15 @@ def cost_table(models: Sequence[dict], setting: dict | None = None, memory: bool
         "SSM kernels, once per update",
         lambda m: f"{m['kernel_gflops']:.4g}" if m["kernel_gflops"] else "",
     )
+
+    # Training.
     row("images to train on", lambda m: f"{m['training_images'] / 1e6:,.4g} M")
     row("Gflops to train", lambda m: f"{m['training_gflops']:.3g}")
     for kind in dict.fromkeys(kind for m in models for kind in m.get("measured", {})):
         _measured_rows(row, kind, setting)
     _training_rows(row)
+
+    # Memory.
     label = (
         f"memory of each of {models[0]['processes']} processes"
         if models[0]["processes"] > 1
@@ -195,11 +200,14 @@ def paper_tables(as_json: bool) -> None:
 
     from diffussm_cli.profiling import paper
 
-    dit, training = list(paper.dit_rows()), list(paper.training_rows())
+    dit = list(paper.dit_rows())
+    training = list(paper.training_rows())
     if as_json:
         rows = {"dit": [r._asdict() for r in dit], "training": [t._asdict() for t in training]}
         print_json(rows | {"sentence": paper.sentence()}, make_console())
         return
+
+    # A forward pass of DiT.
     console = make_console(stderr=False)
     grid = Table(
         "",
@@ -212,6 +220,8 @@ def paper_tables(as_json: bool) -> None:
     for r in dit:
         grid.add_row(r.name, f"{r.published:.2f}", f"{r.ours:.3f}", f"{r.difference:+.2%}")
     console.print(grid)
+
+    # Total training, by the paper's way of counting.
     grid = Table(
         box=SIMPLE_HEAD, title="total training Gflops (arXiv 2311.18257): images x forward"
     )

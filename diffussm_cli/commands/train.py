@@ -205,12 +205,15 @@ def report(console, result, code: int | None) -> int:
     if result.seconds:
         parts = ", ".join(f"{what} {duration(s)}" for what, s in result.seconds.items())
         console.print(f"time: {duration(sum(result.seconds.values()))} ({parts})")
+
+    # Stopped before its end.
     if not result.finished:
         console.print(
             f"stopped at step {result.step} of {result.steps}, checkpoint saved; continue with:"
         )
         console.print(f"  diffussm train --resume --out {folder}")
         return code or PREEMPTED  # another process got the signal
+
     if not result.was_finished:
         console.print(f"trained {result.steps} steps; weights in {result.root / runs.FINAL}")
         pictures = sorted((result.root / runs.SAMPLES).glob("step-*.png"))

@@ -145,6 +145,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             raise ValueError(
                 "signed pixels, and those of more than 16 bits, have no standard range"
             )
+
     top = (1 << bits) - 1
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > top):
@@ -153,6 +154,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     # A table of all values takes less memory than arithmetic on a large image.
     grey = ((np.arange(top + 1) * 255 * 2 + top) // (2 * top)).astype(np.uint8)
     scaled = Image.fromarray((grey[::-1] if inverted else grey)[values])
+
+    # The orientation stands in Exif, which a new image lacks.
     exif = Image.Exif()
     exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     scaled.info["exif"] = exif.tobytes()

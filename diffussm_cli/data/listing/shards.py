@@ -127,6 +127,7 @@ def _classes_in_folders(
         if len(set(parts)) > 1:
             break
         shared += 1
+
     paths = [path[shared:] for path in paths]
     names = tuple(sorted({path[0] for path in paths if path}))
     if not names:
