@@ -376,6 +376,10 @@ MISTAKES = {
         "cannot read the folder 'nowhere'",
     ),
     "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
+    "missing file": (
+        ["sample", "DiT-XL-2-256x256.pt"],
+        "RUN: no file 'DiT-XL-2-256x256.pt'; the READMEs of facebookresearch/DiT and willisma/SiT",
+    ),
     "no runs": (["sample"], "no run in runs/; train one first: diffussm train"),
     "value of resume": (["train", "--resume=yes"], "'--resume' does not take a value"),
     "device": (

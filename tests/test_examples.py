@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import string
 import sys
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 from PIL import Image
 
 from diffussm_cli import runs
+from diffussm_cli.config import load_config
+from diffussm_cli.data.source import open_source
 from tests.conftest import save_vae
 
+SIZES = ("data.resolution=28", "model.num_classes=26")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -66,6 +70,25 @@ def test_evaluate_example_runs(run, tmp_path):
     said = run("evaluate.py", *folders)
     assert "'fid'" in said
     assert "note: 80 samples: published FID uses 50,000" in said
+
+
+def test_letters_example_draws_each_letter_once_a_font(run, tmp_path):
+    """White on black, all different, and an O is the same upside down where an A is not."""
+    pytest.importorskip("matplotlib")
+    assert "260 pictures" in run("letters.py", tmp_path / "letters", 10)
+    data = open_source(load_config("digits", [f"data.path={tmp_path / 'letters'}", *SIZES]))
+    assert data.class_names == tuple(string.ascii_uppercase)
+    assert len(data) == 260
+    pixels = {n: np.asarray(Image.open(tmp_path / f"letters/{n}/0.png")) for n in "AO"}
+    for letter in pixels.values():
+        assert letter.shape == (28, 28)
+        assert letter[[0, -1]].max() == 0
+        assert letter.max() > 200
+
+    def turned(a):
+        return np.corrcoef(a.ravel(), a[::-1, ::-1].ravel())[0, 1]
+
+    assert turned(pixels["O"]) > turned(pixels["A"])
 
 
 def test_costs_example_prints_published_size(run):

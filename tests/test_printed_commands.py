@@ -9,6 +9,7 @@ import ast
 import builtins
 import re
 import shlex
+import string
 import tarfile
 from pathlib import Path
 
@@ -36,6 +37,7 @@ CANNOT = {
     ),
     "python tools/fetch_emoji.py": "downloads packages of npm; a made-up set takes its place",
     "python benchmarks/speedrun/": "takes long; tests/test_speedrun.py has its rules",
+    "python examples/letters.py": "tests/test_examples.py runs it",
     "python benchmarks/studies/": "takes hours; tests/test_studies.py runs a study at toy size",
     "python benchmarks/quality/text_retrieval.py": "needs the real emoji",
     "hf upload": "needs an account of the hub",
@@ -106,9 +108,10 @@ INPUTS = {
     ],
     "gallery.md": ["prompts.txt"],
     "get-started.md": ["faces"],
+    "index.md": ["faces"],
     "sampling.md": [TRAINED, "mask.png"],
     "text.md": ["faces", "prompts.txt"],
-    "training.md": ["imagenet/train", ENCODED],
+    "training.md": ["imagenet/train", ENCODED, "letters"],
     "diffussm --help": [],
     "encode --help": ["photos"],
     "eval --help": [TRAINED, "images", "church", "VIRTUAL_imagenet256_labeled.npz"],
@@ -203,6 +206,9 @@ def prepare(name, root):
     elif name in ("imagenet/train", "animals"):
         for label in ("a", "b"):
             save_images(root / name / label, 8, 32, "RGB")
+    elif name == "letters":
+        for label in string.ascii_uppercase:
+            save_images(root / name / label, 2)
     else:
         save_images(
             root / name,

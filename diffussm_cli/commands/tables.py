@@ -49,8 +49,9 @@ def presets_table(rows: Sequence) -> None:
         table.add_row(row.name, f"{row.parameters / 1e6:,.1f} M", row.title)
     make_console(stderr=False).print(table)
     make_console().print(
-        "configuration and memory: diffussm train --preset NAME --dry-run\n"
-        "time on this machine: diffussm profile --preset NAME --estimate"
+        "memory and time on this machine: diffussm train --preset NAME --dry-run\n"
+        "all fields: diffussm train --preset NAME --yaml\n"
+        "time of long steps, or on a GPU: diffussm profile --preset NAME --estimate"
     )
 
 

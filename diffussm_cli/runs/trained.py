@@ -164,6 +164,11 @@ def _find_weights(path: Path | None) -> TrainedRun:
         return TrainedRun(path.with_suffix(""), dit_checkpoint.published_config(path), path, None)
 
     # No folder.
+    if path.suffix == dit_checkpoint.SUFFIX and not os.path.lexists(path):
+        raise RunError(
+            f"RUN: no file {str(path)!r}; the READMEs of facebookresearch/DiT and willisma/SiT "
+            "link to theirs"
+        )
     if not path.is_dir() and os.path.lexists(path):
         raise RunError(
             f"RUN: {str(path)!r} is no folder of a run and no .pt file of a published DiT; "

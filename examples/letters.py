@@ -1,0 +1,34 @@
+"""Draw a folder of letters as white on black pictures of 28x28 pixels, one folder per letter: a
+small data set to fine-tune on. The fonts are those of matplotlib.
+
+python examples/letters.py letters
+python examples/letters.py letters 10   # so many pictures of each letter, in place of 100
+"""
+
+import string
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+FONTS = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")  # also bold and oblique
+SIDE = 28
+
+target = Path(sys.argv[1])
+each = int(sys.argv[2]) if len(sys.argv) > 2 else 100
+generator = np.random.default_rng(0)
+folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+files = [file for file in sorted(folder.glob("*.ttf")) if file.stem.startswith(FONTS)]
+files = [file for file in files if "Display" not in file.stem]
+for letter in string.ascii_uppercase:
+    (target / letter).mkdir(parents=True, exist_ok=True)
+    for i in range(each):
+        font = ImageFont.truetype(str(files[i % len(files)]), int(generator.integers(18, 25)))
+        x, y = SIDE / 2 + generator.uniform(-1.5, 1.5, 2)
+        picture = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(picture).text((x, y), letter, fill=255, font=font, anchor="mm")
+        picture = picture.rotate(generator.uniform(-12, 12), Image.Resampling.BICUBIC)
+        picture.save(target / letter / f"{i}.png")
+print(f"{each * len(string.ascii_uppercase):,} pictures in {target}")
