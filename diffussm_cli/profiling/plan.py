@@ -90,6 +90,10 @@ class Noise:
     def __len__(self) -> int:
         return 1 << 20
 
+    @property
+    def labels(self) -> Tensor:
+        return torch.arange(len(self)) % self.classes
+
     def read(
         self, indices: Sequence[int], generators: Sequence[torch.Generator]
     ) -> tuple[Tensor, Tensor]:

@@ -129,8 +129,7 @@ def axes_of(root: Path) -> dict[str, Any]:
         RunError: if the folder has no readable configuration.
     """
     clock = Log(root / runs.LOG).clock
-    some = np.unique(np.linspace(0, len(clock.x) - 1, TICKS).round().astype(int))
-    places = some if clock.x else []
+    places = np.unique(np.linspace(0, len(clock.x) - 1, TICKS).round().astype(int))
     return {
         "batch": runs.read_config(root).train.batch_size,
         "steps": [0, *(clock.x[i] for i in places)] if clock.x else [],

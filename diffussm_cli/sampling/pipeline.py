@@ -182,7 +182,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
             return make_denoiser(network, objective, sampling, y, text)(x, t)
 
         # what the images begin with
-        x_0, kept = beginning.x_0, denoise
+        x_0 = beginning.x_0
+        kept: Callable[[Tensor, float], Tensor] = denoise
         if x_0 is not None:
             x_0 = x_0.to(x).expand_as(x)
             if beginning.redrawn is not None:
