@@ -36,7 +36,6 @@ CANNOT = {
         "the tests have all packages; the extras of a page are compared with what it imports"
     ),
     "python tools/fetch_emoji.py": "downloads packages of npm; a made-up set takes its place",
-    "python benchmarks/speedrun/": "takes long; tests/test_speedrun.py has its rules",
     "python examples/letters.py": "tests/test_examples.py runs it",
     "python benchmarks/studies/": "takes hours; tests/test_studies.py runs a study at toy size",
     "python benchmarks/quality/text_retrieval.py": "needs the real emoji",
