@@ -342,11 +342,6 @@ MISTAKES = {
     ),
     "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
-    "out": (
-        ["PICTURES", *REFERENCE, "--metrics", "is", "--out", "/dev/null/x.json"],
-        "--out: there is no folder '/dev/null'",
-    ),
-    "no folder": (["--make-ref", "PICTURES", "none/x.npz"], "REF.npz: there is no folder 'none'"),
     "long out": (["PICTURES", *REFERENCE, "--out", f"{LONG}.json"], "--out: cannot write 'xxx"),
     "out of another kind": (
         ["PICTURES", *REFERENCE, "--out", "r.png"],

@@ -193,7 +193,6 @@ NO_GRID = {
     "no columns": ((PIXELS, None, 0), "^columns: 0 must be a whole number of at least 1$"),
     "half a column": ((PIXELS, None, 1.5), "^columns: 1.5 must be a whole number of at least 1$"),
     "another kind": ((PIXELS, "g.jpg"), "^path: 'g.jpg' must end in .png$"),
-    "no folder": ((PIXELS, "none/g.png"), "^path: there is no folder 'none'$"),
     "a folder": ((PIXELS, "folder.png"), "^path: cannot write 'folder.png': it is a folder"),
     "a picture": ((PIXELS, "mine.png"), "^path: 'mine.png' exists and would be replaced; name"),
     "a text": ((PIXELS, "text.png"), "^path: 'text.png' exists and would be replaced; name"),

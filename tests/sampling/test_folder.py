@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diffussm_cli import runs
@@ -18,7 +17,6 @@ from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World
 from diffussm_cli.sampling import open_sampler
-from diffussm_cli.sampling import sampler as sampler_module
 from diffussm_cli.sampling.folder import META, SampleFolder, free_folder
 from diffussm_cli.sampling.request import sample_facts
 from diffussm_cli.training.loop import Trainer
@@ -153,18 +151,6 @@ def test_image_of_other_size_is_named(trained, tmp_path):
         RunError, match="000006.png: is 8x16, not an image of this run; delete it to draw it again"
     ):
         draw(folder)
-
-
-def test_lack_of_memory_is_one_line_error(trained, tmp_path, monkeypatch):
-    def fail(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-        yield
-
-    folder = request(trained, tmp_path)
-    folder.begin()
-    monkeypatch.setattr(sampler_module, "generate", fail)
-    with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; use fewer"):
-        list(folder.draw(folder.missing()))
 
 
 def test_npz_holds_the_images_in_order(whole):

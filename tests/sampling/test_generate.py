@@ -8,7 +8,6 @@ import torch
 from diffussm_cli.config import SampleConfig
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.model import DiffuSSM
-from diffussm_cli.sampling import generate as generation
 from diffussm_cli.sampling import precision
 from diffussm_cli.sampling.generate import Text, generate, labels_of, make_denoiser
 from tests.conftest import device, fill, randn
@@ -106,15 +105,15 @@ def test_weights_cast_once_give_the_images_of_autocast(model, monkeypatch):
     assert torch.equal(draw(for_good, range(3), dtype=torch.bfloat16), cast)
 
 
-def test_failed_drawing_restores_weights(model, monkeypatch):
+def test_failed_drawing_restores_weights(model):
     seen = []
 
-    def fail(*arguments):
+    def fail(*_):
         seen.append(model.blocks[0].W0.weight.dtype)
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(generation, "sample_by_name", fail)
-    with pytest.raises(RuntimeError, match="stop"):
+    hook = model.register_forward_pre_hook(fail)
+    with hook, pytest.raises(RuntimeError, match="stop"):
         draw(model, [0], dtype=torch.bfloat16)
     assert seen == [torch.bfloat16]
     assert {p.dtype for p in model.parameters()} == {torch.float32}

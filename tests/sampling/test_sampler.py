@@ -1,29 +1,27 @@
 """A sampler: which labels seeds get, and what becomes of what is drawn."""
 
 import math
-import types
 
 import pytest
 import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.errors import NotFiniteError
+from diffussm_cli.errors import NotFiniteError, RunError
 from diffussm_cli.model import DiffuSSM
-from diffussm_cli.sampling import sampler as module
 from diffussm_cli.sampling.generate import labels_of
 from diffussm_cli.sampling.sampler import Sampler
-from tests.conftest import device, fill
+from tests.conftest import fill
 
 SHORT = ("sample.steps=2", "sample.guidance=1", "sample.sampler=euler", "sample.clip=false")
 
 
-def sampler(*overrides, decode=lambda x: x):
-    config = load_config("digits", overrides)
-    decoding = types.SimpleNamespace(decode=decode)
-    return Sampler(
-        torch.nn.Linear(1, 1).to(device()), config, config.sample, decoding, batch_size=3
-    )
+def sampler(*overrides, decode=lambda x: x, kind=DiffuSSM):
+    """Of a small network with the classes of digits, or none."""
+    config = load_config("digits", ["model.learn_sigma=false", *SHORT, *overrides])
+    torch.manual_seed(0)
+    model = fill(kind(8, 1, 1, 16, 1, 2, 4, config.model.num_classes, learn_sigma=False)).eval()
+    return Sampler(model, config, config.sample, Decoding(decode, {}), batch_size=3)
 
 
 def test_classes_are_taken_in_turn_from_the_first_seed_on():
@@ -32,31 +30,39 @@ def test_classes_are_taken_in_turn_from_the_first_seed_on():
     assert sampler("model.num_classes=0", "sample.guidance=1").labels(range(5), (1,)) is None
 
 
-def test_draw_decodes_to_uint8(monkeypatch):
-    asked = []
-
-    def generate(model, process, sampling, seeds, labels, batch_size, dtype, **_):
-        asked.append((seeds, labels, batch_size, dtype, process.signal.device.type))
-        yield [4, 5], torch.tensor([-2.0, 0.0]).view(2, 1, 1, 1)
-        yield [6], torch.tensor([0.25]).view(1, 1, 1, 1)
-
-    monkeypatch.setattr(module, "generate", generate)
-    drawn = list(sampler(decode=lambda x: x + 0.5).draw(range(4, 7), [0, 1, 2]))
-    assert asked == [(range(4, 7), [0, 1, 2], 3, torch.float32, device().type)]
-    assert [seeds for seeds, _ in drawn] == [[4, 5], [6]]
-    # floor(127.5 x + 128)
-    assert [images.flatten().tolist() for _, images in drawn] == [[0, 191], [223]]
-    assert {images.dtype for _, images in drawn} == {torch.uint8}
+def test_draw_decodes_to_uint8_batch_by_batch():
+    """Pixels are floor(127.5 x + 128) of what the decoding makes of the latents."""
+    of_noise = sampler(decode=lambda x: 2 * x + 0.5)
+    drawn = list(of_noise.draw(range(4, 9), [0, 1, 2, 3, 4]))
+    latents = torch.cat([x for _, x in of_noise.generate(range(4, 9), [0, 1, 2, 3, 4])])
+    expected = (127.5 * (2 * latents + 0.5) + 128).floor().clamp(0, 255)
+    images = torch.cat([pixels for _, pixels in drawn])
+    assert [seeds for seeds, _ in drawn] == [[4, 5, 6], [7, 8]]
+    assert images.dtype == torch.uint8
+    assert torch.equal(images.float(), expected)
+    assert 0 < (images == 0).float().mean() < 1  # some are cut off
 
 
-def test_error_other_than_memory_keeps_its_traceback(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("ours")
-        yield
+class Failing(DiffuSSM):
+    """A network that cannot be computed."""
 
-    monkeypatch.setattr(module, "generate", fail)
+    error = RuntimeError("ours")
+
+    def forward(self, *_):
+        raise self.error
+
+
+class OutOfMemory(Failing):
+    """A network that is too large for the device."""
+
+    error = torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_lack_of_memory_is_one_line_and_any_other_error_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="ours"):
-        list(sampler().draw([0], [0]))
+        list(sampler(kind=Failing).draw([0], [0]))
+    with pytest.raises(RunError, match="--batch-size: 3 images do not fit into memory; use fewer"):
+        list(sampler(kind=OutOfMemory).draw([0], [0]))
 
 
 @pytest.mark.parametrize("where", ["steps", "decoding"])

@@ -26,10 +26,16 @@ def weights(t):
     }
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"), [("tiny", []), ("captioned", []), ("tiny", ["train.optimizer=muon"])]
-)
-def test_two_steps_resumed_for_two_equal_four_bitwise(kind, settings, request, tmp_path):
+RESUMED = {  # beyond the plain run, which tests/test_survival.py kills and resumes by the command
+    "averages": ("tiny", ["train.ema=0.9,0.1"]),
+    "captions": ("captioned", []),
+    "muon": ("tiny", ["train.optimizer=muon"]),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_steps_resumed_for_two_equal_four_bitwise(case, request, tmp_path):
+    kind, settings = RESUMED[case]
     fixture = request.getfixturevalue(kind)
 
     def tiny(*overrides):
@@ -44,7 +50,8 @@ def test_two_steps_resumed_for_two_equal_four_bitwise(kind, settings, request, t
     second = trainer(tiny("train.seed=0"), tmp_path / "parts")
     second.step.load(runs.newest_good(tmp_path / "parts")[0])
     resumed = list(second.run())
-    assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(second).items())
+    assert same(weights(second), weights(whole))
+    assert all(same(v, by_average(whole)[k]) for k, v in by_average(second).items())
     assert resumed[-1]["loss"] == records[-1]["loss"]
     assert [r["step"] for r in records] == [2, 4]
 
@@ -242,21 +249,6 @@ def test_each_average_follows_its_own_recursion(tiny, tmp_path):
         assert same(found, expected[decay]), decay
     assert not same(expected[0.9], expected[0.25])
     assert not same(expected[0.25], expected[0.1])
-
-
-def test_resumed_run_continues_every_average_bitwise(tiny, tmp_path):
-    config = tiny("train.ema=0.9,0.1")
-    whole = trainer(config, tmp_path / "whole")
-    list(whole.run())
-    first = trainer(config, tmp_path / "parts")
-    stop = iter([False, True])
-    list(first.run(lambda: next(stop)))
-    second = trainer(config, tmp_path / "parts")
-    second.step.load(runs.newest_good(tmp_path / "parts")[0])
-    assert all(same(v, by_average(first)[k]) for k, v in by_average(second).items())
-    list(second.run())
-    assert all(same(v, by_average(whole)[k]) for k, v in by_average(second).items())
-    assert not same(*by_average(whole).values())
 
 
 def test_first_average_and_its_files_equal_those_of_a_run_with_it_alone(tiny, tmp_path):
