@@ -23,7 +23,6 @@ from diffussm_cli.diffusion.process import GaussianDiffusion, make_objective
 from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.machine.hub import load_pretrained
 from diffussm_cli.model import build_model
-from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.profiling.roofline import MOVES_NOTHING, part_of_step
 from diffussm_cli.sampling.generate import generate, make_denoiser
 from diffussm_cli.training.batches import make_batch
@@ -116,14 +115,17 @@ def test_forward_runs_on_pretended_gpu(pretended, preset, grad):
     assert output.device == CUDA
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("mixer", MIXERS)
-def test_update_neither_mixes_devices_nor_waits_for_the_host(
-    pretended, tiny, monkeypatch, mixer, optimizer
-):
+RECIPES = {
+    "s4d": [],
+    "axial": ["model.mixer=axial"],
+    "axial, muon": ["model.mixer=axial", "train.optimizer=muon"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_update_neither_mixes_devices_nor_waits_for_the_host(pretended, tiny, monkeypatch, recipe):
     settings = ["train.precision=fp32", "train.accumulate=2", "train.grad_clip=1"]
-    settings += [f"model.mixer={mixer}", "model.heads=2", f"train.optimizer={optimizer}"]
-    config = tiny(*settings)
+    config = tiny(*settings, *RECIPES[recipe])
     batch = make_batch(open_source(config), config, 0)
 
     def backward(loss):  # the engine wants a real device
