@@ -323,7 +323,7 @@ def text_hash(config: Config, source: Source) -> str:
     )
 
 
-def latent_statistics(source: Source) -> dict[str, tuple[float, ...]]:
+def latent_statistics(source: Source) -> dict[str, Any]:
     """The fields of `data` with the statistics by which a source from `open_source` normalises its
     latents; none if it does not.
     """

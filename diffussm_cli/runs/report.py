@@ -129,11 +129,18 @@ def axes_of(root: Path) -> dict[str, Any]:
         RunError: if the folder has no readable configuration.
     """
     clock = Log(root / runs.LOG).clock
-    places = np.unique(np.linspace(0, len(clock.x) - 1, TICKS).round().astype(int))
-    return {
+    axes: dict[str, Any] = {
         "batch": runs.read_config(root).train.batch_size,
-        "steps": [0, *(clock.x[i] for i in places)] if clock.x else [],
-        "hours": [0, *(round(clock.y[i], 5) for i in places)] if clock.x else [],
+        "steps": [],
+        "hours": [],
+    }
+    if not clock.x:
+        return axes
+
+    places = np.unique(np.linspace(0, len(clock.x) - 1, TICKS).round().astype(int)).tolist()
+    return axes | {
+        "steps": [0, *(clock.x[i] for i in places)],
+        "hours": [0, *(round(clock.y[i], 5) for i in places)],
     }
 
 

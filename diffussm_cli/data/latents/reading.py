@@ -75,7 +75,7 @@ class LatentStore:
 
         self.scale = torch.tensor(self.settings.scale).view(1, -1, 1, 1)
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
-        self.statistics: dict[str, tuple[float, ...]] = {}  # fields of `data`, if they are used
+        self.statistics: dict[str, Any] = {}  # fields of `data`, if they are used
         self._measured = store.statistics
 
     def normalize(self, data: DataConfig) -> None:
@@ -94,7 +94,7 @@ class LatentStore:
         self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in (scale, shift))
         self.warning = ""
 
-    def _statistics(self) -> dict[str, tuple[float, ...]]:
+    def _statistics(self) -> dict[str, Any]:
         """Means and deviations of the channels, in six digits. Raises DataError."""
         where = f"data.normalize: measured, but {str(self.root)!r}"
         if self._measured is None:
