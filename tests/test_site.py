@@ -116,6 +116,23 @@ def test_guides_rank_first_in_search(words, page, site, tab):
     assert pages_found(tab, words)[0] == page
 
 
+WIDE = """
+    [...document.querySelectorAll('.md-typeset__scrollwrap')]
+        .filter(t => t.scrollWidth > t.clientWidth + 20)
+"""
+
+
+def test_wide_table_of_a_study_fits_a_screen_and_keeps_its_names_on_a_telephone(site, tab):
+    tab.open(site + "results/emoji-text/")
+    assert tab.ask(f"{WIDE}.length") == 0
+    tab.open(site + "results/emoji-text/", width=390)
+    assert tab.ask(f"{WIDE}.length") == 1
+    assert tab.ask(f"{WIDE}[0].scrollLeft = 300; {WIDE}[0].scrollLeft") == 300
+    left = "getBoundingClientRect().left"
+    assert tab.ask(f"{WIDE}[0].querySelector('tbody td').{left}") == 0
+    assert tab.ask(f"{WIDE}[0].querySelector('tbody td:nth-child(2)').{left}") < 0
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("page", ["", "get-started/", "commands/", "configuration/", "interface/"])
 def test_pages_fit_their_width(page, width, site, tab):
