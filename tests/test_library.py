@@ -149,7 +149,7 @@ def test_network_is_saved_and_loaded_with_its_arguments(mixer, tmp_path):
         torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "model")
     loaded = ds.DiffuSSM.from_pretrained(tmp_path / "model")
-    inputs = randn(2, 1, 8, 16), torch.tensor([10, 900]), torch.tensor([0, 3])
+    inputs = torch.randn(2, 1, 8, 16), torch.tensor([10, 900]), torch.tensor([0, 3])
     assert torch.equal(loaded(*inputs), model(*inputs))
     assert not list((tmp_path / "model").glob("*.bin"))
 

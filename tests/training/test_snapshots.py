@@ -49,7 +49,9 @@ def tracked(tmp_path_factory):
 
 
 def distance(ours, theirs):
-    return sum((ours[name] - theirs[name]).double().square().sum() for name in ours).sqrt()
+    return sum(
+        (ours[name].cpu() - theirs[name].cpu()).double().square().sum() for name in ours
+    ).sqrt()
 
 
 def test_snapshots_are_kept_at_their_steps_and_not_deleted(tracked):
@@ -72,7 +74,7 @@ def test_a_width_that_was_tracked_comes_back(tracked):
     root, trainer = tracked
     made = runs.load_model(runs.find_run(root, ema_width=0.1)).state_dict()
     for name, tensor in trainer.step.power_averages[1].model.state_dict().items():
-        torch.testing.assert_close(made[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made[name], tensor.cpu(), rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_has_the_widths_of_its_own_step(tracked):
