@@ -54,6 +54,7 @@ SIZES = {
     "train xl-256": [part for override in STORE for part in ("--set", override)],
     "sample": ["--num", "10", "--steps", "2"],
     "sample --prompts": ["--num", "2"],
+    "sample runs/letters": ["--num", "26"],
     "eval runs/mnist": ["--num", "10", "--set", "sample.steps=2"],
     "eval runs/emoji-quick": [
         *("--num", "10", "--set", "sample.steps=2"),
@@ -75,11 +76,19 @@ SIZES = {
     ],
     "profile --estimate": SETTINGS,
     "profile runs/mnist": [],
+    # The width stays that of the model that training begins with.
+    "train --init mnist": ["--set", "train.steps=2", "--set", "train.sample_every=0"],
     "train --list": [],
     "profile --paper": [],
 }
 # These take none of the sizes of their command.
-EXACT = ("encode --verify", "train --list", "profile --paper", "profile runs/mnist")
+EXACT = (
+    "encode --verify",
+    "train --init mnist",
+    "train --list",
+    "profile --paper",
+    "profile runs/mnist",
+)
 
 # What lies in the folder of a page before its first command.
 TRAINED, ENCODED = (
