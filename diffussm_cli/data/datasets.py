@@ -48,7 +48,10 @@ class DatasetSource:
         if not len(self):
             raise DataError("data: the dataset is empty")
         self._image(0)
-        self.class_names, self.labels = classes_of(dataset) if self.has_labels else ((), [])
+        self.class_names: tuple[str, ...] = ()
+        self.labels: list[int] = []
+        if self.has_labels:
+            self.class_names, self.labels = classes_of(dataset)
         if self.class_names:
             self._item(0)
         self.warning = self._doubt()

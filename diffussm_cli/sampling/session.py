@@ -73,7 +73,8 @@ def sample(
         DiffussmError: where possible, before anything is drawn.
     """
     trained = run if isinstance(run, TrainedRun) else find_run(Path(run))
-    grid, film = (None if path is None else Path(path) for path in (grid, film))
+    grid = None if grid is None else Path(grid)
+    film = None if film is None else Path(film)
     sampling = sampling or trained.config.sample
     if line := unused_of_request(trained.config, sampling, num, classes, prompts):
         yield Warned(line)
