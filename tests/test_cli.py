@@ -171,6 +171,8 @@ def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypa
     result = run(*DRY, *SETTINGS, "--set", "train.steps=90")
     assert "time: about 3.0 min on cpu for 90 steps, and more for previews" in result.stdout
     assert "data: builtin:digits, 1,621 images of 10 classes" in result.stderr
+    shown = result.output  # both streams, as a terminal shows them
+    assert shown.index("time: ") < shown.index("data: ") < shown.index("parameters")
 
 
 def test_yaml_is_the_whole_configuration_and_nothing_else(tmp_path, monkeypatch):

@@ -157,10 +157,12 @@ def train(
         typer.echo(to_yaml(config), nl=False)
         return
     if dry_run:
-        show_plan(console, config)
+        show_forecast(console, config)
+        problems = follow(console, checks.check(config, out, resume, listing))
+        show_cost(config)
         named = set_fields(overrides, fields)
         named_by_user = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
-        for problem in follow(console, checks.check(config, out, resume, listing)):
+        for problem in problems:
             if str(problem).partition(":")[0] in named_by_user:
                 raise problem
             warn(console, f"the run would stop: {problem}")
@@ -183,15 +185,21 @@ def train(
         raise typer.Exit(code)
 
 
-def show_plan(console, config) -> None:
-    """Print on stdout what a run takes on this machine, and its cost."""
-    from diffussm_cli.commands.tables import cost_table, forecast_lines
+def show_forecast(console, config) -> None:
+    """Print on stdout what a run takes on this machine."""
+    from diffussm_cli.commands.tables import forecast_lines
     from diffussm_cli.profiling.plan import forecast
-    from diffussm_cli.profiling.report import cost_entry
 
     ahead = follow(console, forecast(config))
     for line in forecast_lines(ahead, config.train.steps) if ahead else []:
         say(line)
+
+
+def show_cost(config) -> None:
+    """Print on stdout what a model and its training cost."""
+    from diffussm_cli.commands.tables import cost_table
+    from diffussm_cli.profiling.report import cost_entry
+
     make_console(stderr=False).print(cost_table([cost_entry(config)], memory=True))
 
 
