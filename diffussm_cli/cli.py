@@ -126,9 +126,6 @@ EXAMPLES = {
   diffussm profile --preset xl-256 --estimate \\
       --device h200
 
-  # figure 3, time and memory as a picture
-  diffussm profile --latency --figure costs.png
-
   # what two runs have cost and reached, also as a page
   diffussm profile runs/mnist runs/mnist-2
 """,

@@ -538,9 +538,8 @@ def test_input_is_never_replaced_by_output(option, digits, tmp_path):
         "--out": [path, *REFERENCE, "--metrics", "is", "--out", path],
         "REF.npz": ["--make-ref", path, path],
     }
-    assert f"error: {option}: {str(path)!r} is read by this command" in line_of(
-        run("eval", *command[option])
-    )
+    reason = {"--out": "must end in .json", "REF.npz": "is read by this command"}[option]
+    assert f"error: {option}: {str(path)!r} {reason}" in line_of(run("eval", *command[option]))
     assert path.read_bytes() == before
 
 

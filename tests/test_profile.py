@@ -190,7 +190,10 @@ def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
         (["--models", "xl", "--preset", "mnist"], "--models: cannot be combined with --preset"),
         (["--resolution", "25x"], "data.resolution: '25x'"),
         (["--resolution", "100"], "data.resolution: 100 must be a multiple"),
-        (["--sweep", "M=1", "P=2"], "unexpected extra argument"),
+        (
+            ["--sweep", "M=1", "P=2"],
+            "RUN: 'P=2' is no folder of a run; each LETTER=VALUES needs a --sweep of its own",
+        ),
         (["--sweep", "Q=1"], "--sweep: 'Q=1' must read LETTER=VALUES"),
         (["--set", "model.depth=1"], "name them with --preset"),
         (["--work", "sleep", "--latency"], "--work: 'sleep' must be one of"),

@@ -258,8 +258,10 @@ def _compare_runs(ctx: typer.Context, roots: list[Path], page: Path | None, as_j
         warn(console, line)
     for root in roots:
         if not (root / runs.CONFIG).is_file():
-            what = f"{str(root)!r} is no folder of a run"
-            raise ConfigError(f"RUN: {what}; to profile a preset: diffussm profile --preset NAME")
+            remedy = "to profile a preset: diffussm profile --preset NAME"
+            if "=" in root.name:
+                remedy = "each LETTER=VALUES needs a --sweep of its own"
+            raise ConfigError(f"RUN: {str(root)!r} is no folder of a run; {remedy}")
     page = page or roots[0] / runs.REPORT
     check_output(page, "--page", (PAGE,), roots, {runs.REPORT})
 
