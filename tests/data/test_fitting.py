@@ -172,7 +172,7 @@ def test_large_images_get_the_commands_that_encode_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = save_vae(tmp_path / "vae")
     save(tmp_path / "my faces", [(100, 140)] * 8, classes="ab")
-    result = run("train", "--data", "my faces", "--dry-run")
+    result = run("train", "--data", "my faces", "--dry-run", *SETTINGS)
     assert result.exit_code == 0, result.output
     printed = [shlex.split(x)[1:] for x in re.findall("^  (diffussm .*)$", result.stderr, re.M)]
     assert printed == [
