@@ -200,7 +200,7 @@ def measure(
             "seed": seed,
             "sampling": sampling,
             "precision": "fp32",
-            "out": Path(place) / "result",
+            "out": Path(place) / "result.json",
         }
         return finish(evaluate(run, reference, metrics, **options))["metrics"]
 
