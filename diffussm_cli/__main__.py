@@ -13,4 +13,4 @@ if sys.path[0] in ("", os.getcwd()) and not os.path.samefile(
 from diffussm_cli.cli import app
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="diffussm")  # completion is installed for this name

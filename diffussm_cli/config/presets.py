@@ -16,6 +16,12 @@ YAML_SUFFIXES = (".yaml", ".yml")
 DEFAULT_PRESET = "mnist"
 # Values of the default preset that fit any data, until those of the data are known.
 STAND_INS = {"data.resolution": 64, "sample.guidance": 1.0}
+# Fields that only a VAE allows, which a store of latents names: not checked until it is read.
+OF_LATENTS: dict[str, Any] = {
+    "data.normalize": "vae",
+    "data.latents_mean": (),
+    "data.latents_std": (),
+}
 BUNDLED = Path(__file__).parents[1] / "bundled"
 RUNS, CONFIG = Path("runs"), "config.yaml"  # where runs go, and the configuration in each
 
@@ -104,7 +110,9 @@ def first_reading(
     stand_ins = {}
     if preset is None and "data.path" in named:
         stand_ins = {name: value for name, value in STAND_INS.items() if name not in named}
-    return load_config(preset or DEFAULT_PRESET, overrides, {**stand_ins, **(fields or {})})
+    later = {name: value for name, value in OF_LATENTS.items() if name in named}
+    values = {**stand_ins, **(fields or {}), **later}
+    return load_config(preset or DEFAULT_PRESET, overrides, values)
 
 
 def set_fields(overrides: Iterable[str], fields: Mapping[str, Any] | None = None) -> set[str]:

@@ -431,7 +431,12 @@ LEFT_OUT = {  # files; how many images are used; what is left out
     "other fields of metadata": (
         {"1.png": None, "metadata.jsonl": b'{"file_name": "1.png", "text": "a", "boxes": []}\n'},
         1,
-        [(1, "file", CAPTION, ""), (1, "file", FIELDS, "")],
+        [(1, "file", CAPTION, ""), (1, "file", f"{FIELDS}; not 'boxes'", "")],
+    ),
+    "labels by another name": (
+        {"1.png": None, "metadata.csv": b"file_name,class,a,b,Label\n1.png,2,0,0,2\n"},
+        1,
+        [(1, "file", f"{FIELDS}; not 'Label', 'a', 'b' and 1 more", "")],
     ),
     "two files of metadata": (
         {

@@ -19,6 +19,7 @@ from diffussm_cli.data.vae import load_vae, open_decoding, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import finish
 from diffussm_cli.training import train
+from diffussm_cli.training.configure import configure
 from tests.conftest import TINY, save_vae, save_vae_of
 
 CPU = torch.device("cpu")
@@ -108,6 +109,20 @@ def test_run_keeps_the_statistics_and_samples_with_them(images):
     list(train(runs.resumed_config(root, ["train.steps=6"]), root, resume=True))
     again = yaml.safe_load((root / "final" / "config.yaml").read_text())["data"]
     assert again["latents_std"] == data["latents_std"]
+
+
+def test_store_that_names_the_vae_may_be_normalised_on_request(images):
+    """Also by statistics of another number of channels than the default preset has."""
+    vae = save_vae(images.parent / "vae")
+    store = str(encoded(images, vae))
+    config = configure(None, overrides=[MEASURED], fields={"data.path": store}).config
+    assert (config.data.vae, config.data.normalize) == (str(vae), "measured")
+
+    given = {"data.latents_mean": (0.0,) * 4, "data.latents_std": (2.0,) * 4}
+    config = configure(None, overrides=[MEASURED], fields={"data.path": store, **given}).config
+    assert config.data.latents_std == (2.0,) * 4
+    with pytest.raises(ConfigError, match="these are pixels"):
+        configure(None, overrides=[MEASURED], fields={"data.path": str(images)})
 
 
 def test_given_statistics_take_the_place_of_measured_ones(images):

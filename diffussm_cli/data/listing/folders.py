@@ -262,8 +262,10 @@ def _count_metadata(path: Path, unread: Counter[str], ignored: list[tuple[str, s
     fields = fields_of(path)
     if not fields or fields & set(TEXTS):
         unread[CAPTIONS] += 1
-    if fields - {"file_name", LABEL, *TEXTS}:
-        unread[FIELDS] += 1
+    others = sorted(fields - {"file_name", LABEL, *TEXTS})
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        unread[f"{FIELDS}; not {', '.join(f'{name!r:.40}' for name in others[:3])}{more}"] += 1
 
 
 def _begins_as_image(path: Path) -> bool:
