@@ -30,7 +30,7 @@ def profile(
     trained: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN]...",
+            metavar="RUN",
             autocompletion=completion.runs,
             help="Folders of runs: what they have cost and reached, side by side, also as a page.",
         ),

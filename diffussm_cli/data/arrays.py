@@ -165,7 +165,7 @@ def image_rows(rows: Rows) -> Rows:
     if rows.dtype.kind == "f":
         raise DataError(
             f"{rows.path}: {rows.name} holds {rows.dtype}, not uint8: "
-            "save floor(clamp(127.5 x + 128, 0, 255))"
+            "save floor(255 x + 0.5) if x lies in [0, 1], floor(127.5 x + 128) if x lies in [-1, 1]"
         )
     if len(rows.shape) == 3:
         rows = rows._replace(shape=(*rows.shape, 1))

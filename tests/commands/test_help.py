@@ -19,6 +19,7 @@ def test_help_fits_terminal_and_names_every_option(name, width, monkeypatch):
     shown = run(*filter(None, [name]), "--help").stdout
     assert max(map(len, shown.splitlines())) <= min(width, 100)
     assert "…" not in shown
+    assert "[[" not in shown
     assert shown.endswith(EXAMPLES[name or "diffussm"].strip("\n") + "\n")
 
     # Each name as a word of its own, at the beginning of its line.

@@ -25,6 +25,7 @@ def left_out(found):
 
 LABELS = np.array([2, 0, 1, 1, 0])
 GREY, COLOUR = images(channels=0), images()
+NOT_READ = "of each .npz file, only one array of images and its labels are read"
 HELD = {  # arrays; the images, class names, labels; what is left out
     "images and labels": ({"images": COLOUR, "labels": LABELS}, COLOUR, "012", LABELS, []),
     "as ADM's samples": ({"arr_0": COLOUR, "arr_1": LABELS}, COLOUR, "012", LABELS, []),
@@ -33,7 +34,7 @@ HELD = {  # arrays; the images, class names, labels; what is left out
         GREY[..., None],
         "012",
         LABELS,
-        [(2, "array", "of .npz files, which is not read", "x_test")],
+        [(2, "array", NOT_READ, "set.npz: x_test")],
     ),
     "as MedMNIST, labels in a column": (
         {"train_images": GREY, "train_labels": LABELS[:, None].astype(np.uint8)},
@@ -85,7 +86,7 @@ def test_named_arrays_are_read(tmp_path):
     found = list_source(tmp_path, columns={"image": "faces", "label": "breed"})
     assert np.array_equal(read_entry(tmp_path, found.entries[1], None), COLOUR[1])
     assert [e.label for e in found.entries] == LABELS.tolist()
-    assert left_out(found) == [(1, "array", "of .npz files, which is not read", "images")]
+    assert left_out(found) == [(1, "array", NOT_READ, "set.npz: images")]
 
 
 def test_images_are_read_before_arrays_beside_them(tmp_path):
@@ -107,7 +108,11 @@ def packed(**arrays):
 
 
 WRONG = {
-    "floats": (packed(images=COLOUR / 255), "images holds float64, not uint8: save floor"),
+    "floats": (
+        packed(images=COLOUR / 255),
+        "images holds float64, not uint8: save floor(255 x + 0.5) if x lies in [0, 1], "
+        "floor(127.5 x + 128) if x lies in [-1, 1]",
+    ),
     "planes first": (packed(images=images(3, 3, 8, 8)), "not uint8 (n, H, W, 3)"),
     "no usual name": (packed(pictures=COLOUR), "holds pictures, not images, image, x"),
     "too few labels": (

@@ -322,6 +322,7 @@ MISTAKES = {
         "--mask: is black everywhere, and only white pixels are drawn anew",
     ),
     "no file": (["--image", "none.png"], "--image: none.png: cannot be decoded: No such file"),
+    "folder": (["--image", "."], "--image: .: cannot be decoded: it is a folder; name a file"),
     "film": (["--image", "film.gif"], "--image: film.gif: is a film of 2 frames, not an image"),
     "video": (["--image", "film.mp4"], "--image: film.mp4: not a PNG, JPEG"),
     "one seed twice": (["--interpolate", "3", "3"], "--interpolate: 3 3 must be two different"),

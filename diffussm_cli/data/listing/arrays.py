@@ -21,7 +21,7 @@ USUAL = (
     ("X_train", "y_train"),
     ("arr_0", "arr_1"),
 )
-NOT_READ = "of .npz files, which is not read"
+NOT_READ = "of each .npz file, only one array of images and its labels are read"
 
 
 def array_files(root: Path, files: Sequence[str]) -> list[str]:
@@ -64,7 +64,7 @@ def _list_npz(
         packed += 0 if rows.is_stored() else size * rows.shape[0]
         entries += (Entry(f"{name}/{i:07d}", 0, size, name, i, image) for i in range(rows.shape[0]))
         labels += _labels(rows_by_name[label], rows.shape[0]) if label else []
-        others += sorted(rows_by_name.keys() - {image, label})
+        others += [f"{name}: {other}" for other in sorted(rows_by_name.keys() - {image, label})]
 
     if packed > arrays.MOST_UNPACKED:
         raise DataError(
