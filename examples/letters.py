@@ -5,8 +5,8 @@ python examples/letters.py letters
 python examples/letters.py letters 10   # so many pictures of each letter, in place of 100
 """
 
+import argparse
 import string
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,8 +16,14 @@ from PIL import Image, ImageDraw, ImageFont
 FONTS = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")  # also bold and oblique
 SIDE = 28
 
-target = Path(sys.argv[1])
-each = int(sys.argv[2]) if len(sys.argv) > 2 else 100
+parser = argparse.ArgumentParser(description="Draw a folder of letters, one folder per letter.")
+parser.add_argument("target", type=Path, metavar="FOLDER")
+parser.add_argument(
+    "each", type=int, nargs="?", default=100, metavar="COUNT", help="pictures of each letter"
+)
+arguments = parser.parse_args()
+target, each = arguments.target, arguments.each
+
 generator = np.random.default_rng(0)
 folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 files = [file for file in sorted(folder.glob("*.ttf")) if file.stem.startswith(FONTS)]

@@ -72,6 +72,18 @@ def test_evaluate_example_runs(run, tmp_path):
     assert "note: 80 samples: published FID uses 50,000" in said
 
 
+@pytest.mark.parametrize("arguments", [[], ["letters", "many"]])
+def test_letters_example_shows_its_usage_for_wrong_arguments(
+    run, tmp_path, monkeypatch, capsys, arguments
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run("letters.py", *arguments)
+    assert capsys.readouterr().err.startswith("usage: letters.py [-h] FOLDER [COUNT]")
+    assert not list(tmp_path.iterdir())
+
+
 def test_letters_example_draws_each_letter_once_a_font(run, tmp_path):
     """White on black, all different, and an O is the same upside down where an A is not."""
     pytest.importorskip("matplotlib")

@@ -46,6 +46,11 @@ def test_every_recipe_obeys_the_rules(name):
     assert race.recipe(name, 2).train.seed == 2
 
 
+def test_an_unknown_recipe_is_one_line_with_those_that_there_are():
+    with pytest.raises(SystemExit, match="^none: no such recipe; there are mnist, mnist-s4d; "):
+        race.recipe("none", 0)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("train.init", "mnist"), ("data.held_out", 0.5), ("diffusion.predicts", "image")],

@@ -55,9 +55,13 @@ SET = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=f"recipes: {', '.join(recipe_names())}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name")
+    parser.add_argument(
+        "name", metavar="NAME", help="the new recipe: a file in recipes/, without .yaml"
+    )
     parser.add_argument("--against", default=RECORD, help="another recipe than the record")
     parser.add_argument("--work", type=Path, default=Path("runs/speedrun"), help="where runs go")
     arguments = parser.parse_args()
@@ -81,8 +85,19 @@ def main() -> None:
     print("admitted" if result["admitted"] else "not admitted")
 
 
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in (HERE / "recipes").glob("*.yaml"))
+
+
 def recipe(name: str, seed: int) -> Config:
-    """The configuration of a recipe with a seed. Raises SystemExit if the rules forbid it."""
+    """The configuration of a recipe with a seed. Raises SystemExit if there is no such recipe, or
+    if the rules forbid it.
+    """
+    if name not in recipe_names():
+        raise SystemExit(
+            f"{name}: no such recipe; there are {', '.join(recipe_names())}; "
+            "write yours as benchmarks/speedrun/recipes/NAME.yaml"
+        )
     values = yaml.safe_load((HERE / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
     fields = {k: v for k, v in values.items() if k != "preset"} | SET | {"train.seed": seed}
     config = load_config(values["preset"], [f"{k}={v}" for k, v in fields.items()])

@@ -190,7 +190,10 @@ def test_library_begins_with_other_weights(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("made", "words"),
     [
-        (None, "no folder"),
+        (
+            None,
+            "no folder 'a'; name a run, a model of the package .*mnist.*, OWNER/NAME .* .pt file",
+        ),
         ("dit", "1 of 51 tensors in all; take its model.backbone, dit, .*hidden_size, 24,"),
         ("damaged", "has changed since it was written"),
     ],

@@ -206,11 +206,18 @@ def test_values_of_a_line_are_on_the_page_as_they_were_logged(run):
     assert line.groups() == ("0", "10 20 30 40", "0.125 0.25 0.375 0.5")
 
 
+def test_line_of_a_single_value_is_a_dot(run):
+    log_of(run / "metrics.jsonl", {"step": 2, "loss": 2.0})
+    assert re.findall(r'<polyline class="s0 d0 dot"[^>]*points="(\S+) \1"', page(run))
+    log_of(run / "metrics.jsonl", *({"step": i, "loss": 2.0} for i in (1, 2)))
+    assert 'class="s0 d0 dot"' not in page(run)
+
+
 def test_nearest_training_images_are_shown_with_their_distances(run):
     facts = {"step": 4, "images": 1617, "distances": [30.0, 10.5, 40.0]}
     (run / "nearest.json").write_text(json.dumps(facts))
     text = " ".join(page(run).split())
-    assert "a sample of step 4" in text
+    assert "a sample of step 4, and beside it the training image" in text
     assert "of 1,617" in text
     assert "differ by 30 of 255" in text
     assert "least in pair 2: 10.5" in text
