@@ -240,16 +240,30 @@ def _pixels(source: Picture, option: str, config: Config, channels: int) -> Tens
     return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
 
 
+def is_picture(value: Any) -> bool:
+    """Whether `value` is a `Picture`: of tensors, uint8 or bool, (fH, fW) or (C, fH, fW) with 1 or
+    3 channels.
+    """
+    if not isinstance(value, Tensor):
+        return isinstance(value, Path | str | Image.Image)
+    shape = (value.ndim, *value.shape[:-2])
+    return value.dtype in (torch.uint8, torch.bool) and shape in ((2,), (3, 1), (3, 3))
+
+
+def description(value: Any) -> str:
+    """What a value is, for an error: its type, and the shape of an array or tensor."""
+    if isinstance(value, np.ndarray | Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"a value of type {type(value).__name__}"
+
+
 def _as_image(picture: Image.Image | Tensor, option: str) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.copy()
-
-    is_tensor = isinstance(picture, Tensor) and picture.dtype in (torch.uint8, torch.bool)
-    if not is_tensor or (picture.ndim, *picture.shape[:-2]) not in ((2,), (3, 1), (3, 3)):
-        kind = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else picture
+    if not is_picture(picture):
         raise ConfigError(
-            f"{option}: {kind!s:.60} must be a file, an image of Pillow, or a tensor uint8 "
-            "(C, H, W) with 1 or 3 channels"
+            f"{option}: {description(picture)} must be a file, an image of Pillow, or a tensor "
+            "uint8 (C, H, W) with 1 or 3 channels"
         )
 
     scale = 255 if picture.dtype == torch.bool else 1

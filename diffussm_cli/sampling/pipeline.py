@@ -123,7 +123,8 @@ class DiffuSSMPipeline(DiffusionPipeline):
             num_images_per_prompt: number of images of each prompt or label.
             generator: on the CPU; one for all images or a list with one per image, as `diffussm
                 sample` has.
-            latents: x_T, (B, C, H, W), in place of noise from the generator.
+            latents: x_T, (B, C, H, W), in place of noise from the generator; with `image`, what
+                the image is mixed with.
             output_type: `pil`; `np`, float (B, H, W, C) in [0, 1]; `pt`, float (B, C, H, W) in [0,
                 1]; or `latent`, x_0 in model space, (B, C, H, W).
             callback_on_step_end: is called as (pipeline, step, timestep, tensors) after each step;

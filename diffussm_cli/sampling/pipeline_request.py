@@ -14,7 +14,12 @@ from diffussm_cli.config import Config
 from diffussm_cli.data.images import check_finite
 from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import DiffussmError
-from diffussm_cli.sampling.beginning import Beginning, read_beginning
+from diffussm_cli.sampling.beginning import (
+    Beginning,
+    description,
+    is_picture,
+    read_beginning,
+)
 from diffussm_cli.sampling.pipeline_denoiser import Denoiser
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -110,20 +115,32 @@ def read_image(
 def _picture(name: str, value: Any) -> Any:
     """A picture as `read_beginning` takes it: floats in [0, 1] and arrays, as the pipelines of
     diffusers take and return them, become uint8 (C, H, W).
-    """
-    if isinstance(value, np.ndarray):
-        value = torch.tensor(value)
-        value = value.movedim(-1, -3) if value.ndim > 2 else value
-    if not isinstance(value, Tensor):
-        return value
 
-    if value.ndim == 4 and len(value) == 1:
-        value = value[0]
-    if value.is_floating_point():
-        if not (value.min() >= 0 and value.max() <= 1):  # NaN does not compare
+    Raises ValueError.
+    """
+    if isinstance(value, list | tuple):
+        raise ValueError(f"{name}: one image for all of a call, not a {type(value).__name__}")
+    picture = value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        picture = torch.tensor(value)
+        picture = picture.movedim(-1, -3) if picture.ndim > 2 else picture
+
+    # A batch of one image, and floats.
+    if isinstance(picture, Tensor) and picture.ndim == 4:
+        if len(picture) != 1:
+            raise ValueError(f"{name}: one image for all of a call, not {len(picture)}")
+        picture = picture[0]
+    if isinstance(picture, Tensor) and picture.is_floating_point() and picture.numel():
+        if not (picture.min() >= 0 and picture.max() <= 1):  # NaN does not compare
             raise ValueError(f"{name}: floats must lie in [0, 1]")
-        value = (255 * value).round().to(torch.uint8)
-    return value
+        picture = (255 * picture).round().to(torch.uint8)
+
+    if picture is not None and not is_picture(picture):
+        raise ValueError(
+            f"{name}: {description(value)} must be a file, an image of Pillow, an array (H, W, C) "
+            "or a tensor (C, H, W), with 1 or 3 channels, of uint8 or of floats in [0, 1]"
+        )
+    return picture
 
 
 def checked_guidance(guidance: float | None, config: Config) -> float:

@@ -119,6 +119,17 @@ def test_pipeline_returns_image_at_strength_zero_and_says_so(pipeline):
     assert torch.equal((255 * drawn[0]).round().byte(), RAMP)
 
 
+def test_latents_are_the_noise_that_an_image_is_mixed_with(pipeline):
+    request = {"image": RAMP, "strength": 0.5, "class_labels": 3, "output_type": "np"}
+    zero, noise = torch.zeros(1, 1, 8, 8), torch.linspace(-2, 2, 64).view(1, 1, 8, 8)
+    drawn = [
+        pipeline(**request, latents=latents, generator=seeded(4)).images
+        for latents in (zero, noise, noise)
+    ]
+    assert np.array_equal(drawn[1], drawn[2])
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
 def test_image_may_be_of_pillow_array_or_tensor_as_pipelines_return_them(pipeline):
     (drawn,) = pipeline(generator=seeded(3)).images
     forms = {kind: pipeline(generator=seeded(3), output_type=kind).images for kind in ("np", "pt")}
@@ -286,7 +297,15 @@ def test_impossible_request_is_rejected(tiny, tmp_path):
         ({"image": torch.zeros(1, 8, 8), "strength": 2}, "^strength: 2 must be a number from 0 to"),
         ({"image": torch.full((1, 8, 8), math.nan)}, r"^image: floats must lie in \[0, 1\]"),
         ({"image": np.full((8, 8, 1), 3.0)}, r"^image: floats must lie in \[0, 1\]"),
-        ({"image": [1, 2]}, r"^image: \[1, 2\] must be a file, an image of Pillow, or a tensor"),
+        ({"image": [torch.zeros(1, 8, 8)]}, "^image: one image for all of a call, not a list$"),
+        ({"image": torch.zeros(2, 1, 8, 8)}, "^image: one image for all of a call, not 2$"),
+        (
+            {"image": np.zeros((8, 8, 2))},
+            r"^image: float64 \(8, 8, 2\) must be a file, an image of Pillow, an array \(H, W, C\) "
+            r"or a tensor \(C, H, W\), with 1 or 3 channels, of uint8 or of floats in \[0, 1\]$",
+        ),
+        ({"image": np.array(["a"])}, r"^image: <U1 \(1,\) must be a file"),
+        ({"image": 3}, "^image: a value of type int must be a file"),
         (
             {"image": torch.zeros(1, 8, 8), "mask_image": torch.zeros(8, 8)},
             "^mask_image: is black everywhere",
