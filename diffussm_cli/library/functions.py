@@ -223,7 +223,8 @@ def encode(
         target: the folder for the latents.
         resolution: pixels, or (height, width).
         vae: a hub name or a folder.
-        options: those of `diffussm_cli.data.latents.encode_images`.
+        options: those of `diffussm_cli.data.latents.encode_images`. Its `workers` start Python
+            anew: a script calls this below `if __name__ == "__main__":`, or with workers=0.
 
     Returns:
         `target`, which `train(data=...)` takes.
