@@ -134,6 +134,7 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
     ]
     tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
     compiled = ["--set", "train.compile=true"]
+    to_compile = list(STEPS)[:1] if toy else list(STEPS)  # most of the time of a toy check
     beside = ["benchmarks/speed/beside.py", str(figures), "--device", device]
     beside += [*(["--gpu", "h200"] if toy else []), *_settings(toy)]
     planned = [
@@ -146,7 +147,10 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
         ),
         *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
         Part("Kernels of a step of XL", [*core, "top"], seconds=45),
-        *(_step(f"{title}, compiled", STEPS[title], device, toy, 70, compiled) for title in STEPS),
+        *(
+            _step(f"{title}, compiled", STEPS[title], device, toy, 70, compiled)
+            for title in to_compile
+        ),
         Part("Measured beside predicted", beside, seconds=35),
     ]
     # At toy sizes only the path counts, on machines of any speed.
