@@ -5,7 +5,7 @@ and the remedy.
 import contextlib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # What a caller of the library gives where it has another name than the option or argument.
 PARAMETERS = {
@@ -70,11 +70,14 @@ def reason(error: BaseException) -> str:
     return f"{' '.join((message.splitlines() or [type(error).__name__])[0].split()):.200}"
 
 
-def in_python(line: str) -> str:
+def in_python(line: str, names: Mapping[str, str] = PARAMETERS) -> str:
     """A line for a caller of the library: it names parameters where a command names options.
 
     `--batch-size: 0` becomes `batch_size: 0`, and `--set data.flip=false` becomes
     `set={'data.flip': False}`.
+
+    Args:
+        names: parameters by option, where they differ.
     """
 
     def parameter(match: re.Match[str]) -> str:
@@ -84,7 +87,7 @@ def in_python(line: str) -> str:
         if not name:
             return match[0]
 
-        plain = PARAMETERS.get(name, name.removeprefix("--").replace("-", "_"))
+        plain = names.get(name, name.removeprefix("--").replace("-", "_"))
         if plain == "resume" and line[match.end() :][:1] != ":":
             return "resume=True"
         if not match["value"]:

@@ -387,13 +387,17 @@ IN_PYTHON = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
-def test_an_error_names_parameters_in_python_and_options_on_the_command_line(
-    case, tmp_path, monkeypatch
-):
+@pytest.fixture
+def full_folder(tmp_path, monkeypatch):
+    """The current folder, in which `full` holds one image in colour."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "full" / "a.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_an_error_names_parameters_in_python_and_options_on_the_command_line(case, full_folder):
     call, command, line = MISTAKES[case]
     line = line.replace("PACKAGE", str(BUNDLED / "mnist"))
     names = re.findall(r"\{(.+?)\}", line)
@@ -436,17 +440,12 @@ WRONG_KINDS = {  # calls that the command line does not know, and the lines abou
 
 
 @pytest.mark.parametrize("case", WRONG_KINDS)
-def test_values_of_another_kind_are_one_line_before_anything_is_written(
-    case, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "full").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "full" / "a.png")
+def test_values_of_another_kind_are_one_line_before_anything_is_written(case, full_folder):
     call, line = WRONG_KINDS[case]
     with pytest.raises(ConfigError) as error:
         call()
     assert str(error.value).startswith(line)
-    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+    assert [path.name for path in full_folder.iterdir()] == ["full"]
 
 
 def test_paths_may_be_text(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffussm_cli.config.fields import SECTIONS, Config
+from diffussm_cli.config.fields import SECTIONS, Config, DataConfig
 from diffussm_cli.config.plain_yaml import parse_yaml, read_text
 from diffussm_cli.config.reading import check_mapping, config_from_dict
 from diffussm_cli.config.values import nearest
@@ -16,12 +16,8 @@ YAML_SUFFIXES = (".yaml", ".yml")
 DEFAULT_PRESET = "mnist"
 # Values of the default preset that fit any data, until those of the data are known.
 STAND_INS = {"data.resolution": 64, "sample.guidance": 1.0}
-# Fields that only a VAE allows, which a store of latents names: not checked until it is read.
-OF_LATENTS: dict[str, Any] = {
-    "data.normalize": "vae",
-    "data.latents_mean": (),
-    "data.latents_std": (),
-}
+# Fields of `data` that need a VAE, which a store of latents names: not checked until it is read.
+OF_LATENTS = ("normalize", "latents_mean", "latents_std")
 BUNDLED = Path(__file__).parents[1] / "bundled"
 RUNS, CONFIG = Path("runs"), "config.yaml"  # where runs go, and the configuration in each
 
@@ -110,7 +106,8 @@ def first_reading(
     stand_ins = {}
     if preset is None and "data.path" in named:
         stand_ins = {name: value for name, value in STAND_INS.items() if name not in named}
-    later = {name: value for name, value in OF_LATENTS.items() if name in named}
+    defaults = DataConfig()
+    later = {f"data.{f}": getattr(defaults, f) for f in OF_LATENTS if f"data.{f}" in named}
     values = {**stand_ins, **(fields or {}), **later}
     return load_config(preset or DEFAULT_PRESET, overrides, values)
 

@@ -85,7 +85,8 @@ def write_report(
     root = Path(root)
     every = [root, *map(Path, against)]
     path = root / runs.REPORT if path is None else Path(path)
-    config, log = runs.read_config(root), Log(root / runs.LOG)
+    read = [_read(each) for each in every]
+    config, log = read[0]
 
     text = render(
         "runs/report.html",
@@ -104,8 +105,8 @@ def write_report(
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
-        compared=compare(every) if against else None,
-        axes=[axes_of(each) for each in every],
+        compared=_side_by_side(every, read) if against else None,
+        axes=[axes_of(*each) for each in read],
         refresh=REFRESH if log.step < config.train.steps else 0,
         summary=log.summary(),
         nearest=nearest(root),
@@ -122,18 +123,15 @@ def write_report(
     return path
 
 
-def axes_of(root: Path) -> dict[str, Any]:
-    """How steps of a run become images and hours: its batch size, and its clock as two lists.
+def _read(root: Path) -> tuple[Config, Log]:
+    """The configuration and the log of a run. Raises RunError."""
+    return runs.read_config(root), Log(root / runs.LOG)
 
-    Raises:
-        RunError: if the folder has no readable configuration.
-    """
-    clock = Log(root / runs.LOG).clock
-    axes: dict[str, Any] = {
-        "batch": runs.read_config(root).train.batch_size,
-        "steps": [],
-        "hours": [],
-    }
+
+def axes_of(config: Config, log: Log) -> dict[str, Any]:
+    """How steps of a run become images and hours: its batch size, and its clock as two lists."""
+    clock = log.clock
+    axes: dict[str, Any] = {"batch": config.train.batch_size, "steps": [], "hours": []}
     if not clock.x:
         return axes
 
@@ -214,9 +212,14 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
     Raises:
         RunError: if a folder has no readable configuration.
     """
+    return _side_by_side(roots, [_read(root) for root in roots])
+
+
+def _side_by_side(roots: Sequence[Path], read: Sequence[tuple[Config, Log]]) -> dict[str, Any]:
+    """`compare` of runs whose files have been read."""
     names = [f"{i + 1} {root.resolve().name}" for i, root in enumerate(roots)]
-    configs = [to_dict(runs.read_config(root)) for root in roots]
-    logs = [Log(root / runs.LOG) for root in roots]
+    configs = [to_dict(config) for config, _ in read]
+    logs = [log for _, log in read]
     summaries = [log.summary() for log in logs]
     kinds = dict.fromkeys(name for summary in summaries for name in summary)
 

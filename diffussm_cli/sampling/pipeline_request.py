@@ -2,7 +2,6 @@
 
 import math
 import numbers
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from diffussm_cli.config import Config
 from diffussm_cli.data.images import check_finite
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.errors import DiffussmError
+from diffussm_cli.errors import PARAMETERS, DiffussmError, in_python
 from diffussm_cli.sampling.beginning import (
     Beginning,
     description,
@@ -102,14 +101,12 @@ def read_image(
 
     Raises ValueError.
     """
-    names = {"--image": "image", "--mask": "mask_image", "--strength": "strength"}
     pictures = {"image": _picture("image", image), "mask": _picture("mask_image", mask)}
     try:
         beginning = read_beginning(config, config.sample, 1, **pictures, strength=strength)
         return beginning.encoded(decoding, config.data.downsample)
     except DiffussmError as e:
-        line = re.sub("--(image|mask|strength)", lambda option: names[option[0]], str(e))
-        raise ValueError(line) from e
+        raise ValueError(in_python(str(e), PARAMETERS | {"--mask": "mask_image"})) from e
 
 
 def _picture(name: str, value: Any) -> Any:

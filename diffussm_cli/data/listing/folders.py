@@ -24,6 +24,7 @@ from diffussm_cli.data.listing.left_out import (
     kind_of,
     left_out_line,
     reason_for,
+    some_of,
 )
 from diffussm_cli.data.listing.shards import list_archives, list_parquet
 from diffussm_cli.data.listing.splits import one_split, refuse_splits
@@ -35,6 +36,7 @@ from diffussm_cli.machine.files import open_regular
 
 MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+COLUMNS = 3  # number of columns of metadata that a line lists
 
 
 def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -> Listing:
@@ -262,10 +264,9 @@ def _count_metadata(path: Path, unread: Counter[str], ignored: list[tuple[str, s
     fields = fields_of(path)
     if not fields or fields & set(TEXTS):
         unread[CAPTIONS] += 1
-    others = sorted(fields - {"file_name", LABEL, *TEXTS})
+    others = [f"{name!r:.40}" for name in sorted(fields - {"file_name", LABEL, *TEXTS})]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        unread[f"{FIELDS}; not {', '.join(f'{name!r:.40}' for name in others[:3])}{more}"] += 1
+        unread[f"{FIELDS}; not {some_of(others, COLUMNS)}"] += 1
 
 
 def _begins_as_image(path: Path) -> bool:

@@ -86,6 +86,12 @@ def left_out_line(source: str | Path, parts: Iterable[LeftOut]) -> str:
     return f"left out of {str(source)!r}: {', '.join(texts)}" if texts else ""
 
 
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def empty_classes(names: Sequence[str], labels: Sequence[int] | Tensor) -> str:
     """One line about the classes of which there is no image, as between the labels 0, 10 and 20;
     empty if there are none, or no labels are known.
@@ -94,10 +100,8 @@ def empty_classes(names: Sequence[str], labels: Sequence[int] | Tensor) -> str:
     empty = [name for place, name in enumerate(names) if place not in numbers]
     if not empty or not numbers:
         return ""
-    some = ", ".join(empty[:NAMED])
-    more = f" and {len(empty) - NAMED:,} more" if len(empty) > NAMED else ""
     have = "has" if len(empty) == 1 else "have"
-    return f"{len(empty):,} of {len(names):,} classes {have} no image: {some}{more}"
+    return f"{len(empty):,} of {len(names):,} classes {have} no image: {some_of(empty, NAMED)}"
 
 
 def skipped_text(skipped: Iterable[tuple[int | None, str, str]]) -> str:
