@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffussm_cli.model import DiT as DiT
     from diffussm_cli.model.s4d import S4D as S4D
     from diffussm_cli.training.ema import EMA as EMA
+    from diffussm_cli.training.optimizer import make_optimizer as make_optimizer
     from diffussm_cli.training.optimizer import parameter_groups as parameter_groups
 
 PLACES = {
@@ -50,7 +51,7 @@ PLACES = {
     "diffussm_cli.model": ("DiT", "DiffuSSM"),
     "diffussm_cli.model.s4d": ("S4D",),
     "diffussm_cli.training.ema": ("EMA",),
-    "diffussm_cli.training.optimizer": ("parameter_groups",),
+    "diffussm_cli.training.optimizer": ("make_optimizer", "parameter_groups"),
 }
 MODULES = {name: module for module, names in PLACES.items() for name in names}
 __all__ = ["__version__", *sorted(MODULES)]

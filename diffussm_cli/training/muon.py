@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     """Muon for the parameters of groups with `muon` true, fused AdamW for those of other groups.
 
     Like fused AdamW, it skips a step on the device, without waiting for it, when its `found_inf` is
-    1.
+    1. Without one, as in a training loop of your own, it takes every step.
 
     Args:
         groups: each with `params`, `lr`, `weight_decay` and `muon`.
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
         betas: of AdamW.
     """
 
-    found_inf: Tensor
+    found_inf: Tensor | None = None
 
     def __init__(
         self, groups: list[dict[str, Any]], parts: dict[int, int], betas: tuple[float, float]
@@ -54,8 +54,8 @@ class Muon(torch.optim.Optimizer):
                 self._step_of_matrices(group)
 
     def _step_of_matrices(self, group: dict[str, Any]) -> None:
-        skipped = self.found_inf > 0
-        moved = torch.zeros((), device=self.found_inf.device)
+        moved = torch.zeros((), device=group["params"][0].device)
+        skipped = moved > 0 if self.found_inf is None else self.found_inf > 0
         for pieces in self._by_shape(group):
             # momentum, and Nesterov's look ahead
             gradients = torch.cat([gradient for _, _, gradient in pieces])

@@ -13,10 +13,15 @@ from diffussm_cli.training.muon import Muon
 
 
 def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | Muon:
-    """Fused AdamW over `parameter_groups`, or Muon for the matrices of the blocks and AdamW for all
-    others.
+    """The optimiser of a configuration: fused AdamW over `parameter_groups`, or Muon for the
+    matrices of the blocks and AdamW for all others.
 
-    Either skips a step on the device when its `found_inf` is 1.
+    Either skips a step on the device when its `found_inf` is 1. Rates are those after warm-up;
+    each group also has its own as `peak_lr`, which a schedule may multiply.
+
+    Args:
+        model: a network of this package.
+        config: the section `train` of a configuration, as `load_config("mnist").train`.
     """
     groups = parameter_groups(model, config)
     betas = 0.9, config.beta2
@@ -42,7 +47,7 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a
-    capped rate.
+    capped rate. For an optimiser of torch, whatever `config.optimizer` says.
     """
     ssm = {
         id(p)

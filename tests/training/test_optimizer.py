@@ -126,6 +126,24 @@ def test_muon_skips_a_step_that_is_not_finite_and_keeps_its_momentum(wrong):
     assert torch.isfinite(vector["params"][0]).all()
 
 
+def test_muon_steps_in_a_loop_of_your_own_as_in_training():
+    def weights_after_steps(found_inf):
+        weight = torch.nn.Parameter(torch.eye(4, device=device()))
+        vector = others()
+        group = {"name": "muon", "params": [weight], "lr": 0.1, "weight_decay": 0.5, "muon": True}
+        optimizer = Muon([group, vector], {}, (0.9, 0.999))
+        if found_inf is not None:
+            optimizer.found_inf = found_inf
+        for _ in range(2):
+            weight.grad = torch.arange(16.0, device=device()).view(4, 4)
+            vector["params"][0].grad = torch.ones(1, device=device())
+            optimizer.step()
+        return torch.cat([weight.detach().flatten(), vector["params"][0].detach()])
+
+    in_training = weights_after_steps(torch.zeros((), device=device()))
+    assert torch.equal(weights_after_steps(None), in_training)
+
+
 @pytest.mark.parametrize("backbone", ["diffussm", "dit"])
 def test_muon_takes_block_matrices_and_adamw_the_rest(tiny, backbone):
     config = tiny("train.optimizer=muon", f"model.backbone={backbone}", "model.heads=2")
