@@ -20,6 +20,8 @@ from diffussm_cli.model.embeddings import Stem
 from diffussm_cli.model.mixer import Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.s4d import S4D
+from diffussm_cli.training.batches import Batch
+from diffussm_cli.training.step import Step
 
 
 class OneDirection(S4D):
@@ -155,6 +157,38 @@ def modern() -> None:
     stem()
 
 
+# -------------------------------------------------------------------------------------- the loss
+def dispersive(weight: float = 0.5, temperature: float = 0.5) -> None:
+    """Let the images of a batch repel each other after a quarter of the blocks (arXiv 2506.09027).
+
+    The loss of every image gains weight log mean exp(-d_ij / temperature) over all pairs of images
+    i and j, also i = j, where d_ij is the mean square of the differences of their hidden states.
+    Measurements of the averaged weights are as before.
+    """
+    losses = Step.losses
+
+    def with_repulsion(
+        self: Step, batch: Batch, model: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        if model is not None:
+            return losses(self, batch, model)
+
+        states: list[Tensor] = []
+        block = self.model.blocks[max(1, len(self.model.blocks) // 4) - 1]
+        hook = block.register_forward_hook(lambda _, __, output: states.append(output))
+        result = losses(self, batch)
+        hook.remove()
+
+        z = states[0].flatten(1)  # (B, J D)
+        products = z @ z.mT
+        squares = products.diagonal()
+        d = (squares[:, None] + squares[None] - 2 * products).clamp(min=0) / z.shape[1]
+        repulsion = torch.logsumexp((-d / temperature).flatten(), 0) - math.log(d.numel())
+        return result | {"loss": result["loss"] + weight * repulsion}
+
+    Step.losses = with_repulsion  # type: ignore[method-assign]
+
+
 # ------------------------------------------------------------------------------------------ data
 def train_on(n: int) -> None:
     """Let a built-in data set without captions have n training images, the same for every seed; the
@@ -196,6 +230,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     "stem": stem,
     "mimetic": mimetic,
     "modern": modern,
+    "dispersive": dispersive,
     "500-images": lambda: train_on(500),
     "1500-images": lambda: train_on(1500),
 }
