@@ -155,15 +155,17 @@ def test_sample_accepts_other_average(tmp_path):
 
 def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run("train", "--preset", "xl-256", "--dry-run", "--set", "train.lr=2e-4")
-    assert result.exit_code == 0
-    memory, time, *cost = result.stdout.splitlines()
-    assert re.match(r"memory: [\d.]+ GiB by formula; [\d.]+ GiB free here \(cpu\)", memory)
-    assert time.startswith("time: not measured, because ")
-    assert "673,088,272" in "".join(cost)
-    assert "1,024" in "".join(cost)
-    assert "the same command with --yaml in place of --dry-run" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of a job, no step is measured
+    (tmp_path / "empty").mkdir()
+    for out in ("new/run", "empty"):
+        result = run(*DRY, "--out", out, *SETTINGS)
+        assert result.exit_code == 0, result.output
+        memory, time, *cost = result.stdout.splitlines()
+        assert re.match(r"memory: [\d.]+ GiB by formula; [\d.]+ GiB free here \(cpu\)", memory)
+        assert time.startswith("time: not measured with several processes")
+        assert "memory of each of 2 processes" in "".join(cost)
+        assert "the same command with --yaml in place of --dry-run" in result.stderr
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypatch):
@@ -172,7 +174,7 @@ def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypa
     assert "time: about 3.0 min on cpu for 90 steps, and more for previews" in result.stdout
     assert "data: builtin:digits, 1,621 images of 10 classes" in result.stderr
     shown = result.output  # both streams, as a terminal shows them
-    assert shown.index("time: ") < shown.index("data: ") < shown.index("parameters")
+    assert shown.index("data: ") < shown.index("time: ") < shown.index("parameters")
 
 
 def test_yaml_is_the_whole_configuration_and_nothing_else(tmp_path, monkeypatch):
@@ -243,6 +245,22 @@ STOPS = {  # what is wrong with a run, and the line
     "classes": (["--set", "model.num_classes=3"], "model.num_classes: 3, but builtin:digits has"),
     "device": (["--set", "train.device=mars"], "device: 'mars'"),
     "run folder": (["--out", "taken"], "--out: 'taken' is not empty"),
+    "a folder that cannot be made": (["--out", "taken/notes/run"], "--out: cannot write to"),
+    "latents": (["--preset", "xl-256"], "data.path: no folder of latents at 'latents/imagenet"),
+    "an image": (
+        ["--data", "pictures", "--set", "model.num_classes=0", "--set", "sample.guidance=1"],
+        "data.path: 1 of 2 images in 'pictures' cannot be read: b.png: not a PNG",
+    ),
+    "a reference": (
+        ["--set", "eval.every=1", "--set", "eval.reference=no", "--set", "eval.extractor=digits"],
+        "eval.reference: cannot read the folder 'no'",
+    ),
+    "a logger": (["--set", "train.logger=wandb"], "train.logger: wandb is not installed"),
+    "captions": (
+        ["--set", "data.text=wordllama", "--set", "model.text_width=256"],
+        "data.text: 'builtin:digits' has no caption for 1621 of 1621 images",
+    ),
+    "weights": (["--init", "nope"], "train.init: no folder 'nope'"),
     "a run of another model": (
         ["--out", "run", "--resume"],
         "--resume: model.hidden_size was 16 and is now 32",
@@ -252,24 +270,27 @@ STOPS = {  # what is wrong with a run, and the line
 
 @pytest.mark.parametrize("case", STOPS)
 def test_dry_run_ends_with_what_would_stop_the_run(case, tiny, tmp_path, monkeypatch):
-    """An option that was given is an error, as it is without --dry-run; the plan is printed."""
+    """With the line of the run, and without a measurement; memory and cost are printed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr(plan, "step_seconds", lambda *_: pytest.fail("a step is measured"))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
+    for folder in ("taken", "pictures"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "taken" / "notes").write_text("")
+    Image.new("L", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "b.png").write_text("text")
     if "run" in STOPS[case][0]:
         list(train(tiny(), tmp_path / "run"))
     options, line = STOPS[case]
-    for start in (DRY, DRY[:-1]):
-        done = run(*start, *options)
-        assert line_of(done).startswith(f"diffussm: error: {line}")
-    assert "memory to train" in run(*DRY, *options).stdout
 
-
-def test_dry_run_of_a_preset_without_its_data_is_a_plan_with_a_warning(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    plan = run("train", "--preset", "xl-256", "--dry-run")
-    assert plan.exit_code == 0, plan.output
-    assert "warning: the run would stop: data.path: no folder of latents at" in plan.stderr
+    stopped = run(*DRY[:-1], *options)
+    ahead = run(*DRY, *options)
+    assert line_of(stopped).startswith(f"diffussm: error: {line}")
+    assert line_of(ahead) == line_of(stopped)
+    assert ahead.exit_code == stopped.exit_code == 1
+    assert "memory to train" in ahead.stdout
+    device = case != "device"
+    assert ("time: not measured, because the run would stop" in ahead.stdout) == device
 
 
 def test_list_shows_every_preset_with_its_purpose(monkeypatch):

@@ -17,7 +17,7 @@ from diffussm_cli.config import (
     set_fields,
     to_yaml,
 )
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, DiffussmError
 
 TRAINED = "What is trained"  # a group of options in `--help`
 
@@ -103,8 +103,8 @@ def train(
         typer.Option(
             "--dry-run",
             rich_help_panel=options.ONLY_SHOWN,
-            help="Print the memory and time that the run takes on this machine, its cost, whether "
-            "its data are there, and what would stop it; then exit.",
+            help="Check all that could stop the run before its first step, print the memory and "
+            "time that it takes on this machine and its cost, and exit.",
         ),
     ] = False,
     as_yaml: Annotated[
@@ -157,16 +157,8 @@ def train(
         typer.echo(to_yaml(config), nl=False)
         return
     if dry_run:
-        show_forecast(console, config)
-        problems = follow(console, checks.check(config, out, resume, listing))
-        show_cost(config)
-        named = set_fields(overrides, fields)
-        named_by_user = {"--out", "--resume", *named, *(name.partition(".")[2] for name in named)}
-        for problem in problems:
-            if str(problem).partition(":")[0] in named_by_user:
-                raise problem
-            warn(console, f"the run would stop: {problem}")
-        console.print("all fields: the same command with --yaml in place of --dry-run")
+        if read_world().rank == 0:
+            plan(console, config, checks.check(config, out, resume, listing))
         return
     with stopping() as stop:
         events = session.train(
@@ -185,22 +177,30 @@ def train(
         raise typer.Exit(code)
 
 
-def show_forecast(console, config) -> None:
-    """Print on stdout what a run takes on this machine."""
-    from diffussm_cli.commands.tables import forecast_lines
+def plan(console, config, check) -> None:
+    """Check a run; then print on stdout what it takes on this machine, and what it costs.
+
+    Raises:
+        DiffussmError: what would stop the run, after memory and cost, which need no measurement.
+    """
+    from diffussm_cli.commands.tables import cost_table, forecast_lines
     from diffussm_cli.profiling.plan import forecast
-
-    ahead = follow(console, forecast(config))
-    for line in forecast_lines(ahead, config.train.steps) if ahead else []:
-        say(line)
-
-
-def show_cost(config) -> None:
-    """Print on stdout what a model and its training cost."""
-    from diffussm_cli.commands.tables import cost_table
     from diffussm_cli.profiling.report import cost_entry
 
+    problem = None
+    try:
+        follow(console, check)
+    except DiffussmError as e:
+        problem = e
+
+    # What it takes, and what it costs.
+    ahead = follow(console, forecast(config, stopped=problem is not None))
+    for line in forecast_lines(ahead, config.train.steps) if ahead else []:
+        say(line)
     make_console(stderr=False).print(cost_table([cost_entry(config)], memory=True))
+    if problem is not None:
+        raise problem
+    console.print("all fields: the same command with --yaml in place of --dry-run")
 
 
 def report(console, result, code: int | None) -> int:

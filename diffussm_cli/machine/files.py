@@ -165,8 +165,8 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold the lock of one rank in a folder, which is created if needed, and removed again if no
-    file was written.
+    """Hold the lock of one rank in a folder, which is created if needed. Both are removed again if
+    they are new and no file was written.
 
     Raises:
         BlockingIOError: if another process holds it.
@@ -174,6 +174,7 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
     """
     lock = folder / f"{LOCK}-{rank}"
     made = [p for p in (folder, *folder.parents) if not p.exists()]
+    is_new = not lock.exists()
 
     with contextlib.ExitStack() as stack:
         try:
@@ -181,13 +182,13 @@ def held_folder(folder: Path, rank: int = 0) -> Iterator[None]:
             try:
                 stack.enter_context(locked(lock))
             except BlockingIOError:
-                made = []  # the other process has made the folder too
+                made, is_new = [], False  # the other process has made them
                 raise
             yield
         finally:
             stack.close()
             with contextlib.suppress(OSError):
-                if made and not content(folder):
+                if is_new and not content(folder):
                     lock.unlink(missing_ok=True)
                     for path in made:
                         path.rmdir()

@@ -45,8 +45,11 @@ class Forecast(NamedTuple):
     unmeasured: str = ""
 
 
-def forecast(config: Config) -> Generator[Event, None, Forecast | None]:
+def forecast(config: Config, stopped: bool = False) -> Generator[Event, None, Forecast | None]:
     """What a run will take on this machine, in seconds if a step can be measured in a few.
+
+    Args:
+        stopped: whether something would stop the run, so that nothing is worth measuring.
 
     Returns:
         The forecast, or None if the device of `train.device` is not available here.
@@ -62,7 +65,9 @@ def forecast(config: Config) -> Generator[Event, None, Forecast | None]:
     # What cannot be measured, or not soon.
     batch_gflops = costs.training_gflops / config.train.steps
     unmeasured = ""
-    if world.size > 1:
+    if stopped:
+        unmeasured = "not measured, because the run would stop"
+    elif world.size > 1:
         unmeasured = "not measured with several processes"
     elif free is not None and costs.training_bytes > free:
         unmeasured = "not measured, because it does not fit into memory"

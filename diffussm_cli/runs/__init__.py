@@ -2,7 +2,7 @@
 
 from diffussm_cli.config import RUNS, bundled_names
 from diffussm_cli.runs.checkpoints import damage, has_final, newest_good, remove, whole_folder
-from diffussm_cli.runs.folder import check_run_folder, locked_folder, resumed_config, run_folder
+from diffussm_cli.runs.folder import locked_folder, resumed_config, run_folder
 from diffussm_cli.runs.hub import is_elsewhere
 from diffussm_cli.runs.initial import InitialWeights, initial_weights
 from diffussm_cli.runs.layout import (

@@ -49,7 +49,7 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Iterator[Path
         RunError: if a run cannot begin there or, with `resume`, cannot continue there.
     """
     if root is not None:
-        check_run_folder(root, resume)
+        _check_run_folder(root, resume)
         with locked_folder(root):
             yield root
         return
@@ -71,7 +71,7 @@ def run_folder(root: Path | None, config: Config, resume: bool) -> Iterator[Path
     raise RunError(f"--out: {RUNS}/ holds {MOST - 1} runs of {config.preset}; choose a folder")
 
 
-def check_run_folder(root: Path, resume: bool) -> None:
+def _check_run_folder(root: Path, resume: bool) -> None:
     """Raises RunError if a run cannot begin in a folder or, with `resume`, cannot continue
     there.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config, unused_fields
+from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Listing
@@ -37,22 +37,20 @@ from diffussm_cli.training.resuming import refuse_other_data
 FIRST = ("path", "images", "sha256")  # facts of the images that a run began with
 NAMED = 5  # number of unreadable images that an error lists
 
+# Index, name and reason of an image that cannot be read; no index if it was not even listed.
+Skipped = tuple[int | None, str, str]
+
 
 def list_images(
     root: Path | None,
     config: Config,
-    world: World,
     dataset: Dataset | None = None,
     listing: Listing | None = None,
 ) -> Generator[Event, None, Source]:
-    """Open the data of a run, as `open_source` does, and tell what is not used of them and of the
-    configuration.
+    """Open the data of a run, as `open_source` does, and tell what is not used of them.
 
     Raises DiffussmError.
     """
-    if line := unused_fields(config, world.size):
-        yield Warned(line)
-
     yield Stage("listing")
     try:
         source = open_data(root, config, dataset, listing)
@@ -150,18 +148,22 @@ def compare_data(
 
 def leave_out_unreadable(
     source: Source, config: Config, root: Path, world: World, fresh: bool
-) -> Generator[Event, None, None]:
+) -> Generator[Event, None, list[Skipped] | None]:
     """Decode every image before a run begins, so that no bad one ends it after days.
 
     On resume, use the run's record, unless the images have changed or one of them has ended the
     run.
+
+    Returns:
+        index, name and reason of each image that is left out, for the record of the run; None if
+        its record stays as it is.
 
     Raises:
         DataError: naming the images that cannot be read, unless data.skip_unreadable is set.
     """
     images = undivided(source)
     if not isinstance(images, ImageFolder):
-        return
+        return None
     if world.size > 1 and len(set(gather(images.listing.sha256(), world))) > 1:
         raise DataError(f"data.path: not all processes see the same files in {config.data.path!r}")
 
@@ -169,6 +171,7 @@ def leave_out_unreadable(
     was_not_set = skips and not (root / runs.SKIPPED).exists()  # when the run began
 
     # Decode them all, or read what the run has recorded.
+    news = None
     if fresh or gather(was_not_set, world)[0]:
         skipped = yield from unreadable_images(images, world)
         if skipped and not skips:
@@ -179,19 +182,14 @@ def leave_out_unreadable(
                 f"be read: {some}{more}; skip them: --set data.skip_unreadable=true"
             )
 
-        if skips and world.rank == 0:
-            runs.write_skipped(root, skipped)
-        if skipped:
-            yield Message(
-                f"skipped: {len(skipped)} images that cannot be read; "
-                f"reasons in {root / runs.SKIPPED}"
-            )
+        news = skipped if skips else None
     elif skips:
         skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
     else:
-        return
+        return None
 
     images.leave_out({i: name for i, name, _ in skipped if i is not None})
+    return news
 
 
 def reasons_in_words(reasons: Sequence[tuple[str, str]]) -> str:

@@ -5,7 +5,6 @@ It yields records and prints nothing.
 
 import contextlib
 import datetime
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
-from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.errors import DataError, NotFiniteError, RunError
 from diffussm_cli.machine.device import (
     facts_of_machine,
@@ -30,11 +28,10 @@ from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import ALONE, World, any_of, first_works, peer_errors
 from diffussm_cli.model import count_parameters
 from diffussm_cli.training.batches import Batch, batches
+from diffussm_cli.training.between import Between, open_between
 from diffussm_cli.training.checkpoint import CheckpointWriter, full_tensors, write_tensor_folder
 from diffussm_cli.training.health import diagnosis
-from diffussm_cli.training.measure import Measures
 from diffussm_cli.training.optimizer import lr_factor
-from diffussm_cli.training.preview import Previews
 from diffussm_cli.training.step import Step
 
 # Recorded in checkpoints, which need no state of random generators.
@@ -53,6 +50,7 @@ class Trainer:
 
     Args:
         initial: the weights that training begins with in place of random ones.
+        between: what is done between steps, if it has been opened.
 
     Attributes:
         step: the model in training, with everything that a checkpoint holds.
@@ -69,6 +67,7 @@ class Trainer:
         root: Path,
         world: World = ALONE,
         initial: runs.InitialWeights | None = None,
+        between: Between | None = None,
     ):
         self.config = config
         self.source = source
@@ -76,7 +75,10 @@ class Trainer:
         self.world = world
         self.initial = initial
         tensors = initial.tensors if initial else None
-        self.step = Step(config, pick_device(config.train.device), world, tensors)
+        device = pick_device(config.train.device)
+        opened = between or open_between(config, source, root, device, world)
+        self.measures, self.previews = opened
+        self.step = Step(config, device, world, tensors)
 
         # What the data sheet promises.
         bf16 = self.step.dtype == torch.bfloat16
@@ -84,13 +86,7 @@ class Trainer:
         self.peak = world.size * (gpu.bf16 if bf16 else gpu.fp32) if gpu else 0.0
         self.operations = 0.0
 
-        # Previews and scores share what decodes latents; it is opened once, if at all.
-        decoding = functools.cache(functools.partial(open_decoding, config, self.step.device))
-        measures = config.eval.every or config.eval.held_out_every
-        self.measures = Measures(self.step, source, root, decoding) if measures else None
-        self.previews = (
-            Previews(self.step, source, root, decoding) if config.train.sample_every else None
-        )
+        # What the loop writes, tells and counts.
         self.writer = CheckpointWriter(root, config.train)
         self.after_preview: Callable[[], Any] = lambda: None
         # what the user should know of the last steps; a session shows and clears it
@@ -98,13 +94,6 @@ class Trainer:
         self._any_finite = False  # whether a record had a finite loss
         self._begun = time.perf_counter()
         self._spent: dict[str, float] = {}  # seconds by kind of work between two steps
-
-    @property
-    def warnings(self) -> list[str]:
-        """What the user should know before training begins."""
-        of_previews = self.previews.warnings if self.previews else []
-        of_measures = self.measures.warnings if self.measures else []
-        return of_previews + of_measures
 
     def summary(self) -> str:
         """Number of parameters, device and precision in one line."""
@@ -160,7 +149,7 @@ class Trainer:
                 with self._interrupted():
                     if measures and self.measures:
                         with self._timed("evaluation"):
-                            record |= self.measures.measure(scores)
+                            record |= self.measures.measure(self.step, scores)
                     yield record
 
             # Draw and save.
@@ -283,7 +272,7 @@ class Trainer:
         model = self.step.averaged()
         if self.world.rank == 0 and self.previews:
             try:
-                self.previews.draw(model, last)
+                self.previews.draw(self.step, model, last)
             except NotFiniteError as e:
                 self.notes.append(f"no preview of step {self.step.number}: {e}")
             except DataError as e:

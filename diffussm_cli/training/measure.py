@@ -20,7 +20,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import MANY, Config
 from diffussm_cli.data.source import Source, open_held_out
 from diffussm_cli.data.vae import Decoding
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.errors import ConfigError, DataError, DiffussmError
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.extractors import doubts
@@ -50,13 +50,18 @@ class Measures:
             are missing.
     """
 
-    def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
-        self.step = step
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        root: Path,
+        decoding: Callable[[], Decoding],
+        device: torch.device,
+        world: World = ALONE,
+    ):
         self.source = source
-        config = step.config
-
         images = open_held_out(config, source)
-        self.held_out = HeldOut(images, config, step.device, step.world) if images else None
+        self.held_out = HeldOut(images, config, device, world) if images else None
         scores = config.eval.every > 0
         if scores and not config.eval.images and not images:
             raise ConfigError(
@@ -67,7 +72,7 @@ class Measures:
         # Without a reference there are no scores; an error if there is no held-out loss either.
         self.scoring = None
         if scores and config.eval.images and (config.reference or not images):
-            self.scoring = Scoring(step, source, root, decoding())
+            self.scoring = Scoring(config, source, root, decoding(), device, world)
 
     @property
     def warnings(self) -> list[str]:
@@ -77,15 +82,15 @@ class Measures:
         is_news = left_out not in ("", self.source.left_out, *of_scoring)
         return [*of_scoring, left_out] if is_news else of_scoring
 
-    def measure(self, scores: bool = True) -> dict[str, Any]:
+    def measure(self, step: Step, scores: bool = True) -> dict[str, Any]:
         """Held-out loss and metrics by name; names end in @DECAY except for the first average.
 
         Every process must call this.
 
         Args:
+            step: whose averages are measured.
             scores: whether images are drawn, not only the loss computed.
         """
-        step = self.step
         values: dict[str, Any] = {}
         for ema in step.averages:
             model = step.averaged(ema)
@@ -96,7 +101,7 @@ class Measures:
                 if self.held_out:
                     of_average |= self.held_out.measure(functools.partial(step.losses, model=model))
                 if self.scoring and scores:
-                    of_average |= self.scoring.score(model, keep=is_first)
+                    of_average |= self.scoring.score(step, model, keep=is_first)
 
             for name, value in of_average.items():
                 values[name if is_first else f"{name}@{ema.decay}"] = value
@@ -184,6 +189,17 @@ def of_held_out(config: Config) -> Iterator[None]:
         ) from e
 
 
+@contextlib.contextmanager
+def naming_fields() -> Iterator[None]:
+    """Let errors that name a parameter of `evaluate` name the field of the section `eval`."""
+    try:
+        yield
+    except DiffussmError as e:
+        if str(e).startswith(("reference:", "extractor:")):
+            e.args = (f"eval.{e}", *e.args[1:])
+        raise
+
+
 class Scoring:
     """Metrics of images that averaged weights draw, against `eval.reference`; keeps the best.
 
@@ -193,8 +209,15 @@ class Scoring:
         DiffussmError: if there is no reference, or the extractor cannot be loaded.
     """
 
-    def __init__(self, step: Step, source: Source, root: Path, decoding: Decoding):
-        config = step.config
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        root: Path,
+        decoding: Decoding,
+        device: torch.device,
+        world: World = ALONE,
+    ):
         path = config.reference
         if decoding.warning:
             raise DataError(f"eval.every: {decoding.warning}")
@@ -203,19 +226,20 @@ class Scoring:
                 "eval.every: needs eval.reference, an .npz or a folder of real images, or "
                 "data.held_out"
             )
-        self.step = step
+        self.config = config
         self.source = source
         self.root = root
         self.decoding = decoding
 
-        self.evaluator = Evaluator(config.eval.extractor, device=str(step.device), world=step.world)
-        self.evaluator.choose(config.data.size, config.data.is_grey)
-        self.reference = self.evaluator.reference(path, None, config.data.size)
+        with naming_fields():
+            self.evaluator = Evaluator(config.eval.extractor, device=str(device), world=world)
+            self.evaluator.choose(config.data.size, config.data.is_grey)
+            self.reference = self.evaluator.reference(path, None, config.data.size)
         self.warnings = doubts(self.evaluator.requested, self.evaluator.name, path)
         if self.reference.images is not None and self.reference.images.left_out:
             self.warnings.append(self.reference.images.left_out)
 
-    def score(self, model: Backbone, keep: bool = True) -> dict[str, float]:
+    def score(self, step: Step, model: Backbone, keep: bool = True) -> dict[str, float]:
         """Metrics of a model in eval mode by name, such as `eval/fid`; empty on other ranks than 0.
 
         If `keep`, the weights with the best FID go to RUN/best.
@@ -224,10 +248,10 @@ class Scoring:
             DataError, ConfigError: if reference and extractor do not match.
             RunError: if RUN/best cannot be written.
         """
-        config = self.step.config
+        config = self.config
         steps = min(config.sample.steps, config.eval.steps)
         sampling = dataclasses.replace(config.sample, steps=steps)
-        sampler = Sampler(model, config, sampling, self.decoding, dtype=self.step.dtype)
+        sampler = Sampler(model, config, sampling, self.decoding, dtype=step.dtype)
 
         # The same seeds, labels and captions every time.
         seeds = range(config.eval.images)
@@ -240,14 +264,13 @@ class Scoring:
         metrics, _ = finish(self.evaluator.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in metrics.items()}
         if keep and values:
-            self._keep_if_best(model, values)
+            self._keep_if_best(step.number, model, values)
         return values
 
-    def _keep_if_best(self, model: Backbone, values: dict[str, float]) -> None:
+    def _keep_if_best(self, number: int, model: Backbone, values: dict[str, float]) -> None:
         best = self.root / runs.BEST
         before = runs.read_metrics(best).get("eval/fid", float("inf"))
         if values["eval/fid"] < before:
-            number = self.step.number
             runs.write_weights(
-                best, self.step.config, model.state_dict(), number, {"step": number, **values}
+                best, self.config, model.state_dict(), number, {"step": number, **values}
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from diffussm_cli import runs
-from diffussm_cli.config import SAMPLERS
+from diffussm_cli.config import SAMPLERS, Config
 from diffussm_cli.data.images import save_grid
 from diffussm_cli.data.source import Source
 from diffussm_cli.data.text import check_prompt, open_texts
@@ -33,25 +33,27 @@ class Previews:
         DiffussmError: now and not at the first preview, if a prompt or its encoder cannot be used.
     """
 
-    def __init__(self, step: Step, source: Source, root: Path, decoding: Callable[[], Decoding]):
-        self.step = step
+    def __init__(
+        self, config: Config, source: Source, root: Path, decoding: Callable[[], Decoding]
+    ):
+        self.config = config
         self.source = source
         self.root = root
         self.decoding = decoding()
 
-        prompts = step.config.sample.prompts
+        prompts = config.sample.prompts
         for prompt in prompts:
             check_prompt(prompt, "sample.prompts")
         if prompts:
-            open_texts(step.config)
+            open_texts(config)
 
     @property
     def warnings(self) -> list[str]:
         """What the user should know before training begins."""
         return [self.decoding.warning] if self.decoding.warning else []
 
-    def draw(self, model: Backbone, last: bool) -> Path:
-        """Draw a grid with a model in eval mode.
+    def draw(self, step: Step, model: Backbone, last: bool) -> Path:
+        """Draw a grid of this step with a model in eval mode.
 
         The last one of a run looks as `diffussm sample` draws it, and the nearest training image of
         each sample is written too, if the data are a small set of pixels.
@@ -60,7 +62,7 @@ class Previews:
             NotFiniteError: if an image holds NaN or infinite values.
             DataError: if a training image cannot be read any more; the preview is there.
         """
-        config = self.step.config
+        config = self.config
         n = config.train.sample_images
         classes = config.model.num_classes
         columns = min(COLUMNS, classes or n)
@@ -72,7 +74,7 @@ class Previews:
             sampling = dataclasses.replace(
                 sampling, sampler=SAMPLERS[config.diffusion.objective][0], steps=steps
             )
-        sampler = Sampler(model, config, sampling, self.decoding, dtype=self.step.dtype)
+        sampler = Sampler(model, config, sampling, self.decoding, dtype=step.dtype)
 
         # One class per column, or one caption per image.
         labels = sampler.labels(range(n), range(columns) if classes else ())
@@ -84,11 +86,11 @@ class Previews:
             text = captions_of(self.source, n)
 
         images = torch.cat([images for _, images in sampler.draw(range(n), labels, text)])
-        path = self.root / runs.SAMPLES / f"step-{self.step.number:08d}.png"
+        path = self.root / runs.SAMPLES / f"step-{step.number:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
             save_grid(images, file, columns, titles)
 
         if last and config.data.vae is None and is_small(self.source, images[0].numel()):
-            write_nearest(self.root, self.step.number, images, self.source, flip=config.data.flip)
+            write_nearest(self.root, step.number, images, self.source, flip=config.data.flip)
         return path

@@ -187,6 +187,19 @@ def quiet_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
+def find_tracker(logger: str) -> Any:
+    """The package of `train.logger`; None for TensorBoard.
+
+    Raises ConfigError if it is missing.
+    """
+    if logger == "tensorboard":
+        return None
+    try:
+        return importlib.import_module(logger)
+    except ImportError as e:
+        raise ConfigError(f"train.logger: {logger} is not installed: {install(logger)}") from e
+
+
 def open_tracker(config: Config, root: Path) -> Any:
     """The run of Weights & Biases or trackio that `train.logger` asks for, begun or continued; None
     for TensorBoard.
@@ -196,10 +209,10 @@ def open_tracker(config: Config, root: Path) -> Any:
     """
     name = config.train.logger
     place = str(root.resolve())
-    if name == "tensorboard":
+    package = find_tracker(name)
+    if package is None:
         return None
     try:
-        package = importlib.import_module(name)
         # the same on resume
         unique = f"{root.resolve().name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
         options = {"id": unique, "dir": place} if name == "wandb" else {}
@@ -207,8 +220,6 @@ def open_tracker(config: Config, root: Path) -> Any:
             return package.init(
                 project="diffussm", name=unique, resume="allow", config=to_dict(config), **options
             )
-    except ImportError as e:
-        raise ConfigError(f"train.logger: {name} is not installed: {install(name)}") from e
     except Exception as e:  # each package has its own errors
         remedy = (
             "log in, or set WANDB_MODE=offline"

@@ -16,12 +16,11 @@ import torch
 from torch.utils.data import Dataset
 
 from diffussm_cli import runs
-from diffussm_cli.config import PYTHON, Config
+from diffussm_cli.config import PYTHON, Config, unused_fields
 from diffussm_cli.data.listing import Listing
-from diffussm_cli.data.source import Source
 from diffussm_cli.errors import RunError
 from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
-from diffussm_cli.machine.device import facts_of_program, keep_freed_memory, pick_device
+from diffussm_cli.machine.device import facts_of_program, keep_freed_memory
 from diffussm_cli.machine.processes import (
     World,
     any_of,
@@ -30,18 +29,10 @@ from diffussm_cli.machine.processes import (
     read_world,
 )
 from diffussm_cli.runs.report import write_report
-from diffussm_cli.training.checkpoint import agree_on_checkpoint
-from diffussm_cli.training.checks import check_batch
-from diffussm_cli.training.data import (
-    compare_data,
-    completed,
-    leave_out_unreadable,
-    list_images,
-    remedies,
-)
+from diffussm_cli.training.checks import Opened, check_job, named_folder, open_run
+from diffussm_cli.training.data import remedies
 from diffussm_cli.training.loop import Trainer, due
 from diffussm_cli.training.record import RecordWriter, open_tracker, quiet_threads
-from diffussm_cli.training.resuming import compare_config
 
 COMPILING = (
     "compiling: the first step takes a minute or more and shows no progress "
@@ -110,17 +101,14 @@ def train(
         # Only rank 0 looks for a folder: on network file systems the others may see stale contents.
         root = None
         if world.rank == 0:
-            root = Path(out) if out else None
-            if resume and root is None:
-                root = runs.newest_run(runs.RUNS, config.preset)
+            root = named_folder(config, out, resume)
             root = stack.enter_context(runs.run_folder(root, config, resume))
         stack.enter_context(process_group(world, cuda=world.size > 1 and torch.cuda.is_available()))
         root, config = gather((root, config), world)[0]
         if world.rank:
             stack.enter_context(runs.locked_folder(root, world.rank))
 
-        check_batch(config, world)
-        pick_device(config.train.device)  # a wrong one is an error before images are read
+        check_job(config, world)  # before images are read
         images = dataset, listing
         return (yield from _train_in(root, config, resume, world, images, stop, operations))
 
@@ -136,29 +124,19 @@ def _train_in(
 ) -> Generator[Event, None, TrainingResult]:
     is_first = world.rank == 0
 
-    # The images.
-    source = yield from list_images(root, config, world, *images)
-
-    # Where the run stands, and whether its images are still the same.
-    yield Stage("looking for checkpoints")
-    checkpoint, damaged = agree_on_checkpoint(root, world)
-    yield from (Message(f"skipped: {line}") for line in damaged)
-    if resume and checkpoint is None:
-        yield Message(f"no checkpoint in {root} yet; training begins")
-    before = gather(runs.read_data(root) if checkpoint is not None else None, world)[0]
-    facts = yield from compare_data(source, config, root, before)
-    config = completed(config, source)
-    yield from compare_config(config, root, checkpoint, world, facts)
-    is_unchecked = checkpoint is None or not facts["checked"]
-    yield from leave_out_unreadable(source, config, root, world, fresh=is_unchecked)
+    # What it needs besides a model.
+    if line := unused_fields(config, world.size):
+        yield Warned(line)
+    opened = yield from open_run(root, config, resume, world, *images)
+    config, source, facts = opened.config, opened.source, opened.facts
 
     # The model.
-    yield Stage("loading")
-    initial = None
-    if config.train.init and checkpoint is None:
-        initial = runs.initial_weights(config)
-        yield Message(initial.line)
-    trainer = _prepare(config, source, root, checkpoint, world, facts, initial)
+    trainer = _prepare(opened, root, world)
+    if opened.skipped:
+        yield Message(
+            f"skipped: {len(opened.skipped)} images that cannot be read; "
+            f"reasons in {root / runs.SKIPPED}"
+        )
     trainer.operations = operations(config) if operations and trainer.peak else 0.0
 
     # A run that is finished already.
@@ -180,7 +158,7 @@ def _train_in(
         if is_first:
             writer = RecordWriter(root, first, open_tracker(config, root))
             stack.enter_context(contextlib.closing(writer))
-        yield from map(Warned, trainer.warnings + (writer.warnings if writer else []))
+        yield from map(Warned, opened.between.warnings + (writer.warnings if writer else []))
         yield Stage("training")
         if not any_of(stop(), world):
             stack.enter_context(remedies(source, root, facts, world))
@@ -242,24 +220,17 @@ def renew_report(root: Path, config: Config) -> None:
     write_report(root)
 
 
-def _prepare(
-    config: Config,
-    source: Source,
-    root: Path,
-    checkpoint: Path | None,
-    world: World,
-    facts: Mapping[str, Any],
-    initial: runs.InitialWeights | None,
-) -> Trainer:
-    """Create a Trainer that is ready to run, and write its configuration and `facts` to `root`.
+def _prepare(opened: Opened, root: Path, world: World) -> Trainer:
+    """Create a Trainer that is ready to run, and write what it trains with to `root`.
 
     Raises:
-        DiffussmError: for anything that does not fit; before the model is built where possible.
+        DiffussmError: for a checkpoint that does not fit, or a folder that cannot be written.
     """
     keep_freed_memory()
-    trainer = Trainer(config, source, root, world, initial)
-    if checkpoint is not None:
-        trainer.step.load(checkpoint)
+    config = opened.config
+    trainer = Trainer(config, opened.source, root, world, opened.initial, opened.between)
+    if opened.checkpoint is not None:
+        trainer.step.load(opened.checkpoint)
     if world.rank:
         return trainer
 
@@ -269,7 +240,9 @@ def _prepare(
             runs.remove(snapshot)
     try:
         runs.write_config(root, config)
-        runs.write_data(root, {**facts, "checked": True})
+        if opened.skipped is not None:
+            runs.write_skipped(root, opened.skipped)
+        runs.write_data(root, {**opened.facts, "checked": True})
     except OSError as e:
         raise RunError(f"--out: cannot write to {str(root)!r}: {e.strerror}") from e
     return trainer

@@ -16,7 +16,7 @@ from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import World
 from diffussm_cli.profiling.flops import cost, training_operations
 from diffussm_cli.training import loop
-from diffussm_cli.training.checks import check_batch
+from diffussm_cli.training.checks import check_job
 from diffussm_cli.training.session import TrainingResult, train
 
 
@@ -67,10 +67,10 @@ def test_simultaneous_trainings_take_two_folders(tiny, tmp_path, monkeypatch):
 def test_processes_share_batch_in_equal_parts(tiny, size, accumulate, fits):
     config = tiny("train.batch_size=8", f"train.accumulate={accumulate}")
     if fits:
-        check_batch(config, World(0, size))
+        check_job(config, World(0, size))
     else:
         with pytest.raises(ConfigError, match=f"^train.batch_size: 8 .* {size * accumulate}$"):
-            check_batch(config, World(0, size))
+            check_job(config, World(0, size))
 
 
 def test_average_added_on_resume_is_announced(tiny, tmp_path):
@@ -82,7 +82,7 @@ def test_average_added_on_resume_is_announced(tiny, tmp_path):
 
 
 def test_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_path, monkeypatch):
-    def draw(self, model, last):
+    def draw(self, step, model, last):
         raise NotFiniteError("the image of seed 3", 3, "after step 2 of 4")
 
     monkeypatch.setattr("diffussm_cli.training.preview.Previews.draw", draw)
