@@ -277,7 +277,10 @@ def film(kind):
     return file.getvalue()
 
 
-CAPTION = "captions, which only a run with text reads"
+CAPTION = "captions, which only a run with text reads: data.text, or --text of encode"
+SIDECAR = (
+    "beside an image, and not read: captions stand in NAME.txt, metadata.jsonl or metadata.csv"
+)
 NOT_READ = (
     "labels or captions that are not read: classes are folders, or stand beside captions in "
     "metadata.jsonl or metadata.csv"
@@ -325,6 +328,22 @@ LEFT_OUT = {  # files; how many images are used; what is left out
         {"0.tar": shard(**{"1.png": None, "2.png": None, "a/3.png": None})},
         3,
         [(1, "folder", "no class, as 2 images lie in none", "a")],
+    ),
+    "captions as other tools write them": (
+        {
+            "1.png": None,
+            "1.json": b"{}",
+            "2.png": None,
+            "2.caption": b"",
+            "1.txt": b"",
+            "3.json": b"",
+        },
+        2,
+        [
+            (2, "file", SIDECAR, "1.json"),
+            (1, "file", "not an image by its name or first bytes", "3.json"),
+            (1, "file", CAPTION, ""),
+        ],
     ),
     "images beside folders without any": (
         {"1.png": None, "2.png": None, "notes/a.md": b""},

@@ -18,6 +18,8 @@ from diffussm_cli.data.listing.left_out import (
     HIDDEN,
     NO_IMAGE,
     OURS,
+    SIDECAR,
+    SIDECARS,
     TABLES,
     UNREADABLE,
     counted,
@@ -250,7 +252,8 @@ def _entries(
         elif is_pickle(root / name):
             ignored.append((name, PICKLED))
         else:
-            ignored.append((name, reason_for(name, NO_IMAGE)))
+            is_sidecar = suffix.lower() in SIDECARS and stem in stems
+            ignored.append((name, reason_for(name, SIDECAR if is_sidecar else NO_IMAGE)))
     return entries
 
 

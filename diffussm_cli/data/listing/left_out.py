@@ -17,7 +17,11 @@ SHARDS = (".tar", ".parquet")
 NAMED = 20  # number of classes that a line lists
 
 # Names that say what a file or folder is, and reasons why it is not used.
-CAPTIONS = "captions, which only a run with text reads"
+CAPTIONS = "captions, which only a run with text reads: data.text, or --text of encode"
+SIDECAR = (
+    "beside an image, and not read: captions stand in NAME.txt, metadata.jsonl or metadata.csv"
+)
+SIDECARS = (".json", ".caption", ".txt")  # in small or large letters
 JSON = "of a .json file, only captions are read, by a run with text"
 FIELDS = "of metadata files, only file_name, captions and label are read"
 NESTED = "a shard in a shard, which is not read; unpack the outer one"
