@@ -23,6 +23,16 @@ from diffussm_cli.training.step import Step
 COLUMNS = 10  # at most
 
 
+def columns_of(images: int, classes: int) -> int:
+    """The columns of a grid, each of one class: so many times the classes that it is no higher than
+    wide, if that are not too many.
+    """
+    if not classes or classes >= COLUMNS:
+        return min(COLUMNS, classes or images)
+    wide = [c for c in range(classes, COLUMNS + 1, classes) if c * c >= images]
+    return wide[0] if wide else COLUMNS // classes * classes
+
+
 class Previews:
     """Draws RUN/samples/step-*.png.
 
@@ -65,7 +75,7 @@ class Previews:
         config = self.config
         n = config.train.sample_images
         classes = config.model.num_classes
-        columns = min(COLUMNS, classes or n)
+        columns = columns_of(n, classes)
 
         # Earlier ones are drawn in fewer steps, by the objective's usual sampler.
         sampling = config.sample
@@ -77,7 +87,7 @@ class Previews:
         sampler = Sampler(model, config, sampling, self.decoding, dtype=step.dtype)
 
         # One class per column, or one caption per image.
-        labels = sampler.labels(range(n), range(columns) if classes else ())
+        labels = sampler.labels(range(n), range(min(columns, classes)))
         titles = list(itertools.islice(itertools.cycle(config.sample.prompts), n))
         text = None
         if titles:
