@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from tests.conftest import save_vae
 
 SIZES = ("data.resolution=28", "model.num_classes=26")

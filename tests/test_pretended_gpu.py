@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from diffussm_cli.config import SampleConfig, load_config
 from diffussm_cli.data import text
 from diffussm_cli.data import vae as vae_module
-from diffussm_cli.data.source import open_source
-from diffussm_cli.data.vae import read_facts
+from diffussm_cli.data.opening import open_source
+from diffussm_cli.data.vae_facts import read_facts
 from diffussm_cli.diffusion.process import GaussianDiffusion, make_objective
 from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.machine.hub import load_pretrained

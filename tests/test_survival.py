@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from diffussm_cli import runs
 from diffussm_cli.commands.stopping import PREEMPTED
 from diffussm_cli.config import load_config, to_yaml
-from diffussm_cli.data.source import ImageFolder
+from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.errors import DataError
 from diffussm_cli.events import TrainingRecord
 from diffussm_cli.machine.files import locked, sha256

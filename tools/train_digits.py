@@ -18,7 +18,7 @@ from torch import Tensor
 
 import diffussm_cli.evaluation
 from diffussm_cli.data import builtin
-from diffussm_cli.evaluation.extractors import DIGITS, DigitsNet
+from diffussm_cli.evaluation.networks import DIGITS, DigitsNet
 
 EPOCHS, BATCH, RATE = 40, 50, 2e-3
 

@@ -25,7 +25,8 @@ from PIL import Image
 from diffussm_cli.data.latents.encoder import Encoder
 from diffussm_cli.data.latents.encoding import make_settings
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.vae import load_vae, read_facts
+from diffussm_cli.data.vae import load_vae
+from diffussm_cli.data.vae_facts import read_facts
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 
 

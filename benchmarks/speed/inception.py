@@ -21,9 +21,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as module
 
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.evaluation.comparison import METRICS, evaluate_features
-from diffussm_cli.evaluation.extractors import Inception
+from diffussm_cli.evaluation.extractors import Extractor
 from diffussm_cli.evaluation.features import Gathered, gather_features
 from diffussm_cli.evaluation.metrics import Moments, SplitSums
+from diffussm_cli.evaluation.networks import load_inception
 from diffussm_cli.evaluation.reference import Reference
 from diffussm_cli.evaluation.sets import open_images
 from diffussm_cli.events import finish
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50_000)
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        extractor = Inception(random_weights(Path(folder) / "weights.pth"), torch.device("cpu"))
+        weights = random_weights(Path(folder) / "weights.pth")
+        extractor = Extractor(*load_inception(weights), torch.device("cpu"))
         path, rng = Path(folder) / "images.npz", np.random.default_rng(0)
         shape = (a.images, a.size, a.size, 3)
         blocks = (rng.integers(0, 256, (1, *shape[1:]), np.uint8) for _ in range(a.images))

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from diffussm_cli.config import load_config
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.machine.device import keep_freed_memory, pick_device
 from diffussm_cli.training.batches import batches
 from diffussm_cli.training.step import Step

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.data.arrays import write_npz
-from diffussm_cli.data.source import BUILTIN, open_held_out, open_source
+from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.evaluation.evaluator import Evaluator

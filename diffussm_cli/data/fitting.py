@@ -22,7 +22,7 @@ from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import scale_warning
 from diffussm_cli.data.latents.store import read_store
 from diffussm_cli.data.listing import Listing, entry_size, list_source, read_entry
-from diffussm_cli.data.vae import full_name
+from diffussm_cli.data.vae_facts import full_name
 from diffussm_cli.errors import DataError
 
 LOOKED_AT = 1000

@@ -46,6 +46,20 @@ class Encoded(NamedTuple):
     mask: Tensor  # (n, K), true for a token of the caption
 
 
+class Text(NamedTuple):
+    """Captions as vectors; guidance leads away from `negative`, by default from no caption."""
+
+    captions: Tensor  # (n, 1 + K, E), one per seed
+    negative: Tensor | None = None  # (1, 1 + K, E) for all, or one per seed
+
+    def of(self, chosen: slice | list[int]) -> "Text":
+        """The captions of some of the seeds."""
+        negative = self.negative
+        if negative is not None and len(negative) > 1:
+            negative = negative[chosen]
+        return Text(self.captions[chosen], negative)
+
+
 class TextEncoder(Protocol):
     """Makes vectors of captions. `sha256` identifies its weights."""
 

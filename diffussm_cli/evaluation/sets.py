@@ -27,11 +27,11 @@ from diffussm_cli.data.images import GRID, is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.listing import LeftOut, left_out_line, list_source, read_entry
 from diffussm_cli.data.samples import BESIDE
+from diffussm_cli.data.text import Text
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import own_cores
-from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.request import FIXED
 from diffussm_cli.sampling.sampler import Sampler
 

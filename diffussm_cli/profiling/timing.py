@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.data.text import Text
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.diffusion.samplers import make_scheduler
 from diffussm_cli.diffusion.schedulers import sample
@@ -26,7 +27,7 @@ from diffussm_cli.machine.device import is_out_of_memory
 from diffussm_cli.model import Backbone, build_model
 from diffussm_cli.model.mixer import StateSpace, kept_kernels
 from diffussm_cli.profiling.flops import cost
-from diffussm_cli.sampling.generate import Text, make_denoiser
+from diffussm_cli.sampling.generate import make_denoiser
 from diffussm_cli.sampling.precision import cast_products
 
 FORWARD = "forward"

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffussm_cli.config import MAX_SEED, Config, SampleConfig, check_whole
+from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.data.images import flatten, open_image, to_model_space
-from diffussm_cli.data.vae import Decoding
 from diffussm_cli.diffusion.samplers import STOCHASTIC, steps_of
 from diffussm_cli.errors import ConfigError, DataError
 

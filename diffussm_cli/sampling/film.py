@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffussm_cli.data.images import save_grid, to_uint8
+from diffussm_cli.data.text import Text
 from diffussm_cli.errors import ConfigError, writing
 from diffussm_cli.machine.files import whole_file
-from diffussm_cli.sampling.generate import Text, name_of
+from diffussm_cli.sampling.generate import name_of
 from diffussm_cli.sampling.request import prompts_of
 from diffussm_cli.sampling.sampler import Sampler
 

@@ -6,12 +6,13 @@ B batch   C channels   H x W grid   images in model space, (B, C, H, W) float32
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffussm_cli.config import SampleConfig
+from diffussm_cli.data.text import Text
 from diffussm_cli.diffusion.denoiser import (
     Denoiser,
     LabelledModel,
@@ -29,20 +30,6 @@ from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.precision import autocast, products_cast
-
-
-class Text(NamedTuple):
-    """Captions as vectors; guidance leads away from `negative`, by default from no caption."""
-
-    captions: Tensor  # (n, 1 + K, E), one per seed
-    negative: Tensor | None = None  # (1, 1 + K, E) for all, or one per seed
-
-    def of(self, chosen: slice | list[int]) -> "Text":
-        """The captions of some of the seeds."""
-        negative = self.negative
-        if negative is not None and len(negative) > 1:
-            negative = negative[chosen]
-        return Text(self.captions[chosen], negative)
 
 
 def generate(

@@ -15,8 +15,10 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from PIL import Image
 from torch import Tensor
 
+from diffussm_cli.data.decoding import Decoding, open_decoding
 from diffussm_cli.data.images import check_finite, to_uint8
-from diffussm_cli.data.vae import VAE, Decoding, facts_of, open_decoding
+from diffussm_cli.data.vae import VAE
+from diffussm_cli.data.vae_facts import facts_of
 from diffussm_cli.diffusion.denoiser import keeping
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.diffusion.samplers import begin_at

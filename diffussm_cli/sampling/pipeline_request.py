@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config
+from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.data.images import check_finite
-from diffussm_cli.data.vae import Decoding
 from diffussm_cli.errors import PARAMETERS, DiffussmError, in_python
 from diffussm_cli.sampling.beginning import (
     Beginning,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import Config, SampleConfig
+from diffussm_cli.data.decoding import Decoding, open_decoding
 from diffussm_cli.data.images import to_uint8
-from diffussm_cli.data.text import Texts, open_texts
-from diffussm_cli.data.vae import Decoding, open_decoding
+from diffussm_cli.data.text import Text, Texts, open_texts
 from diffussm_cli.diffusion.integrators import AfterStep
 from diffussm_cli.diffusion.process import make_objective
 from diffussm_cli.errors import RunError
@@ -20,7 +20,7 @@ from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pic
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, find_run, load_model
 from diffussm_cli.sampling.beginning import Beginning
-from diffussm_cli.sampling.generate import Text, generate, labels_of, name_of
+from diffussm_cli.sampling.generate import generate, labels_of, name_of
 from diffussm_cli.sampling.precision import cast_products
 
 

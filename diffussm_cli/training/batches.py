@@ -19,7 +19,6 @@ from diffussm_cli.data.source import Source
 from diffussm_cli.diffusion.process import draw_timestep
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import ALONE, World
-from diffussm_cli.sampling.generate import Text
 
 PREFETCH = 3  # batches
 
@@ -111,14 +110,6 @@ def _captions(
     text = source.text(indices, generators)  # (B, 1 + K, E)
     kept = torch.cat([torch.rand(1, generator=g) for g in generators]) >= config.train.label_dropout
     return text * kept[:, None, None]
-
-
-def captions_of(source: Source, n: int) -> Text:
-    """Captions of n images, evenly spread over a source, for previews and evaluations; always the
-    same.
-    """
-    indices = [i * len(source) // n for i in range(n)]
-    return Text(source.text(indices, [torch.Generator().manual_seed(i) for i in range(n)]))
 
 
 def indices_at(seed: int, position: int, count: int, n: int) -> np.ndarray:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from diffussm_cli.config import Config
+from diffussm_cli.data.decoding import open_decoding
 from diffussm_cli.data.source import Source
-from diffussm_cli.data.vae import open_decoding
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.training.measure import Measures
 from diffussm_cli.training.preview import Previews

@@ -12,21 +12,19 @@ from torch.utils.data import Dataset
 
 from diffussm_cli import runs
 from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config
+from diffussm_cli.data.folder import ImageFolder, unreadable_images
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Listing
-from diffussm_cli.data.source import (
-    ImageFolder,
-    Source,
+from diffussm_cli.data.opening import (
     doubts,
     latent_statistics,
     open_held_out,
     open_source,
     text_hash,
-    undivided,
-    unreadable_images,
     vae_hash,
 )
+from diffussm_cli.data.source import Source, undivided
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.files import sha256

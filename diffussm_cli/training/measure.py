@@ -18,8 +18,9 @@ from torch import Tensor
 
 from diffussm_cli import runs
 from diffussm_cli.config import MANY, Config
-from diffussm_cli.data.source import Source, open_held_out
-from diffussm_cli.data.vae import Decoding
+from diffussm_cli.data.decoding import Decoding
+from diffussm_cli.data.opening import open_held_out
+from diffussm_cli.data.source import Source, captions_of
 from diffussm_cli.errors import ConfigError, DataError, DiffussmError
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.evaluation.evaluator import Evaluator
@@ -30,7 +31,7 @@ from diffussm_cli.machine.processes import ALONE, World, gather
 from diffussm_cli.model import Backbone
 from diffussm_cli.model.mixer import kept_kernels
 from diffussm_cli.sampling.sampler import Sampler
-from diffussm_cli.training.batches import Batch, captions_of, image_seeds
+from diffussm_cli.training.batches import Batch, image_seeds
 from diffussm_cli.training.record import QUARTERS
 from diffussm_cli.training.step import Step
 

@@ -9,14 +9,13 @@ import torch
 
 from diffussm_cli import runs
 from diffussm_cli.config import SAMPLERS, Config
+from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.data.images import save_grid
-from diffussm_cli.data.source import Source
+from diffussm_cli.data.source import Source, captions_of
 from diffussm_cli.data.text import check_prompt, open_texts
-from diffussm_cli.data.vae import Decoding
 from diffussm_cli.machine.files import whole_file
 from diffussm_cli.model import Backbone
 from diffussm_cli.sampling.sampler import Sampler
-from diffussm_cli.training.batches import captions_of
 from diffussm_cli.training.nearest import is_small, write_nearest
 from diffussm_cli.training.step import Step
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffussm_cli import runs
 from diffussm_cli.config import Config, to_dict
-from diffussm_cli.data.vae import full_name
+from diffussm_cli.data.vae_facts import full_name
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message
 from diffussm_cli.machine.processes import World, first_works

@@ -7,8 +7,8 @@ import pytest
 
 from diffussm_cli import runs
 from diffussm_cli.data.captions import read_captions
+from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.data.listing import entry_size, list_source, read_entry
-from diffussm_cli.data.source import ImageFolder
 from diffussm_cli.errors import DataError
 from tests.conftest import save_vae
 from tests.helpers import SETTINGS, line_of, run

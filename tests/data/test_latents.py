@@ -21,9 +21,10 @@ from diffussm_cli.data.latents.manifest import StoreSettings, read_settings
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.latents.store import read_store, verify
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.source import open_source, text_hash
+from diffussm_cli.data.opening import open_source, text_hash
 from diffussm_cli.data.text import Texts
-from diffussm_cli.data.vae import load_vae, read_facts
+from diffussm_cli.data.vae import load_vae
+from diffussm_cli.data.vae_facts import read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World

@@ -12,10 +12,12 @@ from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
+from diffussm_cli.data.decoding import open_decoding
 from diffussm_cli.data.fitting import fit_to_data
 from diffussm_cli.data.latents import LatentStore, encode_images
-from diffussm_cli.data.source import open_source
-from diffussm_cli.data.vae import load_vae, open_decoding, read_facts
+from diffussm_cli.data.opening import open_source
+from diffussm_cli.data.vae import load_vae
+from diffussm_cli.data.vae_facts import read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import finish
 from diffussm_cli.training import train

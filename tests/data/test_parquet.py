@@ -13,10 +13,11 @@ import torch
 from diffussm_cli.config import load_config
 from diffussm_cli.data import parquet, text
 from diffussm_cli.data.captions import read_captions
+from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.data.latents.encoding import encode_images
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import list_source, read_entry
-from diffussm_cli.data.source import ImageFolder, open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import DataError
 from diffussm_cli.events import finish
 from tests.conftest import Letters, save_vae

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.source import ImageFolder, doubts, open_source
+from diffussm_cli.data.opening import doubts, open_source
 from diffussm_cli.errors import ConfigError, DataError
 
 

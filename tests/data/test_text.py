@@ -7,7 +7,7 @@ import torch
 
 from diffussm_cli.config import ModelConfig, load_config
 from diffussm_cli.data import text
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.data.text import (
     MAX_CHARACTERS,
     Pretrained,

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data import vae
-from diffussm_cli.data.vae import load_vae, open_decoding, preview, read_facts
+from diffussm_cli.data.decoding import open_decoding, preview
+from diffussm_cli.data.vae import load_vae
+from diffussm_cli.data.vae_facts import read_facts
 from diffussm_cli.errors import DataError
 from tests.conftest import float32_arithmetic, save_vae, save_vae_of
 

@@ -16,8 +16,9 @@ from torch import nn
 
 from diffussm_cli.data import builtin
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.evaluation import extractors
-from diffussm_cli.evaluation.extractors import load_digits, load_extractor
+from diffussm_cli.evaluation import networks
+from diffussm_cli.evaluation.extractors import load_extractor
+from diffussm_cli.evaluation.networks import load_digits
 from tests.conftest import device
 
 CPU = torch.device("cpu")
@@ -82,7 +83,7 @@ def test_inception_gives_the_layers_of_adm(weights):
     """Against a forward written out: layers, their order, shapes, resize."""
     extractor = load_extractor("inception", weights, CPU)
     found = extractor(images())
-    net = extractor.network
+    net = extractor.network.network
     from torch_fidelity.interpolate_compat_tensorflow import (
         interpolate_bilinear_2d_like_tensorflow1x as resize,
     )
@@ -131,7 +132,7 @@ def test_inception_is_read_from_the_file_as_it_is_published(hub):
     assert extractor.identity == f"inception-{hashlib.sha256(hub.read_bytes()).hexdigest()[:16]}"
     state = torch.load(hub, weights_only=True)
     assert torch.equal(
-        extractor.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"]
+        extractor.network.network.Conv2d_1a_3x3.conv.weight, state["Conv2d_1a_3x3.conv.weight"]
     )
 
 
@@ -488,7 +489,7 @@ def test_dinov2_is_that_of_the_hub_by_default(dinov2, monkeypatch):
         asked.append(name)
         return (dinov2[1],)
 
-    monkeypatch.setattr(extractors, "load_pretrained", load)
+    monkeypatch.setattr(networks, "load_pretrained", load)
     load_extractor("dinov2", None, CPU)
     assert asked == ["facebook/dinov2-large"]
 

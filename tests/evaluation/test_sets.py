@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import load_config
+from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.data.images import to_uint8
-from diffussm_cli.data.source import ImageFolder
+from diffussm_cli.data.text import Text
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation import comparison as ev
 from diffussm_cli.evaluation.sets import DrawnImages, open_images
-from diffussm_cli.sampling.generate import Text
 from diffussm_cli.sampling.request import FIXED
 from tests.evaluation.conftest import folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine import device
 from diffussm_cli.machine.device import (

@@ -10,7 +10,7 @@ import torch
 import diffussm
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
-from diffussm_cli.data.source import open_held_out, open_source
+from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Message, finish
 from diffussm_cli.machine.processes import ALONE

@@ -10,7 +10,7 @@ from PIL import Image
 import diffussm as ds
 from diffussm_cli import runs
 from diffussm_cli.config import SAMPLERS, config_from_dict, load_config, to_dict
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling.beginning import Beginning, read_beginning

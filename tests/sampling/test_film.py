@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import diffussm
 from diffussm_cli.cli import app
-from diffussm_cli.data.vae import Decoding
+from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.errors import ConfigError, NotFiniteError
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling import film

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import config_from_dict, to_dict
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from diffussm_cli.config import SampleConfig
+from diffussm_cli.data.text import Text
 from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling import precision
-from diffussm_cli.sampling.generate import Text, generate, labels_of, make_denoiser
+from diffussm_cli.sampling.generate import generate, labels_of, make_denoiser
 from tests.conftest import device, fill, randn
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffussm_cli.config import load_config
-from diffussm_cli.data.vae import Decoding
+from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.errors import NotFiniteError, RunError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.sampling.generate import labels_of

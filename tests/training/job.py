@@ -20,7 +20,7 @@ import torch
 from diffussm_cli import runs
 from diffussm_cli.commands.console import leave
 from diffussm_cli.config import load_config
-from diffussm_cli.data.source import open_held_out, open_source
+from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.machine import processes as distributed
 from diffussm_cli.machine.processes import ALONE, World, process_group, read_world

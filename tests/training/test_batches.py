@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from diffussm_cli.config import ModelConfig
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
+from diffussm_cli.data.source import captions_of
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training import batches as module
-from diffussm_cli.training.batches import batches, captions_of, image_seeds, indices_at, make_batch
+from diffussm_cli.training.batches import batches, image_seeds, indices_at, make_batch
 
 
 def same(a, b):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffussm_cli import runs
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import MANY, load_config, unused_fields
-from diffussm_cli.data.source import open_held_out, open_source
+from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import TrainingRecord

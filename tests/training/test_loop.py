@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.step import Step

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from diffussm_cli import runs
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.preview import columns_of
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.evaluation.sets import DrawnImages

@@ -8,7 +8,7 @@ import torch
 import diffussm as ds
 from diffussm_cli import runs
 from diffussm_cli.config import WIDTHS
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import DiffussmError
 from diffussm_cli.events import finish
 from diffussm_cli.training.ema import PowerEMA

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from diffussm_cli import runs
-from diffussm_cli.data.source import open_source
+from diffussm_cli.data.opening import open_source
 from diffussm_cli.machine.processes import World
 from diffussm_cli.training import parallel
 from diffussm_cli.training.batches import make_batch

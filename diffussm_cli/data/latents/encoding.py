@@ -22,7 +22,8 @@ from diffussm_cli.data.latents.store import (
 )
 from diffussm_cli.data.listing import LeftOut, Listing, empty_classes, left_out_line, list_source
 from diffussm_cli.data.listing.hub import fetch_shards
-from diffussm_cli.data.vae import VAE, VAEFacts, load_vae, read_facts
+from diffussm_cli.data.vae import VAE, load_vae
+from diffussm_cli.data.vae_facts import VAEFacts, read_facts
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.device import keep_freed_memory, pick_device, pick_dtype

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from diffussm_cli.data.vae import usable_scale
+from diffussm_cli.data.vae_facts import usable_scale
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import read_regular
 

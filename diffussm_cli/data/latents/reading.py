@@ -17,7 +17,7 @@ from diffussm_cli.data.images import coins
 from diffussm_cli.data.latents.shard import map_shard, shard_name
 from diffussm_cli.data.latents.store import Store, read_store
 from diffussm_cli.data.listing import LeftOut, left_out_line
-from diffussm_cli.data.vae import space_of
+from diffussm_cli.data.vae_facts import space_of
 from diffussm_cli.errors import DataError
 
 # Means and deviations of a channel that are no cause for a warning; those of Stable Diffusion's VAE
