@@ -4,6 +4,7 @@ A page is a template of Jinja that extends page.html. All text is escaped.
 """
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Mapping
@@ -26,16 +27,21 @@ class Curve(NamedTuple):
 
 def render(template: str, script: str = "", **content: Any) -> str:
     """A page from a template in the package. No script but the given one may run on it."""
+    # The page's security policy admits the script with this hash and no other.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _environment().get_template(template).render(content, script=script, script_hash=digest)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """It keeps the templates that it has compiled: a run writes its page again and again."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = number
-
-    # The page's security policy admits the script with this hash and no other.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(content, script=script, script_hash=digest)
+    return environment
 
 
 def chart(

@@ -50,6 +50,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # what `auto` means, in child processes too
     os.environ["DIFFUSSM_DEVICE"] = config.getoption("--device")
+    # No test cuts the power, and waiting for the disk takes longer than training a tiny model.
+    os.fsync = lambda descriptor: None
     # workers share the cores; torch with more threads than cores is slow
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"

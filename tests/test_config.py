@@ -249,6 +249,11 @@ def test_plain_text_in_file_is_text_and_a_number_is_decimal(text):
     assert config_from_dict(values, "x").data.path == text
 
 
+def test_values_of_yaml_that_is_read_again_are_new():
+    parse_yaml("a: {b: [1]}", "x")["a"]["b"].append(2)
+    assert parse_yaml("a: {b: [1]}", "x") == {"a": {"b": [1]}}
+
+
 NUMBERS_AS_TEXT = {  # the value that is given, the field, and what it is; None: refused
     ("train.steps", "0100"): 100,
     ("train.steps", "1e3"): 1000,

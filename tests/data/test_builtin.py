@@ -32,6 +32,17 @@ def test_builtin_sets_hold_out_a_tenth(name, package, size, n):
     assert len(both) <= 1  # scikit-learn's set holds one digit twice
 
 
+def test_images_are_a_copy_of_those_that_are_kept():
+    pytest.importorskip("sklearn")
+    first = builtin.load("digits", None)
+    kept = first.images.clone()
+    first.images.zero_()
+    first.labels.zero_()
+    again = builtin.load("digits", None)
+    assert torch.equal(again.images, kept)
+    assert again.labels.any()
+
+
 def test_bad_builtin_request_is_one_line_error(monkeypatch):
     with pytest.raises(
         ConfigError, match="no built-in data set 'cifar'; choose from mnist, digits"

@@ -286,8 +286,9 @@ def test_as_many_steps_as_timesteps_are_as_good_as_one_less(objective, T):
     for name in SAMPLERS[process.name]:
         if name in ("ddpm", "sde"):
             continue
-        most, one_less = (ode_error(name, process, steps) for steps in (T, T - 1))
-        assert most < one_less + 0.03, name
+        # so many steps are nearly exact
+        one_less = 0.0 if T == 1000 else ode_error(name, process, T - 1)
+        assert ode_error(name, process, T) < one_less + 0.03, name
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp", "unipc", "euler", "heun"])
