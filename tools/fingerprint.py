@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 checkout = ROOT  # set by --checkout
 # Of a record in metrics.jsonl, what depends on the clock or the machine.
-TIMED = ("images_per_second", "mfu", "peak_memory_gib", "seconds", "session")
+TIMED = ("images_per_second", "mfu", "peak_memory_gib", "seconds", "seconds_at_end", "session")
 EXACT = ["--set", "train.precision=fp32", "--set", "train.device=cpu"]
 
 

@@ -16,6 +16,7 @@ HIGHER_IS_BETTER = ("is", "precision", "recall")
 # what a line that is no record raises
 DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 NAMED = 5  # damaged lines that are listed
+AT_END = "seconds_at_end"  # in the last record of a session: its seconds with all that came later
 
 
 class Log:
@@ -76,23 +77,26 @@ class Log:
                     (step, f"not finite, left out: steps {', '.join(map(str, value))}")
                 )
             elif name == "seconds" and isinstance(value, dict):
-                self._add_time(step, value)
+                self.seconds = self._together(value)
+                self.clock.x.append(step)
+                self.clock.y.append(sum(self.seconds.values()) / 3600)
+            elif name == AT_END and isinstance(value, dict):
+                self.seconds = self._together(value)
             elif isinstance(value, (int, float)) and math.isfinite(float(value)):
                 x, y = self.curves.setdefault(name, Curve(array("d"), array("d")))
                 x.append(step)
                 y.append(value)
 
-    def _add_time(self, step: int, seconds: Mapping[str, Any]) -> None:
-        """Add the seconds of a session so far. Raises ValueError, TypeError."""
+    def _together(self, seconds: Mapping[str, Any]) -> dict[str, float]:
+        """The seconds of a session so far, with those of the sessions before. Raises ValueError,
+        TypeError.
+        """
         now = dict(self._before)
         for part, value in seconds.items():
             if not 0 <= value <= MANY:
                 raise ValueError(f"{value!r:.40} are no seconds")
             now[part] = self._before.get(part, 0.0) + value
-
-        self.seconds = now
-        self.clock.x.append(step)
-        self.clock.y.append(sum(now.values()) / 3600)
+        return now
 
     def summary(self) -> dict[str, float]:
         """What a run has cost and reached, by name; what the log does not say is left out.

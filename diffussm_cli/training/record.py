@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from diffussm_cli.errors import ConfigError, install, reason, writing
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.runs import BOARD, LOG
+from diffussm_cli.runs.log import AT_END
 
 QUARTERS = 4
 
@@ -129,7 +130,9 @@ class RecordWriter:
             self._set_aside(board)
 
         write_text(path, "".join(line + "\n" for line in kept))
+        self.path = path
         self.file = path.open("a", encoding="utf-8")
+        self._last = ""  # the last line, if this writer has written one
         self.board = SummaryWriter(str(board), purge_step=step + 1)
 
     def _set_aside(self, path: Path) -> None:
@@ -151,7 +154,8 @@ class RecordWriter:
         }
 
         with writing(str(self.root)):
-            self.file.write(json.dumps(plain) + "\n")
+            self._last = json.dumps(plain) + "\n"
+            self.file.write(self._last)
             self.file.flush()
             numbers = {
                 k: v for k, v in plain.items() if k != "step" and isinstance(v, (int, float))
@@ -163,6 +167,24 @@ class RecordWriter:
                 )
             if self.tracker:
                 self.tracker.log(numbers, step=record["step"])
+
+    def end(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of the whole session to its last record, which was written before the
+        last preview and checkpoint. A file that others have changed stays as it is.
+
+        Raises RunError.
+        """
+        with writing(str(self.root)):
+            content = self.path.read_bytes() if self.path.is_file() else b""
+            text = content.decode(errors="replace")
+            if not self._last or not text.endswith(self._last):
+                return
+
+            self.file.close()
+            before = text.removesuffix(self._last)
+            self._last = json.dumps({**json.loads(self._last), AT_END: dict(seconds)}) + "\n"
+            write_text(self.path, before + self._last)
+            self.file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         with writing(str(self.root)), contextlib.closing(self.board):

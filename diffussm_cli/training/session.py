@@ -196,6 +196,7 @@ def _steps(
 
     yield from _notes(trainer)
     if writer:
+        writer.end(trainer.seconds())
         renew_report(trainer.root, config)
     if skipped:
         yield Warned(

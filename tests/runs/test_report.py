@@ -161,6 +161,22 @@ def test_time_of_a_run_is_the_sum_of_its_sessions(tmp_path):
     assert log_of(tmp_path / "log", {"step": 1}).summary() == {"step": 1}
 
 
+def test_time_of_a_session_counts_what_came_after_its_last_record(tmp_path):
+    log = log_of(
+        tmp_path / "log",
+        {
+            "step": 10,
+            "session": session(0),
+            "seconds": {"steps": 1800},
+            "seconds_at_end": {"steps": 1800, "previews": 900},
+        },
+        {"step": 20, "session": session(10), "seconds": {"steps": 1800}},
+    )
+    assert log.seconds == {"steps": 3600, "previews": 900}
+    assert list(log.clock.y) == [0.5, 1.25]  # a record has the time at which it was measured
+    assert log.damaged == []
+
+
 def test_page_tells_time_median_rate_command_commit_and_hash(run):
     facts = session(0, command="diffussm train --x", commit="abc1234", data_sha256="feed" * 16)
     log_of(

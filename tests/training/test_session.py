@@ -117,6 +117,12 @@ def test_log_tells_command_data_commit_memory_and_where_the_time_went(tiny, tmp_
     assert set(result.seconds) == {"steps", "previews", "checkpoints"}
     assert min(result.seconds.values()) > 0
     assert all(result.seconds[k] >= v for k, v in records[-1]["seconds"].items())
+    assert "previews" not in records[-1]["seconds"]  # the last preview came later
+    at_end = records[-1]["seconds_at_end"]
+    assert {k: v for k, v in at_end.items() if k != "steps"} == {
+        k: v for k, v in result.seconds.items() if k != "steps"
+    }
+    assert all("seconds_at_end" not in record for record in records[:-1])
     assert 0.05 < records[0]["peak_memory_gib"] <= records[-1]["peak_memory_gib"] < 1000
     assert all("mfu" not in record for record in records)  # a CPU has no data sheet here
     printed = [e.record for e in events if isinstance(e, TrainingRecord)]
