@@ -7,7 +7,7 @@ import base64
 import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
@@ -16,6 +16,9 @@ import numpy as np
 POINTS = 500  # most points of a curve
 LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
 LEAST = 1e-300  # what stands for zero on a log scale
+# A mean at each value of a curve: of this share of all values on either side, but not of more than
+# so many; none of a curve with fewer values than LONG.
+SHARE, MOST, LONG = 0.05, 500, 40
 
 
 class Curve(NamedTuple):
@@ -23,6 +26,15 @@ class Curve(NamedTuple):
 
     x: Any
     y: Any
+
+
+class _Line(NamedTuple):
+    """A line of a chart: a curve, or the mean of one; both have the place of the curve."""
+
+    name: str
+    curve: Curve
+    place: int
+    is_mean: bool = False
 
 
 def render(template: str, script: str = "", **content: Any) -> str:
@@ -51,6 +63,8 @@ def chart(
     *,
     early: float = 0.0,
     linear: bool = False,
+    averaged: bool = False,
+    runs: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What the page draws: lines, ticks and the best point (step, value), placed in the picture.
 
@@ -62,8 +76,14 @@ def chart(
             values. What lies outside of the range is cut off, and the legend says where a curve
             begins.
         linear: never a log scale.
+        averaged: whether each long curve is faint below a line of its moving mean.
+        runs: of several runs on a page, those of the curves.
     """
-    thinned = [thin(curve) for curve in curves.values()]
+    lines = [_Line(name, curve, i) for i, (name, curve) in enumerate(curves.items())]
+    means = [mean for line in lines if (mean := _mean_of(line))] if averaged else []
+    faint = {mean.place for mean in means}
+    lines += means  # on top
+    thinned = [thin(line.curve) for line in lines]
 
     # The range of the values, with a margin.
     values = np.concatenate([_late(curve, early) for curve in thinned])
@@ -95,15 +115,27 @@ def chart(
     return {
         "title": title,
         "lines": [_points(across(x), down(y)) for x, y in thinned],
-        "runs": [0] * len(thinned),  # of several runs on a page, those of the lines
+        "runs": [runs[line.place] if runs else 0 for line in lines],
+        "colours": [line.place for line in lines],
+        "faint": [line.place in faint and not line.is_mean for line in lines],
         "data": [(_numbers(x, 7), _numbers(y, 4)) for x, y in thinned],
-        "legend": [(name, curve.y[-1]) for name, curve in curves.items()],
-        "begins": [y[0] if is_outside(y[0]) else None for _, y in thinned],
+        "legend": [(line.name, line.curve.y[-1]) for line in lines],
+        "begins": [
+            y[0] if is_outside(y[0]) and not line.is_mean else None
+            for line, (_, y) in zip(lines, thinned)
+        ],
         "rows": [(down(y), number(y) if abs(y) < 1e5 else f"{y:.0e}") for y in ticks],
         "columns": [(across(x), f"{x:,.0f}") for x in steps],
         "best": best
         and {"x": across(best[0]), "y": down(best[1]), "step": best[0], "value": best[1]},
     }
+
+
+def _mean_of(line: _Line) -> _Line | None:
+    """The line of the means of another one, if that is long enough."""
+    curve, size = moving_mean(line.curve)
+    name = f"{line.name}, mean of {size} records".removeprefix(", ")
+    return _Line(name, curve, line.place, is_mean=True) if size > 1 else None
 
 
 def _late(curve: Curve, early: float) -> Any:
@@ -121,6 +153,24 @@ def _numbers(values: Any, digits: int) -> str:
 def _points(x: Any, y: Any) -> str:
     """Coordinates as SVG writes the points of a line."""
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
+
+
+def moving_mean(curve: Curve) -> tuple[Curve, int]:
+    """The mean around each value of a curve, and of how many values it is: an odd number, or 1 for
+    a short curve. Near the beginning it is of as many on either side as there are, because a loss
+    falls there; near the end, of all that are left.
+    """
+    y = np.asarray(curve.y, dtype=float)
+    n = len(y)
+    side = min(int(SHARE * n), MOST) if n >= LONG else 0
+    size = 2 * side + 1
+
+    means = y.copy()
+    means[side : n - side] = np.lib.stride_tricks.sliding_window_view(y, size).mean(1)
+    for i in range(side):
+        means[i] = y[: 2 * i + 1].mean()
+        means[n - 1 - i] = y[n - 1 - i - side :].mean()
+    return Curve(curve.x, means), size
 
 
 def thin(curve: Curve) -> Curve:

@@ -1,8 +1,9 @@
 """Charts: where points and ticks lie, and numbers as people read them."""
 
+import numpy as np
 import pytest
 
-from diffussm_cli.pages import Curve, chart, number, round_values
+from diffussm_cli.pages import Curve, chart, moving_mean, number, round_values
 
 
 def test_chart_points_lie_at_their_values():
@@ -51,6 +52,32 @@ def test_zero_before_the_range_of_a_log_scale_is_cut_off():
     drawn = chart("", values, early=0.1)
     assert float(drawn["lines"][0].split(",")[1].split()[0]) > 1000
     assert drawn["begins"] == [0.0]
+
+
+@pytest.mark.parametrize(("n", "size"), [(3, 1), (39, 1), (40, 5), (100, 11), (30_000, 1001)])
+def test_moving_mean_is_that_of_the_values_around_each(n, size):
+    """One spike, which no sum over all values survives, is only in the means around it."""
+    y = np.random.default_rng(0).standard_normal(n)
+    y[n // 2] = 1e20
+    curve, found = moving_mean(Curve(np.arange(n), y))
+    assert found == size
+    side = size // 2
+    for i in {0, 1, side, n // 2, n - 1 - side, n - 2, n - 1}:
+        left = min(i, side)
+        expected = y[i - left : i + min(side, left if i < side else side) + 1].mean()
+        assert curve.y[i] == pytest.approx(expected)
+
+
+def test_average_lies_over_its_faint_curve_in_the_colour_of_the_run():
+    long, short = Curve(range(40), [1.0, 3.0] * 20), Curve(range(3), [1.0, 2.0, 1.0])
+    both = chart("", {"a": long, "b": short}, averaged=True, runs=[4, 7])
+    assert [name for name, _ in both["legend"]] == ["a", "b", "a, mean of 5 records"]
+    assert both["faint"] == [True, False, False]
+    assert both["colours"] == [0, 1, 0]
+    assert both["runs"] == [4, 7, 4]
+    alone = chart("", {"": long}, averaged=True)
+    assert alone["legend"] == [("", 3.0), ("mean of 5 records", pytest.approx(7 / 3))]
+    assert chart("", {"": long})["faint"] == [False]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ FACTS = {
     "loss": "Loss, last",
 }
 COMPARED = {"loss": "Loss", "images_per_second": "Images per second"}  # beside the metrics
+NOISY = {"loss", "grad_norm"}  # curves that get a line of their mean
 EARLY = 0.1  # the share of training that does not count for the range of a chart
 FOUND = ("class_names", "latents_mean", "latents_std")  # fields with long values of the data
 TICKS = 200  # most points of a run's clock
@@ -230,7 +231,8 @@ def _side_by_side(roots: Sequence[Path], read: Sequence[tuple[Config, Log]]) -> 
         places = [i for i, log in enumerate(logs) if name in log.curves]
         curves = {names[i]: logs[i].curves[name] for i in places}
         if len(places) > 1:
-            charts.append(chart(title, curves, early=EARLY) | {"runs": places})
+            noisy = name in NOISY
+            charts.append(chart(title, curves, early=EARLY, averaged=noisy, runs=places))
 
     # The fields that differ.
     rows = []
@@ -312,7 +314,9 @@ def charts_of(log: Log, chosen: Mapping[str, Mapping[str, str]]) -> Iterator[dic
     for title, labels in chosen.items():
         if curves := {label: log.curves[n] for n, label in labels.items() if n in log.curves}:
             is_plan = "lr" in labels  # all of it is shown, its warm-up too
-            yield chart(title, curves, early=0 if is_plan else EARLY, linear=is_plan)
+            noisy = len(labels) == 1 and NOISY.issuperset(labels)
+            early = 0 if is_plan else EARLY
+            yield chart(title, curves, early=early, linear=is_plan, averaged=noisy)
 
 
 def metric_name(name: str) -> str:
