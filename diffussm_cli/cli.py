@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffussm_cli import __version__
+from diffussm_cli.commands.completion import as_bash_sees_words
 from diffussm_cli.commands.console import printable
 from diffussm_cli.commands.encode import encode
 from diffussm_cli.commands.eval import evaluate
@@ -36,8 +37,10 @@ class ErrorBoundary(ReadableHelp, TyperGroup):
         os.environ["PYTHONSAFEPATH"] = "1"
         with contextlib.suppress(AttributeError):  # a replaced stdout may lack `reconfigure`
             sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # for odd file names
+        in_bash = os.environ.get("_DIFFUSSM_COMPLETE") == "complete_bash"
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
+            with as_bash_sees_words() if in_bash else contextlib.nullcontext():
+                code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except UsageError as e:
             command = e.ctx.command_path if e.ctx else "diffussm"
             code = _refuse(f"{_one_line(e.format_message())} See: {command} --help")

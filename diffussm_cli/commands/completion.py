@@ -4,10 +4,15 @@ Typer calls these functions with what stands before the cursor. It offers the na
 the values of a choice by itself, and the shell offers files where nothing here fits.
 """
 
+import contextlib
 import dataclasses
+import io
+import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+import typer
 
 from diffussm_cli.config import (
     SECTIONS,
@@ -17,6 +22,48 @@ from diffussm_cli.config import (
     run_folders,
     shown,
 )
+
+BREAKS = ("=", ":")  # at which bash breaks words
+
+
+@contextlib.contextmanager
+def as_bash_sees_words() -> Iterator[None]:
+    """Let bash complete what stands behind an equals sign or a colon.
+
+    Bash takes `a=b` for three words and replaces the last of them. So the program sees the word as
+    it was typed, and bash gets what it offers without the part that stands there already.
+    """
+    words = os.environ.get("COMP_WORDS", "").split("\n")[: int(os.environ["COMP_CWORD"]) + 1]
+    whole, typed = joined(words)
+    if len(whole) == len(words):
+        yield
+        return
+
+    os.environ.update({"COMP_WORDS": "\n".join(whole), "COMP_CWORD": str(len(whole) - 1)})
+    answer = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(answer):
+            yield
+    finally:
+        offered = [line.removeprefix(typed) for line in answer.getvalue().splitlines()]
+        typer.echo("\n".join(filter(None, offered)))
+
+
+def joined(words: Sequence[str]) -> tuple[list[str], str]:
+    """The words as they were typed, and what of the last one stands before the part that bash
+    replaces.
+    """
+    whole: list[str] = []
+    typed = before = ""
+    for word in words:
+        if whole and (word in BREAKS or before in BREAKS):
+            typed = whole[-1] + (word if word in BREAKS else "")
+            whole[-1] += word
+        else:
+            typed = ""
+            whole.append(word)
+        before = word
+    return whole, typed
 
 
 def presets(incomplete: str) -> list[tuple[str, str]]:

@@ -63,6 +63,31 @@ def test_only_field_that_fits_is_offered_with_its_default():
     assert result.stdout.split() == ["eval.images=", "eval.images=5000"]
 
 
+BROKEN = {  # words as bash breaks them, and what is offered for the last one
+    "after the sign": ("train --set train.compile =", "false true"),
+    "an empty word after it": ("train --set train.compile = ", "false true"),
+    "a value": ("train --set train.compile = t", "true"),
+    "an option with its value": ("train --preset = emoji-q", "emoji-quick"),
+    "earlier words": (
+        "train --data builtin : mnist --set model.depth = 4 --preset emoji-q",
+        "emoji-quick",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_bash_gets_values_behind_an_equals_sign_at_which_it_breaks_words(case):
+    typed, offered = BROKEN[case]
+    words = ["diffussm", *typed.split(" ")]
+    shell = {
+        "_DIFFUSSM_COMPLETE": "complete_bash",
+        "COMP_WORDS": "\n".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    result = CliRunner().invoke(app, [], prog_name="diffussm", env=shell)
+    assert result.stdout.split() == offered.split(), result.output
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_script_for_shell_is_shown(shell):
     typed = {"_DIFFUSSM_COMPLETE": f"source_{shell}"}
@@ -91,9 +116,11 @@ def test_bash_completes_preset_without_torch(tmp_path):
         '_diffussm_completion diffussm; echo "${COMPREPLY[@]}"\n'
         "COMP_WORDS=(diffussm sample mn); COMP_CWORD=2\n"
         '_diffussm_completion diffussm; echo "${COMPREPLY[@]}"\n'
+        "COMP_WORDS=(diffussm eval mnist --set sample.sampler = u); COMP_CWORD=6\n"
+        '_diffussm_completion diffussm; echo "${COMPREPLY[@]}"\n'
     )
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[1:] == ["emoji-quick", "mnist"], done.stderr
+    assert done.stdout.splitlines()[1:] == ["emoji-quick", "mnist", "unipc"], done.stderr
