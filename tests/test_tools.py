@@ -26,41 +26,29 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_gpu_check_completes_at_toy_sizes(tmp_path):
+    """Every kind of part of the quick check and of the long one."""
     pytest.importorskip("sklearn")
     report = tmp_path / "report.md"
     command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--toy", "--out", report]
     done = subprocess.run(command, capture_output=True, text=True)
     text = report.read_text(encoding="utf-8")
     assert done.returncode == 0, text
-    assert text.count("\npassed, ") == 8
-    assert "| kernel/64/ours_ms |" in text
-    for line in (
-        "fsdp, 2 processes",
-        "| images_per_second |",
-        "| peak_bytes |",
-        "--json --compile",
-    ):
-        assert line in text
-
-
-@pytest.mark.slow
-def test_quick_gpu_check_completes_at_toy_sizes(tmp_path):
-    report = tmp_path / "report.md"
-    command = [sys.executable, ROOT / "tools" / "gpu_check.py", "--quick", "--toy", "--out", report]
-    done = subprocess.run(command, capture_output=True, text=True)
-    text = report.read_text(encoding="utf-8")
-    assert done.returncode == 0, text
-    assert text.count("\npassed, ") == 9
+    assert text.count("\npassed, ") == 10
     figures = (
         "ceilings/copy_gb_per_second",
+        "kernel/64/ours_ms",
         "convolutions/64/chunk_dC_error",
         "convolutions_compiled/64/chunk_compiled_forward_ratio",
         "top/ms",
         "first_step_seconds",
+        "images_per_second",
+        "peak_bytes",
         "beside/Ceilings: copy and product/copy, GB/s/ratio",
-        "beside/Step of axial XL/ms/ratio",
+        "beside/Step of XL/ms/ratio",
     )
-    assert all(f"| {figure} |" in text for figure in figures)
+    assert [figure for figure in figures if f"| {figure} |" not in text] == []
+    assert "fsdp, 2 processes" in text
+    assert "--json --compile" in text
     kept = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
     assert kept["Step of XL"][0]["step_seconds"] > 0
 
@@ -98,7 +86,7 @@ def test_parts_without_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
     parts = [
         gpu_check.Part(name, ["-c", "import time; time.sleep(60)"]) for name in ("First", "Second")
     ]
-    monkeypatch.setattr(gpu_check, "toy_parts", lambda device: parts)
+    monkeypatch.setattr(gpu_check, "toy_parts", lambda *_: parts)
     monkeypatch.setattr(
         sys, "argv", ["gpu_check.py", "--toy", "--seconds", "1.5", "--out", str(tmp_path / "r.md")]
     )
@@ -108,6 +96,19 @@ def test_parts_without_time_are_named(gpu_check, tmp_path, monkeypatch, capsys):
     assert "failed: First, Second" in capsys.readouterr().out
     # the comparison that follows says that they have no figures
     assert json.loads((tmp_path / "r.json").read_text()) == {"First": [], "Second": []}
+
+
+def test_presets_of_parts_exist_and_have_their_settings(gpu_check):
+    """Toy sizes run one of them only."""
+    quick = gpu_check.quick_parts("cuda", toy=False, figures=Path("figures.json"))
+    trained = []
+    for part in (*gpu_check.parts("cuda", 2), *quick):
+        script, *words = part.command
+        if script.endswith("throughput.py"):
+            _, preset, *options = words
+            load_config(preset, options[1::2][options[::2].index("--set") :])
+            trained.append(preset)
+    assert len(trained) == 12
 
 
 @pytest.mark.parametrize("seconds", [590, 1180])

@@ -4,7 +4,7 @@ markdown file.
     python tools/gpu_check.py --quick         # on a GPU; ten minutes, what matters most first
     python tools/gpu_check.py                 # on a GPU; hours
     python tools/gpu_check.py --toy
-        # the same path at toy sizes, on any machine; also --toy --quick
+        # every kind of part of both once, at toy sizes, on any machine
 
 Each part is a command of its own with its own time, so that one that fails or does not end leaves
 time for the others. What a part printed is in the report as soon as it ends, also if it was
@@ -120,7 +120,7 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
 
     Together they may take QUICK seconds, less a few in which parts end, so that each finds its time
     even if all before it were stopped at theirs. The last one compares what those before it left in
-    `figures` with what was predicted.
+    `figures` with what was predicted. At toy sizes, one preset stands for all.
     """
     core = ["benchmarks/speed/core.py", *(["--toy"] if toy else []), "--device", device]
     tests = [
@@ -132,24 +132,25 @@ def quick_parts(device: str, toy: bool, figures: Path) -> list[Part]:
         # each imports torch first
         str(min(8, os.cpu_count() or 1)),
     ]
-    tests = ["tests/model/test_dit.py", "-n", "0"] if toy else tests
+    tests = ["tests/model/test_dit.py", "-k", "identities"] if toy else tests
+    ceilings = ["ceilings", *(["kernel", "block"] if toy else [])]
     compiled = ["--set", "train.compile=true"]
-    to_compile = list(STEPS)[:1] if toy else list(STEPS)  # most of the time of a toy check
+    steps = dict(list(STEPS.items())[:1]) if toy else STEPS
     beside = ["benchmarks/speed/beside.py", str(figures), "--device", device]
     beside += [*(["--gpu", "h200"] if toy else []), *_settings(toy)]
     planned = [
-        Part("Ceilings: copy and product", [*core, "ceilings"], seconds=20),
+        Part("Ceilings: copy and product", [*core, *ceilings], seconds=20),
         Part("Tests", ["-m", "pytest", "-q", "--device", device, *tests], seconds=95),
         Part(
             "Convolutions, forward and backward",
             [*core, "convolutions", "convolutions_compiled"],
             seconds=65,
         ),
-        *(_step(title, preset, device, toy, seconds=35) for title, preset in STEPS.items()),
+        *(_step(title, preset, device, toy, seconds=35) for title, preset in steps.items()),
         Part("Kernels of a step of XL", [*core, "top"], seconds=45),
         *(
-            _step(f"{title}, compiled", STEPS[title], device, toy, 70, compiled)
-            for title in to_compile
+            _step(f"{title}, compiled", preset, device, toy, 70, compiled)
+            for title, preset in steps.items()
         ),
         Part("Measured beside predicted", beside, seconds=35),
     ]
@@ -182,8 +183,10 @@ def _settings(toy: bool) -> list[str]:
     return [word for setting in settings for word in ("--set", setting)]
 
 
-def toy_parts(device: str) -> list[Part]:
-    """The same kinds of parts at toy sizes."""
+def toy_parts(device: str, figures: Path) -> list[Part]:
+    """Every kind of part once, at toy sizes: those of the quick check, and what only the long one
+    has.
+    """
     profile = [
         "-m",
         "diffussm_cli",
@@ -197,30 +200,16 @@ def toy_parts(device: str) -> list[Part]:
     ]
     profile += ["--set", "model.depth=1", "--work", "forward", "--repeats", "1", "--json"]
     throughput, settings = ["benchmarks/speed/throughput.py"], ["--set", f"train.device={device}"]
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "--device",
-        device,
-        "tests/model/test_dit.py",
-        "-k",
-        "identities",
-    ]
+    *quick, beside = quick_parts(device, toy=True, figures=figures)
     return [
-        Part("Tests", tests),
-        Part(
-            "The SSM core",
-            ["benchmarks/speed/core.py", "--toy", "--device", device, "kernel", "block"],
-        ),
-        Part("Latency, eager", profile),
+        *quick,
         Part("Latency, compiled", [*profile, "--compile"]),
-        Part("Training, eager", [*throughput, "train", "digits", "--steps", "2", *settings]),
         Part(
             "Sampling",
             [*throughput, "sample", "digits", "--steps", "2", "--images", "2", *settings],
         ),
-        *_parallel("digits", 16, 2, 2, settings),
+        *_parallel("digits", 16, 2, 2, settings)[-1:],
+        beside,
     ]
 
 
@@ -384,20 +373,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--toy", action="store_true", help="toy sizes, on the CPU unless --device is given"
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--quick", action="store_true", help=f"what matters most, in {QUICK} seconds")
+    form.add_argument(
+        "--toy",
+        action="store_true",
+        help="every kind of part at toy sizes, on the CPU unless --device is given",
     )
     parser.add_argument("--device", help="default: cuda, with --toy cpu")
     parser.add_argument(
-        "--quick", action="store_true", help=f"what matters most, in {QUICK} seconds"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, with -quick and -toy"
+        "--out", type=Path, help="default: benchmarks/results/DATE-gpu.md, with -quick or -toy"
     )
     parser.add_argument(
         "--seconds",
         type=float,
-        help=f"of all parts; by default {QUICK} with --quick, whose parts share it, without --toy",
+        help=f"of all parts; by default {QUICK} with --quick, whose parts share it",
     )
     a = parser.parse_args()
     device = a.device or ("cpu" if a.toy else "cuda")
@@ -412,14 +402,15 @@ def main() -> int:
     )
     report, failed = "\n".join([title, "", *machine(device), "", ""]), []
     figures: dict[str, list[object]] = {}
-    if a.quick:
-        path = os.path.relpath(out.with_suffix(".json"), ROOT)  # parts run there
-        chosen = quick_parts(device, a.toy, Path(path))
+    seconds = a.seconds or (QUICK if a.quick else math.inf)
+    path = Path(os.path.relpath(out.with_suffix(".json"), ROOT))  # parts run there
+    if a.toy:
+        chosen = toy_parts(device, path)
+    elif a.quick:
+        chosen = shared(quick_parts(device, toy=False, figures=path), seconds)
     else:
-        chosen = toy_parts(device) if a.toy else parts(device, torch.cuda.device_count())
-    if a.quick and not a.toy:
-        chosen = shared(chosen, a.seconds or QUICK)
-    end = start + (a.seconds or (QUICK if a.quick and not a.toy else math.inf))
+        chosen = parts(device, torch.cuda.device_count())
+    end = start + seconds
     for part in chosen:
         seconds = min(part.seconds, end - time.monotonic())
         if seconds < 1:
