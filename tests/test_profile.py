@@ -12,6 +12,7 @@ from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.machine.gpus import GPUS
 from diffussm_cli.profiling import plan as planning
 from diffussm_cli.profiling import timing
+from diffussm_cli.runs import report
 from tests.helpers import line_of, run
 
 
@@ -262,6 +263,13 @@ def test_runs_are_compared_in_a_table_and_on_a_page(two_runs, tmp_path):
         **{"run": str(two), "step": 9, "seconds": 90.0, "images_per_second": 8.0, "loss": 0.25}
     }
     assert "2 two" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_log_of_each_run_is_read_once(two_runs, monkeypatch):
+    read, log = [], report.Log
+    monkeypatch.setattr(report, "Log", lambda path: read.append(path) or log(path))
+    profile(*two_runs)
+    assert read == [root / "metrics.jsonl" for root in two_runs]
 
 
 def test_page_of_runs_replaces_nothing_and_tells_what_is_not_used(two_runs, tmp_path):

@@ -250,7 +250,7 @@ def _compare_runs(ctx: typer.Context, roots: list[Path], page: Path | None, as_j
     """
     from diffussm_cli import runs
     from diffussm_cli.commands.tables import runs_table
-    from diffussm_cli.runs.report import compare, write_report
+    from diffussm_cli.runs.report import compare, read_runs, write_page
 
     # Mistakes first.
     console = make_console()
@@ -265,9 +265,10 @@ def _compare_runs(ctx: typer.Context, roots: list[Path], page: Path | None, as_j
     page = page or roots[0] / runs.REPORT
     check_output(page, "--page", (PAGE,), roots, {runs.REPORT})
 
-    compared = compare(roots)
+    read = read_runs(roots)
+    compared = compare(read)
     with writing(f"--page: cannot write {str(page)!r}", ConfigError):
-        write_report(roots[0], roots[1:], page)
+        write_page(read, page, compared)
 
     if as_json:
         rows = [{"run": str(r)} | values for r, values in zip(roots, compared["summaries"])]

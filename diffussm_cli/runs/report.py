@@ -18,7 +18,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -84,10 +84,35 @@ def write_report(
         OSError: if the file cannot be written.
     """
     root = Path(root)
-    every = [root, *map(Path, against)]
     path = root / runs.REPORT if path is None else Path(path)
-    read = [_read(each) for each in every]
-    config, log = read[0]
+    write_page(read_runs([root, *map(Path, against)]), path)
+    return path
+
+
+class ReadRun(NamedTuple):
+    """A run folder, and what has been read of it."""
+
+    root: Path
+    config: Config
+    log: Log
+
+
+def read_runs(roots: Sequence[Path]) -> list[ReadRun]:
+    """The configuration and the log of each run. Raises RunError."""
+    return [ReadRun(root, runs.read_config(root), Log(root / runs.LOG)) for root in roots]
+
+
+def write_page(
+    read: Sequence[ReadRun], path: Path, compared: Mapping[str, Any] | None = None
+) -> None:
+    """Write the page of the first run, which shows the others beside it.
+
+    Args:
+        compared: what `compare` gives for these runs, if it is there already.
+    """
+    root, config, log = read[0]
+    if len(read) > 1 and compared is None:
+        compared = compare(read)
 
     text = render(
         "runs/report.html",
@@ -106,8 +131,8 @@ def write_report(
         kernels=list(kernels(root, config)),
         events=log.events[-ROWS:],
         differences=list(differences(config)),
-        compared=_side_by_side(every, read) if against else None,
-        axes=[axes_of(*each) for each in read],
+        compared=compared if len(read) > 1 else None,
+        axes=[axes_of(run.config, run.log) for run in read],
         refresh=REFRESH if log.step < config.train.steps else 0,
         summary=log.summary(),
         nearest=nearest(root),
@@ -121,12 +146,6 @@ def write_report(
     )
 
     write_text(path, text)
-    return path
-
-
-def _read(root: Path) -> tuple[Config, Log]:
-    """The configuration and the log of a run. Raises RunError."""
-    return runs.read_config(root), Log(root / runs.LOG)
 
 
 def axes_of(config: Config, log: Log) -> dict[str, Any]:
@@ -201,7 +220,7 @@ def evaluations(root: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def compare(roots: Sequence[Path]) -> dict[str, Any]:
+def compare(read: Sequence[ReadRun]) -> dict[str, Any]:
     """Several runs side by side.
 
     Returns:
@@ -209,18 +228,11 @@ def compare(roots: Sequence[Path]) -> dict[str, Any]:
         as `facts`; `charts` for each curve of COMPARED and each metric, in which `runs` are the
         places of the runs of the lines; `rows` of fields that differ; the last `previews` at the
         newest `step` that all of them have.
-
-    Raises:
-        RunError: if a folder has no readable configuration.
     """
-    return _side_by_side(roots, [_read(root) for root in roots])
-
-
-def _side_by_side(roots: Sequence[Path], read: Sequence[tuple[Config, Log]]) -> dict[str, Any]:
-    """`compare` of runs whose files have been read."""
+    roots = [run.root for run in read]
     names = [f"{i + 1} {root.resolve().name}" for i, root in enumerate(roots)]
-    configs = [to_dict(config) for config, _ in read]
-    logs = [log for _, log in read]
+    configs = [to_dict(run.config) for run in read]
+    logs = [run.log for run in read]
     summaries = [log.summary() for log in logs]
     kinds = dict.fromkeys(name for summary in summaries for name in summary)
 

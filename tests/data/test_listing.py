@@ -789,6 +789,23 @@ def test_animation_gives_its_first_frame(tmp_path):
         assert blue < 20
 
 
+def test_images_are_opened_only_to_tell_what_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "a.gif").write_bytes(film("GIF"))
+    with monkeypatch.context() as without_pillow:
+        without_pillow.setattr(Image, "open", None)
+        listing = list_source(tmp_path)
+    assert [(part.number, part.kind) for part in listing.left_out()] == [(1, "film")]
+
+
+def test_of_very_many_films_some_are_looked_at(tmp_path, monkeypatch):
+    for name in "abcd":
+        (tmp_path / f"{name}.gif").write_bytes(film("GIF"))
+    monkeypatch.setattr(listing.entries, "LOOKED_AT", 2)
+    (part,) = list_source(tmp_path).left_out()
+    assert part.number == 2
+    assert part.reason.startswith("of 2 files that were looked at; all frames")
+
+
 def test_cmyk_becomes_rgb(tmp_path):
     pixels = read(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), tmp_path / "x.tiff")
     assert pixels[0, 0].tolist() == [255, 0, 0]

@@ -458,7 +458,7 @@ def test_two_runs_on_one_page_share_curves_fields_and_previews(run, tmp_path):
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("lr: 0.003", "lr: 0.007"))
     (other / runs.SAMPLES / "step-00000004.png").unlink()
-    both = report.compare([run, other])
+    both = report.compare(report.read_runs([run, other]))
     assert both["rows"] == [("train.lr", [0.003, 0.007])]
     titles = [chart["title"] for chart in both["charts"]]
     assert titles == ["Loss", "Images per second", "Held-out loss"]

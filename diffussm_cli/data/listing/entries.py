@@ -1,5 +1,6 @@
 """The images of a source: where each of them lies, and its pixels."""
 
+import functools
 import hashlib
 import io
 import json
@@ -20,6 +21,8 @@ from diffussm_cli.errors import DataError
 from diffussm_cli.machine.files import open_regular
 
 MAX_FILE_BYTES = 1 << 28
+OF_FRAMES = (".gif", ".tif", ".tiff", ".webp")  # files that may hold several images
+LOOKED_AT = 1000  # number of these files that are opened
 
 
 class Entry(NamedTuple):
@@ -76,7 +79,22 @@ class Listing:
         files = [LeftOut(n, *group, examples[group]) for group, n in counts.items()]
 
         used = (CAPTIONS, JSON) if with_text else ()
-        return files + [part for part in self.unread if part.reason not in used]
+        return files + [part for part in self.unread if part.reason not in used] + self._films
+
+    @functools.cached_property
+    def _films(self) -> list[LeftOut]:
+        """Files of several images, of which the first is read; of very many files, some are opened.
+
+        They are opened only for those who tell what is left out, and once.
+        """
+        files = [e for e in self.entries if e.name.lower().endswith(OF_FRAMES)]
+        opened = files[:: -(-len(files) // LOOKED_AT) or 1]
+        films = [e.name for e in opened if has_frames(self.root, e)]
+        some = (
+            "" if len(opened) == len(files) else f"of {len(opened):,} files that were looked at; "
+        )
+        why = f"{some}all frames or pages but the first"
+        return [LeftOut(len(films), "film", why, films[0])] if films else []
 
 
 def read_entry(
@@ -117,11 +135,14 @@ def entry_size(root: Path, entry: Entry) -> tuple[int, int]:
 
 def has_frames(root: Path, entry: Entry) -> bool:
     """Whether a file holds more than one image, as a film or a document does; the first is read."""
+    if entry.size > MAX_FILE_BYTES:
+        return False  # as below
     try:
-        content = io.BytesIO(read_content(root, entry))
+        # Of a separate file, only what tells the number of frames is read.
+        content = io.BytesIO(read_content(root, entry)) if entry.archive else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as above
-            with open_image(Path(entry.name), content) as image:
+            with open_image(root / entry.name, content) as image:
                 return getattr(image, "is_animated", False)
     except DataError:  # it is named when it is read
         return False

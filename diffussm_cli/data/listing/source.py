@@ -1,6 +1,5 @@
 """Lists a source: a folder, one shard, or a pattern of names in a folder."""
 
-import dataclasses
 import fnmatch
 import os
 import re
@@ -10,21 +9,18 @@ from pathlib import Path
 from diffussm_cli.config import HUB
 from diffussm_cli.data.cifar import kind_of_file
 from diffussm_cli.data.images import SUFFIXES
-from diffussm_cli.data.listing.entries import Listing, has_frames
+from diffussm_cli.data.listing.entries import Listing
 from diffussm_cli.data.listing.folders import list_folder
 from diffussm_cli.data.listing.hub import fetch_shards
 from diffussm_cli.data.listing.left_out import (
     COMPRESSED,
     KINDS,
     SHARDS,
-    LeftOut,
     left_out_line,
     unpacking,
 )
 from diffussm_cli.errors import DataError
 
-OF_FRAMES = (".gif", ".tif", ".tiff", ".webp")  # files that may hold several images
-LOOKED_AT = 1000  # number of these files that are opened
 BRACES = r"\{.*?\}"  # as webdataset writes a series of shards: {000..010}
 
 
@@ -45,7 +41,6 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
             source = fetch_shards(str(source)).pattern
         root, names = _names_in(source)
         listing = list_folder(root, names, columns)
-        listing = dataclasses.replace(listing, unread=(*listing.unread, *_frames(listing)))
     except DataError as e:
         raise DataError(f"{option}: {e}") from e
 
@@ -66,16 +61,6 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
             "or .npz files"
         )
     return listing
-
-
-def _frames(listing: Listing) -> list[LeftOut]:
-    """Files of several images, of which the first is read; of very many files, some are opened."""
-    files = [e for e in listing.entries if e.name.lower().endswith(OF_FRAMES)]
-    opened = files[:: -(-len(files) // LOOKED_AT) or 1]
-    films = [e.name for e in opened if has_frames(listing.root, e)]
-    some = "" if len(opened) == len(files) else f"of {len(opened):,} files that were looked at; "
-    why = f"{some}all frames or pages but the first"
-    return [LeftOut(len(films), "film", why, films[0])] if films else []
 
 
 def _names_in(source: Path) -> tuple[Path, list[str]]:
