@@ -43,7 +43,7 @@ class ErrorBoundary(ReadableHelp, TyperGroup):
                 code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except UsageError as e:
             command = e.ctx.command_path if e.ctx else "diffussm"
-            code = _refuse(f"{_one_line(e.format_message())} See: {command} --help")
+            code = _refuse(f"{_one_line(_usage(e))} See: {command} --help")
         except typer.Abort:
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
@@ -59,6 +59,34 @@ class ErrorBoundary(ReadableHelp, TyperGroup):
                 raise
             place = f"{e.filename}: " if e.filename else ""
             raise typer.Exit(_refuse(_one_line(f"{place}{reason}"))) from e
+
+
+# What an option wants, by the kind of a mistake in its value.
+WANTED = {
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "float_parsing": "must be a number",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+def _usage(e: Any) -> str:
+    """What is wrong with the command line; with the value of an option, in the words that are also
+    said of fields.
+    """
+    mistakes = getattr(e.__cause__, "errors", list)()
+    if not mistakes or getattr(e, "param", None) is None:
+        return e.format_message()
+
+    mistake = mistakes[0]
+    option = max(e.param.opts, key=len)
+    if mistake["type"] in WANTED:
+        wanted = WANTED[mistake["type"]].format(**mistake.get("ctx", {}))
+        value = repr(mistake["input"]) if "parsing" in mistake["type"] else mistake["input"]
+        return f"{option}: {value} {wanted}."
+    said = mistake["msg"].removeprefix("Value error, ").removesuffix(".")
+    return f"{option}: {said}."
 
 
 def _refuse(message: str) -> int:

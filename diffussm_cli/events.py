@@ -56,6 +56,16 @@ class TrainingRecord(Event):
     begun: int = 0
 
 
+@dataclass(frozen=True)
+class FirstStep(Event):
+    """The first step of a session of training is done; `steps` and `begun` are as in a
+    TrainingRecord, which follows after more steps.
+    """
+
+    steps: int
+    begun: int
+
+
 def finish(session: Generator[Event, None, T]) -> T:
     """Run a session to its end and return its value; its events are not shown."""
     while True:

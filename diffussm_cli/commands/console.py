@@ -10,7 +10,15 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, TypeVar
 from unicodedata import category
 
-from diffussm_cli.events import Event, Message, Progress, Stage, TrainingRecord, Warned
+from diffussm_cli.events import (
+    Event,
+    FirstStep,
+    Message,
+    Progress,
+    Stage,
+    TrainingRecord,
+    Warned,
+)
 
 T = TypeVar("T")
 LONG = 60  # seconds; longer work announces its duration at the start
@@ -107,6 +115,9 @@ def follow(console, session: Generator[Event, None, T]) -> T:
             if isinstance(event, TrainingRecord):
                 shown.record(event)
                 continue
+            if isinstance(event, FirstStep):
+                shown.first_step(event)
+                continue
 
             shown.close()
             if isinstance(event, Message):
@@ -147,16 +158,24 @@ class _Shown:
         news += f"  held-out {record['held_out']:.4f}" if "held_out" in record else ""
         news += f"  FID {record['eval/fid']:.4g}" if "eval/fid" in record else ""
 
-        if self._steps is None:
-            self.close()
-            bar_of_steps = _step_bar(self.console, event, self._since)
-            self._steps = self._open.enter_context(bar_of_steps)
-
+        self._open_steps(event)
         if "left_out" in record:
             self.console.print(
                 f"warning: step {step}: non-finite steps, left out: {record['left_out']}"
             )
         self._steps(step, news)
+
+    def first_step(self, event: FirstStep) -> None:
+        """Show how long training will take, on a terminal: the next record corrects it there."""
+        if self.console.is_terminal:
+            self._open_steps(event)
+            self._steps(event.begun + 1, "")
+
+    def _open_steps(self, event: FirstStep | TrainingRecord) -> None:
+        if self._steps is None:
+            self.close()
+            bar_of_steps = _step_bar(self.console, event, self._since)
+            self._steps = self._open.enter_context(bar_of_steps)
 
     def close(self) -> None:
         self._open.close()
@@ -177,6 +196,7 @@ def _progress_bar(console, unit: str):
         ProgressColumn,
         TextColumn,
     )
+    from rich.table import Column
     from rich.text import Text
 
     class Times(ProgressColumn):
@@ -191,14 +211,20 @@ def _progress_bar(console, unit: str):
                 words += f", {clock(max(0.0, left))} left"
             return Text(words, style="progress.remaining")
 
+    class News(ProgressColumn):
+        """What does not fit into the line is cut off."""
+
+        def render(self, task):
+            return Text(task.fields["news"], no_wrap=True, overflow="ellipsis")
+
     columns = (
-        TextColumn(unit, markup=False),
-        MofNCompleteColumn(),
-        BarColumn(),
-        Times(),
+        TextColumn(unit, markup=False, table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        BarColumn(min(40, max(10, console.width - 70))),
+        Times(table_column=Column(no_wrap=True)),
+        News(),
     )
-    news = TextColumn("{task.fields[news]}", markup=False)
-    return Progress(*columns, news, console=console)
+    return Progress(*columns, console=console)
 
 
 def clock(seconds: float) -> str:
@@ -240,7 +266,9 @@ def bar(console, total: int, what: str = "image") -> Iterator[Callable[..., None
 
 
 @contextlib.contextmanager
-def _step_bar(console, first: TrainingRecord, start: float) -> Iterator[Callable[[int, str], None]]:
+def _step_bar(
+    console, first: FirstStep | TrainingRecord, start: float
+) -> Iterator[Callable[[int, str], None]]:
     """A bar on stderr with the loss, rate and remaining time of training, which began at `start`;
     without a terminal, one line per record.
     """

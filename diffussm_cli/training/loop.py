@@ -120,8 +120,11 @@ class Trainer:
         }
 
     # ------------------------------------------------------------------------------------- the loop
-    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Record]:
-        """Train to the last step, yielding a record every `log_every` steps.
+    def run(
+        self, stop: Callable[[], bool] = lambda: False, announce: bool = False
+    ) -> Iterator[Record]:
+        """Train to the last step, yielding a record every `log_every` steps; if `announce`, also an
+        empty one after the first step, if that has no record.
 
         It also writes previews, checkpoints and `final/`. When `stop()` is true in any process, the
         current step is finished, a checkpoint is written, and the loop ends early.
@@ -133,6 +136,7 @@ class Trainer:
         """
         t, e = self.config.train, self.config.eval
         self._begun = time.perf_counter()
+        first = self.step.number + 1
         for batch in self._batches():
             self._update(batch)
             self.writer.check()
@@ -151,6 +155,8 @@ class Trainer:
                         with self._timed("evaluation"):
                             record |= self.measures.measure(self.step, scores)
                     yield record
+            elif announce and number == first:
+                yield {}
 
             # Draw and save.
             draws = due(number, t.sample_every, last)

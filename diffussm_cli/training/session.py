@@ -19,7 +19,7 @@ from diffussm_cli import runs
 from diffussm_cli.config import PYTHON, Config, unused_fields
 from diffussm_cli.data.listing import Listing
 from diffussm_cli.errors import RunError
-from diffussm_cli.events import Event, Message, Stage, TrainingRecord, Warned
+from diffussm_cli.events import Event, FirstStep, Message, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_program, keep_freed_memory
 from diffussm_cli.machine.processes import (
     World,
@@ -184,7 +184,10 @@ def _steps(
         trainer.after_preview = functools.partial(renew_report, trainer.root, config)
 
     skipped = 0
-    for record in trainer.run(stop):
+    for record in trainer.run(stop, announce=not config.train.compile):
+        if not record:
+            yield FirstStep(config.train.steps, first)
+            continue
         if writer:
             writer.write(record | news | {"seconds": trainer.seconds()})
             news = {}

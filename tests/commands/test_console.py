@@ -6,7 +6,7 @@ import json
 import rich.console
 
 from diffussm_cli.commands import console
-from diffussm_cli.events import Message, Stage, TrainingRecord, Warned
+from diffussm_cli.events import FirstStep, Message, Stage, TrainingRecord, Warned
 
 
 def test_long_work_shows_its_duration(monkeypatch, capsys):
@@ -71,6 +71,39 @@ def test_record_without_terminal_follows_warning_of_skipped_steps():
     warning, last = [line for line in lines if line.startswith("warning") or "  loss " in line][:2]
     assert warning.rpartition(": ")[2] == "[1]"
     assert last == "step 2/4  0:00  loss 0.1235  10.0 images/s  FID 3"
+
+
+def test_remaining_time_is_shown_from_the_first_step_on_a_terminal(monkeypatch):
+    """A step of 10 s of 40, and none of a log every hundred steps."""
+    at = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: at[0])
+    shown = io.StringIO()
+    terminal = rich.console.Console(
+        file=shown, force_terminal=True, width=80, get_time=lambda: at[0]
+    )
+
+    def session():
+        yield Stage("training")
+        at[0] = 110.0
+        yield FirstStep(40, 0)
+
+    console.follow(terminal, session())
+    assert "0:10, 6:30 left" in shown.getvalue()
+    assert followed([FirstStep(40, 0)]) == (None, [])
+
+
+def test_bar_is_one_line_at_80_columns_and_keeps_its_times():
+    news = "loss 1.8912  28.3 images/s  held-out 1.9125  FID 12.3"
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=80)
+    with console._progress_bar(terminal, "step") as bars:
+        task = {"news": news, "before": 0.0, "after": 1000.0, "done": 400}
+        bars.add_task("", total=2000, completed=400, **task)
+        text = io.StringIO()
+        rich.console.Console(file=text, width=80).print(bars.get_renderable())
+    (line,) = text.getvalue().splitlines()
+    assert "400/2000" in line
+    assert "left loss 1.8912  28.3 images/s" in line
+    assert line.rstrip().endswith("…")
 
 
 def test_control_characters_alone_are_escaped():

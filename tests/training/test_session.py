@@ -11,7 +11,7 @@ import pytest
 
 from diffussm_cli import runs
 from diffussm_cli.errors import ConfigError, NotFiniteError
-from diffussm_cli.events import Message, Stage, TrainingRecord, Warned, finish
+from diffussm_cli.events import FirstStep, Message, Stage, TrainingRecord, Warned, finish
 from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import World
 from diffussm_cli.profiling.flops import cost, training_operations
@@ -32,7 +32,8 @@ def told(session):
 
 def test_training_yields_records_and_returns_its_outcome(tiny, tmp_path):
     events, result = told(train(tiny(), tmp_path / "run"))
-    begun = events.index(Stage("training"))
+    begun = events.index(Stage("training")) + 1
+    assert events[begun] == FirstStep(4, 0)  # a record comes at step 2
     assert [(e.record["step"], e.steps) for e in events[begun + 1 :]] == [(2, 4), (4, 4)]
     assert not any(isinstance(e, TrainingRecord) for e in events[:begun])
     assert result == TrainingResult(tmp_path / "run", 4, 4)
