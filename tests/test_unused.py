@@ -20,6 +20,10 @@ UNUSED = {
         ["model.mixer=attention", "model.d_state=16", "train.ssm_lr=0.1"],
         "model.d_state=16 (no mixer has states), train.ssm_lr=0.1 (no mixer has states)",
     ),
+    "rate of AdamW beside Muon": (
+        ["train.adamw_lr=1e-3"],
+        "train.adamw_lr=0.001 (train.optimizer is adamw)",
+    ),
     "mixers beyond the depth": (
         ["model.mixer=s4d,conv,axial"],
         "axial of model.mixer=s4d,conv,axial (model.depth is 2)",

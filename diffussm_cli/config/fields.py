@@ -228,6 +228,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = _option(
         "adamw", "muon: for the matrices of the blocks, adamw for all others"
     )
+    adamw_lr: float = _option(
+        0.0, "muon: learning rate of what it leaves to adamw; 0: train.lr", least=0, most=10
+    )
     ssm_lr: float = _option(
         1e-3, "cap on the learning rate of the SSM's parameters", above=0, most=10
     )

@@ -161,6 +161,8 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
     # The recipe.
     if m.backbone == "dit" or not STATES & set(m.mixers[: m.depth]):
         reasons |= _all_of("no mixer has states", "train", "ssm_lr")
+    if t.optimizer != "muon":
+        reasons |= _all_of(f"train.optimizer is {t.optimizer}", "train", "adamw_lr")
     if t.loss_weight != "min_snr":
         reasons |= _all_of(f"train.loss_weight is {t.loss_weight}", "train", "min_snr_gamma")
     if not m.num_classes and not m.text_width:

@@ -37,6 +37,9 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
             chosen = [p for p in group["params"] if id(p) in inside and p.ndim < 4]
             group["params"] = [p for p in group["params"] if not (id(p) in inside and p.ndim < 4)]
             muon.append({**group, "name": "muon", "params": chosen, "muon": True})
+        if config.adamw_lr:
+            cap = config.ssm_lr if group["name"] == "ssm" else math.inf
+            group["lr"] = group["peak_lr"] = min(config.adamw_lr, cap)
     parts = {
         id(module.weight): module.parts
         for module in model.modules()

@@ -191,6 +191,23 @@ def test_learning_rates_are_scaled_from_their_peaks(tiny):
     }
 
 
+def test_adamw_lr_is_the_rate_of_what_muon_leaves_to_adamw(tiny):
+    fields = ["train.optimizer=muon", "train.lr=1e-2", "train.ssm_lr=1e-3"]
+    rates = [
+        {g["name"]: (g["lr"], g["peak_lr"]) for g in optimizer_of(tiny, *fields, *of).param_groups}
+        for of in ([], ["train.adamw_lr=2e-3"], ["train.adamw_lr=1e-4"])
+    ]
+    muon = {"muon": (1e-2, 1e-2)}
+    assert [rate.pop("muon") for rate in rates] == [*muon.values()] * 3
+    expected = [(1e-2, 1e-3), (2e-3, 1e-3), (1e-4, 1e-4)]
+    for rate, (others, ssm) in zip(rates, expected):
+        assert rate == {
+            "matrices": (others, others),
+            "vectors": (others, others),
+            "ssm": (ssm, ssm),
+        }
+
+
 def test_optimizer_skips_step_where_found_inf_is_one(tiny):
     optimizer = optimizer_of(tiny)
     p = optimizer.param_groups[0]["params"][0]
