@@ -3,6 +3,7 @@ tool fetches.
 """
 
 import functools
+import hashlib
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ class InMemory(Captioned):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def sha256(self) -> str:
+        """Hash of the images, their size and their labels."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def read(
         self, indices: Sequence[int], generators: Sequence[torch.Generator]

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from diffussm_cli import runs
 from diffussm_cli.config import BUILTIN, HUB, PYTHON, Config
+from diffussm_cli.data.builtin import InMemory
 from diffussm_cli.data.folder import ImageFolder, unreadable_images
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
@@ -125,13 +126,15 @@ def compare_data(
         identity = images.listing.sha256()
     elif isinstance(images, LatentStore):
         identity = sha256(images.root / MANIFEST)
+    elif isinstance(images, InMemory):
+        identity = images.sha256()
     facts = {"path": data_place(config), "images": len(images), "sha256": identity, "checked": True}
     if before is None:
         return facts | {"first": {name: facts[name] for name in FIRST}}
 
     # Those of the last session, which may not be those of the beginning.
     first = before.get("first") or {name: before[name] for name in FIRST}
-    is_same = before["sha256"] == identity
+    is_same = before["sha256"] in ("", identity)  # earlier versions did not hash built-in sets
     if not is_same:
         began = "began with" if before["sha256"] == first["sha256"] else "was trained on last"
         number = f"{before['images']:,} then, {len(images):,} now"

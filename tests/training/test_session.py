@@ -74,6 +74,18 @@ def test_processes_share_batch_in_equal_parts(tiny, size, accumulate, fits):
             check_job(config, World(0, size))
 
 
+def test_built_in_data_of_a_run_without_a_hash_are_taken_for_the_same(tiny, tmp_path):
+    root = tmp_path / "run"
+    list(train(tiny(), root))
+    data = runs.read_data(root)
+    assert data["first"]["sha256"] == data["sha256"]
+    for name, said in (("", False), ("ab" * 32, True)):  # an earlier version, and other digits
+        runs.write_data(root, data | {"sha256": name, "first": data["first"] | {"sha256": name}})
+        more = tiny(f"train.steps={8 if said else 6}")
+        warned = [e.text for e in train(more, root, resume=True) if isinstance(e, Warned)]
+        assert any("are not those that" in text for text in warned) == said
+
+
 def test_average_added_on_resume_is_announced(tiny, tmp_path):
     list(train(tiny("train.ema=0.9"), tmp_path / "run"))
     changed = tiny("train.ema=0.9,0.1", "train.steps=6")
@@ -107,7 +119,9 @@ def test_log_tells_command_data_commit_memory_and_where_the_time_went(tiny, tmp_
     # How the run began.
     session = records[0]["session"]
     assert session["command"] == "diffussm train --out 'a b'"
-    assert session["data_sha256"] == runs.read_data(tmp_path / "run")["sha256"]
+    data = runs.read_data(tmp_path / "run")
+    assert session["data_sha256"] == data["sha256"]
+    assert len(data["sha256"]) == 64
     code = Path(__file__).parents[2]
     if (code / ".git").exists():
         git = ["git", "-C", str(code), "rev-parse", "HEAD"]
