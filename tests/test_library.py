@@ -601,6 +601,24 @@ def test_unfitting_items_are_named_before_training(tmp_path, item, line):
         train(tmp_path / "run", Odd(item))
 
 
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([torch.zeros(1, 28, 28)])
+
+
+def test_data_without_numbered_items_are_refused_in_one_line(tmp_path):
+    """A class in place of its object, a stream, and a loader."""
+    given = {"the class Squares": Squares, "a Stream": Stream()}
+    given["a DataLoader"] = torch.utils.data.DataLoader(Squares())
+    for name, data in given.items():
+        line = f"data: {name} given; give a folder, or a Dataset, which has __len__ and __getitem__"
+        for config in (None, "digits"):
+            with pytest.raises(DataError, match=f"^{line}$"):
+                ds.train(config, tmp_path / "run", data=data, steps=1, show=False)
+    with pytest.raises(DataError, match="^data: a Stream given"):
+        ds.evaluate("mnist", Stream(), num=1, show=False)
+
+
 @pytest.mark.parametrize("shape", [(16, 16, 4), (28, 28, 3), (32, 32, 1)])
 @pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
 def test_channels_of_items_must_come_first(shape, kind, tmp_path):

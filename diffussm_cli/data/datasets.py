@@ -45,8 +45,7 @@ class DatasetSource:
         self.of_pixels = config.data.vae is None
         self.shape = (config.data.channels, *config.data.grid)
 
-        if not len(self):
-            raise DataError("data: the dataset is empty")
+        check_dataset(dataset)
         self._image(0)
         self.class_names: tuple[str, ...] = ()
         self.labels: list[int] = []
@@ -101,6 +100,19 @@ class DatasetSource:
             )
         check_values(image, where, self.of_pixels)
         return image, label
+
+
+def check_dataset(dataset: Any) -> None:
+    """Raises DataError for an object without items that can be counted and read by their number."""
+    is_class = isinstance(dataset, type)
+    name = dataset.__name__ if is_class else type(dataset).__name__
+    if is_class or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        given = f"the class {name}" if is_class else f"a {name}"
+        raise DataError(
+            f"data: {given} given; give a folder, or a Dataset, which has __len__ and __getitem__"
+        )
+    if not len(dataset):
+        raise DataError("data: the dataset is empty")
 
 
 def classes_of(dataset: Dataset) -> tuple[tuple[str, ...], list[int]]:
@@ -195,6 +207,7 @@ def split(item: Any) -> tuple[Tensor, Any]:
 
 def images_of(dataset: Dataset) -> tuple[Tensor, str]:
     """All images of a Dataset, uint8 (n, C, H, W), and their `scale_doubt`. Raises DataError."""
+    check_dataset(dataset)
     items = [split(dataset[i])[0] for i in range(len(cast(Sized, dataset)))]
     for i, image in enumerate(items):
         check_values(image, place(dataset, i), of_pixels=True)

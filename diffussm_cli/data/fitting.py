@@ -7,16 +7,16 @@ distances.
 import math
 import shlex
 from collections import Counter
-from collections.abc import Collection, Sized
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from diffussm_cli.config import BUILTIN, Config, named_columns
 from diffussm_cli.data import builtin
-from diffussm_cli.data.datasets import check_values, classes_of, place, split
+from diffussm_cli.data.datasets import check_dataset, check_values, classes_of, place, split
 from diffussm_cli.data.images import is_grey
 from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import scale_warning
@@ -142,8 +142,7 @@ def _of_builtin(path: str) -> Facts:
 
 def _of_dataset(dataset: Dataset, of_pixels: bool) -> Facts:
     """Of the first item, and of all labels, if the items are pairs."""
-    if not len(cast(Sized, dataset)):
-        raise DataError("data: the dataset is empty")
+    check_dataset(dataset)
     item = dataset[0]
     image = split(item)[0]
     check_values(image, place(dataset, 0), of_pixels)
