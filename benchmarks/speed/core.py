@@ -449,34 +449,39 @@ def _training(device: torch.device, overrides: Sequence[str]) -> tuple[Config, C
 
 
 def convolutions(device: torch.device) -> dict:
-    """The convolution of XL at a batch of 32 in bfloat16, its kernels included: by chunks and by
-    FFT; forward and backward apart.
+    """The convolution of XL at a batch of 32 in bfloat16, its kernels included: by chunks, by
+    Triton where there is a GPU, and by FFT; forward and backward apart.
 
     Beside the milliseconds stand the relative errors of y, du and the gradient of C in a few
     channels, against float64. `first` is the seconds of the first call.
     """
-    return _convolutions(device, "chunk")
+    return _convolutions(device, ["chunk", *(["triton"] if device.type == "cuda" else [])])
 
 
 def convolutions_compiled(device: torch.device) -> dict:
     """The same by compiled chunks and by FFT; the first call compiles, so that this row comes
     after the other.
     """
-    return _convolutions(device, "chunk_compiled")
+    return _convolutions(device, ["chunk_compiled"])
 
 
-def _convolutions(device: torch.device, way: str) -> dict:
+def _convolutions(device: torch.device, names: list[str]) -> dict:
     def by_fft(s4d: S4D, u: Tensor) -> Tensor:
         return Convolution.apply(u, KernelSpectra.apply(s4d.taps(u.shape[2] * u.shape[3])))
 
     def by_chunks(s4d: S4D, u: Tensor) -> Tensor:
         return chunk_convolution(u, s4d.chunked(u.shape[2] * u.shape[3]))
 
+    def by_triton(s4d: S4D, u: Tensor) -> Tensor:
+        from diffussm_cli.model.s4d.fused import fused_convolution  # not on every machine
+
+        return fused_convolution(u, *s4d.kernel_parameters())
+
     results = {}
     for L in (SHORT, LONG):
         compiled = torch.compile(by_chunks, dynamic=False, backend=BACKEND)
-        chunks = {"chunk": by_chunks, "chunk_compiled": compiled}
-        ways = {way: chunks[way], "fft": by_fft}
+        others = {"chunk": by_chunks, "chunk_compiled": compiled, "triton": by_triton}
+        ways = {name: others[name] for name in names} | {"fft": by_fft}
 
         # The layouts of the block, and a gradient of y that is not one number expanded, which the
         # cache would hold.

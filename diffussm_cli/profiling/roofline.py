@@ -27,12 +27,14 @@ PRODUCTS_REACH = 0.65
 COPIES_REACH = 0.83  # of the bandwidth, by operators that read and write in the order of memory
 STRIDED_REACH = 0.58  # by those that do not
 TRANSFORMS_REACH = 0.67
+INSTRUCTIONS_REACH = 0.5  # of the rate of float32, by kernels that are bound by their instructions
 KERNEL_SECONDS = 2.2e-6  # the shortest time of a kernel
 LAUNCH_SECONDS = 8e-6  # of the host, per kernel: a step is never faster than its launches
 ASSUMPTIONS = (
     f"a prediction, never compared with a GPU: eager code, {PRODUCTS_REACH:.0%} of the data "
     f"sheet's rate in products, {COPIES_REACH:.0%} of its bandwidth in copies, "
     f"{STRIDED_REACH:.0%} in strided ones, {TRANSFORMS_REACH:.0%} in FFTs, "
+    f"{INSTRUCTIONS_REACH:.0%} of the instructions a second in the convolution by Triton, "
     f"{KERNEL_SECONDS * 1e6:g} us for the shortest kernel, {LAUNCH_SECONDS * 1e6:g} us of the host "
     "per launch; one GPU, and no waiting for data"
 )
@@ -45,6 +47,10 @@ ATTENTION = {  # products as large as that of queries and keys
     "_scaled_dot_product_flash_attention": 2,
     "_scaled_dot_product_flash_attention_backward": 5,
 }
+# The kernels of `model/s4d/fused.py`: instructions of a warp per chunk, and images of a tile, as
+# compiled for sm_90 at N = 64.
+LOOPS = {"chunk_scan": (347, 32), "chunk_sums": (378, 16)}
+LOOP_WARPS, LOOP_TOKENS = 4, 64
 WRITES_ONLY = {"copy_", "fill_", "zero_", "zeros", "zeros_like", "new_zeros", "ones_like", "arange"}
 MOVES_NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach"}
 MOVES_NOTHING |= {"_unsafe_view", "_reshape_alias", "lift_fresh"}
@@ -57,15 +63,18 @@ class Work:
     kernels: int
     moved: float
     operations: float = 0.0
-    kind: str = "copies"  # or strided, transforms, products, products in float32
+    kind: str = "copies"  # or strided, transforms, products, products in float32, instructions
 
     def seconds(self, gpu: GPU) -> float:
         """The longest of the times of operations, bytes and kernels."""
         reach = {"strided": STRIDED_REACH, "transforms": TRANSFORMS_REACH}
         bandwidth = reach.get(self.kind, COPIES_REACH) * gpu.bandwidth
-        peak = gpu.fp32 if self.kind == "products in float32" else gpu.bf16
+        rates = {
+            "products in float32": PRODUCTS_REACH * gpu.fp32,
+            "instructions": INSTRUCTIONS_REACH * gpu.fp32,
+        }
         return max(
-            self.operations / (PRODUCTS_REACH * peak),
+            self.operations / rates.get(self.kind, PRODUCTS_REACH * gpu.bf16),
             self.moved / bandwidth,
             self.kernels * KERNEL_SECONDS,
         )
@@ -89,6 +98,8 @@ def work_of(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> Work:
         q, k = inputs[1:3] if "backward" in name else inputs[:2]
         once = 2.0 * q.numel() * k.shape[-2]
         return Work(1, moved, ATTENTION[name] * once, "products")
+    if name in LOOPS:
+        return Work(1, moved, _instructions(name, inputs), "instructions")
 
     # The rest moves numbers and hardly computes.
     if name in TRANSFORMS:
@@ -108,6 +119,17 @@ def _product(name: str, inputs: list[Tensor], output: Tensor, moved: float) -> W
         moved += 2 * _bytes(output)
     kind = "products" if factor.dtype == torch.bfloat16 else "products in float32"
     return Work(1 if fused else 2, moved, operations, kind)
+
+
+def _instructions(name: str, inputs: list[Tensor]) -> float:
+    """What the convolution by Triton issues, as operations: each instruction of a warp takes the
+    time of 32 multiply-adds.
+    """
+    M, _, B, J = inputs[0].shape
+    rows = inputs[-1].shape[1]  # channels and directions
+    of_a_chunk, images = LOOPS[name]
+    loops = rows * math.ceil(B / images) * math.ceil(J * M / LOOP_TOKENS)
+    return 2.0 * 32 * LOOP_WARPS * loops * of_a_chunk
 
 
 def _bytes(t: Tensor) -> float:

@@ -5,8 +5,8 @@ Read this file first.
     N state size: N/2 complex modes
 
 `kernel.py` turns the parameters into the taps of a convolution, `convolution.py` applies them by
-FFT and `chunks.py` chunk by chunk, and `reference.py` computes the same slowly from the
-definitions.
+FFT, `chunks.py` and `fused.py` (by Triton) chunk by chunk, and `reference.py` computes the same
+slowly from the definitions.
 
 Everything in this package is float32 whatever the rest of the model is (float64 in tests): rounding
 log_dt alone to bfloat16 changes the kernel by 35%. The first dimension of a parameter is the
@@ -34,7 +34,7 @@ from diffussm_cli.model.s4d.convolution import (
     kernel_spectra,
 )
 from diffussm_cli.model.s4d.kernel import kernel_macs, s4d_kernel
-from diffussm_cli.model.s4d.numerics import in_forward_mode, no_autocast, wants_chunks
+from diffussm_cli.model.s4d.numerics import chosen_convolution, in_forward_mode, no_autocast
 
 KEEP_BYTES = 1 << 29  # the most that the spectra kept by one layer may take
 
@@ -50,7 +50,8 @@ class S4D(StateSpace):
     initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log
     dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
-    The environment variable DIFFUSSM_CONVOLUTION chooses how training convolves: `fft`, or `chunk`.
+    The environment variable DIFFUSSM_CONVOLUTION chooses how training convolves: `fft`, `chunk` or
+    `triton`.
 
     Inside `kept_kernels` the spectra are computed once. They take 16 D (L + 1) bytes or slightly
     more per layer and length. Beyond KEEP_BYTES they are computed slice by slice instead, so that
@@ -104,8 +105,13 @@ class S4D(StateSpace):
 
             # Training, by backward passes that are written by hand.
             if torch.is_grad_enabled():
-                if wants_chunks():
+                choice = chosen_convolution()
+                if choice == "chunk":
                     return chunk_convolution(u, self.chunked(L))
+                if choice == "triton":
+                    from diffussm_cli.model.s4d.fused import fused_convolution
+
+                    return fused_convolution(u, *self.kernel_parameters())
                 return Convolution.apply(u, KernelSpectra.apply(self.taps(L)))
 
             # Inference: the kernels are kept if the memory allows, or else computed in slices.
@@ -119,16 +125,20 @@ class S4D(StateSpace):
         """The kernels of both directions, including the skip, (2, d, L), for all channels or a
         slice of them.
         """
-        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
-        log_dt, log_A_real, A_imag, B, C, D_skip = (p[:, channels] for p in parameters)
+        log_dt, log_A_real, A_imag, B, C, D_skip = (
+            p[:, channels] for p in self.kernel_parameters()
+        )
         with no_autocast(log_dt.device):
             return s4d_kernel(log_dt.exp(), -log_A_real.exp(), A_imag, B, C, L, D_skip)
 
     def chunked(self, L: int) -> Chunked:
         """What the convolution of L tokens by chunks needs of the parameters."""
-        parameters = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip)
         with no_autocast(self.log_dt.device):
-            return chunked_kernel(*parameters, chunk_length(L))
+            return chunked_kernel(*self.kernel_parameters(), chunk_length(L))
+
+    def kernel_parameters(self) -> tuple[Tensor, ...]:
+        """All parameters, in the order in which kernels are made of them."""
+        return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip
 
     def spectra(self, L: int) -> Tensor:
         """Spectra for length L without gradients, (2, D, F), kept inside `kept_kernels`."""

@@ -5,6 +5,7 @@ float32.
 import contextlib
 import math
 import os
+from importlib.util import find_spec
 
 import torch
 
@@ -13,7 +14,7 @@ from diffussm_cli.machine.device import full_float32
 
 SLICE = {True: 1 << 19, False: 1 << 28}  # elements in a slice of u: {is_cpu: count}
 KEPT_NUMBERS = 1 << 21  # 16 MiB
-CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft or chunk
+CONVOLUTION = "DIFFUSSM_CONVOLUTION"  # the environment variable: fft, chunk or triton
 
 
 def slices_of(count: int, numbers: int, device: torch.device) -> list[slice]:
@@ -46,12 +47,14 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def wants_chunks() -> bool:
-    """Whether training convolves chunk by chunk instead of by FFT, which the user chooses."""
+def chosen_convolution() -> str:
+    """How training convolves, which the user chooses; by default by FFT."""
     choice = os.environ.get(CONVOLUTION, "fft")
-    if choice not in ("fft", "chunk"):
-        raise ConfigError(f"{CONVOLUTION}: {choice!r} must be fft or chunk")
-    return choice == "chunk"
+    if choice not in ("fft", "chunk", "triton"):
+        raise ConfigError(f"{CONVOLUTION}: {choice!r} must be fft, chunk or triton")
+    if choice == "triton" and find_spec("triton") is None:
+        raise ConfigError(f"{CONVOLUTION}: triton is not installed; pip install triton")
+    return choice
 
 
 def full_float32_products() -> contextlib.AbstractContextManager:

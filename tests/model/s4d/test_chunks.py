@@ -169,5 +169,5 @@ def test_ffts_are_the_default_to_the_last_bit(monkeypatch):
 
 def test_unknown_convolution_is_one_line(monkeypatch):
     monkeypatch.setenv("DIFFUSSM_CONVOLUTION", "cudnn")
-    with pytest.raises(ConfigError, match="DIFFUSSM_CONVOLUTION: 'cudnn' must be fft or chunk"):
+    with pytest.raises(ConfigError, match="CONVOLUTION: 'cudnn' must be fft, chunk or triton"):
         layer()(randn(1, 3, 8, 2, dtype=torch.float64))
