@@ -114,10 +114,11 @@ def checked(
     numbers.
     """
     n = min(num, QUICK_IMAGES)
-    numbers = measure(draft, s, "builtin:mnist/held-out", num) | {
+    cache = draft.parent / "features"  # of the training digits, which are compared with many times
+    numbers = measure(draft, s, "builtin:mnist/held-out", num, cache=cache) | {
         "digit_share": digit_share(draft, num)
     }
-    quick = [quick_fid(draft, n, block) for block in range(BLOCKS)]
+    quick = [quick_fid(draft, n, block, cache) for block in range(BLOCKS)]
     numbers |= {
         "quick_fid": statistics.mean(quick),
         "quick_fid_std": statistics.stdev(quick),
@@ -130,7 +131,7 @@ def checked(
             f"\n\n## Checks\n\nThe FID of {n} samples ({QUICK['sampler']}, {QUICK['steps']} "
             f"steps) against the training digits is {numbers['quick_fid']:.3f}, with a standard "
             f"deviation of {numbers['quick_fid_std']:.3f} over {BLOCKS} blocks of seeds; a test "
-            f"measures it again. {rounding(trained, draft, s, n)}"
+            f"measures it again. {rounding(trained, draft, s, n, cache)}"
         ),
         (
             f"Of {num:,} samples (seeds from 0; {s.sampler}, {s.steps} steps, guidance "
@@ -191,24 +192,31 @@ def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def measure(
-    run: Path, sampling: SampleConfig, reference: str, num: int, seed: int = 0, metrics=USUAL
+    run: Path,
+    sampling: SampleConfig,
+    reference: str,
+    num: int,
+    seed: int = 0,
+    metrics=USUAL,
+    cache: Path | None = None,
 ) -> dict[str, float]:
-    """Metrics of a run's samples, in float32."""
+    """Metrics of a run's samples, in float32; `cache` is a folder for features."""
     with tempfile.TemporaryDirectory() as place:
         options = {
             "num": num,
             "seed": seed,
             "sampling": sampling,
             "precision": "fp32",
+            "cache": cache,
             "out": Path(place) / "result.json",
         }
         return finish(evaluate(run, reference, metrics, **options))["metrics"]
 
 
-def quick_fid(run: Path, n: int, block: int) -> float:
+def quick_fid(run: Path, n: int, block: int, cache: Path | None = None) -> float:
     """The quick score of a block of seeds."""
     sampling = dataclasses.replace(runs.find_run(run).config.sample, **QUICK)
-    return measure(run, sampling, "builtin:mnist", n, block * n, ("fid",))["fid"]
+    return measure(run, sampling, "builtin:mnist", n, block * n, ("fid",), cache)["fid"]
 
 
 def digit_share(run: Path, num: int) -> float:
@@ -217,7 +225,9 @@ def digit_share(run: Path, num: int) -> float:
     return json.loads(output(sys.executable, script, run, "--num", num))["samples"]
 
 
-def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: int) -> str:
+def rounding(
+    trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: int, cache: Path
+) -> str:
     """A sentence on how far storing bfloat16 moves the samples of the first seeds."""
     samplers = [
         open_sampler(t, sampling, precision="fp32") for t in (trained, runs.find_run(folder))
@@ -227,7 +237,7 @@ def rounding(trained: runs.TrainedRun, folder: Path, sampling: SampleConfig, n: 
     ]
     moved = (drawn[1] - drawn[0]).abs()
     files = [trained.weights.parent, folder]
-    fid = [measure(file, sampling, "builtin:mnist", n, 0, ("fid",))["fid"] for file in files]
+    fid = [measure(file, sampling, "builtin:mnist", n, 0, ("fid",), cache)["fid"] for file in files]
     return (
         f"Storing matrices as bfloat16 moves the pixels (0 to 255) of {n} samples by "
         f"{moved.float().mean():.3f} on average and by {moved.max()} at most, and changes their "
