@@ -75,7 +75,7 @@ def _usage(e: Any) -> str:
     """What is wrong with the command line; with the value of an option, in the words that are also
     said of fields.
     """
-    mistakes = getattr(e.__cause__, "errors", list)()
+    mistakes: list[Any] = getattr(e.__cause__, "errors", list)()
     if not mistakes or getattr(e, "param", None) is None:
         return e.format_message()
 
