@@ -25,6 +25,7 @@ from diffussm_cli.machine.files import PARTIAL, sha256
 from diffussm_cli.profiling import plan
 from diffussm_cli.training.record import RecordWriter
 from diffussm_cli.training.session import train
+from tests import conftest
 from tests.helpers import SETTINGS, Background, line_of, run
 
 pytest.importorskip("sklearn")
@@ -157,11 +158,12 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")  # of a job, no step is measured
     (tmp_path / "empty").mkdir()
+    here = conftest.device().type
     for out in ("new/run", "empty"):
         result = run(*DRY, "--out", out, *SETTINGS)
         assert result.exit_code == 0, result.output
         memory, time, *cost = result.stdout.splitlines()
-        assert re.match(r"memory: [\d.]+ GiB by formula; [\d.]+ GiB free here \(cpu\)", memory)
+        assert re.match(rf"memory: [\d.]+ GiB by formula; [\d.]+ GiB free here \({here}\)", memory)
         assert time.startswith("time: not measured with several processes")
         assert "memory of each of 2 processes" in "".join(cost)
         assert "the same command with --yaml in place of --dry-run" in result.stderr
@@ -171,7 +173,8 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch):
 def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypatch):
     monkeypatch.setattr(plan, "step_seconds", lambda config, images, parts: 2.0)
     result = run(*DRY, *SETTINGS, "--set", "train.steps=90")
-    assert "time: about 3.0 min on cpu for 90 steps, and more for previews" in result.stdout
+    here = conftest.device().type
+    assert f"time: about 3.0 min on {here} for 90 steps, and more for previews" in result.stdout
     assert "data: builtin:digits, 1,621 images of 10 classes" in result.stderr
     shown = result.output  # both streams, as a terminal shows them
     assert shown.index("data: ") < shown.index("time: ") < shown.index("parameters")

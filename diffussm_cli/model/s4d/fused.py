@@ -15,6 +15,8 @@ C tokens of a chunk   N state size: N/2 complex modes, as real and imaginary par
 H the modes of a tile: a power of two from 16 on
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,7 @@ from diffussm_cli.model.s4d.numerics import CONVOLUTION
 
 CHUNK = 64  # tokens: the least that wgmma takes
 MOST_STATES = 128  # N, whose tables and states fit into registers
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 # ----------------------------------------------------------------------------------------- kernels

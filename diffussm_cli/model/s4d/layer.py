@@ -136,7 +136,7 @@ class S4D(StateSpace):
         with no_autocast(self.log_dt.device):
             return chunked_kernel(*self.kernel_parameters(), chunk_length(L))
 
-    def kernel_parameters(self) -> tuple[Tensor, ...]:
+    def kernel_parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All parameters, in the order in which kernels are made of them."""
         return self.log_dt, self.log_A_real, self.A_imag, self.B, self.C, self.D_skip
 
