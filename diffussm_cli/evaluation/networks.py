@@ -81,7 +81,8 @@ def _download(url: str) -> Path:
         except (OSError, RuntimeError) as e:
             raise DataError(
                 f"extractor: cannot download {url} ({getattr(e, 'reason', e)}); "
-                f"download it elsewhere and put it at {path}, or let eval take it by --extractor-weights"
+                f"download it elsewhere and put it at {path}, or name it by "
+                "--extractor-weights of eval"
             ) from e
 
     return path
@@ -263,7 +264,7 @@ def load_dinov2(folder: Path | None = None) -> tuple[Dinov2, str]:
             raise
         raise DataError(
             f"{e}; without a network, put config.json and model.safetensors of it into a folder "
-            "and let eval take that by --extractor-weights"
+            "and name that by --extractor-weights of eval"
         ) from e
 
     if model.config.model_type != "dinov2":
