@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -50,7 +51,9 @@ def hidden_size(folder):
         "print(load_config('xl-256').model.hidden_size, diffussm_cli.__file__)"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    # the program sets this for its own children, and a test may have run it in this process
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
     size, package = done.stdout.strip().split(" ", 1)
     return int(size), Path(package).parents[1]
 

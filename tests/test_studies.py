@@ -15,6 +15,8 @@ from diffussm_cli.data import builtin
 from diffussm_cli.model import Backbone, build_model, dit
 from diffussm_cli.model.embeddings import patchify
 from diffussm_cli.model.mixers import MIXERS
+from diffussm_cli.training.batches import Batch
+from diffussm_cli.training.step import Step
 
 STUDIES = Path(__file__).parents[1] / "benchmarks" / "studies"
 sys.path.insert(0, str(STUDIES))
@@ -344,13 +346,38 @@ def unchanged(monkeypatch):
     monkeypatch.setattr(Backbone, "positions", Backbone.positions)
     monkeypatch.setattr(dit, "Attention", dit.Attention)
     monkeypatch.setattr(builtin, "load", builtin.load)
+    monkeypatch.setattr(Step, "losses", Step.losses)
     monkeypatch.setitem(MIXERS, "s4d", MIXERS["s4d"])
 
 
 OF_DIT = ("qk-norm", "rope", "local-attention", "stem", "mimetic", "modern")
 
 
-@pytest.mark.parametrize("change", [name for name in CHANGES if name not in OF_DIT])
+OF_LOSS = ("dispersive",)
+
+
+def test_dispersive_adds_mean_over_pairs_in_training_alone(unchanged):
+    step = Step(load_config("digits", ["train.batch_size=4"]), torch.device("cpu"))
+    torch.manual_seed(0)
+    x_0, noise = torch.randn(2, 4, 1, 8, 8)
+    batch = Batch(x_0, torch.tensor([1, 200, 500, 900]), noise, torch.arange(4))
+    states = []
+    hook = step.model.blocks[0].register_forward_hook(lambda _, __, out: states.append(out))
+    before = step.losses(batch)
+    hook.remove()
+
+    CHANGES["dispersive"]()
+    after = step.losses(batch)
+    z = states[0].flatten(1)
+    pairs = [math.exp(-2 * (a - b).square().mean().item()) for a in z for b in z]
+    repulsion = 0.5 * math.log(sum(pairs) / 16)
+    assert repulsion < -0.01
+    torch.testing.assert_close(after["loss"], before["loss"] + repulsion)
+    torch.testing.assert_close(after["mse"], before["mse"])
+    torch.testing.assert_close(step.losses(batch, step.model)["loss"], before["loss"])
+
+
+@pytest.mark.parametrize("change", [n for n in CHANGES if n not in (*OF_DIT, *OF_LOSS)])
 def test_change_does_what_it_says_and_no_more(change, unchanged):
     config = load_config("digits")
     before, (images, held_out) = build_model(config), digits()
