@@ -401,7 +401,8 @@ MISTAKES = {
         ["train", "--preset", "digits", "--data", "nowhere"],
         "cannot read the folder 'nowhere'",
     ),
-    "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'"),
+    "missing run": (["sample", "nowhere"], "RUN: no folder 'nowhere'; train one with: diffussm"),
+    "mistyped model": (["sample", "mnsit"], "RUN: no folder 'mnsit'; did you mean 'mnist'?"),
     "missing file": (
         ["sample", "DiT-XL-2-256x256.pt"],
         "RUN: no file 'DiT-XL-2-256x256.pt'; the READMEs of facebookresearch/DiT and willisma/SiT",

@@ -126,6 +126,18 @@ def test_loss_of_the_true_answer_is_zero():
     assert process.loss(exact, x_0).abs().max() < 1e-6
 
 
+def test_mistakes_in_custom_loop_are_named():
+    sizes = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_classes": 2}
+    model, with_covariance = ds.DiffuSSM(**sizes, learn_sigma=False), ds.DiffuSSM(**sizes)
+    flow, x_0, y = ds.LinearFlow(), torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ds.DiffussmError, match="^config: Config is no section of training; give"):
+        ds.make_optimizer(model, ds.load_config("mnist"))
+    with pytest.raises(ds.DiffussmError, match="^model.learn_sigma: flow has no covariance"):
+        flow.loss(with_covariance, x_0, y)
+    with pytest.raises(ValueError, match="^y: 2 labels for n = 4 images"):
+        flow.sample(model, n=4, y=[0, 1], steps=2)
+
+
 def test_samples_depend_on_their_seed_alone():
     process = ds.LinearFlow()
     together = process.sample(lambda x, t, y: torch.sin(x), n=4, steps=5, shape=(1, 4, 4))

@@ -24,7 +24,8 @@ def encode(
     source: Annotated[
         Path | None,
         typer.Argument(
-            metavar="SOURCE", help="One folder per class, a flat folder, tar or parquet shards."
+            metavar="SOURCE",
+            help="One folder per class, a flat folder, tar or parquet shards, .npz or CIFAR.",
         ),
     ] = None,
     target: Annotated[

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.diffusion.process import GaussianDiffusion, Objective
+from diffussm_cli.errors import ConfigError
 
 
 def training_losses(
@@ -60,9 +61,11 @@ def training_losses(
 
     if model_output.shape[1] == C:
         return {"mse": mse, "loss": weight * mse}
-    assert isinstance(objective, GaussianDiffusion), (
-        "a flow has no covariance; the configuration refuses it"
-    )
+    if not isinstance(objective, GaussianDiffusion):
+        raise ConfigError(
+            f"model.learn_sigma: {objective.name} has no covariance; build the model with "
+            "learn_sigma=False"
+        )
 
     # The bound, whose gradient reaches only the covariance.
     frozen_mean = torch.cat([model_output[:, :C].detach(), model_output[:, C:]], dim=1)

@@ -177,6 +177,9 @@ class Objective(ABC):
             guidance: scale of classifier-free guidance; 1 for none.
             sampler: a name that `sample_by_name` takes.
             shape: (C, H, W); by default, that of the model's input.
+
+        Raises:
+            ValueError: if the number of labels is not n.
         """
         from diffussm_cli.diffusion.denoiser import guided, labelled
         from diffussm_cli.diffusion.samplers import sample_by_name
@@ -195,7 +198,10 @@ class Objective(ABC):
         if y is None:
             denoise = labelled(predict, None)
         else:
-            labels = torch.as_tensor(y, device=self.device).expand(n)
+            labels = torch.as_tensor(y, device=self.device)
+            if labels.ndim and len(labels) != n:
+                raise ValueError(f"y: {len(labels)} labels for n = {n} images")
+            labels = labels.expand(n)
             null = getattr(model, "null_class", 0)
             denoise = guided(predict, labels, null, guidance)
 

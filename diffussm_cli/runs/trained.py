@@ -1,6 +1,7 @@
 """A trained run: its averaged weights, found by the names that a user gives, and its model."""
 
 import dataclasses
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import RUNS, WIDTHS, Config
+from diffussm_cli.config import RUNS, WIDTHS, Config, bundled_names
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.model import Backbone, build_model
@@ -175,7 +176,13 @@ def _find_weights(path: Path | None) -> TrainedRun:
             "give the run folder"
         )
     if not path.is_dir():
-        raise RunError(f"RUN: no folder {str(path)!r}; train one with: diffussm train --out {path}")
+        meant = difflib.get_close_matches(str(path), bundled_names(), n=1)
+        remedy = (
+            f"did you mean {meant[0]!r}?"
+            if meant
+            else f"train one with: diffussm train --out {path}"
+        )
+        raise RunError(f"RUN: no folder {str(path)!r}; {remedy}")
 
     # final/ or best/ itself, perhaps copied elsewhere.
     if (path / CONFIG).is_file() and (path / MODEL).is_file():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import TrainConfig
+from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import Backbone
 from diffussm_cli.model.mixer import StateSpace
 from diffussm_cli.model.stacked import StackedLinear
@@ -51,7 +52,15 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a
     capped rate. For an optimiser of torch, whatever `config.optimizer` says.
+
+    Raises:
+        ConfigError: if `config` is not the section `train` of a configuration.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"config: {type(config).__name__} is no section of training; give "
+            "load_config('mnist').train"
+        )
     ssm = {
         id(p)
         for module in model.modules()
