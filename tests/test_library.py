@@ -136,6 +136,7 @@ def test_mistakes_in_custom_loop_are_named():
         flow.loss(with_covariance, x_0, y)
     with pytest.raises(ValueError, match="^y: 2 labels for n = 4 images"):
         flow.sample(model, n=4, y=[0, 1], steps=2)
+    assert torch.equal(flow.sample(model, n=2, y=[1], steps=1), flow.sample(model, 2, 1, steps=1))
 
 
 def test_samples_depend_on_their_seed_alone():

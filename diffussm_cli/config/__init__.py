@@ -51,6 +51,7 @@ from diffussm_cli.config.unused import unused_fields, unused_of_request
 from diffussm_cli.config.values import (
     check_text,
     check_whole,
+    closest,
     is_truth_value,
     named_columns,
     nearest,

@@ -90,7 +90,18 @@ def named_columns(texts: Iterable[str], option: str) -> dict[str, str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error line: the closest valid name, or all valid names if there are few.
+    """The end of an error line: the closest valid name, or all valid names if there are few."""
+    valid = [str(v) for v in valid]
+    if close := closest(name, valid):
+        return f"; did you mean {close!r}?"
+
+    section, dot, _ = name.rpartition(".")
+    names = [v for v in valid if dot and v.startswith(f"{section}.")] or valid
+    return f"; valid: {', '.join(names)}" if len(names) <= 16 else ""
+
+
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name that was probably meant.
 
     Names of fields are looked for in their section, and then in others, which one may mistake.
     """
@@ -102,7 +113,5 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         leaves = {v.rpartition(".")[-1]: v for v in reversed(names)}
         close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
         if close:
-            return f"; did you mean {leaves[close[0]]!r}?"
-
-    names = in_section or valid
-    return f"; valid: {', '.join(names)}" if len(names) <= 16 else ""
+            return leaves[close[0]]
+    return None

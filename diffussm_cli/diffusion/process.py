@@ -199,7 +199,7 @@ class Objective(ABC):
             denoise = labelled(predict, None)
         else:
             labels = torch.as_tensor(y, device=self.device)
-            if labels.ndim and len(labels) != n:
+            if labels.ndim and len(labels) not in (1, n):
                 raise ValueError(f"y: {len(labels)} labels for n = {n} images")
             labels = labels.expand(n)
             null = getattr(model, "null_class", 0)

@@ -1,7 +1,6 @@
 """A trained run: its averaged weights, found by the names that a user gives, and its model."""
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import RUNS, WIDTHS, Config, bundled_names
+from diffussm_cli.config import RUNS, WIDTHS, Config, bundled_names, closest
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.model import Backbone, build_model
@@ -176,11 +175,9 @@ def _find_weights(path: Path | None) -> TrainedRun:
             "give the run folder"
         )
     if not path.is_dir():
-        meant = difflib.get_close_matches(str(path), bundled_names(), n=1)
+        meant = closest(str(path), bundled_names())
         remedy = (
-            f"did you mean {meant[0]!r}?"
-            if meant
-            else f"train one with: diffussm train --out {path}"
+            f"did you mean {meant!r}?" if meant else f"train one with: diffussm train --out {path}"
         )
         raise RunError(f"RUN: no folder {str(path)!r}; {remedy}")
 

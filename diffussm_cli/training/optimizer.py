@@ -1,5 +1,6 @@
 """AdamW or Muon with the parameter groups that an SSM needs, and the learning rate schedule."""
 
+import dataclasses
 import math
 
 import torch
@@ -28,6 +29,8 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
     betas = 0.9, config.beta2
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, betas=betas, fused=True)
+    if config.adamw_lr:
+        groups = parameter_groups(model, dataclasses.replace(config, lr=config.adamw_lr))
 
     # of the matrices, those of the blocks; the embeddings and the last layer stay with AdamW
     inside = {id(p) for p in model.blocks.parameters()}
@@ -37,10 +40,8 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
         if group["name"] == "matrices":
             chosen = [p for p in group["params"] if id(p) in inside and p.ndim < 4]
             group["params"] = [p for p in group["params"] if not (id(p) in inside and p.ndim < 4)]
-            muon.append({**group, "name": "muon", "params": chosen, "muon": True})
-        if config.adamw_lr:
-            cap = config.ssm_lr if group["name"] == "ssm" else math.inf
-            group["lr"] = group["peak_lr"] = min(config.adamw_lr, cap)
+            rate = {"lr": config.lr, "peak_lr": config.lr}
+            muon.append({**group, **rate, "name": "muon", "params": chosen, "muon": True})
     parts = {
         id(module.weight): module.parts
         for module in model.modules()

@@ -34,6 +34,16 @@ OFFERED = {
 }
 
 
+def completed_by_bash(words, between):
+    """What the program answers to bash, which puts its words together with `between`."""
+    shell = {
+        "_DIFFUSSM_COMPLETE": "complete_bash",
+        "COMP_WORDS": between.join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    return CliRunner().invoke(app, [], prog_name="diffussm", env=shell)
+
+
 @pytest.mark.parametrize(("typed", "offered"), OFFERED.values(), ids=OFFERED)
 def test_tab_offers_what_fits(typed, offered, tmp_path, monkeypatch):
     for name in ("runs/a", "runs/b", "runs/no-run"):
@@ -42,12 +52,7 @@ def test_tab_offers_what_fits(typed, offered, tmp_path, monkeypatch):
         (tmp_path / name / "config.yaml").touch()
     monkeypatch.chdir(tmp_path)
     words = ["diffussm", *typed.split(" ")]
-    shell = {
-        "_DIFFUSSM_COMPLETE": "complete_bash",
-        "COMP_WORDS": " ".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    result = CliRunner().invoke(app, [], prog_name="diffussm", env=shell)
+    result = completed_by_bash(words, " ")
     assert result.exit_code == 0, result.output
     answer = result.stdout.split()
     assert answer[: len(offered.split())] == offered.split()
@@ -78,13 +83,7 @@ BROKEN = {  # words as bash breaks them, and what is offered for the last one
 @pytest.mark.parametrize("case", BROKEN)
 def test_bash_gets_values_behind_an_equals_sign_at_which_it_breaks_words(case):
     typed, offered = BROKEN[case]
-    words = ["diffussm", *typed.split(" ")]
-    shell = {
-        "_DIFFUSSM_COMPLETE": "complete_bash",
-        "COMP_WORDS": "\n".join(words),
-        "COMP_CWORD": str(len(words) - 1),
-    }
-    result = CliRunner().invoke(app, [], prog_name="diffussm", env=shell)
+    result = completed_by_bash(["diffussm", *typed.split(" ")], "\n")
     assert result.stdout.split() == offered.split(), result.output
 
 
