@@ -16,6 +16,7 @@ import numpy as np
 POINTS = 500  # most points of a curve
 LEFT, RIGHT, TOP, BOTTOM = 44, 354, 12, 150  # where a chart lies in its picture
 LEAST = 1e-300  # what stands for zero on a log scale
+LEAST_RANGE = 0.02  # of a chart, as a share of its highest value
 # A mean at each value of a curve: of this share of all values on either side, but not of more than
 # so many; none of a curve with fewer values than LONG.
 SHARE, MOST, LONG = 0.05, 500, 40
@@ -93,6 +94,8 @@ def chart(
     low = math.log10(values.min()) if log else float(values.min())
     high = math.log10(values.max()) if log else float(values.max())
     margin = 0.04 * (high - low) or 0.1 * abs(high) or 1.0
+    if not log:  # so wide that ticks of three digits differ
+        margin = max(margin, (LEAST_RANGE * abs(high) - (high - low)) / 2)
     low -= margin
     high += margin
 

@@ -80,6 +80,12 @@ def test_average_lies_over_its_faint_curve_in_the_colour_of_the_run():
     assert chart("", {"": long})["faint"] == [False]
 
 
+def test_values_that_hardly_change_have_ticks_that_differ():
+    ticks = [text for _, text in chart("decay", {"": Curve([1, 2], [0.5, 0.50003])})["rows"]]
+    assert len(ticks) > 1
+    assert len(set(ticks)) == len(ticks)
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(0, 1), (-3, 8.5), (0.49, 0.51), (1e-6, 2e-6), (0, 12399), (5, 6.1)]
 )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffussm_cli.model.s4d.kernel import _discretise, _without_denormals, s4d_kernel
+from diffussm_cli.model.s4d.kernel import discretise, s4d_kernel, without_denormals
 
 CHUNK = 128  # tokens, the most
 
@@ -50,11 +50,11 @@ def chunked_kernel(
     dt, A_real = log_dt.exp(), -log_A_real.exp()
     taps = s4d_kernel(dt, A_real, A_imag, B, C, T, D_skip)
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag
-    re, im = _discretise(x, y, A_real, A_imag, B, C)
+    re, im = discretise(x, y, A_real, A_imag, B, C)
 
     # exp(dt A l), l = 0..T, and 2 C_bar exp(dt A l), l = 1..T: (2, D, N/2, T + 1 or T)
     later = torch.arange(T + 1, device=x.device)
-    powers_re, powers_im = _power(x[..., None], y[..., None], later)
+    powers_re, powers_im = power(x[..., None], y[..., None], later)
     later_re, later_im = powers_re[..., 1:], powers_im[..., 1:]
     out_re = 2 * (re[..., None] * later_re - im[..., None] * later_im)
     out_im = 2 * (re[..., None] * later_im + im[..., None] * later_re)
@@ -68,9 +68,9 @@ def chunked_kernel(
     return Chunked(taps, entering, leaving, x, y)
 
 
-def _power(x: Tensor, y: Tensor, l: Tensor | int) -> tuple[Tensor, Tensor]:  # noqa: E741
+def power(x: Tensor, y: Tensor, l: Tensor | int) -> tuple[Tensor, Tensor]:  # noqa: E741
     """exp((x + iy) l) as real and imaginary parts, in the shape of x l."""
-    decay, angle = _without_denormals(torch.exp(x * l)), y * l
+    decay, angle = without_denormals(torch.exp(x * l)), y * l
     return decay * torch.cos(angle), decay * torch.sin(angle)
 
 
@@ -104,7 +104,7 @@ def states_before(s: Tensor, x: Tensor, y: Tensor, T: int) -> Tensor:
 
     The backward direction runs from the last chunk to the first.
     """
-    decay_re, decay_im = _power(x, y, T)
+    decay_re, decay_im = power(x, y, T)
     a, b = decay_re[:, :, None], decay_im[:, :, None]
     both = [Scan.apply(*s[i].chunk(2, dim=-1), a[i], b[i], i == 1) for i in (0, 1)]
     return torch.stack([torch.cat(state, dim=-1) for state in both])

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.model.s4d.chunks import _power
-from diffussm_cli.model.s4d.kernel import Modes, _discretise
+from diffussm_cli.model.s4d.chunks import power
+from diffussm_cli.model.s4d.kernel import Modes, discretise
 from diffussm_cli.model.s4d.numerics import CONVOLUTION
 
 CHUNK = 64  # tokens: the least that wgmma takes
@@ -258,7 +258,7 @@ class Fused(torch.autograd.Function):
         ctx, u: Tensor, taps: Tensor, re: Tensor, im: Tensor, x: Tensor, y: Tensor
     ) -> Tensor:
         lags = torch.arange(CHUNK + 1, device=x.device)
-        powers = torch.stack(_power(x[..., None], y[..., None], lags))
+        powers = torch.stack(power(x[..., None], y[..., None], lags))
         ctx.save_for_backward(u, taps, re, im, powers)
         return scan(u, taps, re, im, powers, False)
 
@@ -300,7 +300,7 @@ def fused_convolution(
     # The modes, and the first taps.
     dt, A_real = log_dt.exp(), -log_A_real.exp()
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag
-    re, im = _discretise(x, y, A_real, A_imag, B, C)
+    re, im = discretise(x, y, A_real, A_imag, B, C)
     rows = [t.flatten(0, 1) for t in (re, im, x, y)]
     taps = Modes.apply(*rows, D_skip.flatten(), CHUNK)
 

@@ -50,7 +50,7 @@ def s4d_kernel(
     """
     # dt A = x + iy                 (..., D, N/2)
     x, y = dt[..., None] * A_real, dt[..., None] * A_imag
-    re, im = _discretise(x, y, A_real, A_imag, B, C)
+    re, im = discretise(x, y, A_real, A_imag, B, C)
     # (R, N/2): one row per channel and direction
     modes = [t.flatten(0, -2) for t in (re, im, x, y)]
 
@@ -159,7 +159,7 @@ def _sum_in_one_level(
     `kept` takes l and the exponentials as real and imaginary parts, (R, N, L).
     """
     l = torch.arange(L, device=x.device, dtype=x.dtype)  # noqa: E741
-    decay, angle = _without_denormals(torch.exp(x[..., None] * l)), y[..., None] * l
+    decay, angle = without_denormals(torch.exp(x[..., None] * l)), y[..., None] * l
     powers = torch.cat([decay * torch.cos(angle), decay * torch.sin(angle)], dim=1)
     if kept is not None:
         kept += [l, powers]
@@ -191,7 +191,7 @@ class ModesInOneLevel(torch.autograd.Function):
         return 2 * W0_re, -2 * W0_im, d_x, d_y, None
 
 
-def _without_denormals(decay: Tensor) -> Tensor:
+def without_denormals(decay: Tensor) -> Tensor:
     """Set decay factors below tiny^(1/4) to 0: a product of four others is never denormal.
 
     A denormal number takes a CPU a hundred times as long, and half of the modes decay that far
@@ -247,7 +247,7 @@ def _tables(x: Tensor, y: Tensor, A: int, T: int) -> tuple[Tensor, Tensor]:
 def _exponentials(x: Tensor, y: Tensor, l: Tensor) -> Tensor:  # noqa: E741
     """exp((x + iy) l): (R, N/2) and l (n,) -> (R, n, N/2), by exp, cos and sin."""
     l = l[:, None].to(x.dtype)  # noqa: E741
-    decay, angle = _without_denormals(torch.exp(x[:, None] * l)), y[:, None] * l
+    decay, angle = without_denormals(torch.exp(x[:, None] * l)), y[:, None] * l
     return torch.complex(decay * torch.cos(angle), decay * torch.sin(angle))
 
 
@@ -261,7 +261,7 @@ def _complex(pairs: Tensor) -> Tensor:
     return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)))
 
 
-def _discretise(
+def discretise(
     x: Tensor, y: Tensor, A_real: Tensor, A_imag: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor]:
     """C_bar = C B (exp(dt A) - 1) / A by zero-order hold, real and imaginary parts, each (..., D,
