@@ -9,7 +9,7 @@ import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.data.opening import open_source
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.samplers import sample_by_name
 from diffussm_cli.model.s4d.layer import S4D
 from diffussm_cli.training.batches import make_batch

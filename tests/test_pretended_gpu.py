@@ -19,7 +19,8 @@ from diffussm_cli.data import text
 from diffussm_cli.data import vae as vae_module
 from diffussm_cli.data.opening import open_source
 from diffussm_cli.data.vae_facts import read_facts
-from diffussm_cli.diffusion.process import GaussianDiffusion, make_objective
+from diffussm_cli.diffusion.objectives import make_objective
+from diffussm_cli.diffusion.process import GaussianDiffusion
 from diffussm_cli.evaluation.extractors import load_extractor
 from diffussm_cli.machine.hub import load_pretrained
 from diffussm_cli.model import build_model

@@ -18,7 +18,7 @@ from sklearn.svm import SVC
 from diffussm_cli import runs
 from diffussm_cli.data import builtin
 from diffussm_cli.data.images import to_uint8
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.machine.device import keep_freed_memory
 from diffussm_cli.sampling.generate import generate
 

@@ -17,7 +17,7 @@ from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.sets import HELD_OUT, open_images
 from diffussm_cli.evaluation.text import names_in

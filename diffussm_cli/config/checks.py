@@ -252,10 +252,15 @@ def _check_objective(config: Config) -> None:
     flow = d.objective == "flow"
     min_snr = t.loss_weight == "min_snr"
 
-    if d.predicts == "image" and not flow:
+    if d.predicts != "velocity" and not flow:
         raise ConfigError(
-            "diffusion.predicts: image needs diffusion.objective=flow; "
+            f"diffusion.predicts: {d.predicts} needs diffusion.objective=flow; "
             f"{d.objective} says what the model predicts"
+        )
+    if d.predicts == "mean_velocity" and not t.init:
+        raise ConfigError(
+            "diffusion.predicts: mean_velocity is learned from a trained flow; "
+            "name it by train.init"
         )
     if flow and config.model.learn_sigma:
         raise ConfigError(
@@ -305,6 +310,16 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
             "sample.sampler: ddim does not begin at pure noise, as zero_terminal_snr needs; "
             "choose euler"
         )
+
+    if config.diffusion.predicts == "mean_velocity":
+        wanted = {"sampler": "euler", "steps": 1, "guidance": 1.0}
+        for name, value in wanted.items():
+            if getattr(s, name) != value:
+                raise ConfigError(
+                    f"sample.{name}: {getattr(s, name)} does not fit a model of the mean velocity: "
+                    "it draws in one step, and its guidance is in the weights; choose "
+                    "sample.sampler=euler, sample.steps=1 and sample.guidance=1"
+                )
 
     if s.clip and config.data.vae is not None:
         latents = f"the latents of {config.data.vae!r} go beyond that"

@@ -185,8 +185,16 @@ class DiffusionConfig:
     objective: Literal["noise", "velocity", "flow"] = _option(
         "noise", "what the model predicts; flow: also its path"
     )
-    predicts: Literal["velocity", "image"] = _option(
-        "velocity", "what the model of a flow predicts; not used by others"
+    predicts: Literal["velocity", "image", "mean_velocity"] = _option(
+        "velocity",
+        "what the model of a flow predicts; mean_velocity: of the whole path, learned from "
+        "train.init, so that one step draws",
+    )
+    teacher_guidance: float = _option(
+        1.0,
+        "mean_velocity: guidance of train.init that the weights learn",
+        least=0,
+        most=1000,
     )
     timesteps: int = _option(
         1000, "T, number of timesteps; of a flow, the scale of its times", least=2, most=10_000

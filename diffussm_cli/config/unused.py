@@ -152,6 +152,9 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
     # The process.
     if f.objective == "flow":
         reasons |= _all_of("a flow has no variances", "diffusion", "beta_start", "beta_end")
+    if f.predicts != "mean_velocity":
+        predicts = f"diffusion.predicts is {f.predicts}"
+        reasons |= _all_of(predicts, "diffusion", "teacher_guidance")
     drawn = f"diffusion.timesteps_drawn is {f.timesteps_drawn}"
     if f.timesteps_drawn != "logit_normal":
         reasons |= _all_of(drawn, "diffusion", "logit_mean", "logit_std")
@@ -171,6 +174,8 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
         reasons |= _all_of("there is one process", "train", "parallel")
     if not t.sample_every:
         reasons |= _all_of("train.sample_every is 0", "train", "sample_images", "sample_steps")
+    if f.predicts == "mean_velocity":
+        reasons |= _all_of("one step draws", "train", "sample_steps")
     return reasons
 
 

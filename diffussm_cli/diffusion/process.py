@@ -9,6 +9,7 @@ and the flow of SiT.
     velocity   a and s as above                a eps - s x_0  f = a, g = s
     flow       a = 1 - t/T, s = t/T            eps - x_0      f = 1, g = s
     its image  a and s as above                x_0            f = 0, g = -1
+    its mean   a and s as above                see MeanFlow   f = 1, g = s
 
     objective            velocity dx_t/dtime  time
     noise and velocity   a eps - s x_0        atan2(s, a)
@@ -349,91 +350,6 @@ class VelocityDiffusion(GaussianDiffusion):
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         a, s = _at(self.signal, t, like), _at(self.noise, t, like)
         return a, s, a, s
-
-
-class LinearFlow(Objective):
-    """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in
-    ADM.
-    """
-
-    name, continuous = "flow", True
-
-    def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
-        self.T, self.device = T, torch.device(device)
-        self.schedule = {
-            "num_train_timesteps": T,
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-        }
-
-    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        s = (t.to(like.dtype) / self.T).view(-1, *[1] * (like.ndim - 1))
-        return 1 - s, s, torch.ones_like(s), s
-
-    def velocity(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
-        return noise - x_0
-
-    def time(self, t: float) -> float:
-        return t / self.T
-
-    def timesteps(self, steps: int) -> list[float]:
-        """`steps` times, evenly spaced from T down to T/steps."""
-        self.check_steps(steps)
-        return [self.T * (1 - i / steps) for i in range(steps)]
-
-
-class ImageFlow(LinearFlow):
-    """The same lines, and a model that predicts the image; the loss is the MSE of the velocity that
-    it implies.
-
-    That velocity is (x_t - x_0) / s, so the weight of the image's MSE is 1 / s^2. Below s = 0.05
-    the weight is that of 0.05, as in JiT: it would grow without bound.
-    """
-
-    least_noise = 0.05
-
-    def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
-        super().__init__(T, device)
-        self.schedule = self.schedule | {"prediction_type": "sample"}
-
-    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        a, s, one, _ = super().factors(t, like)
-        return a, s, torch.zeros_like(one), -one
-
-    def target(self, x_0: Tensor, t: Tensor, noise: Tensor) -> Tensor:  # noqa: ARG002
-        return x_0
-
-    def loss_weight(self, t: Tensor) -> Tensor:
-        return (t.float() / self.T).clamp(min=self.least_noise) ** -2
-
-
-def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") -> Objective:
-    """The objective of a configuration's `diffusion` section, with its tables on `device`."""
-    if config.objective == "flow":
-        flow = ImageFlow if config.predicts == "image" else LinearFlow
-        return flow(config.timesteps, device)
-    kind = VelocityDiffusion if config.objective == "velocity" else GaussianDiffusion
-    return kind.from_config(config, device)
-
-
-def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
-    """A timestep of training, (1,). Logit-normal and shifted times: SD3, arXiv 2403.03206,
-    equations (19) and (23).
-    """
-    continuous = d.objective == "flow"
-    if d.timesteps_drawn == "uniform" and not continuous:
-        return torch.randint(d.timesteps, (1,), generator=generator)
-
-    # The share of T.
-    if d.timesteps_drawn == "logit_normal":
-        share = torch.sigmoid(d.logit_mean + d.logit_std * torch.randn(1, generator=generator))
-    else:
-        alpha = d.shift if d.timesteps_drawn == "shifted" else 1.0
-        share = torch.rand(1, generator=generator)
-        share = alpha * share / (1 + (alpha - 1) * share)
-
-    t = share.clamp(1e-5, 1 - 1e-5) * d.timesteps  # float32 rounds shares to 0 and 1
-    return t if continuous else t.long()
 
 
 def timestep_batch(t: float, x: Tensor) -> Tensor:

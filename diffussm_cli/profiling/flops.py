@@ -238,7 +238,9 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     # the stem's convolutions, before and after GELU
     stem = B * math.prod(config.data.grid) * 4 * m.stem * narrow
 
-    state: float = parameters * (4 + t.averages) * 4
+    # weights, gradients, two moments, averages, and a frozen teacher
+    teachers = config.diffusion.predicts == "mean_velocity"
+    state: float = parameters * (4 + t.averages + teachers) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
     return int(state + stem + blocks + 2 * most)

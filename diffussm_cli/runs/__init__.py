@@ -26,6 +26,7 @@ from diffussm_cli.runs.layout import (
     SKIPPED,
     SNAPSHOTS,
     STATE,
+    TEACHER,
     checkpoint_name,
     ema_file,
     list_checkpoints,

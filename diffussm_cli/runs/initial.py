@@ -81,7 +81,9 @@ def initial_weights(config: Config) -> InitialWeights:
     not tell whether it is a DiT or a SiT; it is read as the one that predicts what this run does.
 
     Raises:
-        RunError: if there is no such model, if it is damaged, or if nothing of it fits.
+        RunError: if there is no such model, if it is damaged, or if nothing of it fits; for a model
+            of the mean velocity if not all of it fits, or if it is no flow that predicts its
+            velocity.
     """
     name = config.train.init
     is_file = Path(name).suffix == dit_checkpoint.SUFFIX
@@ -113,8 +115,26 @@ def initial_weights(config: Config) -> InitialWeights:
         )
 
     anew = {k: tuple(v.shape) for k, v in ours.items() if k not in taken}
+    if config.diffusion.predicts == "mean_velocity":
+        _check_teacher(source, anew)
     unused = {k: tuple(v.shape) for k, v in theirs.items() if k not in taken}
     return InitialWeights(source, taken, anew, unused)
+
+
+def _check_teacher(source: TrainedRun, anew: Mapping[str, Any]) -> None:
+    """Raises RunError for a model that cannot be the teacher of one of the mean velocity."""
+    d = source.config.diffusion
+    if (d.objective, d.predicts) != ("flow", "velocity"):
+        predicts = d.objective if d.objective != "flow" else f"the {d.predicts} of a flow"
+        raise RunError(
+            f"train.init: {source.label} predicts {predicts}; diffusion.predicts=mean_velocity "
+            "needs a model with diffusion.objective=flow that predicts its velocity"
+        )
+    if anew:
+        raise RunError(
+            f"train.init: {_listed(anew)} of {source.label} do not fit this model; "
+            "diffusion.predicts=mean_velocity needs a model with the same fields of model"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,6 +12,8 @@ RUN/skipped.jsonl                    images that could not be read, with data.sk
 RUN/data.json                        where the training images were, how many, and a hash of their
                                      list
 RUN/checkpoints/step-*/              model, ema, optimizer (.safetensors), state.json
+.../teacher.safetensors              in checkpoints of a model of the mean velocity: the
+                                     weights that it began with
 RUN/final/                           model.safetensors (averaged weights) and config.yaml: all that
                                      sampling needs; and a model card and a pipeline of diffusers,
                                      see publish.py
@@ -30,6 +32,7 @@ from diffussm_cli.config import CONFIG, run_folders
 
 STATE, MODEL, METRICS = "state.json", "model.safetensors", "metrics.json"
 EMA, OPTIMIZER = "ema.safetensors", "optimizer.safetensors"
+TEACHER = "teacher.safetensors"
 CHECKPOINTS, FINAL, BEST, SAMPLES, BOARD = "checkpoints", "final", "best", "samples", "tensorboard"
 SNAPSHOTS = "snapshots"
 LOG, SKIPPED, DATA = "metrics.jsonl", "skipped.jsonl", "data.json"

@@ -20,7 +20,7 @@ from diffussm_cli.data.images import check_finite, to_uint8
 from diffussm_cli.data.vae import VAE
 from diffussm_cli.data.vae_facts import facts_of
 from diffussm_cli.diffusion.denoiser import keeping
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.samplers import begin_at
 from diffussm_cli.diffusion.schedulers import sample, set_steps
 from diffussm_cli.model.mixer import kept_kernels

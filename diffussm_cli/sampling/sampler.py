@@ -14,7 +14,7 @@ from diffussm_cli.data.decoding import Decoding, open_decoding
 from diffussm_cli.data.images import to_uint8
 from diffussm_cli.data.text import Text, Texts, open_texts
 from diffussm_cli.diffusion.integrators import AfterStep
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffussm_cli.config import Config
 from diffussm_cli.data.source import Source
-from diffussm_cli.diffusion.process import draw_timestep
+from diffussm_cli.diffusion.objectives import draw_timestep
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.processes import ALONE, World
 

@@ -6,6 +6,7 @@ B batch, of which each process takes its part   C channels   T timesteps
 x_0 (B, C, H, W) images   t (B,) timesteps   y (B,) labels
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from diffussm_cli import runs
 from diffussm_cli.config import WIDTHS, Config
+from diffussm_cli.diffusion.flow import MeanFlow
 from diffussm_cli.diffusion.losses import training_losses
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.machine.device import pick_dtype
 from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.model import Backbone, build_model
@@ -51,6 +53,8 @@ class Step:
         averages: the moving averages of its weights; `ema`, the first of them, is the one that
             draws.
         power_averages: those of which snapshots are made.
+        teacher: the initial weights, frozen, from which a model of the mean velocity learns; else
+            None.
         meter: means of what was measured since they were last read.
         bad_steps: which steps were skipped since they were last read.
     """
@@ -78,6 +82,9 @@ class Step:
         self.ema = self.averages[0]
         widths = WIDTHS if t.snapshot_every else ()
         self.power_averages = [PowerEMA(self.model, width) for width in widths]
+        self.teacher = None
+        if config.diffusion.predicts == "mean_velocity":
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         if t.compile:
             compile_model(self.model)
         self.forward = self._distribute()
@@ -94,7 +101,8 @@ class Step:
         if self.config.train.parallel == "ddp":
             return replicate(self.model, self.device)
         averages = (ema.model for ema in (*self.averages, *self.power_averages))
-        for model in (self.model, *averages):
+        teachers = () if self.teacher is None else (self.teacher,)
+        for model in (self.model, *averages, *teachers):
             shard(model, self.world, self.device, self.dtype)
         return self.model
 
@@ -156,6 +164,8 @@ class Step:
         """Losses per image, (B,), of the model in training or of another: `loss` and its parts."""
         t = self.config.train
         x_t = self.objective.q_sample(batch.x_0, batch.t, batch.noise)
+        if self.teacher is not None:
+            return self._losses_of_path(x_t, batch, model or self.forward)
 
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = (model or self.forward)(x_t, batch.t, batch.y, batch.text)
@@ -170,6 +180,30 @@ class Step:
             t.mse_weight_cap,
             t.min_snr_gamma if t.loss_weight == "min_snr" else None,
         )
+
+    def _losses_of_path(self, x_t: Tensor, batch: Batch, model: nn.Module) -> dict[str, Tensor]:
+        """`losses` of a model of the mean velocity, from x_t (B, C, H, W)."""
+        assert isinstance(self.objective, MeanFlow)
+        assert self.teacher is not None
+        teacher = self.teacher
+        scale = self.config.diffusion.teacher_guidance
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return model(x, t, batch.y, batch.text).float()
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                v = teacher(x, t, batch.y, batch.text).float()
+                if scale == 1:
+                    return v
+                y = None if batch.y is None else torch.full_like(batch.y, teacher.null_class)
+                text = None if batch.text is None else torch.zeros_like(batch.text)
+                away = teacher(x, t, y, text).float()
+            return away + scale * (v - away)
+
+        progress = self.number / self.config.train.steps
+        return self.objective.losses(predict, velocity, x_t, batch.t, progress)
 
     # ------------------------------------------------------------------------------------ its state
     def averaged(self, ema: EMA | None = None) -> Backbone:
@@ -210,6 +244,8 @@ class Step:
         If the model is sharded, every process must call this.
         """
         averages = self.averages_by_file(runs.EMA) | self.snapshot()
+        if self.teacher is not None:
+            averages[runs.TEACHER] = self.teacher.state_dict()
         return collect(self.model, averages, self.optimizer, keep)
 
     def load(self, checkpoint: Path) -> None:
@@ -219,4 +255,6 @@ class Step:
         """
         averages = {runs.ema_file(ema.decay): ema.model for ema in self.averages}
         averages |= {runs.width_file(ema.width): ema.model for ema in self.power_averages}
+        if self.teacher is not None:
+            averages[runs.TEACHER] = self.teacher
         self.number = load_checkpoint(checkpoint, self.model, averages, self.optimizer)["step"]

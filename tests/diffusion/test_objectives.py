@@ -9,16 +9,10 @@ import torch
 
 from diffussm_cli.config import SAMPLERS, DiffusionConfig
 from diffussm_cli.diffusion.denoiser import clipped
+from diffussm_cli.diffusion.flow import ImageFlow, LinearFlow
 from diffussm_cli.diffusion.losses import training_losses
-from diffussm_cli.diffusion.process import (
-    GaussianDiffusion,
-    ImageFlow,
-    LinearFlow,
-    VelocityDiffusion,
-    draw_timestep,
-    make_objective,
-    timestep_batch,
-)
+from diffussm_cli.diffusion.objectives import draw_timestep, make_objective
+from diffussm_cli.diffusion.process import GaussianDiffusion, VelocityDiffusion, timestep_batch
 from diffussm_cli.diffusion.samplers import sample_by_name
 from tests.conftest import device, randn, relative
 

@@ -13,8 +13,9 @@ from diffusers.schedulers import scheduling_ddpm
 
 from diffussm_cli.config import SAMPLERS, SamplerName
 from diffussm_cli.diffusion.denoiser import autoguided, clipped, guided, keeping
+from diffussm_cli.diffusion.flow import LinearFlow
 from diffussm_cli.diffusion.integrators import INTEGRATORS, integrate
-from diffussm_cli.diffusion.process import GaussianDiffusion, LinearFlow, timestep_batch
+from diffussm_cli.diffusion.process import GaussianDiffusion, timestep_batch
 from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name, steps_of
 from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample
 from diffussm_cli.errors import NotFiniteError

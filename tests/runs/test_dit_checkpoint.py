@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffussm_cli import runs
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.samplers import sample_by_name
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.evaluation.session import evaluate

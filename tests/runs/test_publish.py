@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 
 from diffussm_cli import runs
 from diffussm_cli.config import load_config
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.samplers import make_scheduler
 from diffussm_cli.runs.publish import last_scores
 

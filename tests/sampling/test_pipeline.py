@@ -16,7 +16,7 @@ from PIL import Image
 
 import diffussm as ds
 from diffussm_cli import runs
-from diffussm_cli.diffusion.process import make_objective
+from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling import generate, pipeline_denoiser
 from diffussm_cli.sampling import pipeline as module
