@@ -47,7 +47,9 @@ def test_every_recipe_obeys_the_rules(name):
 
 
 def test_an_unknown_recipe_is_one_line_with_those_that_there_are():
-    with pytest.raises(SystemExit, match="^none: no such recipe; there are mnist, mnist-s4d; "):
+    with pytest.raises(
+        SystemExit, match="^none: no such recipe; there are conv, mnist, mnist-s4d; "
+    ):
         race.recipe("none", 0)
 
 
@@ -88,3 +90,15 @@ def test_first_records_are_those_of_the_studies(name):
     [line] = [line for line in page.splitlines() if line.startswith(f"| `{name}`,")]
     numbers = [f"| {seconds:.0f} |", f"| {loss:.4f} | {fid:.2f} | {results[0]['commit']} |"]
     assert all(text in line for text in numbers)
+
+
+@pytest.mark.parametrize(
+    "file", (BENCHMARKS / "speedrun/results").glob("*.json"), ids=lambda file: file.stem
+)
+def test_row_of_a_race_is_that_of_its_result(file):
+    result = json.loads(file.read_text(encoding="utf-8"))
+    page = (BENCHMARKS / "speedrun/README.md").read_text(encoding="utf-8")
+    [line] = [line for line in page.splitlines() if line.startswith(f"| `{file.stem}`,")]
+    numbers = race.row(file.stem, result).split("|")[2:-1]
+    assert [cell.strip() for cell in line.split("|")[2:7]] == [cell.strip() for cell in numbers]
+    assert result["admitted"]

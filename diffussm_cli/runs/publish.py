@@ -13,6 +13,7 @@ from typing import Any
 from diffussm_cli import __version__
 from diffussm_cli.config import BUILTIN, Config
 from diffussm_cli.diffusion.integrators import INTEGRATORS
+from diffussm_cli.diffusion.flow import MeanFlow
 from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.schedulers import scheduler_settings
 from diffussm_cli.runs.layout import CARD, CONFIG, IMAGE, LOG, SAMPLES
@@ -76,6 +77,8 @@ def pipeline_files(config: Config) -> dict[str, bytes]:
     sampler = "dpmpp" if sampler in INTEGRATORS else sampler  # diffusers has none of those
 
     kind, options = scheduler_settings(sampler, objective, learned)
+    if isinstance(objective, MeanFlow):  # the solvers' noise ends at 1 - 1/T
+        kind, options = "FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": objective.T}
     index = {"_class_name": ["pipeline", "DiffuSSMPipeline"], **made_by}
     index |= {"denoiser": ["denoiser", "Denoiser"], "scheduler": ["diffusers", kind]}
     settings: dict[str, Any] = {"model_index.json": index}

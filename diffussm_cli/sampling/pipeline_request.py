@@ -150,6 +150,11 @@ def checked_guidance(guidance: float | None, config: Config) -> float:
         raise ValueError(
             f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1"
         )
+    if guidance != 1 and config.diffusion.predicts == "mean_velocity":
+        raise ValueError(
+            f"guidance_scale: {guidance!r} given, but this model draws in one step and its "
+            "guidance is in the weights; leave it at 1"
+        )
     return float(guidance)
 
 
@@ -157,6 +162,10 @@ def checked_steps(steps: int | None, config: Config) -> int:
     """The number of denoising steps, by default that of the run. Raises ValueError."""
     if steps is None:
         return config.sample.steps
+    if config.diffusion.predicts == "mean_velocity" and steps != 1:
+        raise ValueError(
+            f"num_inference_steps: {steps!r} must be 1, because this model draws in one step"
+        )
     most = config.diffusion.timesteps
     if not _is_whole(steps) or not 1 <= steps <= most:
         raise ValueError(f"num_inference_steps: {steps!r} must be a whole number from 1 to {most}")

@@ -689,3 +689,19 @@ def test_missing_package_says_what_to_install(tiny, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     line = "ImportError: this model needs the package diffussm: pip install . in a clone of it"
     assert done.stderr.splitlines()[-1] == line
+
+
+def test_model_of_the_mean_velocity_draws_in_one_step(tiny, tmp_path):
+    flow = ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler"]
+    flow += ["diffusion.predicts=mean_velocity", "train.init=mnist", "sample.steps=1"]
+    root = tmp_path / "run"
+    config = tiny(*flow, "sample.guidance=1")
+    pipe = load(final_of(root, config))
+    ours = ds.load(root / "final", precision="fp32").sample(2, classes=[3, 4])
+    images = pipe(class_labels=[3, 4], generator=seeded(0, 1), output_type="pt").images
+    assert (images.mul(255).round() - ours).abs().max() <= 1
+
+    for option in ({"num_inference_steps": 2}, {"guidance_scale": 2.0}):
+        (name,) = option
+        with pytest.raises(ValueError, match=f"{name}: 2.* one step"):
+            pipe(class_labels=[3], **option)
