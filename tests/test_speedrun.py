@@ -93,7 +93,7 @@ def test_first_records_are_those_of_the_studies(name):
 
 
 @pytest.mark.parametrize(
-    "file", (BENCHMARKS / "speedrun/results").glob("*.json"), ids=lambda file: file.stem
+    "file", sorted((BENCHMARKS / "speedrun/results").glob("*.json")), ids=lambda file: file.stem
 )
 def test_row_of_a_race_is_that_of_its_result(file):
     result = json.loads(file.read_text(encoding="utf-8"))
