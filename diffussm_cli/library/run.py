@@ -150,8 +150,8 @@ def load(
 
     Args:
         run: a run folder, its `final/`, a checkpoint, a published DiT's .pt file, a model of the
-            package ("mnist", "emoji"), or OWNER/NAME[@REVISION] on the hub; by default the newest
-            run in runs/.
+            package ("mnist", "mnist-one-step", "emoji"), or OWNER/NAME[@REVISION] on the hub; by
+            default the newest run in runs/.
         ema: the decay of the average, if the run has several.
         objective: what a published .pt file predicts: noise, as DiT's, or flow, as SiT's.
         ema_width: the width of an average that the snapshots of the run give, such as 0.1.
