@@ -12,8 +12,8 @@ from typing import Any
 
 from diffussm_cli import __version__
 from diffussm_cli.config import BUILTIN, Config
-from diffussm_cli.diffusion.integrators import INTEGRATORS
 from diffussm_cli.diffusion.flow import MeanFlow
+from diffussm_cli.diffusion.integrators import INTEGRATORS
 from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.diffusion.schedulers import scheduler_settings
 from diffussm_cli.runs.layout import CARD, CONFIG, IMAGE, LOG, SAMPLES
