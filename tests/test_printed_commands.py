@@ -55,6 +55,9 @@ SIZES = {
     "sample": ["--num", "10", "--steps", "2"],
     "sample --prompts": ["--num", "2"],
     "sample runs/letters": ["--num", "26"],
+    # One step, and no other number.
+    "sample mnist-one-step": ["--num", "10"],
+    "sample runs/mnist-one-step": ["--num", "10"],
     "eval runs/mnist": ["--num", "10", "--set", "sample.steps=2"],
     "eval runs/emoji-quick": [
         *("--num", "10", "--set", "sample.steps=2"),
@@ -78,6 +81,7 @@ SIZES = {
     "profile runs/mnist": [],
     # The width stays that of the model that training begins with.
     "train --init mnist": ["--set", "train.steps=2", "--set", "train.sample_every=0"],
+    "train mnist-one-step": ["--set", "train.steps=2", "--set", "train.sample_every=0"],
     "train --list": [],
     "profile --paper": [],
 }
@@ -85,6 +89,9 @@ SIZES = {
 EXACT = (
     "encode --verify",
     "train --init mnist",
+    "train mnist-one-step",
+    "sample mnist-one-step",
+    "sample runs/mnist-one-step",
     "train --list",
     "profile --paper",
     "profile runs/mnist",

@@ -16,10 +16,10 @@ OFFERED = {
     "options": ("sample --guidance-", "--guidance-channels --guidance-interval"),
     "presets": ("train --preset emoji-", "emoji-axial emoji-quick"),
     "presets of profile": ("profile --preset xl-2", "xl-256"),
-    "models": ("sample ", "emoji mnist runs/a runs/b"),
+    "models": ("sample ", "emoji mnist mnist-one-step runs/a runs/b"),
     "runs to sample": ("sample runs/", "runs/a runs/b"),
     "runs to evaluate": ("eval runs/b", "runs/b"),
-    "runs to begin from": ("train --init m", "mnist"),
+    "runs to begin from": ("train --init m", "mnist mnist-one-step"),
     "runs to guide with": ("sample mnist --guide-with runs/a", "runs/a"),
     "runs to continue": ("train --resume --out r", "runs/a runs/b"),
     "samplers": ("sample --sampler d", "ddpm ddim dpmpp"),
@@ -122,4 +122,6 @@ def test_bash_completes_preset_without_torch(tmp_path):
     done = subprocess.run(
         ["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True
     )
-    assert done.stdout.splitlines()[1:] == ["emoji-quick", "mnist", "unipc"], done.stderr
+    assert done.stdout.splitlines()[1:] == ["emoji-quick", "mnist mnist-one-step", "unipc"], (
+        done.stderr
+    )
