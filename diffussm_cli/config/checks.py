@@ -259,8 +259,7 @@ def _check_objective(config: Config) -> None:
         )
     if d.predicts == "mean_velocity" and not t.init:
         raise ConfigError(
-            "diffusion.predicts: mean_velocity is learned from a trained flow; "
-            "name it by train.init"
+            "diffusion.predicts: mean_velocity is learned from a trained flow; name it by --init"
         )
     if flow and config.model.learn_sigma:
         raise ConfigError(

@@ -1,5 +1,6 @@
 """The weights that training begins with, if they are those of another model (`train.init`)."""
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -82,8 +83,8 @@ def initial_weights(config: Config) -> InitialWeights:
 
     Raises:
         RunError: if there is no such model, if it is damaged, or if nothing of it fits; for a model
-            of the mean velocity if not all of it fits, or if it is no flow that predicts its
-            velocity.
+            of the mean velocity if it is no flow that predicts its velocity, or another
+            network.
     """
     name = config.train.init
     is_file = Path(name).suffix == dit_checkpoint.SUFFIX
@@ -116,12 +117,12 @@ def initial_weights(config: Config) -> InitialWeights:
 
     anew = {k: tuple(v.shape) for k, v in ours.items() if k not in taken}
     if config.diffusion.predicts == "mean_velocity":
-        _check_teacher(source, anew)
+        _check_teacher(source, config)
     unused = {k: tuple(v.shape) for k, v in theirs.items() if k not in taken}
     return InitialWeights(source, taken, anew, unused)
 
 
-def _check_teacher(source: TrainedRun, anew: Mapping[str, Any]) -> None:
+def _check_teacher(source: TrainedRun, config: Config) -> None:
     """Raises RunError for a model that cannot be the teacher of one of the mean velocity."""
     d = source.config.diffusion
     if (d.objective, d.predicts) != ("flow", "velocity"):
@@ -130,11 +131,16 @@ def _check_teacher(source: TrainedRun, anew: Mapping[str, Any]) -> None:
             f"train.init: {source.label} predicts {predicts}; diffusion.predicts=mean_velocity "
             "needs a model with diffusion.objective=flow that predicts its velocity"
         )
-    if anew:
-        raise RunError(
-            f"train.init: {_listed(anew)} of {source.label} do not fit this model; "
-            "diffusion.predicts=mean_velocity needs a model with the same fields of model"
-        )
+
+    # The whole network, with what no shape of a weight tells.
+    names = [("model", f.name) for f in dataclasses.fields(config.model) if f.name != "label_std"]
+    for section, name in [*names, ("diffusion", "timesteps")]:
+        ours, theirs = (getattr(getattr(c, section), name) for c in (config, source.config))
+        if ours != theirs:
+            raise RunError(
+                f"train.init: {section}.{name} of {source.label} is {theirs!r:.80}, and this run "
+                f"has {ours!r:.80}; a model of the mean velocity has the network of its teacher"
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -123,7 +123,7 @@ def test_commands_train_resume_and_draw_in_one_step(teacher, tmp_path):
         ("sample.steps=2", "sample.steps: 2 does not fit"),
         ("sample.guidance=2", "sample.guidance: 2.0 does not fit"),
         ("sample.sampler=heun", "sample.sampler: heun does not fit"),
-        ("train.init=", "mean_velocity is learned from a trained flow; name it by train.init"),
+        ("train.init=", "mean_velocity is learned from a trained flow; name it by --init"),
         ("diffusion.objective=velocity", "mean_velocity needs diffusion.objective=flow"),
     ],
 )
@@ -140,7 +140,15 @@ def test_teacher_must_be_a_flow_of_its_velocity(teacher):
         runs.initial_weights(config_of(teacher))
 
 
-def test_teacher_must_have_the_whole_network(teacher):
-    wider = config_of(teacher, "model.depth=3")
-    with pytest.raises(RunError, match="do not fit this model; .* the same fields of model"):
-        runs.initial_weights(wider)
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("model.depth=1", "model.depth of .* is 2, and this run has 1"),
+        ("model.depth=3", "model.depth of .* is 2, and this run has 3"),
+        ("model.scan=alternate", "model.scan of .* is 'raster', and this run has 'alternate'"),
+        ("diffusion.timesteps=500", "diffusion.timesteps of .* is 1000, and this run has 500"),
+    ],
+)
+def test_teacher_must_have_the_whole_network(teacher, field, message):
+    with pytest.raises(RunError, match=f"{message}; a model of the mean velocity has"):
+        runs.initial_weights(config_of(teacher, field))
