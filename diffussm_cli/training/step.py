@@ -22,6 +22,7 @@ from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.machine.device import pick_dtype
 from diffussm_cli.machine.processes import ALONE, World, reduced
 from diffussm_cli.model import Backbone, build_model
+from diffussm_cli.sampling.precision import autocast
 from diffussm_cli.training.batches import Batch
 from diffussm_cli.training.checkpoint import collect, load_checkpoint
 from diffussm_cli.training.ema import EMA, PowerEMA
@@ -167,12 +168,10 @@ class Step:
         if self.teacher is not None:
             return self._losses_of_path(x_t, batch, model or self.forward)
 
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = (model or self.forward)(x_t, batch.t, batch.y, batch.text)
-
+        output = self._predict(model or self.forward, x_t, batch.t, batch.y, batch.text)
         return training_losses(
             self.objective,
-            output.float(),
+            output,
             batch.x_0,
             x_t,
             batch.t,
@@ -188,22 +187,27 @@ class Step:
         teacher = self.teacher
         scale = self.config.diffusion.teacher_guidance
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return model(x, t, batch.y, batch.text).float()
+        def mean_velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self._predict(model, x, t, batch.y, batch.text)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                v = teacher(x, t, batch.y, batch.text).float()
-                if scale == 1:
-                    return v
-                y = None if batch.y is None else torch.full_like(batch.y, teacher.null_class)
-                text = None if batch.text is None else torch.zeros_like(batch.text)
-                away = teacher(x, t, y, text).float()
+            v = self._predict(teacher, x, t, batch.y, batch.text)
+            if scale == 1:
+                return v
+            y = None if batch.y is None else torch.full_like(batch.y, teacher.null_class)
+            text = None if batch.text is None else torch.zeros_like(batch.text)
+            away = self._predict(teacher, x, t, y, text)
             return away + scale * (v - away)
 
         progress = self.number / self.config.train.steps
-        return self.objective.losses(predict, velocity, x_t, batch.t, progress)
+        return self.objective.losses(mean_velocity, velocity, x_t, batch.t, progress)
+
+    def _predict(
+        self, model: nn.Module, x: Tensor, t: Tensor, y: Tensor | None, text: Tensor | None
+    ) -> Tensor:
+        """What a model predicts in the precision of training, as float32."""
+        with autocast(self.device, self.dtype):
+            return model(x, t, y, text).float()
 
     # ------------------------------------------------------------------------------------ its state
     def averaged(self, ema: EMA | None = None) -> Backbone:
