@@ -78,6 +78,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Each test draws the same numbers whatever ran before it, on any number of workers."""
+    torch.manual_seed(0)
+
+
 def device() -> torch.device:
     """Where the suite runs: `pytest --device cuda`."""
     return torch.device(os.environ.get("DIFFUSSM_DEVICE", "cpu"))  # unset if a script asks
