@@ -71,6 +71,20 @@ UNUSED = {
         ],
         "diffusion.beta_end=0.03 (a flow has no variances)",
     ),
+    "guidance of a teacher without classes": (
+        [
+            "diffusion.objective=flow",
+            "diffusion.predicts=mean_velocity",
+            "diffusion.teacher_guidance=2",
+            "model.learn_sigma=false",
+            "model.num_classes=0",
+            "train.init=teacher",
+            "sample.sampler=euler",
+            "sample.steps=1",
+            "sample.guidance=1",
+        ],
+        "diffusion.teacher_guidance=2.0 (the model has neither classes nor text)",
+    ),
     "timesteps": (
         ["diffusion.shift=2", "diffusion.logit_std=2"],
         "diffusion.logit_std=2.0 (diffusion.timesteps_drawn is uniform), "

@@ -257,7 +257,7 @@ def _check_objective(config: Config) -> None:
             f"diffusion.predicts: {d.predicts} needs diffusion.objective=flow; "
             f"{d.objective} says what the model predicts"
         )
-    if d.predicts == "mean_velocity" and not t.init:
+    if d.in_one_step and not t.init:
         raise ConfigError(
             "diffusion.predicts: mean_velocity is learned from a trained flow; name it by --init"
         )
@@ -310,7 +310,7 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
             "choose euler"
         )
 
-    if config.diffusion.predicts == "mean_velocity":
+    if config.diffusion.in_one_step:
         wanted = {"sampler": "euler", "steps": 1, "guidance": 1.0}
         for name, value in wanted.items():
             if getattr(s, name) != value:

@@ -215,6 +215,13 @@ class DiffusionConfig:
         3.0, "shifted: alpha in alpha t / (1 + (alpha - 1) t), t uniform", above=0, most=1000
     )
 
+    @property
+    def in_one_step(self) -> bool:
+        """Whether the model learns the mean velocity of a teacher's paths, so that it draws in one
+        step.
+        """
+        return self.predicts == "mean_velocity"
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -152,9 +152,12 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
     # The process.
     if f.objective == "flow":
         reasons |= _all_of("a flow has no variances", "diffusion", "beta_start", "beta_end")
-    if f.predicts != "mean_velocity":
+    if not f.in_one_step:
         predicts = f"diffusion.predicts is {f.predicts}"
         reasons |= _all_of(predicts, "diffusion", "teacher_guidance")
+    elif not m.num_classes and not m.text_width:
+        why = "the model has neither classes nor text"
+        reasons |= _all_of(why, "diffusion", "teacher_guidance")
     drawn = f"diffusion.timesteps_drawn is {f.timesteps_drawn}"
     if f.timesteps_drawn != "logit_normal":
         reasons |= _all_of(drawn, "diffusion", "logit_mean", "logit_std")
@@ -174,7 +177,7 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
         reasons |= _all_of("there is one process", "train", "parallel")
     if not t.sample_every:
         reasons |= _all_of("train.sample_every is 0", "train", "sample_images", "sample_steps")
-    if f.predicts == "mean_velocity":
+    if f.in_one_step:
         reasons |= _all_of("one step draws", "train", "sample_steps")
     return reasons
 

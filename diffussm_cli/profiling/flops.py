@@ -239,7 +239,7 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     stem = B * math.prod(config.data.grid) * 4 * m.stem * narrow
 
     # weights, gradients, two moments, averages, and a frozen teacher
-    teachers = config.diffusion.predicts == "mean_velocity"
+    teachers = config.diffusion.in_one_step
     state: float = parameters * (4 + t.averages + teachers) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4

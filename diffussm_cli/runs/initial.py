@@ -116,7 +116,7 @@ def initial_weights(config: Config) -> InitialWeights:
         )
 
     anew = {k: tuple(v.shape) for k, v in ours.items() if k not in taken}
-    if config.diffusion.predicts == "mean_velocity":
+    if config.diffusion.in_one_step:
         _check_teacher(source, config)
     unused = {k: tuple(v.shape) for k, v in theirs.items() if k not in taken}
     return InitialWeights(source, taken, anew, unused)

@@ -150,7 +150,7 @@ def checked_guidance(guidance: float | None, config: Config) -> float:
         raise ValueError(
             f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1"
         )
-    if guidance != 1 and config.diffusion.predicts == "mean_velocity":
+    if guidance != 1 and config.diffusion.in_one_step:
         raise ValueError(
             f"guidance_scale: {guidance!r} given, but this model draws in one step and its "
             "guidance is in the weights; leave it at 1"
@@ -162,7 +162,7 @@ def checked_steps(steps: int | None, config: Config) -> int:
     """The number of denoising steps, by default that of the run. Raises ValueError."""
     if steps is None:
         return config.sample.steps
-    if config.diffusion.predicts == "mean_velocity" and steps != 1:
+    if config.diffusion.in_one_step and steps != 1:
         raise ValueError(
             f"num_inference_steps: {steps!r} must be 1, because this model draws in one step"
         )

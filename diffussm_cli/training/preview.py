@@ -78,7 +78,7 @@ class Previews:
 
         # Earlier ones are drawn in fewer steps, by the objective's usual sampler.
         sampling = config.sample
-        if not last and config.diffusion.predicts != "mean_velocity":
+        if not last and not config.diffusion.in_one_step:
             steps = min(config.train.sample_steps, config.diffusion.timesteps)
             sampling = dataclasses.replace(
                 sampling, sampler=SAMPLERS[config.diffusion.objective][0], steps=steps

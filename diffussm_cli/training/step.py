@@ -84,7 +84,7 @@ class Step:
         widths = WIDTHS if t.snapshot_every else ()
         self.power_averages = [PowerEMA(self.model, width) for width in widths]
         self.teacher = None
-        if config.diffusion.predicts == "mean_velocity":
+        if config.diffusion.in_one_step:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         if t.compile:
             compile_model(self.model)
@@ -192,7 +192,7 @@ class Step:
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             v = self._predict(teacher, x, t, batch.y, batch.text)
-            if scale == 1:
+            if scale == 1 or (batch.y is None and batch.text is None):
                 return v
             y = None if batch.y is None else torch.full_like(batch.y, teacher.null_class)
             text = None if batch.text is None else torch.zeros_like(batch.text)

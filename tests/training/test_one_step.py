@@ -65,6 +65,25 @@ def test_losses_are_those_of_the_guided_teacher(teacher):
         torch.testing.assert_close(loss, expected[name])
 
 
+def test_guidance_without_classes_is_the_teacher_alone(tmp_path):
+    """And the model without classes costs no second pass of the teacher."""
+    pytest.importorskip("sklearn")
+    config = load_config(
+        "digits", [*TINY, *ONE_STEP, "model.num_classes=0", f"train.init={tmp_path}"]
+    )
+    step = Step(config, device())
+    fill(step.teacher)
+    batch = make_batch(open_source(config), config, 0).part(0, 8, device())
+    x_t = step.objective.q_sample(batch.x_0, batch.t, batch.noise)
+    passes = []
+    step.teacher.register_forward_hook(lambda *_: passes.append(1))
+
+    loss = step.losses(batch)["loss"]
+    assert len(passes) == 1
+    expected = step.objective.losses(step.model, step.teacher, x_t, batch.t, 0.0)["loss"]
+    torch.testing.assert_close(loss, expected)
+
+
 def test_teacher_stays_as_it_was_and_is_in_the_checkpoint(teacher, tmp_path):
     """So that a run continues exactly even where its teacher is gone."""
     config = config_of(teacher)
