@@ -350,7 +350,7 @@ def unchanged(monkeypatch):
     monkeypatch.setitem(MIXERS, "s4d", MIXERS["s4d"])
 
 
-OF_DIT = ("qk-norm", "rope", "local-attention", "stem", "mimetic", "modern")
+OF_DIT = ("qk-norm", "rope", "local-attention", "local-rope", "stem", "mimetic", "modern")
 
 
 OF_LOSS = ("dispersive",)
@@ -470,7 +470,11 @@ def test_change_of_dit_does_what_it_says_and_no_more(change, unchanged):
         "mimetic": likes_itself(model),
         "local-attention": hasattr(model.blocks[0].attention, "near"),
     }
-    expected = {"modern": {"stem", "qk-norm", "rope"}, None: set()}.get(change, {change})
+    expected = {
+        None: set(),
+        "modern": {"stem", "qk-norm", "rope"},
+        "local-rope": {"local-attention", "qk-norm", "rope"},
+    }.get(change, {change})
     assert {name for name, holds in present.items() if holds} == expected
 
     # every parameter gets a gradient, and an averaged copy loads as a run does

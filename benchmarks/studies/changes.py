@@ -227,6 +227,7 @@ CHANGES: dict[str, Callable[[], None]] = {
     "qk-norm": lambda: attend_with(qk_norm=True),
     "rope": lambda: attend_with(rope=True),
     "local-attention": lambda: attend_with(LocalAttention),
+    "local-rope": lambda: attend_with(LocalAttention, qk_norm=True, rope=True),
     "stem": stem,
     "mimetic": mimetic,
     "modern": modern,
