@@ -340,7 +340,15 @@ MISTAKES = {
         ["PICTURES", "--reference", "LABELS"],
         "neither arr_0 nor mu and sigma, only y",
     ),
-    "two names": (["PICTURES", "x.npz", *REFERENCE], "--make-ref takes IMAGES and REF.npz"),
+    "two names": (
+        ["PICTURES", "x y.npz"],
+        "REF.npz: 'x y.npz' is written by --make-ref alone; to compare SAMPLES with it, give "
+        "--reference 'x y.npz'",
+    ),
+    "no target": (
+        ["--make-ref", "PICTURES"],
+        "REF.npz: --make-ref needs it: diffussm eval --make-ref IMAGES REF.npz",
+    ),
     "reference name": (["--make-ref", "PICTURES", "x.txt"], "'x.txt' must end in .npz"),
     "long out": (["PICTURES", *REFERENCE, "--out", f"{LONG}.json"], "--out: cannot write 'xxx"),
     "out of another kind": (

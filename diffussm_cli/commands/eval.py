@@ -1,5 +1,6 @@
 """`diffussm eval`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,9 +191,12 @@ def evaluate(
         raise ConfigError(
             "eval: give SAMPLES, for example: diffussm eval images/ --reference REF.npz"
         )
-    if (target is not None) != make_ref:
+    if make_ref and target is None:
+        raise ConfigError("REF.npz: --make-ref needs it: diffussm eval --make-ref IMAGES REF.npz")
+    if target is not None and not make_ref:
         raise ConfigError(
-            "eval: --make-ref takes IMAGES and REF.npz; an evaluation takes SAMPLES alone"
+            f"REF.npz: {str(target)!r} is written by --make-ref alone; to compare SAMPLES with it, "
+            f"give --reference {shlex.quote(str(target))}"
         )
     from diffussm_cli.evaluation.results import UnsavedResult, find_run_at
     from diffussm_cli.evaluation.session import evaluate, make_reference
