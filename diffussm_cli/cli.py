@@ -69,15 +69,22 @@ WANTED = {
     "greater_than_equal": "must be at least {ge}",
     "less_than_equal": "must be at most {le}",
 }
+# Options for what people give without one, by command.
+NAMED_BY = {"train": "name a run by --out, images by --data, a preset by --preset"}
 
 
 def _usage(e: Any) -> str:
     """What is wrong with the command line; with the value of an option, in the words that are also
     said of fields.
     """
+    message = e.format_message()
+    command = e.ctx.command.name if e.ctx else None
+    if "unexpected extra argument" in message and command in NAMED_BY:
+        return f"{message.removesuffix('.')}: {NAMED_BY[command]}."
+
     mistakes: list[Any] = getattr(e.__cause__, "errors", list)()
     if not mistakes or getattr(e, "param", None) is None:
-        return e.format_message()
+        return message
 
     mistake = mistakes[0]
     option = max(e.param.opts, key=len)

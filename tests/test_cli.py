@@ -378,6 +378,10 @@ def test_resume_continues_and_rejects_drift(tmp_path):
 
 
 MISTAKES = {
+    "run without its option": (
+        ["train", "--resume", "runs/mnist"],
+        "(runs/mnist): name a run by --out, images by --data, a preset by --preset. See: ",
+    ),
     "unknown command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
     "unknown option": (["train", "--presets", "x"], "--presets"),
     "unknown preset": (["train", "--preset", "xl256"], "no preset 'xl256'; did you mean 'xl-256'?"),
