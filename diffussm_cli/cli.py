@@ -43,7 +43,9 @@ class ErrorBoundary(ReadableHelp, TyperGroup):
                 code = super().main(*args, standalone_mode=False, **kwargs)  # type: ignore[misc]
         except UsageError as e:
             command = e.ctx.command_path if e.ctx else "diffussm"
-            code = _refuse(f"{_one_line(_usage(e))} See: {command} --help")
+            mistake = _one_line(_usage(e)).removesuffix(".")
+            stop = "" if mistake.endswith("?") else "."
+            code = _refuse(f"{mistake}{stop} See: {command} --help")
         except typer.Abort:
             code = 130
         sys.exit(code if isinstance(code, int) else 0)
@@ -80,7 +82,7 @@ def _usage(e: Any) -> str:
     message = e.format_message()
     command = e.ctx.command.name if e.ctx else None
     if "unexpected extra argument" in message and command in NAMED_BY:
-        return f"{message.removesuffix('.')}: {NAMED_BY[command]}."
+        return f"{message.removesuffix('.')}: {NAMED_BY[command]}"
 
     mistakes: list[Any] = getattr(e.__cause__, "errors", list)()
     if not mistakes or getattr(e, "param", None) is None:
@@ -91,9 +93,8 @@ def _usage(e: Any) -> str:
     if mistake["type"] in WANTED:
         wanted = WANTED[mistake["type"]].format(**mistake.get("ctx", {}))
         value = repr(mistake["input"]) if "parsing" in mistake["type"] else mistake["input"]
-        return f"{option}: {value} {wanted}."
-    said = mistake["msg"].removeprefix("Value error, ").removesuffix(".")
-    return f"{option}: {said}."
+        return f"{option}: {value} {wanted}"
+    return f"{option}: {mistake['msg'].removeprefix('Value error, ')}"
 
 
 def _refuse(message: str) -> int:

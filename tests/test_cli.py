@@ -382,7 +382,8 @@ MISTAKES = {
         ["train", "--resume", "runs/mnist"],
         "(runs/mnist): name a run by --out, images by --data, a preset by --preset. See: ",
     ),
-    "unknown command": (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+    "unknown command": (["trian"], "No such command 'trian'. Did you mean 'train'? See: "),
+    "option that nothing is like": (["train", "--qqq", "3"], "error: No such option: --qqq. See: "),
     "unknown option": (["train", "--presets", "x"], "--presets"),
     "unknown preset": (["train", "--preset", "xl256"], "no preset 'xl256'; did you mean 'xl-256'?"),
     "missing preset file": (
