@@ -331,7 +331,7 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
             f"sample.steps: {s.steps} must be at most diffusion.timesteps "
             f"{config.diffusion.timesteps}"
         )
-    if s.guidance != 1 and not (config.model.num_classes or config.model.text_width or s.guide):
+    if s.guidance != 1 and not (config.model.is_conditional or s.guide):
         raise ConfigError(
             f"sample.guidance: {s.guidance:g} needs a model of classes or text, or sample.guide; "
             "leave it at 1"

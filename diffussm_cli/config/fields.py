@@ -98,6 +98,11 @@ class ModelConfig:
     )
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether the model is told classes or text, so that it can be guided."""
+        return bool(self.num_classes or self.text_width)
+
+    @property
     def mixers(self) -> list[str]:
         """The mixers of the blocks, in turn."""
         return mixer_names(self.mixer)

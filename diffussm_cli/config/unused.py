@@ -155,7 +155,7 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
     if not f.in_one_step:
         predicts = f"diffusion.predicts is {f.predicts}"
         reasons |= _all_of(predicts, "diffusion", "teacher_guidance")
-    elif not m.num_classes and not m.text_width:
+    elif not m.is_conditional:
         why = "the model has neither classes nor text"
         reasons |= _all_of(why, "diffusion", "teacher_guidance")
     drawn = f"diffusion.timesteps_drawn is {f.timesteps_drawn}"
@@ -171,7 +171,7 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
         reasons |= _all_of(f"train.optimizer is {t.optimizer}", "train", "adamw_lr")
     if t.loss_weight != "min_snr":
         reasons |= _all_of(f"train.loss_weight is {t.loss_weight}", "train", "min_snr_gamma")
-    if not m.num_classes and not m.text_width:
+    if not m.is_conditional:
         reasons |= _all_of("there are neither classes nor text", "train", "label_dropout")
     if processes == 1:
         reasons |= _all_of("there is one process", "train", "parallel")
@@ -208,7 +208,7 @@ def _of_measuring(config: Config) -> Mapping[str, str]:
 def _of_sampling(config: Config) -> dict[str, str]:
     """Fields of `sample` without a use, with the reasons."""
     m, d, s = config.model, config.data, config.sample
-    if not m.num_classes and not m.text_width and not s.guide:
+    if not m.is_conditional and not s.guide:
         return _all_of("the model has neither classes nor text", "sample", *GUIDED)
 
     reasons: dict[str, str] = {}

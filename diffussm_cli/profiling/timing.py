@@ -192,8 +192,7 @@ def measure(
             continue
         time_of_batch = summary(next(times))
         milliseconds = time_of_batch["median_ms"]
-        conditional = config.model.num_classes or config.model.text_width
-        passes = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if conditional else 1}[kind]
+        passes = {FORWARD: 1, TRAINING: 3, GUIDED: 2 if config.model.is_conditional else 1}[kind]
         macs = cost(config).gflops * 1e9 * passes * setting.batch_size
         results.append(
             {

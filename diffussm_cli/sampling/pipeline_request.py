@@ -146,7 +146,7 @@ def checked_guidance(guidance: float | None, config: Config) -> float:
         return config.sample.guidance
     if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance) or guidance < 0:
         raise ValueError(f"guidance_scale: {guidance!r} must be a number of at least 0")
-    if guidance != 1 and not (config.model.num_classes or config.model.text_width):
+    if guidance != 1 and not config.model.is_conditional:
         raise ValueError(
             f"guidance_scale: {guidance!r} needs a model of classes or text; leave it at 1"
         )
