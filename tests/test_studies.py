@@ -310,7 +310,7 @@ def test_study_is_reproduced_with_the_same_held_out_loss(tmp_path, monkeypatch):
     assert real["asked"] > 0.9
     assert real["nearness"] < 1e-3  # they are themselves in the training set
     lines = report.page(study, [r | r["metrics"] for r in found[:1]], "a", real)
-    assert "| mean ± 95% | a, 1 seeds | a, seed 3, other samples | training images |" in lines
+    assert "| mean ± 95% | a, 1 seed | a, seed 3, other samples | training images |" in lines
     assert f"| FID | {metrics['fid']:.4g} | {again['fid']:.4g} | {real['fid']:.4g} |" in lines
     monkeypatch.setattr(runner, "TURNS", 1)
     earlier = make(

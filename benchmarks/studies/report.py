@@ -190,9 +190,9 @@ def page(
     done = [run for run in names(study) if any(r["run"] == run for r in results)]
     columns: dict[str, Callable[[str], list[float]]] = {}  # the values of a measure, by title
     for run in done:
-        columns[f"{run}, {sum(r['run'] == run for r in results)} seeds"] = lambda m, run=run: (
-            values_of(results, run, m)
-        )
+        seeds = sum(r["run"] == run for r in results)
+        title = f"{run}, {seeds} seed" if seeds == 1 else f"{run}, {seeds} seeds"
+        columns[title] = lambda m, run=run: values_of(results, run, m)
     for run in done:
         if run != against:
             columns[f"{run} - {against}"] = lambda m, run=run: paired(results, run, against, m)
