@@ -38,15 +38,16 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: list[dict[str, Any]], parts: dict[int, int], betas: tuple[float, float]
     ):
-        super().__init__(groups, {"betas": betas, "eps": 1e-8})
-        self.parts = parts
-        others = [group for group in self.param_groups if not group["muon"]]
-        # it shares these groups, and so their rates
+        others = [group for group in groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(others, betas=betas, fused=True)
-        self.adamw.state = self.state
+        super().__init__(groups, {**self.adamw.defaults, "muon": False})
+        self.parts = parts
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        # AdamW works on what is ours now: a state that is loaded replaces groups and moments.
+        self.adamw.state = self.state
+        self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
         for group in self.param_groups:

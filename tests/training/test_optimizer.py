@@ -144,6 +144,40 @@ def test_muon_steps_in_a_loop_of_your_own_as_in_training():
     assert torch.equal(weights_after_steps(None), in_training)
 
 
+def test_muon_with_loaded_state_steps_as_if_never_saved():
+    """The moments of both kinds continue, and both follow a rate that is set later."""
+
+    def weights_after_steps(saved_at):
+        weight = torch.nn.Parameter(torch.eye(4, device=device()))
+        vector = others()
+        group = {"name": "muon", "params": [weight], "lr": 0.1, "weight_decay": 0.5, "muon": True}
+        groups = [group, vector]
+        optimizer = Muon([dict(g) for g in groups], {}, (0.9, 0.999))
+        for number in range(4):
+            if number == saved_at:
+                saved = optimizer.state_dict()
+                optimizer = Muon([dict(g) for g in groups], {}, (0.9, 0.999))
+                optimizer.load_state_dict(saved)
+            if number == 3:
+                for g in optimizer.param_groups:
+                    g["lr"] = 1.0
+            weight.grad = randn(4, 4, seed=number)
+            vector["params"][0].grad = randn(1, seed=number)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten(), vector["params"][0].detach()])
+
+    assert torch.equal(weights_after_steps(saved_at=2), weights_after_steps(saved_at=None))
+
+
+def test_muon_steps_group_that_is_added_later():
+    optimizer = Muon([others()], {}, (0.9, 0.999))
+    later = torch.nn.Parameter(torch.ones(1, device=device()))
+    optimizer.add_param_group({"params": [later], "lr": 0.1, "weight_decay": 0.0})
+    later.grad = torch.ones(1, device=device())
+    optimizer.step()
+    torch.testing.assert_close(later.detach(), torch.full_like(later, 0.9))
+
+
 @pytest.mark.parametrize("backbone", ["diffussm", "dit"])
 def test_muon_takes_block_matrices_and_adamw_the_rest(tiny, backbone):
     config = tiny("train.optimizer=muon", f"model.backbone={backbone}", "model.heads=2")
