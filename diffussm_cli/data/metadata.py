@@ -5,11 +5,12 @@ A record has `file_name`, relative to the folder of the file, and perhaps `text`
 """
 
 import csv
+import functools
 import io
 import json
 import os
 import posixpath
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from diffussm_cli.machine.files import open_regular, read_regular
 NAMES = ("metadata.jsonl", "metadata.csv")  # of several in a folder, the first is read
 FILE_NAME = "file_name"
 TEXTS, LABEL = ("text", "caption"), "label"
-MAX_BYTES, MAX_LINE_BYTES = 1 << 28, 1 << 16
+MAX_BYTES = 1 << 28
 
 
 def metadata_in(folder: Path) -> Path | None:
@@ -35,16 +36,40 @@ def captions_in(folder: Path) -> Path | None:
 
 
 def fields_of(path: Path) -> set[str]:
-    """The fields of the first record; none if it cannot be read, which its reader will say."""
+    """The fields of all records, each of which may lack some. What cannot be read has none; its
+    reader will say so.
+    """
     try:
         with open_regular(path) as file:
-            first = file.readline(MAX_LINE_BYTES).decode("utf-8-sig")
-        if path.suffix == ".csv":
-            return set(_names(next(csv.reader([first], skipinitialspace=True), [])))
-        record = json.loads(first)
-    except (OSError, ValueError, RecursionError, csv.Error):
+            status = os.fstat(file.fileno())
+    except OSError:
         return set()
-    return set(record) if isinstance(record, dict) else set()
+    return set(_fields_of(path, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(1024)
+def _fields_of(path: Path, size: int, changed: int) -> frozenset[str]:  # noqa: ARG001
+    """As `fields_of`. A file is asked for its fields several times, and read once while its size
+    and its time of change stay the same.
+    """
+    with open_regular(path) as file:
+        text = file.read(MAX_BYTES).decode("utf-8-sig", "replace")
+
+    if path.suffix == ".csv":
+        try:
+            return frozenset(_header(csv.reader(io.StringIO(text), skipinitialspace=True)))
+        except csv.Error:
+            return frozenset()
+    return frozenset().union(*map(_fields_in, text.split("\n")))
+
+
+def _fields_in(line: str) -> Iterable[str]:
+    """The fields of one record; none if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return ()
+    return record if isinstance(record, dict) else ()
 
 
 def may_hold_labels(path: Path) -> bool:
@@ -88,32 +113,28 @@ def _of_lines(text: str, where: str) -> Iterator[tuple[int, Any]]:
             yield number, record
 
 
-def _names(columns: Sequence[str]) -> list[str]:
-    """The names of columns without spaces at their ends."""
-    return [name.strip() for name in columns]
+def _header(rows: Iterable[list[str]]) -> list[str]:
+    """The names of columns, without spaces at their ends, which the first row that is not blank
+    holds.
+    """
+    return [name.strip() for name in next(filter(any, rows), [])]
 
 
 def _of_csv(text: str, where: str) -> Iterator[tuple[int, Any]]:
     # As spreadsheets and people write tables, with spaces after their commas.
-    file = io.StringIO(text, newline="")
-    rows = csv.DictReader(file, strict=True, skipinitialspace=True)
-    while True:
-        try:
-            rows.fieldnames = _names(rows.fieldnames or [])
-            row = next(rows, None)
-        except csv.Error as e:
-            raise DataError(f"{where}: line {rows.line_num}: {e}") from e
-
-        # The first line, which a file without rows has too.
-        columns = rows.fieldnames or ()
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+    try:
+        # The columns, which a file without rows has too.
+        columns = _header(rows)
+        line_of_columns = rows.line_num
         if columns and FILE_NAME not in columns:
             what = f"has no column {FILE_NAME}; its columns must be separated by commas"
             raise DataError(f"{where}: {what}")
-        if row is None:
-            return
 
-        # None stands for a value too many, and for one that is missing.
-        if None in row or None in row.values():
-            what = f"has not {len(columns)} values, as line 1"
-            raise DataError(f"{where}: line {rows.line_num}: {what}")
-        yield rows.line_num, {name: value or None for name, value in row.items()}
+        for row in filter(None, rows):
+            if len(row) != len(columns):
+                what = f"has not {len(columns)} values, as line {line_of_columns}"
+                raise DataError(f"{where}: line {rows.line_num}: {what}")
+            yield rows.line_num, {name: value or None for name, value in zip(columns, row)}
+    except csv.Error as e:
+        raise DataError(f"{where}: line {rows.line_num}: {e}") from e

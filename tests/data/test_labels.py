@@ -87,6 +87,24 @@ LABELLED = {  # images; files; labels in the order of the listing; class names
         [0, 1],
         "xy",
     ),
+    "labels after a blank line": (
+        ["1.png", "2.png"],
+        {"metadata.jsonl": "\n" + lines(*({"file_name": f"{i}.png", "label": i} for i in (2, 1)))},
+        [1, 2],
+        "012",
+    ),
+    "a table after blank lines": (
+        ["1.png", "2.png"],
+        {"metadata.csv": "\n , \nfile_name,label\n1.png,b\n\n2.png,a\n"},
+        [1, 0],
+        "ab",
+    ),
+    "a first record of more than 64 KiB": (
+        ["1.png"],
+        {"metadata.jsonl": lines({"text": "x" * (1 << 17), "label": "a", "file_name": "1.png"})},
+        [0],
+        "a",
+    ),
     "ImageNet's ground truth, from 1": (
         IMAGENET,
         {"ILSVRC2012_validation_ground_truth.txt": "3\n1\n2\n3\n"},
@@ -153,6 +171,18 @@ def test_captions_in_text_files_stay_beside_labels_in_metadata(tmp_path):
     assert read_captions(list_source(write(tmp_path, ["1.png"], files))) == {"1.png": ("red",)}
 
 
+def test_captions_are_read_although_the_first_record_has_none(tmp_path):
+    records = lines(
+        {"file_name": "1.png", "label": 0}, {"file_name": "2.png", "label": 1, "text": "blue"}
+    )
+    files = {"metadata.jsonl": records, "1.txt": "red\n"}
+    listing = list_source(write(tmp_path, ["1.png", "2.png"], files))
+    left_out = []
+    assert read_captions(listing, left_out=left_out) == {"2.png": ("blue",)}
+    why = "beside a metadata.jsonl, which is read instead"
+    assert left_out == [(1, "file", why, "1.txt")]
+
+
 WRONG = {
     "an image without a label": (
         ["1.png", "2.png"],
@@ -163,6 +193,16 @@ WRONG = {
         ["1.png", "2.png"],
         {"metadata.csv": "file_name,label\n1.png,0\n2.png,cat\n"},
         "ROOT/metadata.csv: some labels are numbers and some are names",
+    ),
+    "a first record without a label": (
+        ["1.png", "2.png"],
+        {"metadata.jsonl": lines({"file_name": "1.png"}, {"file_name": "2.png", "label": 0})},
+        "1.png has no label in ROOT/metadata.jsonl, but other images have one; label all of them",
+    ),
+    "a damaged line among labels": (
+        ["1.png"],
+        {"metadata.jsonl": "{\n" + lines({"file_name": "1.png", "label": 0})},
+        "ROOT/metadata.jsonl: line 1: Expecting property name",
     ),
     "a list of labels": (
         ["1.png"],
@@ -178,6 +218,11 @@ WRONG = {
         ["1.png"],
         {"metadata.csv": "file_name,text,label\n1.png,red\n"},
         "ROOT/metadata.csv: line 2: has not 3 values, as line 1",
+    ),
+    "a row that is too long, below a blank line": (
+        ["1.png"],
+        {"metadata.csv": "\nfile_name,label\n1.png,red,0\n"},
+        "ROOT/metadata.csv: line 3: has not 2 values, as line 2",
     ),
     "no file_name": (
         ["1.png"],
