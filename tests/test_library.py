@@ -136,6 +136,8 @@ def test_mistakes_in_custom_loop_are_named():
         flow.loss(with_covariance, x_0, y)
     with pytest.raises(ValueError, match="^y: 2 labels for n = 4 images"):
         flow.sample(model, n=4, y=[0, 1], steps=2)
+    with pytest.raises(ValueError, match="^guidance: 2 leads away from the class model.null_class"):
+        flow.sample(lambda x, t, y: x, n=1, y=1, steps=1, guidance=2, shape=(1, 8, 8))
     assert torch.equal(flow.sample(model, n=2, y=[1], steps=1), flow.sample(model, 2, 1, steps=1))
 
 

@@ -312,10 +312,20 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
             f"--classes: {text!r:.80} must be labels or names separated by commas: {e}"
         ) from e
 
+    # Where classes have other numbers than their places as names, a number is a name.
+    numbered = any(name.isdecimal() and int(name) != place for place, name in enumerate(names))
+
     labels: list[int] = []
     for part in parts:
         span = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
-        if span:
+        if numbered and part.strip() in names:
+            labels.append(names.index(part.strip()))
+        elif numbered and span:
+            raise ConfigError(
+                f"--classes: the run has no class {part.strip()!r}; its classes are named by "
+                f"numbers that are not their places, so write these, such as {names[0]}"
+            )
+        elif span:
             first, last = int(span[1]), int(span[2] or span[1])
             if not first <= last < n:
                 raise ConfigError(f"--classes: {text!r} must name labels from 0 to {n - 1}")

@@ -175,12 +175,13 @@ class Objective(ABC):
             model: a network of this package in eval mode, or with `shape` any (x_t, t, y) ->
                 prediction.
             y: a label for all images, or one for each.
-            guidance: scale of classifier-free guidance; 1 for none.
+            guidance: scale of classifier-free guidance; 1 for none. It needs `model.null_class`.
             sampler: a name that `sample_by_name` takes.
             shape: (C, H, W); by default, that of the model's input.
 
         Raises:
-            ValueError: if the number of labels is not n.
+            ValueError: if the number of labels is not n, if the model has no classes, or if it
+                does not name the class that guidance leads away from.
         """
         from diffussm_cli.diffusion.denoiser import guided, labelled
         from diffussm_cli.diffusion.samplers import sample_by_name
@@ -203,8 +204,13 @@ class Objective(ABC):
             if labels.ndim and len(labels) not in (1, n):
                 raise ValueError(f"y: {len(labels)} labels for n = {n} images")
             labels = labels.expand(n)
-            null = getattr(model, "null_class", 0)
-            denoise = guided(predict, labels, null, guidance)
+            null = getattr(model, "null_class", None)
+            if null is None and guidance != 1:
+                raise ValueError(
+                    f"guidance: {guidance} leads away from the class model.null_class, which this "
+                    "model does not have; set it, or guidance=1"
+                )
+            denoise = guided(predict, labels, null or 0, guidance)
 
         covariance = getattr(model, "learn_sigma", False)
         return sample_by_name(sampler, denoise, self, x, steps, generators, covariance).float()

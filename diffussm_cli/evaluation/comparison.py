@@ -72,7 +72,7 @@ def _kid(samples: Gathered, reference: Reference) -> Values:
 
 
 # ------------------------------------------------------------------------------------------ remarks
-def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
+def _few_images(_: ImageSet, samples: Gathered, reference: Reference) -> list[str]:
     n, d = samples.pool.shape
     remarks = []
 
@@ -86,6 +86,12 @@ def _few_samples(_: ImageSet, samples: Gathered, __: Reference) -> list[str]:
         remarks.append(
             f"the covariance of {n:,} samples is singular: FID is too high; "
             f"it needs more samples than features ({d:,})"
+        )
+
+    if reference.gathered is not None and len(reference.gathered.pool) <= d:
+        remarks.append(
+            f"the covariance of {len(reference.gathered.pool):,} reference images is singular: "
+            f"FID is too high; it needs more of them than features ({d:,})"
         )
 
     return remarks
@@ -169,11 +175,14 @@ class Metric:
             return f"needs {LAYERS[self.samples]}, which this extractor does not give"
         if self.reference is not None and getattr(reference, self.reference) is None:
             return f"needs images or statistics that {reference.name} does not hold"
+        for sort, gathered in (("samples", samples), ("reference images", reference.gathered)):
+            if gathered is not None and len(gathered.pool) < self.least:
+                return f"needs at least {self.least} {sort}"
         return ""
 
 
 TABLE = {
-    "fid": Metric("pool", "pool", 2, _fid, _few_samples),
+    "fid": Metric("pool", "pool", 2, _fid, _few_images),
     "sfid": Metric("spatial", "spatial", 2, _sfid),
     "is": Metric("classes", None, 1, _inception_score, _sorted_samples),
     "precision": Metric("pool", "gathered", NEIGHBOURS + 1, _precision_recall),
@@ -236,9 +245,9 @@ def needs_images(metrics: Sequence[str], reference: Reference) -> bool:
     return any(TABLE[name].reads_images(reference) for name in metrics)
 
 
-def check_images(metrics: Sequence[str], samples: ImageSet, reference: Reference) -> None:
+def check_images(metrics: Sequence[str], samples: ImageSet | None, reference: Reference) -> None:
     """Raises DataError if there are fewer images than a metric needs, or none where it needs those
-    of the reference.
+    of the reference. Samples that are not drawn yet are None.
     """
     reading = [name for name in metrics if TABLE[name].reads_images(reference)]
     if reading and reference.images is None and reference.gathered is None:

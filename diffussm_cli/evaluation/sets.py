@@ -338,7 +338,8 @@ class DrawnImages:
         return f"{self.name}: the image of seed {self.seeds[i]}"
 
     def sha256(self) -> str:
-        """Hash of what determines the images: weights, sampler, seeds."""
+        """Hash of what determines the images: weights, sampler, seeds, code and device."""
         assert self.facts is not None, "the hash of drawn images needs their facts"
-        facts = {k: self.facts[k] for k in (*FIXED, "num")} | {"channels": self.channels}
+        names = (*FIXED, "num", "versions", "device")
+        facts = {name: self.facts[name] for name in names} | {"channels": self.channels}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

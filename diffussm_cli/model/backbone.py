@@ -6,6 +6,7 @@ E width of text vectors   K text tokens
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
     is; scans only reorder the image.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its
-    arguments and weights, as huggingface_hub's mixin does. A run folder holds more: how to draw,
-    names of classes, the VAE.
+    arguments and weights, as huggingface_hub's mixin does; a SiT that was read from a .pt file is
+    refused. A run folder holds more: how to draw, names of classes, the VAE.
 
     Args:
         blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of
@@ -114,6 +115,18 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
     @property
     def out_channels(self) -> int:
         return 2 * self.in_channels if self.learn_sigma else self.in_channels
+
+    def check_saveable(self) -> None:
+        """Raises ValueError for a SiT: its embedding sees times in [0, 1], which is not saved."""
+        if self.t_embed.scale != 1:
+            raise ValueError(
+                "save_pretrained: this SiT counts time from 0 to 1, which a saved model does not "
+                'tell; keep its .pt file, and load that with objective="flow"'
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.check_saveable()
+        super()._save_pretrained(save_directory)
 
     @property
     def null_class(self) -> int:

@@ -42,7 +42,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 
 pipe = DiffusionPipeline.from_pretrained("OWNER/NAME", trust_remote_code=True)  # a folder works too
-# the same image as `diffussm sample --seed 0 --precision fp32`
+# {beside}
 image = pipe({argument}generator=torch.Generator().manual_seed(0)).images[0]
 pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 images = pipe({argument}batch_size=8, num_inference_steps=20).images
@@ -162,7 +162,10 @@ def model_card(
     option, argument = (
         (' --prompt "red heart"', 'prompt="red heart", ') if m.text_width else ("", "")
     )
-    parts += [USE.format(option=option, argument=argument)]
+    beside = "the same image as `diffussm sample --seed 0 --precision fp32`"
+    if s.sampler in INTEGRATORS and not config.diffusion.in_one_step:
+        beside = f"by DPM-Solver++: diffusers does not have {s.sampler}, by which diffussm draws"
+    parts += [USE.format(option=option, argument=argument, beside=beside)]
     if scores:
         numbers = {metric: f"{value:.4g}" for metric, value in scores.items()}
         parts += [f"## Metrics\n\n{measured}\n" + table({"Metric": "Value", **numbers})]

@@ -42,7 +42,8 @@ INDEX = "model_index.json"
 
 class DiffuSSMPipeline(DiffusionPipeline):
     """Draws images of a trained run; with the scheduler that comes with it, those of `diffussm
-    sample`.
+    sample`, unless the run draws with heun, euler or sde: diffusers has none of these, and the
+    scheduler is DPM-Solver++.
 
     Schedulers that step along x_t can take its place, such as DDIM, DPM-Solver++ and UniPC. `vae`
     is that of the run, or None for pixels; another one of its kind can take its place.

@@ -65,7 +65,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         The weights are always safetensors, so `safe_serialization` has no effect.
 
         Raises:
-            ValueError: for a variant; the precision is chosen when a run is loaded.
+            ValueError: for a variant, as the precision is chosen when a run is loaded; and for a
+                SiT.
             OSError: if the folder cannot be written.
         """
         if variant is not None:
@@ -74,6 +75,7 @@ class Denoiser(ModelMixin, ConfigMixin):
                 "precision"
             )
 
+        self.model.check_saveable()
         config = self.run.config
         step = self.run.step
         weights = {name: tensor.float().cpu() for name, tensor in self.model.state_dict().items()}

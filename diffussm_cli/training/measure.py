@@ -22,7 +22,7 @@ from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.data.opening import open_held_out
 from diffussm_cli.data.source import Source, captions_of
 from diffussm_cli.errors import ConfigError, DataError, DiffussmError
-from diffussm_cli.evaluation.comparison import USUAL
+from diffussm_cli.evaluation.comparison import USUAL, check_images
 from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.extractors import doubts
 from diffussm_cli.evaluation.sets import DrawnImages
@@ -236,6 +236,7 @@ class Scoring:
             self.evaluator = Evaluator(config.eval.extractor, device=str(device), world=world)
             self.evaluator.choose(config.data.size, config.data.is_grey)
             self.reference = self.evaluator.reference(path, None, config.data.size)
+            check_images(("fid",), None, self.reference)
         self.warnings = doubts(self.evaluator.requested, self.evaluator.name, path)
         if self.reference.images is not None and self.reference.images.left_out:
             self.warnings.append(self.reference.images.left_out)
@@ -264,7 +265,7 @@ class Scoring:
 
         metrics, _ = finish(self.evaluator.compare(images, self.reference, USUAL, lenient=True))
         values = {f"eval/{name}": value for name, value in metrics.items()}
-        if keep and values:
+        if keep and "eval/fid" in values:
             self._keep_if_best(step.number, model, values)
         return values
 

@@ -35,6 +35,16 @@ def test_classes_are_parsed_by_name_label_and_range(text, labels):
     assert parse_classes(text, config) == tuple(labels)
 
 
+def test_number_names_the_class_of_this_name_not_its_place():
+    """Folders 1, 10, 2 in the order of a listing: the label of 10 is 1."""
+    fields = {"model.num_classes": 3, "data.class_names": ["1", "10", "2"], "data.vae": "v"}
+    config = config_from_dict({}, "", fields=fields)
+    assert parse_classes("10, 2,1", config) == (1, 2, 0)
+    for text, part in (("0", "0"), ("1-2", "1-2"), ("2,3", "3")):
+        with pytest.raises(ConfigError, match=f"^--classes: the run has no class '{part}'; its"):
+            parse_classes(text, config)
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("256", (256, 256)), ("256x384", (256, 384)), ("9999", (9999, 9999))]
 )

@@ -31,6 +31,10 @@ def test_warnings_name_what_makes_scores_incomparable(tmp_path, digits):
         ),
         "samples are sorted by class",
         "reference images are 32x32, samples 28x28",
+        (
+            "the covariance of 12 reference images is singular: FID is too high; it needs more of "
+            "them than features (64)"
+        ),
         "recall uses 12 reference images",
     ):
         assert words in found
@@ -89,11 +93,24 @@ def test_kid_of_all_images_in_each_subset_has_no_error(n, is_known):
     "metric", ["fid", "fid_infinity", "sfid", "is", "precision", "recall", "kid"]
 )
 def test_unsupported_metric_is_error_or_left_out(metric):
-    samples, reference = Gathered(POOL, None, None), Reference("r", None)
+    samples, reference = Gathered(torch.rand(40, 1), None, None), Reference("r", None)
     with pytest.raises(DataError, match=f"^metrics: {metric} needs "):
         dict(ev.evaluate_features(samples, reference, [metric]))
     possible = ev.possible([metric], samples, Reference("r", None, pool=STATISTICS))
     assert possible == ([metric] if metric.startswith("fid") else [])
+
+
+@pytest.mark.parametrize(
+    ("n", "names"),
+    [(1, []), (2, ["fid", "kid"]), (3, ["fid", "kid"]), (4, ["fid", "precision", "recall", "kid"])],
+)
+def test_metric_of_too_few_images_is_left_out(n, names):
+    """Of samples and of reference images: a covariance needs two, third neighbours need four."""
+    few, many = (Gathered(torch.rand(images, 2), None, None) for images in (n, 40))
+    for samples, real in ((few, many), (many, few)):
+        reference = Reference("r", None)
+        reference.complete(real)
+        assert ev.possible(ev.USUAL, samples, reference) == names
 
 
 def test_reference_without_statistics_needs_images():

@@ -14,6 +14,7 @@ from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.events import Message, Stage
 from diffussm_cli.model import DiT
+from diffussm_cli.sampling.pipeline_denoiser import Denoiser
 from diffussm_cli.sampling.session import sample
 from tests.conftest import fill, randn
 
@@ -123,6 +124,11 @@ def test_sit_file_is_read_as_the_flow_that_it_is(tmp_path, learn_sigma):
     assert "it is read as a SiT" in trained.assumption
     ours = runs.load_model(trained)
     assert ours.learn_sigma is False
+
+    # A folder would not tell that it counts time from 0 to 1.
+    for network in (ours, Denoiser(trained)):
+        with pytest.raises(ValueError, match="^save_pretrained: this SiT counts time from 0 to 1"):
+            network.save_pretrained(tmp_path / "saved")
 
     # The network, in float64: float32 alone rounds these outputs, of the order of 10, by 2e-5.
     x = randn(3, 4, 8, 8, dtype=torch.float64).cpu()

@@ -39,6 +39,15 @@ def test_card_is_read_by_the_hub():
     assert "samples.png" not in text
 
 
+def test_card_promises_the_images_of_sample_only_where_diffusers_has_the_sampler():
+    promise = "# the same image as `diffussm sample --seed 0 --precision fp32`\n"
+    assert promise in runs.model_card(MNIST, 10, 5)
+    assert promise in runs.model_card(load_config("mnist-one-step"), 10, 5)
+    flow = runs.model_card(load_config("mnist"), 10, 5)
+    assert promise not in flow
+    assert "# by DPM-Solver++: diffusers does not have heun, by which diffussm draws\n" in flow
+
+
 def test_card_names_no_folder_of_the_user_and_no_licence_nobody_chose():
     config = load_config(
         "digits", ["model.num_classes=0", "sample.guidance=1"], {"data.path": "/home/me/cats"}

@@ -13,7 +13,7 @@ from PIL import Image
 from diffussm_cli import runs
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.opening import open_source
-from diffussm_cli.errors import ConfigError
+from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.evaluation.sets import DrawnImages
 from diffussm_cli.events import finish
@@ -146,6 +146,11 @@ def test_digits_extractor_for_other_pictures_is_a_warning(config, tmp_path):
 
 def test_missing_reference_is_rejected_before_training(config, tmp_path):
     pictures = pictures_in(tmp_path / "pictures")
+    single = tmp_path / "single"
+    single.mkdir()
+    Image.new("L", (28, 28)).save(single / "0.png")
+    with pytest.raises(DataError, match="^eval.reference: .*single holds 1 image, but fid needs"):
+        trainer(config(f"eval.reference={single}", "eval.extractor=digits"), tmp_path / "one")
     with pytest.raises(ConfigError, match="eval.every: needs eval.reference"):
         trainer(
             config(f"data.path={pictures}", "model.num_classes=0", "sample.guidance=1"),
