@@ -136,6 +136,13 @@ def test_mistakes_in_custom_loop_are_named():
         flow.loss(with_covariance, x_0, y)
     with pytest.raises(ValueError, match="^y: 2 labels for n = 4 images"):
         flow.sample(model, n=4, y=[0, 1], steps=2)
+    unconditional = ds.DiffuSSM(**{**sizes, "num_classes": 0}, learn_sigma=False)
+    for draw in (flow.loss(unconditional, x_0, None), flow.sample(unconditional, n=1, steps=1)):
+        assert draw.isfinite().all()
+    with pytest.raises(ValueError, match="^y: labels were given, and the model has no classes"):
+        flow.loss(unconditional, x_0, y)
+    with pytest.raises(ValueError, match="^y: labels were given, and the model has no classes"):
+        flow.sample(unconditional, n=1, y=1, steps=1)
     with pytest.raises(ValueError, match="^guidance: 2 leads away from the class model.null_class"):
         flow.sample(lambda x, t, y: x, n=1, y=1, steps=1, guidance=2, shape=(1, 8, 8))
     assert torch.equal(flow.sample(model, n=2, y=[1], steps=1), flow.sample(model, 2, 1, steps=1))

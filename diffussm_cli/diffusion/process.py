@@ -149,6 +149,7 @@ class Objective(ABC):
         # labels and captions, some of them dropped
         dropped = (torch.rand(B, generator=generator) < label_dropout).to(x_0.device)
         if y is not None:
+            _check_has_classes(model)
             y = torch.where(dropped, model.null_class, y)  # type: ignore[attr-defined]
         if text is not None:
             text = text * ~dropped[:, None, None]
@@ -200,6 +201,7 @@ class Objective(ABC):
         if y is None:
             denoise = labelled(predict, None)
         else:
+            _check_has_classes(model)
             labels = torch.as_tensor(y, device=self.device)
             if labels.ndim and len(labels) not in (1, n):
                 raise ValueError(f"y: {len(labels)} labels for n = {n} images")
@@ -221,6 +223,12 @@ class Objective(ABC):
         """
         a, s, _, g = self.factors(t, t.float())
         return (a / s).square().clamp(max=gamma) * g.square()
+
+
+def _check_has_classes(model: Callable[..., Tensor]) -> None:
+    """Raises ValueError for labels of a network of this package that would not use them."""
+    if getattr(model, "num_classes", None) == 0:
+        raise ValueError("y: labels were given, and the model has no classes (num_classes=0)")
 
 
 class GaussianDiffusion(Objective):
