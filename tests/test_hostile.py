@@ -3,7 +3,6 @@ or unpacks without limit.
 """
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import pickle
@@ -140,16 +139,20 @@ def test_extractor_field_takes_a_name_and_no_code(trained, tmp_path, monkeypatch
 
 
 def test_hashes_in_state_reach_no_other_file(trained, tmp_path, monkeypatch):
-    """Names of files come from us, never from state.json: nothing else is opened."""
+    """A name in state.json is one of a file beside it: nothing else is opened."""
     (tmp_path / "secret").write_text("x")
     hashed, sha256 = [], checkpoints.sha256
     monkeypatch.setattr(checkpoints, "sha256", lambda path: hashed.append(path) or sha256(path))
-    newest = runs.list_checkpoints(trained)[-1]
-    state = json.loads((newest / runs.STATE).read_text())
-    state["sha256"] = {"../../../secret": "0", **state["sha256"]}
-    (newest / runs.STATE).write_text(json.dumps(state))
-    assert runs.newest_good(trained) == (newest, [])
-    assert hashed == [newest / name for name in (runs.MODEL, runs.EMA, runs.OPTIMIZER)]
+    former, newest = runs.list_checkpoints(trained)
+    state = runs.read_state(newest)
+    files = (runs.MODEL, runs.EMA, runs.OPTIMIZER)
+    for name in ("../../../secret", str(tmp_path / "secret"), "..", "secret\0"):
+        runs.write_state(newest, {**state, "sha256": {**state["sha256"], name: "0"}})
+        found, wrong = runs.newest_good(trained)
+        assert (found, len(wrong)) == (former, 1)
+        assert str(newest) in wrong[0]
+    tried = [path / name for path in (former, newest) for name in (*files, "..", "secret\0")]
+    assert set(hashed) <= set(tried)
 
 
 def test_record_of_shard_names_no_file_to_open():

@@ -5,6 +5,7 @@ the same folder.
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import os
 import resource
@@ -25,7 +26,7 @@ from diffussm_cli.commands.stopping import PREEMPTED
 from diffussm_cli.config import load_config, to_yaml
 from diffussm_cli.data.folder import ImageFolder
 from diffussm_cli.errors import DataError
-from diffussm_cli.events import TrainingRecord
+from diffussm_cli.events import TrainingRecord, finish
 from diffussm_cli.machine.files import locked, sha256
 from diffussm_cli.training import session
 from diffussm_cli.training.record import RecordWriter
@@ -279,10 +280,22 @@ DAMAGE = {
     "hashes are no hashes": lambda c: (c / runs.STATE).write_text('{"step": 4, "sha256": 7}'),
     "state nested deep": lambda c: (c / runs.STATE).write_text("[" * 100_000),
     "a negative step": lambda c: change_state(c, step=-1),
+    "another step": lambda c: change_state(c, step=14),
+    "bit flipped in the state": lambda c: flip_digit(c / runs.STATE, b'"images": 32'),
+    "a further file is gone": lambda c: change_state(
+        c, sha256={**runs.read_state(c)["sha256"], runs.TEACHER: "0"}
+    ),
     "a step that is no number": lambda c: change_state(c, step=True),
     "state is a list": lambda c: (c / runs.STATE).write_text("[]"),
     "state is no text": lambda c: (c / runs.STATE).write_bytes(b"\xff\xfe{}"),
 }
+
+
+def flip_digit(path, text):
+    """Flip the lowest bit of the last character of a text in a file."""
+    before = path.read_bytes()
+    assert text in before
+    path.write_bytes(before.replace(text, text[:-1] + bytes([text[-1] ^ 1])))
 
 
 def change_state(checkpoint, **values):
@@ -297,7 +310,19 @@ def test_damaged_checkpoint_is_named_and_the_former_one_taken(trained, damage):
     result = train(trained, "--resume", "--set", "train.steps=6")
     assert result.exit_code == 0, result.output
     assert f"skipped: {newest}" in result.stderr
+    assert "; its folder is removed when the next checkpoint is written" in result.stderr
     assert steps(trained) == [2, 4, 6]
+    assert runs.newest_good(trained)[1] == []
+
+
+def test_checkpoints_after_a_damaged_one_are_kept(trained):
+    """Also if only one is to be kept, and it is of an earlier step than the damaged one."""
+    flip(runs.list_checkpoints(trained)[-1] / runs.MODEL)
+    more = ("train.steps=6", "train.keep_checkpoints=1", "train.checkpoint_every=1")
+    asked = itertools.count()
+    config = runs.resumed_config(trained, more)
+    finish(session.train(config, trained, resume=True, stop=lambda: next(asked) == 1))
+    assert [runs.step_of(path) for path in runs.list_checkpoints(trained)] == [3]
     assert runs.newest_good(trained)[1] == []
 
 

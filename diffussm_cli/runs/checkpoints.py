@@ -1,7 +1,6 @@
 """Write folders of weights atomically, and find damage in them."""
 
 import contextlib
-import fnmatch
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from diffussm_cli.runs.layout import (
     MODEL,
     OPTIMIZER,
     STATE,
-    ema_file,
+    is_named_by_step,
     list_checkpoints,
-    width_file,
+    step_of,
 )
 from diffussm_cli.runs.metadata import read_config, read_state
 
@@ -27,7 +26,7 @@ def has_final(root: Path, step: int) -> bool:
     try:
         read_config(root / FINAL)
         return (
-            damage(root / FINAL, [MODEL], averages=True) is None
+            damage(root / FINAL, [MODEL], others=True) is None
             and read_state(root / FINAL)["step"] == step
         )
     except RunError:
@@ -35,34 +34,39 @@ def has_final(root: Path, step: int) -> bool:
 
 
 def newest_good(root: Path, files: Sequence[str] | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose `files` (default: all) are undamaged, and what is wrong
-    with newer ones.
+    """The newest checkpoint of a run whose `files` (default: all that it holds) are undamaged, and
+    what is wrong with newer ones.
     """
     damaged: list[str] = []
     for path in reversed(list_checkpoints(root)):
-        wrong = damage(path, files or (MODEL, EMA, OPTIMIZER), averages=files is None)
+        wrong = damage(path, files or (MODEL, EMA, OPTIMIZER), others=files is None)
         if wrong is None:
             return path, damaged
         damaged.append(wrong)
     return None, damaged
 
 
-def damage(checkpoint: Path, files: Sequence[str], averages: bool = False) -> str | None:
-    """A description of what is wrong with `files`, and with all further averages if `averages`; or
-    None.
+def damage(checkpoint: Path, files: Sequence[str], others: bool = False) -> str | None:
+    """A description of what is wrong with the state and with `files`, and if `others`, with all
+    other files that it has hashes of; or None.
     """
     try:
-        hashes = read_state(checkpoint)["sha256"]
-        patterns = (ema_file("*"), width_file("*")) if averages else ()
-        further = [name for pattern in patterns for name in fnmatch.filter(hashes, pattern)]
-        for name in (*files, *further):
+        state = read_state(checkpoint)
+        if is_named_by_step(checkpoint) and state["step"] != step_of(checkpoint):
+            return f"{checkpoint / STATE} is of step {state['step']}"
+
+        hashes = state["sha256"]
+        names = dict.fromkeys((*files, *(hashes if others else ())))
+        for name in names:
+            if Path(name).name != name:
+                return f"{checkpoint / STATE} names {name!r}, which is no file beside it"
             if sha256(checkpoint / name) != hashes[name]:
                 return f"{checkpoint / name} has changed since it was written"
     except RunError as e:
         return str(e)
     except OSError as e:
         return f"{e.filename}: {e.strerror}"
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):  # the last one for a name that no file can have
         return f"{checkpoint / STATE} holds no hashes"
 
     return None

@@ -22,7 +22,7 @@ RUN/snapshots/step-*/                width-WIDTH.safetensors, for --ema-width, a
 .../width-WIDTH.safetensors          in checkpoints too: averages with a power-function profile
 RUN/best/                            the same at the lowest FID, with metrics.json
 
-state.json holds the step and the hashes of the weights beside it.
+state.json holds the step, the hashes of the weights beside it, and a hash of its own values.
 """
 
 import re
@@ -82,8 +82,13 @@ def list_checkpoints(root: Path, folder: str = CHECKPOINTS) -> list[Path]:
     """The complete checkpoints of a run, oldest first; a folder counts only under its final
     name.
     """
-    named = (p for p in (root / folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    named = (p for p in (root / folder).glob("step-*") if is_named_by_step(p))
     return sorted((p for p in named if (p / STATE).is_file()), key=step_of)
+
+
+def is_named_by_step(path: Path) -> bool:
+    """Whether a folder has the name of a step, which a copy under a name of its own has not."""
+    return re.fullmatch(r"step-\d{8,}", path.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:

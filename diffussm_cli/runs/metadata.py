@@ -2,6 +2,7 @@
 damaged file.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from diffussm_cli.data.listing import skipped_text
 from diffussm_cli.errors import ConfigError, RunError
 from diffussm_cli.machine.files import write_text
 from diffussm_cli.runs.layout import CONFIG, DATA, METRICS, SKIPPED, STATE
+
+STATE_HASH = "state_sha256"  # in state.json: the hash of its other values
 
 
 def read_config(folder: Path, option: str = "RUN") -> Config:
@@ -118,11 +121,19 @@ def read_data(root: Path) -> dict[str, Any] | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state.json of a checkpoint: step, counts and hashes. Raises RunError."""
+    """Read the state.json of a checkpoint: step, counts and hashes. Raises RunError, also if it has
+    changed since it was written; that of earlier versions has no hash of its own.
+    """
     state = _read_object(folder / STATE)
-    if type(state.get("step")) is not int or state["step"] < 0:
+    digest = state.pop(STATE_HASH, None)
+    is_changed = digest is not None and digest != _hash_of(state)
+    if is_changed or type(state.get("step")) is not int or state["step"] < 0:
         raise RunError(f"{folder / STATE}: damaged")
     return state
+
+
+def _hash_of(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _read_object(path: Path, remedy: str = "") -> dict[str, Any]:
@@ -138,7 +149,7 @@ def _read_object(path: Path, remedy: str = "") -> dict[str, Any]:
 
 def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     """Write the file that `read_state` reads. Raises OSError."""
-    write_text(folder / STATE, json.dumps(state))
+    write_text(folder / STATE, json.dumps({**state, STATE_HASH: _hash_of(state)}))
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -72,15 +72,24 @@ class CheckpointWriter:
     def _write(self, tensors: Tensors, state: dict[str, Any]) -> None:
         folder = self.root / runs.CHECKPOINTS
         write_tensor_folder(folder, tensors, state)
-        self._remove_old(folder)
+        self._remove_others(folder, state["step"])
 
-    def _remove_old(self, folder: Path) -> None:
+    def _remove_others(self, folder: Path, newest: int) -> None:
+        """Remove old checkpoints, what a killed process left, and checkpoints of later steps than
+        the newest one: they are damaged, and training has begun before them.
+        """
         every = self.config.keep_every
         checkpoints = runs.list_checkpoints(self.root)
-        for old in checkpoints[: -self.config.keep_checkpoints]:
+        later = [path for path in checkpoints if runs.step_of(path) > newest]
+        for path in later:
+            runs.remove(path)
+
+        good = checkpoints[: len(checkpoints) - len(later)]
+        for old in good[: -self.config.keep_checkpoints]:
             is_permanent = every and runs.step_of(old) % every == 0
             if not is_permanent:
                 runs.remove(old)
+
         for debris in folder.glob(f"{PARTIAL}step-*"):
             runs.remove(debris)
 
@@ -162,7 +171,7 @@ def agree_on_checkpoint(root: Path, world: World) -> tuple[Path | None, list[str
 
 def _difference(path: Path, state: dict[str, Any]) -> str | None:
     """How a checkpoint differs from the one with the given state, or None."""
-    wrong = runs.damage(path, (runs.MODEL, runs.EMA, runs.OPTIMIZER), averages=True)
+    wrong = runs.damage(path, (runs.MODEL, runs.EMA, runs.OPTIMIZER), others=True)
     return wrong or (None if runs.read_state(path) == state else f"{path / runs.STATE} differs")
 
 

@@ -88,7 +88,8 @@ def open_run(
     # Where the run stands, and whether its images are still the same.
     yield Stage("looking for checkpoints")
     checkpoint, damaged = agree_on_checkpoint(root, world)
-    yield from (Message(f"skipped: {line}") for line in damaged)
+    remedy = "its folder is removed when the next checkpoint is written"
+    yield from (Message(f"skipped: {line}; {remedy}") for line in damaged)
     if resume and checkpoint is None:
         yield Message(f"no checkpoint in {root} yet; training begins")
     before = gather(runs.read_data(root) if checkpoint is not None else None, world)[0]

@@ -104,6 +104,15 @@ def test_teacher_stays_as_it_was_and_is_in_the_checkpoint(teacher, tmp_path):
     ours, theirs = step.model.state_dict(), again.model.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
+    # A flipped bit in it would teach something else.
+    checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(1)
+    assert runs.newest_good(tmp_path) == (checkpoint, [])
+    content = bytearray((checkpoint / runs.TEACHER).read_bytes())
+    content[-2] ^= 1
+    (checkpoint / runs.TEACHER).write_bytes(content)
+    wrong = f"{checkpoint / runs.TEACHER} has changed since it was written"
+    assert runs.newest_good(tmp_path) == (None, [wrong])
+
 
 def test_commands_train_resume_and_draw_in_one_step(teacher, tmp_path):
     root = tmp_path / "run"
