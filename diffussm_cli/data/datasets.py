@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from diffussm_cli.config import MAX_CLASSES, Config, whole_number
 from diffussm_cli.data.images import coins, to_model_space, to_uint8
+from diffussm_cli.data.vae_facts import space_of
 from diffussm_cli.errors import DataError
 
 LARGEST = 1.001  # of pixels in model space: 1 and a rounding error
@@ -23,7 +24,8 @@ class DatasetSource:
     label.
 
     uint8 images are scaled to [-1, 1]. Floats are taken as they are, and must be finite; pixels
-    must be in [-1, 1], latents need not. Labels do not count for a model without classes.
+    must be in [-1, 1], latents need not. Latents in model space are normalised by the statistics of
+    the configuration, if it has any. Labels do not count for a model without classes.
 
     Raises:
         DataError: if it is empty, its first item does not fit the model or its classes, or the run
@@ -44,6 +46,9 @@ class DatasetSource:
         self.has_labels = config.model.num_classes > 0
         self.of_pixels = config.data.vae is None
         self.shape = (config.data.channels, *config.data.grid)
+        C = config.data.channels
+        space = space_of((1.0,) * C, (0.0,) * C, config.data)
+        self.scale, self.shift = (torch.tensor(v).view(1, -1, 1, 1) for v in space)
 
         check_dataset(dataset)
         self._image(0)
@@ -69,8 +74,10 @@ class DatasetSource:
         images = torch.stack([image for image, _ in items])
         flipped = coins(self.flip, generators)
         if images.dtype == torch.uint8:
-            return to_model_space(images, flipped), labels
-        return torch.where(flipped[:, None, None, None], images.flip(-1), images).float(), labels
+            x = to_model_space(images, flipped)
+        else:
+            x = torch.where(flipped[:, None, None, None], images.flip(-1), images).float()
+        return (x - self.shift) * self.scale, labels
 
     def text(self, indices: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:  # noqa: ARG002
         raise AssertionError("refused above")

@@ -182,6 +182,22 @@ def test_dataset_of_latents_is_normalised_by_given_statistics_only():
         open_source(config, dataset)
 
 
+def test_dataset_of_latents_is_read_in_the_space_that_decoding_leaves(tmp_path):
+    """Means and deviations that the images have come out as 0 and 1, and the VAE gets its own."""
+    vae = save_vae(tmp_path / "vae", scaling_factor=3.0, shift_factor=0.5)
+    given = (MEASURED, "data.latents_mean=[1,2,3,4]", "data.latents_std=[2,2,4,4]")
+    config = config_of("python:TensorDataset", vae, (4, 4), *given)
+    mean, std = (torch.tensor(v).view(4, 1, 1) for v in ([1.0, 2, 3, 4], [2.0, 2, 4, 4]))
+    signs = torch.tensor([-1.0, 1, 1, -1]).view(4, 1, 1, 1).expand(4, 4, 4, 4)
+    latents = mean + std * signs
+    dataset = torch.utils.data.TensorDataset(latents, torch.arange(4) % 2)
+    x, _ = open_source(config, dataset).read(range(4), generators(4))
+    torch.testing.assert_close(x, signs)
+
+    plain = load_vae(read_facts(str(vae)), CPU)
+    torch.testing.assert_close(open_decoding(config, CPU).decode(x), plain.decode(latents))
+
+
 @pytest.mark.parametrize(
     ("changes", "normalize"),
     {
