@@ -33,12 +33,15 @@ def has_final(root: Path, step: int) -> bool:
         return False
 
 
-def newest_good(root: Path, files: Sequence[str] | None = None) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint of a run whose `files` (default: all that it holds) are undamaged, and
-    what is wrong with newer ones.
+def newest_good(
+    root: Path, files: Sequence[str] | None = None, after: int = -1
+) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run, of those after a step, whose `files` (default: all that it
+    holds) are undamaged, and what is wrong with newer ones.
     """
     damaged: list[str] = []
-    for path in reversed(list_checkpoints(root)):
+    candidates = [path for path in list_checkpoints(root) if step_of(path) > after]
+    for path in reversed(candidates):
         wrong = damage(path, files or (MODEL, EMA, OPTIMIZER), others=files is None)
         if wrong is None:
             return path, damaged

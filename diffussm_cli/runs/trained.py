@@ -1,9 +1,10 @@
 """A trained run: its averaged weights, found by the names that a user gives, and its model."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ class TrainedRun:
     step: int | None  # None when training has finished
     ema: float | None = None  # the decay of the averaged weights; None for a published DiT
     mixture: Mixture | None = None  # in place of `weights`, an average of a chosen width
+    remark: str = field(default="", compare=False)  # ends the label
 
     @property
     def weights_sha256(self) -> str:
@@ -77,7 +79,8 @@ class TrainedRun:
 
     @property
     def label(self) -> str:
-        return f"{self.root} (finished)" if self.step is None else f"{self.root} (step {self.step})"
+        state = "finished" if self.step is None else f"step {self.step}"
+        return f"{self.root} ({state}{self.remark})"
 
 
 def find_run(
@@ -149,8 +152,9 @@ def _mixed(trained: TrainedRun, width: float) -> TrainedRun:
         _refuse_damage(path.parent, path.name, "delete the folder to do without it")
 
     is_last = trained.step is None and step == last
+    step_or_end = None if is_last else step
     return dataclasses.replace(
-        trained, weights=files[-1][0], step=None if is_last else step, mixture=mixture
+        trained, weights=files[-1][0], step=step_or_end, mixture=mixture, remark=""
     )
 
 
@@ -193,19 +197,42 @@ def _find_weights(path: Path | None) -> TrainedRun:
         _refuse_damage(path, EMA, "give the run folder to use the newest good checkpoint")
         return TrainedRun(root, read_config(root), path / EMA, read_state(path)["step"])
 
-    # A run folder: finished, or with checkpoints.
-    if (path / FINAL / MODEL).is_file():
-        _refuse_damage(
-            path / FINAL, MODEL, f"write it again with: diffussm train --resume --out {path}"
-        )
-        return TrainedRun(path, read_config(path / FINAL), path / FINAL / MODEL, None)
-    newest, damaged = newest_good(path, [EMA])
-    if newest is None:
+    return _newest_weights(path)
+
+
+def _newest_weights(path: Path) -> TrainedRun:
+    """The newest weights of a run folder: `final/`, or a good checkpoint if there is none or if the
+    run continues after it. Raises RunError.
+    """
+    final = path / FINAL
+    has_final = (final / MODEL).is_file()
+    last = _step_of_final(final) if has_final else -1
+
+    # A checkpoint.
+    newest, damaged = newest_good(path, [EMA], after=last)
+    if newest is not None:
+        remark = ", newer than final/" if has_final else ""
+        weights, step = newest / EMA, read_state(newest)["step"]
+        return TrainedRun(path, read_config(path), weights, step, remark=remark)
+    if not has_final:
         also = f": {damaged[0]}" if damaged else ""
         raise RunError(
             f"RUN: {str(path)!r} holds no finished training and no usable checkpoint{also}"
         )
-    return TrainedRun(path, read_config(path), newest / EMA, read_state(newest)["step"])
+
+    # The end of training, which is not the newest if a later checkpoint is damaged.
+    _refuse_damage(final, MODEL, f"write it again with: diffussm train --resume --out {path}")
+    step, remark = (last, f", final/, because {damaged[0]}") if damaged else (None, "")
+    return TrainedRun(path, read_config(final), final / MODEL, step, remark=remark)
+
+
+def _step_of_final(folder: Path) -> int:
+    """The step of `final/`; without a state, as in earlier versions, that of its configuration.
+    Raises RunError.
+    """
+    with contextlib.suppress(RunError):
+        return read_state(folder)["step"]
+    return read_config(folder).train.steps
 
 
 def _refuse_damage(folder: Path, file: str, remedy: str) -> None:

@@ -71,6 +71,33 @@ def test_final_weights_precede_checkpoints_and_best_ones_have_their_step(tmp_pat
     assert (best.root, best.weights, best.step) == (tmp_path, tmp_path / "best" / runs.MODEL, 1)
 
 
+@pytest.mark.parametrize("version", ["now", "without a state"])
+def test_newer_checkpoint_precedes_final_weights_of_extended_run(tmp_path, version):
+    """A run of 4 steps that is continued; its checkpoint of step 4 is no newer than final/."""
+    (tmp_path / runs.CONFIG).write_text(to_yaml(load_config("digits", ["train.steps=20"])))
+    runs.write_weights(tmp_path / "final", load_config("digits", ["train.steps=4"]), OWN, 4)
+    if version == "without a state":
+        (tmp_path / "final" / runs.STATE).unlink()
+    for step, weights, label in (
+        (2, "final/model", "(finished)"),
+        (4, "final/model", "(finished)"),
+        (6, "checkpoints/step-00000006/ema", "(step 6, newer than final/)"),
+    ):
+        checkpoint = tmp_path / "checkpoints" / runs.checkpoint_name(step)
+        with runs.whole_folder(checkpoint) as folder:
+            hashes = {runs.EMA: runs.write_tensors(OWN, folder / runs.EMA)}
+            runs.write_state(folder, {"step": step, "sha256": hashes})
+        found = runs.find_run(tmp_path)
+        assert found.weights == tmp_path / f"{weights}.safetensors"
+        assert found.label == f"{tmp_path} {label}"
+        assert found.config.train.steps == (20 if step == 6 else 4)
+
+    (checkpoint / runs.EMA).write_bytes(b"half")
+    found = runs.find_run(tmp_path)
+    assert (found.weights, found.step) == (tmp_path / "final" / runs.MODEL, 4)
+    assert f"step 4, final/, because {checkpoint / runs.EMA} has changed" in found.label
+
+
 def test_average_is_found_by_its_decay(tmp_path):
     """In a checkpoint, in `final/` and in `best/`, which holds only the first; a run of one average
     has one.
