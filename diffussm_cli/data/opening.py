@@ -19,10 +19,12 @@ from diffussm_cli.errors import ConfigError, DataError
 
 def doubts(source: Source, config: Config) -> list[str]:
     """Lines about data that can be used, but may not be what was meant: their scale, and classes
-    without images.
+    without images that are trained on.
     """
     scale = getattr(undivided(source), "warning", "")
     empty = empty_classes(source.class_names, source.labels) if config.model.num_classes else ""
+    if empty and isinstance(source, Part):
+        empty = f"data.held_out: without a share of {source.share:g}, {empty}"
     return [line for line in (scale, empty) if line]
 
 
@@ -74,6 +76,18 @@ def open_held_out(config: Config, source: Source) -> Source | None:
             f"data.held_out: {d.held_out!r} must hold the same classes as data.path {d.path!r}"
         )
     return held_out
+
+
+def count_shared(held_out: Source, source: Source) -> int:
+    """How many images of one source are images of the other too: the same files, under whatever
+    name, or the same store.
+    """
+    images: Any = held_out
+    others: Any = undivided(source)
+    if isinstance(images, ImageFolder) and isinstance(others, ImageFolder):
+        return len(images.listing.places() & others.listing.places())
+    roots = [getattr(store, "root", None) for store in (images, others)]
+    return len(images) if None not in roots and os.path.samefile(*roots) else 0
 
 
 def _open(config: Config, held_out: bool = False, listing: Listing | None = None) -> Source:

@@ -57,8 +57,9 @@ class Part:
 
     @property
     def labels(self) -> Sequence[int] | Tensor:
-        """Those of the undivided source."""
-        return self.source.labels
+        """Those of this part; empty if those of the undivided source are."""
+        labels = self.source.labels
+        return np.asarray(labels)[self.indices].tolist() if len(labels) else []
 
     @property
     def left_out(self) -> str:

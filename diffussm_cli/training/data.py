@@ -18,6 +18,7 @@ from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.opening import (
+    count_shared,
     doubts,
     latent_statistics,
     open_held_out,
@@ -25,7 +26,7 @@ from diffussm_cli.data.opening import (
     text_hash,
     vae_hash,
 )
-from diffussm_cli.data.source import Source, undivided
+from diffussm_cli.data.source import Part, Source, undivided
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.files import sha256
@@ -59,11 +60,33 @@ def list_images(
 
     # What is wrong with them, and what is not used of them.
     if isinstance(config.data.held_out, str) and config.data.held_out:
-        open_held_out(config, source)  # a mistake shows now, even if nothing is measured
+        # a mistake shows now, even if nothing is measured
+        held_out = open_held_out(config, source)
+        assert held_out is not None, "a folder or store"
+        yield from _compare_held_out(held_out, source, root, config)
     if source.left_out:
         yield Message(source.left_out)
     yield from map(Warned, doubts(source, config))
     return source
+
+
+def _compare_held_out(
+    held_out: Source, source: Source, root: Path | None, config: Config
+) -> Iterator[Event]:
+    """Raises ConfigError if held-out images are trained on; a run that did so from its beginning
+    cannot change it any more, and is warned.
+    """
+    shared = count_shared(held_out, source)
+    if not shared:
+        return
+    d = config.data
+    line = (
+        f"data.held_out: {shared:,} of {len(held_out):,} images in {d.held_out!r} are also in "
+        f"data.path {d.path!r}"
+    )
+    if root is None or not runs.list_checkpoints(root):
+        raise ConfigError(f"{line}; name a folder of other images, or a share such as 0.05")
+    yield Warned(f"{line}, so the held-out loss of this run is not of unseen images")
 
 
 def open_data(
@@ -134,15 +157,22 @@ def compare_data(
 
     # Those of the last session, which may not be those of the beginning.
     first = before.get("first") or {name: before[name] for name in FIRST}
-    is_same = before["sha256"] in ("", identity)  # earlier versions did not hash built-in sets
+    # Earlier versions did not hash built-in sets, and nobody can hash a Dataset.
+    is_same = before["sha256"] in ("", identity) and before["images"] == len(images)
     if not is_same:
         began = "began with" if before["sha256"] == first["sha256"] else "was trained on last"
         number = f"{before['images']:,} then, {len(images):,} now"
         if before["images"] == len(images):
             number = f"{len(images):,} as before, with other names, labels or sizes"
+        held_out = ""
+        if isinstance(source, Part):
+            held_out = (
+                f", and data.held_out={source.share:g} may now hold out images that it was trained "
+                "on, so the held-out loss is not of unseen images any more"
+            )
         yield Warned(
             f"data.path: the images in {config.data.path!r} are not those that {root} {began} "
-            f"({number}); from here on they come in another order"
+            f"({number}); from here on they come in another order{held_out}"
         )
     return facts | {"checked": before["checked"] and is_same, "first": first}
 

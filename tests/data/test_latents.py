@@ -21,7 +21,7 @@ from diffussm_cli.data.latents.manifest import StoreSettings, read_settings
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.latents.store import read_store, verify
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.opening import open_source, text_hash
+from diffussm_cli.data.opening import count_shared, open_source, text_hash
 from diffussm_cli.data.text import Texts
 from diffussm_cli.data.vae import load_vae
 from diffussm_cli.data.vae_facts import read_facts
@@ -263,6 +263,13 @@ def test_open_source_checks_store_and_configuration(whole):
 
 
 # ------------------------------------------------------------------------------------------- damage
+def test_store_shares_its_images_with_itself_by_another_path(whole, copy):
+    link = copy.parent / f"{copy.name}-link"
+    link.symlink_to(whole.store)
+    stores = [LatentStore(path, flip=False) for path in (whole.store, link, copy)]
+    assert [count_shared(store, stores[0]) for store in stores] == [N - 1, N - 1, 0]
+
+
 def test_verify_names_a_damaged_shard(copy):
     assert [problem for _, problem in verify(copy)] == [None] * 4
     damage(copy / "shard-00001.safetensors", -9)

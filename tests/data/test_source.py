@@ -59,6 +59,21 @@ def test_classes_without_an_image_are_named(case, tmp_path):
     assert doubts(open_source(without), without) == []
 
 
+def test_class_that_is_held_out_entirely_is_named(tmp_path):
+    """All other classes have an image that is trained on."""
+    names = [f"{i:02}" for i in range(20)]
+    for i, name in enumerate(names):
+        for k in range(1 if i % 2 else 5):
+            write(tmp_path / name / f"{k}.png")
+    config = folder_config(tmp_path, 20, "data.held_out=0.25", "data.channels=3")
+    source = open_source(config)
+    _, trained = source.read(range(len(source)), generators(len(source)))
+    lost = [name for i, name in enumerate(names) if i not in trained.tolist()]
+    assert 1 < len(lost) < 10
+    line = f"{len(lost)} of 20 classes have no image: {', '.join(lost)}"
+    assert doubts(source, config) == [f"data.held_out: without a share of 0.25, {line}"]
+
+
 def write_tar(path, members):
     """A shard of these members, with a picture for each."""
     picture = io.BytesIO()

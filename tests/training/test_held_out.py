@@ -4,6 +4,8 @@ on.
 
 import functools
 import json
+import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from diffussm_cli.config import MANY, load_config, unused_fields
 from diffussm_cli.data.opening import open_held_out, open_source
 from diffussm_cli.diffusion.losses import training_losses
 from diffussm_cli.errors import ConfigError, DataError
-from diffussm_cli.events import TrainingRecord
+from diffussm_cli.events import TrainingRecord, Warned
 from diffussm_cli.machine.processes import ALONE, World
 from diffussm_cli.training import measure as module
 from diffussm_cli.training.batches import image_seeds
@@ -204,6 +206,85 @@ def test_held_out_folder_that_does_not_fit_is_rejected(folder, tmp_path):
         ConfigError, match="data.held_out: .* must hold the same classes as data.path"
     ):
         open_held_out(config, source)
+
+
+SHARED = {  # data.path; data.held_out; how many of its images are shared
+    "a slash at the end": ("images", "images/", "40 of 40"),
+    "a longer path": ("images", "a/../images", "40 of 40"),
+    "a pattern": ("images/a", "images/a/*0.png", "4 of 4"),
+    "a link to the folder": ("images", "link", "40 of 40"),
+    "links to images": ("images", "links", "2 of 3"),
+    "a shard": ("x.tar", "./x.tar", "40 of 40"),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_held_out_images_that_are_trained_on_are_refused(folder, case, monkeypatch):
+    """Under whatever name, and before a run folder is made."""
+    here = folder.parent
+    monkeypatch.chdir(here)
+    for name, target in {"a/x": "a/00", "a/y": "a/02", "b/x": None}.items():
+        path = here / "links" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if target:
+            path.symlink_to(folder / f"{target}.png")
+        else:
+            Image.new("L", (8, 8)).save(path)
+    (here / "link").symlink_to(folder)
+    (here / "a").mkdir()
+    with tarfile.open("x.tar", "w") as tar:
+        tar.add(folder, ".")
+
+    path, name, shared = SHARED[case]
+    classes = 0 if case == "a pattern" else 2
+    config = settings(path, f"data.held_out={name}", f"model.num_classes={classes}")
+    line = rf"^data.held_out: {shared} images in '{re.escape(name)}' are also in data.path '{path}'"
+    with pytest.raises(ConfigError, match=line):
+        list(train(config, here / "run"))
+    assert not (here / "run").exists()
+
+
+def test_run_that_has_begun_with_its_held_out_images_is_warned(folder, tmp_path):
+    """It cannot change data.held_out any more."""
+    other = folder.parent / "other"
+    (other / "a").mkdir(parents=True)
+    (other / "b").mkdir()
+    for name in ("a/00.png", "b/01.png"):
+        (other / name).write_bytes((folder / name).read_bytes())
+    config = settings(folder, f"data.held_out={other}")
+    list(train(config, tmp_path / "run"))
+    (other / "a" / "00.png").unlink()
+    (other / "a" / "00.png").symlink_to(folder / "a" / "00.png")
+    more = settings(folder, f"data.held_out={other}", "train.steps=5")
+    said = [e.text for e in train(more, tmp_path / "run", resume=True) if isinstance(e, Warned)]
+    line = next(text for text in said if text.startswith("data.held_out: "))
+    assert line.startswith("data.held_out: 1 of 2 images in ")
+    assert line.endswith("so the held-out loss of this run is not of unseen images")
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0, False), (0.25, True)])
+def test_new_share_of_changed_images_is_warned_of(folder, tmp_path, share, warns):
+    """One image more, and others are held out, some of which were trained on."""
+    fields = f"data.held_out={share}"
+    list(train(settings(folder, fields), tmp_path / "run"))
+    Image.new("L", (8, 8), 1).save(folder / "a" / "99.png")
+    more = settings(folder, fields, "train.steps=5")
+    said = [e.text for e in train(more, tmp_path / "run", resume=True) if isinstance(e, Warned)]
+    assert len(said) == 1
+    assert "(40 then, 41 now)" in said[0]
+    line = "data.held_out=0.25 may now hold out images that it was trained on"
+    assert (line in said[0]) == warns
+
+
+def test_dataset_of_another_length_is_warned_of_on_resume(tiny, tmp_path):
+    def dataset(n):
+        return torch.utils.data.TensorDataset(torch.zeros(n, 1, 8, 8), torch.arange(n) % 10)
+
+    for n, steps, count in ((20, 4, 0), (20, 5, 0), (21, 6, 1)):
+        config = tiny(f"train.steps={steps}", "data.held_out=0.25")
+        events = train(config, tmp_path / "run", resume=steps > 4, dataset=dataset(n))
+        said = [e.text for e in events if isinstance(e, Warned)]
+        assert sum("(20 then, 21 now)" in line for line in said) == count
 
 
 # --------------------------------------------------------------------------------------- whole runs

@@ -62,6 +62,20 @@ class Listing:
             digest.update(line)
         return digest.hexdigest()
 
+    def places(self) -> set[tuple[str, int, str]]:
+        """Where the images lie, by whatever path the source was named: the real path of a file, and
+        the place and column in a shard.
+        """
+        real_folder = functools.cache(os.path.realpath)
+
+        def real(name: str) -> str:
+            folder, leaf = os.path.split(self.root / name)
+            path = os.path.join(real_folder(folder), leaf)
+            return os.path.realpath(path) if os.path.islink(path) else path
+
+        files = {name: real(name) for name in {e.archive or e.name for e in self.entries}}
+        return {(files[e.archive or e.name], e.offset, e.column) for e in self.entries}
+
     def left_out(self, with_text: bool = False, known: Collection[str] = ()) -> list[LeftOut]:
         """What is not used, counted by reason.
 
