@@ -210,7 +210,7 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file that takes its name only when complete and on disk; leftovers of a killed
-    process are removed.
+    process are removed. Of several processes that write it at once, the last one counts.
 
     If not `durable`, a power failure may lose the file. This is faster, for one file of very many.
     A link of that name is replaced by the file; its target is not touched.
@@ -222,16 +222,17 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     if os.path.lexists(path) and stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
         raise OSError(errno.EINVAL, "it is a device, not a file", str(path))
     if durable:  # listing a folder of very many files takes long
-        for old in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):
-            # not of another file, as NAME.gz
-            if old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():
-                old.unlink(missing_ok=True)
+        _remove_leftovers(path)
 
-    # Written beside it, and put in its place once it is complete.
-    temporary = path.with_name(f"{PARTIAL}{path.name}.{os.getpid()}")
+    # Written beside it, and put in its place once it is complete. The name is taken by no other
+    # process, not even by one with the same number on another machine or in another container.
+    number = int.from_bytes(os.urandom(7), "big")
+    temporary = path.with_name(f"{PARTIAL}{path.name}.{number}")
     try:
-        temporary.unlink(missing_ok=True)
         with temporary.open("xb") as file:  # never through a link that somebody has put there
+            if durable:
+                with contextlib.suppress(OSError):  # where there are no locks, nobody removes it
+                    _lock(file.fileno())
             yield file
             file.flush()
             if durable:
@@ -246,6 +247,36 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the partial files of a file that no living process has locked."""
+    for old in path.parent.glob(f"{PARTIAL}{glob.escape(path.name)}.*"):
+        # not of another file, as NAME.gz
+        if not old.name.removeprefix(f"{PARTIAL}{path.name}.").isdecimal():
+            continue
+        if sys.platform == "win32" or old.is_symlink():  # Windows removes no file that is open
+            with contextlib.suppress(OSError):
+                old.unlink()
+            continue
+
+        with contextlib.suppress(OSError):
+            handle = os.open(old, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                _lock(handle)
+                old.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Lock an open file for as long as it is open; Windows needs no lock. Raises OSError if another
+    process has locked it, or if the file system has no locks.
+    """
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_text(path: Path, text: str) -> None:

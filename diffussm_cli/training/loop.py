@@ -158,20 +158,20 @@ class Trainer:
             elif announce and number == first:
                 yield {}
 
-            # Draw and save.
+            # Save and draw, in this order: what goes wrong in drawing costs no step.
             draws = due(number, t.sample_every, last)
             keeps = due(number, t.snapshot_every, last)
             saves = due(number, t.checkpoint_every, ends)
             if draws or keeps or saves:
                 with self._interrupted():
-                    if draws:
-                        with self._timed("previews"):
-                            self.preview(last)
                     with self._timed("checkpoints"):
                         if keeps:  # before a checkpoint of this step, from which training may go on
                             self.keep_snapshot()
                         if saves:
                             self.save()
+                    if draws:
+                        with self._timed("previews"):
+                            self.preview(last)
 
             if stopped and not last:
                 self.writer.finish()

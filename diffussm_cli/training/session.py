@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from diffussm_cli import runs
 from diffussm_cli.config import PYTHON, Config, unused_fields
 from diffussm_cli.data.listing import Listing
-from diffussm_cli.errors import RunError
+from diffussm_cli.errors import RunError, reason
 from diffussm_cli.events import Event, FirstStep, Message, Stage, TrainingRecord, Warned
 from diffussm_cli.machine.device import facts_of_program, keep_freed_memory
 from diffussm_cli.machine.processes import (
@@ -181,7 +181,7 @@ def _steps(
     if writer:
         data = {"data_sha256": facts["sha256"]}
         news = {"session": {**trainer.facts(), **data, **facts_of_program()}}
-        trainer.after_preview = functools.partial(renew_report, trainer.root, config)
+        trainer.after_preview = functools.partial(_renew_report, trainer)
 
     skipped = 0
     for record in trainer.run(stop, announce=not config.train.compile):
@@ -192,15 +192,15 @@ def _steps(
             writer.write(record | news | {"seconds": trainer.seconds()})
             news = {}
             if any(due(trainer.step.number, every) for every in measured):
-                renew_report(trainer.root, config)
+                _renew_report(trainer)
         skipped += len(record.get("left_out", ()))
         yield TrainingRecord(record, config.train.steps, first)
         yield from _notes(trainer)
 
-    yield from _notes(trainer)
     if writer:
         writer.end(trainer.seconds())
-        renew_report(trainer.root, config)
+        _renew_report(trainer)
+    yield from _notes(trainer)
     if skipped:
         yield Warned(
             f"{skipped} of {trainer.step.number - first} steps were left out, because their loss "
@@ -214,14 +214,17 @@ def _notes(trainer: Trainer) -> Iterator[Warned]:
     trainer.notes.clear()
 
 
-def renew_report(root: Path, config: Config) -> None:
-    """Write the report of a run; before that, its configuration, if somebody has removed it.
-
-    Raises OSError.
+def _renew_report(trainer: Trainer) -> None:
+    """Write the report of a run; before that, its configuration, if somebody has removed it. A
+    failure is a note, and does not end the training.
     """
-    if not (root / runs.CONFIG).exists():
-        runs.write_config(root, config)
-    write_report(root)
+    root = trainer.root
+    try:
+        if not (root / runs.CONFIG).exists():
+            runs.write_config(root, trainer.config)
+        write_report(root)
+    except (OSError, RunError) as e:
+        trainer.notes.append(f"{root / runs.REPORT} cannot be written: {reason(e)}")
 
 
 def _prepare(opened: Opened, root: Path, world: World) -> Trainer:

@@ -138,6 +138,21 @@ def test_write_leaves_partial_files_of_others(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a.txt", *others])
 
 
+def test_file_that_two_processes_write_is_complete_and_of_the_last(tmp_path, monkeypatch):
+    """Both may have the same number, as in two containers, or be seen by different machines."""
+    path = tmp_path / "report.html"
+    for numbers in ([1, 1], [1, 2]):
+        monkeypatch.setattr(os, "getpid", lambda numbers=numbers: numbers[-1])
+        with whole_file(path) as file:
+            file.write(b"the first ")
+            write_text(path, "of the second")
+            assert path.read_text() == "of the second"
+            numbers.pop()
+            file.write(b"is complete")
+        assert path.read_text() == "the first is complete"
+        assert list(tmp_path.iterdir()) == [path]
+
+
 def test_files_are_written_without_opening_folders_on_windows(tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffussm_cli import runs
-from diffussm_cli.errors import ConfigError, NotFiniteError
+from diffussm_cli.errors import ConfigError, NotFiniteError, RunError
 from diffussm_cli.events import FirstStep, Message, Stage, TrainingRecord, Warned, finish
 from diffussm_cli.machine.gpus import gpu_named
 from diffussm_cli.machine.processes import World
@@ -18,6 +18,7 @@ from diffussm_cli.profiling.flops import cost, training_operations
 from diffussm_cli.training import loop
 from diffussm_cli.training.checks import check_job
 from diffussm_cli.training.session import TrainingResult, train
+from tests.helpers import Killed
 
 
 def told(session):
@@ -108,6 +109,29 @@ def test_preview_that_is_not_finite_is_a_warning_and_loses_no_step(tiny, tmp_pat
     assert "the image of seed 3 has values that are not finite after step 2 of 4" in warnings[0]
     assert result.finished
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RunError("damaged")])
+def test_report_that_cannot_be_written_is_a_warning(tiny, tmp_path, monkeypatch, error):
+    def fail(root):
+        raise error
+
+    monkeypatch.setattr("diffussm_cli.training.session.write_report", fail)
+    events, result = told(train(tiny("train.sample_every=2"), tmp_path / "run"))
+    warnings = {event.text for event in events if isinstance(event, Warned)}
+    words = "No space left on device" if isinstance(error, OSError) else "damaged"
+    assert warnings == {f"{tmp_path / 'run' / 'report.html'} cannot be written: {words}"}
+    assert result.finished
+
+
+def test_checkpoint_of_a_step_precedes_its_preview(tiny, tmp_path, monkeypatch):
+    def draw(self, step, model, last):
+        raise Killed
+
+    monkeypatch.setattr("diffussm_cli.training.preview.Previews.draw", draw)
+    with pytest.raises(Killed):
+        list(train(tiny("train.sample_every=2", "train.async_checkpoint=false"), tmp_path / "run"))
+    assert [runs.step_of(path) for path in runs.list_checkpoints(tmp_path / "run")] == [2]
 
 
 def test_log_tells_command_data_commit_memory_and_where_the_time_went(tiny, tmp_path, monkeypatch):
