@@ -120,6 +120,11 @@ CHOSEN = {  # files of a repository, FILES, what is read or the error
         "default/train/*.parquet",
     ),
     "no splits": (["README.md", "x.parquet", "y.parquet"], None, "*.parquet"),
+    "some of a series, by name": (
+        ["train-00001-of-00002.parquet"],
+        "train-*.parquet",
+        "train-*.parquet",
+    ),
     "files that are named": (["a/test-0.parquet", "a/train-0.parquet"], "a/test-*", "a/test-*"),
 }
 REFUSED = {
@@ -133,6 +138,11 @@ REFUSED = {
         ["validation-0.parquet", "test-0.parquet"],
         None,
         r"the set has 2 parts; choose one: 'hub:o/n@v:test-\*.parquet', 'hub:o/n@v:validation",
+    ),
+    "a cache that holds some of a series": (
+        ["a/train-00001-of-00003.parquet"],
+        None,
+        r"^of the 3 shards 'hub:o/n@v:a/train-\*.parquet', 2 are missing: 00000, 00002; fetch what",
     ),
     "files that are not there": (
         ["a.parquet"],

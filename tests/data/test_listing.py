@@ -560,6 +560,17 @@ REFUSED = {  # files, what is given, the line
         "",
         "the shards are of test, train; choose one: 'train.parquet'",
     ),
+    "some shards of a series": (
+        {f"train-{i:05}-of-00009-{i}ab.parquet": b"" for i in (1, 8)},
+        "",
+        "of the 9 shards 'ROOT/train-*.parquet', 7 are missing: 00000, 00002, 00003, 00004, 00005 "
+        "and 2 more; fetch what is missing, or choose the shards that are there by this pattern",
+    ),
+    "some shards of a series, below and from 1": (
+        {f"data/train-{i}-of-3.tar": b"" for i in (1, 3)},
+        "",
+        "of the 3 shards 'ROOT/data/train-*.tar', 1 is missing: 2; fetch what",
+    ),
     "splits below a pattern": (
         {"train-0.tar": b"", "val-0.tar": b""},
         "*-0.tar",
@@ -692,6 +703,18 @@ LISTED = {  # files, what is given, names, classes
         },
         "train-*.tar",
         ["train-0.tar/1.png", "train-1.tar/2.png"],
+        (),
+    ),
+    "a pattern of some shards of a series": (
+        {f"train-{i}-of-3.tar": shard(**{f"{i}.png": None}) for i in (0, 2)},
+        "train-*.tar",
+        ["train-0-of-3.tar/0.png", "train-2-of-3.tar/2.png"],
+        (),
+    ),
+    "all shards of a series from 1": (
+        {f"train-{i}-of-2.tar": shard(**{f"{i}.png": None}) for i in (1, 2)},
+        "",
+        ["train-1-of-2.tar/1.png", "train-2-of-2.tar/2.png"],
         (),
     ),
     "a pattern of images": (

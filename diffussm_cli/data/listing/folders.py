@@ -29,7 +29,7 @@ from diffussm_cli.data.listing.left_out import (
     some_of,
 )
 from diffussm_cli.data.listing.shards import list_archives, list_parquet
-from diffussm_cli.data.listing.splits import one_split, refuse_splits
+from diffussm_cli.data.listing.splits import one_split, refuse_gaps, refuse_splits
 from diffussm_cli.data.metadata import LABEL, TEXTS, fields_of, metadata_in
 from diffussm_cli.data.metadata import NAMES as METADATA
 from diffussm_cli.data.samples import BESIDE, holds_samples
@@ -41,8 +41,18 @@ SYSTEM = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lo
 COLUMNS = 3  # number of columns of metadata that a line lists
 
 
-def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) -> Listing:
-    """List the files and folders with these names."""
+def list_folder(
+    root: Path, names: Sequence[str], columns: Mapping[str, str], are_chosen: bool = False
+) -> Listing:
+    """List the files and folders with these names.
+
+    Args:
+        are_chosen: whether the user has chosen them, and not all of a folder. Then no shards of a
+            series are missed.
+
+    Raises:
+        DataError: for what cannot be listed, or is not clear.
+    """
     ignored: list[tuple[str, str]] = []
     unread: Counter[str] = Counter()
 
@@ -82,6 +92,8 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
     if stacks:
         ignored = [(name, reason) for name, reason in ignored if name not in stacks]
         ignored += [(name, "a folder without images") for name in folders]
+        if not are_chosen:
+            refuse_gaps(stacks, os.path.join(root, ""))
         return list_arrays(root, stacks, ignored, columns)
 
     if folders and not shards and not flat:
@@ -109,6 +121,8 @@ def list_folder(root: Path, names: Sequence[str], columns: Mapping[str, str]) ->
     tars = [name for name in shards if name.lower().endswith(".tar")]
     kind = "tar" if tars else "parquet"
     used = one_split(tars or shards)
+    if not are_chosen:
+        refuse_gaps(used, os.path.join(root, ""))
     ignored += [
         (n, reason_for(n, f"a file next to {kind} shards")) for n in files if n not in set(used)
     ]

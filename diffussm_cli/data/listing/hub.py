@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffussm_cli.config import HUB
-from diffussm_cli.data.listing.splits import split_folder, split_of
+from diffussm_cli.data.listing.splits import refuse_gaps, split_folder, split_of
 from diffussm_cli.errors import DataError, reason
 from diffussm_cli.machine.hub import HUB_NAME, quiet, root_cause
 
@@ -91,7 +91,8 @@ def choose_shards(names: Sequence[str], files: str | None, begin: str) -> str:
         begin: what stands before FILES in an error.
 
     Raises:
-        DataError: if no shards fit, or several splits or folders do and none is the training set.
+        DataError: if no shards fit, or several splits or folders do and none is the training set,
+            or some of a series are missing.
     """
     shards = [name for name in names if name.endswith(".parquet")]
     if files is not None:
@@ -124,4 +125,6 @@ def choose_shards(names: Sequence[str], files: str | None, begin: str) -> str:
         several = sorted(chosen or {p for patterns in splits.values() for p in patterns})
         some = ", ".join(f"'{begin}:{pattern}'" for pattern in several[:3])
         raise DataError(f"the set has {len(several)} parts; choose one: {some}")
-    return next(iter(chosen))
+    pattern = next(iter(chosen))
+    refuse_gaps(fnmatch.filter(shards, pattern), f"{begin}:")  # the cache may hold some of them
+    return pattern

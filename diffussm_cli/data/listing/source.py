@@ -33,14 +33,14 @@ def list_source(source: Path, option: str = "SOURCE", columns: Mapping[str, str]
             `named_columns`; the others are found by their usual names.
 
     Raises:
-        DataError: if the source is missing, unreadable, holds several splits of a data set, or no
-            images.
+        DataError: if the source is missing, unreadable, holds several splits of a data set, lacks
+            shards of a series, or holds no images.
     """
     try:
         if str(source).startswith(HUB):
             source = fetch_shards(str(source)).pattern
         root, names = _names_in(source)
-        listing = list_folder(root, names, columns)
+        listing = list_folder(root, names, columns, not os.path.isdir(source))
     except DataError as e:
         raise DataError(f"{option}: {e}") from e
 

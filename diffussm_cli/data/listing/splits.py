@@ -1,5 +1,8 @@
-"""Names that tell the split of a data set: train, validation or test."""
+"""Names of shards and folders that tell a split of a data set, train, validation or test, or how
+many shards there are.
+"""
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -21,6 +24,9 @@ SPLITS = {  # words that name a split of a data set
 SPLIT_FOLDER = re.compile(
     rf"({'|'.join(SPLITS)})(?:[AB]|\d\d+|[_-]?(?:set|images|imgs|data))?", re.IGNORECASE
 )
+
+NUMBERED = re.compile(r"(.+)-(\d+)-of-(\d+)(?:-\w+)?(\.\w+)")  # train-00000-of-00004.parquet
+NUMBERS = 5  # that a line lists
 
 
 def split_of(shard: str) -> tuple[str, str]:
@@ -56,6 +62,40 @@ def one_split(shards: Sequence[str]) -> list[str]:
         chosen = splits.get("train") or next(iter(splits.values()))
         raise DataError(f"the shards are of {', '.join(splits)}; choose one: {chosen!r}")
     return list(shards)
+
+
+def refuse_gaps(shards: Sequence[str], begin: str) -> None:
+    """Raises DataError if shards are missing of a series whose names say how many there are, as
+    after an interrupted download.
+
+    Args:
+        begin: what stands before the pattern of those that are there, which is the remedy.
+    """
+    # The numbers that are there, of each series.
+    series: dict[tuple[str, str, str], set[str]] = {}
+    for name, number, count, suffix in (m.groups() for m in map(NUMBERED.fullmatch, shards) if m):
+        series.setdefault((name, count, suffix), set()).add(number)
+
+    for (name, count, suffix), present in series.items():
+        numbers = set(map(int, present))
+        total = int(count)
+        lacks = total - len(numbers)
+        if lacks <= 0:
+            continue
+
+        # The first of those that are not, counted from 0 or 1.
+        first = int(0 not in numbers and total in numbers)
+        absent = (i for i in range(first, first + total) if i not in numbers)
+        width = min(map(len, present))
+        some = ", ".join(f"{i:0{width}}" for i in itertools.islice(absent, NUMBERS))
+        more = f" and {lacks - NUMBERS:,} more" if lacks > NUMBERS else ""
+
+        pattern = f"{begin}{name}-*{suffix}"
+        are = "is" if lacks == 1 else "are"
+        raise DataError(
+            f"of the {total:,} shards {pattern!r}, {lacks:,} {are} missing: {some}{more}; fetch "
+            "what is missing, or choose the shards that are there by this pattern"
+        )
 
 
 def refuse_splits(
