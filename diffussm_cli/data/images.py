@@ -110,6 +110,10 @@ def flatten(image: Image.Image, channels: int) -> Image.Image:
     # Eight bits and transparency, for which Pillow needs help.
     if image.mode == "F":
         raise ValueError("floating-point pixels have no standard range")
+    if isinstance(image, TiffImageFile):
+        formats = image.tag_v2.get(SAMPLEFORMAT, (UNSIGNED,))
+        if set(formats) != {UNSIGNED}:
+            raise ValueError("signed pixels have no standard range")
     opaque = _opaque(image)
     if image.mode.startswith("I"):
         image = _eight_bits(image)
@@ -141,10 +145,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         tags = image.tag_v2
         bits = tags.get(BITSPERSAMPLE, (1,))[0]
         inverted = tags.get(PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
-        if bits > 16 or tags.get(SAMPLEFORMAT, (UNSIGNED,))[0] != UNSIGNED:
-            raise ValueError(
-                "signed pixels, and those of more than 16 bits, have no standard range"
-            )
+        if bits > 16:
+            raise ValueError("pixels of more than 16 bits have no standard range")
 
     top = (1 << bits) - 1
     values = np.asarray(image)

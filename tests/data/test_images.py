@@ -159,7 +159,7 @@ def tiff(values, bits, photometric=1, sample_format=1):
             np.packbits(row).tobytes() for row in ones.reshape(height, -1).astype(np.uint8)
         )
     else:
-        data = values.astype({16: "<u2", 32: "<u4"}[bits]).tobytes()
+        data = values.astype({8: "u1", 16: "<u2", 32: "<u4"}[bits]).tobytes()
     tags = {
         256: width,
         257: height,
@@ -189,12 +189,18 @@ def test_grey_of_tiff_is_scaled_by_its_bits(tmp_path, bits, photometric):
     assert np.array_equal(read_image(tmp_path / "x.tif", None, 1)[:, :, 0], expected)
 
 
-@pytest.mark.parametrize(("bits", "sample_format"), [(16, 2), (32, 1), (32, 2)])
-def test_grey_without_standard_range_is_rejected(tmp_path, bits, sample_format):
-    (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 2), 300), bits, sample_format=sample_format))
-    with pytest.raises(
-        DataError, match="signed pixels, and those of more than 16 bits, have no standard range"
-    ):
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "kind"),
+    [
+        (8, 2, "signed pixels"),
+        (16, 2, "signed pixels"),
+        (32, 2, "signed pixels"),
+        (32, 1, "pixels of more than 16 bits"),
+    ],
+)
+def test_grey_without_standard_range_is_rejected(tmp_path, bits, sample_format, kind):
+    (tmp_path / "x.tif").write_bytes(tiff(np.full((2, 2), 200), bits, sample_format=sample_format))
+    with pytest.raises(DataError, match=f"{kind} have no standard range"):
         read_image(tmp_path / "x.tif", None, 1)
 
 
