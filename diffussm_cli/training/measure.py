@@ -21,7 +21,7 @@ from diffussm_cli.config import MANY, Config
 from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.data.opening import open_held_out
 from diffussm_cli.data.source import Source, captions_of
-from diffussm_cli.errors import ConfigError, DataError, DiffussmError
+from diffussm_cli.errors import ConfigError, DataError, DiffussmError, RunError
 from diffussm_cli.evaluation.comparison import USUAL, check_images
 from diffussm_cli.evaluation.evaluator import Evaluator
 from diffussm_cli.evaluation.extractors import doubts
@@ -244,7 +244,8 @@ class Scoring:
     def score(self, step: Step, model: Backbone, keep: bool = True) -> dict[str, float]:
         """Metrics of a model in eval mode by name, such as `eval/fid`; empty on other ranks than 0.
 
-        If `keep`, the weights with the best FID go to RUN/best.
+        If `keep`, the weights with the best FID go to RUN/best. They are the best of those that
+        were measured in the same way: after a change of the settings, the next ones go there.
 
         Raises:
             DataError, ConfigError: if reference and extractor do not match.
@@ -272,7 +273,41 @@ class Scoring:
     def _keep_if_best(self, number: int, model: Backbone, values: dict[str, float]) -> None:
         best = self.root / runs.BEST
         before = runs.read_metrics(best).get("eval/fid", float("inf"))
-        if values["eval/fid"] < before:
+        is_better = values["eval/fid"] < before
+        if is_better or difference_of_best(self.root, self.config):
             runs.write_weights(
                 best, self.config, model.state_dict(), number, {"step": number, **values}
             )
+
+
+def difference_of_best(root: Path, config: Config) -> str:
+    """How the FID of RUN/best was measured otherwise than a configuration says, so that the two
+    cannot be compared; empty if they can, or if there is none.
+    """
+    best = root / runs.BEST
+    if "eval/fid" not in runs.read_metrics(best):
+        return ""
+    try:
+        before = _measurement(runs.read_config(best))
+    except RunError as e:
+        return str(e)
+    now = _measurement(config)
+    return ", ".join(
+        f"{name} was {before[name]!r} and is now {value!r}"
+        for name, value in now.items()
+        if value != before[name]
+    )
+
+
+def _measurement(config: Config) -> dict[str, Any]:
+    """All settings on which a score depends, besides the weights, by name."""
+    e, s = config.eval, config.sample
+    values = {
+        "eval.images": e.images,
+        "eval.steps": min(e.steps, s.steps),
+        "eval.reference": config.reference,
+        "eval.extractor": e.extractor,
+    }
+    others = {"steps", "prompts", "guide"}  # counted above, of previews alone, and of no run
+    drawing = {f"sample.{f.name}": getattr(s, f.name) for f in dataclasses.fields(s)}
+    return values | {k: v for k, v in drawing.items() if k.partition(".")[2] not in others}

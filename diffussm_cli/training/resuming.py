@@ -10,6 +10,7 @@ from diffussm_cli.data.vae_facts import full_name
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.events import Event, Message
 from diffussm_cli.machine.processes import World, first_works
+from diffussm_cli.training.measure import difference_of_best
 
 
 def compare_config(
@@ -30,6 +31,11 @@ def compare_config(
         moved = before is not None and bool(facts["sha256"]) and before["sha256"] == facts["sha256"]
         changes = check_unchanged(runs.read_config(root, "--resume"), config, moved)
         yield from (Message(f"changed: {change}") for change in changes)
+        if config.eval.every and (difference := difference_of_best(root, config)):
+            yield Message(
+                f"the FID of {root / runs.BEST} cannot be compared with new ones: {difference}; "
+                "the next evaluation replaces it"
+            )
 
 
 def refuse_other_data(root: Path | None, config: Config) -> None:
@@ -87,7 +93,7 @@ def check_unchanged(saved: Config, config: Config, moved: bool = False) -> list[
     free = [*harmless, *((s, f) for s in ("train", "sample", "eval") for f in new[s])]
     values = [(s, f, old[s][f], new[s][f]) for s, f in free]
     changes = [f"{s}.{f} was {was!r} and is now {now!r}" for s, f, was, now in values if was != now]
-    added = [decay for decay in config.train.ema[1:] if decay not in saved.train.ema]
+    added = [decay for decay in config.train.ema if decay not in saved.train.ema]
     return changes + [
         f"the average of {decay} begins as a copy of that of {saved.train.ema[0]}"
         for decay in added

@@ -16,7 +16,7 @@ from diffussm_cli.data.opening import open_source
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.evaluation.sets import DrawnImages
-from diffussm_cli.events import finish
+from diffussm_cli.events import Message, finish
 from diffussm_cli.training import measure
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
@@ -62,6 +62,38 @@ def test_scores_are_recorded_and_the_best_weights_kept(config, tmp_path, monkeyp
         "step": 4,
         "eval/fid": 3.0,
     }
+
+
+def test_other_measurement_begins_a_new_best(config, tmp_path, monkeypatch):
+    """A FID of other images, or drawn otherwise, is no record; a new number of steps is nothing new
+    where eval.steps is less.
+    """
+    root, said, kept = tmp_path / "run", [], []
+    for steps, fid, changes in (
+        (2, 3.0, []),
+        (4, 5.0, ["sample.steps=3"]),
+        (6, 7.0, ["sample.steps=3", "eval.images=17"]),
+        (8, 9.0, ["sample.steps=3", "eval.images=17", "sample.guidance=3.0"]),
+    ):
+        monkeypatch.setattr(
+            "diffussm_cli.evaluation.evaluator.evaluate_features",
+            lambda *_, fid=fid: [("fid", fid)],
+        )
+        events = list(train(config(f"train.steps={steps}", *changes), root, resume=True))
+        lines = [e.text for e in events if isinstance(e, Message)]
+        said += [line for line in lines if "best" in line]
+        kept.append(json.loads((root / "best" / "metrics.json").read_text()))
+    assert [(best["step"], best["eval/fid"]) for best in kept] == [
+        (2, 3.0),
+        (2, 3.0),
+        (6, 7.0),
+        (8, 9.0),
+    ]
+    begins = f"the FID of {root / 'best'} cannot be compared with new ones:"
+    assert said == [
+        f"{begins} eval.images was 16 and is now 17; the next evaluation replaces it",
+        f"{begins} sample.guidance was 2.0 and is now 3.0; the next evaluation replaces it",
+    ]
 
 
 def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path, monkeypatch):
