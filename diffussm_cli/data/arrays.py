@@ -143,6 +143,17 @@ def open_npz(path: Path) -> dict[str, Rows]:
     return arrays
 
 
+def checksum(path: Path, name: str) -> int:
+    """The CRC-32 of an array of a .npz file, which stands in the directory of the file. Raises
+    DataError.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.getinfo(f"{name}.npy").CRC
+    except DAMAGED as e:
+        raise DataError(f"{path}: {name} cannot be read: {reason(e)}") from e
+
+
 @functools.lru_cache(64)
 def mapped(path: Path, name: str) -> np.ndarray:
     """The images in an array of a .npz file, uint8 (n, H, W, 1 or 3), kept for the next call.

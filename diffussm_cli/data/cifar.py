@@ -7,6 +7,7 @@ an image of 32 x 32 pixels, plane by plane. The Python version is pickles, which
 import functools
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +104,11 @@ def read_labels(path: Path) -> list[int]:
         has = f"but {kind.name} has {kind.classes} classes"
         raise DataError(f"{path}: holds the label {labels.max()}, {has}")
     return labels.tolist()
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of all records of a file. Raises DataError."""
+    return zlib.crc32(records(path).view(np.uint8))
 
 
 def read_image(path: Path, row: int) -> np.ndarray:

@@ -107,6 +107,19 @@ def text_hash(config: Config, source: Source) -> str:
     )
 
 
+def content_hashes(config: Config, source: Source) -> dict[str, str]:
+    """Hashes of what the list of images does not show of a source from `open_source`: of `pixels`
+    in arrays and of `latents`, and of `captions` for a run with text. Raises DataError.
+    """
+    images: Any = undivided(source)
+    hashes = {"latents": getattr(images, "shards_sha256", "")}
+    if isinstance(images, ImageFolder):
+        hashes["pixels"] = images.listing.arrays_sha256()
+    if config.data.text is not None and isinstance(images, Captioned):
+        hashes["captions"] = images.captions_sha256()
+    return {name: value for name, value in hashes.items() if value}
+
+
 def latent_statistics(source: Source) -> dict[str, Any]:
     """The fields of `data` with the statistics by which a source from `open_source` normalises its
     latents; none if it does not.

@@ -9,7 +9,9 @@ zeros are padding.
 """
 
 import functools
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import unicodedata
@@ -236,6 +238,11 @@ class Captioned:
     def name_of(self, i: int) -> str:
         """What an error calls an image."""
         return f"image {i}"
+
+    def captions_sha256(self) -> str:
+        """Hash of the captions of all images, in order."""
+        captions = [self.captions_of(i) for i in range(len(self))]
+        return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
     def embed(self, texts: Texts, name: str) -> None:
         """Compute the vectors of all captions. Raises DataError for images without one; `name` is

@@ -95,8 +95,9 @@ def write_data(root: Path, facts: Mapping[str, Any]) -> None:
     """Write where the images of a run are (`path`, absolute), their number `images` and the hash of
     their list.
 
-    `checked` is whether all of them could be read, or are skipped; `first` are the same facts of
-    the images that the run began with. Raises OSError.
+    `content` are hashes of what the list does not show, by name. `checked` is whether all of them
+    could be read, or are skipped; `first` are the same facts of the images that the run began with.
+    Raises OSError.
     """
     write_text(root / DATA, json.dumps(dict(facts)) + "\n")
 

@@ -18,6 +18,7 @@ from diffussm_cli.data.latents.manifest import MANIFEST
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.listing import Listing
 from diffussm_cli.data.opening import (
+    content_hashes,
     count_shared,
     doubts,
     latent_statistics,
@@ -143,6 +144,7 @@ def compare_data(
     `before` is what the file says when a run continues; `first` keeps what the run began with. The
     facts are `checked` if all images were decoded before, and are still the same.
     """
+    # The images as they are now.
     images = undivided(source)
     identity = ""
     if isinstance(images, ImageFolder):
@@ -152,8 +154,18 @@ def compare_data(
     elif isinstance(images, InMemory):
         identity = images.sha256()
     facts = {"path": data_place(config), "images": len(images), "sha256": identity, "checked": True}
+    content = content_hashes(config, source)
+    facts["content"] = content
     if before is None:
         return facts | {"first": {name: facts[name] for name in FIRST}}
+
+    # A share of changed images is another one.
+    held_out = ""
+    if isinstance(source, Part):
+        held_out = (
+            f", and data.held_out={source.share:g} may now hold out images that it was trained on, "
+            "so the held-out loss is not of unseen images any more"
+        )
 
     # Those of the last session, which may not be those of the beginning.
     first = before.get("first") or {name: before[name] for name in FIRST}
@@ -164,16 +176,22 @@ def compare_data(
         number = f"{before['images']:,} then, {len(images):,} now"
         if before["images"] == len(images):
             number = f"{len(images):,} as before, with other names, labels or sizes"
-        held_out = ""
-        if isinstance(source, Part):
-            held_out = (
-                f", and data.held_out={source.share:g} may now hold out images that it was trained "
-                "on, so the held-out loss is not of unseen images any more"
-            )
         yield Warned(
             f"data.path: the images in {config.data.path!r} are not those that {root} {began} "
             f"({number}); from here on they come in another order{held_out}"
         )
+        return facts | {"checked": False, "first": first}
+
+    # What a list does not show, and earlier versions did not record.
+    recorded = before.get("content")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    changed = [name for name, value in content.items() if recorded.get(name, value) != value]
+    for name in changed:
+        yield Warned(
+            f"data.path: the {name} in {config.data.path!r} are not those that {root} was trained "
+            f"on last{'' if name == 'captions' else held_out}"
+        )
+    is_same = not set(changed) - {"captions"}
     return facts | {"checked": before["checked"] and is_same, "first": first}
 
 

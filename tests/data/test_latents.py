@@ -21,7 +21,7 @@ from diffussm_cli.data.latents.manifest import StoreSettings, read_settings
 from diffussm_cli.data.latents.reading import LatentStore
 from diffussm_cli.data.latents.store import read_store, verify
 from diffussm_cli.data.listing import list_source
-from diffussm_cli.data.opening import count_shared, open_source, text_hash
+from diffussm_cli.data.opening import content_hashes, count_shared, open_source, text_hash
 from diffussm_cli.data.text import Texts
 from diffussm_cli.data.vae import load_vae
 from diffussm_cli.data.vae_facts import read_facts
@@ -268,6 +268,15 @@ def test_store_shares_its_images_with_itself_by_another_path(whole, copy):
     link.symlink_to(whole.store)
     stores = [LatentStore(path, flip=False) for path in (whole.store, link, copy)]
     assert [count_shared(store, stores[0]) for store in stores] == [N - 1, N - 1, 0]
+
+
+def test_hash_of_shards_follows_their_records(whole, copy):
+    stores = [LatentStore(whole.store, flip=False), LatentStore(copy, flip=False)]
+    change_record(copy, 1, sha256="ab" * 32)
+    stores.append(LatentStore(copy, flip=False))
+    assert stores[0].shards_sha256 == stores[1].shards_sha256 != stores[2].shards_sha256
+    hashes = [content_hashes(load_config("digits"), store) for store in stores]
+    assert hashes == [{"latents": store.shards_sha256} for store in stores]
 
 
 def test_verify_names_a_damaged_shard(copy):

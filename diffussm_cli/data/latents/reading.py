@@ -4,6 +4,8 @@ B batch   C channels   H x W grid
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,8 @@ class LatentStore:
         self.shift = torch.tensor(self.settings.shift).view(1, -1, 1, 1)
         self.statistics: dict[str, Any] = {}  # fields of `data`, if they are used
         self._measured = store.statistics
+        hashes = [record.sha256 for record in store.records]
+        self.shards_sha256 = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def normalize(self, data: DataConfig) -> None:
         """From here on, read latents with mean 0 and deviation 1 in each channel: by the statistics

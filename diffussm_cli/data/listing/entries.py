@@ -38,6 +38,13 @@ class Entry(NamedTuple):
     column: str = ""  # of a parquet shard; the array of an .npz file
 
 
+def is_array(entry: Entry) -> bool:
+    """Whether an image lies in an array of an .npz file, or in a batch of CIFAR's, which has no
+    name.
+    """
+    return entry.archive.lower().endswith((".npz", ".bin"))
+
+
 @dataclass(frozen=True)
 class Listing:
     """The images of a source in order, and all else that it holds."""
@@ -61,6 +68,17 @@ class Listing:
         for line in self.text():
             digest.update(line)
         return digest.hexdigest()
+
+    def arrays_sha256(self) -> str:
+        """Hash of the pixels of .npz files and of CIFAR's batches, whose sizes in `text` are always
+        the same; empty for other images. Raises DataError.
+        """
+        contents = []
+        for name, array in sorted({(e.archive, e.column) for e in self.entries if is_array(e)}):
+            path = self.root / name
+            checksum = arrays.checksum(path, array) if array else cifar.checksum(path)
+            contents.append([name, array, checksum])
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest() if contents else ""
 
     def places(self) -> set[tuple[str, int, str]]:
         """Where the images lie, by whatever path the source was named: the real path of a file, and
@@ -167,13 +185,12 @@ def _pixels(root: Path, entry: Entry) -> np.ndarray | None:
 
     Raises DataError.
     """
-    suffix = os.path.splitext(entry.archive)[1].lower()
-    if suffix not in (".npz", ".bin"):
+    if not is_array(entry):
         return None
 
     path = root / entry.archive
     try:
-        if suffix == ".npz":
+        if entry.column:
             return arrays.mapped(path, entry.column)[entry.offset]
         return cifar.read_image(path, entry.offset)
     except DataError as e:
