@@ -81,7 +81,7 @@ def load(
         raise ConfigError(
             f"data.path: no built-in data set {name!r}; choose from {', '.join(loaders)}, emoji"
         )
-    source, left_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
+    source, is_held_out = _emoji() if name == "emoji" else _ten_classes(*loaders[name]())
 
     has, height, width = source.images.shape[1:]
     if channels not in (None, has) or size not in (None, (height, width)):
@@ -91,7 +91,7 @@ def load(
             f"not {request}"
         )
 
-    chosen = np.flatnonzero(left_out == held_out)
+    chosen = np.flatnonzero(is_held_out == held_out)
     names = tuple(source.names[i] for i in chosen if source.names)
     captions = tuple(source.captions[i] for i in chosen if source.captions)
     return InMemory(

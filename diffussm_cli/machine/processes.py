@@ -29,9 +29,7 @@ PATIENCE = datetime.timedelta(days=7)
 
 
 class World(NamedTuple):
-    """The processes of a job: this one is number `rank` of `size`, and takes every `size`-th piece
-    of numbered work.
-    """
+    """The processes of a job: this one is number `rank` of `size`, and does a part of the work."""
 
     rank: int = 0
     size: int = 1
