@@ -186,6 +186,21 @@ def test_verdicts_wait_for_every_seed_of_every_run():
     assert report.verdict_table(study, results[:-1], "a") == []
 
 
+def test_stopped_run_is_a_comparison_without_a_verdict():
+    losses = {"a": (0.2, 0.21), "b": (0.25, 0.261), "c": (0.2,)}
+    results = [
+        {"run": run, "seed": seed, "held_out": loss}
+        for run, of in losses.items()
+        for seed, loss in enumerate(of)
+    ]
+    runs = {"a": {}, "b": {}, "c": {}}
+    study = make(images=64, seeds=(0, 1), runs=runs, margin=0.002, stopped=("c",))
+    b, c = (row.split(" | ")[2:] for row in report.verdict_table(study, results, "a")[3:])
+    assert float(b[1]) == pytest.approx(2 * float(b[0]), rel=0.1)
+    assert b[2] == "worse |"
+    assert c == ["", "", "stopped after 1 of 2 seeds |"]
+
+
 def test_seconds_to_a_loss_are_interpolated():
     curve = [10.0, 20.0, 30.0], [0.5, 0.3, 0.1]
     assert report.seconds_to(0.25, *curve) == pytest.approx(22.5)

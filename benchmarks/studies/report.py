@@ -220,19 +220,19 @@ def page(
 
 
 def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[str]:
-    """For each difference in held-out loss, p-values and a verdict.
+    """For each difference in held-out loss of the study's own runs, p-values and a verdict.
 
     Empty for a study without a margin, and until all of its runs have all seeds: a verdict on some
-    of them would be corrected for too few comparisons.
+    of them would be corrected for too few comparisons. A run that was stopped before counts as a
+    comparison, and has no verdict.
     """
-    runs = [run for run in names(study) if run != against]
+    runs = [run for run in study.runs if run != against]
     differences = {run: paired(results, run, against, "held_out") for run in runs}
-    if study.margin is None or any(
-        len(values) < len(study.seeds) for values in differences.values()
-    ):
+    whole = [run for run in runs if run not in study.stopped]
+    if study.margin is None or any(len(differences[run]) < len(study.seeds) for run in whole):
         return []
-    p = {run: float(stats.ttest_1samp(values, 0).pvalue) for run, values in differences.items()}
-    corrected = holm(p)
+    p = {run: float(stats.ttest_1samp(differences[run], 0).pvalue) for run in whole}
+    corrected = holm(p | dict.fromkeys(study.stopped, 1.0))
     rows = [
         [
             "held-out loss",
@@ -243,9 +243,11 @@ def verdict_table(study: Study, results: Sequence[dict], against: str) -> list[s
         ]
     ]
     for run, values in differences.items():
-        decided = verdict(values, corrected[run], study.margin)
-        numbers = [f"{p[run]:.2g}", f"{corrected[run]:.2g}"]
-        rows.append([f"{run} - {against}", interval(values), *numbers, decided])
+        decided = ["", "", f"stopped after {len(values)} of {len(study.seeds)} seeds"]
+        if run in whole:
+            numbers = [f"{p[run]:.2g}", f"{corrected[run]:.2g}"]
+            decided = [*numbers, verdict(values, corrected[run], study.margin)]
+        rows.append([f"{run} - {against}", interval(values), *decided])
     return ["", *table(rows)]
 
 

@@ -80,6 +80,7 @@ class Study:
     curve_images: int = 0  # held-out images of the curve; its last point is of all. 0: all
     against: str = ""  # the run that the report takes differences to; by default the first
     margin: float | None = None  # of held-out loss; runs that differ by less are equal
+    stopped: tuple[str, ...] = ()  # runs that were stopped before they had all seeds
     target: float | None = None  # a held-out loss; the report shows the seconds that lead to it
     step_seconds: dict[str, float] = field(default_factory=dict)  # of each run, in the file RATES
     beside: "Study | None" = None  # an earlier study of the same budget, whose runs a report shows
