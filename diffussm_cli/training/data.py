@@ -28,7 +28,7 @@ from diffussm_cli.data.opening import (
     vae_hash,
 )
 from diffussm_cli.data.source import Part, Source, undivided
-from diffussm_cli.errors import ConfigError, DataError
+from diffussm_cli.errors import ConfigError, DataError, RunError
 from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.files import sha256
 from diffussm_cli.machine.processes import World, gather
@@ -159,14 +159,6 @@ def compare_data(
     if before is None:
         return facts | {"first": {name: facts[name] for name in FIRST}}
 
-    # A share of changed images is another one.
-    held_out = ""
-    if isinstance(source, Part):
-        held_out = (
-            f", and data.held_out={source.share:g} may now hold out images that it was trained on, "
-            "so the held-out loss is not of unseen images any more"
-        )
-
     # Those of the last session, which may not be those of the beginning.
     first = before.get("first") or {name: before[name] for name in FIRST}
     # Earlier versions did not hash built-in sets, and nobody can hash a Dataset.
@@ -178,7 +170,7 @@ def compare_data(
             number = f"{len(images):,} as before, with other names, labels or sizes"
         yield Warned(
             f"data.path: the images in {config.data.path!r} are not those that {root} {began} "
-            f"({number}); from here on they come in another order{held_out}"
+            f"({number}); from here on they come in another order{_other_share(source)}"
         )
         return facts | {"checked": False, "first": first}
 
@@ -189,10 +181,22 @@ def compare_data(
     for name in changed:
         yield Warned(
             f"data.path: the {name} in {config.data.path!r} are not those that {root} was trained "
-            f"on last{'' if name == 'captions' else held_out}"
+            f"on last{'' if name == 'captions' else _other_share(source)}"
         )
     is_same = not set(changed) - {"captions"}
     return facts | {"checked": before["checked"] and is_same, "first": first}
+
+
+def _other_share(source: Source) -> str:
+    """What follows for held-out images if a source is another one than before; empty if no share of
+    it is held out.
+    """
+    if not isinstance(source, Part):
+        return ""
+    return (
+        f", and data.held_out={source.share:g} may now hold out images that it was trained on, "
+        "so the held-out loss is not of unseen images any more"
+    )
 
 
 def leave_out_unreadable(
@@ -231,6 +235,11 @@ def leave_out_unreadable(
                 f"be read: {some}{more}; skip them: --set data.skip_unreadable=true"
             )
 
+        # A run that continues may hold out a share of fewer images than before.
+        share = _other_share(source)
+        before = _skipped_before(root) if share else None
+        if before is not None and before != {name for i, name, _ in skipped if i is not None}:
+            yield Warned(f"data.skip_unreadable: other images are left out than before{share}")
         news = skipped if skips else None
     elif skips:
         skipped = gather(runs.read_skipped(root) if world.rank == 0 else None, world)[0]
@@ -239,6 +248,19 @@ def leave_out_unreadable(
 
     images.leave_out({i: name for i, name, _ in skipped if i is not None})
     return news
+
+
+def _skipped_before(root: Path) -> set[str] | None:
+    """The names of the images that a run has left out so far; None if it has no checkpoint, or they
+    are not known.
+    """
+    if not runs.list_checkpoints(root):
+        return None
+    if not (root / runs.SKIPPED).exists():
+        return set()
+    with contextlib.suppress(RunError):
+        return {name for i, name, _ in runs.read_skipped(root) if i is not None}
+    return None
 
 
 def reasons_in_words(reasons: Sequence[tuple[str, str]]) -> str:

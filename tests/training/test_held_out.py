@@ -276,6 +276,19 @@ def test_new_share_of_changed_images_is_warned_of(folder, tmp_path, share, warns
     assert (line in said[0]) == warns
 
 
+def test_new_share_without_an_image_that_became_unreadable_is_warned_of(folder, tmp_path):
+    """Its size is the same, so the list of images says nothing."""
+    fields = "data.held_out=0.25"
+    list(train(settings(folder, fields), tmp_path / "run"))
+    path = folder / "a" / "00.png"
+    path.write_bytes(bytes(path.stat().st_size))
+    for steps, count in ((5, 1), (6, 0)):
+        more = settings(folder, fields, "data.skip_unreadable=true", f"train.steps={steps}")
+        said = [e.text for e in train(more, tmp_path / "run", resume=True) if isinstance(e, Warned)]
+        line = "data.skip_unreadable: other images are left out than before, and data.held_out=0.25"
+        assert sum(text.startswith(line) for text in said) == count
+
+
 def test_dataset_of_another_length_is_warned_of_on_resume(tiny, tmp_path):
     def dataset(n):
         return torch.utils.data.TensorDataset(torch.zeros(n, 1, 8, 8), torch.arange(n) % 10)
