@@ -1,6 +1,7 @@
 """The models that come with the package are what their cards say."""
 
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from diffussm_cli.data import text
 from diffussm_cli.data.emoji import emoji_file
 from diffussm_cli.errors import install
 from diffussm_cli.runs.hub import BUNDLED
-from diffussm_cli.runs.layout import CARD
+from diffussm_cli.runs.layout import CARD, MODEL
 from tests.helpers import line_of, run
 
 TOOL = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "bundle.py"))
@@ -24,6 +25,13 @@ NAMES = runs.bundled_names() or [
 
 def test_bundled_models_are_small():
     assert sum(path.stat().st_size for path in BUNDLED.rglob("*") if path.is_file()) < 12e6
+
+
+def test_page_of_the_models_lists_each_with_its_bytes():
+    page = Path(__file__).parents[1] / "docs" / "hub.md"
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]+) \|$", page.read_text(), re.M)
+    sizes = {name: f"{(BUNDLED / name / MODEL).stat().st_size:,}" for name in NAMES}
+    assert dict(rows) == sizes
 
 
 @pytest.mark.parametrize("name", NAMES)
