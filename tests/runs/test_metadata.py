@@ -17,6 +17,8 @@ def test_configuration_state_and_skipped_images_are_read_as_they_were_written(tm
     assert runs.read_config(tmp_path) == config
     runs.write_state(tmp_path, {"step": 4, "sha256": {"a": "0"}})
     assert runs.read_state(tmp_path) == {"step": 4, "sha256": {"a": "0"}}
+    (tmp_path / runs.STATE).write_text('{"step": 4}')  # as earlier versions did
+    assert runs.read_state(tmp_path) == {"step": 4}
     runs.write_skipped(tmp_path, SKIPPED)
     assert runs.read_skipped(tmp_path) == SKIPPED
 
@@ -98,6 +100,7 @@ DAMAGED = {
     "a step that is true": (runs.STATE, '{"step": true}', runs.read_state),
     "a step below 0": (runs.STATE, '{"step": -1}', runs.read_state),
     "no step": (runs.STATE, "{}", runs.read_state),
+    "another hash": (runs.STATE, '{"step": 4, "state_sha256": "00"}', runs.read_state),
     "text for a metric": (runs.METRICS, '{"eval/fid": "low"}', runs.read_metrics),
     "an index that is true": (
         runs.SKIPPED,
