@@ -108,7 +108,7 @@ def read_labels(path: Path) -> list[int]:
 
 def checksum(path: Path) -> int:
     """The CRC-32 of all records of a file. Raises DataError."""
-    return zlib.crc32(records(path).view(np.uint8))
+    return zlib.crc32(records(path).tobytes())
 
 
 def read_image(path: Path, row: int) -> np.ndarray:

@@ -86,8 +86,10 @@ def count_shared(held_out: Source, source: Source) -> int:
     others: Any = undivided(source)
     if isinstance(images, ImageFolder) and isinstance(others, ImageFolder):
         return len(images.listing.places() & others.listing.places())
-    roots = [getattr(store, "root", None) for store in (images, others)]
-    return len(images) if None not in roots and os.path.samefile(*roots) else 0
+    root: Path | None = getattr(images, "root", None)
+    other: Path | None = getattr(others, "root", None)
+    is_same = root is not None and other is not None and os.path.samefile(root, other)
+    return len(images) if is_same else 0
 
 
 def _open(config: Config, held_out: bool = False, listing: Listing | None = None) -> Source:
