@@ -259,10 +259,17 @@ def test_grid_replaces_its_earlier_self(tmp_path):
         ({"batch_size": 0}, "^batch_size: 0 must be a whole number of at least 1$"),
         ({"seed": -1}, "^seed: -1 must be a whole number from 0 to"),
         ({"seed": 2**62 + 1}, "^seed: 4611686018427387905 must be a whole number from 0 to"),
+        (
+            {"prompts": "heart"},
+            r"^prompts: 'heart' must be a list of texts, such as \['red heart'\]$",
+        ),
+        ({"prompts": [5]}, r"^prompts: \[5\] must be a list of texts"),
+        ({"prompts": None}, "^prompts: None must be a list of texts"),
+        ({"negative": 5}, "^negative: 5 must be one text$"),
     ],
 )
 @pytest.mark.parametrize("name", ["Run.sample", "sample", "evaluate"])
-def test_numbers_and_labels_of_request_are_checked(name, request_, line, tmp_path):
+def test_numbers_labels_and_texts_of_request_are_checked(name, request_, line, tmp_path):
     run = ds.load("mnist")
     draw = {
         "Run.sample": run.sample,

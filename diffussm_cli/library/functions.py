@@ -22,6 +22,7 @@ from diffussm_cli.library.requests import (
     check_labels,
     check_numbers,
     checked_fields,
+    checked_prompts,
     checked_size,
     split_fields,
     unused_seed,
@@ -141,6 +142,7 @@ def sample(
     sampling, request = split_fields(run.config, request)
     check_numbers(request | {"num": num})
     request["classes"] = check_labels(request.get("classes", ()), run.config)
+    request["prompts"] = checked_prompts(request.get("prompts", ()), request.get("negative"))
     request |= {"sampling": sampling, "precision": run.precision, "device": run.device}
     return _run(
         session.sample(run.trained, None if out is None else Path(out), num, **request), show
@@ -179,6 +181,7 @@ def evaluate(
     request = {"cache": default_cache()} | request
     if request.get("resolution") is not None:
         request["resolution"] = checked_size(request["resolution"])
+    request["prompts"] = checked_prompts(request.get("prompts", ()), request.get("negative"))
 
     # Images of a run, or images that are there.
     run = samples if isinstance(samples, Run) else None

@@ -1,4 +1,6 @@
-"""Checks what a caller in Python asks for: fields of the configuration, numbers and classes."""
+"""Checks what a caller in Python asks for: fields of the configuration, numbers, prompts and
+classes.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -70,6 +72,21 @@ def check_numbers(request: Mapping[str, Any]) -> None:
 def unused_seed(seed: int, interpolate: Sequence[int] | None) -> str:
     """A line about a seed, other than by default, that nothing uses; empty if there is none."""
     return f"not used: seed={seed} (interpolate names the seeds)" if interpolate and seed else ""
+
+
+def checked_prompts(prompts: Sequence[str], negative: str | None) -> list[str]:
+    """The prompts as a list. Raises ConfigError for one text in place of a list, whose letters
+    would be taken in turn, and for what is no text.
+    """
+    is_list = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping)
+    texts = list(prompts) if is_list else None
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f"prompts: {prompts!r:.80} must be a list of texts, such as ['red heart']"
+        )
+    if negative is not None and not isinstance(negative, str):
+        raise ConfigError(f"negative: {negative!r:.80} must be one text")
+    return texts
 
 
 def check_labels(classes: Sequence[int | str], config: Config) -> list[int]:

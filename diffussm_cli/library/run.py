@@ -14,7 +14,13 @@ from torch import Tensor
 from diffussm_cli.config import Config, SampleConfig, check_whole, unused_of_request
 from diffussm_cli.data.images import grid_mark, image_grid, is_grid
 from diffussm_cli.errors import ConfigError, naming_parameters, writing
-from diffussm_cli.library.requests import check_labels, check_numbers, unused_seed, with_fields
+from diffussm_cli.library.requests import (
+    check_labels,
+    check_numbers,
+    checked_prompts,
+    unused_seed,
+    with_fields,
+)
 from diffussm_cli.machine.files import check_output, whole_file
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, find_run
@@ -74,7 +80,7 @@ class Run:
 
         Args:
             classes: labels or names of classes, used in turn; if empty, each seed draws its own.
-            prompts: captions, used in turn, for a model with text; by default the run's
+            prompts: a list of captions, used in turn, for a model with text; by default the run's
                 `sample.prompts`.
             negative: a prompt that guidance leads away from.
             image: an image to begin with in place of noise: a file, an image of Pillow, or uint8
@@ -99,6 +105,7 @@ class Run:
 
         check_numbers({"num": num, "seed": seed, "batch_size": batch_size})
         labels = check_labels(classes, self.config)
+        prompts = checked_prompts(prompts, negative)
         if callback is not None and not callable(callback):
             raise ConfigError(f"callback: {callback!r:.80} must be a function of step and x_t")
 
