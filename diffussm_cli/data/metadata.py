@@ -42,9 +42,9 @@ def fields_of(path: Path) -> set[str]:
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
+        return set(_fields_of(path, status.st_size, status.st_mtime_ns))
     except OSError:
         return set()
-    return set(_fields_of(path, status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(1024)
