@@ -5,7 +5,7 @@ L = HW/P^2 tokens   J = L/M positions   D width
 E width of text vectors   K text tokens
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffussm_cli.errors import reason
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import (
     Stem,
@@ -24,6 +25,8 @@ from diffussm_cli.model.embeddings import (
     unpatchify,
 )
 from diffussm_cli.model.local import Local
+
+CLASS = "class"  # in config.json of a saved network: the name of its class
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license="apache-2.0"):
@@ -36,8 +39,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
     is; scans only reorder the image.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its
-    arguments and weights, as huggingface_hub's mixin does; a SiT that was read from a .pt file is
-    refused. A run folder holds more: how to draw, names of classes, the VAE.
+    class, arguments and weights, as huggingface_hub's mixin does. They raise ValueError for a SiT
+    that was read from a .pt file, for a network of another class, and for weights that do not fit.
+    A run folder holds more: how to draw, names of classes, the VAE.
 
     Args:
         blocks: modules that map x (B, J, D), the conditioning c (B, D) and the grid (H/P, W/PM) of
@@ -127,6 +131,44 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
     def _save_pretrained(self, save_directory: Path) -> None:
         self.check_saveable()
         super()._save_pretrained(save_directory)
+        # huggingface_hub writes this after the weights, as config.json
+        self._hub_mixin_config = {**(self._hub_mixin_config or {}), CLASS: type(self).__name__}
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        config: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        **arguments: Any,
+    ) -> "Backbone":
+        """What `from_pretrained` calls, with the content of config.json, if there is one."""
+        where = f"from_pretrained: {model_id!r}"
+        parameters = cls._hub_mixin_init_parameters
+        if config is None and not parameters.keys() & arguments.keys():
+            raise ValueError(
+                f"{where} has no config.json, so it is no saved network; a run is opened by "
+                "diffussm.load(...), whose `model` is its network"
+            )
+
+        # What was saved: the class, which older files do not name, and its arguments.
+        config = config or {}
+        saved = config.get(CLASS)
+        if saved is not None and saved not in [c.__name__ for c in cls.__mro__]:
+            raise ValueError(f"{where} is a saved {saved}, not a {cls.__name__}")
+        unknown = [name for name in config if name != CLASS and name not in parameters]
+        if unknown:
+            raise ValueError(
+                f"{where}: config.json: {unknown[0]!r} is no argument of a {cls.__name__}"
+            )
+
+        try:
+            return super()._from_pretrained(model_id=model_id, strict=strict, **arguments)
+        except RuntimeError as e:
+            raise ValueError(
+                f"{where}: the weights are not those of this {cls.__name__}: {reason(e)}"
+            ) from e
 
     @property
     def null_class(self) -> int:

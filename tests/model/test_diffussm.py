@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffussm_cli.config import ModelConfig, load_config
-from diffussm_cli.model import DiffuSSM, DiT, build_model
+from diffussm_cli.model import NOT_OF_DIT, DiffuSSM, DiT, build_model
 from diffussm_cli.model.embeddings import patchify
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.sizes import SIZES
@@ -114,6 +116,75 @@ NETWORKS = {
     "diffussm": tiny,
     "dit": lambda **changes: fill(DiT(**{"input_size": 8, **DIT, **changes})),
 }
+
+
+def edit_json(change):
+    def edit(folder):
+        values = json.loads((folder / "config.json").read_text())
+        change(values)
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+def drop_tensor(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["patch_out.bias"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def forget_class(values):
+    del values["class"]
+
+
+# What is done to a saved DiffuSSM, the class that reads it, and the line about it.
+NO_NETWORK = {
+    "another class": (lambda _: None, DiT, "is a saved DiffuSSM, not a DiT$"),
+    "another class that is not told": (
+        edit_json(lambda values: [values.pop(n) for n in ("class", *NOT_OF_DIT)]),
+        DiT,
+        "the weights are not those of this DiT: Error.* Missing key",
+    ),
+    "a tensor is missing": (
+        drop_tensor,
+        DiffuSSM,
+        'the weights are not those of this DiffuSSM: .* Missing key.*"patch_out.bias"$',
+    ),
+    "another size": (
+        edit_json(lambda values: values.update(hidden_size=32)),
+        DiffuSSM,
+        "the weights are not those of this DiffuSSM: .* size mismatch",
+    ),
+    "an argument of another version": (
+        edit_json(lambda values: values.update(turns=3)),
+        DiffuSSM,
+        "config.json: 'turns' is no argument of a DiffuSSM$",
+    ),
+    "a run": (
+        lambda folder: (folder / "config.json").rename(folder / "config.yaml"),
+        DiffuSSM,
+        "has no config.json, so it is no saved network; a run is opened by diffussm.load",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "network", "line"), NO_NETWORK.values(), ids=NO_NETWORK)
+def test_saved_network_is_read_as_it_was_saved_or_not_at_all(change, network, line, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=f"^from_pretrained: '{tmp_path}'.*{line}"):
+        network.from_pretrained(tmp_path)
+
+
+def test_saved_network_that_does_not_tell_its_class_is_read(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    edit_json(forget_class)(tmp_path)
+    again = DiffuSSM.from_pretrained(tmp_path).to(device())
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["class"] == "DiffuSSM"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("network", NETWORKS)
