@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from diffussm_cli.config import Config, ModelConfig
+from diffussm_cli.config import Config, ModelConfig, TrainConfig
 from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.model.mixer import Mixer
 
@@ -97,11 +97,24 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
 
 def training_operations(config: Config) -> float:
     """Operations per image of a training step, two per multiply-add: the backward pass takes twice
-    as many as the forward pass; what gradient checkpointing computes again does not count.
+    as many as a forward pass; what gradient checkpointing computes again does not count, nor does
+    the optimiser.
     """
     model = cost(config)
     kernels = model.kernel_gflops / config.train.batch_size
-    return 6e9 * (model.gflops + kernels)
+    return (6e9 + 2e9 * passes_without_gradient(config)) * (model.gflops + kernels)
+
+
+def passes_without_gradient(config: Config) -> int:
+    """Forward passes of a training step beside the one whose gradient is taken.
+
+    A mean velocity is learned from a second pass of the model, and from its teacher, which takes
+    two passes with guidance (`MeanFlow.losses`).
+    """
+    if not config.diffusion.in_one_step:
+        return 0
+    is_guided = config.diffusion.teacher_guidance != 1 and config.model.is_conditional
+    return 3 if is_guided else 2
 
 
 def _add(parts: dict[str, float], more: dict[str, float], times: int = 1) -> None:
@@ -193,8 +206,8 @@ def _outside(config: Config, L: int) -> dict[str, float]:
 
 
 def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
-    """An estimate of peak memory in training: weights, gradients, two Adam moments, EMAs, saved
-    activations, workspace.
+    """An estimate of peak memory in training: weights, gradients, moments (two of a parameter under
+    AdamW, one of a matrix under Muon), EMAs, saved activations, workspace.
 
     It is per process if several share the batch. With FSDP they also share the parameters, and each
     gathers the weights and gradients of two blocks at a time; otherwise each holds all of them.
@@ -238,9 +251,25 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     # the stem's convolutions, before and after GELU
     stem = B * math.prod(config.data.grid) * 4 * m.stem * narrow
 
-    # weights, gradients, two moments, averages, and a frozen teacher
+    # weights, gradients, two moments but one of Muon, averages, and a frozen teacher
     teachers = config.diffusion.in_one_step
-    state: float = parameters * (4 + t.averages + teachers) * 4
+    of_muon = {id(p) for p in matrices_of_muon(model, t)}
+    single = sum(
+        (1 + missing[f"blocks.{i}"])
+        * sum(p.numel() for p in block.parameters() if id(p) in of_muon)
+        for i, block in enumerate(model.blocks)
+    )
+    state: float = (parameters * (4 + t.averages + teachers) - single) * 4
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
     return int(state + stem + blocks + 2 * most)
+
+
+def matrices_of_muon(model: Backbone, config: TrainConfig) -> list[nn.Parameter]:
+    """The parameters that Muon updates: matrices of the blocks, or none under AdamW."""
+    if config.optimizer != "muon":
+        return []
+    from diffussm_cli.training.optimizer import make_optimizer  # with the trainer: a second
+
+    groups = make_optimizer(model, config).param_groups
+    return [p for group in groups if group["muon"] for p in group["params"]]

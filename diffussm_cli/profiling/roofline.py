@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import Config, TrainConfig
 from diffussm_cli.machine.gpus import GPU, GPUS
-from diffussm_cli.model import build_model, count_parameters
+from diffussm_cli.model import Backbone, build_model, count_parameters
+from diffussm_cli.profiling.flops import matrices_of_muon, passes_without_gradient
 
 # The shares of the data sheet that are assumed to be reached.
 PRODUCTS_REACH = 0.65
@@ -217,17 +218,16 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     """
     gpu = GPUS[device]
     t = config.train
-    parameters, part = part_of_step(config)
+    with torch.device("meta"):
+        model = build_model(config, t.gradient_checkpointing)
 
     # The parts of a batch, and one update of the weights.
     spent: defaultdict[str, float] = defaultdict(float)
     launches = 0
-    for name, work in part:
-        spent[name] += t.accumulate * work.seconds(gpu)
-        launches += t.accumulate * work.kernels
-    update = _update(parameters, t.averages)
-    spent["optimiser, averages and norm"] += update.seconds(gpu)
-    launches += update.kernels
+    for times, done in ((t.accumulate, part_of_step(model, config)), (1, update(model, config))):
+        for name, work in done:
+            spent[name] += times * work.seconds(gpu)
+            launches += times * work.kernels
 
     step = max(sum(spent.values()), launches * LAUNCH_SECONDS)
     return {
@@ -242,16 +242,17 @@ def predict(config: Config, device: str) -> dict[str, Any]:
     }
 
 
-def part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
-    """The number of parameters, and the work of a forward and backward pass of one part of the
-    batch.
+def part_of_step(model: Backbone, config: Config) -> list[tuple[str, Work]]:
+    """The work of the forward and backward passes of one part of the batch.
+
+    Args:
+        model: that of the configuration, on the meta device.
     """
     m, t = config.model, config.train
     B = t.batch_size // t.accumulate
 
-    # A model and a batch without numbers.
+    # A batch without numbers.
     with torch.device("meta"):
-        model = build_model(config, t.gradient_checkpointing)
         x = torch.empty(B, config.data.channels, *config.data.grid)
         step = torch.zeros(B, dtype=torch.long)
         text = torch.empty(B, 1 + m.text_tokens, m.text_width) if m.text_width else None
@@ -260,16 +261,47 @@ def part_of_step(config: Config) -> tuple[int, list[tuple[str, Work]]]:
     autocast = contextlib.nullcontext() if t.precision == "fp32" else Autocast()
     with Tally() as tally:
         with autocast:
-            output = model(x, step, step if m.num_classes else None, text)
+            batch = x, step, step if m.num_classes else None, text
+            with torch.no_grad():
+                for _ in range(passes_without_gradient(config)):
+                    model(*batch)
+            output = model(*batch)
         output.float().square().mean().backward()
-    return count_parameters(model), tally.done
+    return tally.done
 
 
-def _update(parameters: int, averages: int) -> Work:
-    """The norm of the gradient, AdamW and the averages, all in float32.
+def update(model: Backbone, config: Config) -> list[tuple[str, Work]]:
+    """The work of one update of the weights: the norm of the gradient, the optimiser and the
+    averages, in float32; Muon orthogonalises in bfloat16.
 
     The norm reads the gradients; AdamW reads four numbers of a parameter and writes three; each
-    average reads two and writes one. A kernel takes 320 chunks of 65,536 numbers.
+    average reads two and writes one. A kernel takes 320 chunks of 65,536 numbers. What Muon does
+    is what its own step does on the meta device.
+
+    Args:
+        model: that of the configuration, on the meta device.
     """
-    moved = 4.0 * parameters * (1 + 7 + 3 * averages)
-    return Work((2 + averages) * math.ceil(parameters / (320 * 65536)), moved)
+    averages = config.train.averages
+    everything = count_parameters(model)
+    matrices = sum(p.numel() for p in matrices_of_muon(model, config.train))
+
+    moved = 4.0 * (everything * (1 + 3 * averages) + 7 * (everything - matrices))
+    kernels = (2 + averages) * math.ceil(everything / (320 * 65536))
+    done = [("optimiser, averages and norm", Work(kernels, moved))]
+    if matrices:
+        done += [("Muon", work) for work in _step_of_muon(model, config.train)]
+    return done
+
+
+def _step_of_muon(model: Backbone, config: TrainConfig) -> list[Work]:
+    """The work of Muon on its matrices, in a step that is not its first."""
+    from diffussm_cli.training.optimizer import make_optimizer  # as in `matrices_of_muon`
+
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    optimizer = make_optimizer(model, config)
+    optimizer.found_inf = torch.empty((), device="meta")  # type: ignore[union-attr]
+    optimizer.step_of_matrices()  # type: ignore[union-attr]
+    with Tally() as tally:
+        optimizer.step_of_matrices()  # type: ignore[union-attr]
+    return [work for _, work in tally.done]

@@ -50,11 +50,16 @@ class Muon(torch.optim.Optimizer):
         self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self.adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self.adamw.step()
+        self.step_of_matrices()
+
+    @torch.no_grad()
+    def step_of_matrices(self) -> None:
+        """The part of a step that is not AdamW's."""
         for group in self.param_groups:
             if group["muon"]:
-                self._step_of_matrices(group)
+                self._step_of_group(group)
 
-    def _step_of_matrices(self, group: dict[str, Any]) -> None:
+    def _step_of_group(self, group: dict[str, Any]) -> None:
         moved = torch.zeros((), device=group["params"][0].device)
         skipped = moved > 0 if self.found_inf is None else self.found_inf > 0
         for pieces in self._by_shape(group):
@@ -107,9 +112,10 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     """About U V^T of matrices (n, A, B) = U S V^T, by Newton and Schulz: singular values come to
     lie in 0.7 to 1.2.
 
-    On a GPU it computes in bfloat16, as Muon's authors do. A matrix of zeros stays one.
+    On a GPU it computes in bfloat16, as Muon's authors do, and on the meta device, where steps
+    on a GPU are predicted. A matrix of zeros stays one.
     """
-    X = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices
+    X = matrices.to(torch.bfloat16) if matrices.is_cuda or matrices.is_meta else matrices
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)

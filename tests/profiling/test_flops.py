@@ -209,3 +209,12 @@ def test_memory_of_training_is_that_of_one_process(
     state = 5 * 4 * whole.parameters
     expected = state * share_of_parameters + (whole.training_bytes - state) * share_of_rest
     assert cost(config, processes=processes).training_bytes == pytest.approx(expected, rel=0.03)
+
+
+def test_muon_keeps_one_moment_of_a_matrix_of_the_blocks():
+    """Of each of 29 blocks at D = 1152 and M = 2: 5 matrices D x D, 4 of D x 2D and one 2D x 2D."""
+    muon, adamw = (
+        cost(load_config("xl-256", [f"train.optimizer={name}", "model.compression=2"]))
+        for name in ("muon", "adamw")
+    )
+    assert adamw.training_bytes - muon.training_bytes == 4 * 29 * (5 + 4 * 2 + 4) * 1152**2

@@ -7,10 +7,14 @@ import torch
 
 from diffussm_cli.config import load_config
 from diffussm_cli.machine.gpus import GPU, GPUS
+from diffussm_cli.model import build_model, count_parameters
 from diffussm_cli.model.s4d import S4D
 from diffussm_cli.profiling import roofline
-from diffussm_cli.profiling.flops import cost
+from diffussm_cli.profiling.flops import cost, training_operations
+from diffussm_cli.profiling.plan import Noise
 from diffussm_cli.profiling.roofline import Autocast, Tally, Work, predict
+from diffussm_cli.training.batches import make_batch
+from diffussm_cli.training.step import Step
 
 # A GPU on which everything reaches 1e12 a second, and where the shortest kernel takes 2.2 us.
 ROUND = GPU("round", "round", 1e11, 1e12, 1e12, 1e11)
@@ -21,6 +25,11 @@ BF16 = torch.bfloat16
 def full_reach(monkeypatch):
     for name in ("PRODUCTS", "COPIES", "STRIDED", "TRANSFORMS"):
         monkeypatch.setattr(roofline, f"{name}_REACH", 1.0)
+
+
+def on_meta(config):
+    with torch.device("meta"):
+        return build_model(config)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -109,7 +118,7 @@ def test_attention_is_two_products_and_its_gradient_five():
 
 def test_a_step_of_dit_makes_three_times_the_products_of_a_forward_pass():
     config = load_config("dit-xl-256", ["model.depth=2", "train.batch_size=4"])
-    _, part = roofline.part_of_step(config)
+    part = roofline.part_of_step(on_meta(config), config)
     operations = sum(w.operations for name, w in part if "mm" in name)
     forward = cost(config).gflops - cost(config).parts["attention"]
     assert operations == pytest.approx(3 * 2e9 * 4 * forward, rel=0.01)
@@ -125,15 +134,72 @@ def test_state_spaces_stay_in_float32_under_autocast():
     assert set(products[:-1]) == {"bmm float32"}
 
 
+FLOW = ["diffusion.objective=flow", "model.learn_sigma=false", "sample.sampler=euler"]
+ONE_STEP = [*FLOW, "diffusion.predicts=mean_velocity", "train.init=teacher"]
+ONE_STEP += ["sample.steps=1", "sample.guidance=1"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (FLOW, 0),
+        ([*ONE_STEP, "diffusion.teacher_guidance=1"], 2),  # the teacher and the model
+        ([*ONE_STEP, "diffusion.teacher_guidance=2"], 3),  # the teacher twice
+        ([*ONE_STEP, "diffusion.teacher_guidance=2", "model.num_classes=0"], 2),
+    ],
+    ids=lambda value: value if isinstance(value, int) else value[-1],
+)
+def test_passes_without_gradient_of_a_training_step_are_counted(overrides, passes):
+    config = load_config("digits", ["model.depth=1", "train.batch_size=2", *overrides])
+    step, called = Step(config, torch.device("cpu")), []
+    for model in filter(None, (step.model, step.teacher)):
+        model.register_forward_pre_hook(lambda *_: called.append(1))
+    step.losses(make_batch(Noise(config), config, 0))
+    assert len(called) == 1 + passes
+
+    # A prediction makes as many, and of three units of operations each adds one.
+    model = on_meta(config)
+    model.register_forward_pre_hook(lambda *_: called.append(1))
+    roofline.part_of_step(model, config)
+    assert len(called) == 2 * (1 + passes)
+    c = cost(config)
+    assert training_operations(config) == pytest.approx(
+        2e9 * (3 + passes) * (c.gflops + c.kernel_gflops / 2)
+    )
+
+
 def test_an_update_moves_eight_numbers_of_a_parameter_and_three_of_each_average():
-    assert roofline._update(1000, 2).moved == 4 * 1000 * (8 + 3 * 2)
-    assert roofline._update(320 * 65536 + 1, 1).kernels == 3 * 2
+    config = load_config("digits", ["train.ema=0.9,0.99"])
+    model = on_meta(config)
+    ((_, work),) = roofline.update(model, config)
+    assert work.moved == 4 * count_parameters(model) * (8 + 3 * 2)
+    assert work.kernels == 4
+
+
+def test_muon_orthogonalises_by_fifteen_products_in_bfloat16():
+    """Of an a x b matrix, a <= b, each of five iterations multiplies X X^T, S S and S X."""
+    one_block = ["model.hidden_size=32", "model.depth=1"]
+    model = on_meta(config := load_config("mnist", one_block))
+    done = roofline.update(model, config)
+
+    # two of shifts and scales, W0 and two of W_up; two of W_down, W1 and W3; W2
+    shapes = [(32, 32, 5), (32, 64, 4), (64, 64, 1)]
+    operations = sum(n * 5 * 2 * (2 * a * a * b + a**3) for a, b, n in shapes)
+    products = [work for _, work in done if work.operations]
+    assert {work.kind for work in products} == {"products"}
+    assert sum(work.operations for work in products) == operations
+
+    # AdamW moves seven numbers of each of the others.
+    adamw = roofline.update(model, load_config("mnist", [*one_block, "train.optimizer=adamw"]))
+    matrices = sum(a * b * n for a, b, n in shapes)
+    assert done[0][1].moved == adamw[0][1].moved - 4 * 7 * matrices
 
 
 def test_a_step_is_its_parts_and_an_update(full_reach, monkeypatch):
     monkeypatch.setitem(GPUS, "round", ROUND)
     part = [("mm", Work(1, 1.0, 2e12, "products")), ("add", Work(1, 3e12))]
-    monkeypatch.setattr(roofline, "part_of_step", lambda config: (10**10, part))
+    monkeypatch.setattr(roofline, "part_of_step", lambda model, config: part)
+    monkeypatch.setattr(roofline, "update", lambda model, config: [("update", Work(1, 0.44e12))])
     recipe = ["train.batch_size=32", "train.accumulate=4", "train.steps=50"]
     found = predict(load_config("digits", recipe), "round")
     # 4 parts of 2 + 3 s; 44 bytes of each parameter
