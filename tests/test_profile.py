@@ -154,6 +154,15 @@ def test_estimate_for_gpu_is_predicted(monkeypatch):
     )
 
 
+def test_memory_of_predicted_gpu_is_in_its_automatic_precision():
+    words = ("--preset", "mnist", "--no-count", "--estimate", "--device", "h200", "--json")
+    auto, bf16, fp32 = (
+        json.loads(profile(*words, "--set", f"train.precision={precision}"))["models"][0]
+        for precision in ("auto", "bf16", "fp32")
+    )
+    assert auto["training_bytes"] == bf16["training_bytes"] < fp32["training_bytes"]
+
+
 def test_prediction_says_if_memory_is_too_small():
     words = ("--preset", "digits", "--no-count", "--estimate", "--device", "4090")
     assert "(too much)" not in profile(*words)

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 from diffussm_cli.config import Config, ModelConfig, TrainConfig
+from diffussm_cli.errors import ConfigError
+from diffussm_cli.machine.device import pick_device, pick_dtype
 from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.model.mixer import Mixer
 
@@ -53,13 +55,20 @@ class Cost:
         return self.gflops * self.training_images
 
 
-def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
+def cost(
+    config: Config,
+    name: str | None = None,
+    processes: int = 1,
+    auto: torch.dtype | None = None,
+) -> Cost:
     """The cost of a configuration, under its preset's name or another, from a shorter model on the
     meta device.
 
     Args:
         processes: number of processes, which share the batch of a step and, with
             `train.parallel=fsdp`, the parameters.
+        auto: what `train.precision=auto` means where the model is trained, for the memory; by
+            default what it means on `train.device`, or float32 if that is not here.
     """
     m, t = config.model, config.train
     model, missing = shortened(config)
@@ -90,7 +99,7 @@ def cost(config: Config, name: str | None = None, processes: int = 1) -> Cost:
         parts={part: macs / 1e9 for part, macs in parts.items()},
         kernel_gflops=kernels / 1e9,
         training_images=t.steps * t.batch_size,
-        training_bytes=training_bytes(config, parameters, processes),
+        training_bytes=training_bytes(config, parameters, processes, auto),
         processes=processes,
     )
 
@@ -205,24 +214,30 @@ def _outside(config: Config, L: int) -> dict[str, float]:
     return parts
 
 
-def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
+def training_bytes(
+    config: Config,
+    parameters: int,
+    processes: int = 1,
+    auto: torch.dtype | None = None,
+) -> int:
     """An estimate of peak memory in training: weights, gradients, moments (two of a parameter under
     AdamW, one of a matrix under Muon), EMAs, saved activations, workspace.
 
     It is per process if several share the batch. With FSDP they also share the parameters, and each
     gathers the weights and gradients of two blocks at a time; otherwise each holds all of them.
 
-    Activations are those that eager autograd saves for one part of the batch, in float32 unless
-    `train.precision` is bf16, plus the kernels. A backward pass needs another two blocks. Peaks
-    measured on a CPU were within 25% of it (s-256 at batch 8, with and without checkpointing and
-    with every mixer; mnist at batch 64).
+    Activations are those that eager autograd saves for one part of the batch, in the dtype of
+    `train.precision` (see `cost` for auto), plus the kernels. A backward pass needs another two
+    blocks. Peaks measured on a CPU were within 25% of it (s-256 at batch 8, with and without
+    checkpointing and with every mixer; mnist at batch 64).
     """
     m, t = config.model, config.train
     model, missing = shortened(config)
     L = in_sequence(m, math.prod(token_grid(config)))
     B, D, M = max(1, t.batch_size // t.accumulate // processes), m.hidden_size, m.compression
     wide = 4
-    narrow = 2 if t.precision == "bf16" else 4
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    narrow = (dtypes.get(t.precision) or auto or _auto_here(t.device)).itemsize
 
     # What each block saves, as often as there are such blocks.
     saved: list[tuple[float, float, int]] = []
@@ -263,6 +278,14 @@ def training_bytes(config: Config, parameters: int, processes: int = 1) -> int:
     if t.parallel == "fsdp" and processes > 1:
         state = state / processes + 2 * parameters / m.depth * 2 * 4
     return int(state + stem + blocks + 2 * most)
+
+
+def _auto_here(device: str) -> torch.dtype:
+    """What `train.precision=auto` means on a device of this machine; float32 if it is not here."""
+    try:
+        return pick_dtype("auto", pick_device(device))
+    except ConfigError:
+        return torch.float32
 
 
 def matrices_of_muon(model: Backbone, config: TrainConfig) -> list[nn.Parameter]:

@@ -69,7 +69,7 @@ def profile(
     """
     result: dict[str, Any] = {"convention": CONVENTION, "models": []}
     for name, config in models:
-        entry = cost_entry(config, name)
+        entry = cost_entry(config, name, torch.bfloat16 if gpu else None)
         if counting:
             yield Stage(f"counting {name}")
             entry["counted"] = count(config)
@@ -96,9 +96,11 @@ def profile(
     return result
 
 
-def cost_entry(config: Config, name: str | None = None) -> dict[str, Any]:
-    """The cost of a configuration by formula, as plain values."""
-    c = cost(config, name, processes=read_world().size)
+def cost_entry(
+    config: Config, name: str | None = None, auto: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The cost of a configuration by formula, as plain values, from the arguments of `cost`."""
+    c = cost(config, name, read_world().size, auto)
     return {
         **dataclasses.asdict(c),
         "gflops": c.gflops,

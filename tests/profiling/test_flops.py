@@ -218,3 +218,16 @@ def test_muon_keeps_one_moment_of_a_matrix_of_the_blocks():
         for name in ("muon", "adamw")
     )
     assert adamw.training_bytes - muon.training_bytes == 4 * 29 * (5 + 4 * 2 + 4) * 1152**2
+
+
+@pytest.mark.parametrize(("has_bf16", "same_as"), [(True, "bf16"), (False, "fp32")])
+def test_memory_in_automatic_precision_is_that_of_the_device(has_bf16, same_as, monkeypatch):
+    monkeypatch.setattr("diffussm_cli.machine.device.has_bf16", lambda device: has_bf16)
+
+    def needed(precision, device="cpu"):
+        chosen = [f"train.precision={precision}", f"train.device={device}"]
+        return cost(load_config("s-256", chosen)).training_bytes
+
+    assert needed("bf16") < 0.7 * needed("fp32")
+    assert needed("auto") == needed(same_as)
+    assert needed("auto", "cuda:99") == needed("fp32")  # not here
