@@ -145,6 +145,12 @@ def test_mistakes_in_custom_loop_are_named():
         flow.sample(unconditional, n=1, y=1, steps=1)
     with pytest.raises(ValueError, match="^guidance: 2 leads away from the class model.null_class"):
         flow.sample(lambda x, t, y: x, n=1, y=1, steps=1, guidance=2, shape=(1, 8, 8))
+    with pytest.raises(ValueError, match="^guidance: 5 needs y, the labels that it leads to$"):
+        flow.sample(unconditional, n=1, steps=1, guidance=5)
+    with pytest.raises(ValueError, match="^x_0: torch.uint8 must be floats, such as x_0.float"):
+        flow.loss(model, x_0.byte(), y)
+    with pytest.raises(ValueError, match="^y: torch.float32 must be torch.int64; give y.long"):
+        flow.loss(model, x_0, y.float())
     assert torch.equal(flow.sample(model, n=2, y=[1], steps=1), flow.sample(model, 2, 1, steps=1))
 
 

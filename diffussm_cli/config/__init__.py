@@ -5,9 +5,11 @@ fields.py      the fields, with their defaults, help and bounds
 presets.py     presets and YAML files by name, with `base` and overrides
 reading.py     plain values to fields and back; values.py checks each of them
 checks.py      which fields fit together; unused.py: which have no use
+arguments.py   the same bounds for those who make a network or a process themselves
 plain_yaml.py  YAML that cannot do harm
 """
 
+from diffussm_cli.config.arguments import check_arguments
 from diffussm_cli.config.fields import (
     BUILTIN,
     DEFAULT_VAE,

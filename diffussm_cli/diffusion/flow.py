@@ -20,11 +20,16 @@ LARGE_ERROR = 0.01  # mean squares above which errors count by their root
 class LinearFlow(Objective):
     """Straight lines from image to noise. The model's timestep embedding sees t, so T is 1000 as in
     ADM.
+
+    Raises:
+        ValueError: if T is less than 1.
     """
 
     name, continuous = "flow", True
 
     def __init__(self, T: int = 1000, device: torch.device | str = "cpu"):
+        if T < 1:
+            raise ValueError(f"T: {T} must be at least 1")
         self.T, self.device = T, torch.device(device)
         self.schedule = {
             "num_train_timesteps": T,

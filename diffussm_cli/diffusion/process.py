@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import DiffusionConfig
+from diffussm_cli.config import DiffusionConfig, check_arguments
+from diffussm_cli.config.checks import MIN_SIGNAL
 
 
 class Prediction(NamedTuple):
@@ -137,8 +138,14 @@ class Objective(ABC):
             label_dropout: the share of labels that become `model.null_class`, and of captions that
                 become zeros, so that sampling can guide.
             generator: on the CPU; the default one if None.
+
+        Raises:
+            ValueError: for images that are no floats, and labels that the model cannot take.
         """
         from diffussm_cli.diffusion.losses import training_losses
+
+        if not x_0.is_floating_point():
+            raise ValueError(f"x_0: {x_0.dtype} must be floats, such as x_0.float() / 127.5 - 1")
 
         # timesteps and noise
         B = len(x_0)
@@ -176,13 +183,14 @@ class Objective(ABC):
             model: a network of this package in eval mode, or with `shape` any (x_t, t, y) ->
                 prediction.
             y: a label for all images, or one for each.
-            guidance: scale of classifier-free guidance; 1 for none. It needs `model.null_class`.
+            guidance: scale of classifier-free guidance; 1 for none. It needs `y` and
+                `model.null_class`.
             sampler: a name that `sample_by_name` takes.
             shape: (C, H, W); by default, that of the model's input.
 
         Raises:
-            ValueError: if the number of labels is not n, if the model has no classes, or if it
-                does not name the class that guidance leads away from.
+            ValueError: if the number of labels is not n, if the model has no classes, or if
+                guidance has no labels, or no class to lead away from.
         """
         from diffussm_cli.diffusion.denoiser import guided, labelled
         from diffussm_cli.diffusion.samplers import sample_by_name
@@ -199,6 +207,8 @@ class Objective(ABC):
             return model(x.float(), t, y).to(x.dtype)
 
         if y is None:
+            if guidance != 1:
+                raise ValueError(f"guidance: {guidance} needs y, the labels that it leads to")
             denoise = labelled(predict, None)
         else:
             _check_has_classes(model)
@@ -238,6 +248,9 @@ class GaussianDiffusion(Objective):
     Tables are (T,), on `device`. They are computed in float64 and kept in float32, as ADM uses
     them; `alpha_bar64` stays in float64, on the CPU. `zero_snr` rescales them so that x_{T-1} is
     pure noise.
+
+    Raises:
+        ValueError: for an argument that its field of the configuration could not be.
     """
 
     name, prediction_type = "noise", "epsilon"
@@ -250,7 +263,17 @@ class GaussianDiffusion(Objective):
         device: torch.device | str = "cpu",
         zero_snr: bool = False,
     ):
+        # The variances, which must leave something of the image.
+        check_arguments(DiffusionConfig, locals(), {"T": "timesteps"})
+        if beta_end < beta_start:
+            raise ValueError(f"beta_end: {beta_end} must be at least beta_start {beta_start}")
         beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        if (1 - beta).log().sum() < MIN_SIGNAL:
+            raise ValueError(
+                f"T: {T} with variances up to {beta_end} leave nothing of the image; lower beta_end"
+            )
+
+        # The tables.
         alpha_bar = torch.cumprod(1 - beta, dim=0)
         if zero_snr:  # arXiv 2305.08891, algorithm 1
             a = alpha_bar.sqrt()

@@ -14,6 +14,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffussm_cli.config import DataConfig, ModelConfig, check_arguments
 from diffussm_cli.errors import reason
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import (
@@ -68,7 +69,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         stem: channels of two 3x3 convolutions before the image is split into patches; 0: none.
 
     Raises:
-        ValueError: if sizes do not divide; the message names them.
+        ValueError: for an argument that its field of the configuration could not be, and if sizes
+            do not divide; the message names them.
     """
 
     position: Tensor
@@ -91,6 +93,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         skips: bool = False,
         stem: int = 0,
     ):
+        check_sizes(locals())
         super().__init__()
         self.input_size = pair(input_size)
         self.in_channels, self.patch_size, self.compression = in_channels, patch_size, compression
@@ -100,6 +103,10 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         C, P, D, M = in_channels, patch_size, hidden_size, compression
         if D % 4:
             raise ValueError(f"hidden_size {D} must be a multiple of 4")
+        if text_tokens and not text_width:
+            raise ValueError(
+                f"text_tokens {text_tokens} needs text_width, the width of the vectors"
+            )
         self._check_grid(*self.input_size)
 
         self.register_module("stem", Stem(C, stem) if stem else None)
@@ -289,12 +296,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         return position_table(H // P, W // P, self.compression, self.patch_in.out_features)
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None, text: Tensor | None) -> None:
-        """Raises ValueError for sizes that do not fit; the content of tensors is only seen on a
-        CPU.
+        """Raises ValueError for sizes and types that do not fit; the content of tensors is only
+        seen on a CPU.
         """
         B = x.shape[0]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x: shape {tuple(x.shape)} must be (B, {self.in_channels}, H, W)")
+        if not x.is_floating_point():
+            raise ValueError(f"x: {x.dtype} must be floats, such as x.float() / 127.5 - 1")
         if t.shape != (B,):
             raise ValueError(f"t: shape {tuple(t.shape)} must be ({B},), one timestep per image")
 
@@ -304,6 +313,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
                 raise ValueError(
                     f"y: {shape} must be ({B},), one label per image; no class is {self.null_class}"
                 )
+            if y.dtype not in (torch.int64, torch.int32):
+                raise ValueError(f"y: {y.dtype} must be torch.int64; give y.long()")
             if _is_at_hand(y) and not ((y >= 0) & (y <= self.null_class)).all():
                 low, high = y.min().item(), y.max().item()
                 raise ValueError(f"y: labels from {low} to {high} must lie in 0..{self.null_class}")
@@ -323,6 +334,14 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
                 f"a grid of {H}x{W} cannot be split: patch_size {P} must divide the height, "
                 f"and patch_size {P} x compression {M} the width"
             )
+
+
+def check_sizes(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for an argument of a network, by name, that its field of the configuration
+    could not be.
+    """
+    check_arguments(ModelConfig, arguments)
+    check_arguments(DataConfig, arguments, {"in_channels": "channels"})
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ L = HW/P^2 tokens   J = L/M positions   D hidden size   N state size of S4D
 import itertools
 
 from diffussm_cli.config import mixer_names
-from diffussm_cli.model.backbone import Backbone, pair
+from diffussm_cli.model.backbone import Backbone, check_sizes, pair
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
@@ -29,13 +29,13 @@ class DiffuSSM(Backbone):
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         qk_norm, rope: of the mixer "attention"; see `AttentionOfHeads`.
         scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
-        kernel: side of the convolution of the mixer "conv", odd.
+        kernel: side of the convolution of the mixer "conv": 3, 5 or 7.
         conv_gate: how the mixer "conv" weighs channels, "attention" or "grn".
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.
 
     Raises:
-        ValueError: if sizes do not divide or there is no such mixer or scan; the message names
-            them.
+        ValueError: for an argument that its field of the configuration could not be, if sizes do
+            not divide, or for an option that the mixer does not have; the message names them.
     """
 
     def __init__(
@@ -64,13 +64,18 @@ class DiffuSSM(Backbone):
         text_tokens: int = 0,
         gradient_checkpointing: bool = False,
     ):
+        check_sizes(locals())
+
         # What Backbone does not see.
         mixers = mixer_names(mixer)
-        if scan not in SCANS:
-            raise ValueError(f"scan {scan!r} must be one of {', '.join(SCANS)}")
         for name in mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixer {name!r} must be one of {', '.join(MIXERS)}")
+        for option, is_set in {"qk_norm": qk_norm, "rope": rope}.items():
+            if is_set and "attention" not in mixers:
+                raise ValueError(
+                    f"{option}: True needs the mixer attention, and mixer is {mixer!r}"
+                )
         if text_tokens and (local or any(MIXERS[name].needs_image for name in mixers)):
             raise ValueError(
                 f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image "

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffussm_cli.model.backbone import Backbone
+from diffussm_cli.model.backbone import Backbone, check_sizes
 from diffussm_cli.model.block import HourglassLinear
 from diffussm_cli.model.heads import AttentionOfHeads
 from diffussm_cli.model.stacked import StackedLinear
@@ -96,8 +96,8 @@ class DiT(Backbone):
         qk_norm, rope: of `AttentionOfHeads`; DiT has neither.
 
     Raises:
-        ValueError: if sizes do not divide, or heads are too narrow for `rope`; the message names
-            them.
+        ValueError: for an argument that its field of the configuration could not be, if sizes do
+            not divide, or heads are too narrow for `rope`; the message names them.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class DiT(Backbone):
         text_tokens: int = 0,
         gradient_checkpointing: bool = False,
     ):
+        check_sizes(locals())
         if hidden_size % heads or hidden_size % compression:
             raise ValueError(
                 f"hidden_size {hidden_size} must be a multiple of heads {heads} "

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffussm_cli.diffusion.process import GaussianDiffusion
+from diffussm_cli.diffusion.flow import ImageFlow, LinearFlow
+from diffussm_cli.diffusion.process import GaussianDiffusion, VelocityDiffusion
 from tests.conftest import device, golden, relative
 
 
@@ -31,3 +32,24 @@ def test_predictions_of_noise_and_image_are_inverse(g):
         process.output_for(g["x_t"], g["t"], x_0), g["noise"], rtol=1e-4, atol=1e-4
     )
     assert relative(x_0, g["x0"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            lambda: GaussianDiffusion(beta_start=2, beta_end=3),
+            "beta_start: 2 must be at most 0.999",
+        ),
+        (lambda: VelocityDiffusion(beta_end=0.0), "beta_end: 0.0 must be greater than 0"),
+        (lambda: GaussianDiffusion(beta_end="x"), "beta_end: 'x' must be a finite number"),
+        (lambda: GaussianDiffusion(beta_end=1e-5), "beta_end: 1e-05 must be at least beta_start"),
+        (lambda: GaussianDiffusion(1), "T: 1 must be a whole number from 2 to 10000"),
+        (lambda: GaussianDiffusion(beta_end=0.9), "T: 1000 with variances up to 0.9 leave nothing"),
+        (lambda: LinearFlow(0), "T: 0 must be at least 1"),
+        (lambda: ImageFlow(-5), "T: -5 must be at least 1"),
+    ],
+)
+def test_process_that_leaves_no_image_or_no_time_is_rejected_by_name(make, line):
+    with pytest.raises(ValueError, match=f"^{line}"):
+        make()

@@ -118,6 +118,34 @@ NETWORKS = {
 }
 
 
+WRONG_SIZES = {  # arguments of both networks, and the beginning of the line about each
+    "patch_size": (0, "0 must be a whole number from 1 to 256$"),
+    "hidden_size": (0, "0 must be a whole number from 4 to"),
+    "depth": (0, "0 must be a whole number from 1 to 1000$"),
+    "compression": (0, "0 must be a whole number from 1 to 256$"),
+    "in_channels": (0, "0 must be a whole number from 1 to"),
+    "num_classes": (-1, "-1 must be a whole number from 0 to"),
+    "stem": (2.5, "2.5 must be a whole number from 0 to"),
+    "skips": ("no", "'no' must be one of True, False$"),
+    "label_std": (float("nan"), "nan must be a finite number$"),
+    "text_width": (-4, "-4 must be a whole number from 0 to"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SIZES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_arguments_that_a_configuration_refuses_are_rejected_by_name(network, name):
+    value, line = WRONG_SIZES[name]
+    with pytest.raises(ValueError, match=f"^{name}: {line}"):
+        NETWORKS[network](**{name: value})
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_text_tokens_without_text_are_rejected(network):
+    with pytest.raises(ValueError, match="^text_tokens 2 needs text_width"):
+        NETWORKS[network](text_tokens=2)
+
+
 def edit_json(change):
     def edit(folder):
         values = json.loads((folder / "config.json").read_text())
@@ -202,6 +230,8 @@ def test_saved_network_that_does_not_tell_its_class_is_read(tmp_path):
         ),
         (lambda x, t, y: (x, t, y, randn(2, 1, 5)), r"text: shape \(2, 1, 5\) must be \(2, 1, 4\)"),
         (lambda x, t, y: (x, t, y, None), r"text: None must be \(2, 1, 4\)"),
+        (lambda x, t, y: (x.byte(), t, y), "^x: torch.uint8 must be floats"),
+        (lambda x, t, y: (x, t, y.float()), "^y: torch.float32 must be torch.int64; give y.long"),
     ],
 )
 def test_inputs_that_do_not_fit_are_rejected_with_their_shapes(network, change, message):
@@ -241,7 +271,18 @@ def test_empty_batch_gives_empty_result(mixer):
             "mixer 'mamba' must be one of s4d, axial, linear, conv, attention",
         ),
         ({"mixer": "conv,mamba"}, ValueError, "mixer 'mamba' must be one of"),
-        ({"scan": "spiral"}, ValueError, "scan 'spiral' must be one of raster, alternate, four"),
+        ({"scan": "spiral"}, ValueError, "scan: 'spiral' must be one of raster, alternate, four"),
+        ({"mixer": "conv", "kernel": 4}, ValueError, "^kernel: 4 must be one of 3, 5, 7$"),
+        (
+            {"mixer": "conv", "conv_gate": "x"},
+            ValueError,
+            "^conv_gate: 'x' must be one of attention",
+        ),
+        ({"mixer": 5}, ValueError, "^mixer: 5 must be text$"),
+        ({"local": 5}, ValueError, "^local: 5 must be one of 0, 3$"),
+        ({"rope": True}, ValueError, "^rope: True needs the mixer attention, and mixer is 's4d'$"),
+        ({"qk_norm": True}, ValueError, "^qk_norm: True needs the mixer attention"),
+        ({"heads": 0, "mixer": "linear"}, ValueError, "^heads: 0 must be a whole number from 1"),
         (
             {"mixer": "axial", "text_width": 4, "text_tokens": 2},
             ValueError,

@@ -215,6 +215,8 @@ def test_stem_lets_patches_see_their_neighbours():
 def test_sizes_that_do_not_divide_are_rejected_by_name():
     with pytest.raises(ValueError, match="rope needs heads of at least 4 channels, got 2"):
         tiny(heads=16, rope=True)
+    with pytest.raises(ValueError, match="^heads: 0 must be a whole number from 1 to"):
+        tiny(heads=0)
     with pytest.raises(ValueError, match="heads 5"):
         tiny(heads=5)
     with pytest.raises(ValueError, match="compression 4 the width"):
