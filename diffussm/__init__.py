@@ -16,12 +16,12 @@ from diffussm_cli import __version__
 
 if TYPE_CHECKING:
     from diffussm_cli.config import Config as Config
-    from diffussm_cli.config import load_config as load_config
     from diffussm_cli.diffusion.flow import ImageFlow as ImageFlow
     from diffussm_cli.diffusion.flow import LinearFlow as LinearFlow
     from diffussm_cli.diffusion.process import GaussianDiffusion as GaussianDiffusion
     from diffussm_cli.diffusion.process import VelocityDiffusion as VelocityDiffusion
     from diffussm_cli.errors import DiffussmError as DiffussmError
+    from diffussm_cli.library.configs import load_config as load_config
     from diffussm_cli.library.functions import cost as cost
     from diffussm_cli.library.functions import encode as encode
     from diffussm_cli.library.functions import evaluate as evaluate
@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from diffussm_cli.training.optimizer import parameter_groups as parameter_groups
 
 PLACES = {
-    "diffussm_cli.config": ("Config", "load_config"),
+    "diffussm_cli.config": ("Config",),
     "diffussm_cli.diffusion.flow": ("ImageFlow", "LinearFlow"),
     "diffussm_cli.diffusion.process": ("GaussianDiffusion", "VelocityDiffusion"),
     "diffussm_cli.errors": ("DiffussmError",),
+    "diffussm_cli.library.configs": ("load_config",),
     "diffussm_cli.library.functions": ("cost", "encode", "evaluate", "sample", "train"),
     "diffussm_cli.library.run": ("Run", "grid", "load"),
     "diffussm_cli.model": ("DiT", "DiffuSSM"),

@@ -106,14 +106,14 @@ def _literal(text: str) -> str:
 
 
 @contextlib.contextmanager
-def naming_parameters() -> Iterator[None]:
+def naming_parameters(names: Mapping[str, str] = PARAMETERS) -> Iterator[None]:
     """Let errors in the block, or in a function that this decorates, name parameters in place of
-    options.
+    options. `names` is that of `in_python`.
     """
     try:
         yield
     except DiffussmError as e:
-        e.args = (in_python(str(e)), *e.args[1:])
+        e.args = (in_python(str(e), names), *e.args[1:])
         raise
 
 

@@ -467,6 +467,27 @@ WRONG_KINDS = {  # calls that the command line does not know, and the lines abou
         lambda: ds.train("digits", set=["train.steps=1"], show=False),
         "set: ['train.steps=1'] must be fields by their whole name, such as {'model.depth': 4}",
     ),
+    "one override": (
+        lambda: ds.load_config("mnist", "train.lr=2e-3"),
+        "overrides: 'train.lr=2e-3' must be a list of texts, such as ['model.depth=4'], or fields",
+    ),
+    "an override without a value": (
+        lambda: ds.load_config("mnist", ["train.lr"]),
+        "overrides: 'train.lr' must read section.field=value, such as train.lr=2e-4",
+    ),
+    "a field of no section": (
+        lambda: ds.load_config("mnist", fields={"trian.lr": 2e-3}),
+        "fields: unknown field 'trian.lr'; did you mean 'train.lr'?",
+    ),
+    "fields as a list": (
+        lambda: ds.load_config("mnist", fields=["train.lr=1"]),
+        "fields: ['train.lr=1'] must be fields by their whole name",
+    ),
+    "a preset": (
+        lambda: ds.load_config("mnits"),
+        "preset: there is no preset 'mnits'; did you mean 'mnist'?",
+    ),
+    "a number as a preset": (lambda: ds.load_config(5), "preset: 5 must be a name or a path"),
     "a list of fields to cost": (
         lambda: ds.cost("digits", ["train.steps=1"]),
         "set: ['train.steps=1'] must be fields by their whole name",
@@ -493,6 +514,13 @@ def test_paths_may_be_text(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {
         *("images", "g.png", "f.gif", "r.json", "cache")
     }
+
+
+def test_fields_of_configuration_may_be_a_mapping_or_texts():
+    by_name = ds.load_config("mnist", {"train.lr": 2e-3})
+    assert by_name == ds.load_config("mnist", ["train.lr=2e-3"])
+    assert by_name == ds.load_config("mnist", fields={"train.lr": 2e-3})
+    assert by_name.train.lr == 2e-3
 
 
 def test_costs_equal_those_of_the_command():

@@ -2,6 +2,7 @@
 classes.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,13 +44,23 @@ def split_fields(config: Config, request: Mapping[str, Any]) -> tuple[Any, dict[
     return with_fields(config, fields, "sample").sample, rest
 
 
-def checked_fields(fields: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Fields by their whole name. Raises ConfigError for what is no mapping."""
-    if fields is not None and not isinstance(fields, Mapping):
+def checked_fields(fields: Mapping[str, Any] | None, name: str = "set") -> dict[str, Any]:
+    """Fields by their whole name. Raises ConfigError, naming the parameter, for anything else."""
+    is_mapping = fields is None or isinstance(fields, Mapping)
+    if not is_mapping or not all(isinstance(key, str) for key in fields or {}):
         raise ConfigError(
-            f"set: {fields!r:.80} must be fields by their whole name, such as {{'model.depth': 4}}"
+            f"{name}: {fields!r:.80} must be fields by their whole name, such as "
+            "{'model.depth': 4}"
         )
     return dict(fields or {})
+
+
+def check_paths(**paths: Any) -> None:
+    """Raises ConfigError, naming the parameter, for a value that is neither text nor a path."""
+    for name, value in paths.items():
+        if not isinstance(value, str | os.PathLike):
+            shown = repr(value) if isinstance(value, int | float) else f"a {type(value).__name__}"
+            raise ConfigError(f"{name}: {shown} must be a name or a path")
 
 
 def checked_size(resolution: int | Sequence[int]) -> tuple[int, int]:
