@@ -503,16 +503,20 @@ SAMPLE_MISTAKES = {
     ),
     "sampler of a flow": (
         ["--sampler", "sde"],
-        "sample.sampler: sde is for a flow; with objective noise, choose ddim",
+        "--sampler: sde is for a flow; with objective noise, choose ddim",
     ),
-    "guidance without end": (["--guidance", "inf"], "sample.guidance: inf must be a finite number"),
+    "guidance without end": (["--guidance", "inf"], "--guidance: inf must be a finite number"),
     "guidance that is none": (["--guidance", "nan"], "guidance"),
     "guidance too strong": (
         ["--guidance", "1e6"],
-        "sample.guidance: 1000000.0 must be at most 1000",
+        "--guidance: 1000000.0 must be at most 1000",
     ),
-    "too many steps": (["--steps", "1001"], "steps: 1001 must be at most"),
-    "interval": (["--guidance-interval", "9,1"], "must be LO,HI"),
+    "too many steps": (["--steps", "1001"], "error: --steps: 1001 must be at most"),
+    "interval": (["--guidance-interval", "9,1"], "--guidance-interval: '9,1' must be LO,HI"),
+    "no guide": (
+        ["--guidance", "2", "--guide-with", "nope"],
+        "--guide-with: no folder 'nope'; name a run, a model of the package",
+    ),
     "out is a file": (["--out", "/dev/null/x"], "--out: cannot write"),
     "grid of another kind": (["--grid", "g.jpg"], "--grid: 'g.jpg' must end in .png"),
     "grid as an image": (

@@ -198,8 +198,8 @@ def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
     [
         (["--models", "huge"], "--models: 'huge' must be one of"),
         (["--models", "xl", "--preset", "mnist"], "--models: cannot be combined with --preset"),
-        (["--resolution", "25x"], "data.resolution: '25x'"),
-        (["--resolution", "100"], "data.resolution: 100 must be a multiple"),
+        (["--resolution", "25x"], "--resolution: '25x'"),
+        (["--resolution", "100"], "--resolution: 100 must be a multiple"),
         (
             ["--sweep", "M=1", "P=2"],
             "RUN: 'P=2' is no folder of a run; each LETTER=VALUES needs a --sweep of its own",

@@ -240,7 +240,7 @@ def evaluate(
     else:
         drawn = {
             "num": num,
-            "classes": parse_classes(classes, trained.config, balanced),
+            "classes": parse_classes(classes, trained.config, balanced, "--prompts"),
             "prompts": parse_prompts(None, prompts),
             "negative": negative,
             "sampling": overridden_sampling(trained.config, overrides or []),

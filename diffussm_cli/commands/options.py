@@ -4,7 +4,7 @@ import csv
 import os
 import re
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,17 @@ from diffussm_cli.errors import ConfigError, DiffussmError
 MAX_IMAGES = 10**6  # images in one request
 # parameters of text that name files or folders, or the hub
 PLACES = ("samples", "reference", "data", "vae")
+
+# The fields of a configuration that options of commands set, by parameter.
+FIELDS = {
+    "sampler": "sample.sampler",
+    "steps": "sample.steps",
+    "guidance": "sample.guidance",
+    "guidance_channels": "sample.guidance_channels",
+    "guidance_interval": "sample.guidance_interval",
+    "guide_with": "sample.guide",
+    "resolution": "data.resolution",
+}
 
 # The groups of options in `--help`.
 DRAWN = "What is drawn"
@@ -214,7 +225,8 @@ class Command(ReadableHelp, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """As in the parent class. Raises ConfigError for text that cannot name a file.
 
-        An error about a parameter names its option.
+        An error about a parameter names its option, and so does one about a field that an option
+        has set.
         """
         for parameter in self.params:
             value = ctx.params.get(parameter.name)
@@ -228,8 +240,29 @@ class Command(ReadableHelp, TyperCommand):
         except DiffussmError as e:
             name, colon, line = str(e).partition(":")
             options = {parameter.name: option_name(parameter) for parameter in self.params}
-            e.args = (options.get(name, name) + colon + line, *e.args[1:])
+            if name in {FIELDS.get(parameter.name) for parameter in ctx.obj}:
+                e.args = (_naming_options(str(e), options), *e.args[1:])
+            else:
+                e.args = (options.get(name, name) + colon + line, *e.args[1:])
             raise
+
+
+def _naming_options(line: str, options: Mapping[str, str]) -> str:
+    """A line with options in place of the fields that they set: `sample.sampler=euler` becomes
+    `--sampler euler`.
+
+    Args:
+        options: those of the command, by parameter.
+    """
+    option_of = {FIELDS[name]: option for name, option in options.items() if name in FIELDS}
+
+    def option(match: re.Match[str]) -> str:
+        field, equals = match.groups()
+        if field not in option_of:
+            return match[0]
+        return option_of[field] + (" " if equals else "")
+
+    return re.sub(r"\b((?:sample|data)\.[a-z_]+)(=?)", option, line)
 
 
 def option_name(parameter: Any) -> str:
@@ -290,9 +323,14 @@ def overridden_sampling(config: Config, overrides: Sequence[str]) -> SampleConfi
     return config_from_dict(to_dict(config), "RUN", overrides).sample
 
 
-def parse_classes(text: str | None, config: Config, balanced: bool = False) -> tuple[int, ...]:
+def parse_classes(
+    text: str | None, config: Config, balanced: bool = False, prompts: str = "--prompt"
+) -> tuple[int, ...]:
     """Labels from `3,7`, `0-9`, class names of the run, or a mix of them; empty for None, all if
     `balanced`.
+
+    Args:
+        prompts: the option that a model of text takes instead.
 
     Raises:
         ConfigError: for a label or name that the model does not have, or for both options.
@@ -303,7 +341,10 @@ def parse_classes(text: str | None, config: Config, balanced: bool = False) -> t
     if text is None:
         return tuple(range(n)) if balanced else ()
     if not n:
-        raise ConfigError(f"--classes: {text!r} given, but the model is unconditional")
+        why = f"the run draws prompts; use {prompts}"
+        if not config.model.text_width:
+            why = "the model is unconditional"
+        raise ConfigError(f"--classes: {text!r} given, but {why}")
 
     try:
         parts = next(csv.reader([text], skipinitialspace=True), [])

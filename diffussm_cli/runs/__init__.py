@@ -48,7 +48,7 @@ from diffussm_cli.runs.metadata import (
     write_state,
 )
 from diffussm_cli.runs.publish import files_to_publish, model_card, pipeline_files
-from diffussm_cli.runs.trained import TrainedRun, find_run, load_model
+from diffussm_cli.runs.trained import TrainedRun, find_run, load_model, named_by
 from diffussm_cli.runs.weights import (
     check_weights_match,
     read_tensors,

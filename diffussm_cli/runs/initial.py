@@ -1,7 +1,6 @@
 """The weights that training begins with, if they are those of another model (`train.init`)."""
 
 import dataclasses
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import Config, bundled_names
+from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError
 from diffussm_cli.model import build_model
-from diffussm_cli.runs import dit_checkpoint, hub
-from diffussm_cli.runs.trained import TrainedRun, find_run, load_model
+from diffussm_cli.runs.trained import TrainedRun, find_run, load_model, named_by
 
 SHOWN = 4  # kinds of tensors that a line names
 
@@ -87,20 +85,11 @@ def initial_weights(config: Config) -> InitialWeights:
             network.
     """
     name = config.train.init
-    is_file = Path(name).suffix == dit_checkpoint.SUFFIX
-    if not is_file and not os.path.lexists(name) and not hub.is_elsewhere(name):
-        raise RunError(
-            f"train.init: no folder {name!r}; name a run, a model of the package "
-            f"({', '.join(bundled_names())}), OWNER/NAME on the Hugging Face hub, or a .pt file of "
-            "a published DiT or SiT"
-        )
-    try:
+    with named_by("train.init", name):
         source = find_run(Path(name))
         if source.assumption and config.diffusion.objective == "flow":
             source = find_run(Path(name), objective="flow")
         theirs = load_model(source).state_dict()
-    except RunError as e:
-        raise RunError(f"train.init: {str(e).removeprefix('RUN: ')}") from e
     with torch.device("meta"):
         ours = build_model(config).state_dict()
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -132,6 +132,27 @@ def find_run(
     if file != trained.weights:
         _refuse_damage(file.parent, file.name, "omit --ema to use the first average")
     return dataclasses.replace(trained, weights=file, ema=decay)
+
+
+@contextlib.contextmanager
+def named_by(option: str, name: str) -> Iterator[None]:
+    """Let errors of `find_run` and `load_model` in the block name the option or field that names
+    the run, where that is not RUN.
+
+    Raises:
+        RunError: also if there is nothing of that name.
+    """
+    is_file = Path(name).suffix == dit_checkpoint.SUFFIX
+    if not is_file and not os.path.lexists(name) and not hub.is_elsewhere(name):
+        raise RunError(
+            f"{option}: no folder {name!r}; name a run, a model of the package "
+            f"({', '.join(bundled_names())}), OWNER/NAME on the Hugging Face hub, or a .pt file of "
+            "a published DiT or SiT"
+        )
+    try:
+        yield
+    except RunError as e:
+        raise RunError(f"{option}: {str(e).removeprefix('RUN: ')}") from e
 
 
 def _mixed(trained: TrainedRun, width: float) -> TrainedRun:

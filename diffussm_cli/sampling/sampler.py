@@ -18,7 +18,7 @@ from diffussm_cli.diffusion.objectives import make_objective
 from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from diffussm_cli.model import Backbone
-from diffussm_cli.runs import TrainedRun, find_run, load_model
+from diffussm_cli.runs import TrainedRun, find_run, load_model, named_by
 from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.generate import generate, labels_of, name_of
 from diffussm_cli.sampling.precision import cast_products
@@ -205,7 +205,8 @@ def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dty
     Raises:
         DiffussmError: if it cannot be read, or draws something else than the run.
     """
-    trained = find_run(Path(name))
+    with named_by("sample.guide", name):
+        trained = find_run(Path(name))
 
     # Fields that must agree; of those that not every run has recorded, if both have.
     is_flow = config.diffusion.objective == "flow"
@@ -217,6 +218,7 @@ def open_guide(name: str, config: Config, device: torch.device, dtype: torch.dty
                 f"{ours!r:.80}; both must be trained alike"
             )
 
-    model = load_model(trained).to(device)
+    with named_by("sample.guide", name):
+        model = load_model(trained).to(device)
     cast_products(model, dtype)
     return Guide(model, {"guide": name, "guide_sha256": trained.weights_sha256})

@@ -118,6 +118,17 @@ def test_classes_for_unconditional_model_are_rejected():
         parse_classes("3", config)
 
 
+def test_classes_for_a_model_of_text_name_the_option_of_prompts():
+    config = load_config(
+        "digits", ["model.num_classes=0", "model.text_width=8", "data.text=wordllama"]
+    )
+    for option in ("--prompt", "--prompts"):
+        with pytest.raises(
+            ConfigError, match=f"^--classes: '3' given, but the run .* use {option}$"
+        ):
+            parse_classes("3", config, prompts=option)
+
+
 def test_byte_order_mark_is_no_part_of_prompt(tmp_path):
     """Notepad writes one; a prompt with it draws another image from the same seed."""
     (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred heart\r\nsun\r\n")

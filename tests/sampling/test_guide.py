@@ -107,13 +107,15 @@ def test_a_guide_that_draws_something_else_is_one_line(
     write_run(tmp_path / "other", *overrides)
     source = write_run(tmp_path / "run", "data.class_names=0,1,2,3,4,5,6,7,8,9")
     arguments = ["sample", source, "--guidance", 2, "--guide-with", "other", "--out", "out"]
-    assert f"sample.guide: {words}" in line_of(run(*arguments))
+    assert f"--guide-with: {words}" in line_of(run(*arguments))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_guide_that_is_not_there_is_one_line_and_one_that_is_not_used_is_named(folder, tmp_path):
     arguments = ["sample", folder / "free", "--guide-with", "nobody", "--out", tmp_path / "out"]
-    assert "no folder 'nobody'" in line_of(run(*arguments, "--guidance", 2))
+    assert "--guide-with: no folder 'nobody'; name a run" in line_of(
+        run(*arguments, "--guidance", 2)
+    )
     unguided = run(*arguments, "-n", 1)
     assert unguided.exit_code == 0
     assert "not used: sample.guide=nobody (guidance is 1)" in unguided.stderr

@@ -142,7 +142,9 @@ def test_commands_train_resume_and_draw_in_one_step(teacher, tmp_path):
 
     refused = run("sample", root, "--steps", 4, "--out", tmp_path / "more")
     assert refused.exit_code == 1
-    assert "sample.steps: 4 does not fit a model of the mean velocity" in line_of(refused)
+    line = line_of(refused)
+    assert "--steps: 4 does not fit a model of the mean velocity" in line
+    assert line.endswith("choose --sampler euler, --steps 1 and --guidance 1")
 
 
 @pytest.mark.parametrize(
