@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from diffussm_cli.model import DiffuSSM as DiffuSSM
     from diffussm_cli.model import DiT as DiT
     from diffussm_cli.model.s4d import S4D as S4D
+    from diffussm_cli.profiling.flops import Cost as Cost
     from diffussm_cli.training.ema import EMA as EMA
     from diffussm_cli.training.optimizer import make_optimizer as make_optimizer
     from diffussm_cli.training.optimizer import parameter_groups as parameter_groups
@@ -47,6 +48,7 @@ PLACES = {
     "diffussm_cli.library.run": ("Run", "grid", "load"),
     "diffussm_cli.model": ("DiT", "DiffuSSM"),
     "diffussm_cli.model.s4d": ("S4D",),
+    "diffussm_cli.profiling.flops": ("Cost",),
     "diffussm_cli.training.ema": ("EMA",),
     "diffussm_cli.training.optimizer": ("make_optimizer", "parameter_groups"),
 }

@@ -204,7 +204,9 @@ def test_wrong_request_is_one_line_error_naming_the_parameter():
         ConfigError, match="^classes: 99 is not a class of this model; it has 0 to 9$"
     ):
         run.sample(1, classes=[99])
-    with pytest.raises(ConfigError, match="unknown field sample.step"):
+    with pytest.raises(
+        ConfigError, match="^step: there is no such parameter; did you mean 'steps'?"
+    ):
         run.sample(1, step=4)
 
 
@@ -448,8 +450,57 @@ def test_an_error_names_parameters_in_python_and_options_on_the_command_line(cas
 
 WRONG_KINDS = {  # calls that the command line does not know, and the lines about them
     "precision": (
-        lambda: ds.load("mnist", precision="fp64").sample(1, steps=1),
+        lambda: ds.load("mnist", precision="fp64"),
         "precision: 'fp64' is not a choice; valid: auto, fp32, bf16",
+    ),
+    "a device": (
+        lambda: ds.load("mnist", device="cudaa"),
+        "device: 'cudaa' is not available here; use auto or cpu",
+    ),
+    "a number as a device": (
+        lambda: ds.load("mnist", device=0),
+        "device: 0 must be text, such as 'auto'",
+    ),
+    "a number as a run": (
+        lambda: ds.load(5),
+        "run: 5 must be a run, its name or its path",
+    ),
+    "a text as a decay": (lambda: ds.load("mnist", ema="0.9"), "ema: '0.9' must be a number"),
+    "a tensor of images": (
+        lambda: ds.evaluate(PIXELS, "full", show=False),
+        "samples: a Tensor must be a run, or the path of a run or of images, which ds.sample",
+    ),
+    "a tensor as a reference": (
+        lambda: ds.evaluate("full", PIXELS, show=False),
+        "reference: a Tensor must be a path of images or of an .npz, or a Dataset",
+    ),
+    "a list as a folder": (
+        lambda: ds.sample("mnist", ["images"], 1, show=False),
+        "out: a list must be a name or a path",
+    ),
+    "a number as a source": (
+        lambda: ds.encode(1, "store", show=False),
+        "source: 1 must be a name or a path",
+    ),
+    "a name of no parameter of sample": (
+        lambda: ds.sample("mnist", "images", 1, clases=[3], show=False),
+        "clases: there is no such parameter; did you mean 'classes'?",
+    ),
+    "a name of no parameter of Run.sample": (
+        lambda: ds.load("mnist").sample(1, clases=[3]),
+        "clases: there is no such parameter; did you mean 'classes'?",
+    ),
+    "a name of no parameter of evaluate": (
+        lambda: ds.evaluate("mnist", resolutoin=8, show=False),
+        "resolutoin: there is no such parameter; did you mean 'resolution'?",
+    ),
+    "a name of no parameter of encode": (
+        lambda: ds.encode("full", "store", batchsize=3, show=False),
+        "batchsize: there is no such parameter; did you mean 'batch_size'?",
+    ),
+    "a device to sample": (
+        lambda: ds.sample("mnist", "images", 1, device="cpu", show=False),
+        "device: the run has its own; choose it by load(run, device=...)",
     ),
     "three sides": (
         lambda: ds.encode("full", "store", (16, 16, 3), show=False),
@@ -504,13 +555,15 @@ def test_values_of_another_kind_are_one_line_before_anything_is_written(case, fu
     assert [path.name for path in full_folder.iterdir()] == ["full"]
 
 
-def test_paths_may_be_text(tmp_path, monkeypatch):
+def test_paths_may_be_text_and_images_use_nothing_of_drawing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = {"grid": "g.png", "film": "f.gif"}
     grid = ds.sample("mnist", "images", 5, steps=1, show=False, **files)
     assert grid == Path("g.png")
     options = {"metrics": ("is",), "out": "r.json", "cache": "cache", "resolution": 28}
-    ds.evaluate("images", "builtin:mnist", show=False, **options)
+    ds.evaluate("images", "builtin:mnist", num=2, steps=3, **options)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "num, steps: not used, because samples are images, not a run" in shown
     assert {path.name for path in tmp_path.iterdir()} == {
         *("images", "g.png", "f.gif", "r.json", "cache")
     }
@@ -524,6 +577,7 @@ def test_fields_of_configuration_may_be_a_mapping_or_texts():
 
 
 def test_costs_equal_those_of_the_command():
+    assert isinstance(ds.cost("xl-256"), ds.Cost)
     assert ds.cost("xl-256").parameters == 673_088_272
     assert ds.cost(ds.load_config("xl-256"), {"model.depth": 1}).gflops < 12
 

@@ -19,14 +19,18 @@ from diffussm_cli.errors import in_python, naming_parameters
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.events import Event, finish
 from diffussm_cli.library.requests import (
+    OF_LOAD,
     check_labels,
+    check_names,
     check_numbers,
+    check_paths,
     checked_fields,
     checked_prompts,
     checked_size,
     split_fields,
     unused_seed,
     with_changes,
+    without_drawing,
 )
 from diffussm_cli.library.run import Run, load
 from diffussm_cli.machine.files import default_cache
@@ -76,6 +80,8 @@ def train(
     from diffussm_cli.training.configure import configure
 
     # What changes of the configuration.
+    if out is not None:
+        check_paths(out=out)
     changes = checked_fields(set) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)
@@ -135,6 +141,9 @@ def sample(
     """
     from diffussm_cli.sampling import session
 
+    check_names(request, session.sample, hidden=("sampling", *OF_LOAD))
+    if out is not None:
+        check_paths(out=out)
     run = run if isinstance(run, Run) else load(run)
     line = unused_seed(request.get("seed", 0), request.get("interpolate"))
     if line and show:
@@ -177,18 +186,29 @@ def evaluate(
     from diffussm_cli.evaluation import session
     from diffussm_cli.evaluation.results import find_run_at
 
+    # The request.
+    run = samples if isinstance(samples, Run) else None
+    if run is None:
+        check_paths(samples=samples)
+    if reference is not None and not isinstance(reference, Dataset):
+        check_paths(reference=reference)
+    check_names(request, session.evaluate, hidden=("sampling", "run", *(OF_LOAD if run else ())))
     check_numbers(request)
     request = {"cache": default_cache()} | request
     if request.get("resolution") is not None:
         request["resolution"] = checked_size(request["resolution"])
-    request["prompts"] = checked_prompts(request.get("prompts", ()), request.get("negative"))
+    prompts = checked_prompts(request.get("prompts", ()), request.get("negative"))
 
     # Images of a run, or images that are there.
-    run = samples if isinstance(samples, Run) else None
     trained = run.trained if run else find_run_at(Path(str(samples)))
     if trained is not None:
         request["sampling"], request = split_fields(trained.config, request)
         request["classes"] = check_labels(request.get("classes", ()), trained.config)
+        request["prompts"] = prompts
+    else:
+        request, line = without_drawing(request)
+        if line and show:
+            warn(make_console(), line)
     if run is not None:
         request |= {"precision": run.precision, "device": run.device}
 
@@ -237,6 +257,8 @@ def encode(
     """
     from diffussm_cli.data.latents import encode_images
 
+    check_paths(source=source, target=target, vae=vae)
+    check_names(options, encode_images)
     _run(encode_images(source, target, checked_size(resolution), str(vae), **options), show)
     return Path(target)
 
@@ -250,6 +272,10 @@ def cost(
     Args:
         config: a preset's name, a YAML file, or a configuration.
         set: fields by their whole name, such as {"model.depth": 4}.
+
+    Returns:
+        Numbers of parameters and tokens, Gflops (billions of multiply-adds) of one image, and bytes
+        of memory.
 
     Raises:
         ConfigError: for a wrong field.

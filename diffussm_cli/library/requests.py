@@ -2,13 +2,16 @@
 classes.
 """
 
+import dataclasses
+import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from diffussm_cli.config import (
     MAX_SEED,
     Config,
+    SampleConfig,
     check_whole,
     config_from_dict,
     is_truth_value,
@@ -17,6 +20,16 @@ from diffussm_cli.config import (
     whole_number,
 )
 from diffussm_cli.errors import ConfigError
+
+# what determines how a run draws, beside fields of the section `sample`
+OF_DRAWING = ("num", "seed", "classes", "prompts", "negative", "precision")
+OF_LOAD = ("device", "precision")  # what a run that is loaded has
+# what a parameter must be, if it is more than a name or a path
+KINDS = {
+    "run": "a run, its name or its path",
+    "samples": "a run, or the path of a run or of images, which ds.sample writes",
+    "reference": "a path of images or of an .npz, or a Dataset",
+}
 
 
 def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -60,7 +73,28 @@ def check_paths(**paths: Any) -> None:
     for name, value in paths.items():
         if not isinstance(value, str | os.PathLike):
             shown = repr(value) if isinstance(value, int | float) else f"a {type(value).__name__}"
-            raise ConfigError(f"{name}: {shown} must be a name or a path")
+            kind = KINDS.get(name, "a name or a path")
+            raise ConfigError(f"{name}: {shown} must be {kind}")
+
+
+def check_names(request: Mapping[str, Any], function: Callable, hidden: Iterable[str] = ()) -> None:
+    """Raises ConfigError for a name of a request that is no parameter of the function that takes
+    it, given by name, and no field of the section `sample`, if the function draws images.
+
+    Args:
+        hidden: parameters that a caller does not give.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
+    if "classes" in names:
+        names += [field.name for field in dataclasses.fields(SampleConfig)]
+
+    for name in request:
+        if name in names:
+            continue
+        if name in OF_LOAD:
+            raise ConfigError(f"{name}: the run has its own; choose it by load(run, {name}=...)")
+        raise ConfigError(f"{name}: there is no such parameter{nearest(name, names)}")
 
 
 def checked_size(resolution: int | Sequence[int]) -> tuple[int, int]:
@@ -78,6 +112,17 @@ def check_numbers(request: Mapping[str, Any]) -> None:
     for name in ("num", "batch_size"):
         check_whole(name, request.get(name, 1), least=1)
     check_whole("seed", request.get("seed", 0), least=0, most=MAX_SEED)
+
+
+def without_drawing(request: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """A request without what determines how a run draws, and a line about what was left out; empty
+    if there is nothing.
+    """
+    fields = [field.name for field in dataclasses.fields(SampleConfig)]
+    names = [name for name in request if name in (*OF_DRAWING, *fields)]
+    kept = {name: value for name, value in request.items() if name not in names}
+    line = f"{', '.join(names)}: not used, because samples are images, not a run" if names else ""
+    return kept, line
 
 
 def unused_seed(seed: int, interpolate: Sequence[int] | None) -> str:

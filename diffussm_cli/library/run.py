@@ -11,16 +11,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffussm_cli.config import Config, SampleConfig, check_whole, unused_of_request
+from diffussm_cli.config import Config, SampleConfig, check_whole, is_truth_value, unused_of_request
 from diffussm_cli.data.images import grid_mark, image_grid, is_grid
 from diffussm_cli.errors import ConfigError, naming_parameters, writing
 from diffussm_cli.library.requests import (
     check_labels,
+    check_names,
     check_numbers,
+    check_paths,
     checked_prompts,
     unused_seed,
     with_fields,
 )
+from diffussm_cli.machine.device import pick_device, pick_dtype
 from diffussm_cli.machine.files import check_output, whole_file
 from diffussm_cli.model import Backbone
 from diffussm_cli.runs import TrainedRun, find_run
@@ -103,6 +106,7 @@ class Run:
         """
         from diffussm_cli.data.text import check_prompts
 
+        check_names(sampling, Run.sample)
         check_numbers({"num": num, "seed": seed, "batch_size": batch_size})
         labels = check_labels(classes, self.config)
         prompts = checked_prompts(prompts, negative)
@@ -150,7 +154,7 @@ def load(
     ema: float | None = None,
     objective: str | None = None,
     ema_width: float | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     precision: str = "auto",
 ) -> Run:
     """Open a trained model.
@@ -166,8 +170,22 @@ def load(
         precision: auto, fp32, bf16.
 
     Raises:
-        DiffussmError: if there is no such run, or it is damaged.
+        DiffussmError: if there is no such run, it is damaged, or the device is not here.
     """
+    # The request. With "auto" nothing is asked of a device before it draws.
+    if run is not None:
+        check_paths(run=run)
+    for name, value in {"ema": ema, "ema_width": ema_width}.items():
+        if value is not None and (is_truth_value(value) or not isinstance(value, int | float)):
+            raise ConfigError(f"{name}: {value!r:.80} must be a number")
+    if isinstance(device, torch.device):
+        device = str(device)
+    for name, value in {"device": device, "precision": precision}.items():
+        if not isinstance(value, str):
+            raise ConfigError(f"{name}: {value!r:.80} must be text, such as 'auto'")
+    if (device, precision) != ("auto", "auto"):
+        pick_dtype(precision, pick_device(device))
+
     trained = find_run(None if run is None else Path(run), ema, objective, ema_width)
     return Run(trained, device, precision)
 

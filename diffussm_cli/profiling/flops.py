@@ -27,10 +27,17 @@ from diffussm_cli.model.mixer import Mixer
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one model per image. `parts` are Gflops by name; `kernel_gflops` is spent once per
-    weight update.
+    """Cost of one model per image. A Gflop is a billion multiply-adds of one forward pass.
 
-    `training_bytes` is the memory per process when `processes` of them train the model together.
+    Attributes:
+        name: the preset's, or another.
+        resolution: (height, width) in pixels.
+        parameters: their number.
+        tokens: L, of one image; `positions` are L/M.
+        parts: Gflops by the name of the part; `gflops` is their sum.
+        kernel_gflops: Gflops that are spent once per weight update.
+        training_images: how many images a training sees, for `training_gflops`.
+        training_bytes: the memory in bytes of each of `processes` that train the model together.
     """
 
     name: str
