@@ -180,6 +180,41 @@ def test_dry_run_tells_memory_and_time_here_and_the_data_that_are_there(monkeypa
     assert shown.index("data: ") < shown.index("time: ") < shown.index("parameters")
 
 
+@pytest.mark.parametrize(
+    ("words", "predicts"),
+    [
+        (
+            ("--preset", "digits", "--set", "model.depth=1", "--eval-every", "0"),
+            "profile --preset digits --set model.depth=1 --set eval.every=0",
+        ),
+        (("--set", "model.depth=1"), "profile --preset mnist --set model.depth=1"),
+        (("--data", "pictures", "--set", "model.depth=1"), "profile --preset run.yaml"),
+    ],
+    ids=["preset", "default", "data alone"],
+)
+def test_dry_run_prints_the_command_that_predicts_its_run(words, predicts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # of a job, no step is measured
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28)).save(tmp_path / "pictures" / name)
+    (time,) = [
+        line for line in run("train", *words, "--dry-run").stdout.splitlines() if "time" in line
+    ]
+    *_, command = time.partition("diffussm ")
+    assert command == f"{predicts} --estimate --device h200"
+
+    # The command takes the run's configuration.
+    if "run.yaml" in command:
+        assert "write what --yaml prints to run.yaml, then: diffussm profile" in time
+        (tmp_path / "run.yaml").write_text(run("train", *words, "--yaml").stdout, encoding="utf-8")
+    monkeypatch.delenv("WORLD_SIZE")
+    predicted = json.loads(run(*command.split(), "--no-count", "--json").stdout)["models"][0]
+    assert predicted["training"]["gpu"] == "H200 SXM"
+    config = yaml.safe_load(run("train", *words, "--yaml").stdout)
+    assert predicted["resolution"] == [config["data"]["resolution"]] * 2
+
+
 def test_yaml_is_the_whole_configuration_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run("train", "--preset", "xl-256", "--yaml", "--dry-run", "--set", "train.lr=2e-4")

@@ -130,7 +130,16 @@ REFUSED = {
         [],
         "is not empty; add --resume",
     ),
-    "a foreign folder": (lambda root: only(root, "photo.png"), [], "is not empty; add --resume"),
+    "config.yaml among others": (
+        lambda root: [only(root, "photo.png"), (root / "config.yaml").write_text("")],
+        [],
+        "is not empty; add --resume",
+    ),
+    "a foreign folder": (
+        lambda root: only(root, "photo.png"),
+        [],
+        "is not empty and holds no run; choose another folder",
+    ),
     "a foreign folder, resumed": (
         lambda root: only(root, "photo.png"),
         ["--resume"],

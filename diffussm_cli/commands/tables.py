@@ -55,8 +55,12 @@ def presets_table(rows: Sequence) -> None:
     )
 
 
-def forecast_lines(ahead, steps: int) -> Iterator[str]:
-    """The memory and the time that a `profiling.plan.Forecast` tells, a line each."""
+def forecast_lines(ahead, steps: int, elsewhere: str) -> Iterator[str]:
+    """The memory and the time that a `profiling.plan.Forecast` tells, a line each.
+
+    Args:
+        elsewhere: how to predict the time for a GPU, if it was not measured here.
+    """
     memory = f"memory: {_gib(ahead.needed)} by formula"
     if ahead.free is not None:
         lack = ", which is too little" if ahead.needed > ahead.free else ""
@@ -64,7 +68,7 @@ def forecast_lines(ahead, steps: int) -> Iterator[str]:
     yield memory
 
     if ahead.seconds is None:
-        yield f"time: {ahead.unmeasured}; diffussm profile --estimate predicts it, also for a GPU"
+        yield f"time: {ahead.unmeasured}; to predict it for a GPU: {elsewhere}"
     else:
         yield (
             f"time: about {duration(ahead.seconds)} on {ahead.device} for {steps:,} steps, "

@@ -1,8 +1,9 @@
 """`diffussm train`."""
 
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,9 @@ from diffussm_cli.commands.options import others, unused
 from diffussm_cli.commands.stopping import PREEMPTED, stopping
 from diffussm_cli.config import (
     DEFAULT_PRESET,
+    Config,
     first_reading,
+    load_config,
     preset_names,
     set_fields,
     to_yaml,
@@ -158,7 +161,8 @@ def train(
         return
     if dry_run:
         if read_world().rank == 0:
-            plan(console, config, checks.check(config, out, resume, listing))
+            elsewhere = prediction(config, preset, overrides, fields)
+            plan(console, config, checks.check(config, out, resume, listing), elsewhere)
         return
     with stopping() as stop:
         events = session.train(
@@ -177,8 +181,35 @@ def train(
         raise typer.Exit(code)
 
 
-def plan(console, config, check) -> None:
+def prediction(
+    config: Config, preset: str | None, overrides: Sequence[str], fields: Mapping[str, Any]
+) -> str:
+    """The command that predicts for a GPU what a run takes, or how to come to it if options of
+    `profile` cannot say what the run reads from its data or continues with.
+
+    Args:
+        config: that of the run.
+        preset, overrides, fields: what it was made from, as in `load_config`.
+    """
+    preset = preset or DEFAULT_PRESET
+    try:
+        is_said = load_config(preset, overrides, fields) == config
+    except DiffussmError:
+        is_said = False
+
+    words = ["diffussm", "profile", "--preset", preset if is_said else "run.yaml"]
+    if is_said:
+        changes = [*overrides, *(f"{name}={value}" for name, value in fields.items())]
+        words += [word for change in changes for word in ("--set", change)]
+    command = shlex.join([*words, "--estimate", "--device", "h200"])
+    return command if is_said else f"write what --yaml prints to run.yaml, then: {command}"
+
+
+def plan(console, config, check, elsewhere: str) -> None:
     """Check a run; then print on stdout what it takes on this machine, and what it costs.
+
+    Args:
+        elsewhere: how to predict it for a GPU.
 
     Raises:
         DiffussmError: what would stop the run, after memory and cost, which need no measurement.
@@ -195,7 +226,7 @@ def plan(console, config, check) -> None:
 
     # What it takes, and what it costs.
     ahead = follow(console, forecast(config, stopped=problem is not None))
-    for line in forecast_lines(ahead, config.train.steps) if ahead else []:
+    for line in forecast_lines(ahead, config.train.steps, elsewhere) if ahead else []:
         say(line)
     make_console(stderr=False).print(cost_table([cost_entry(config)], memory=True))
     if problem is not None:

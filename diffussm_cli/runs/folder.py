@@ -81,7 +81,7 @@ def _check_run_folder(root: Path, resume: bool) -> None:
     names = content(root) if root.exists() else set()
     has_begun = bool(list_checkpoints(root) or names & {FINAL, BEST})
     is_foreign = bool(names - BEFORE_CHECKPOINTS)
-    if resume and is_foreign and not has_begun and CONFIG not in names:
+    if is_foreign and not has_begun and CONFIG not in names:
         raise RunError(f"--out: {str(root)!r} is not empty and holds no run; choose another folder")
     if not resume and (has_begun or is_foreign):
         raise RunError(
