@@ -193,6 +193,12 @@ def test_unwritable_figure_is_named_and_costs_no_result(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_swept_field_that_a_model_does_not_have_is_named():
+    words = ("--models", "s,dit-s/2", "--sweep", "N=8,64", "--no-count", "--json")
+    lines = run("profile", *words).stderr.splitlines()
+    assert lines == ["warning: DiT-S/2 N=8: not used: model.d_state=8 (a DiT has no states)"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -14,7 +14,10 @@ from tests.helpers import SETTINGS, run
 
 # Of the preset digits, a DiffuSSM of two blocks of s4d on grey pixels: fields, and the line.
 UNUSED = {
-    "kernel": (["model.kernel=5"], "model.kernel=5 (no mixer is conv)"),
+    "fields of conv": (
+        ["model.kernel=5", "model.conv_gate=grn"],
+        "model.kernel=5 (no mixer is conv), model.conv_gate=grn (no mixer is conv)",
+    ),
     "heads": (["model.heads=4"], "model.heads=4 (no mixer has heads)"),
     "states": (
         ["model.mixer=attention", "model.d_state=16", "train.ssm_lr=0.1"],
@@ -46,8 +49,9 @@ UNUSED = {
         "model.skips=true (one block has no mirror image)",
     ),
     "DiT": (
-        ["model.backbone=dit", "model.mixer=conv", "model.local=3"],
-        "model.mixer=conv (a DiT has no mixers), model.local=3 (a DiT has no mixers)",
+        ["model.backbone=dit", "model.mixer=conv", "model.local=3", "model.conv_gate=grn"],
+        "model.mixer=conv (a DiT has no mixers), model.conv_gate=grn (a DiT has no mixers), "
+        "model.local=3 (a DiT has no mixers)",
     ),
     "classes": (
         ["model.num_classes=0", "model.label_std=0.5", "train.label_dropout=0.2"],

@@ -18,6 +18,7 @@ from diffussm_cli.config.fields import (
     MAX_CLASSES,
     MAX_SEED,
     MIXERS,
+    NOT_OF_DIT,
     PYTHON,
     SAMPLERS,
     SECTIONS,

@@ -108,6 +108,10 @@ class ModelConfig:
         return mixer_names(self.mixer)
 
 
+# Fields of `model` that a DiT does not have.
+NOT_OF_DIT = ("d_state", "mixer", "kernel", "conv_gate", "scan", "local")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What the model is trained on. Resolution is in pixels; the grid is resolution /

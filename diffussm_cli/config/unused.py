@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffussm_cli.config.fields import BUILTIN, PYTHON, Config, SampleConfig
+from diffussm_cli.config.fields import BUILTIN, NOT_OF_DIT, PYTHON, Config, SampleConfig
 from diffussm_cli.config.presets import load_config, preset_names
 from diffussm_cli.config.values import named_columns
 
@@ -102,7 +102,7 @@ def _of_model(config: Config) -> Mapping[str, str]:
 
     # The mixers.
     if m.backbone == "dit":
-        reasons |= _all_of("a DiT has no mixers", "model", "mixer", "kernel", "local", "scan")
+        reasons |= _all_of("a DiT has no mixers", "model", *NOT_OF_DIT)
         reasons |= _all_of("a DiT has no states", "model", "d_state")
     else:
         if not STATES & set(in_turn):
@@ -110,7 +110,7 @@ def _of_model(config: Config) -> Mapping[str, str]:
         if not HEADS & set(in_turn):
             reasons |= _all_of("no mixer has heads", "model", "heads")
         if "conv" not in in_turn:
-            reasons |= _all_of("no mixer is conv", "model", "kernel")
+            reasons |= _all_of("no mixer is conv", "model", "kernel", "conv_gate")
 
         turned = [mixer for i, mixer in enumerate(in_turn) if i % ORDERS[m.scan]]
         if not IN_ORDER & set(turned):

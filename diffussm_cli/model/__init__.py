@@ -6,13 +6,12 @@ import dataclasses
 
 from torch import nn
 
-from diffussm_cli.config import Config
+from diffussm_cli.config import NOT_OF_DIT, Config
 from diffussm_cli.model.backbone import Backbone
 from diffussm_cli.model.diffussm import DiffuSSM
 from diffussm_cli.model.dit import DiT
 
 __all__ = ["Backbone", "DiT", "DiffuSSM", "build_model", "count_parameters"]
-NOT_OF_DIT = ("d_state", "mixer", "kernel", "conv_gate", "scan", "local")  # fields of ModelConfig
 
 
 def count_parameters(module: nn.Module) -> int:

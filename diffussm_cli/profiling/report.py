@@ -14,9 +14,10 @@ from diffussm_cli.config import (
     preset_names,
     preset_title,
     to_dict,
+    unused_fields,
 )
 from diffussm_cli.errors import ConfigError
-from diffussm_cli.events import Event, Message, Stage
+from diffussm_cli.events import Event, Message, Stage, Warned
 from diffussm_cli.machine.device import (
     facts_of_machine,
     has_bf16,
@@ -69,6 +70,8 @@ def profile(
     """
     result: dict[str, Any] = {"convention": CONVENTION, "models": []}
     for name, config in models:
+        if line := unused_fields(config, read_world().size):
+            yield Warned(f"{name}: {line}")
         entry = cost_entry(config, name, torch.bfloat16 if gpu else None)
         if counting:
             yield Stage(f"counting {name}")

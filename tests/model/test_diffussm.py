@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffussm_cli.config import ModelConfig, load_config
-from diffussm_cli.model import NOT_OF_DIT, DiffuSSM, DiT, build_model
+from diffussm_cli.config import NOT_OF_DIT, ModelConfig, load_config
+from diffussm_cli.model import DiffuSSM, DiT, build_model
 from diffussm_cli.model.embeddings import patchify
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.sizes import SIZES
