@@ -478,6 +478,10 @@ WRONG_KINDS = {  # calls that the command line does not know, and the lines abou
         lambda: ds.sample("mnist", ["images"], 1, show=False),
         "out: a list must be a name or a path",
     ),
+    "a text as a function": (
+        lambda: ds.train("digits", "run", stop="x", show=False),
+        "stop: 'x' must be a function",
+    ),
     "a number as a source": (
         lambda: ds.encode(1, "store", show=False),
         "source: 1 must be a name or a path",

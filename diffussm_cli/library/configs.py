@@ -30,18 +30,19 @@ def load_config(
     """
     # The parameters.
     check_paths(preset=preset)
+    parameter = "overrides" if overrides else "fields"
+    values = checked_fields(fields, "fields")
     if isinstance(overrides, Mapping):
-        overrides, fields = (), {**overrides, **(fields or {})}
+        values = checked_fields(overrides, "overrides") | values
+        overrides = ()
     is_list = isinstance(overrides, Iterable) and not isinstance(overrides, str)
-    texts = list(overrides) if is_list else [None]
-    if not all(isinstance(text, str) for text in texts):
+    texts: list[Any] = list(overrides) if is_list else [overrides]
+    if not is_list or not all(isinstance(text, str) for text in texts):
         raise ConfigError(
             f"overrides: {overrides!r:.80} must be a list of texts, such as ['model.depth=4'], or "
             "fields, such as {'model.depth': 4}"
         )
-    values = checked_fields(fields, "fields")
 
     # The configuration.
-    parameter = "overrides" if texts else "fields"
     with naming_parameters(PARAMETERS | {"--preset": "preset", "--set": parameter}):
         return load_preset(str(preset), texts, values)

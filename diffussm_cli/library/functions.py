@@ -15,7 +15,7 @@ from diffussm_cli.commands.console import follow, make_console, warn
 from diffussm_cli.config import DEFAULT_PRESET, DEFAULT_VAE, Config, load_config, preset_names
 from diffussm_cli.data.arrays import write_npz
 from diffussm_cli.data.datasets import images_of
-from diffussm_cli.errors import in_python, naming_parameters
+from diffussm_cli.errors import ConfigError, in_python, naming_parameters
 from diffussm_cli.evaluation.comparison import USUAL
 from diffussm_cli.events import Event, finish
 from diffussm_cli.library.requests import (
@@ -79,9 +79,12 @@ def train(
     from diffussm_cli.training import session
     from diffussm_cli.training.configure import configure
 
-    # What changes of the configuration.
     if out is not None:
         check_paths(out=out)
+    if not callable(stop):
+        raise ConfigError(f"stop: {stop!r:.80} must be a function")
+
+    # What changes of the configuration.
     changes = checked_fields(set) | {f"train.{name}": value for name, value in fields.items()}
     if isinstance(data, str | Path):
         changes["data.path"] = str(data)

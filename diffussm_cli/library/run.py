@@ -180,9 +180,9 @@ def load(
             raise ConfigError(f"{name}: {value!r:.80} must be a number")
     if isinstance(device, torch.device):
         device = str(device)
-    for name, value in {"device": device, "precision": precision}.items():
-        if not isinstance(value, str):
-            raise ConfigError(f"{name}: {value!r:.80} must be text, such as 'auto'")
+    for name, choice in {"device": device, "precision": precision}.items():
+        if not isinstance(choice, str):
+            raise ConfigError(f"{name}: {choice!r:.80} must be text, such as 'auto'")
     if (device, precision) != ("auto", "auto"):
         pick_dtype(precision, pick_device(device))
 

@@ -139,7 +139,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         self.check_saveable()
         super()._save_pretrained(save_directory)
         # huggingface_hub writes this after the weights, as config.json
-        self._hub_mixin_config = {**(self._hub_mixin_config or {}), CLASS: type(self).__name__}
+        arguments: Any = self._hub_mixin_config or {}
+        self._hub_mixin_config = {**arguments, CLASS: type(self).__name__}
 
     @classmethod
     def _from_pretrained(
