@@ -326,6 +326,11 @@ def test_numbers_of_encoding_are_checked_before_anything_is_written(wrong, tmp_p
     assert list(tmp_path.iterdir()) == [source]
 
 
+def train_where_a_run_has_begun():
+    Path("full/config.yaml").touch()
+    ds.train("digits", "full", show=False)
+
+
 # A mistake in Python and on the command line, and the same line about it.
 MISTAKES = {
     "average": (
@@ -360,6 +365,11 @@ MISTAKES = {
     ),
     "a folder of something else": (
         lambda: ds.train("digits", "full", show=False),
+        "train --preset digits --out full",
+        "{--out}: 'full' is not empty and holds no run; choose another folder",
+    ),
+    "a folder of a run": (
+        train_where_a_run_has_begun,
         "train --preset digits --out full",
         "{--out}: 'full' is not empty; add {--resume} to continue it, or choose another folder",
     ),
