@@ -320,6 +320,15 @@ LONG = "x" * 250  # a name that is allowed, but not with what an unfinished file
 MISTAKES = {
     "nothing": ([], "eval: give SAMPLES"),
     "no reference": (["PICTURES"], "--reference: name a reference file, such as one of ADM's"),
+    "no reference, nor an extractor": (
+        ["PICTURES", "--extractor-weights", "none"],
+        "--reference: name a reference file, such as one of ADM's, or a folder of real images, as "
+        "in: diffussm eval images/ --reference church/",
+    ),
+    "missing reference, nor an extractor": (
+        ["PICTURES", "--reference", "x.npz", "--extractor-weights", "none"],
+        "x.npz: cannot be read as .npz: No such file",
+    ),
     "missing samples": (["none", *REFERENCE], "SAMPLES: cannot read the folder 'none'"),
     "empty folder": (["EMPTY", *REFERENCE], "SAMPLES: no images in"),
     "missing reference": (

@@ -5,6 +5,7 @@ FILE.npz: arr_0 (m, H, W, 3) uint8; mu (d,), sigma (d, d) of pool features; mu_s
 s) of spatial ones.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import BUILTIN
 from diffussm_cli.data.arrays import Rows, open_npz, write_npz
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.extractors import Extractor
@@ -74,6 +76,16 @@ def open_reference(
         raise ConfigError(f"reference: {path} was made with {made_with}, not {extractor.identity}")
     images = open_images(path, extractor.channels, size, "reference") if IMAGES in arrays else None
     return Reference(path, images, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
+
+
+def check_reference(path: str) -> None:
+    """Check that there is something at the path of a reference, without an extractor.
+
+    Raises:
+        DataError: if there is nothing, as `open_reference` does.
+    """
+    if not path.startswith(BUILTIN) and not os.path.lexists(path):
+        open_images(path, 3, None, "reference")
 
 
 def check_replaced(path: Path) -> None:

@@ -11,7 +11,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import TABLE, USUAL, parse_metrics, warnings
 from diffussm_cli.evaluation.evaluator import Evaluator, Size
 from diffussm_cli.evaluation.extractors import AUTO, NAMES, doubts
-from diffussm_cli.evaluation.reference import check_replaced, write_reference
+from diffussm_cli.evaluation.reference import check_reference, check_replaced, write_reference
 from diffussm_cli.evaluation.results import (
     check_result,
     doubtful_facts,
@@ -94,6 +94,20 @@ def evaluate(
         extractor = usual_extractor
     evaluator = Evaluator(extractor, extractor_weights, device, batch_size, cache, world)
 
+    # The reference by name, before the extractor is loaded, which may be downloaded first.
+    is_usual = not reference if trained else reference is None
+    if is_usual:
+        reference = trained.config.reference if trained else facts.get("reference") or None
+    if reference is None:
+        raise ConfigError(
+            "reference: name a reference file, such as one of ADM's, or a folder of real images, "
+            "as in: diffussm eval images/ --reference church/"
+        )
+    reference = str(reference)
+    check_reference(reference)
+    if is_usual and not trained:
+        yield Message(f"reference: {reference}, as {META} says")
+
     with process_group(world):
         # The reference, and the real images with captions among which drawn ones are looked for.
         images = None if trained else evaluator.open(str(samples))
@@ -101,21 +115,13 @@ def evaluate(
         size_of_run: Size | None = None
         if trained:
             evaluator.choose(trained.config.data.size, trained.config.data.is_grey)
-            captioned = None if reference else evaluator.held_out(trained.config)
-            reference = reference or trained.config.reference
+            captioned = evaluator.held_out(trained.config) if is_usual else None
             size_of_run = trained.config.data.size
-        elif reference is None and facts.get("reference"):
+        elif is_usual:
             assert images is not None, "opened above"
-            reference = str(facts["reference"])
             size_of_run = images.size
-            yield Message(f"reference: {reference}, as {META} says")
             if facts.get("prompts") and reference.startswith(BUILTIN):
                 captioned = evaluator.open(f"{reference}{HELD_OUT}")
-
-        if reference is None:
-            raise ConfigError(
-                "reference: name a reference file, such as one of ADM's, or a folder of real images"
-            )
         against = evaluator.reference(reference, resolution, size_of_run)
         captioned = captioned or against.images
 

@@ -66,6 +66,18 @@ def test_report_is_written_by_training(once):
     assert text.count("<polyline") == 32  # 20 curves, and both directions of six kernels
 
 
+def test_matrices_that_muon_updates_have_a_curve_of_their_own(run):
+    file = run / "metrics.jsonl"
+    assert "</svg>matrices <" in page(run)
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    with_muon = [r | ({"update/muon": 0.01} if "update/matrices" in r else {}) for r in records]
+    file.write_text("".join(json.dumps(r) + "\n" for r in with_muon), encoding="utf-8")
+    text = page(run)
+    assert "</svg>matrices of the blocks (Muon) <" in text
+    assert "</svg>other matrices <" in text
+    assert "</svg>matrices <" not in text
+
+
 def test_report_is_written_at_every_preview_and_evaluation(tiny, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
