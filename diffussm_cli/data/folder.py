@@ -1,5 +1,6 @@
 """A folder of images as a source of training: every read decodes the files."""
 
+import contextlib
 import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.data.captions import read_captions
-from diffussm_cli.data.images import coins, to_model_space
+from diffussm_cli.data.images import coins, is_grey, to_model_space
 from diffussm_cli.data.listing import (
     UNREADABLE,
     LeftOut,
@@ -24,6 +25,7 @@ from diffussm_cli.events import Event, Progress
 from diffussm_cli.machine.device import Helpers
 from diffussm_cli.machine.processes import World, gather, own_cores
 
+LOOKED_AT = 10  # images that tell whether a folder has colours
 AT_ONCE = 256  # images that are handed to the threads at a time
 
 
@@ -49,6 +51,16 @@ class ImageFolder(Captioned):
         self.class_names = self.listing.class_names
         self._pool = Helpers(min(8, own_cores()))
         self._unused_captions: list[LeftOut] = []
+
+    def in_colour(self) -> bool:
+        """Whether a few images at equal distances, as they are in the files, show a colour."""
+        n = len(self.entries)
+        for place in sorted({i * (n - 1) // (LOOKED_AT - 1) for i in range(LOOKED_AT)}):
+            # one that cannot be read is told elsewhere
+            with contextlib.suppress(DataError):
+                if not is_grey(read_entry(self.listing.root, self.entries[place], None)):
+                    return True
+        return False
 
     @property
     def left_out(self) -> str:

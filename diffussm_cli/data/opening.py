@@ -18,14 +18,17 @@ from diffussm_cli.errors import ConfigError, DataError
 
 
 def doubts(source: Source, config: Config) -> list[str]:
-    """Lines about data that can be used, but may not be what was meant: their scale, and classes
-    without images that are trained on.
+    """Lines about data that can be used, but may not be what was meant: their scale, colours that
+    are lost, and classes without images that are trained on.
     """
-    scale = getattr(undivided(source), "warning", "")
+    images = undivided(source)
+    scale = getattr(images, "warning", "")
+    loses_colour = config.data.is_grey and isinstance(images, ImageFolder) and images.in_colour()
+    colour = "colour images become grey: data.channels=1" if loses_colour else ""
     empty = empty_classes(source.class_names, source.labels) if config.model.num_classes else ""
     if empty and isinstance(source, Part):
         empty = f"data.held_out: without a share of {source.share:g}, {empty}"
-    return [line for line in (scale, empty) if line]
+    return [line for line in (scale, colour, empty) if line]
 
 
 def open_source(

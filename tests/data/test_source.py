@@ -59,6 +59,26 @@ def test_classes_without_an_image_are_named(case, tmp_path):
     assert doubts(open_source(without), without) == []
 
 
+@pytest.mark.parametrize(
+    ("colours", "channels", "loses"),
+    [
+        ("grey grey red", 1, True),
+        ("red", 1, True),
+        ("red grey", 3, False),
+        ("grey stored_in_colour grey", 1, False),
+    ],
+)
+def test_colours_that_become_grey_are_told(colours, channels, loses, tmp_path):
+    pixels = {"grey": 7, "red": [9, 7, 7], "stored_in_colour": [7, 7, 7]}
+    for i, name in enumerate(colours.split()):
+        image = np.full((8, 8, 3)[: 3 if name != "grey" else 2], pixels[name], np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("no image")
+    config = folder_config(tmp_path, 0, f"data.channels={channels}", "sample.guidance=1")
+    line = "colour images become grey: data.channels=1"
+    assert doubts(open_source(config), config) == ([line] if loses else [])
+
+
 def test_class_that_is_held_out_entirely_is_named(tmp_path):
     """All other classes have an image that is trained on."""
     names = [f"{i:02}" for i in range(20)]
