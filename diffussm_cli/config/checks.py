@@ -238,12 +238,17 @@ def _check_schedule(d: DiffusionConfig) -> None:
         raise ConfigError(
             f"diffusion.beta_end: {d.beta_end} must be at least diffusion.beta_start {d.beta_start}"
         )
-    step = (d.beta_end - d.beta_start) / (d.timesteps - 1)
-    if sum(math.log1p(-(d.beta_start + i * step)) for i in range(d.timesteps)) < MIN_SIGNAL:
+    if log_signal(d.timesteps, d.beta_start, d.beta_end) < MIN_SIGNAL:
         raise ConfigError(
             f"diffusion.timesteps: {d.timesteps} with variances up to {d.beta_end} leave nothing "
             "of the image; lower diffusion.beta_end"
         )
+
+
+def log_signal(T: int, beta_start: float, beta_end: float) -> float:
+    """The logarithm of the signal that T variances between these leave of an image."""
+    step = (beta_end - beta_start) / max(T - 1, 1)
+    return sum(math.log1p(-(beta_start + i * step)) for i in range(T))
 
 
 def _check_objective(config: Config) -> None:

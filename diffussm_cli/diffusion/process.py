@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import DiffusionConfig, check_arguments
-from diffussm_cli.config.checks import MIN_SIGNAL
+from diffussm_cli.config.checks import MIN_SIGNAL, log_signal
 
 
 class Prediction(NamedTuple):
@@ -267,13 +267,13 @@ class GaussianDiffusion(Objective):
         check_arguments(DiffusionConfig, locals(), {"T": "timesteps"})
         if beta_end < beta_start:
             raise ValueError(f"beta_end: {beta_end} must be at least beta_start {beta_start}")
-        beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
-        if (1 - beta).log().sum() < MIN_SIGNAL:
+        if log_signal(T, beta_start, beta_end) < MIN_SIGNAL:
             raise ValueError(
                 f"T: {T} with variances up to {beta_end} leave nothing of the image; lower beta_end"
             )
 
         # The tables.
+        beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         alpha_bar = torch.cumprod(1 - beta, dim=0)
         if zero_snr:  # arXiv 2305.08891, algorithm 1
             a = alpha_bar.sqrt()

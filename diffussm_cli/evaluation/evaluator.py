@@ -25,6 +25,17 @@ from diffussm_cli.machine.processes import ALONE, World
 Size = tuple[int, int]  # height, width in pixels
 
 
+def held_out_of_text(config: Config) -> str | None:
+    """Where the held-out images of a run with text are; None if there is no separate set of them,
+    or only latents.
+    """
+    data = config.data
+    path = f"{data.path}{HELD_OUT}" if data.path.startswith(BUILTIN) else data.held_out
+    if not config.model.text_width or data.vae is not None or not isinstance(path, str):
+        return None
+    return path or None
+
+
 class Evaluator:
     """An extractor, a cache of features, and the comparison of image sets with references.
 
@@ -93,16 +104,11 @@ class Evaluator:
         """The held-out images of a run with text; None if there is no separate held-out set, or
         only latents.
         """
-        data = config.data
-        path = f"{data.path}{HELD_OUT}" if data.path.startswith(BUILTIN) else data.held_out
-        if (
-            not config.model.text_width
-            or data.vae is not None
-            or not isinstance(path, str)
-            or not path
-        ):
+        path = held_out_of_text(config)
+        if path is None:
             return None
-        return self.open(path, None if path.startswith(BUILTIN) else data.size, "data.held_out")
+        size = None if path.startswith(BUILTIN) else config.data.size
+        return self.open(path, size, "data.held_out")
 
     def features(self, images: ImageSet, unit: str) -> Generator[Event, None, Gathered]:
         """Compute the features of a set, or load them from the cache. A Message tells what of the

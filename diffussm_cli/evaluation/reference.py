@@ -78,14 +78,15 @@ def open_reference(
     return Reference(path, images, _statistics(arrays, POOL), _statistics(arrays, SPATIAL))
 
 
-def check_reference(path: str) -> None:
-    """Check that there is something at the path of a reference, without an extractor.
+def check_present(path: str, name: str = "reference") -> None:
+    """Check that there is something at the path of images or of a reference, without an extractor;
+    `name` is what errors call the path.
 
     Raises:
-        DataError: if there is nothing, as `open_reference` does.
+        DataError: if there is nothing, as `open_images` and `open_reference` do.
     """
     if not path.startswith(BUILTIN) and not os.path.lexists(path):
-        open_images(path, 3, None, "reference")
+        open_images(path, 3, None, name)
 
 
 def check_replaced(path: Path) -> None:

@@ -9,9 +9,9 @@ from diffussm_cli.config import BUILTIN, SampleConfig, unused_of_request
 from diffussm_cli.data.samples import META
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.comparison import TABLE, USUAL, parse_metrics, warnings
-from diffussm_cli.evaluation.evaluator import Evaluator, Size
+from diffussm_cli.evaluation.evaluator import Evaluator, Size, held_out_of_text
 from diffussm_cli.evaluation.extractors import AUTO, NAMES, doubts
-from diffussm_cli.evaluation.reference import check_reference, check_replaced, write_reference
+from diffussm_cli.evaluation.reference import check_present, check_replaced, write_reference
 from diffussm_cli.evaluation.results import (
     check_result,
     doubtful_facts,
@@ -94,8 +94,14 @@ def evaluate(
         extractor = usual_extractor
     evaluator = Evaluator(extractor, extractor_weights, device, batch_size, cache, world)
 
-    # The reference by name, before the extractor is loaded, which may be downloaded first.
+    # What is not there, before the extractor is loaded, which may be downloaded first.
     is_usual = not reference if trained else reference is None
+    if trained and is_usual and (path := held_out_of_text(trained.config)):
+        check_present(path, "data.held_out")
+    if not trained:
+        check_present(str(samples), "samples")
+
+    # The reference by name.
     if is_usual:
         reference = trained.config.reference if trained else facts.get("reference") or None
     if reference is None:
@@ -104,7 +110,7 @@ def evaluate(
             "as in: diffussm eval images/ --reference church/"
         )
     reference = str(reference)
-    check_reference(reference)
+    check_present(reference)
     if is_usual and not trained:
         yield Message(f"reference: {reference}, as {META} says")
 
