@@ -19,7 +19,7 @@ from diffussm_cli.config import DataConfig
 from diffussm_cli.data.vae_facts import VAEFacts, facts_of, load_or_explain, place_of, space_of
 from diffussm_cli.errors import DataError
 from diffussm_cli.machine.device import full_float32
-from diffussm_cli.machine.hub import weights_sha256
+from diffussm_cli.machine.hub import check_finite, weights_sha256
 
 OVERLAP = 8  # tiles of AutoencoderDC share an eighth of their side
 TILE = 512  # pixels; larger images are decoded in overlapping tiles of this side
@@ -112,7 +112,7 @@ def load_vae(
     """Load the VAE of `facts` with its weights, from safetensors only.
 
     Raises:
-        DataError: if the weights cannot be loaded, are damaged or incomplete.
+        DataError: if the weights cannot be loaded, are damaged, incomplete or not finite.
     """
     import diffusers
 
@@ -125,6 +125,7 @@ def load_vae(
     )
     if info["missing_keys"]:
         raise DataError(f"{option}: the weights of {facts.name!r} lack {info['missing_keys'][0]}")
+    check_finite(model, facts.name, option)
     facts = facts_of(model, facts.name, facts.config_sha256, option)  # some stand in the weights
     return VAE(model.float(), facts, device, dtype)
 

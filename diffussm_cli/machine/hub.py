@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from diffussm_cli.errors import DataError, RunError, install, reason
+from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
 
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # OWNER/NAME
 AT_REVISION = re.compile(rf"({HUB_NAME})(?:@(\w[\w./-]*))?")  # OWNER/NAME or OWNER/NAME@REVISION
@@ -103,7 +104,8 @@ def load_pretrained(
         parts: further classes of transformers, such as `AutoTokenizer`.
 
     Raises:
-        DataError: if transformers is missing, or something cannot be loaded.
+        DataError: if transformers is missing, something cannot be loaded, or a weight is not
+            finite.
     """
     try:
         import transformers
@@ -128,7 +130,18 @@ def load_pretrained(
     lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if lacking:
         raise DataError(f"{option}: the weights of {name!r} lack {lacking[0]}")
+    check_finite(model, name, option)
     return model.float().eval().requires_grad_(False), *others
+
+
+def check_finite(model: nn.Module, name: str, option: str) -> None:
+    """Raises DataError if a tensor of a model that was loaded from `name` is not finite."""
+    not_finite = first_not_finite(model.state_dict())
+    if not_finite is not None:
+        raise DataError(
+            f"{option}: the weights of {name!r} are damaged: {not_finite} {NOT_FINITE}; "
+            "take another copy of them"
+        )
 
 
 def weights_sha256(model: nn.Module) -> str:

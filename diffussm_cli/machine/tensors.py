@@ -1,4 +1,5 @@
-"""safetensors files in the order of the caller: written in one pass, and mapped into memory.
+"""safetensors files in the order of the caller: written in one pass, and mapped into memory; and
+whether tensors are finite.
 
 The package safetensors sorts tensors by itself, and copies each row that is asked for, which takes
 three times as long as a row of a memory map.
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from diffussm_cli.machine.files import open_regular
 
@@ -23,6 +26,8 @@ ARRAYS: dict[str, np.dtype] = {  # of mapped tensors
     "I64": np.dtype("<i8"),
     "U8": np.dtype("u1"),
 }
+
+NOT_FINITE = "holds numbers that are not finite"  # what errors say of a tensor
 
 # Tensors by name, in the order of the file: the dtype as safetensors spells it, and the shape.
 Layout = Mapping[str, tuple[str, Sequence[int]]]
@@ -74,6 +79,22 @@ def write(
     for part in parts:
         put(part)
     return digest.hexdigest()
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds NaN or infinite numbers; None if all are finite."""
+    return next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite: exactly if the least and the greatest are.
+
+    NaN is least and greatest if there is one. This needs no memory, and a thirtieth of the time of
+    `isfinite().all()` on a CPU.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def map_file(path: Path, layout: Layout) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffussm_cli.config import DataConfig, ModelConfig, check_arguments
 from diffussm_cli.errors import reason
+from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
 from diffussm_cli.model.embeddings import (
     Stem,
@@ -41,7 +42,8 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` write and read a network alone, its
     class, arguments and weights, as huggingface_hub's mixin does. They raise ValueError for a SiT
-    that was read from a .pt file, for a network of another class, and for weights that do not fit.
+    that was read from a .pt file, for a network of another class, and for weights that do not fit
+    or are not finite.
     A run folder holds more: how to draw, names of classes, the VAE.
 
     Args:
@@ -137,6 +139,9 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.check_saveable()
+        not_finite = first_not_finite(self.state_dict())
+        if not_finite is not None:
+            raise ValueError(f"save_pretrained: {not_finite} {NOT_FINITE}, so nothing is written")
         super()._save_pretrained(save_directory)
         # huggingface_hub writes this after the weights, as config.json
         arguments: Any = self._hub_mixin_config or {}
@@ -172,11 +177,19 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
             )
 
         try:
-            return super()._from_pretrained(model_id=model_id, strict=strict, **arguments)
+            model = super()._from_pretrained(model_id=model_id, strict=strict, **arguments)
         except RuntimeError as e:
             raise ValueError(
                 f"{where}: the weights are not those of this {cls.__name__}: {reason(e)}"
             ) from e
+
+        not_finite = first_not_finite(model.state_dict())
+        if not_finite is not None:
+            raise ValueError(
+                f"{where}: model.safetensors: damaged: {not_finite} {NOT_FINITE}; take another "
+                "copy of the file, or save the network again"
+            )
+        return model
 
     @property
     def null_class(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffussm_cli.config import Config
 from diffussm_cli.errors import RunError, reason
 from diffussm_cli.machine.files import PARTIAL, whole_file, write_text
+from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
 from diffussm_cli.machine.tensors import write as write_file
 from diffussm_cli.runs.checkpoints import whole_folder
 from diffussm_cli.runs.layout import METRICS, MODEL
@@ -25,6 +26,7 @@ DTYPES = {  # of weights, with their names in safetensors
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+ANOTHER_COPY = "take another copy of the file, or another checkpoint"
 
 
 def check_weights_match(
@@ -45,8 +47,10 @@ def check_weights_match(
             raise RunError(
                 f"{path}: damaged: {name} holds {weights[name].dtype}, not floating-point numbers"
             )
-        if not weights[name].isfinite().all():
-            raise RunError(f"{path}: damaged: {name} holds numbers that are not finite")
+
+    not_finite = first_not_finite(weights)
+    if not_finite is not None:
+        raise RunError(f"{path}: damaged: {not_finite} {NOT_FINITE}; {ANOTHER_COPY}")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -65,12 +69,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
         RunError: if a number is not finite; nothing is written then.
         OSError: if the file cannot be written.
     """
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise RunError(
-                f"{path.parent.name.removeprefix(PARTIAL)}: {name} holds numbers that are not "
-                "finite"
-            )
+    not_finite = first_not_finite(tensors)
+    if not_finite is not None:
+        raise RunError(f"{path.parent.name.removeprefix(PARTIAL)}: {not_finite} {NOT_FINITE}")
+
     # so that all are aligned
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     layout = {name: (DTYPES[tensor.dtype], tensor.shape) for name, tensor in ordered}

@@ -20,6 +20,7 @@ from diffussm_cli.errors import RunError
 from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World, gather
+from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
 from diffussm_cli.training.muon import MOMENT
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
@@ -217,9 +218,9 @@ def _restore_optimizer(
             raise RunError(
                 f"{path / runs.OPTIMIZER}: optimiser state of another model: {name} does not fit"
             )
-        if not all(v.is_floating_point() and v.isfinite().all() for v in entries.values()):
+        if first_not_finite(entries) or not all(v.is_floating_point() for v in entries.values()):
             raise RunError(
-                f"{path / runs.OPTIMIZER}: damaged: {name} holds numbers that are not finite"
+                f"{path / runs.OPTIMIZER}: damaged: {name} {NOT_FINITE}; take another checkpoint"
             )
         # A clone, because the tensor maps the file, which is later deleted with its checkpoint.
         moments = {k: shard_like(v.clone(), p) for k, v in entries.items() if k != "step"}

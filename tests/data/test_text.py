@@ -152,7 +152,7 @@ def test_models_of_transformers_encode_captions(tmp_path, kind):
     assert encoder.encode(["red " * 5000]).mask.sum() == 8  # the rest is cut off
 
 
-def test_pickled_or_incomplete_weights_are_rejected(tmp_path):
+def test_pickled_incomplete_or_damaged_weights_are_rejected(tmp_path):
     from safetensors.torch import load_file, save_file
 
     saved(tmp_path, "t5")
@@ -163,6 +163,10 @@ def test_pickled_or_incomplete_weights_are_rejected(tmp_path):
         {"format": "pt"},
     )
     with pytest.raises(DataError, match="data.text: the weights of .* lack encoder.*layer_norm"):
+        Pretrained(str(tmp_path))
+    weights["shared.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match="data.text: .* are damaged: .* not finite; take another"):
         Pretrained(str(tmp_path))
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")

@@ -236,7 +236,7 @@ def test_absurd_lists_in_lists_are_rejected(tmp_path):
 def test_statistics_among_weights_must_be_finite(tmp_path):
     weights = save_vae_of("AutoencoderKLFlux2", tmp_path) / "diffusion_pytorch_model.safetensors"
     kept = load_file(weights)
-    kept["bn.running_var"][3] = float("nan")
+    kept["bn.running_var"][3] = -1
     save_file(kept, weights)
     with pytest.raises(DataError, match="its scale or shift is not a finite number"):
         loaded(tmp_path)
@@ -289,12 +289,15 @@ def test_bad_folder_is_named(tmp_path):
     refused("does not map between RGB images and 4 channels")
 
 
-def test_incomplete_weights_are_rejected(tmp_path):
+def test_incomplete_or_damaged_weights_are_rejected(tmp_path):
     weights = save_vae(tmp_path) / "diffusion_pytorch_model.safetensors"
     kept = load_file(weights)
     del kept["decoder.conv_in.bias"]
     save_file(kept, weights)
     with pytest.raises(DataError, match="the weights of .* lack decoder.conv_in.bias"):
+        loaded(tmp_path)
+    save_file(kept | {"decoder.conv_in.bias": torch.full((8,), torch.nan)}, weights)
+    with pytest.raises(DataError, match="are damaged: decoder.conv_in.bias holds numbers that"):
         loaded(tmp_path)
     save_file(kept | {"decoder.conv_in.bias": torch.zeros(3)}, weights)
     with pytest.raises(

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
@@ -55,3 +56,22 @@ def test_map_file_rejects_another_layout_or_size(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="its header differs"):
         tensors.map_file(path, LAYOUT)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_first_tensor_that_is_not_finite_is_named(dtype, value):
+    """Wherever the number stands, at every length that vectorised code treats differently."""
+    sound = {"whole": torch.tensor([2**40]), "empty": torch.zeros(0), "mask": torch.ones(2) > 0}
+    for length in (1, 7, 64, 1025):
+        rising = torch.linspace(-9, 9, length).to(dtype)
+        assert tensors.first_not_finite({**sound, "rising": rising}) is None
+        for place in {0, length // 2, length - 1}:
+            broken = rising.clone()
+            broken[place] = value
+            assert tensors.first_not_finite({**sound, "broken": broken, "b": broken}) == "broken"
+    assert (
+        tensors.first_not_finite({"largest": torch.full((1,), torch.finfo(dtype).max, dtype=dtype)})
+        is None
+    )
+    assert tensors.first_not_finite({"columns": broken.repeat(2, 2).T, "x": rising}) == "columns"

@@ -155,10 +155,13 @@ def edit_json(change):
     return edit
 
 
-def drop_tensor(folder):
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["patch_out.bias"]
-    save_file(tensors, folder / "model.safetensors")
+def edit_weights(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit
 
 
 def forget_class(values):
@@ -174,7 +177,7 @@ NO_NETWORK = {
         "the weights are not those of this DiT: Error.* Missing key",
     ),
     "a tensor is missing": (
-        drop_tensor,
+        edit_weights(lambda tensors: tensors.pop("patch_out.bias")),
         DiffuSSM,
         'the weights are not those of this DiffuSSM: .* Missing key.*"patch_out.bias"$',
     ),
@@ -182,6 +185,16 @@ NO_NETWORK = {
         edit_json(lambda values: values.update(hidden_size=32)),
         DiffuSSM,
         "the weights are not those of this DiffuSSM: .* size mismatch",
+    ),
+    "a weight is NaN": (
+        edit_weights(lambda tensors: tensors["patch_out.bias"][-1:].fill_(torch.nan)),
+        DiffuSSM,
+        "model.safetensors: damaged: patch_out.bias holds numbers that are not finite; take",
+    ),
+    "a weight is infinite": (
+        edit_weights(lambda tensors: tensors["patch_out.bias"][-1:].fill_(-torch.inf)),
+        DiffuSSM,
+        "model.safetensors: damaged: patch_out.bias holds numbers that are not finite; take",
     ),
     "an argument of another version": (
         edit_json(lambda values: values.update(turns=3)),
@@ -202,6 +215,16 @@ def test_saved_network_is_read_as_it_was_saved_or_not_at_all(change, network, li
     change(tmp_path)
     with pytest.raises(ValueError, match=f"^from_pretrained: '{tmp_path}'.*{line}"):
         network.from_pretrained(tmp_path)
+
+
+def test_network_that_is_not_finite_is_not_saved(tmp_path):
+    model = tiny()
+    model.patch_out.bias.data[1] = torch.inf
+    with pytest.raises(
+        ValueError, match="^save_pretrained: patch_out.bias holds .* not finite, so"
+    ):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_saved_network_that_does_not_tell_its_class_is_read(tmp_path):

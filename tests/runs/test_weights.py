@@ -36,6 +36,11 @@ def test_weight_files_equal_those_of_safetensors(tmp_path):
         (OWN | {"a": torch.zeros(3, 2)}, r"a is \(3, 2\), not \(2, 3\)"),
         (OWN | {"b": torch.zeros(4, dtype=torch.int32)}, "b holds torch.int32"),
         (OWN | {"b": torch.tensor([0, 0, 0, torch.inf])}, "b holds numbers that are not finite"),
+        (OWN | {"b": torch.tensor([0, torch.nan, 0, 9])}, "b holds numbers that are not finite"),
+        (
+            OWN | {"b": torch.tensor([0, 0, -torch.inf, 0]).bfloat16()},
+            "b holds .* not finite; take",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_rejected_by_name(tmp_path, weights, words):
