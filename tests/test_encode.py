@@ -563,6 +563,27 @@ def test_changed_vae_under_the_same_name_is_rejected(images, tmp_path):
     assert "vae_weights_sha256 was" in line
 
 
+def test_arrays_with_other_pixels_are_rejected(vae, tmp_path):
+    def encode(value):
+        np.savez(tmp_path / "set.npz", images=np.full((3, 16, 16, 3), value, np.uint8))
+        return run("encode", tmp_path / "set.npz", target, "--vae", vae, *OPTIONS)
+
+    target = tmp_path / "store"
+    assert encode(100).exit_code == 0
+    (target / "shard-00000.safetensors").unlink()
+    before = files(target)
+    line = line_of(encode(101))
+    assert "was begun with another SOURCE: the pixels in" in line
+    assert line.endswith("have changed; use another TARGET")
+    assert files(target) == before
+
+    # A store of an earlier version does not know its pixels.
+    manifest = json.loads((target / "manifest.json").read_text())
+    del manifest["settings"]["arrays_sha256"]
+    (target / "manifest.json").write_text(json.dumps(manifest))
+    assert encode(100).exit_code == 0
+
+
 def test_second_process_is_turned_away(images, vae, tmp_path):
     target = tmp_path / "store"
     target.mkdir()

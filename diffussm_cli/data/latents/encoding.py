@@ -208,6 +208,7 @@ def make_settings(
     facts = vae.facts
     values: dict[str, Any] = {
         "source_sha256": listing.sha256(),
+        "arrays_sha256": listing.arrays_sha256(),
         "images": len(listing.entries),
         "class_names": listing.class_names,
         "resolution": resolution,

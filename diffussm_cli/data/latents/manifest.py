@@ -60,6 +60,7 @@ class StoreSettings:
     text_tokens: int = 0
     captions: int = 0  # stored per image at most
     captions_sha256: str = ""  # of all captions
+    arrays_sha256: str = ""  # of the pixels of .npz files and CIFAR's batches; no size tells them
     columns: tuple[str, ...] = ()  # of parquet shards: those that were named, as image=photo
 
     @property
@@ -191,6 +192,7 @@ def parse_settings(values: Mapping[str, Any]) -> StoreSettings:
         s.vae_weights_sha256,
         s.text_sha256,
         s.captions_sha256,
+        s.arrays_sha256,
     )
     names = (*hashes, s.vae, s.text or "", *s.class_names, *s.columns)
     texts = all(isinstance(name, str) for name in names)

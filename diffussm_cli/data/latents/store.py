@@ -5,6 +5,7 @@ again by the command that made the store, with the same bytes.
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -153,6 +154,13 @@ def check_same_request(root: Path, listing: Listing, settings: StoreSettings) ->
     if begun.source_sha256 != settings.source_sha256:
         change = _first_change(root, listing)
         raise DataError(f"TARGET: {str(root)!r} was begun with another SOURCE: {change}")
+    if begun.arrays_sha256 not in ("", settings.arrays_sha256):  # earlier versions kept none
+        raise DataError(
+            f"TARGET: {str(root)!r} was begun with another SOURCE: the pixels in "
+            f"{str(listing.root)!r} have changed; use another TARGET"
+        )
+
+    begun = dataclasses.replace(begun, arrays_sha256=settings.arrays_sha256)
     difference = first_difference(begun, settings)
     if difference:
         begun_with = f"was begun with other settings: {difference}"
