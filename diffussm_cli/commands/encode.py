@@ -25,7 +25,8 @@ def encode(
         Path | None,
         typer.Argument(
             metavar="SOURCE",
-            help="One folder per class, a flat folder, tar or parquet shards, .npz or CIFAR.",
+            help="One folder per class, a flat folder, tar or parquet shards, .npz, CIFAR, or "
+            "hub:OWNER/NAME.",
         ),
     ] = None,
     target: Annotated[
@@ -36,7 +37,8 @@ def encode(
         typer.Option(
             metavar="N|HxW",
             rich_help_panel=IMAGES,
-            help=f"In pixels, a multiple of {MULTIPLE}; images are cropped as in ADM.",
+            help=f"In pixels, a multiple of {MULTIPLE} and of the VAE's downsampling; images are "
+            "cropped as in ADM.",
         ),
     ] = "256",
     vae: Annotated[
@@ -52,7 +54,8 @@ def encode(
         typer.Option(
             metavar="LIST",
             rich_help_panel=IMAGES,
-            help="Of parquet shards: image=NAME,label=NAME,text=NAME. Default: found.",
+            help="Of parquet shards: image=NAME,label=NAME,text=NAME; of .npz files the first two. "
+            "Default: found.",
         ),
     ] = "",
     text: Annotated[

@@ -171,7 +171,7 @@ def evaluate(
             min=1,
             metavar="N",
             rich_help_panel=MADE,
-            help="Number of images that --make-ref keeps for recall.",
+            help="Number of images, chosen by --seed, that --make-ref keeps for recall.",
         ),
     ] = 10_000,
     out: Annotated[
@@ -179,7 +179,8 @@ def evaluate(
         typer.Option(
             metavar="FILE",
             rich_help_panel=options.RESULT,
-            help="File for the result. Default: results.json beside the samples.",
+            help="File for the result. Default: results.json beside the samples; of NAME.npz, "
+            "NAME.results.json.",
         ),
     ] = None,
     as_json: options.Json = False,

@@ -56,7 +56,8 @@ def profile(
         typer.Option(
             metavar="LETTER=VALUES",
             rich_help_panel=MODELS,
-            help="Every value, such as M=1,2,4. Repeatable: every combination.",
+            help="Every value of M, P, D, N or depth, such as M=1,2,4. Repeatable: every "
+            "combination.",
         ),
     ] = None,
     preset: Annotated[

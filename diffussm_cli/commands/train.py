@@ -122,8 +122,8 @@ def train(
     """Train a model: without options, on digits, in minutes. Under torchrun, the processes share
     the work.
 
-    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 130 and 75 a checkpoint has
-    been saved.
+    Exit codes: 0 done, 1 error, 130 Ctrl-C, 75 SIGTERM or SIGHUP. After 75 a checkpoint has been
+    saved, and after 130 too, unless Ctrl-C came before the first step or twice.
     """
     if preset == "":
         raise ConfigError("--preset: is empty; name a preset or a YAML file, or leave it out")

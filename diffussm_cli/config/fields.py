@@ -42,12 +42,12 @@ class ModelConfig:
     """The backbone and its sizes, in the paper's letters (arXiv 2311.18257)."""
 
     backbone: Literal["diffussm", "dit"] = _option("diffussm", "DiffuSSM, or the DiT baseline")
-    hidden_size: int = _option(1152, "D", least=4, most=2**14)
+    hidden_size: int = _option(1152, "D, a multiple of 4", least=4, most=2**14)
     depth: int = _option(29, "number of blocks", least=1, most=1000)
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
     compression: int = _option(2, "M, hourglass ratio: tokens per position", least=1, most=256)
     d_state: int = _option(
-        64, "N, state size of s4d and axial (16 is enough for axial)", least=2, most=4096
+        64, "N, state size of s4d and axial, even (16 is enough for axial)", least=2, most=4096
     )
     heads: int = _option(
         16, "heads of DiT and of the mixers linear and attention", least=1, most=256
@@ -155,7 +155,7 @@ class DataConfig:
     )
     columns: tuple[str, ...] = _option(
         (),
-        "columns of parquet shards, such as image=photo,label=breed,text=title; "
+        "columns of parquet shards, or arrays of .npz files, such as image=photo,label=breed; "
         "those not given are found by name",
     )
     text: str | None = _option(
@@ -315,7 +315,7 @@ class TrainConfig:
     sample_every: int = _option(5000, "steps between preview grids; 0: none", least=0, most=MANY)
     sample_images: int = _option(40, "number of images in a preview grid", least=1, most=10_000)
     sample_steps: int = _option(
-        25, "steps of a preview (DDIM; Euler for velocities)", least=1, most=10_000
+        25, "steps of all previews but the last (DDIM; Euler for velocities)", least=1, most=10_000
     )
     log_every: int = _option(100, "steps between log records", least=1, most=MANY)
     logger: Literal["tensorboard", "wandb", "trackio"] = _option(
@@ -336,7 +336,7 @@ class SampleConfig:
     """
 
     sampler: SamplerName = _option(  # noqa: RUF009 (a field)
-        "ddpm", "sampling method; see diffusion/samplers.py"
+        "ddpm", "sampling method, one that fits diffusion.objective"
     )
     steps: int = _option(
         250, "denoising steps; a step of heun computes the model twice", least=1, most=10_000
@@ -376,7 +376,10 @@ class EvalConfig:
         2000, "maximum held-out images for the held-out loss", least=1, most=10**6
     )
     images: int = _option(
-        5000, "images drawn for each evaluation; 0: only the held-out loss", least=0, most=10**6
+        5000,
+        "images drawn for each evaluation, at least 16; 0: only the held-out loss",
+        least=0,
+        most=10**6,
     )
     steps: int = _option(
         50, "maximum denoising steps for these, with the run's sampler", least=1, most=10_000

@@ -56,7 +56,7 @@ def train(
 
     Args:
         config: a preset's name, a YAML file, or a configuration; by default the preset "mnist",
-            with size, channels, classes and guidance read from `data`, if they are given. A run
+            whose size, channels, classes and guidance are read from `data`, if there is any. A run
             that continues keeps its own configuration, unless this is one or a file.
         out: the run folder; by default the first free one of runs/PRESET, runs/PRESET-2, ...
         data: a folder, as `--data`; or a torch Dataset whose items are images (C, H, W) or pairs
@@ -133,8 +133,8 @@ def sample(
     Args:
         run: from `load` or `train`, or what `load` takes.
         out: the folder; by default RUN/images, or a numbered one.
-        request: classes, prompts, negative, seed, batch_size, npz, film, image, mask, strength,
-            interpolate, and fields of the section `sample`.
+        request: classes, prompts, negative, seed, batch_size, npz, grid, film, image, mask,
+            strength, interpolate, and fields of the section `sample`.
 
     Returns:
         The path of the grid.
@@ -177,8 +177,9 @@ def evaluate(
         reference: an .npz from ADM or `diffussm eval --make-ref`, images, or a torch Dataset as in
             `train`; by default the run's own.
         metrics: fid, sfid, is, precision, recall, kid, fid_infinity.
-        request: num, seed, classes, prompts, negative, extractor, resolution, batch_size, and
-            fields of the section `sample`.
+        request: num, seed, classes, prompts, negative, extractor, extractor_weights, resolution,
+            batch_size, cache, out, and fields of the section `sample`; unless `samples` is from
+            `load` or `train`, also device and precision.
 
     Returns:
         The metrics by name, such as {"fid": 0.5}.
@@ -245,7 +246,8 @@ def encode(
     interruption.
 
     Args:
-        source: one folder per class, a flat folder, tar or parquet shards.
+        source: one folder per class, a flat folder, tar or parquet shards, .npz files, CIFAR's
+            batches, or hub:OWNER/NAME.
         target: the folder for the latents.
         resolution: pixels, or (height, width).
         vae: a hub name or a folder.

@@ -59,13 +59,16 @@ def encode_images(
     The same call resumes after an interruption. The processes of torchrun share the shards.
 
     Args:
-        source: one folder per class, a flat folder, tar shards, or parquet shards (also a pattern
-            of them).
+        source: one folder per class, a flat folder, tar or parquet shards, .npz files, CIFAR's
+            batches, a pattern of names in a folder, or hub:OWNER/NAME.
         resolution: (height, width) in pixels; images are cropped as ADM does.
         vae: a hub name or a folder.
-        columns: of parquet shards, such as `image=photo`; those not given are found by their
-            usual names.
+        columns: of parquet shards or .npz files, such as `image=photo`; those not given are found
+            by their usual names.
+        text: the text encoder by which captions are stored too, with `text_tokens` tokens of each.
+        precision: of the VAE, fp32 or bf16.
         flip: also encode the horizontal flip of every image.
+        batch_size, shard_size: images that are encoded at a time, and those in a file.
         workers: number of processes that decode images; by default one per core of this process,
             at most 16.
         strict: raise an error for the first unusable file, instead of skipping it.

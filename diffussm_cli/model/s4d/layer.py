@@ -46,8 +46,8 @@ class S4D(StateSpace):
     Token (j, m) is number l = j M + m of the sequence. A flat sequence also works: u (B, D, L) ->
     (B, 2D, L). The grid of an image, which other mixers use, is ignored.
 
-    There are 194 parameters per channel and direction at N = 64, at least in float32. They are
-    initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log
+    There are 194 parameters per channel and direction at N = 64, never in less than float32. They
+    are initialised by S4D-Lin: Re A = -1/2, Im A = pi n, log dt uniform between log dt_min and log
     dt_max, B = 1, C ~ CN(0, 1), D_skip ~ N(0, 1).
 
     The environment variable DIFFUSSM_CONVOLUTION chooses how training convolves: `fft`, `chunk` or
