@@ -1,12 +1,14 @@
 """What somebody has set although nothing uses it is one line, with the reason."""
 
+import warnings
+
 import pytest
 import torch
 
 from diffussm_cli.config import config_from_dict, load_config, preset_names, to_dict
-from diffussm_cli.config.unused import IN_ORDER, unused_fields, unused_of_request
+from diffussm_cli.config.unused import USES, unused_fields, unused_of_request
 from diffussm_cli.events import Warned
-from diffussm_cli.model import DiffuSSM
+from diffussm_cli.model import DiffuSSM, DiT, build_model
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.training.session import train
 from tests.conftest import device, fill, randn
@@ -165,6 +167,49 @@ def test_a_field_of_the_preset_was_not_given():
 
 DIFFUSSM = ["model.backbone=diffussm"]
 
+# A network, its arguments, and the line of the warning.
+ARGUMENTS = {
+    "fields of conv": (
+        DiffuSSM,
+        {"kernel": 5, "conv_gate": "grn"},
+        "DiffuSSM: not used: kernel=5 (no mixer is conv), conv_gate='grn' (no mixer is conv)",
+    ),
+    "heads": (DiffuSSM, {"heads": 4}, "DiffuSSM: not used: heads=4 (no mixer has heads)"),
+    "states": (
+        DiffuSSM,
+        {"mixer": "linear", "d_state": 4},
+        "DiffuSSM: not used: d_state=4 (no mixer has states)",
+    ),
+    "skips and classes": (
+        DiT,
+        {"depth": 1, "skips": True, "num_classes": 0, "label_std": 0.5},
+        "DiT: not used: skips=True (one block has no mirror image), label_std=0.5 (there are no "
+        "classes)",
+    ),
+    "used": (DiffuSSM, {"mixer": "s4d,conv,linear", "d_state": 4, "kernel": 5, "heads": 2}, ""),
+    "defaults": (DiffuSSM, {"kernel": 3, "heads": 16, "d_state": 64, "skips": False}, ""),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_an_argument_without_a_use_is_a_warning_of_whoever_made_the_network(case):
+    network, arguments, line = ARGUMENTS[case]
+    with warnings.catch_warnings(record=True) as shown, torch.device("meta"):
+        warnings.simplefilter("always")
+        network(8, 1, 1, 16, **{"depth": 3} | arguments)
+    assert [str(w.message) for w in shown] == [line] * bool(line)
+    assert {w.filename for w in shown} <= {__file__}
+
+
+def test_network_of_a_configuration_warns_of_nothing():
+    """Its unused fields are told by the command or function that read the configuration."""
+    config = load_config("digits", ["model.kernel=5", "model.mixer=linear", "model.d_state=4"])
+    assert unused_fields(config)
+    with warnings.catch_warnings(record=True) as shown, torch.device("meta"):
+        warnings.simplefilter("always")
+        build_model(config)
+    assert not shown
+
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_scan_changes_the_mixers_that_read_a_sequence_alone(mixer):
@@ -181,7 +226,7 @@ def test_scan_changes_the_mixers_that_read_a_sequence_alone(mixer):
     x, t, y = randn(2, 1, 4, 4), torch.tensor([3, 700]).to(device()), None
     with torch.no_grad():
         a, b = (model.eval()(x, t, y) for model in models)
-    assert torch.allclose(a, b, atol=1e-5) == (mixer not in IN_ORDER)
+    assert torch.allclose(a, b, atol=1e-5) == ("scan" not in USES[mixer])
 
 
 # ----------------------------------------------------------------------------------------- requests

@@ -50,7 +50,7 @@ from diffussm_cli.config.presets import (
     set_fields,
 )
 from diffussm_cli.config.reading import config_from_dict, read_section, shown, to_dict, to_yaml
-from diffussm_cli.config.unused import unused_fields, unused_of_request
+from diffussm_cli.config.unused import unused_arguments, unused_fields, unused_of_request
 from diffussm_cli.config.values import (
     check_text,
     check_whole,

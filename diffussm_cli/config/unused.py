@@ -6,13 +6,26 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffussm_cli.config.fields import BUILTIN, NOT_OF_DIT, PYTHON, Config, SampleConfig
+from diffussm_cli.config.fields import (
+    BUILTIN,
+    NOT_OF_DIT,
+    PYTHON,
+    Config,
+    ModelConfig,
+    SampleConfig,
+)
 from diffussm_cli.config.presets import load_config, preset_names
 from diffussm_cli.config.values import named_columns
 
-STATES = {"s4d", "axial"}  # mixers with states
-HEADS = {"linear", "attention"}
-IN_ORDER = {"s4d", "linear"}  # mixers for which the order of the tokens counts
+# What of these the mixers use; a mixer that is not listed may use all of them.
+USES = {
+    "s4d": {"d_state", "scan"},
+    "axial": {"d_state"},
+    "linear": {"heads", "scan"},
+    "conv": {"kernel", "conv_gate"},
+    "attention": {"heads"},
+}
+ALL_USES = set().union(*USES.values())
 ORDERS = {"raster": 1, "alternate": 2, "four": 4}  # of which the blocks take one in turn
 GUIDED = ("guidance_channels", "guidance_interval", "guide")
 
@@ -24,7 +37,7 @@ def unused_fields(config: Config, processes: int = 1) -> str:
     preset of the package that the configuration is named after.
     """
     reasons = {
-        **_of_model(config),
+        **_of_model(config.model),
         **_of_data(config),
         **_of_training(config, processes),
         **_of_measuring(config),
@@ -40,6 +53,27 @@ def unused_fields(config: Config, processes: int = 1) -> str:
         if value and value not in [_value(other, name) for other in usual]:
             parts.append((f"{name}={_text(value)}", why))
     return _line(parts + _mixers_beyond_depth(config) + _columns(config))
+
+
+def unused_arguments(backbone: str, arguments: Mapping[str, Any]) -> str:
+    """One line about the arguments of a network that it does not use, with the reasons; empty if
+    there are none.
+
+    As with fields, an argument counts if it asks for something, and has another value than by
+    default.
+
+    Args:
+        backbone: as in ModelConfig.
+        arguments: values by name; those that are no field of ModelConfig are not looked at.
+    """
+    usual = ModelConfig()
+    values = {f.name: arguments[f.name] for f in dataclasses.fields(usual) if f.name in arguments}
+    parts = []
+    for field, why in _of_model(dataclasses.replace(usual, backbone=backbone, **values)).items():
+        name = field.removeprefix("model.")
+        if values.get(name) and values[name] != getattr(usual, name):
+            parts.append((f"{name}={values[name]!r}", why))
+    return _line(parts)
 
 
 def unused_of_request(
@@ -94,9 +128,8 @@ def _all_of(why: str, section: str, *fields: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------- fields, by section
-def _of_model(config: Config) -> Mapping[str, str]:
+def _of_model(m: ModelConfig) -> Mapping[str, str]:
     """Fields of `model` without a use, with the reasons."""
-    m = config.model
     reasons: dict[str, str] = {}
     in_turn = [m.mixers[i % len(m.mixers)] for i in range(m.depth)]
 
@@ -105,15 +138,16 @@ def _of_model(config: Config) -> Mapping[str, str]:
         reasons |= _all_of("a DiT has no mixers", "model", *NOT_OF_DIT)
         reasons |= _all_of("a DiT has no states", "model", "d_state")
     else:
-        if not STATES & set(in_turn):
+        used = _used_by(in_turn)
+        if "d_state" not in used:
             reasons |= _all_of("no mixer has states", "model", "d_state")
-        if not HEADS & set(in_turn):
+        if "heads" not in used:
             reasons |= _all_of("no mixer has heads", "model", "heads")
-        if "conv" not in in_turn:
+        if "kernel" not in used:
             reasons |= _all_of("no mixer is conv", "model", "kernel", "conv_gate")
 
         turned = [mixer for i, mixer in enumerate(in_turn) if i % ORDERS[m.scan]]
-        if not IN_ORDER & set(turned):
+        if "scan" not in _used_by(turned):
             why = "no block whose mixer reads a sequence has another order than raster"
             reasons |= _all_of(why, "model", "scan")
 
@@ -123,6 +157,11 @@ def _of_model(config: Config) -> Mapping[str, str]:
     if not m.num_classes:
         reasons |= _all_of("there are no classes", "model", "label_std")
     return reasons
+
+
+def _used_by(mixers: Sequence[str]) -> set[str]:
+    """The fields of USES that one of these mixers uses."""
+    return set().union(*(USES.get(mixer, ALL_USES) for mixer in mixers))
 
 
 def _of_data(config: Config) -> Mapping[str, str]:
@@ -165,7 +204,7 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
         reasons |= _all_of(drawn, "diffusion", "shift")
 
     # The recipe.
-    if m.backbone == "dit" or not STATES & set(m.mixers[: m.depth]):
+    if m.backbone == "dit" or "d_state" not in _used_by(m.mixers[: m.depth]):
         reasons |= _all_of("no mixer has states", "train", "ssm_lr")
     if t.optimizer != "muon":
         reasons |= _all_of(f"train.optimizer is {t.optimizer}", "train", "adamw_lr")

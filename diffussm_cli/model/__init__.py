@@ -3,11 +3,12 @@
 """
 
 import dataclasses
+import warnings
 
 from torch import nn
 
 from diffussm_cli.config import NOT_OF_DIT, Config
-from diffussm_cli.model.backbone import Backbone
+from diffussm_cli.model.backbone import Backbone, UnusedArgument
 from diffussm_cli.model.diffussm import DiffuSSM
 from diffussm_cli.model.dit import DiT
 
@@ -25,6 +26,11 @@ def build_model(config: Config, gradient_checkpointing: bool = False) -> Backbon
     """
     options = dataclasses.asdict(config.model) | {"gradient_checkpointing": gradient_checkpointing}
     options |= {"input_size": config.data.grid, "in_channels": config.data.channels}
-    if options.pop("backbone") == "diffussm":
-        return DiffuSSM(**options)
-    return DiT(**{name: value for name, value in options.items() if name not in NOT_OF_DIT})
+    is_dit = options.pop("backbone") == "dit"
+    if is_dit:
+        options = {name: value for name, value in options.items() if name not in NOT_OF_DIT}
+
+    with warnings.catch_warnings():
+        # whoever has a configuration is told of its unused fields by `unused_fields`
+        warnings.simplefilter("ignore", UnusedArgument)
+        return DiT(**options) if is_dit else DiffuSSM(**options)

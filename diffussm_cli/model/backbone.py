@@ -5,6 +5,7 @@ L = HW/P^2 tokens   J = L/M positions   D width
 E width of text vectors   K text tokens
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffussm_cli.config import DataConfig, ModelConfig, check_arguments
+from diffussm_cli.config import DataConfig, ModelConfig, check_arguments, unused_arguments
 from diffussm_cli.errors import reason
 from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
 from diffussm_cli.model.block import HourglassLinear, ShiftScaleNorm
@@ -29,6 +30,10 @@ from diffussm_cli.model.embeddings import (
 from diffussm_cli.model.local import Local
 
 CLASS = "class"  # in config.json of a saved network: the name of its class
+
+
+class UnusedArgument(UserWarning):
+    """An argument of a network that nothing in it uses."""
 
 
 class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license="apache-2.0"):
@@ -356,6 +361,13 @@ def check_sizes(arguments: Mapping[str, Any]) -> None:
     """
     check_arguments(ModelConfig, arguments)
     check_arguments(DataConfig, arguments, {"in_channels": "channels"})
+
+
+def warn_of_unused(network: str, backbone: str, arguments: Mapping[str, Any]) -> None:
+    """Warn whoever makes a network of arguments that it does not use."""
+    line = unused_arguments(backbone, arguments)
+    if line:
+        warnings.warn(f"{network}: {line}", UnusedArgument, stacklevel=3)
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:

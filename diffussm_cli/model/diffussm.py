@@ -8,7 +8,7 @@ L = HW/P^2 tokens   J = L/M positions   D hidden size   N state size of S4D
 import itertools
 
 from diffussm_cli.config import mixer_names
-from diffussm_cli.model.backbone import Backbone, check_sizes, pair
+from diffussm_cli.model.backbone import Backbone, check_sizes, pair, warn_of_unused
 from diffussm_cli.model.block import DiffuSSMBlock
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
@@ -36,6 +36,8 @@ class DiffuSSM(Backbone):
     Raises:
         ValueError: for an argument that its field of the configuration could not be, if sizes do
             not divide, or for an option that the mixer does not have; the message names them.
+
+    Warns of arguments that the mixers do not use, such as `heads` of S4D, with UnusedArgument.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class DiffuSSM(Backbone):
             raise ValueError(
                 f"compression {compression} must divide twice hidden_size {hidden_size}"
             )
+        warn_of_unused("DiffuSSM", "diffussm", locals())
 
         H, W = pair(input_size)
         tokens = (H // patch_size, W // patch_size)

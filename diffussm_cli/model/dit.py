@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from diffussm_cli.model.backbone import Backbone, check_sizes
+from diffussm_cli.model.backbone import Backbone, check_sizes, warn_of_unused
 from diffussm_cli.model.block import HourglassLinear
 from diffussm_cli.model.heads import AttentionOfHeads
 from diffussm_cli.model.stacked import StackedLinear
@@ -126,6 +126,7 @@ class DiT(Backbone):
                 f"hidden_size {hidden_size} must be a multiple of heads {heads} "
                 f"and of M {compression}"
             )
+        warn_of_unused("DiT", "dit", locals())
 
         blocks = [
             DiTBlock(hidden_size, compression, heads, qk_norm=qk_norm, rope=rope)

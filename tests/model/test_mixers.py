@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from diffussm_cli import config
-from diffussm_cli.config import ModelConfig
+from diffussm_cli.config import ModelConfig, unused_arguments
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.model.block import DiffuSSMBlock
@@ -144,5 +144,6 @@ def test_mixer_is_added(monkeypatch):
 
     monkeypatch.setitem(MIXERS, "mean", Mean)
     model = tiny(mixer="mean", scan="four", local=3)
+    assert not unused_arguments("diffussm", {"mixer": "mean", "d_state": 4, "heads": 2})
     assert model.blocks[3].mean.project.weight.shape == (16, 16)
     assert dead(model) == []
