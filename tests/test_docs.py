@@ -120,6 +120,18 @@ def test_public_interface_page_lists_every_name():
     )
 
 
+def test_sections_of_docstrings_become_lists_on_the_site():
+    begins = re.compile(r"^ +(?:Args|Attributes|Raises|Returns|Warns|Yields)\b[^.\n]*:$", re.M)
+    attributes = re.compile(r"^( +)Attributes:\n((?:\1 .*\n)+)", re.M)
+    wrong = []
+    for path in (ROOT / "diffussm_cli").rglob("*.py"):
+        text = path.read_text("utf-8")
+        wrong += [line for line in begins.findall(text) if not line.strip()[:-1].isalpha()]
+        for _, block in attributes.findall(text):
+            wrong += re.findall(r"^ +\w+, \w+:.*", block, re.M)
+    assert wrong == []
+
+
 def test_package_is_never_requested_from_an_index():
     """It is on none."""
     code = [

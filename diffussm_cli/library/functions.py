@@ -66,7 +66,8 @@ def train(
         resume: continue the run in `out`, or the newest run of the preset, from its newest
             checkpoint.
         set: fields by their whole name, such as {"model.depth": 4}.
-        stop: asked after every step; if it returns true, a checkpoint is written and training ends.
+        stop: asked before the first step and after every one; if it returns true, a checkpoint of
+            the steps that were made is written, and training ends.
         fields: fields of the section `train` to change: lr=2e-3, steps=500, ...
 
     Returns:

@@ -37,7 +37,8 @@ class Run:
 
     Attributes:
         trained: where it comes from: folder, configuration, weights, step and average.
-        device, precision: where and how images are drawn, as `diffussm sample` takes them.
+        device: where images are drawn, as `diffussm sample` takes it.
+        precision: in which precision, as `diffussm sample` takes it.
     """
 
     trained: TrainedRun

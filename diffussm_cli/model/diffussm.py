@@ -18,7 +18,9 @@ class DiffuSSM(Backbone):
     """Denoiser of bidirectional S4D and hourglass dense layers: (x_t, t, y) -> noise, and
     covariance if learned.
 
-    Args (others as in `Backbone`):
+    Arguments that are not listed are those of `Backbone`.
+
+    Args:
         hidden_size: D, a multiple of 4. The paper's XL: 1152.
         depth: number of blocks. The paper's XL: 29.
         compression: hourglass ratio M; must divide W/P and 2D.
@@ -28,7 +30,8 @@ class DiffuSSM(Backbone):
             such as "conv,axial" repeats along the blocks.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         qk_norm, rope: of the mixer "attention"; see `AttentionOfHeads`.
-        scan: the orders in which the blocks read the image in turn, a name in `scan.SCANS`.
+        scan: the orders in which the blocks read the image in turn: "raster", "alternate" or
+            "four".
         kernel: side of the convolution of the mixer "conv": 3, 5 or 7.
         conv_gate: how the mixer "conv" weighs channels, "attention" or "grn".
         local: 3 for a depthwise 3x3 convolution before each mixer, 0 for none.

@@ -88,7 +88,9 @@ class DiT(Backbone):
     """Transformer denoiser: (x_t, t, y) -> noise, and covariance if learned. XL/2 has DiT's 675 M
     parameters.
 
-    Args (others as in `Backbone`):
+    Arguments that are not listed are those of `Backbone`.
+
+    Args:
         hidden_size: D, a multiple of 4 and of heads.
         depth: number of blocks.
         heads: number of attention heads.

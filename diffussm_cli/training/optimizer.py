@@ -24,6 +24,9 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
     Args:
         model: a network of this package.
         config: the section `train` of a configuration, as `load_config("mnist").train`.
+
+    Raises:
+        ConfigError: if `config` is none.
     """
     groups = parameter_groups(model, config)
     betas = 0.9, config.beta2
