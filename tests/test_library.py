@@ -20,7 +20,7 @@ from diffussm_cli.config.presets import BUNDLED
 from diffussm_cli.data.datasets import DatasetSource
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.library.requests import check_labels
-from tests.conftest import randn
+from tests.conftest import fill, randn
 from tests.helpers import line_of, run
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +126,18 @@ def test_loss_of_the_true_answer_is_zero():
     assert process.loss(exact, x_0).abs().max() < 1e-6
 
 
+def test_loss_takes_labels_in_a_list_as_in_a_tensor():
+    model = fill(ds.DiffuSSM(4, 1, hidden_size=16, depth=1, num_classes=5, learn_sigma=False)).cpu()
+    x_0, flow = torch.zeros(3, 1, 4, 4), ds.LinearFlow()
+
+    def loss(y):
+        return flow.loss(model, x_0, y, generator=torch.Generator().manual_seed(0))
+
+    expected = loss(torch.tensor([4, 0, 2]))
+    assert torch.equal(loss([4, 0, 2]), expected)
+    assert not torch.equal(loss([0, 4, 2]), expected)
+
+
 def test_mistakes_in_custom_loop_are_named():
     sizes = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_classes": 2}
     model, with_covariance = ds.DiffuSSM(**sizes, learn_sigma=False), ds.DiffuSSM(**sizes)
@@ -134,6 +146,9 @@ def test_mistakes_in_custom_loop_are_named():
         ds.make_optimizer(model, ds.load_config("mnist"))
     with pytest.raises(ds.DiffussmError, match="^model.learn_sigma: flow has no covariance"):
         flow.loss(with_covariance, x_0, y)
+    for labels in ([1], torch.tensor(1), y[:, None]):
+        with pytest.raises(ValueError, match=r"^y: labels of shape \(.*\) for 2 images$"):
+            flow.loss(model, x_0, labels)
     with pytest.raises(ValueError, match="^y: 2 labels for n = 4 images"):
         flow.sample(model, n=4, y=[0, 1], steps=2)
     unconditional = ds.DiffuSSM(**{**sizes, "num_classes": 0}, learn_sigma=False)

@@ -234,21 +234,35 @@ def _check_text(config: Config) -> None:
 
 def _check_schedule(d: DiffusionConfig) -> None:
     """Raises ConfigError for a process whose last signal level underflows in float32."""
-    if d.beta_end < d.beta_start:
-        raise ConfigError(
-            f"diffusion.beta_end: {d.beta_end} must be at least diffusion.beta_start {d.beta_start}"
-        )
-    if log_signal(d.timesteps, d.beta_start, d.beta_end) < MIN_SIGNAL:
-        raise ConfigError(
-            f"diffusion.timesteps: {d.timesteps} with variances up to {d.beta_end} leave nothing "
-            "of the image; lower diffusion.beta_end"
-        )
+    names = tuple(f"diffusion.{name}" for name in ("timesteps", "beta_start", "beta_end"))
+    wrong = wrong_variances(d.timesteps, d.beta_start, d.beta_end, names)
+    if wrong:
+        raise ConfigError(wrong)
 
 
-def log_signal(T: int, beta_start: float, beta_end: float) -> float:
-    """The logarithm of the signal that T variances between these leave of an image."""
+def wrong_variances(
+    T: int,
+    beta_start: float,
+    beta_end: float,
+    names: tuple[str, str, str] = ("T", "beta_start", "beta_end"),
+) -> str:
+    """Why T variances between these make no process, in one line; empty if they make one.
+
+    Args:
+        names: what the line calls the three.
+    """
+    if beta_end < beta_start:
+        return f"{names[2]}: {beta_end} must be at least {names[1]} {beta_start}"
+
+    # The logarithm of the signal that they leave of an image.
     step = (beta_end - beta_start) / max(T - 1, 1)
-    return sum(math.log1p(-(beta_start + i * step)) for i in range(T))
+    log_signal = sum(math.log1p(-(beta_start + i * step)) for i in range(T))
+    if log_signal < MIN_SIGNAL:
+        return (
+            f"{names[0]}: {T} with variances up to {beta_end} leave nothing of the image; "
+            f"lower {names[2]}"
+        )
+    return ""
 
 
 def _check_objective(config: Config) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from diffussm_cli.config import DiffusionConfig, check_arguments
-from diffussm_cli.config.checks import MIN_SIGNAL, log_signal
+from diffussm_cli.config.checks import wrong_variances
 
 
 class Prediction(NamedTuple):
@@ -122,7 +122,7 @@ class Objective(ABC):
         self,
         model: Callable[..., Tensor],
         x_0: Tensor,
-        y: Tensor | None = None,
+        y: Tensor | Sequence[int] | None = None,
         text: Tensor | None = None,
         *,
         label_dropout: float = 0.1,
@@ -133,14 +133,15 @@ class Objective(ABC):
         Args:
             model: (x_t, t, y, text) -> what this objective predicts, (B, C or 2C, H, W).
             x_0: images or latents, (B, C, H, W), about in [-1, 1].
-            y: labels (B,), for a model of classes.
+            y: a label for each image, for a model of classes.
             text: captions (B, 1 + K, E), for a model with text; rows of zeros stand for none.
             label_dropout: the share of labels that become `model.null_class`, and of captions that
                 become zeros, so that sampling can guide.
             generator: on the CPU; the default one if None.
 
         Raises:
-            ValueError: for images that are no floats, and labels that the model cannot take.
+            ValueError: for images that are no floats, another number of labels than of images, and
+                labels that the model cannot take.
         """
         from diffussm_cli.diffusion.losses import training_losses
 
@@ -157,6 +158,9 @@ class Objective(ABC):
         dropped = (torch.rand(B, generator=generator) < label_dropout).to(x_0.device)
         if y is not None:
             _check_has_classes(model)
+            y = torch.as_tensor(y, device=x_0.device)
+            if y.shape != (B,):
+                raise ValueError(f"y: labels of shape {tuple(y.shape)} for {B} images")
             y = torch.where(dropped, model.null_class, y)  # type: ignore[attr-defined]
         if text is not None:
             text = text * ~dropped[:, None, None]
@@ -265,12 +269,9 @@ class GaussianDiffusion(Objective):
     ):
         # The variances, which must leave something of the image.
         check_arguments(DiffusionConfig, locals(), {"T": "timesteps"})
-        if beta_end < beta_start:
-            raise ValueError(f"beta_end: {beta_end} must be at least beta_start {beta_start}")
-        if log_signal(T, beta_start, beta_end) < MIN_SIGNAL:
-            raise ValueError(
-                f"T: {T} with variances up to {beta_end} leave nothing of the image; lower beta_end"
-            )
+        wrong = wrong_variances(T, beta_start, beta_end)
+        if wrong:
+            raise ValueError(wrong)
 
         # The tables.
         beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
