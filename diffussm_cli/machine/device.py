@@ -20,6 +20,7 @@ from diffussm_cli.errors import ConfigError
 A = TypeVar("A")
 B = TypeVar("B")
 PRECISIONS = ("auto", "fp32", "bf16")
+VARIABLE = "DIFFUSSM_DEVICE"  # names the device that `auto` is
 
 
 def pick_device(name: str) -> torch.device:
@@ -34,6 +35,8 @@ def pick_device(name: str) -> torch.device:
         ConfigError: if the device is not available, or several processes of this machine would
             share it.
     """
+    # What names the device, and what an error advises.
+    named_by, remedy = "device", "use auto or cpu"
     if name == "auto":
         best = (
             "cuda"
@@ -42,7 +45,9 @@ def pick_device(name: str) -> torch.device:
             if torch.backends.mps.is_available()
             else "cpu"
         )
-        name = os.environ.get("DIFFUSSM_DEVICE") or best
+        name = os.environ.get(VARIABLE) or best
+        if os.environ.get(VARIABLE):
+            named_by, remedy = VARIABLE, "unset the variable, or set it to cpu"
     chosen = name
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -51,7 +56,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise ConfigError(f"device: {name!r} is not available here; use auto or cpu") from e
+        raise ConfigError(f"{named_by}: {name!r} is not available here; {remedy}") from e
 
     if device.type == "cuda":
         _check_not_shared(chosen)
