@@ -68,6 +68,30 @@ def test_imports_go_one_way():
     ] == []
 
 
+def imported_with(name, seen):
+    """Adds to `seen` the modules of the package that the import of one imports at once."""
+    path = ROOT.joinpath(*name.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if name in seen or name.split(".")[0] != ROOT.name or not path.is_file():
+        return
+    seen.add(name)
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    at_once = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    for other in imports(ast.Module(at_once, [])):
+        parts = other.split(".")
+        for n in range(1, len(parts) + 1):
+            imported_with(".".join(parts[:n]), seen)
+
+
+def test_cost_and_optimiser_are_imported_without_the_trainer():
+    """It takes a second more, which `cost`, `train --list` and `make_optimizer` need not wait."""
+    seen = set()
+    imported_with("diffussm_cli.profiling.flops", seen)
+    assert {"diffussm_cli.training.optimizer", "diffussm_cli.model.s4d.kernel"} <= seen
+    trainer = {f"diffussm_cli.{name}" for name in ("training.step", "evaluation", "sampling")}
+    assert not trainer & seen
+
+
 @pytest.mark.parametrize(
     ("package", "code", "wrong"),
     [

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from diffussm_cli.config import Config, ModelConfig, TrainConfig
+from diffussm_cli.config import Config, ModelConfig
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.machine.device import pick_device, pick_dtype
 from diffussm_cli.model import Backbone, build_model, count_parameters
 from diffussm_cli.model.mixer import Mixer
+from diffussm_cli.training.muon import matrices_of
+from diffussm_cli.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def training_bytes(
 
     # weights, gradients, two moments but one of Muon, averages, and a frozen teacher
     teachers = config.diffusion.in_one_step
-    of_muon = {id(p) for p in matrices_of_muon(model, t)}
+    of_muon = {id(p) for p in matrices_of(make_optimizer(model, t))}
     single = sum(
         (1 + missing[f"blocks.{i}"])
         * sum(p.numel() for p in block.parameters() if id(p) in of_muon)
@@ -293,13 +295,3 @@ def _auto_here(device: str) -> torch.dtype:
         return pick_dtype("auto", pick_device(device))
     except ConfigError:
         return torch.float32
-
-
-def matrices_of_muon(model: Backbone, config: TrainConfig) -> list[nn.Parameter]:
-    """The parameters that Muon updates: matrices of the blocks, or none under AdamW."""
-    if config.optimizer != "muon":
-        return []
-    from diffussm_cli.training.optimizer import make_optimizer  # with the trainer: a second
-
-    groups = make_optimizer(model, config).param_groups
-    return [p for group in groups if group["muon"] for p in group["params"]]

@@ -18,10 +18,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffussm_cli.config import Config, TrainConfig
+from diffussm_cli.config import Config
 from diffussm_cli.machine.gpus import GPU, GPUS
 from diffussm_cli.model import Backbone, build_model, count_parameters
-from diffussm_cli.profiling.flops import matrices_of_muon, passes_without_gradient
+from diffussm_cli.profiling.flops import passes_without_gradient
+from diffussm_cli.training.muon import Muon, matrices_of
+from diffussm_cli.training.optimizer import make_optimizer
 
 # The shares of the data sheet that are assumed to be reached.
 PRODUCTS_REACH = 0.65
@@ -282,26 +284,24 @@ def update(model: Backbone, config: Config) -> list[tuple[str, Work]]:
         model: that of the configuration, on the meta device.
     """
     averages = config.train.averages
+    optimizer = make_optimizer(model, config.train)
     everything = count_parameters(model)
-    matrices = sum(p.numel() for p in matrices_of_muon(model, config.train))
+    matrices = sum(p.numel() for p in matrices_of(optimizer))
 
     moved = 4.0 * (everything * (1 + 3 * averages) + 7 * (everything - matrices))
     kernels = (2 + averages) * math.ceil(everything / (320 * 65536))
     done = [("optimiser, averages and norm", Work(kernels, moved))]
-    if matrices:
-        done += [("Muon", work) for work in _step_of_muon(model, config.train)]
+    if isinstance(optimizer, Muon):
+        done += [("Muon", work) for work in _step_of_matrices(optimizer)]
     return done
 
 
-def _step_of_muon(model: Backbone, config: TrainConfig) -> list[Work]:
+def _step_of_matrices(optimizer: Muon) -> list[Work]:
     """The work of Muon on its matrices, in a step that is not its first."""
-    from diffussm_cli.training.optimizer import make_optimizer  # as in `matrices_of_muon`
-
-    for p in model.parameters():
+    for p in matrices_of(optimizer):
         p.grad = torch.empty_like(p)
-    optimizer = make_optimizer(model, config)
-    optimizer.found_inf = torch.empty((), device="meta")  # type: ignore[union-attr]
-    optimizer.step_of_matrices()  # type: ignore[union-attr]
+    optimizer.found_inf = torch.empty((), device="meta")
+    optimizer.step_of_matrices()
     with Tally() as tally:
-        optimizer.step_of_matrices()  # type: ignore[union-attr]
+        optimizer.step_of_matrices()
     return [work for _, work in tally.done]

@@ -21,7 +21,7 @@ from diffussm_cli.machine.device import helpers
 from diffussm_cli.machine.files import PARTIAL
 from diffussm_cli.machine.processes import World, gather
 from diffussm_cli.machine.tensors import NOT_FINITE, first_not_finite
-from diffussm_cli.training.muon import MOMENT
+from diffussm_cli.training.muon import MOMENT, matrices_of
 from diffussm_cli.training.parallel import full_tensor, load_full, shard_like
 
 Tensors = Mapping[str, Mapping[str, Tensor]]  # by file, by name
@@ -206,9 +206,7 @@ def load_checkpoint(
 def _restore_optimizer(
     model: nn.Module, optimizer: Optimizer, saved: dict[str, Tensor], path: Path
 ) -> None:
-    matrices = {
-        id(p) for group in optimizer.param_groups if group.get("muon") for p in group["params"]
-    }
+    matrices = {id(p) for p in matrices_of(optimizer)}
     for name, p in model.named_parameters():
         kinds = (MOMENT,) if id(p) in matrices else KINDS
         entries = {k: saved[f"{name}/{k}"] for k in kinds if f"{name}/{k}" in saved}

@@ -108,6 +108,12 @@ class Muon(torch.optim.Optimizer):
         return tensor.view(-1, rows, p.shape[-1])
 
 
+def matrices_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that Muon updates by their momentum; none of another optimiser."""
+    groups = optimizer.param_groups
+    return [p for group in groups if group.get("muon") for p in group["params"]]
+
+
 def orthogonalised(matrices: Tensor) -> Tensor:
     """About U V^T of matrices (n, A, B) = U S V^T, by Newton and Schulz: singular values come to
     lie in 0.7 to 1.2.
