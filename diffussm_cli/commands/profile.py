@@ -157,7 +157,7 @@ def profile(
         typer.Option(
             metavar="FILE",
             rich_help_panel=options.RESULT,
-            help="Draw the paper's figure 3, and --latency, as png, svg or pdf.",
+            help="Draw the paper's figure 3, and what --latency measures, as png, svg or pdf.",
         ),
     ] = None,
     page: Annotated[

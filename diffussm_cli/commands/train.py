@@ -51,8 +51,8 @@ def train(
             metavar="RUN",
             rich_help_panel=TRAINED,
             autocompletion=completion.models,
-            help="Begin with the weights of a run, of OWNER/NAME on the hub, or of a DiT's or "
-            "SiT's .pt file, as far as they fit.",
+            help="Begin with the weights of a run, of a model of the package, of OWNER/NAME on the "
+            "hub, or of a DiT's or SiT's .pt file, as far as they fit.",
         ),
     ] = None,
     out: Annotated[

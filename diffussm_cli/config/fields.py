@@ -245,8 +245,9 @@ class TrainConfig:
     )
     init: str = _option(
         "",
-        "begin with the weights of another model, as far as they fit: a run, OWNER/NAME on the "
-        "hub, a published DiT's or SiT's .pt file; empty: random weights",
+        "begin with the weights of another model, as far as they fit: a run, a model of the "
+        "package, OWNER/NAME on the hub, a published DiT's or SiT's .pt file; empty: random "
+        "weights",
     )
     lr: float = _option(1e-4, "learning rate", above=0, most=10)
     optimizer: Literal["adamw", "muon"] = _option(

@@ -37,15 +37,15 @@ def sample_by_name(
 ) -> Tensor:
     """Denoise x_T down to x_0, both (B, C, H, W).
 
-    `ddpm`   ancestral sampling over ADM's respaced timesteps, with the learned covariance if there
-             is one
-    `ddim`   DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) where these reach
-             the last tenth of T, otherwise as for `ddpm`
-    `dpmpp`  DPM-Solver++(2M)
-    `unipc`  UniPC, second order
-    `euler`  the probability flow in Euler's steps
-    `heun`   the same with Heun's steps, second order; the model is computed 2 steps - 1 times
-    `sde`    a flow's stochastic equation in Euler-Maruyama steps
+    - `ddpm`: ancestral sampling over ADM's respaced timesteps, with the learned covariance if there
+      is one
+    - `ddim`: DDIM with eta 0; timesteps from 0 at an integer stride (ADM's ddimN) in 10 or more
+      steps that divide T, otherwise as for `ddpm`
+    - `dpmpp`: DPM-Solver++(2M)
+    - `unipc`: UniPC, second order
+    - `euler`: the probability flow in Euler's steps
+    - `heun`: the same with Heun's steps, second order; the model is computed 2 steps - 1 times
+    - `sde`: a flow's stochastic equation in Euler-Maruyama steps
 
     All but `ddpm` ignore the covariance. One step of any of them returns the image that the model
     predicts at the noisiest timestep. `config.SAMPLERS` lists those that fit an objective.
