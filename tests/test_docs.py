@@ -3,6 +3,7 @@ an address.
 """
 
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -18,6 +19,10 @@ import diffussm
 from diffussm_cli import __version__
 from diffussm_cli.cli import app
 from diffussm_cli.config import load_config
+from diffussm_cli.data.latents import encode_images
+from diffussm_cli.evaluation.session import evaluate
+from diffussm_cli.runs import layout
+from diffussm_cli.sampling.session import sample
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md")]
@@ -118,6 +123,37 @@ def test_public_interface_page_lists_every_name():
     assert sorted(re.findall(r"^::: diffussm\.(\w+)$", page, re.M)) == sorted(
         set(diffussm.__all__) - {"__version__"}
     )
+
+
+@pytest.mark.parametrize(
+    ("function", "session", "hidden"),
+    [
+        (diffussm.sample, sample, {"sampling", "device", "precision"}),
+        (diffussm.evaluate, evaluate, {"sampling", "run"}),
+        (encode_images, encode_images, set()),
+    ],
+    ids=["sample", "evaluate", "encode_images"],
+)
+def test_docstring_names_every_parameter_of_its_session(function, session, hidden):
+    words = set(re.findall(r"\w+", function.__doc__))
+    assert inspect.signature(session).parameters.keys() - hidden - words == set()
+
+
+def test_every_extra_stands_in_the_table_of_them():
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    section = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", project, re.M | re.S)[1]
+    table = (ROOT / "docs" / "get-started.md").read_text("utf-8")
+    extras = set(re.findall(r"^(\w+) = ", section, re.M))
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.M)
+    assert extras - set(re.findall(r"`(\w+)`", " ".join(rows))) == set()
+
+
+def test_every_file_of_a_run_stands_in_its_description():
+    page = (ROOT / "docs" / "formats.md").read_text("utf-8").partition("## Store of latents")[0]
+    names = [value for name, value in vars(layout).items() if name.isupper()]
+    names = [name for name in names if isinstance(name, str)]
+    assert len(names) > 15
+    assert [name for name in names if name not in page] == []
 
 
 def test_sections_of_docstrings_become_lists_on_the_site():

@@ -134,6 +134,7 @@ def sample(
     Args:
         run: from `load` or `train`, or what `load` takes.
         out: the folder; by default RUN/images, or a numbered one.
+        num: how many images.
         request: classes, prompts, negative, seed, batch_size, npz, grid, film, image, mask,
             strength, interpolate, and fields of the section `sample`.
 

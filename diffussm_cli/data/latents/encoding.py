@@ -61,6 +61,7 @@ def encode_images(
     Args:
         source: one folder per class, a flat folder, tar or parquet shards, .npz files, CIFAR's
             batches, a pattern of names in a folder, or hub:OWNER/NAME.
+        target: the folder of the store.
         resolution: (height, width) in pixels; images are cropped as ADM does.
         vae: a hub name or a folder.
         columns: of parquet shards or .npz files, such as `image=photo`; those not given are found
@@ -72,6 +73,7 @@ def encode_images(
         workers: number of processes that decode images; by default one per core of this process,
             at most 16.
         strict: raise an error for the first unusable file, instead of skipping it.
+        device: of the VAE and the text encoder: auto, cpu, cuda, cuda:1, mps.
 
     Yields:
         events.
