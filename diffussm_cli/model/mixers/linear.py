@@ -35,17 +35,18 @@ class LinearAttention(Heads):
 
     def forward(self, u: Tensor, _grid: tuple[int, int] | None = None) -> Tensor:
         *qkv, tokens = self.split(u)  # (B, h, L, d) each, (B, L, D)
+
+        # Both directions as one batch: the second reads the tokens from the last to the first.
         q, k, v = (torch.stack([x, x.flip(2)]) for x in qkv)  # (2, B, h, L, d)
         gates = self.gates(tokens).unflatten(-1, (2, -1)).permute(2, 0, 3, 1)  # (2, B, h, L)
         gates = torch.stack([gates[0], gates[1].flip(2)])  # (2, B, h, L)
 
-        log_decay = (
-            F.logsigmoid(gates.to(torch.promote_types(gates.dtype, torch.float32))) / TEMPERATURE
-        )
+        wide = torch.promote_types(gates.dtype, torch.float32)
+        log_decay = F.logsigmoid(gates.to(wide)) / TEMPERATURE
         y = gated_linear_attention(q, k, v, log_decay)  # (2, B, h, L, d)
         y = F.rms_norm(y, y.shape[-1:], eps=1e-6)  # (2, B, h, L, d)
 
-        both = torch.stack([y[0], y[1].flip(2)], dim=1).mT
+        both = torch.stack([y[0], y[1].flip(2)], dim=1).mT  # (B, 2, h, d, L)
         return both.reshape(len(u), 2 * u.shape[1], *u.shape[2:])
 
     def macs(self, L: int, _grid: tuple[int, int]) -> dict[str, float]:
@@ -66,22 +67,36 @@ def gated_linear_attention(
     """y_l = q_l S_l with S_l = exp(log_decay_l) S_{l-1} + k_l^T v_l and S_0 = 0, in one direction.
 
     q, k, v (..., L, d), log_decay (..., L) of numbers that are at most 0 -> y (..., L, d).
+
+    A token reads the tokens of its own chunk of T directly, and all earlier ones as the state S
+    (d, d) with which the chunk begins.
     """
+    # n chunks of T tokens; zeros fill the last one.
     L = q.shape[-2]
-    # (..., n, T, d)
-    q, k, v = (F.pad(x, (0, 0, 0, -L % T)).unflatten(-2, (-1, T)) for x in (q, k, v))
-    # since the chunk began, (..., n, T)
-    since = F.pad(log_decay, (0, -L % T)).unflatten(-1, (-1, T)).cumsum(-1)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    # (..., n, T, T)
-    decay = (since[..., None] - since[..., None, :]).masked_fill(future, -torch.inf).exp()
-    within = (q @ k.mT * decay.to(q.dtype)) @ v  # (..., n, T, d)
-    to_end = (since[..., -1:] - since).exp().to(k.dtype)[..., None]  # (..., n, T, 1)
-    S = torch.zeros_like(since[..., 0, 0, None, None])
+    missing = -L % T
+    q, k, v = (F.pad(x, (0, 0, 0, missing)).unflatten(-2, (-1, T)) for x in (q, k, v))
+    log_decay = F.pad(log_decay, (0, missing)).unflatten(-1, (-1, T))  # (..., n, T)
+    since_start = log_decay.cumsum(-1)  # the log of the decay from the chunk's start to each token
+
+    # What the tokens of a chunk read of each other: i reads j <= i, decayed from j to i.
+    is_later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    log_between = since_start[..., None] - since_start[..., None, :]  # (..., n, T, T)
+    between = log_between.masked_fill(is_later, -torch.inf).exp()
+    within = (q @ k.mT * between.to(q.dtype)) @ v  # (..., n, T, d)
+
+    # What each chunk adds to the state, and how much of the state remains at its end.
+    to_end = (since_start[..., -1:] - since_start).exp().to(k.dtype)  # (..., n, T)
+    added = (k * to_end[..., None]).mT @ v  # (..., n, d, d)
+    remains = since_start[..., -1].exp()  # (..., n)
+
+    # The states with which the chunks begin, one after the other.
+    S = torch.zeros_like(since_start[..., 0, 0, None, None])
     states = []
-    for added, kept in zip(((k * to_end).mT @ v).unbind(-3), since[..., -1].exp().unbind(-1)):
-        states.append(S.expand(added.shape))  # (..., d, d)
-        S = kept[..., None, None] * S + added
-    # (..., n, T, d)
-    before = (q * since.exp().to(q.dtype)[..., None]) @ torch.stack(states, -3).to(q.dtype)
+    for added_by_chunk, share in zip(added.unbind(-3), remains.unbind(-1)):
+        states.append(S.expand(added_by_chunk.shape))  # (..., d, d)
+        S = share[..., None, None] * S + added_by_chunk
+
+    # What the tokens read of the state, decayed from the chunk's start to them.
+    decayed = q * since_start.exp().to(q.dtype)[..., None]
+    before = decayed @ torch.stack(states, -3).to(q.dtype)  # (..., n, T, d)
     return (within + before).flatten(-3, -2)[..., :L, :]
