@@ -136,19 +136,19 @@ class DiT(Backbone):
         ]
         super().__init__(
             blocks,
-            input_size,
-            in_channels,
-            patch_size,
-            hidden_size,
-            compression,
-            num_classes,
-            learn_sigma,
-            label_std,
-            text_width,
-            text_tokens,
-            gradient_checkpointing,
-            skips,
-            stem,
+            input_size=input_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            compression=compression,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            label_std=label_std,
+            text_width=text_width,
+            text_tokens=text_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            skips=skips,
+            stem=stem,
         )
 
     def positions(self, H: int, W: int) -> Tensor:
