@@ -5,8 +5,14 @@ import warnings
 import pytest
 import torch
 
-from diffussm_cli.config import config_from_dict, load_config, preset_names, to_dict
-from diffussm_cli.config.unused import USES, unused_fields, unused_of_request
+from diffussm_cli.config import (
+    MIXER_FACTS,
+    config_from_dict,
+    load_config,
+    preset_names,
+    to_dict,
+)
+from diffussm_cli.config.unused import unused_fields, unused_of_request
 from diffussm_cli.events import Warned
 from diffussm_cli.model import DiffuSSM, DiT, build_model
 from diffussm_cli.model.mixers import MIXERS
@@ -20,10 +26,10 @@ UNUSED = {
         ["model.kernel=5", "model.conv_gate=grn"],
         "model.kernel=5 (no mixer is conv), model.conv_gate=grn (no mixer is conv)",
     ),
-    "heads": (["model.heads=4"], "model.heads=4 (no mixer has heads)"),
+    "heads": (["model.heads=4"], "model.heads=4 (no mixer is linear or attention)"),
     "states": (
         ["model.mixer=attention", "model.d_state=16", "train.ssm_lr=0.1"],
-        "model.d_state=16 (no mixer has states), train.ssm_lr=0.1 (no mixer has states)",
+        "model.d_state=16 (no mixer is s4d or axial), train.ssm_lr=0.1 (no mixer is s4d or axial)",
     ),
     "rate of AdamW beside Muon": (
         ["train.adamw_lr=1e-3"],
@@ -36,6 +42,12 @@ UNUSED = {
     "fields of a mixer beyond the depth": (
         ["model.mixer=s4d,s4d,conv", "model.kernel=5"],
         "model.kernel=5 (no mixer is conv), conv of model.mixer=s4d,s4d,conv (model.depth is 2)",
+    ),
+    "RoPE of a mixer beyond the depth": (
+        ["model.mixer=s4d,s4d,attention", "model.heads=4", "model.rope=true"],
+        "model.heads=4 (no mixer is linear or attention), "
+        "model.rope=true (no mixer is attention), "
+        "attention of model.mixer=s4d,s4d,attention (model.depth is 2)",
     ),
     "scan": (
         ["model.mixer=axial", "model.scan=four"],
@@ -174,11 +186,15 @@ ARGUMENTS = {
         {"kernel": 5, "conv_gate": "grn"},
         "DiffuSSM: not used: kernel=5 (no mixer is conv), conv_gate='grn' (no mixer is conv)",
     ),
-    "heads": (DiffuSSM, {"heads": 4}, "DiffuSSM: not used: heads=4 (no mixer has heads)"),
+    "heads": (
+        DiffuSSM,
+        {"heads": 4},
+        "DiffuSSM: not used: heads=4 (no mixer is linear or attention)",
+    ),
     "states": (
         DiffuSSM,
         {"mixer": "linear", "d_state": 4},
-        "DiffuSSM: not used: d_state=4 (no mixer has states)",
+        "DiffuSSM: not used: d_state=4 (no mixer is s4d or axial)",
     ),
     "skips and classes": (
         DiT,
@@ -226,7 +242,7 @@ def test_scan_changes_the_mixers_that_read_a_sequence_alone(mixer):
     x, t, y = randn(2, 1, 4, 4), torch.tensor([3, 700]).to(device()), None
     with torch.no_grad():
         a, b = (model.eval()(x, t, y) for model in models)
-    assert torch.allclose(a, b, atol=1e-5) == ("scan" not in USES[mixer])
+    assert torch.allclose(a, b, atol=1e-5) == (not MIXER_FACTS[mixer].reads_in_order)
 
 
 # ----------------------------------------------------------------------------------------- requests

@@ -2,6 +2,7 @@
 `--help` are quick.
 
 fields.py      the fields, with their defaults, help and bounds
+mixers.py      what is known of each layer that mixes tokens: its fields, and what it needs
 presets.py     presets and YAML files by name, with `base` and overrides
 reading.py     plain values to fields and back; values.py checks each of them
 checks.py      which fields fit together; unused.py: which have no use
@@ -17,7 +18,6 @@ from diffussm_cli.config.fields import (
     MANY,
     MAX_CLASSES,
     MAX_SEED,
-    MIXERS,
     NOT_OF_DIT,
     PYTHON,
     SAMPLERS,
@@ -32,8 +32,8 @@ from diffussm_cli.config.fields import (
     SamplerName,
     TrainConfig,
     field_names,
-    mixer_names,
 )
+from diffussm_cli.config.mixers import MIXER_FACTS, MIXER_FIELDS, mixer_names, mixers_with
 from diffussm_cli.config.plain_yaml import MAX_YAML_BYTES, parse_yaml, read_text
 from diffussm_cli.config.presets import (
     BUNDLED,

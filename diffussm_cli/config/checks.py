@@ -5,7 +5,6 @@ import re
 
 from diffussm_cli.config.fields import (
     BUILTIN,
-    MIXERS,
     SAMPLERS,
     Config,
     DataConfig,
@@ -14,6 +13,7 @@ from diffussm_cli.config.fields import (
     SampleConfig,
     TrainConfig,
 )
+from diffussm_cli.config.mixers import MIXER_FACTS, mixers_with
 from diffussm_cli.config.values import named_columns
 from diffussm_cli.errors import ConfigError
 
@@ -93,19 +93,23 @@ def _check_tokens(m: ModelConfig, d: DataConfig) -> None:
 
 def _check_mixers(m: ModelConfig) -> None:
     """Raises ConfigError for an unknown mixer, and for sizes that the mixers cannot divide."""
-    wrong = [name for name in m.mixers if name not in MIXERS]
+    wrong = [name for name in m.mixers if name not in MIXER_FACTS]
     if wrong:
-        raise ConfigError(f"model.mixer: {wrong[0]!r} is not a choice; valid: {', '.join(MIXERS)}")
+        valid = ", ".join(MIXER_FACTS)
+        raise ConfigError(f"model.mixer: {wrong[0]!r} is not a choice; valid: {valid}")
+
+    def is_made_from(field: str) -> bool:
+        return m.backbone == "dit" or bool(set(mixers_with(field)) & set(m.mixers))
 
     # Heads, and what only attention has.
-    with_heads = m.backbone == "dit" or {"linear", "attention"} & set(m.mixers)
-    if with_heads and m.hidden_size % m.heads:
+    if is_made_from("heads") and m.hidden_size % m.heads:
         raise ConfigError(f"model.heads: {m.heads} must divide model.hidden_size {m.hidden_size}")
     for option in ("qk_norm", "rope"):
-        if getattr(m, option) and m.backbone != "dit" and "attention" not in m.mixers:
+        if getattr(m, option) and not is_made_from(option):
+            mixers = " or ".join(f"model.mixer={name}" for name in mixers_with(option))
             raise ConfigError(
                 f"model.{option}: true needs softmax attention: model.backbone=dit or "
-                f"model.mixer=attention, and model.mixer is {m.mixer}"
+                f"{mixers}, and model.mixer is {m.mixer}"
             )
     if m.rope and m.hidden_size // m.heads < 4:
         raise ConfigError(
@@ -220,11 +224,8 @@ def _check_text(config: Config) -> None:
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text"
         )
-    if (
-        m.text_tokens
-        and m.backbone == "diffussm"
-        and (m.local or {"conv", "axial"} & set(m.mixers))
-    ):
+    reads_image = bool(m.local) or any(MIXER_FACTS[name].needs_image for name in m.mixers)
+    if m.text_tokens and m.backbone == "diffussm" and reads_image:
         field = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} given, but {field} reads an image, "

@@ -3,8 +3,11 @@ each. A value is read by reading.py, and checked beside the others by checks.py.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from diffussm_cli.config.mixers import MIXER_FACTS, MIXER_FIELDS, mixer_names, mixers_with
 
 DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 HUB = "hub:"  # prefix for a data set of the hub by name
@@ -20,7 +23,6 @@ MAX_CLASSES = 10**6
 
 # Widths of the averages of which snapshots are made: those of EDM2, arXiv 2312.02696.
 WIDTHS = (0.05, 0.1)
-MIXERS = ("s4d", "axial", "linear", "conv", "attention")
 SamplerName = Literal["ddpm", "ddim", "dpmpp", "unipc", "euler", "heun", "sde"]
 # The samplers that fit each objective; the first one draws the previews during training.
 SAMPLERS: dict[str, tuple[SamplerName, ...]] = {
@@ -37,6 +39,12 @@ def _option(default: Any, help: str, commas: bool = True, **bounds: float) -> An
     return field(default=default, metadata={"help": help, "commas": commas, **bounds})
 
 
+def _listed(names: Iterable[str], word: str = "and") -> str:
+    """Names in a sentence: `a, b and c`."""
+    *others, last = names
+    return f"{', '.join(others)} {word} {last}" if others else last
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The backbone and its sizes, in the paper's letters (arXiv 2311.18257)."""
@@ -47,14 +55,20 @@ class ModelConfig:
     patch_size: int = _option(1, "P; 1 makes every latent or pixel a token", least=1, most=256)
     compression: int = _option(2, "M, hourglass ratio: tokens per position", least=1, most=256)
     d_state: int = _option(
-        64, "N, state size of s4d and axial, even (16 is enough for axial)", least=2, most=4096
+        64,
+        f"N, state size of {_listed(mixers_with('d_state'))}, even (16 is enough for axial)",
+        least=2,
+        most=4096,
     )
     heads: int = _option(
-        16, "heads of DiT and of the mixers linear and attention", least=1, most=256
+        16,
+        f"heads of DiT and of the mixers {_listed(mixers_with('heads'))}",
+        least=1,
+        most=256,
     )
     mixer: str = _option(
         "s4d",
-        "layer that mixes tokens: s4d, axial, linear, conv or attention; "
+        f"layer that mixes tokens: {_listed(MIXER_FACTS, 'or')}; "
         "a list such as conv,axial repeats along the blocks; not used by DiT",
     )
     kernel: Literal[3, 5, 7] = _option(3, "side of the convolution of the mixer conv, in tokens")
@@ -108,8 +122,14 @@ class ModelConfig:
         return mixer_names(self.mixer)
 
 
-# Fields of `model` that a DiT does not have.
-NOT_OF_DIT = ("d_state", "mixer", "kernel", "conv_gate", "scan", "local")
+# Fields of `model` that a DiT does not have: all of mixers, but for those of its own attention.
+OF_ATTENTION = ("heads", "qk_norm", "rope")
+NOT_OF_DIT = (
+    "mixer",
+    *(name for name in MIXER_FIELDS if name not in OF_ATTENTION),
+    "scan",
+    "local",
+)
 
 
 @dataclass(frozen=True)
@@ -421,8 +441,3 @@ SECTIONS: dict[str, Any] = {
 def field_names() -> list[str]:
     """Every field that `--set` takes, as section.field."""
     return [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-
-
-def mixer_names(text: str) -> list[str]:
-    """The names in a list of mixers such as `conv,axial`."""
-    return [name.strip() for name in text.split(",")]

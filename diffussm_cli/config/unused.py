@@ -14,18 +14,10 @@ from diffussm_cli.config.fields import (
     ModelConfig,
     SampleConfig,
 )
+from diffussm_cli.config.mixers import MIXER_FACTS, MIXER_FIELDS, mixers_with
 from diffussm_cli.config.presets import load_config, preset_names
 from diffussm_cli.config.values import named_columns
 
-# What of these the mixers use; a mixer that is not listed may use all of them.
-USES = {
-    "s4d": {"d_state", "scan"},
-    "axial": {"d_state"},
-    "linear": {"heads", "scan"},
-    "conv": {"kernel", "conv_gate"},
-    "attention": {"heads"},
-}
-ALL_USES = set().union(*USES.values())
 ORDERS = {"raster": 1, "alternate": 2, "four": 4}  # of which the blocks take one in turn
 GUIDED = ("guidance_channels", "guidance_interval", "guide")
 
@@ -138,16 +130,13 @@ def _of_model(m: ModelConfig) -> Mapping[str, str]:
         reasons |= _all_of("a DiT has no mixers", "model", *NOT_OF_DIT)
         reasons |= _all_of("a DiT has no states", "model", "d_state")
     else:
-        used = _used_by(in_turn)
-        if "d_state" not in used:
-            reasons |= _all_of("no mixer has states", "model", "d_state")
-        if "heads" not in used:
-            reasons |= _all_of("no mixer has heads", "model", "heads")
-        if "kernel" not in used:
-            reasons |= _all_of("no mixer is conv", "model", "kernel", "conv_gate")
+        for field in MIXER_FIELDS:
+            mixers = mixers_with(field)
+            if not set(mixers) & set(in_turn):
+                reasons |= _all_of(f"no mixer is {' or '.join(mixers)}", "model", field)
 
         turned = [mixer for i, mixer in enumerate(in_turn) if i % ORDERS[m.scan]]
-        if "scan" not in _used_by(turned):
+        if not any(MIXER_FACTS[mixer].reads_in_order for mixer in turned):
             why = "no block whose mixer reads a sequence has another order than raster"
             reasons |= _all_of(why, "model", "scan")
 
@@ -157,11 +146,6 @@ def _of_model(m: ModelConfig) -> Mapping[str, str]:
     if not m.num_classes:
         reasons |= _all_of("there are no classes", "model", "label_std")
     return reasons
-
-
-def _used_by(mixers: Sequence[str]) -> set[str]:
-    """The fields of USES that one of these mixers uses."""
-    return set().union(*(USES.get(mixer, ALL_USES) for mixer in mixers))
 
 
 def _of_data(config: Config) -> Mapping[str, str]:
@@ -204,8 +188,9 @@ def _of_training(config: Config, processes: int) -> Mapping[str, str]:
         reasons |= _all_of(drawn, "diffusion", "shift")
 
     # The recipe.
-    if m.backbone == "dit" or "d_state" not in _used_by(m.mixers[: m.depth]):
-        reasons |= _all_of("no mixer has states", "train", "ssm_lr")
+    state_spaces = [name for name, row in MIXER_FACTS.items() if row.is_state_space]
+    if m.backbone == "dit" or not set(state_spaces) & set(m.mixers[: m.depth]):
+        reasons |= _all_of(f"no mixer is {' or '.join(state_spaces)}", "train", "ssm_lr")
     if t.optimizer != "muon":
         reasons |= _all_of(f"train.optimizer is {t.optimizer}", "train", "adamw_lr")
     if t.loss_weight != "min_snr":

@@ -130,6 +130,12 @@ class Backbone(nn.Module, PyTorchModelHubMixin, library_name="diffussm", license
         self.register_buffer("position", self.positions(*self.input_size), persistent=False)
         self.reset_parameters()
 
+        buffers = self.state_dict().keys() - dict(self.named_parameters()).keys()
+        assert not buffers, (
+            f"{', '.join(sorted(buffers))}: averages of the weights do not follow a buffer; "
+            "make it a parameter, or persistent=False if it can be computed"
+        )
+
     @property
     def out_channels(self) -> int:
         return 2 * self.in_channels if self.learn_sigma else self.in_channels

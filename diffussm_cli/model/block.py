@@ -6,12 +6,14 @@ Between W_up and W3, channels come first in memory, which is the layout that the
 The matrix products write this layout and read it back, so that nothing is transposed.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffussm_cli.config import MIXER_FACTS, ModelConfig
 from diffussm_cli.model.local import Local
 from diffussm_cli.model.mixer import Mixer, Sizes
 from diffussm_cli.model.mixers import MIXERS
@@ -92,21 +94,22 @@ class DiffuSSMBlock(nn.Module):
 
     The mixer is in the state dict under its name in `MIXERS`. It sees the positions in the order of
     `scan`; x is always in raster order. `local` is 3 for a convolution before the mixer, or 0.
-    `grid` is that of the tokens which the mixer is made for; `options` are further fields of its
-    `Sizes`. The defaults need no grid.
+    `grid` is that of the tokens which the mixer is made for. It is made from `d_state`, `heads` and
+    `fields`, as far as its row in `config/mixers.py` names them; fields that are not given have the
+    default of the configuration. The defaults need no grid.
     """
 
     def __init__(
         self,
         D: int,
         M: int,
-        N: int,
+        d_state: int,
         mixer: str = "s4d",
         heads: int = 16,
         scan: Scan = RASTER,
         local: int = 0,
         grid: tuple[int, int] = (16, 16),
-        **options: Any,
+        **fields: Any,
     ):
         super().__init__()
         self.mixer_name = mixer
@@ -116,7 +119,10 @@ class DiffuSSMBlock(nn.Module):
         self.W0 = nn.Linear(D, D)
         self.W_up = HourglassLinear(M, D, D)
         self.local = Local(D, scan) if local else None
-        self.add_module(mixer, MIXERS[mixer].of(Sizes(D, N, heads, scan, grid, **options)))
+        usual = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+        values = usual | {"d_state": d_state, "heads": heads} | fields
+        chosen = {name: values[name] for name in MIXER_FACTS[mixer].fields}
+        self.add_module(mixer, MIXERS[mixer].of(Sizes(D=D, scan=scan, grid=grid, **chosen)))
         self.W_down = HourglassLinear(M, 2 * D, 2 * D // M)
         self.W1 = ChannelsFirstLinear(D, 2 * D)
         self.W2 = ChannelsFirstLinear(2 * D, 2 * D)

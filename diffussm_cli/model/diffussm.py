@@ -7,10 +7,9 @@ L = HW/P^2 tokens   J = L/M positions   D hidden size   N state size of S4D
 
 import itertools
 
-from diffussm_cli.config import mixer_names
+from diffussm_cli.config import MIXER_FACTS, MIXER_FIELDS, mixer_names, mixers_with
 from diffussm_cli.model.backbone import Backbone, check_sizes, pair, warn_of_unused
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
 
 
@@ -26,8 +25,8 @@ class DiffuSSM(Backbone):
         compression: hourglass ratio M; must divide W/P and 2D.
         d_state: N of the mixers "s4d" and "axial", even; N/2 complex modes per channel and
             direction.
-        mixer: the layer that mixes tokens, a name in `mixers.MIXERS`; the paper's is S4D. A list
-            such as "conv,axial" repeats along the blocks.
+        mixer: the layer that mixes tokens, a name in `config.MIXER_FACTS`; the paper's is S4D. A
+            list such as "conv,axial" repeats along the blocks.
         heads: number of heads of the mixers "linear" and "attention"; must divide D.
         qk_norm, rope: of the mixer "attention"; see `AttentionOfHeads`.
         scan: the orders in which the blocks read the image in turn: "raster", "alternate" or
@@ -69,19 +68,21 @@ class DiffuSSM(Backbone):
         text_tokens: int = 0,
         gradient_checkpointing: bool = False,
     ):
-        check_sizes(locals())
+        arguments = dict(locals())
+        check_sizes(arguments)
 
         # What Backbone does not see.
         mixers = mixer_names(mixer)
         for name in mixers:
-            if name not in MIXERS:
-                raise ValueError(f"mixer {name!r} must be one of {', '.join(MIXERS)}")
+            if name not in MIXER_FACTS:
+                raise ValueError(f"mixer {name!r} must be one of {', '.join(MIXER_FACTS)}")
         for option, is_set in {"qk_norm": qk_norm, "rope": rope}.items():
-            if is_set and "attention" not in mixers:
+            fitting = mixers_with(option)
+            if is_set and not set(fitting) & set(mixers):
                 raise ValueError(
-                    f"{option}: True needs the mixer attention, and mixer is {mixer!r}"
+                    f"{option}: True needs the mixer {' or '.join(fitting)}, and mixer is {mixer!r}"
                 )
-        if text_tokens and (local or any(MIXERS[name].needs_image for name in mixers)):
+        if text_tokens and (local or any(MIXER_FACTS[name].needs_image for name in mixers)):
             raise ValueError(
                 f"text_tokens {text_tokens}: mixer {mixer!r} with local {local} reads an image "
                 "without text"
@@ -90,35 +91,41 @@ class DiffuSSM(Backbone):
             raise ValueError(
                 f"compression {compression} must divide twice hidden_size {hidden_size}"
             )
-        warn_of_unused("DiffuSSM", "diffussm", locals())
+        warn_of_unused("DiffuSSM", "diffussm", arguments)
 
         H, W = pair(input_size)
         tokens = (H // patch_size, W // patch_size)
         orders = itertools.cycle(SCANS[scan])
         names = itertools.cycle(mixers)
-        options = {"kernel": kernel, "conv_gate": conv_gate, "qk_norm": qk_norm, "rope": rope}
+        fields = {name: arguments[name] for name in MIXER_FIELDS}
         blocks = [
             DiffuSSMBlock(
-                hidden_size, compression, d_state, name, heads, order, local, tokens, **options
+                hidden_size,
+                compression,
+                mixer=name,
+                scan=order,
+                local=local,
+                grid=tokens,
+                **fields,
             )
             for name, order, _ in zip(names, orders, range(depth))
         ]
 
         super().__init__(
             blocks,
-            input_size,
-            in_channels,
-            patch_size,
-            hidden_size,
-            compression,
-            num_classes,
-            learn_sigma,
-            label_std,
-            text_width,
-            text_tokens,
-            gradient_checkpointing,
-            skips,
-            stem,
+            input_size=input_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            compression=compression,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+            label_std=label_std,
+            text_width=text_width,
+            text_tokens=text_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            skips=skips,
+            stem=stem,
         )
 
     def reset_parameters(self) -> None:
@@ -127,5 +134,4 @@ class DiffuSSM(Backbone):
         """
         super().reset_parameters()
         for block in self.blocks:
-            if hasattr(block.mixer, "reset_parameters"):
-                block.mixer.reset_parameters()  # type: ignore[operator]
+            block.mixer.reset_parameters()  # type: ignore[union-attr, operator]

@@ -6,14 +6,13 @@ B batch   D channels   J positions   M tokens per position   H x W grid of token
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from diffussm_cli.model.scan import RASTER, Scan
 
 T = TypeVar("T")
 COMPLEX_PRODUCT = 3  # 4 products and 2 sums, two per multiply-add
@@ -26,55 +25,56 @@ def fft_macs(n: int) -> float:
     return 5 / 2 * n * math.log2(n) / 2
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a mixer can be made from.
-
-    `N` is the state size, `heads` the number of heads, `scan` the order of the positions, `grid`
-    (H, W) the number of tokens that the model is built for (a mixer also accepts other grids), and
-    `kernel` the side of a convolution. `conv_gate` is that of `Conv`, and `qk_norm` and `rope` are
-    those of `AttentionOfHeads`.
+class Sizes(SimpleNamespace):
+    """What a mixer is made from: `D`, `scan`, the order of the positions, `grid`, the tokens (H, W)
+    that the model is built for (a mixer also accepts other grids), and those fields of `model` that
+    its row in `config/mixers.py` names.
     """
 
-    D: int
-    N: int = 64
-    heads: int = 1
-    scan: Scan = RASTER
-    grid: tuple[int, int] = (16, 16)
-    kernel: int = 3
-    conv_gate: str = "attention"
-    qk_norm: bool = False
-    rope: bool = False
+    def __getattr__(self, name: str) -> Any:
+        if name == "N":  # the paper's letter
+            return self.d_state
+        raise AttributeError(
+            f"the row of this mixer in config/mixers.py does not name the field {name!r}"
+        )
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """A layer that mixes tokens: U (B, D, J, M), grid (H, W/M) -> Y (B, 2D, J, M).
+
+    Token (j, m) is number l = j M + m of the sequence. A mixer that needs the image gets it from
+    `scan` of its sizes.
+
+    Parameters that a mixer holds itself, rather than in a Linear or another layer, are no matrices
+    to the optimiser: they have no weight decay, and Muon leaves them to AdamW.
 
     Costs are of one image with L tokens in a grid (H, W) of tokens; L is larger than H W if there
     are text tokens.
     """
 
-    # whether every token must have a place in the image, so that there are no text tokens
-    needs_image = False
-
     @classmethod
+    @abstractmethod
     def of(cls, sizes: Sizes) -> "Mixer":
         """Make the mixer from the sizes of a block."""
-        raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        """Draw, in place, the parameters that are not as the network initialises them: before this
+        it gives every Linear Xavier's weights and a bias of zero.
+        """
+
+    @abstractmethod
     def macs(self, L: int, grid: tuple[int, int]) -> dict[str, float]:
         """Multiply-adds of a forward pass by the name of the part, without those of kernels."""
-        raise NotImplementedError
 
     def kernel_macs(self, L: int, grid: tuple[int, int]) -> float:  # noqa: ARG002
         """Multiply-adds that are spent once per weight update, on kernels."""
         return 0
 
+    @abstractmethod
     def saved(self) -> float:
-        """Numbers per token that autograd saves inside the mixer, in the dtype of the
-        activations.
+        """Numbers per token that autograd saves inside the mixer, in the dtype of the activations.
+        U and Y themselves are counted by the block.
         """
-        return 0
 
     def saved_kernels(self, L: int, grid: tuple[int, int]) -> float:  # noqa: ARG002
         """Numbers that autograd saves of the kernels, in float32."""
@@ -89,10 +89,6 @@ class StateSpace(Mixer):
     at least float32 under `.half()`, `.to(bfloat16)` and autocast, because rounding log_dt alone to
     bfloat16 changes a kernel by 35%.
     """
-
-    def reset_parameters(self) -> None:
-        """Draw new parameters, in place."""
-        raise NotImplementedError
 
     def keep(self, key: Any, make: Callable[[], T]) -> T:
         """What `make` returns: kept inside `kept_kernels`, without gradients, and otherwise made at

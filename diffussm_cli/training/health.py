@@ -95,8 +95,11 @@ def time_scales(model: nn.Module) -> dict[str, Tensor]:
     """
     scales = {}
     for name, symbol in (("log_dt", "dt"), ("log_A_real", "decay")):
+        # a state space of another kind may have other parameters
         parameters = local_shards(
-            getattr(m, name) for m in model.modules() if isinstance(m, StateSpace)
+            getattr(m, name)
+            for m in model.modules()
+            if isinstance(m, StateSpace) and hasattr(m, name)
         )
         if not parameters:
             continue

@@ -9,7 +9,7 @@ from torch import nn
 from diffussm_cli.config import TrainConfig
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import Backbone
-from diffussm_cli.model.mixer import StateSpace
+from diffussm_cli.model.mixer import Mixer, StateSpace
 from diffussm_cli.model.stacked import StackedLinear
 from diffussm_cli.training.muon import Muon
 
@@ -54,8 +54,9 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Every parameter once: matrices with weight decay, vectors without, the SSM without and at a
-    capped rate. For an optimiser of torch, whatever `config.optimizer` says.
+    """Every parameter once: matrices with weight decay, vectors and what a mixer holds beside its
+    layers without, the SSM without and at a capped rate. For an optimiser of torch, whatever
+    `config.optimizer` says.
 
     Raises:
         ConfigError: if `config` is not the section `train` of a configuration.
@@ -71,10 +72,18 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
         if isinstance(module, StateSpace)
         for p in module.parameters()
     }
+    # what a mixer holds beside its layers, such as a decay by channel and state, is no matrix
+    of_mixers = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, Mixer)
+        for p in module.parameters(recurse=False)
+    }
+
     groups: dict[str, list] = {"matrices": [], "vectors": [], "ssm": []}
     for name, p in model.named_parameters():
         # the hourglass keeps M biases in one tensor
-        is_vector = p.ndim < 2 or name.endswith("bias")
+        is_vector = p.ndim < 2 or name.endswith("bias") or id(p) in of_mixers
         groups["ssm" if id(p) in ssm else "vectors" if is_vector else "matrices"].append(p)
     rates = {"matrices": config.lr, "vectors": config.lr, "ssm": min(config.lr, config.ssm_lr)}
     decays = {"matrices": config.weight_decay, "vectors": 0.0, "ssm": 0.0}

@@ -1,8 +1,9 @@
-"""Every mixer in every order: gradients everywhere, checkpointing, names;
-and how a mixer is added.
+"""Every mixer in every order: gradients everywhere, checkpointing, names, what autograd saves; and
+how a mixer is added.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import typing
 
@@ -11,13 +12,15 @@ import torch
 from torch import nn
 
 from diffussm_cli import config
-from diffussm_cli.config import ModelConfig, unused_arguments
+from diffussm_cli.config import MIXER_FACTS, ModelConfig, unused_arguments
+from diffussm_cli.config.mixers import MixerFacts
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import DiffuSSM
 from diffussm_cli.model.block import DiffuSSMBlock
-from diffussm_cli.model.mixer import Mixer
+from diffussm_cli.model.mixer import Mixer, Sizes
 from diffussm_cli.model.mixers import MIXERS
 from diffussm_cli.model.scan import SCANS
+from diffussm_cli.training.optimizer import make_optimizer
 from tests.conftest import SIZES, device, fill, randn
 
 COMBINATIONS = list(itertools.product(sorted(MIXERS), sorted(SCANS), (0, 3)))
@@ -109,8 +112,8 @@ def test_list_of_mixers_repeats_along_the_blocks():
 
 def test_configuration_knows_every_mixer_and_scan():
     hints = typing.get_type_hints(ModelConfig)
-    assert tuple(MIXERS) == config.MIXERS
-    for name, mixer in MIXERS.items():
+    assert list(MIXERS) == list(MIXER_FACTS)
+    for name, row in MIXER_FACTS.items():
         text = [
             "data.text=x",
             "model.text_width=4",
@@ -118,32 +121,129 @@ def test_configuration_knows_every_mixer_and_scan():
             f"model.mixer=s4d,{name}",
             "model.heads=4",
         ]
-        with pytest.raises(ConfigError) if mixer.needs_image else contextlib.nullcontext():
+        with pytest.raises(ConfigError) if row.needs_image else contextlib.nullcontext():
             config.load_config("digits", text)
     assert set(typing.get_args(hints["scan"])) == set(SCANS)
 
 
+class Watched(Sizes):
+    """Sizes that remember which of them were asked for."""
+
+    def __getattribute__(self, name):
+        if not name.startswith("_"):
+            super().__getattribute__("asked").add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixer_is_made_from_the_fields_of_its_row_alone(name):
+    fields = {field: getattr(ModelConfig(), field) for field in MIXER_FACTS[name].fields}
+    sizes = Watched(asked=set(), D=16, scan=SCANS["raster"][0], grid=(4, 4), **fields)
+    MIXERS[name].of(sizes)
+    assert sizes.asked & set(config.MIXER_FIELDS) == set(fields)
+
+
+def saved_numbers(mixer, B, side, monkeypatch):
+    """How many numbers autograd saves in a call of a mixer, without its parameters and result."""
+    monkeypatch.setattr("diffussm_cli.model.s4d.convolution.worth_keeping", lambda _: False)
+    u = torch.randn(B, 16, side * side // 2, 2, requires_grad=True)
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        y = mixer(u, (side, side // 2))
+    for tensor in (y, *mixer.parameters()):
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(t.untyped_storage().nbytes() / 4 for t in storages.values())
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_saved_is_what_autograd_saves_of_a_token(name, monkeypatch):
+    """Of a mixer that saves its input, that may count or not."""
+    mixer, side = fill(DiffuSSMBlock(16, 2, 4, name, 4, grid=(16, 16))).mixer.cpu(), 16
+    one, three = (saved_numbers(mixer, B, side, monkeypatch) for B in (1, 3))
+    saved = (three - one) / 2 / side**2  # the kernels do not depend on B
+    assert min(abs(saved - mixer.saved()), abs(saved - 16 - mixer.saved())) < 0.1 * saved
+
+
+class Decay(Mixer):
+    """Every token, and a mean of all that has a decay by head: u (B, D, J, M) -> (B, 2D, J, M)."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.project = nn.Linear(D, D)
+        self.decay = nn.Parameter(torch.zeros(heads, D // heads))
+
+    @classmethod
+    def of(cls, sizes):
+        return cls(sizes.D, sizes.heads)
+
+    def macs(self, _L, _grid):
+        return {"mixer": self.project.weight.numel()}
+
+    def saved(self):
+        return 0
+
+    def forward(self, u, _grid):
+        mean = self.project(u.mean((2, 3))) * self.decay.exp().flatten()  # (B, D)
+        return torch.cat([u, mean[..., None, None].expand(u.shape)], dim=1)
+
+
+ROW = MixerFacts(("heads",), reads_in_order=False, needs_image=True, is_state_space=False)
+
+
+def add(monkeypatch, mixer=Decay, row=ROW):
+    monkeypatch.setitem(MIXERS, "mine", mixer)
+    monkeypatch.setitem(MIXER_FACTS, "mine", row)
+
+
 def test_mixer_is_added(monkeypatch):
-    class Mean(Mixer):
-        """Every token, and the mean of all: u (B, D, J, M) -> (B, 2D, J, M)."""
-
-        def __init__(self, D):
-            super().__init__()
-            self.project = nn.Linear(D, D)
-
-        @classmethod
-        def of(cls, sizes):
-            return cls(sizes.D)
-
-        def macs(self, _L, _grid):
-            return {"mixer": self.project.weight.numel()}
-
-        def forward(self, u, _grid):
-            mean = self.project(u.mean((2, 3)))  # (B, D)
-            return torch.cat([u, mean[..., None, None].expand(u.shape)], dim=1)
-
-    monkeypatch.setitem(MIXERS, "mean", Mean)
-    model = tiny(mixer="mean", scan="four", local=3)
-    assert not unused_arguments("diffussm", {"mixer": "mean", "d_state": 4, "heads": 2})
-    assert model.blocks[3].mean.project.weight.shape == (16, 16)
+    add(monkeypatch)
+    model = tiny(mixer="mine", scan="four", local=3)
+    assert not unused_arguments("diffussm", {"mixer": "mine", "heads": 2})
+    assert model.blocks[3].mine.decay.shape == (2, 8)
     assert dead(model) == []
+
+    # as a configuration knows it
+    with pytest.raises(ConfigError, match="model.heads: 5 must divide"):
+        config.load_config("digits", ["model.mixer=mine", "model.heads=5"])
+    words = ["data.text=x", "model.text_width=4", "model.text_tokens=4"]
+    with pytest.raises(ConfigError, match="model.mixer=mine reads an image"):
+        config.load_config("digits", [*words, "model.mixer=mine", "model.heads=4"])
+    fitting = config.load_config("digits", ["model.mixer=mine", "model.d_state=16"])
+    assert "model.d_state=16 (no mixer is s4d or axial)" in config.unused_fields(fitting)
+
+
+def test_what_a_new_mixer_lacks_is_an_error_when_the_network_is_built(monkeypatch):
+    add(monkeypatch, row=dataclasses.replace(ROW, fields=()))
+    with pytest.raises(AttributeError, match="config/mixers.py does not name the field 'heads'"):
+        tiny(mixer="mine")
+
+    class Costless(Decay):
+        saved = Mixer.saved
+
+    add(monkeypatch, Costless)
+    with pytest.raises(TypeError, match="abstract.*saved"):
+        tiny(mixer="mine")
+
+    class WithBuffer(Decay):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.register_buffer("mean", torch.zeros(1))
+
+    add(monkeypatch, WithBuffer)
+    with pytest.raises(AssertionError, match="blocks.0.mine.mean.*: averages .* do not follow"):
+        tiny(mixer="mine")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parameters_beside_the_layers_of_a_mixer_are_no_matrices(optimizer, monkeypatch):
+    """A decay by channel and state has two dimensions, and nothing to shrink or orthogonalise."""
+    add(monkeypatch)
+    recipe = config.load_config(
+        "digits", [f"train.optimizer={optimizer}", "train.weight_decay=0.1"]
+    ).train
+    model = tiny(mixer="mine")
+    groups = make_optimizer(model, recipe).param_groups
+    (group,) = (g for g in groups if any(p is model.blocks[0].mine.decay for p in g["params"]))
+    assert (group["name"], group["weight_decay"]) == ("vectors", 0)

@@ -48,8 +48,6 @@ class Axial(StateSpace):
             outputs of a white input have variance 1.
     """
 
-    needs_image = True
-
     def __init__(
         self,
         D: int,

@@ -22,8 +22,6 @@ class Conv(Mixer):
     see `Attention`.
     """
 
-    needs_image = True
-
     def __init__(self, D: int, scan: Scan = RASTER, kernel: int = 3, conv_gate: str = "attention"):
         super().__init__()
         self.depthwise = Local(D, scan, kernel)

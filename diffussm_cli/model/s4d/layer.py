@@ -157,5 +157,8 @@ class S4D(StateSpace):
         D, half_N = self.A_imag.shape[-2:]
         return 2 * D * (kernel_macs(L, 2 * half_N) + fft_macs(fft_length(L)))
 
+    def saved(self) -> float:
+        return 0  # u, and of short sequences its spectra
+
     def saved_kernels(self, L: int, _grid: tuple[int, int]) -> float:
         return 4 * self.log_dt.shape[-1] * L  # as complex spectra
