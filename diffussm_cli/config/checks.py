@@ -318,7 +318,7 @@ def check_sampling(s: SampleConfig, config: Config) -> None:
     """Raises ConfigError for a sampling request that the model does not support."""
     objective = config.diffusion.objective
     if s.sampler not in SAMPLERS[objective]:
-        of = "flow" if s.sampler == "sde" else "discrete process"
+        of = "flow" if s.sampler in SAMPLERS["flow"] else "discrete process"
         fitting = ", ".join(SAMPLERS[objective])
         raise ConfigError(
             f"sample.sampler: {s.sampler} is for a {of}; with objective {objective}, "

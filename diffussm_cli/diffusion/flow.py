@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from diffussm_cli.config import DiffusionConfig
 from diffussm_cli.diffusion.process import Objective
 
 LEAST_SHARE = 0.1  # of the way to the image that the teacher walks
@@ -36,6 +37,12 @@ class LinearFlow(Objective):
             "prediction_type": "flow_prediction",
             "use_flow_sigmas": True,
         }
+
+    @classmethod
+    def from_config(
+        cls, config: DiffusionConfig, device: torch.device | str = "cpu"
+    ) -> "LinearFlow":
+        return cls(config.timesteps, device)
 
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         s = (t.to(like.dtype) / self.T).view(-1, *[1] * (like.ndim - 1))

@@ -3,8 +3,10 @@
 B batch   C channels   x (B, C, H, W)
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +16,90 @@ from diffussm_cli.diffusion.denoiser import Denoiser
 from diffussm_cli.diffusion.process import Objective, timestep_batch
 from diffussm_cli.errors import NotFiniteError
 
-INTEGRATORS = ("euler", "heun", "sde")
 # (number of the step from 0, its timestep, the new x) -> the x to go on with, or None to end here
 AfterStep = Callable[[int, Any, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Path:
+    """The places at which an integrator may ask the model on its way from noise to an image.
+
+    Place i has the timestep `grid[i]` and the time `times[i]`; one more time, 0, is the image's.
+    """
+
+    denoise: Denoiser
+    objective: Objective
+    grid: Sequence[float]
+    noise: Callable[[Tensor], Tensor]  # normal noise like x
+
+    @functools.cached_property
+    def times(self) -> list[float]:
+        return [*map(self.objective.time, self.grid), 0.0]
+
+    def length(self, i: int) -> float:
+        """The time from place i to the next."""
+        return self.times[i + 1] - self.times[i]
+
+    def velocity(self, x: Tensor, i: int) -> Tensor:
+        """The velocity of x at place i, (B, C, H, W)."""
+        return self.objective.predict_velocity(x, *self._predict(x, i))
+
+    def velocity_and_noise(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """The velocity of x at place i and the noise in it, from one call of the model."""
+        t, output = self._predict(x, i)
+        velocity = self.objective.predict_velocity(x, t, output)
+        return velocity, self.objective.predict_noise(x, t, output)
+
+    def image(self, x: Tensor, i: int) -> Tensor:
+        """The image that the model predicts at place i."""
+        return self.objective.predict_x_0(x, *self._predict(x, i))
+
+    def _predict(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """The timesteps (B,) of place i, and the model's output without v."""
+        t = self.grid[i]
+        return timestep_batch(t, x), self.denoise(x, t)[:, : x.shape[1]]
+
+
+# ----------------------------------------------------------------- steps: x at place i -> at i + 1
+def euler(path: Path, x: Tensor, i: int) -> Tensor:
+    """A straight step."""
+    return x + path.length(i) * path.velocity(x, i)
+
+
+def heun(path: Path, x: Tensor, i: int) -> Tensor:
+    """A step at the mean of the velocities at both ends, but for the last (arXiv 2206.00364,
+    algorithm 1).
+    """
+    velocity = path.velocity(x, i)
+    if path.times[i + 1] > 0:
+        guess = x + path.length(i) * velocity
+        velocity = (velocity + path.velocity(guess, i + 1)) / 2
+    return x + path.length(i) * velocity
+
+
+def euler_maruyama(path: Path, x: Tensor, i: int) -> Tensor:
+    """A step with the noise and the drift of SiT, section 2, with w_t = t, of a flow; the last one
+    adds no noise.
+    """
+    now, end = path.times[i], path.times[i + 1]
+    velocity, noise = path.velocity_and_noise(x, i)
+    x = x + path.length(i) * (velocity + noise / 2)  # the score is -noise / t
+    return x + math.sqrt(now * (now - end)) * path.noise(x) if end > 0 else x
+
+
+@dataclass(frozen=True)
+class Integrator:
+    """A row of `INTEGRATORS`: how it steps, and whether it adds noise at every step."""
+
+    step: Callable[[Path, Tensor, int], Tensor]
+    adds_noise: bool
+
+
+INTEGRATORS = {
+    "euler": Integrator(euler, adds_noise=False),
+    "heun": Integrator(heun, adds_noise=False),
+    "sde": Integrator(euler_maruyama, adds_noise=True),
+}
 
 
 @torch.no_grad()
@@ -25,62 +108,44 @@ def integrate(
     objective: Objective,
     x: Tensor,
     steps: int,
-    heun: bool = False,
-    noise: Callable[[Tensor], Tensor] | None = None,
+    name: str = "euler",
+    noise: Callable[[Tensor], Tensor] = torch.randn_like,
     after_step: AfterStep | None = None,
     start: int = 0,
 ) -> Tensor:
     """Follow the probability flow, dx = velocity dtime, from x_T to x_0, both (B, C, H, W).
 
     Args:
-        heun: take the mean of the velocities at both ends of each step but the last (arXiv
-            2206.00364, algorithm 1).
-        noise: (x) -> normal noise like x, which adds the noise and the drift of SiT, section 2,
-            with w_t = t, to a flow; the last step adds no noise.
+        name: how, one of `INTEGRATORS`.
+        noise: (x) -> normal noise like x, for an integrator that adds some.
         after_step, start: as in `sample`.
 
     Raises:
         NotFiniteError: as `sample_by_name`.
     """
-    C = x.shape[1]
-    grid = objective.timesteps(steps)
-    times = [*map(objective.time, grid), 0.0]
+    method = INTEGRATORS[name]
+    path = Path(denoise, objective, objective.timesteps(steps), noise)
     checks = FiniteSteps(x)
-
-    def slope(x: Tensor, t: float) -> Tensor:
-        output = denoise(x, t)[:, :C]
-        batch = timestep_batch(t, x)
-        velocity = objective.predict_velocity(x, batch, output)
-        if noise is None:
-            return velocity
-        return velocity + objective.predict_noise(x, batch, output) / 2  # the score is -noise / t
 
     # One straight step would return its noise, along the arc of the discrete process and with the
     # drift.
-    if steps == 1 and (noise is not None or not objective.continuous):
-        x = objective.predict_x_0(x, timestep_batch(grid[0], x), denoise(x, grid[0])[:, :C])
+    if steps == 1 and (method.adds_noise or not objective.continuous):
+        x = path.image(x, 0)
         checks.count(x)
-        checks.check(grid)
-        changed = x if after_step is None else after_step(0, grid[0], x)
+        checks.check(path.grid)
+        changed = x if after_step is None else after_step(0, path.grid[0], x)
         return x if changed is None else changed
 
-    for i, t in enumerate(grid[start:]):
-        now, end = times[start + i], times[start + i + 1]
-        velocity = slope(x, t)
-        if heun and end > 0:
-            guess = x + (end - now) * velocity
-            velocity = (velocity + slope(guess, grid[start + i + 1])) / 2
-        x = x + (end - now) * velocity
-        if noise is not None and end > 0:
-            x = x + math.sqrt(now * (now - end)) * noise(x)
-
+    left = path.grid[start:]
+    for i, t in enumerate(left):
+        x = method.step(path, x, start + i)
         checks.count(x)
         changed = x if after_step is None else after_step(i, t, x)
         if changed is None:
             break
         x = changed
 
-    checks.check(grid[start : start + i + 1])
+    checks.check(left[: i + 1])
     return x
 
 

@@ -3,26 +3,43 @@
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import DiffusionConfig
+from diffussm_cli.config import SAMPLERS, DiffusionConfig
 from diffussm_cli.diffusion.flow import ImageFlow, LinearFlow, MeanFlow
 from diffussm_cli.diffusion.process import GaussianDiffusion, Objective, VelocityDiffusion
 
-FLOWS = {"velocity": LinearFlow, "image": ImageFlow, "mean_velocity": MeanFlow}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "noise": GaussianDiffusion,
+    "velocity": VelocityDiffusion,
+    "flow": LinearFlow,
+}
+# What the model of a flow predicts.
+FLOWS: dict[str, type[Objective]] = {
+    "velocity": LinearFlow,
+    "image": ImageFlow,
+    "mean_velocity": MeanFlow,
+}
+
+_only_once = ", ".join(sorted(OBJECTIVES.keys() ^ SAMPLERS.keys()))
+assert not _only_once, (
+    f"objective {_only_once}: needs a class here, and a row in SAMPLERS of config/fields.py"
+)
+
+
+def class_of(config: DiffusionConfig) -> type[Objective]:
+    """The class of a configuration's objective."""
+    return FLOWS[config.predicts] if config.objective == "flow" else OBJECTIVES[config.objective]
 
 
 def make_objective(config: DiffusionConfig, device: torch.device | str = "cpu") -> Objective:
     """The objective of a configuration's `diffusion` section, with its tables on `device`."""
-    if config.objective == "flow":
-        return FLOWS[config.predicts](config.timesteps, device)
-    kind = VelocityDiffusion if config.objective == "velocity" else GaussianDiffusion
-    return kind.from_config(config, device)
+    return class_of(config).from_config(config, device)
 
 
 def draw_timestep(d: DiffusionConfig, generator: torch.Generator) -> Tensor:
     """A timestep of training, (1,). Logit-normal and shifted times: SD3, arXiv 2403.03206,
     equations (19) and (23).
     """
-    continuous = d.objective == "flow"
+    continuous = class_of(d).continuous
     if d.timesteps_drawn == "uniform" and not continuous:
         return torch.randint(d.timesteps, (1,), generator=generator)
 

@@ -46,7 +46,8 @@ class Objective(ABC):
     only this interface. t is (B,); images and outputs (without v) are (B, C, ...).
 
     `name` is that of the configuration. `schedule`: the equivalent keyword arguments of a diffusers
-    scheduler. `continuous`: t is anywhere in 0..T, not one of 0..T-1.
+    scheduler; `check_fit` refuses those that give other noise levels. `continuous`: t is anywhere
+    in 0..T, not one of 0..T-1.
     """
 
     name: str
@@ -54,6 +55,13 @@ class Objective(ABC):
     device: torch.device
     schedule: dict[str, Any]
     continuous = False
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls, config: DiffusionConfig, device: torch.device | str = "cpu"
+    ) -> "Objective":
+        """The objective of a configuration's `diffusion` section, with its tables on `device`."""
 
     @abstractmethod
     def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -317,7 +325,6 @@ class GaussianDiffusion(Objective):
     def from_config(
         cls, config: DiffusionConfig, device: torch.device | str = "cpu"
     ) -> "GaussianDiffusion":
-        """The process of a configuration's `diffusion` section."""
         return cls(
             config.timesteps, config.beta_start, config.beta_end, device, config.zero_terminal_snr
         )

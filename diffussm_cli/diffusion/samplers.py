@@ -8,18 +8,28 @@ clipping are wrappers of the denoiser that a sampler gets (denoiser.py).
 """
 
 import functools
+import typing
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from diffussm_cli.config import SAMPLERS
+from diffussm_cli.config import SAMPLERS, SamplerName
 from diffussm_cli.diffusion.denoiser import Denoiser
 from diffussm_cli.diffusion.integrators import INTEGRATORS, AfterStep, integrate
 from diffussm_cli.diffusion.process import Objective, timestep_batch
 from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample, scheduler_settings, set_steps
 
-STOCHASTIC = ("ddpm", "sde")  # these add noise at every step
+NAMES = (*SCHEDULERS, *INTEGRATORS)
+STOCHASTIC = [
+    name for name in NAMES if (SCHEDULERS.get(name) or INTEGRATORS[name]).adds_noise
+]  # these add noise at every step
+
+_only_once = ", ".join(sorted({*NAMES} ^ {*typing.get_args(SamplerName)}))
+assert not _only_once, (
+    f"sampler {_only_once}: needs a row in SCHEDULERS or INTEGRATORS, and its name in SamplerName "
+    "of config/fields.py"
+)
 
 
 @torch.no_grad()
@@ -78,10 +88,8 @@ def sample_by_name(
 
     if scheduler is not None:
         return sample(denoise, scheduler, x, generators, after_step, start)
-    noise = functools.partial(_noise_like, generators) if name == "sde" else None
-    return integrate(
-        denoise, objective, x, steps, name == "heun", noise, after_step=after_step, start=start
-    )
+    noise = functools.partial(_noise_like, generators)
+    return integrate(denoise, objective, x, steps, name, noise, after_step, start)
 
 
 def begin_at(
@@ -124,9 +132,8 @@ def steps_of(strength: float, steps: int) -> int:
 
 def check_sampler(name: str, objective: Objective) -> None:
     """Raises ValueError if a sampler is unknown or does not fit the objective."""
-    names = (*SCHEDULERS, *INTEGRATORS)
-    if name not in names:
-        raise ValueError(f"sampler {name!r} is not one of {', '.join(names)}")
+    if name not in NAMES:
+        raise ValueError(f"sampler {name!r} is not one of {', '.join(NAMES)}")
     if name not in SAMPLERS[objective.name]:
         fitting = ", ".join(SAMPLERS[objective.name])
         raise ValueError(

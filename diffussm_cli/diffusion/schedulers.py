@@ -6,7 +6,8 @@ image.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,12 +17,30 @@ from diffussm_cli.diffusion.denoiser import Denoiser
 from diffussm_cli.diffusion.integrators import AfterStep, FiniteSteps
 from diffussm_cli.diffusion.process import GaussianDiffusion, Objective
 
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A row of `SCHEDULERS`: its class in diffusers, options of that beside the objective's, and
+    whether it adds noise at every step.
+    """
+
+    kind: str
+    options: Mapping[str, Any]
+    adds_noise: bool
+
+
 # The samplers that are schedulers of diffusers.
 SCHEDULERS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "dpmpp": "DPMSolverMultistepScheduler",
-    "unipc": "UniPCMultistepScheduler",
+    "ddpm": Scheduler(
+        "DDPMScheduler", {"variance_type": "fixed_small", "clip_sample": False}, adds_noise=True
+    ),
+    "ddim": Scheduler(
+        "DDIMScheduler",
+        {"timestep_spacing": "leading", "clip_sample": False},
+        adds_noise=False,
+    ),
+    "dpmpp": Scheduler("DPMSolverMultistepScheduler", {"variance_type": None}, adds_noise=False),
+    "unipc": Scheduler("UniPCMultistepScheduler", {}, adds_noise=False),
 }
 
 
@@ -91,16 +110,11 @@ def scheduler_settings(
     if name not in SCHEDULERS:
         raise ValueError(f"sampler {name!r} is no scheduler of diffusers; use `integrate`")
 
-    options: dict[str, dict[str, Any]] = {
-        "ddpm": {
-            "variance_type": "learned_range" if learned_covariance else "fixed_small",
-            "clip_sample": False,
-        },
-        "ddim": {"timestep_spacing": "leading", "clip_sample": False},
-        "dpmpp": {"variance_type": None},
-        "unipc": {},
-    }
-    return SCHEDULERS[name], options[name] | objective.schedule
+    row = SCHEDULERS[name]
+    options = {**row.options, **objective.schedule}
+    if name == "ddpm" and learned_covariance:
+        options["variance_type"] = "learned_range"
+    return row.kind, options
 
 
 def set_steps(scheduler, objective: Objective, steps: int):
@@ -172,12 +186,20 @@ def check_fit(scheduler, objective: Objective) -> None:
             f"scheduler: {name} cannot step along a flow, as this model needs; use {others}"
         )
 
-    # Their settings.
+    # Their settings, and the noise levels that follow from all of them.
+    remedy = "make the scheduler by from_config of the one that came with the model"
     for key, value in expected.items():
         if settings.get(key, False) != value:
             raise ValueError(
                 f"scheduler: {key} of {name} is {settings.get(key)!r}, but this model needs "
-                f"{value!r}; make the scheduler by from_config of the one that came with the model"
+                f"{value!r}; {remedy}"
+            )
+    levels = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(objective, GaussianDiffusion) and levels is not None:
+        ours = objective.alpha_bar64
+        if not torch.allclose(levels.to(ours), ours, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                f"scheduler: the noise levels of {name} are not those of this model; {remedy}"
             )
 
 

@@ -7,6 +7,7 @@ import re
 import typing
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddpm
@@ -17,7 +18,7 @@ from diffussm_cli.diffusion.flow import LinearFlow
 from diffussm_cli.diffusion.integrators import INTEGRATORS, integrate
 from diffussm_cli.diffusion.process import GaussianDiffusion, timestep_batch
 from diffussm_cli.diffusion.samplers import check_sampler, make_scheduler, sample_by_name, steps_of
-from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample
+from diffussm_cli.diffusion.schedulers import SCHEDULERS, sample, scheduler_settings, set_steps
 from diffussm_cli.errors import NotFiniteError
 from tests.conftest import device, golden, randn, relative
 
@@ -117,6 +118,27 @@ def test_sampler_of_another_process_is_rejected(name):
         check_sampler(name, objective)
 
 
+def test_scheduler_of_other_noise_levels_is_rejected():
+    """By their settings they would fit: betas in place of those of the settings, and a process
+    that does not say in `schedule` that its noise levels are others.
+    """
+    options = scheduler_settings("dpmpp", PROCESS, False)[1]
+    betas = torch.linspace(1e-4, 0.03, PROCESS.T).tolist()
+    scheduler = diffusers.DPMSolverMultistepScheduler(**options, trained_betas=betas)
+    with pytest.raises(ValueError, match="noise levels of DPMSolverMultistepScheduler are not"):
+        set_steps(scheduler, PROCESS, 10)
+
+    class Cosine(GaussianDiffusion):
+        def __init__(self):
+            super().__init__()
+            t = torch.arange(self.T, dtype=torch.float64) / self.T
+            self.alpha_bar64 = (t * math.pi / 2).cos() ** 2
+
+    for name in ("ddpm", "ddim", "unipc"):
+        with pytest.raises(ValueError, match="noise levels of .* are not those of this model"):
+            make_scheduler(name, Cosine(), 10)
+
+
 def test_own_sampler_is_rejected_as_diffusers_scheduler():
     with pytest.raises(ValueError, match="'heun' is no scheduler of diffusers; use `integrate`"):
         make_scheduler("heun", PROCESS, 10)
@@ -211,8 +233,8 @@ def test_euler_heun_and_stochastic_step_equal_formulas():
     stochastic = middle - 0.5 * drift(middle, 500)
     for expected, how in (
         (euler, {}),
-        (heun, {"heun": True}),
-        (stochastic, {"noise": lambda _: z}),
+        (heun, {"name": "heun"}),
+        (stochastic, {"name": "sde", "noise": lambda _: z}),
     ):
         assert relative(integrate(velocity, flow, x, 2, **how), expected) < 1e-14
 
