@@ -16,6 +16,7 @@ from diffussm_cli.commands.options import (
     unused,
 )
 from diffussm_cli.commands.tables import metrics_table
+from diffussm_cli.config import METRICS, USUAL_METRICS
 from diffussm_cli.errors import ConfigError
 
 MADE = "A reference is made"  # a group of options in `--help`
@@ -77,9 +78,9 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             rich_help_panel=options.COMPARED,
-            help="fid, sfid, is, precision, recall, kid, fid_infinity, or all.",
+            help=f"{', '.join(METRICS)}, or all.",
         ),
-    ] = "fid,sfid,is,precision,recall,kid",
+    ] = ",".join(USUAL_METRICS),
     extractor: Annotated[
         str,
         typer.Option(

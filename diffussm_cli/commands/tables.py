@@ -14,10 +14,12 @@ def metrics_table(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("metric", "value")
-    metrics = dict(result["metrics"])
-    error = metrics.pop("kid_error", None)
+    metrics = result["metrics"]
     for name, value in metrics.items():
-        table.add_row(name, f"{value:.6g}" + (f" ± {error:.2g}" if name == "kid" else ""))
+        if name.removesuffix("_error") in metrics and name.endswith("_error"):
+            continue  # it stands behind its metric
+        error = metrics.get(f"{name}_error")
+        table.add_row(name, f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}"))
     stdout = make_console(stderr=False)
     stdout.print(f"{result['num']:,} samples against {result['reference']}", soft_wrap=True)
     stdout.print(table)

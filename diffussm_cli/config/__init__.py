@@ -2,6 +2,7 @@
 `--help` are quick.
 
 fields.py      the fields, with their defaults, help and bounds
+metrics.py     what is known of each metric of `diffussm eval`
 mixers.py      what is known of each layer that mixes tokens: its fields, and what it needs
 presets.py     presets and YAML files by name, with `base` and overrides
 reading.py     plain values to fields and back; values.py checks each of them
@@ -33,6 +34,7 @@ from diffussm_cli.config.fields import (
     TrainConfig,
     field_names,
 )
+from diffussm_cli.config.metrics import METRIC_FACTS, METRICS, USUAL_METRICS
 from diffussm_cli.config.mixers import MIXER_FACTS, MIXER_FIELDS, mixer_names, mixers_with
 from diffussm_cli.config.plain_yaml import MAX_YAML_BYTES, parse_yaml, read_text
 from diffussm_cli.config.presets import (

@@ -1,13 +1,14 @@
 """The metrics of one set of samples against one reference: what each of them needs, and what makes
 it incomparable.
 
-To add a metric, add a row to `TABLE`.
+To add a metric, add a row to `TABLE`, and one to `METRIC_FACTS` in `config/metrics.py`.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from diffussm_cli.config import METRICS, USUAL_METRICS
 from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.features import Gathered
 from diffussm_cli.evaluation.metrics import (
@@ -148,7 +149,8 @@ class Metric:
         samples: the field of `Gathered` that it reads of the samples.
         reference: the field of `Reference` that it reads; None if it has no reference.
         least: the number of images that each set needs at least.
-        compute: (samples, reference) -> values by name. Rows may share a function.
+        compute: (samples, reference) -> values by name, and perhaps the error of one as
+            `NAME_error`. Rows may share a function.
         remarks: (images, samples, reference) -> why its value cannot be compared with published
             ones.
     """
@@ -192,8 +194,10 @@ TABLE = {
     "kid": Metric("pool", "gathered", 2, _kid, _same_subsets),
     "fid_infinity": Metric("pool", "pool", EXTRAPOLATED_FROM + 1, _fid_infinity),
 }
-METRICS = tuple(TABLE)
-USUAL = METRICS[:-1]
+USUAL = USUAL_METRICS
+
+_only_once = ", ".join(sorted({*TABLE} ^ {*METRICS}))
+assert not _only_once, f"metric {_only_once}: needs a row here and in config/metrics.py"
 
 
 def evaluate_features(
@@ -214,6 +218,7 @@ def evaluate_features(
         if metric.compute not in computed:
             computed[metric.compute] = metric.compute(samples, reference)
         values = computed[metric.compute]
+        assert name in values, f"metric {name}: its function gives {', '.join(values)} alone"
         yield from ((key, values[key]) for key in (name, f"{name}_error") if key in values)
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from diffussm_cli.config import MANY
+from diffussm_cli.config import MANY, METRIC_FACTS
 from diffussm_cli.pages import Curve
 
-HIGHER_IS_BETTER = ("is", "precision", "recall")
 # what a line that is no record raises
 DAMAGE = (ValueError, KeyError, TypeError, OverflowError, RecursionError)
 NAMED = 5  # damaged lines that are listed
@@ -123,7 +122,8 @@ class Log:
 
     def best(self, name: str) -> int:
         """The place of the best value of a metric in its curve."""
-        higher = name.removeprefix("eval/").partition("@")[0] in HIGHER_IS_BETTER
+        metric = METRIC_FACTS.get(name.removeprefix("eval/").partition("@")[0])
+        higher = metric is not None and metric.higher_is_better  # a held-out loss is no metric
         return int(np.argmax(self.curves[name].y) if higher else np.argmin(self.curves[name].y))
 
 

@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffussm_cli import runs
-from diffussm_cli.config import Config, load_config, preset_names, to_dict, to_yaml
+from diffussm_cli.config import (
+    METRIC_FACTS,
+    Config,
+    load_config,
+    preset_names,
+    to_dict,
+    to_yaml,
+)
 from diffussm_cli.data.images import open_image
 from diffussm_cli.errors import DataError, RunError
 from diffussm_cli.machine.files import read_regular, write_text
@@ -45,13 +52,7 @@ DRAWN = (
     "guide",
     "label_choice",
 )  # settings of samples
-NAMES = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "is": "Inception score",
-    "kid": "KID",
-    "held_out": "Held-out loss",
-}
+NAMES = {name: row.title for name, row in METRIC_FACTS.items()} | {"held_out": "Held-out loss"}
 FACTS = {
     "step": "Steps",
     "seconds": "Seconds",

@@ -36,15 +36,16 @@ def test_memory_is_shown_in_gib_on_request():
     ] == ["1.50 GiB"]
 
 
-def test_metrics_are_shown_with_six_digits_and_kid_with_its_error(capsys):
+def test_metrics_are_shown_with_six_digits_and_with_their_errors(capsys):
     result = {
         "num": 1234,
         "reference": "r.npz",
-        "metrics": {"fid": 3.94261234, "kid": 0.00125, "kid_error": 0.00034},
+        "metrics": {"fid": 3.94261234, "kid": 0.00125, "kid_error": 0.00034}
+        | {"mmd": 0.5, "mmd_error": 0.25},
     }
     tables.metrics_table(result)
     shown = capsys.readouterr().out
     assert "1,234 samples against r.npz" in shown
-    for text in ("3.94261 ", "0.00125 \u00b1 0.00034"):
+    for text in ("3.94261 ", "0.00125 \u00b1 0.00034", "0.5 \u00b1 0.25"):
         assert text in shown
-    assert "kid_error" not in shown
+    assert "_error" not in shown

@@ -1,5 +1,6 @@
 """Metrics of features against a reference, and what is said of them."""
 
+import dataclasses
 import math
 
 import pytest
@@ -98,6 +99,15 @@ def test_unsupported_metric_is_error_or_left_out(metric):
         dict(ev.evaluate_features(samples, reference, [metric]))
     possible = ev.possible([metric], samples, Reference("r", None, pool=STATISTICS))
     assert possible == ([metric] if metric.startswith("fid") else [])
+
+
+def test_metric_that_its_function_does_not_give_is_an_error(monkeypatch):
+    metric = dataclasses.replace(ev.TABLE["fid"], compute=lambda *_: {"fd": 1.0})
+    monkeypatch.setitem(ev.TABLE, "fid", metric)
+    samples, reference = Gathered(torch.rand(4, 2), None, None), Reference("r", None)
+    reference.complete(samples)
+    with pytest.raises(AssertionError, match="metric fid: its function gives fd alone"):
+        dict(ev.evaluate_features(samples, reference, ["fid"]))
 
 
 @pytest.mark.parametrize(
