@@ -144,6 +144,10 @@ def test_mistakes_in_custom_loop_are_named():
     flow, x_0, y = ds.LinearFlow(), torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
     with pytest.raises(ds.DiffussmError, match="^config: Config is no section of training; give"):
         ds.make_optimizer(model, ds.load_config("mnist"))
+    with pytest.raises(ds.DiffussmError, match="^model: Linear has no blocks, whose matrices Muon"):
+        ds.make_optimizer(torch.nn.Linear(2, 2), ds.load_config("mnist").train)
+    with pytest.raises(ValueError, match="^decay: 1.5 must be a number from 0 to 1$"):
+        ds.EMA(model, 1.5)
     with pytest.raises(ds.DiffussmError, match="^model.learn_sigma: flow has no covariance"):
         flow.loss(with_covariance, x_0, y)
     for labels in ([1], torch.tensor(1), y[:, None]):

@@ -15,9 +15,14 @@ class EMA:
 
     The decay at step s is min(decay, (1 + s) / (10 + s)), so that the initial weights do not
     dominate a short run.
+
+    Raises:
+        ValueError: for a decay that does not lie in 0..1.
     """
 
     def __init__(self, model: Backbone, decay: float):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: {decay!r} must be a number from 0 to 1")
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 

@@ -26,7 +26,7 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
         config: the section `train` of a configuration, as `load_config("mnist").train`.
 
     Raises:
-        ConfigError: if `config` is none.
+        ConfigError: if `config` is none, or if Muon is to update a model without blocks.
     """
     groups = parameter_groups(model, config)
     betas = 0.9, config.beta2
@@ -36,6 +36,11 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
         groups = parameter_groups(model, dataclasses.replace(config, lr=config.adamw_lr))
 
     # of the matrices, those of the blocks; the embeddings and the last layer stay with AdamW
+    if not hasattr(model, "blocks"):
+        raise ConfigError(
+            f"model: {type(model).__name__} has no blocks, whose matrices Muon would update; "
+            "give a network of this package, or train.optimizer=adamw"
+        )
     inside = {id(p) for p in model.blocks.parameters()}
     muon = []
     for group in groups:
