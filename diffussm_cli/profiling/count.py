@@ -39,6 +39,13 @@ NOT_COUNTED |= {
     "unfold",
     "im2col",
     "linalg_vector_norm",
+    # which no layer of the package has, and one that is added may
+    "softplus",
+    "tanh",
+    "relu",
+    "log",
+    "sqrt",
+    "rsqrt",
 }
 NOT_COUNTED |= {"embedding", "unflatten", "mT", "view_as", "complex", "view_as_real", "ne", "any"}
 
