@@ -25,10 +25,12 @@ STOCHASTIC = [
     name for name in NAMES if (SCHEDULERS.get(name) or INTEGRATORS[name]).adds_noise
 ]  # these add noise at every step
 
-_only_once = ", ".join(sorted({*NAMES} ^ {*typing.get_args(SamplerName)}))
-assert not _only_once, (
-    f"sampler {_only_once}: needs a row in SCHEDULERS or INTEGRATORS, and its name in SamplerName "
-    "of config/fields.py"
+_fitting = {name for names in SAMPLERS.values() for name in names}
+_lists = ({*NAMES}, {*typing.get_args(SamplerName)}, _fitting)
+_missing = ", ".join(sorted(set.union(*_lists) - set.intersection(*_lists)))
+assert not _missing, (
+    f"sampler {_missing}: needs a row in SCHEDULERS or INTEGRATORS, and its name in SamplerName "
+    "and SAMPLERS of config/fields.py"
 )
 
 
