@@ -8,7 +8,8 @@ import typer
 
 from diffussm_cli.commands import options
 from diffussm_cli.commands.console import follow, make_console, say, warn
-from diffussm_cli.commands.options import others, parse_size, unused
+from diffussm_cli.commands.options import others, unused
+from diffussm_cli.commands.requests import parse_size
 from diffussm_cli.config import DEFAULT_VAE
 from diffussm_cli.errors import ConfigError
 

@@ -8,12 +8,12 @@ import typer
 
 from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, print_json, say, warn
-from diffussm_cli.commands.options import (
+from diffussm_cli.commands.options import unused
+from diffussm_cli.commands.requests import (
     overridden_sampling,
     parse_classes,
     parse_prompts,
     parse_size,
-    unused,
 )
 from diffussm_cli.commands.tables import metrics_table
 from diffussm_cli.config import METRICS, USUAL_METRICS

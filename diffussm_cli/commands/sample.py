@@ -7,12 +7,8 @@ import typer
 
 from diffussm_cli.commands import completion, options
 from diffussm_cli.commands.console import follow, make_console, say, warn
-from diffussm_cli.commands.options import (
-    parse_classes,
-    parse_prompts,
-    sampling_request,
-    unused,
-)
+from diffussm_cli.commands.options import unused
+from diffussm_cli.commands.requests import parse_classes, parse_prompts, sampling_request
 from diffussm_cli.config import bundled_names
 
 FROM_IMAGE = "From an image"  # a group of options in `--help`

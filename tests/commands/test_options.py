@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from diffussm_cli.commands.options import (
+from diffussm_cli.commands.requests import (
     overridden_sampling,
     parse_classes,
     parse_prompts,
