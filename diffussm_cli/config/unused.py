@@ -61,7 +61,8 @@ def unused_arguments(backbone: str, arguments: Mapping[str, Any]) -> str:
     usual = ModelConfig()
     values = {f.name: arguments[f.name] for f in dataclasses.fields(usual) if f.name in arguments}
     parts = []
-    for field, why in _of_model(dataclasses.replace(usual, backbone=backbone, **values)).items():
+    asked = dataclasses.replace(usual, **{**values, "backbone": backbone})
+    for field, why in _of_model(asked).items():
         name = field.removeprefix("model.")
         if values.get(name) and values[name] != getattr(usual, name):
             parts.append((f"{name}={values[name]!r}", why))
