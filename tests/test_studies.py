@@ -427,13 +427,14 @@ def test_change_does_what_it_says_and_no_more(change, unchanged):
 
 
 @torch.no_grad()
-def small_dit():
+def small_dit(*more):
     """An 8 x 8 DiT with 16 tokens, 12 channels and 2 heads; nothing in it is zero."""
     overrides = [
         "model.backbone=dit",
         "model.hidden_size=12",
         "model.heads=2",
         "model.compression=1",
+        *more,
     ]
     torch.manual_seed(0)
     return build_model(load_config("digits", [*overrides, "model.patch_size=2", "model.depth=2"]))
@@ -513,6 +514,21 @@ def test_local_convolution_of_attention_begins_as_the_identity():
     torch.nn.init.normal_(plain.proj.bias)
     layer.load_state_dict(plain.state_dict(), strict=False)
     assert torch.allclose(layer(x, (4, 4)), plain(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_local_attention_of_studies_is_local_option_of_dit(unchanged):
+    model = small_dit("model.local=3")
+    CHANGES["local-attention"]()
+    changed = small_dit()
+    for p in changed.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    weights = {
+        name.replace(".attention.near.", ".local."): p for name, p in changed.state_dict().items()
+    }
+    model.load_state_dict(weights)
+    image, t, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([1, 2])
+    torch.testing.assert_close(model(image, t, y), changed(image, t, y))
 
 
 def test_mimetic_weights_without_noise_project_on_subspace(unchanged):

@@ -63,9 +63,8 @@ UNUSED = {
         "model.skips=true (one block has no mirror image)",
     ),
     "DiT": (
-        ["model.backbone=dit", "model.mixer=conv", "model.local=3", "model.conv_gate=grn"],
-        "model.mixer=conv (a DiT has no mixers), model.conv_gate=grn (a DiT has no mixers), "
-        "model.local=3 (a DiT has no mixers)",
+        ["model.backbone=dit", "model.mixer=conv", "model.conv_gate=grn"],
+        "model.mixer=conv (a DiT has no mixers), model.conv_gate=grn (a DiT has no mixers)",
     ),
     "classes": (
         ["model.num_classes=0", "model.label_std=0.5", "train.label_dropout=0.2"],
@@ -146,7 +145,7 @@ USED = [
     ["model.mixer=s4d,linear", "model.heads=4", "model.scan=alternate"],
     ["model.skips=true", "model.local=3", "model.scan=four"],
     ["model.mixer=s4d,conv", "model.kernel=5"],
-    ["model.backbone=dit", "model.heads=4"],
+    ["model.backbone=dit", "model.heads=4", "model.local=3"],
     ["diffusion.timesteps_drawn=shifted", "diffusion.shift=2"],
     ["data.held_out=0.1"],
     ["data.held_out=faces", "data.path=all", "eval.every=5"],

@@ -224,8 +224,9 @@ def _check_text(config: Config) -> None:
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} needs model.text_width and data.text"
         )
-    reads_image = bool(m.local) or any(MIXER_FACTS[name].needs_image for name in m.mixers)
-    if m.text_tokens and m.backbone == "diffussm" and reads_image:
+    mixers = [] if m.backbone == "dit" else m.mixers
+    reads_image = bool(m.local) or any(MIXER_FACTS[name].needs_image for name in mixers)
+    if m.text_tokens and reads_image:
         field = f"model.local={m.local}" if m.local else f"model.mixer={m.mixer}"
         raise ConfigError(
             f"model.text_tokens: {m.text_tokens} given, but {field} reads an image, "

@@ -80,7 +80,7 @@ class ModelConfig:
         "raster", "orders of tokens by block; not used by DiT"
     )
     local: Literal[0, 3] = _option(
-        0, "3: a depthwise 3x3 convolution before each mixer; not used by DiT"
+        0, "3: a depthwise 3x3 convolution before each mixer, or before each attention of a DiT"
     )
     qk_norm: bool = _option(
         False, "queries and keys divided by their root mean squares; DiT and mixer attention"
@@ -128,7 +128,6 @@ NOT_OF_DIT = (
     "mixer",
     *(name for name in MIXER_FIELDS if name not in OF_ATTENTION),
     "scan",
-    "local",
 )
 
 

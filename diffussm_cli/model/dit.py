@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from diffussm_cli.model.backbone import Backbone, check_sizes, warn_of_unused
 from diffussm_cli.model.block import HourglassLinear
 from diffussm_cli.model.heads import AttentionOfHeads
+from diffussm_cli.model.local import Local
 from diffussm_cli.model.stacked import StackedLinear
 
 
@@ -51,6 +52,8 @@ class Attention(nn.Module):
 class DiTBlock(nn.Module):
     """x (B, J, D), c (B, D) -> (B, J, D): attention and MLP, each shifted, scaled and gated by c
     (adaLN-Zero).
+
+    `local` is 3 for a depthwise convolution of the positions before attention, or 0.
     """
 
     def __init__(
@@ -61,9 +64,11 @@ class DiTBlock(nn.Module):
         mlp_ratio: int = 4,
         qk_norm: bool = False,
         rope: bool = False,
+        local: int = 0,
     ):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+        self.local = Local(D) if local else None
         self.attention = Attention(D, M, heads, qk_norm=qk_norm, rope=rope)
         self.mlp = nn.Sequential(
             nn.Linear(D, mlp_ratio * D), nn.GELU("tanh"), nn.Linear(mlp_ratio * D, D)
@@ -80,6 +85,9 @@ class DiTBlock(nn.Module):
             6, dim=-1
         )
         h = torch.addcmul(shift1, self.norm(x), 1 + scale1)
+        if self.local is not None:
+            assert grid is not None
+            h = self.local(h.mT[..., None], grid)[..., 0].mT  # each position as one token
         x = torch.addcmul(x, gate1, self.attention(h, grid))
         return torch.addcmul(x, gate2, self.mlp(torch.addcmul(shift2, self.norm(x), 1 + scale2)))
 
@@ -96,10 +104,13 @@ class DiT(Backbone):
         heads: number of attention heads.
         compression: M; must divide W/P and D. 1 is DiT.
         qk_norm, rope: of `AttentionOfHeads`; DiT has neither.
+        local: 3 for a depthwise 3x3 convolution before each attention, which starts as the
+            identity; 0 for none, as in DiT.
 
     Raises:
         ValueError: for an argument that its field of the configuration could not be, if sizes do
-            not divide, or heads are too narrow for `rope`; the message names them.
+            not divide, heads are too narrow for `rope`, or text tokens have no place in the image
+            that `local` reads; the message names them.
     """
 
     def __init__(
@@ -114,6 +125,7 @@ class DiT(Backbone):
         num_classes: int = 1000,
         qk_norm: bool = False,
         rope: bool = False,
+        local: int = 0,
         stem: int = 0,
         skips: bool = False,
         learn_sigma: bool = True,
@@ -128,10 +140,15 @@ class DiT(Backbone):
                 f"hidden_size {hidden_size} must be a multiple of heads {heads} "
                 f"and of M {compression}"
             )
+        if text_tokens and local:
+            raise ValueError(
+                f"text_tokens {text_tokens}: local {local} reads an image, and text tokens have no "
+                "place in one"
+            )
         warn_of_unused("DiT", "dit", locals())
 
         blocks = [
-            DiTBlock(hidden_size, compression, heads, qk_norm=qk_norm, rope=rope)
+            DiTBlock(hidden_size, compression, heads, qk_norm=qk_norm, rope=rope, local=local)
             for _ in range(depth)
         ]
         super().__init__(

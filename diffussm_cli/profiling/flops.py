@@ -195,11 +195,12 @@ def _dit_block(m: ModelConfig, L: int) -> dict[str, float]:
     position.
     """
     M, D = m.compression, m.hidden_size
-    return {
+    parts = {
         "dense layers": (3 + 9 / M) * L * D**2,
         "attention": 2 * L**2 * D,
         "conditioning": 6 * D**2,
     }
+    return parts | ({"local": 9 * L / M * D} if m.local else {})
 
 
 def _outside(config: Config, L: int) -> dict[str, float]:
@@ -254,7 +255,8 @@ def training_bytes(
         kernels = 0.0
         if m.backbone == "dit":
             # qkv twice, attention out twice; norms, MLP, residuals
-            per_token = (8 * D + 20 * D / M + block.attention.attend.saved() * D) * narrow  # type: ignore[union-attr, operator]
+            positions = (20 + (2 if m.local else 0)) * D / M
+            per_token = (8 * D + positions + block.attention.attend.saved() * D) * narrow  # type: ignore[union-attr, operator]
         else:
             mixer = mixer_of(block)
             # residual, norm, W0, W_down, W1, W2, before and after GELU, and the gate

@@ -26,7 +26,7 @@ MIXED = lambda: DiffuSSM(  # noqa: E731
     d_state=4,
     **SIZES | {"depth": 5},
 )
-CURES = {"qk_norm": True, "rope": True, "stem": 3}
+CURES = {"qk_norm": True, "rope": True, "local": 3, "stem": 3}
 CHECKPOINTED = lambda: DiffuSSM(d_state=4, gradient_checkpointing=True, **SIZES)  # noqa: E731
 
 

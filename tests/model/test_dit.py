@@ -10,7 +10,7 @@ from diffussm_cli.model import DiT
 from diffussm_cli.model.dit import Attention
 from tests.conftest import device, fill, randn, relative
 
-CURES = {"qk_norm": True, "rope": True, "stem": 3}
+CURES = {"qk_norm": True, "rope": True, "local": 3, "stem": 3}
 
 
 def tiny(**changes):
@@ -163,7 +163,9 @@ def test_cures_add_their_own_parameters_only():
     norms = {f"blocks.{i}.attention.attend.{n}_norm.weight": (8,) for i in (0, 1) for n in "qk"}
     stem = {"stem.first.weight": (3, 4, 3, 3), "stem.first.bias": (3,)}
     stem |= {"stem.second.weight": (3, 3, 3, 3), "stem.second.bias": (3,)}
-    assert cured == plain | norms | stem | {"patch_in.weight": (32, 3 * 2 * 2)}
+    near = {f"blocks.{i}.local.weight": (32, 1, 3, 3) for i in (0, 1)}
+    near |= {f"blocks.{i}.local.bias": (32,) for i in (0, 1)}
+    assert cured == plain | norms | near | stem | {"patch_in.weight": (32, 3 * 2 * 2)}
 
 
 @pytest.mark.parametrize("M", [1, 2])
@@ -212,11 +214,44 @@ def test_stem_lets_patches_see_their_neighbours():
     assert {tuple(p) for p in places.tolist()} == {(r, c) for r in range(2, 7) for c in range(2, 7)}
 
 
+@pytest.mark.parametrize("M", [1, 2])
+def test_local_convolution_stands_before_attention_alone(M):
+    """It is the identity at first; with another middle it scales what attention reads."""
+    plain, model = tiny(compression=M), tiny(compression=M, local=3)
+    model.load_state_dict(fill(plain).state_dict(), strict=False)
+    x, t, y = randn(1, 4, 8, 8), *(torch.tensor(v, device=device()) for v in ([3], [0]))
+    torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+
+    with torch.no_grad():
+        for changed, block in zip(model.blocks, plain.blocks):
+            changed.local.weight *= 2
+            block.attention.qkv.weight *= 2
+    torch.testing.assert_close(model(x, t, y), plain(x, t, y))
+
+    # a tap beside the middle reads the position to the left, and zeros at the edge
+    h, c, grid = randn(1, 16 // M, 32), randn(1, 32), (4, 4 // M)
+    changed, block = model.blocks[0], plain.blocks[0]
+    with torch.no_grad():
+        changed.local.weight.zero_()[:, 0, 1, 0] = 2
+    image = block.norm(h).unflatten(1, grid)
+    shifted = torch.zeros_like(image)
+    shifted[:, :, 1:] = image[:, :, :-1]
+    with torch.no_grad():
+        for each in (changed, block):
+            each.adaLN.weight.zero_()
+            # neither shift nor scale, gates of one, and no MLP
+            each.adaLN.bias.copy_(torch.tensor([0.0, 0, 1, 0, 0, 0]).repeat_interleave(32))
+        expected = h + block.attention(shifted.flatten(1, 2), grid)
+    torch.testing.assert_close(changed(h, c, grid), expected)
+
+
 def test_sizes_that_do_not_divide_are_rejected_by_name():
     with pytest.raises(ValueError, match="rope needs heads of at least 4 channels, got 2"):
         tiny(heads=16, rope=True)
     with pytest.raises(ValueError, match="^heads: 0 must be a whole number from 1 to"):
         tiny(heads=0)
+    with pytest.raises(ValueError, match="^text_tokens 2: local 3 reads an image"):
+        tiny(local=3, text_width=4, text_tokens=2)
     with pytest.raises(ValueError, match="heads 5"):
         tiny(heads=5)
     with pytest.raises(ValueError, match="compression 4 the width"):

@@ -19,7 +19,7 @@ NETWORKS = {
     )
     for mixer in MIXERS
 }
-NETWORKS["dit"] = lambda: DiT(heads=2, qk_norm=True, rope=True, stem=3, **SIZES)
+NETWORKS["dit"] = lambda: DiT(heads=2, qk_norm=True, rope=True, local=3, stem=3, **SIZES)
 
 
 def network(name):

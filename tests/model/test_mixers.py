@@ -123,6 +123,10 @@ def test_configuration_knows_every_mixer_and_scan():
         ]
         with pytest.raises(ConfigError) if row.needs_image else contextlib.nullcontext():
             config.load_config("digits", text)
+    for backbone in ("diffussm", "dit"):
+        local = [*text[:3], f"model.backbone={backbone}", "model.local=3", "model.heads=4"]
+        with pytest.raises(ConfigError, match="text_tokens: 4 given, but model.local=3 reads"):
+            config.load_config("digits", local)
     assert set(typing.get_args(hints["scan"])) == set(SCANS)
 
 

@@ -91,6 +91,7 @@ def test_formula_equals_the_trace_of_every_mixer(mixer, scan, local):
         ["model.mixer=conv,axial", "model.depth=1", "model.skips=true"],
         ["model.backbone=dit", "model.heads=4", "model.depth=5", "model.skips=true"],
         ["model.backbone=dit", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
+        ["model.backbone=dit", "model.heads=4", "model.local=3"],
         ["model.mixer=attention,s4d", "model.heads=4", "model.qk_norm=true", "model.rope=true"],
         ["model.stem=6", "model.patch_size=2", "model.compression=2"],
         ["model.mixer=conv", "model.kernel=7", "model.conv_gate=grn"],
