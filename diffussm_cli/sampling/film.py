@@ -45,6 +45,8 @@ def write_film(sampler: Sampler, seeds: range, facts: Mapping[str, Any], path: P
     for i in np.unique(steps.round().astype(int)):
         names = [f"{name_of(seed)} in frame {i} of the film" for seed in seeds]
         images = to_uint8(sampler.decoding.decode(states[i]), names)
+        if i == len(states) - 1:  # as these images are drawn
+            images = sampler.beginning.paste(images)
         png = io.BytesIO()
         save_grid(images, png, columns=min(5, len(seeds)))
         frames.append(Image.open(png))

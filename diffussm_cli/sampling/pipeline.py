@@ -173,6 +173,12 @@ class DiffuSSMPipeline(DiffusionPipeline):
         beginning = read_image(config, self._decoding(), image, mask_image, strength)
         if line := unused_of_beginning(beginning, dataclasses.replace(config.sample, steps=steps)):
             warnings.warn(line, stacklevel=2)
+        is_led_away = self._guidance_scale != 1 or callback_on_step_end is not None
+        if any(request.negatives or ()) and not is_led_away:
+            warnings.warn(
+                "negative_prompt: not used, because guidance_scale is 1; give 3, for example",
+                stacklevel=2,
+            )
         text = self._encode(request.prompts, request.negatives)
 
         # the process

@@ -15,6 +15,7 @@ from diffussm_cli.data.decoding import Decoding
 from diffussm_cli.errors import ConfigError, NotFiniteError
 from diffussm_cli.model import build_model
 from diffussm_cli.sampling import film
+from diffussm_cli.sampling.beginning import Beginning
 from diffussm_cli.sampling.film import write_film
 from diffussm_cli.sampling.sampler import Sampler
 
@@ -58,6 +59,19 @@ def test_film_goes_from_noise_to_the_image_of_its_seed(sampler, tmp_path, suffix
         torch.randint(10, (), generator=generator)
         noise = (127.5 * torch.randn(1, 8, 8, generator=generator)[0] + 128).clamp(0, 255).int()
         np.testing.assert_allclose(shown[0], noise, atol=8 if suffix == ".webp" else 1)
+
+
+def test_film_ends_with_the_known_pixels_of_an_image(sampler, tmp_path):
+    """Whatever the VAE makes of them, as in the images of the same request."""
+    image = 3 * torch.arange(64, dtype=torch.uint8).view(1, 8, 8)
+    mask = torch.arange(8).expand(8, 8) >= 4
+    sampler.decoding = Decoding(lambda x: x / 2, {})
+    sampler.beginning = Beginning(image, mask).encoded(sampler.decoding, 1)
+    write_film(sampler, range(7, 8), facts([3]), tmp_path / "film.gif")
+    ((_, images),) = sampler.draw([7], [3])
+    assert torch.equal(images[0, :, :, :4], image[:, :, :4])
+    shown = read(tmp_path / "film.gif")[0][-1, 2:58, 2:58][3::7, 3::7]
+    np.testing.assert_allclose(shown, images[0, 0], atol=1)
 
 
 def test_film_has_limited_frames_and_images(sampler, tmp_path, monkeypatch):

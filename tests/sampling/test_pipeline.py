@@ -647,6 +647,8 @@ def test_prompts_may_be_empty_and_negative_prompts_a_list(captioned, tmp_path):
     )
     with pytest.raises(ValueError, match="class_labels: 3 given, but this model has no classes"):
         pipe("cat", class_labels=3)
+    with pytest.warns(UserWarning, match="^negative_prompt: not used, because guidance_scale is 1"):
+        pipe("cat", "dog", guidance_scale=1)
 
 
 def test_latents_are_decoded_by_the_vae_of_the_run(tiny, tmp_path):
