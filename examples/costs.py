@@ -4,12 +4,12 @@ forward pass per image.
 python examples/costs.py
 """
 
-from diffussm_cli.profiling import cost, named_model
+import diffussm as ds
 
 for resolution in (256, 512):
-    for name in ("xl", "dit-xl/2"):
-        c = cost(named_model(name, resolution))
+    for preset in ("xl-256", "dit-xl-256"):
+        c = ds.cost(preset, set={"data.resolution": resolution})
         print(
-            f"{name} at {resolution}: {c.parameters:,} parameters, {c.tokens:,} tokens, "
+            f"{preset} at {resolution}: {c.parameters:,} parameters, {c.tokens:,} tokens, "
             f"{c.gflops:,.1f} Gflops"
         )

@@ -1,6 +1,7 @@
-"""Encode a folder of images into latents of a VAE, and verify every file that was written.
+"""Encode a folder of images into latents of a VAE, at 256 pixels or another size.
 
     python examples/encode.py photos/ latents/ VAE
+    python examples/encode.py photos/ latents/ VAE 512
 
 VAE is a hub name, such as stabilityai/sd-vae-ft-ema, or a folder with its config.json and
 safetensors weights.
@@ -8,11 +9,10 @@ safetensors weights.
 
 import sys
 
-from diffussm_cli.data.latents import encode_images, verify_store
-from diffussm_cli.events import finish
+import diffussm as ds
 
-if __name__ == "__main__":  # needed with workers > 0: these processes import this file
-    source, target, vae = sys.argv[1:]
-    finish(encode_images(source, target, resolution=(32, 32), vae=vae, workers=0))
-    finish(verify_store(target))
-    print(f"all files in {target} are intact")
+source, target, vae, *side = sys.argv[1:]
+# This process decodes all images. With more workers, which import this file, the call must stand
+# below `if __name__ == "__main__":`.
+ds.encode(source, target, resolution=int(side[0]) if side else 256, vae=vae, workers=0)
+print(f"the latents of {source} are in {target}")

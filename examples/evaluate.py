@@ -5,10 +5,6 @@ python examples/evaluate.py images/ real-images/
 
 import sys
 
-from diffussm_cli.evaluation import evaluate
-from diffussm_cli.events import finish
+import diffussm as ds
 
-result = finish(evaluate(sys.argv[1], sys.argv[2], metrics=("fid", "kid")))
-print(result["metrics"])
-for line in result["warnings"]:
-    print("note:", line)
+print(ds.evaluate(sys.argv[1], sys.argv[2], metrics=("fid", "kid")))
