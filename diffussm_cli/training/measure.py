@@ -8,6 +8,7 @@ C channels   H x W grid
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -271,6 +272,8 @@ class Scoring:
         return values
 
     def _keep_if_best(self, number: int, model: Backbone, values: dict[str, float]) -> None:
+        if not math.isfinite(values["eval/fid"]):  # no other would ever be better
+            return
         best = self.root / runs.BEST
         before = runs.read_metrics(best).get("eval/fid", float("inf"))
         is_better = values["eval/fid"] < before

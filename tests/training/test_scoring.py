@@ -4,6 +4,7 @@ before.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from diffussm_cli.errors import ConfigError, DataError
 from diffussm_cli.evaluation.session import evaluate
 from diffussm_cli.evaluation.sets import DrawnImages
 from diffussm_cli.events import Message, finish
+from diffussm_cli.model import build_model
 from diffussm_cli.training import measure
 from diffussm_cli.training.loop import Trainer
 from diffussm_cli.training.record import RecordWriter
@@ -94,6 +96,17 @@ def test_other_measurement_begins_a_new_best(config, tmp_path, monkeypatch):
         f"{begins} eval.images was 16 and is now 17; the next evaluation replaces it",
         f"{begins} sample.guidance was 2.0 and is now 3.0; the next evaluation replaces it",
     ]
+
+
+@pytest.mark.parametrize(("fid", "step"), [(float("nan"), 2), (float("inf"), 2), (12.0, 4)])
+def test_a_score_that_is_no_number_is_never_the_best(config, tmp_path, fid, step):
+    """Not even where the settings are new, so that no other could be better."""
+    model = build_model(config())
+    before = {"step": 2, "eval/fid": 9.0}
+    runs.write_weights(tmp_path / "best", config("eval.images=17"), model.state_dict(), 2, before)
+    scoring = SimpleNamespace(config=config(), root=tmp_path)
+    measure.Scoring._keep_if_best(scoring, 4, model, {"eval/fid": fid})
+    assert runs.read_metrics(tmp_path / "best")["step"] == step
 
 
 def test_every_average_is_scored_and_the_first_chooses_the_best(config, tmp_path, monkeypatch):
