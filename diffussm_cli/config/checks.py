@@ -236,7 +236,7 @@ def _check_text(config: Config) -> None:
 
 def _check_schedule(d: DiffusionConfig) -> None:
     """Raises ConfigError for a process whose last signal level underflows in float32."""
-    names = tuple(f"diffusion.{name}" for name in ("timesteps", "beta_start", "beta_end"))
+    names = "diffusion.timesteps", "diffusion.beta_start", "diffusion.beta_end"
     wrong = wrong_variances(d.timesteps, d.beta_start, d.beta_end, names)
     if wrong:
         raise ConfigError(wrong)
