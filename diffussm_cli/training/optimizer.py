@@ -9,6 +9,7 @@ from torch import nn
 from diffussm_cli.config import TrainConfig
 from diffussm_cli.errors import ConfigError
 from diffussm_cli.model import Backbone
+from diffussm_cli.model.block import HourglassLinear
 from diffussm_cli.model.mixer import Mixer, StateSpace
 from diffussm_cli.model.stacked import StackedLinear
 from diffussm_cli.training.muon import Muon
@@ -16,7 +17,7 @@ from diffussm_cli.training.muon import Muon
 
 def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | Muon:
     """The optimiser of a configuration: fused AdamW over `parameter_groups`, or Muon for the
-    matrices of the blocks and AdamW for all others.
+    linear layers of the blocks and AdamW for all others.
 
     Either skips a step on the device when its `found_inf` is 1. Rates are those after warm-up;
     each group also has its own as `peak_lr`, which a schedule may multiply.
@@ -35,19 +36,24 @@ def make_optimizer(model: Backbone, config: TrainConfig) -> torch.optim.AdamW | 
     if config.adamw_lr:
         groups = parameter_groups(model, dataclasses.replace(config, lr=config.adamw_lr))
 
-    # of the matrices, those of the blocks; the embeddings and the last layer stay with AdamW
+    # of the matrices, the linear layers of the blocks; convolutions, embeddings and the last layer
+    # stay with AdamW
     if not hasattr(model, "blocks"):
         raise ConfigError(
             f"model: {type(model).__name__} has no blocks, whose matrices Muon would update; "
             "give a network of this package, or train.optimizer=adamw"
         )
-    inside = {id(p) for p in model.blocks.parameters()}
+    layers = {
+        id(module.weight)
+        for module in model.blocks.modules()
+        if isinstance(module, nn.Linear | HourglassLinear)
+    }
     muon = []
     for group in groups:
         group["muon"] = False
         if group["name"] == "matrices":
-            chosen = [p for p in group["params"] if id(p) in inside and p.ndim < 4]
-            group["params"] = [p for p in group["params"] if not (id(p) in inside and p.ndim < 4)]
+            chosen = [p for p in group["params"] if id(p) in layers]
+            group["params"] = [p for p in group["params"] if id(p) not in layers]
             rate = {"lr": config.lr, "peak_lr": config.lr}
             muon.append({**group, **rate, "name": "muon", "params": chosen, "muon": True})
     parts = {

@@ -240,6 +240,27 @@ def test_what_a_new_mixer_lacks_is_an_error_when_the_network_is_built(monkeypatc
         tiny(mixer="mine")
 
 
+def test_muon_leaves_convolutions_of_a_mixer_to_adamw(monkeypatch):
+    """A depthwise one, D x 1 x k, is no stack of D matrices 1 x k."""
+
+    class WithConvolution(Decay):
+        def __init__(self, D, heads):
+            super().__init__(D, heads)
+            self.along = nn.Conv1d(D, D, 3, padding=1, groups=D)
+
+    add(monkeypatch, WithConvolution)
+    recipe = config.load_config("digits", ["train.optimizer=muon"]).train
+    model = tiny(mixer="mine")
+    groups = {
+        id(p): group["name"]
+        for group in make_optimizer(model, recipe).param_groups
+        for p in group["params"]
+    }
+    mixer = model.blocks[0].mine
+    assert groups[id(mixer.along.weight)] == "matrices"
+    assert groups[id(mixer.project.weight)] == "muon"
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_parameters_beside_the_layers_of_a_mixer_are_no_matrices(optimizer, monkeypatch):
     """A decay by channel and state has two dimensions, and nothing to shrink or orthogonalise."""
