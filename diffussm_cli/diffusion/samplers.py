@@ -25,9 +25,10 @@ STOCHASTIC = [
     name for name in NAMES if (SCHEDULERS.get(name) or INTEGRATORS[name]).adds_noise
 ]  # these add noise at every step
 
-_fitting = {name for names in SAMPLERS.values() for name in names}
-_lists = ({*NAMES}, {*typing.get_args(SamplerName)}, _fitting)
-_missing = ", ".join(sorted(set.union(*_lists) - set.intersection(*_lists)))
+_fitting: set[str] = {name for names in SAMPLERS.values() for name in names}
+_lists: tuple[set[str], ...] = ({*NAMES}, {*typing.get_args(SamplerName)}, _fitting)
+_incomplete = {name for names in _lists for name in names if not all(name in s for s in _lists)}
+_missing = ", ".join(sorted(_incomplete))
 assert not _missing, (
     f"sampler {_missing}: needs a row in SCHEDULERS or INTEGRATORS, and its name in SamplerName "
     "and SAMPLERS of config/fields.py"
