@@ -123,10 +123,9 @@ class ModelConfig:
 
 
 # Fields of `model` that a DiT does not have: all of mixers, but for those of its own attention.
-OF_ATTENTION = ("heads", "qk_norm", "rope")
 NOT_OF_DIT = (
     "mixer",
-    *(name for name in MIXER_FIELDS if name not in OF_ATTENTION),
+    *(name for name in MIXER_FIELDS if name not in MIXER_FACTS["attention"].fields),
     "scan",
 )
 
